@@ -1,0 +1,223 @@
+"""The frozen nouns that travel through auditgap: what is audited, where, how hard, and what came of it.
+
+A cell reads as a sentence: *this subject, edited at this site, within this budget, by this attack*:
+
+    Cell(subject=Subject("smollm2", fingerprint="9c1e…"), site=Site.block(15), budget=Budget(0.03, "rms"),
+         attack="targeted", prompts="51f0…", settings={"seed": 0, "steps": 10})
+
+Values only: no torch here, and nothing that touches a disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any, Literal
+
+from auditgap.errors import UsageError
+
+Unit = Literal["rms", "max", "absolute"]
+UNITS: tuple[Unit, ...] = ("rms", "max", "absolute")
+
+#: What an attack does; `clean` is the pass without an edit that every other cell is measured against.
+ATTACKS: Mapping[str, str] = {
+    "targeted": "PGD that minimises the NLL of the target opening",
+    "untargeted": "PGD that maximises the NLL of the subject's own clean answer",
+    "random": "control: uniform in the ∞-ball",
+    "random_matched": "control: random signs on the targeted edit's own magnitudes (same L∞, L2 and support)",
+    "shuffled": "control: another prompt's targeted edit",
+}
+CLEAN = "clean"
+
+
+def digest(value: Any, length: int = 24) -> str:
+    """SHA-256 (first `length` hex digits) of a value's canonical JSON: sorted keys, shortest floats, no spaces."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:length]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt of a prompt set. `id` is a hash of the text, so tables can name a prompt without showing it."""
+
+    text: str
+    source: str = ""
+    target: str | None = None
+
+    @property
+    def id(self) -> str:
+        return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model under audit: how the user named it, and the fingerprint of its config and weights."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Site:
+    """Where an edit goes: what block 0 receives (`embedding`, index −1) or the residual stream after block i."""
+
+    layer_index: int
+
+    EMBEDDING_NAME = "embedding"
+
+    def __str__(self) -> str:
+        return self.EMBEDDING_NAME if self.layer_index < 0 else f"block{self.layer_index}"
+
+    @property
+    def is_embedding(self) -> bool:
+        return self.layer_index < 0
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Budget:
+    """A size and its unit (SPEC of the units: `absolute`; `max`, times the largest |h|; `rms`, times the RMS of h)."""
+
+    size: float
+    unit: Unit
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise UsageError(f"--unit must be one of {', '.join(UNITS)}; {self.unit!r} came.")
+        if isinstance(self.size, bool) or not isinstance(self.size, (int, float)) or not math.isfinite(self.size) or self.size <= 0:
+            raise UsageError(f"--eps must be a finite number above 0; {self.size!r} came. For example: --eps 0.03")
+        object.__setattr__(self, "size", float(self.size))
+
+    def __str__(self) -> str:
+        return f"{self.size:g} {self.unit}"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Edit:
+    """An additive δ at one site on the prompt's positions. `delta` is a [T, D] fp32 tensor, T the prompt's tokens."""
+
+    site: Site
+    delta: Any
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Exchange:
+    """A prompt, the completion it got, and the edit that was on (None: the clean pass)."""
+
+    prompt: Prompt
+    completion: str
+    edit: Edit | None = None
+
+
+class Label(StrEnum):
+    """What a judge can say. `broken` and `unscored` are answers too: they are counted and shown."""
+
+    HARMFUL = "harmful"
+    SAFE = "safe"
+    REFUSAL = "refusal"
+    BROKEN = "broken"
+    UNSCORED = "unscored"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A judge's answer to one exchange; `reason` says why when the label is `unscored` or `broken`."""
+
+    label: Label
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A reward's answer: higher = safer. `value` is None when it could not tell, and `reason` says why."""
+
+    value: float | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The unit that is planned, sharded, stored and resumed.
+
+    `prompts` is the hash of the prompt set, `settings` everything else that can change a number (attack steps, seeds,
+    dtype, scorers). `key` names the cell on disk; the subject counts by its fingerprint, not by the name typed.
+    """
+
+    subject: Subject
+    site: Site | None
+    budget: Budget | None
+    attack: str
+    prompts: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """The canonical description that the key is a hash of."""
+        return {
+            "subject": self.subject.fingerprint,
+            "site": None if self.site is None else self.site.layer_index,
+            "unit": None if self.budget is None else self.budget.unit,
+            "eps": None if self.budget is None else self.budget.size,
+            "attack": self.attack,
+            "prompts": self.prompts,
+            "settings": dict(self.settings),
+        }
+
+    @property
+    def key(self) -> str:
+        return digest(self.describe())
+
+    def __str__(self) -> str:
+        if self.attack == CLEAN:
+            return f"{self.subject.name} · clean"
+        return f"{self.subject.name} · {self.site} · {self.budget} · {self.attack}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One prompt of one cell, as stored in `rows.parquet`. None means "could not tell"; `unscored` says why."""
+
+    subject: str
+    site: str | None                #: `embedding`, `block<i>`; None in the clean cell
+    layer_index: int | None         #: −1 for the embedding
+    unit: str | None
+    eps: float | None               #: the budget's size, in its unit
+    eps_abs: float | None           #: the ∞-ball's radius in activation units
+    attack: str
+    draw: int                       #: 0, or the draw of a random control
+    prompt_id: str
+    n_prompt_tokens: int
+    n_new_tokens: int
+    clean_reward: float | None
+    edited_reward: float | None
+    l2: float | None                #: ‖δ‖₂ as requested
+    linf: float | None
+    l2_effective: float | None      #: after the model's dtype has rounded (h + δ) − h
+    linf_effective: float | None
+    h_norm: float | None            #: ‖h‖₂ of the clean activations at the site, template positions left out
+    relative_norm: float | None     #: l2 / h_norm
+    nll_clean: float | None         #: mean NLL of the target, nats a token, no edit
+    nll_edited: float | None        #: the same under the edit
+    completion_nll: float | None    #: mean NLL of the completion under the clean model, nats a token
+    coherent: bool | None
+    verdict_clean: str | None       #: a Label
+    verdict_edited: str | None
+    lvs: float | None               #: max(0, S(y) − S(y′)) / (log(1 + ‖δ‖₂) + η), paper eq. in section 6
+    lvs_rel: float | None           #: the same with ‖δ‖₂/‖h‖₂ in the denominator
+    flags: str = ""                 #: space-separated: larger_than_h, degenerate, last_position_only, dtype_rounding
+    unscored: str = ""              #: reason, when lvs is None
+
+
+#: Column names of the row table, in order.
+ROW_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(Row))
+
+#: Column names of `lvs.parquet`, one row a (subject, site, budget, attack).
+TABLE_COLUMNS: tuple[str, ...] = (
+    "subject", "site", "layer_index", "unit", "eps", "attack", "n", "n_unscored", "n_broken",
+    "lvs_mean", "lvs_mean_lo", "lvs_mean_hi", "lvs_median", "lvs_median_lo", "lvs_median_hi",
+    "lvs_rel_mean", "lvs_rel_lo", "lvs_rel_hi",
+    "asr", "asr_lo", "asr_hi", "asr_envelope", "asr_envelope_lo", "asr_envelope_hi",
+    "delta_vs_matched", "delta_lo", "delta_hi", "relative_norm_median", "flag",
+)  # fmt: skip
