@@ -1,0 +1,85 @@
+"""Which rows run together: packs of like length under a token budget, left padding, halving when memory runs out.
+
+    for pack in packs([31, 30, 31, 90], batch_tokens=64, pad_tolerance=0.0):
+        ...                                          # [1], [0, 2], [3]: positions into the list, short rows first
+
+Rows of equal length need no mask, which is what keeps attention on its fast path; `pad_tolerance` is the share of a
+batch that may be padding where few rows are equally long.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+from auditgap.errors import AuditgapError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def packs(lengths: Sequence[int], *, batch_tokens: int, pad_tolerance: float = 0.0, weight: int = 1) -> list[list[int]]:
+    """Split rows into packs of at most `batch_tokens` (padding counted), shortest first; a pack holds at least one row.
+
+    `weight` is how many batch rows each item stands for (budgets × restarts).
+    """
+    found: list[list[int]] = []
+    real = 0
+    for row in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        length = lengths[row]
+        size = len(found[-1]) + 1 if found else 1
+        fits = bool(found) and size * length * weight <= batch_tokens and 1 - (real + length) / (size * length) <= pad_tolerance
+        if fits:
+            found[-1].append(row)
+            real += length
+        else:
+            found.append([row])
+            real = length
+    return found
+
+
+def left_pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, both [B, T], with the padding on the left."""
+    width = max(len(s) for s in sequences)
+    ids = torch.tensor([[pad_id] * (width - len(s)) + list(s) for s in sequences], device=device)
+    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences], device=device)
+    return ids, mask
+
+
+def right_pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, both [B, K], with the padding on the right."""
+    width = max(len(s) for s in sequences)
+    ids = torch.tensor([list(s) + [pad_id] * (width - len(s)) for s in sequences], device=device)
+    mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=device)
+    return ids, mask
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Position ids [B, T] that count a row's real tokens from 0, whatever padding stands before them."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def halving(run: Callable[[Sequence[T]], list[R]], rows: Sequence[T]) -> list[R]:
+    """`run(rows)`, or its halves one after the other when memory runs out; results stay in order.
+
+    Raises AuditgapError when a single row does not fit.
+    """
+    try:
+        return run(rows)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        if len(rows) == 1:
+            raise AuditgapError(
+                "Out of memory with a single row. Use a smaller --dtype (bfloat16), fewer --max-new-tokens, "
+                "shorter prompts, or a device with more memory."
+            ) from None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    middle = len(rows) // 2
+    return halving(run, rows[:middle]) + halving(run, rows[middle:])

@@ -1,0 +1,365 @@
+"""The engine on transformers: it speaks under an edit, and holds the one hook through which every edit goes.
+
+    engine = HFEngine(models.load("smollm2"))
+    clean = engine.generate([Request(engine.render(prompt))], max_new_tokens=32)
+
+Two facts make it fast without touching a family's own code (SPEC: latent attack). An edit at block i leaves blocks 0..i as
+they were, so their work is done once a prompt and shared by all of its budgets, attacks and draws; and the model's own
+forward does the rest with the lower blocks passing their input through. An edit acts on the prompt's positions at prefill
+only; decoding reads it from the KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from auditgap.engines.batching import halving, left_pad, packs, positions, right_pad
+from auditgap.errors import AuditgapError
+from auditgap.models import LoadedModel, Rendered
+from auditgap.types import Edit, Prompt, Site
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Request:
+    """A prompt to complete, under an edit or (None) as it is."""
+
+    rendered: Rendered
+    edit: Edit | None = None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Completion:
+    """What the subject answered. The effective norms are of (h + δ) − h after the model's dtype has rounded it."""
+
+    text: str
+    ids: tuple[int, ...]
+    stopped: bool
+    l2_effective: float | None = None
+    linf_effective: float | None = None
+
+
+class _Captured(Exception):  # noqa: N818 - not an error: it ends a forward whose upper blocks nobody needs
+    pass
+
+
+class HFEngine:
+    """Text in, text out, with edits, for one loaded subject."""
+
+    def __init__(self, loaded: LoadedModel, *, batch_tokens: int | None = None, pad_tolerance: float | None = None) -> None:
+        self.loaded = loaded
+        self.model = loaded.model
+        self.blocks = loaded.blocks
+        on_cpu = loaded.device.type == "cpu"
+        # on a CPU a few hundred rows already fill the cores and a mask costs attention its fast path
+        self.batch_tokens = batch_tokens or (1024 if on_cpu else 16384)
+        self.pad_tolerance = (0.0 if on_cpu else 0.1) if pad_tolerance is None else pad_tolerance
+        pad = loaded.tokenizer.pad_token_id
+        self.pad_id = pad if pad is not None and pad < loaded.model.get_input_embeddings().num_embeddings else 0
+        self._tested: set[Site] = set()
+
+    @property
+    def device(self) -> torch.device:
+        return self.loaded.device
+
+    @cached_property
+    def _blocks_return_tuples(self) -> bool:
+        """Whether this family's blocks return (h, …) or h itself; transformers 5 settled on h for nearly all."""
+        seen: list[bool] = []
+        handle = self.blocks[0].register_forward_hook(lambda _m, _a, output: seen.append(isinstance(output, tuple)))
+        try:
+            with torch.inference_mode():
+                self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def render(self, prompt: Prompt) -> Rendered:
+        return self.loaded.render(prompt)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of an answer's text, no special tokens added."""
+        return tuple(self.loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    # -- the hook ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def edited(
+        self, site: Site, edit: Callable[[torch.Tensor], torch.Tensor], *, skip_trunk: bool = False
+    ) -> Iterator[None]:
+        """While open, the site's hidden states h [B, T, D] are replaced by `edit(h)`.
+
+        With `skip_trunk` the blocks up to and including the site pass their input through, for an `edit` that does not
+        read h. Everything is put back on the way out, after an exception too.
+        """
+        touched: list[tuple[nn.Module, Any]] = []
+
+        def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            if "hidden_states" in kwargs:
+                return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+            return (edit(args[0]), *args[1:]), kwargs
+
+        def after(_module: nn.Module, _args: tuple, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (edit(output[0]), *output[1:])
+            return edit(output)
+
+        if site.is_embedding:
+            handle = self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)
+        else:
+            handle = self.blocks[site.layer_index].register_forward_hook(after)
+        try:
+            if skip_trunk and not site.is_embedding:
+                for block in self.blocks[: site.layer_index + 1]:
+                    touched.append((block, block.__dict__.get("forward")))  # accelerate's dispatch lives there
+                    block.forward = _passing_through(self._blocks_return_tuples)
+            yield
+        finally:
+            handle.remove()
+            for block, own in touched:
+                if own is None:
+                    del block.forward
+                else:
+                    block.forward = own
+
+    def self_test(self, site: Site) -> None:
+        """Prove that a known δ arrives at the site, reaches the logits, and is the same by both ways of running.
+
+        Raises AuditgapError when the model's blocks cannot be edited; nothing is measured with a hook that does not bite.
+        """
+        if site in self._tested:
+            return
+        generator = torch.Generator().manual_seed(0)
+        n_embeddings = self.model.get_input_embeddings().num_embeddings
+        ids = torch.randint(0, n_embeddings, (2, 6), generator=generator).to(self.device)
+        mask = torch.ones_like(ids)
+        with torch.inference_mode():
+            clean = self._forward(ids, mask, keep=1).logits
+            seen: list[torch.Tensor] = []
+            with self.edited(site, lambda h: (seen.append(h), h)[1]):
+                same = self._forward(ids, mask, keep=1).logits
+            h = seen[0]
+            delta = torch.randn(h.shape, generator=generator).to(h) * h.float().pow(2).mean().sqrt().to(h)
+            with self.edited(site, lambda _: h + delta, skip_trunk=True), self.edited(site, lambda g: (seen.append(g), g)[1]):
+                short = self._forward(ids, mask, keep=1).logits
+            with self.edited(site, lambda g: g + delta):
+                whole = self._forward(ids, mask, keep=1).logits
+        scale = (whole - clean).abs().max().item()
+        tolerance = 1e-3 if self.loaded.dtype == torch.float32 else 0.1
+        problem = (
+            "a zero edit changes the logits" if not torch.equal(clean, same)
+            else "the edit did not arrive at the site" if not torch.equal(seen[1], h + delta)
+            else "the edit does not reach the logits" if scale == 0 or not torch.isfinite(whole).all()
+            else "running above the site alone gives other logits than the whole model"
+            if (short - whole).abs().max().item() > tolerance * max(scale, whole.abs().max().item())
+            else ""
+        )  # fmt: skip
+        if problem:
+            raise AuditgapError(
+                f"Self-test failed at {site} of {self.loaded.subject.name}: {problem}. This architecture "
+                f"({type(self.model).__name__}) cannot be audited with this version; nothing was measured."
+            )
+        self._tested.add(site)
+
+    # -- forwards ------------------------------------------------------------------------------------------------------
+
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, *, keep: int, cache: Any = None, place: torch.Tensor | None = None
+    ) -> Any:
+        """One forward with logits at the last `keep` positions; `place` overrides the position ids."""
+        return self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions(mask)[:, -ids.shape[1] :] if place is None else place,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=keep,
+        )
+
+    def logits_from(self, site: Site, hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, *, keep: int) -> torch.Tensor:
+        """Logits [B, keep, V] of the blocks above the site, given its hidden states [B, T, D]; differentiable in `hidden`."""
+        with self.edited(site, lambda _: hidden, skip_trunk=True):
+            return self._forward(ids, mask, keep=keep).logits
+
+    def capture(self, site: Site, ids: torch.Tensor, mask: torch.Tensor, *, cache: Any = None) -> torch.Tensor:
+        """The site's clean hidden states [B, T, D]; runs no block above the site. `cache` keeps the trunk's keys and values."""
+        held: list[torch.Tensor] = []
+
+        def hold(h: torch.Tensor) -> torch.Tensor:
+            held.append(h)
+            raise _Captured
+
+        with torch.no_grad(), self.edited(site, hold):
+            try:
+                self._forward(ids, mask, keep=1, cache=cache)
+            except _Captured:
+                pass
+        return held[0]
+
+    def activations(self, rendered: Sequence[Rendered], site: Site) -> list[torch.Tensor]:
+        """Each prompt's clean hidden states [T, D] at the site, fp32 on the CPU, one prompt at a time in memory."""
+
+        def run(rows: Sequence[int]) -> list[tuple[int, torch.Tensor]]:
+            ids, mask = left_pad([rendered[i].ids for i in rows], self.pad_id, self.device)
+            h = self.capture(site, ids, mask)
+            return [(i, h[b, -len(rendered[i].ids) :].float().cpu()) for b, i in enumerate(rows)]
+
+        found: dict[int, torch.Tensor] = {}
+        for pack in self.packs([len(r.ids) for r in rendered]):
+            found.update(halving(run, pack))
+        return [found[i] for i in range(len(rendered))]
+
+    def packs(self, lengths: Sequence[int], weight: int = 1) -> list[list[int]]:
+        return packs(lengths, batch_tokens=self.batch_tokens, pad_tolerance=self.pad_tolerance, weight=weight)
+
+    # -- speaking ------------------------------------------------------------------------------------------------------
+
+    def generate(self, requests: Sequence[Request], max_new_tokens: int) -> list[Completion]:
+        """Greedy completions, in order. Requests of one site share that site's trunk; order and packing change nothing."""
+        done: dict[int, Completion] = {}
+        sites = {r.edit.site if r.edit is not None else None for r in requests}
+        for site in sorted(sites, key=lambda s: -2 if s is None else s.layer_index):
+            if site is not None:
+                self.self_test(site)
+            mine = [i for i, r in enumerate(requests) if (r.edit.site if r.edit is not None else None) == site]
+            # decoding is bound by reading the weights: as many rows as the prefill's memory allows, padding or not
+            lengths = [len(requests[i].rendered.ids) + max_new_tokens for i in mine]
+            for pack in packs(lengths, batch_tokens=max(self.batch_tokens, 16384), pad_tolerance=0.5):
+                rows = [mine[p] for p in pack]
+                completions = halving(lambda some: self._generate([requests[i] for i in some], site, max_new_tokens), rows)
+                done.update(zip(rows, completions, strict=True))
+        return [done[i] for i in range(len(requests))]
+
+    @torch.inference_mode()
+    def _generate(self, requests: Sequence[Request], site: Site | None, max_new_tokens: int) -> list[Completion]:
+        ids, mask = left_pad([r.rendered.ids for r in requests], self.pad_id, self.device)
+        cache, logits, effective = self._prefill(requests, site, ids, mask)
+        rows = torch.arange(len(requests), device=self.device)
+        stops = torch.tensor(sorted(self.loaded.stop_ids), device=self.device)
+        written: list[list[int]] = [[] for _ in requests]
+        stopped = [False] * len(requests)
+        for step in range(max_new_tokens):
+            token = logits[:, -1].argmax(-1)
+            ended = torch.isin(token, stops)
+            for row, t, e in zip(rows.tolist(), token.tolist(), ended.tolist(), strict=True):
+                stopped[row] |= e
+                if not e:
+                    written[row].append(t)
+            if step + 1 == max_new_tokens or bool(ended.all()):
+                break
+            if bool(ended.any()):  # finished rows leave the batch
+                going = (~ended).nonzero().squeeze(1)
+                cache.batch_select_indices(going)
+                rows, token, mask = rows[going], token[going], mask[going]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+            logits = self._forward(token[:, None], mask, keep=1, cache=cache).logits
+        decode = self.loaded.tokenizer.decode
+        return [
+            Completion(decode(w, skip_special_tokens=True), tuple(w), s, *e)
+            for w, s, e in zip(written, stopped, effective, strict=True)
+        ]
+
+    def _prefill(
+        self, requests: Sequence[Request], site: Site | None, ids: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[DynamicCache, torch.Tensor, list[tuple[float | None, float | None]]]:
+        """KV cache and last logits of all rows; with an edit, the trunk runs once a prompt and the rest once a row."""
+        cache = DynamicCache(config=self.model.config)
+        if site is None:
+            return cache, self._forward(ids, mask, keep=1, cache=cache).logits, [(None, None)] * len(requests)
+        first: dict[tuple[int, ...], int] = {}
+        source = torch.tensor([first.setdefault(r.rendered.ids, len(first)) for r in requests], device=self.device)
+        unique_ids, unique_mask = left_pad(list(first), self.pad_id, self.device)
+        trunk = DynamicCache(config=self.model.config)
+        h = self.capture(site, unique_ids, unique_mask, cache=trunk)[source]
+        edited = add(h, stack([r.edit.delta for r in requests], h.shape[1], self.device))
+        change = (edited.float() - h.float()).flatten(1)
+        effective = list(zip(change.norm(dim=1).tolist(), change.abs().amax(1).tolist(), strict=True))
+        with self.edited(site, lambda _: edited, skip_trunk=True):
+            logits = self._forward(ids, mask, keep=1, cache=cache).logits
+        for index in range(site.layer_index + 1):
+            layer = trunk.layers[index]
+            layer.batch_select_indices(source)
+            cache.layers[index] = layer
+        return cache, logits, effective
+
+    # -- scoring -------------------------------------------------------------------------------------------------------
+
+    def nll(
+        self, rendered: Sequence[Rendered], answers: Sequence[Sequence[int]], edits: Sequence[Edit | None] | None = None
+    ) -> list[float | None]:
+        """Mean NLL (nats a token) of each answer after its prompt, teacher-forced, under its edit if it has one.
+
+        None for an empty answer or a non-finite result. Prompts' caches are computed once and equal questions asked once.
+        """
+        edits = [None] * len(answers) if edits is None else edits
+        asked: dict[tuple, int] = {}
+        for i, (r, a, e) in enumerate(zip(rendered, answers, edits, strict=True)):
+            if len(a):
+                asked.setdefault((r.ids, tuple(a), None if e is None else id(e)), i)
+        found: dict[tuple, float | None] = {}
+        sites = {None if edits[i] is None else edits[i].site for i in asked.values()}
+        for site in sorted(sites, key=lambda s: -2 if s is None else s.layer_index):
+            if site is not None:
+                self.self_test(site)
+            keys = [k for k, i in asked.items() if (None if edits[i] is None else edits[i].site) == site]
+            for pack in packs([len(k[0]) + len(k[1]) for k in keys], batch_tokens=max(self.batch_tokens, 8192), pad_tolerance=0.5):
+                mine = [keys[p] for p in pack]
+                values = halving(
+                    lambda some, site=site: self._nll(
+                        [Request(rendered[asked[k]], edits[asked[k]]) for k in some], [k[1] for k in some], site
+                    ),
+                    mine,
+                )
+                found.update(zip(mine, values, strict=True))
+        keys = ((r.ids, tuple(a), None if e is None else id(e)) for r, a, e in zip(rendered, answers, edits, strict=True))
+        return [found.get(k) for k in keys]
+
+    @torch.inference_mode()
+    def _nll(self, requests: Sequence[Request], answers: Sequence[Sequence[int]], site: Site | None) -> list[float | None]:
+        if site is None:  # the clean prompt's cache serves all of its answers
+            first: dict[tuple[int, ...], int] = {}
+            source = torch.tensor([first.setdefault(r.rendered.ids, len(first)) for r in requests], device=self.device)
+            unique, unique_mask = left_pad(list(first), self.pad_id, self.device)
+            cache = DynamicCache(config=self.model.config)
+            logits = self._forward(unique, unique_mask, keep=1, cache=cache).logits[source]
+            cache.batch_select_indices(source)
+            mask = unique_mask[source]
+        else:
+            ids, mask = left_pad([r.rendered.ids for r in requests], self.pad_id, self.device)
+            cache, logits, _ = self._prefill(requests, site, ids, mask)
+        tokens, real = right_pad(answers, self.pad_id, self.device)
+        if tokens.shape[1] > 1:
+            whole = torch.cat([mask, real[:, :-1]], 1)
+            rest = self._forward(tokens[:, :-1], whole, keep=tokens.shape[1] - 1, cache=cache).logits
+            logits = torch.cat([logits, rest], 1)
+        return [v if v == v and abs(v) != float("inf") else None for v in mean_nll(logits, tokens, real).tolist()]
+
+
+def mean_nll(logits: torch.Tensor, tokens: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Mean NLL [B] over each row's real tokens; logits [B, K, V] predict tokens [B, K]. In fp32."""
+    nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none").view_as(tokens)
+    return (nll * real).sum(1) / real.sum(1)
+
+
+def add(h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """h + δ, added in fp32 and rounded once to the model's dtype."""
+    return h + delta if h.dtype == delta.dtype else (h.float() + delta).to(h.dtype)
+
+
+def stack(deltas: Sequence[torch.Tensor], width: int, device: torch.device) -> torch.Tensor:
+    """Edits [T_i, D] as one [B, width, D] tensor, aligned on the right; padding positions get no edit."""
+    return torch.stack([nn.functional.pad(d.to(device), (0, 0, width - d.shape[0], 0)) for d in deltas])
+
+
+def _passing_through(as_tuple: bool) -> Callable:
+    def forward(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        return (hidden_states,) if as_tuple else hidden_states
+
+    return forward

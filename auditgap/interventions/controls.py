@@ -1,0 +1,44 @@
+"""Controls: edits as large as the attack's that do not aim. An attack counts for what it does beyond these.
+
+    matched(delta, seed=3)          # random signs on the attack's own magnitudes: same L∞, L2 and support
+
+A draw is named by (prompt id, site, budget, draw, seed), so that it is the same on every machine and in every order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from auditgap.types import digest
+
+
+def generator(seed: int, *names: object) -> torch.Generator:
+    """A torch generator seeded by the names of what it draws for."""
+    return torch.Generator().manual_seed(int(digest([seed, *map(str, names)], 12), 16))
+
+
+def uniform(n_tokens: int, width: int, radius: float, rng: torch.Generator) -> torch.Tensor:
+    """`random`: uniform in the ∞-ball (the paper's control; its L2 is 0.577 of a sign attack's)."""
+    return (torch.rand(n_tokens, width, generator=rng) * 2 - 1) * radius
+
+
+def matched(delta: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """`random_matched`: random signs on the attack's own magnitudes, so L∞, L2 and support are the attack's."""
+    return delta.abs() * (torch.randint(0, 2, delta.shape, generator=rng) * 2 - 1)
+
+
+def shuffled(deltas: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """`shuffled`: every prompt gets the edit of the prompt next in length, aligned at the prompt's end.
+
+    A single prompt has no other: its edit is rolled by one position instead, so that it is at least not its own.
+    """
+    if len(deltas) == 1:
+        return [deltas[0].roll(1, dims=0)]
+    order = sorted(range(len(deltas)), key=lambda i: (deltas[i].shape[0], i))
+    found: list[torch.Tensor] = list(deltas)
+    for here, other in zip(order, order[1:] + order[:1], strict=True):
+        n, theirs = deltas[here].shape[0], deltas[other]
+        found[here] = torch.nn.functional.pad(theirs[-n:], (0, 0, max(0, n - theirs.shape[0]), 0))
+    return found

@@ -1,0 +1,181 @@
+"""The latent attack: bounded PGD on the hidden states of one site, many prompts and budgets in one batch.
+
+    attack(engine, [Goal(rendered, target_ids, radii=(0.2, 0.6))], Site(15), PGD())
+
+finds for each goal and radius the δ [T, D] with ‖δ‖∞ ≤ radius that makes the target likeliest (or, for `maximise`, the
+least likely): zero start, sign gradient, step radius/4, projection after every step (paper, section 4 and appendix C.1).
+The blocks below the site run once; each step runs only the blocks above it, with logits only where the target stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from auditgap.engines.batching import halving, left_pad
+from auditgap.engines.hf import HFEngine, add, mean_nll
+from auditgap.errors import UsageError
+from auditgap.models import Rendered
+from auditgap.types import Budget, Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGD:
+    """How hard the search tries. The defaults are the paper's."""
+
+    steps: int = 10
+    step_share: float = 0.25  #: step size as a share of the radius
+    restarts: int = 1  #: beyond the first (zero) start, uniform random starts; the best final NLL wins
+    iterate: str = "last"  #: or "best": the iterate with the best NLL seen
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.restarts < 1 or not 0 < self.step_share <= 1:
+            raise UsageError("--steps and --restarts must be at least 1, and the step share in (0, 1].")
+        if self.iterate not in ("last", "best"):
+            raise UsageError(f"iterate must be last or best; {self.iterate!r} came.")
+
+
+@dataclass(frozen=True, eq=False)
+class Goal:
+    """One prompt, the token ids of the target, and the radii (absolute ∞-norms) to attack it with."""
+
+    rendered: Rendered
+    target: tuple[int, ...]
+    radii: tuple[float, ...]
+    maximise: bool = False
+    warm: tuple[torch.Tensor, ...] | None = None  #: starts [T, D], one a radius, instead of zero
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The attack's result for one goal and radius. `delta` [T, D] is fp32 on the CPU; not `finite`: a gradient was not."""
+
+    delta: torch.Tensor
+    nll_clean: float
+    nll_edited: float
+    finite: bool
+
+
+@dataclass(frozen=True)
+class Ball:
+    """What a site's clean activations h [T, D] say of one prompt: its norm and scales. Template positions are left out."""
+
+    h_norm: float  #: ‖h‖₂ over the user's own tokens
+    rms: float  #: root mean square over the user's own tokens
+    largest: float  #: max |h| over every prompt position, template included (what the paper's release scales by)
+
+    @classmethod
+    def of(cls, h: torch.Tensor, content: Sequence[bool]) -> Ball:
+        own = h[torch.tensor(content)].double()
+        return cls(own.norm().item(), own.pow(2).mean().sqrt().item(), h.abs().max().item())
+
+    def radius(self, budget: Budget) -> float:
+        """The budget as an absolute ∞-norm, rounded down to fp32 so that the projection cannot exceed it."""
+        scale = {"rms": self.rms, "max": self.largest, "absolute": 1.0}[budget.unit]
+        return torch.tensor(budget.size * scale, dtype=torch.float32).item()
+
+
+def attack(engine: HFEngine, goals: Sequence[Goal], site: Site, pgd: PGD) -> list[list[Found]]:
+    """Run the search for every goal; returns one Found a radius for each goal, in order. Packs by length as needed."""
+    engine.self_test(site)
+    found: dict[int, list[Found]] = {}
+    lengths = [len(g.rendered.ids) + len(g.target) for g in goals]
+    weight = max((len(g.radii) for g in goals), default=1) * pgd.restarts
+    for pack in engine.packs(lengths, weight):
+        by_target: dict[int, list[int]] = {}  # the target stands at the same columns in a batch
+        for i in pack:
+            by_target.setdefault(len(goals[i].target), []).append(i)
+        for rows in by_target.values():
+            found.update(zip(rows, halving(lambda some: _attack(engine, [goals[i] for i in some], site, pgd), rows), strict=True))
+    return [found[i] for i in range(len(goals))]
+
+
+def _attack(engine: HFEngine, goals: Sequence[Goal], site: Site, pgd: PGD) -> list[list[Found]]:
+    """The search on one batch: N goals, B = Σ radii × restarts rows, T prompt tokens, K target tokens, D width."""
+    device = engine.device
+    ids, mask = left_pad([(*g.rendered.ids, *g.target) for g in goals], engine.pad_id, device)  # [N, T + K]
+    k = len(goals[0].target)
+    clean = engine.capture(site, ids, mask)  # [N, T + K, D]
+    t = ids.shape[1] - k
+    sign = torch.tensor([1.0 if g.maximise else -1.0 for g in goals], device=device)
+
+    rows = [(n, r) for n, g in enumerate(goals) for r in range(len(g.radii)) for _ in range(pgd.restarts)]
+    source = torch.tensor([n for n, _ in rows], device=device)
+    radius = torch.tensor([goals[n].radii[r] for n, r in rows], device=device)[:, None, None]
+    on_prompt = mask[:, :t, None].float()[source]
+    delta = _starts(goals, rows, pgd, t, clean.shape[-1], device) * on_prompt
+
+    def loss(delta: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+        """Mean target NLL [B'] of the rows `of`, under their δ."""
+        hidden = torch.cat([add(clean[of, :t], delta), clean[of, t:]], 1)
+        logits = engine.logits_from(site, hidden, ids[of], mask[of], keep=k + 1)[:, :-1]
+        return mean_nll(logits, ids[of, t:], torch.ones_like(ids[of, t:]))
+
+    def gradient(delta: torch.Tensor, of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.enable_grad():
+            leaf = delta.detach().requires_grad_(True)
+            nll = loss(leaf, of)
+            return nll.detach(), torch.autograd.grad(nll.sum(), leaf)[0]
+
+    everyone = torch.arange(len(goals), device=device)
+    # at δ = 0 every budget sees the same gradient: it is computed once a prompt, and gives the clean NLL besides
+    nll_clean, gradient_at_zero = gradient(torch.zeros(len(goals), t, clean.shape[-1], device=device), everyone)
+    finite = torch.ones(len(rows), dtype=torch.bool, device=device)
+    best, best_nll = delta, torch.full((len(rows),), float("inf"), device=device)
+    cold = bool((delta == 0).all())
+    for step in range(pgd.steps):
+        if step == 0 and cold:
+            nll, grad = nll_clean[source], gradient_at_zero[source]
+        else:
+            nll, grad = gradient(delta, source)
+        finite &= torch.isfinite(grad).flatten(1).all(1) & torch.isfinite(nll)
+        if pgd.iterate == "best":
+            best, best_nll = _better(best, best_nll, delta, -sign[source] * nll)
+        moved = delta + sign[source, None, None] * (pgd.step_share * radius) * grad.sign()
+        moved = torch.minimum(torch.maximum(moved, -radius), radius) * on_prompt
+        delta = torch.where(finite[:, None, None], moved, delta)  # a row with a broken gradient stays where it was
+    with torch.no_grad():
+        nll = loss(delta, source)
+    score = -sign[source] * nll
+    if pgd.iterate == "best":
+        delta, score = _better(best, best_nll, delta, score)
+    return _collect(goals, rows, delta, -sign[source] * score, score, nll_clean, finite)
+
+
+def _starts(
+    goals: Sequence[Goal], rows: Sequence[tuple[int, int]], pgd: PGD, t: int, width: int, device: torch.device
+) -> torch.Tensor:
+    """Starting δ [B, T, D]: zero (or the goal's warm start) for the first restart, uniform in the ball for the others."""
+    starts = torch.zeros(len(rows), t, width)
+    for b, (n, r) in enumerate(rows):
+        goal, length = goals[n], len(goals[n].rendered.ids)
+        if b % pgd.restarts:
+            generator = torch.Generator().manual_seed(pgd.seed * 1_000_003 + b % pgd.restarts)
+            starts[b, t - length :] = (torch.rand(length, width, generator=generator) * 2 - 1) * goal.radii[r]
+        elif goal.warm is not None:
+            starts[b, t - length :] = goal.warm[r].clamp(-goal.radii[r], goal.radii[r])
+    return starts.to(device)
+
+
+def _better(
+    best: torch.Tensor, best_score: torch.Tensor, delta: torch.Tensor, score: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    wins = score < best_score
+    return torch.where(wins[:, None, None], delta, best), torch.where(wins, score, best_score)
+
+
+def _collect(
+    goals: Sequence[Goal], rows: Sequence[tuple[int, int]], delta: torch.Tensor, nll: torch.Tensor, score: torch.Tensor,
+    nll_clean: torch.Tensor, finite: torch.Tensor,
+) -> list[list[Found]]:  # fmt: skip
+    """Per goal and radius the restart with the best score; δ without its padding."""
+    found: list[dict[int, tuple[float, Found]]] = [{} for _ in goals]
+    for b, (n, r) in enumerate(rows):
+        value = score[b].item()
+        if r not in found[n] or value < found[n][r][0]:
+            own = delta[b, delta.shape[1] - len(goals[n].rendered.ids) :].float().cpu().clone()
+            found[n][r] = (value, Found(own, nll_clean[n].item(), nll[b].item(), bool(finite[b])))
+    return [[f[r][1] for r in sorted(f)] for f in found]

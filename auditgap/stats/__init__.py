@@ -1,0 +1,34 @@
+"""Pure numbers: scores, rates and distances, each with an interval that says how far to trust it. No pandas, no torch.
+
+    >>> from auditgap import stats
+    >>> stats.wilson(4, 24)
+    Interval(estimate=0.16666666666666666, lo=0.06678676328632954, hi=0.3585307064969906)
+
+Values are fp64 arrays in which nan (or None) means "could not be scored". It is left out of an estimate, never turned
+into 0, and what cannot be estimated at all is None. Confidence is 95 % and all resampling is seeded unless told otherwise.
+"""
+
+from auditgap.stats.intervals import (
+    Interval,
+    bootstrap,
+    detectable_difference,
+    paired_difference,
+    rogan_gladen,
+    wilson,
+)
+from auditgap.stats.vulnerability import AuditGap, KaplanMeier, asr_envelope, audit_gap, kaplan_meier, lvs
+
+__all__ = [
+    "AuditGap",
+    "Interval",
+    "KaplanMeier",
+    "asr_envelope",
+    "audit_gap",
+    "bootstrap",
+    "detectable_difference",
+    "kaplan_meier",
+    "lvs",
+    "paired_difference",
+    "rogan_gladen",
+    "wilson",
+]

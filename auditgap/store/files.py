@@ -1,0 +1,161 @@
+"""Bytes that are on the disk whole or not at all.
+
+    write_bytes(Path("out/run.json"), b"{}")              # tmp beside it, fsync, rename: a reader never sees half a file
+    set_aside(Path("out/cells/9c1e…"))                    # out/cells/9c1e….1.corrupt: kept for whoever wants to look
+
+Temporary names carry host and process (`.run.json.node7.4242-1f3a….tmp`), so that a later run can tell the leavings of a
+dead process from the work of a live one.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from auditgap.errors import AuditgapError
+
+PRIVATE = 0o600  #: mode of files that can hold prompts or completions
+PRIVATE_FOLDER = 0o700
+HOST = socket.gethostname()
+
+_HOST_IN_NAMES = re.sub(r"[^A-Za-z0-9-]", "_", HOST)
+_TMP = re.compile(r"^\..+\.(?P<host>[A-Za-z0-9_-]+)\.(?P<pid>\d+)-[0-9a-f]+\.tmp$")
+_ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EROFS: "make the file system writable or choose another folder",
+    errno.EACCES: "check the folder's permissions or choose another folder",
+    errno.EPERM: "check the folder's permissions or choose another folder",
+    errno.EIO: "check the disk",
+}
+
+
+class DiskError(AuditgapError):
+    """The disk said no (full, over quota, read-only): a sweep stops here, because every other cell would fail too."""
+
+
+@contextmanager
+def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turn the operating system's refusal to write `path` (`needed` bytes) into a sentence (`DiskError`)."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _ADVICE:
+            raise
+        raise DiskError(
+            f"Could not write {path} ({needed:,} bytes needed): {os.strerror(error.errno)}. What was finished before is "
+            f"intact; {_ADVICE[error.errno]}, then run the same command again."
+        ) from error
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def to_json(value: Any) -> bytes:
+    """JSON in ASCII (a lone surrogate survives as an escape); NaN and infinity raise ValueError: they are no JSON."""
+
+    def plain(x: Any) -> Any:  # numpy scalars become numbers, paths and the like their text
+        return x.item() if hasattr(x, "item") else str(x)
+
+    return (json.dumps(value, ensure_ascii=True, allow_nan=False, indent=1, default=plain) + "\n").encode("ascii")
+
+
+def read_json(path: Path) -> Any | None:
+    """The parsed file; None when it is absent, torn or no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def temporary(path: Path) -> Path:
+    """A name beside `path` that no other process uses and that says who made it."""
+    return path.with_name(f".{path.name}.{_HOST_IN_NAMES}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def write_new(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Create `path` with `data` and fsync it (not atomic by itself: for files inside a temporary folder)."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with open(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_bytes(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Replace `path` by `data` atomically and durably. Raises DiskError."""
+    tmp = temporary(path)
+    with disk_errors(path, len(data)):
+        try:
+            write_new(tmp, data, mode)
+            os.replace(tmp, path)
+            sync_folder(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                tmp.unlink()
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable; file systems that cannot (some network ones) are left alone."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a torn file or folder to `<name>.<n>.corrupt` and return the new path. Raises DiskError."""
+    n = 1
+    while (aside := path.with_name(f"{path.name}.{n}.corrupt")).exists():
+        n += 1
+    with disk_errors(aside):
+        os.rename(path, aside)
+    return aside
+
+
+def alive(pid: int) -> bool:
+    """Whether a process with this id runs on this host."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OverflowError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def clean_stale(folder: Path) -> int:
+    """Delete temporaries whose maker is dead on this host; those of other hosts may be in use, so they stay."""
+    stale = []
+    for path in folder.glob(".*.tmp"):
+        name = _TMP.match(path.name)
+        if name and name["host"] == _HOST_IN_NAMES and not alive(int(name["pid"])):
+            stale.append(path)
+    for path in stale:
+        remove(path)
+    return len(stale)

@@ -1,0 +1,405 @@
+"""`RunFolder`, the one door to a run's results (layout and an example: `auditgap.store`)."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import safetensors
+import safetensors.numpy
+
+from auditgap.errors import UsageError
+from auditgap.store import files, tables
+from auditgap.store.lock import hold, holder
+from auditgap.store.session import check_config, joined_info, new_session
+from auditgap.types import Cell, Row
+
+SCHEMA = 1
+_SORT = ("subject", "layer_index", "unit", "eps", "attack", "draw", "prompt_id")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Where a run stands. Counts are cells; `corrupt` counts what was set aside or is torn now; times are in seconds."""
+
+    planned: int
+    finished: int
+    failed: int
+    running: dict[str, Any] | None  #: the holder of the lock: pid, host, command, since
+    corrupt: int
+    seconds: float  #: compute of the finished cells, summed over workers
+    eta_seconds: float | None  #: None: nothing left, or nothing finished to judge by
+    last_write: datetime | None
+
+
+class RunFolder:
+    """A run's folder. Picklable, so a worker process can be handed one; only the process that drives takes `lock`."""
+
+    def __init__(self, path: Path, run: dict[str, Any], warnings: Sequence[str] = (), break_lock: bool = False) -> None:
+        self.path = path
+        self.run = run
+        self.warnings = list(warnings)  #: sentences about drift against the session before
+        self._break_lock = break_lock
+
+    # ------------------------------------------------------------------ open
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike[str], *, config: Mapping, info: Mapping, break_lock: bool = False
+    ) -> RunFolder:
+        """Create the folder, or resume the one that is there.
+
+        `config` is what affects numbers: on a folder made with another one this raises UsageError with the difference
+        field by field, and changes nothing. `info` (versions, command, seeds, warnings) is refreshed, never compared;
+        versions that differ from the session before become `.warnings`. Leavings of dead processes are cleaned.
+        Raises UsageError (another writer, no folder, newer schema) and DiskError.
+        """
+        folder = cls(Path(path), {}, break_lock=break_lock)
+        if folder.path.exists() and not folder.path.is_dir():
+            raise UsageError(f"{folder.path} is a file; a run needs a folder of its own. Choose another name.")
+        with files.disk_errors(folder.path):
+            folder.path.mkdir(parents=True, exist_ok=True)
+        folder._resume_from(config)  # a refusal comes before anything is touched
+        with folder.lock():
+            old = folder._resume_from(config)
+            session, folder.warnings = new_session(old.get("sessions", []), info)
+            folder.run = {
+                "schema": SCHEMA,
+                "config": old.get("config") or check_config({}, config),
+                "info": joined_info(old.get("info", {}), info),
+                "sessions": [*old.get("sessions", []), session],
+            }
+            files.write_bytes(folder.path / "run.json", files.to_json(folder.run))
+            for name, mode in (("cells", 0o777), ("generations", files.PRIVATE_FOLDER), ("scratch", files.PRIVATE_FOLDER)):
+                with files.disk_errors(folder.path / name):
+                    (folder.path / name).mkdir(mode=mode, exist_ok=True)
+                files.clean_stale(folder.path / name)
+            files.clean_stale(folder.path)
+        return folder
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """Open for reading. Raises UsageError when it is no run folder, or one of a newer schema."""
+        folder = Path(path)
+        if not (folder / "run.json").is_file():
+            raise UsageError(f"{folder} is no run folder (it has no run.json). Give the folder that an audit wrote.")
+        return cls(folder, _read_run(folder))
+
+    def _resume_from(self, config: Mapping) -> dict[str, Any]:
+        """What run.json holds ({} in a new folder), once `config` is seen to agree with it."""
+        if (self.path / "run.json").exists():
+            run = _read_run(self.path)
+            check_config(run["config"], config, self.path)
+            return run
+        strangers = [p.name for p in self.path.iterdir() if p.name != "lock.json" and not p.name.startswith(".")]
+        if strangers:
+            raise UsageError(
+                f"{self.path} holds other files ({sorted(strangers)[0]}, {len(strangers)} in all) and no run.json. "
+                "Choose a new or an empty folder."
+            )
+        return {}
+
+    def lock(self) -> AbstractContextManager[None]:
+        """One writer: a second one raises UsageError that names the holder. `open` first, then `lock`."""
+        return hold(self.path, break_lock=self._break_lock)
+
+    # ------------------------------------------------------------------ plan
+
+    def plan(self, cells: Iterable[Cell]) -> None:
+        """Add cells to plan.json; a cell that is there already (by key) is not added twice."""
+        plan = {entry["key"]: entry for entry in self.planned()}
+        before = len(plan)
+        for cell in cells:
+            plan.setdefault(cell.key, {"key": cell.key, "cell": str(cell), "description": cell.describe()})
+        if len(plan) == before and before:
+            return
+        path = self.path / "plan.json"
+        if path.exists() and files.read_json(path) is None:
+            files.set_aside(path)
+        files.write_bytes(path, files.to_json(list(plan.values())))
+
+    def planned(self) -> list[dict[str, Any]]:
+        """The planned cells: {"key", "cell", "description"}, in the order they were planned."""
+        return files.read_json(self.path / "plan.json") or []
+
+    # ----------------------------------------------------------------- cells
+
+    def _cell(self, key: str) -> Path:
+        if not _NAME.fullmatch(key):
+            raise UsageError(f"A cell key is letters and digits such as 9c1e…; {key[:40]!r} came.")
+        return self.path / "cells" / key
+
+    def _look(self, key: str) -> tuple[str, dict[str, Any], bytes]:
+        """("absent" | "torn" | "failed" | "retrying" | "done", record, bytes of rows.parquet); changes nothing."""
+        folder = self._cell(key)
+        if not folder.exists():
+            return "absent", {}, b""
+        record = files.read_json(folder / "record.json")
+        if not isinstance(record, dict) or record.get("status") not in ("done", "failed", "retrying"):
+            return "torn", {}, b""
+        if record["status"] != "done":
+            return record["status"], record, b""
+        try:
+            data = (folder / "rows.parquet").read_bytes()
+        except OSError:
+            return "torn", record, b""
+        return ("done", record, data) if files.sha256(data) == record.get("sha256") else ("torn", record, b"")
+
+    def is_finished(self, key: str) -> bool:
+        """Whether the record says done and the rows' checksum agrees. A torn cell is set aside (`*.corrupt`): False."""
+        state, _, _ = self._look(key)
+        if state == "torn":
+            files.set_aside(self._cell(key))
+        return state == "done"
+
+    def write(
+        self,
+        cell: Cell,
+        rows: Sequence[Any],
+        *,
+        generations: Sequence[Mapping[str, Any]] = (),
+        seconds: float,
+        info: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Store a finished cell: all of it or nothing. A cell that is finished already stays as it is.
+
+        `rows` are instances of one flat dataclass (`Row` or an audit's own), `generations` mappings that may hold text,
+        `seconds` what the cell took, `info` anything JSON for its record. Raises DiskError, ValueError.
+        """
+        if self.is_finished(cell.key):
+            return
+        row_type = type(rows[0]) if rows else Row
+        data = tables.to_bytes(tables.rows_to_table(rows, row_type))
+        texts = None
+        if generations:
+            text_bytes = tables.to_bytes(tables.mappings_to_table(generations))
+            files.write_bytes(self._generations(cell.key), text_bytes, files.PRIVATE)
+            texts = {"sha256": files.sha256(text_bytes), "n": len(generations)}
+        record = self._record(cell, "done") | {
+            "sha256": files.sha256(data),
+            "n_rows": len(rows),
+            "row_type": row_type.__name__,
+            "seconds": float(seconds),
+            "generations": texts,
+            "info": dict(info or {}),
+        }
+        self._place(cell.key, {"rows.parquet": data, "record.json": files.to_json(record)})
+
+    def fail(self, cell: Cell, cause: str, *, retry: bool = False) -> None:
+        """Record an attempt that did not finish: the cause in one line, never text of a prompt.
+
+        `retry`: it will be tried again by whoever calls, so it is no entry of `failures()` yet. A finished cell stays.
+        """
+        if self.is_finished(cell.key):
+            return
+        record = self._record(cell, "retrying" if retry else "failed") | {"cause": _one_line(cause)}
+        self._place(cell.key, {"record.json": files.to_json(record)})
+
+    def failures(self) -> dict[str, dict[str, Any]]:
+        """The failed cells' records by key."""
+        return {key: record for key, state, record, _ in self._all() if state == "failed"}
+
+    def _record(self, cell: Cell, status: str) -> dict[str, Any]:
+        _, before, _ = self._look(cell.key)
+        return {
+            "schema": SCHEMA,
+            "status": status,
+            "key": cell.key,
+            "cell": str(cell),
+            "description": cell.describe(),
+            "attempts": int(before.get("attempts", 0)) + 1,
+            "session": len(self.run.get("sessions", [])) - 1,
+            "written": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        }
+
+    def _place(self, key: str, contents: Mapping[str, bytes]) -> None:
+        """Rename a whole new folder into cells/<key>; what a failure left there makes way."""
+        final = self._cell(key)
+        tmp, old = files.temporary(final), files.temporary(final)
+        with files.disk_errors(final, sum(map(len, contents.values()))):
+            try:
+                tmp.mkdir()
+                for name, data in contents.items():
+                    files.write_new(tmp / name, data)
+                files.sync_folder(tmp)
+                while True:
+                    if final.exists() and not self.is_finished(key) and final.exists():
+                        os.rename(final, old)
+                    elif final.exists():
+                        return  # another worker finished the cell first: the same numbers, so theirs stay
+                    try:
+                        os.rename(tmp, final)
+                        break
+                    except OSError:  # somebody was quicker between the look and the rename: look again
+                        if not final.exists():
+                            raise
+                        files.remove(old)
+                files.sync_folder(final.parent)
+            finally:
+                files.remove(tmp)
+                files.remove(old)
+
+    def _all(self) -> Iterable[tuple[str, str, dict[str, Any], bytes]]:
+        """(key, state, record, rows.parquet) of every cell on disk, sorted by key."""
+        with suppress(FileNotFoundError):
+            for name in sorted(os.listdir(self.path / "cells")):
+                if not name.startswith(".") and not name.endswith(".corrupt"):
+                    yield name, *self._look(name)
+
+    # ------------------------------------------------------------------ read
+
+    def rows(self, attacks: Collection[str] | None = None) -> pd.DataFrame:
+        """All finished cells' rows (of these attacks), sorted by subject, layer, unit, eps, attack, draw, prompt.
+
+        What is null in the store is null here (NaN in numbers, None in texts and booleans), never 0. Integer columns
+        that may be null are float64, so that dtypes do not depend on which cells are there.
+        """
+        frames = []
+        for _, state, record, data in self._all():
+            if state == "done" and (attacks is None or record["description"]["attack"] in attacks):
+                frames.append(tables.to_frame(tables.from_bytes(data)))
+        frames = [f for f in frames if len(f)] or frames[:1] or [tables.to_frame(tables.schema_of(Row).empty_table())]
+        table = pd.concat(frames, ignore_index=True)
+        by = [name for name in _SORT if name in table.columns]
+        return table.sort_values(by, kind="stable", na_position="first", ignore_index=True) if by else table
+
+    def records(self) -> list[dict[str, Any]]:
+        """The finished cells' records, sorted by key."""
+        return [record for _, state, record, _ in self._all() if state == "done"]
+
+    def _generations(self, key: str) -> Path:
+        return self.path / "generations" / f"{self._cell(key).name}.parquet"
+
+    def generations(self, key: str) -> pd.DataFrame:
+        """Prompts and completions of a finished cell. Raises UsageError when there are none, or they are torn."""
+        path = self._generations(key)
+        state, record, _ = self._look(key)
+        if state != "done" or not record.get("generations"):
+            raise UsageError(f"Cell {key} has no stored generations in {self.path}.")
+        data = path.read_bytes() if path.exists() else b""
+        if files.sha256(data) != record["generations"]["sha256"]:
+            raise UsageError(
+                f"{path} is missing or torn. Delete {self._cell(key)} and run the same command again to make it anew."
+            )
+        return tables.to_frame(tables.from_bytes(data))
+
+    def status(self) -> RunStatus:
+        """Counts and time left; safe to call beside a running writer."""
+        cells = list(self._all())
+        done = [record for _, state, record, _ in cells if state == "done"]
+        failed = sum(state == "failed" for _, state, _, _ in cells)
+        planned = len(self.planned())
+        running = holder(self.path)
+        seconds = sum(record["seconds"] for record in done)
+        left = max(0, planned - len(done) - failed)
+        eta = None
+        if done and left and running:  # the pace of this session, which counts how many workers there are
+            since = datetime.fromisoformat(running["since"])
+            fresh = sum(datetime.fromisoformat(record["written"]) >= since for record in done)
+            eta = left * (datetime.now(UTC) - since).total_seconds() / fresh if fresh else None
+        elif done and left:
+            eta = left * seconds / len(done)
+        return RunStatus(
+            planned=planned,
+            finished=len(done),
+            failed=failed,
+            running=running,
+            corrupt=sum(state == "torn" for _, state, _, _ in cells) + len(list(self.path.glob("**/*.corrupt"))),
+            seconds=seconds,
+            eta_seconds=eta if eta is None else max(0.0, eta),
+            last_write=max((datetime.fromisoformat(record["written"]) for record in done), default=None),
+        )
+
+    # --------------------------------------------------------------- scratch
+
+    def _scratch(self, name: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise UsageError(f"A scratch name is a hash (letters, digits, . _ -); {name[:40]!r} came.")
+        return self.path / "scratch" / f"{name}.safetensors"
+
+    def remember(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """The arrays stored under `name`, or what `compute` gives, stored first: how work inside a cell survives a kill.
+
+        `compute` returns arrays (or CPU tensors) by name; both ways give equal, writable arrays. A torn file is set
+        aside and computed again. Name it by a hash of everything that the arrays depend on. Raises DiskError.
+        """
+        path = self._scratch(name)
+        if path.exists():
+            arrays = _read_arrays(path)
+            if arrays is not None:
+                return arrays
+            files.set_aside(path)
+        arrays = {key: np.array(value, order="C") for key, value in compute().items()}
+        data = safetensors.numpy.save(arrays, metadata={"sha256": _checksum(arrays)})
+        files.write_bytes(path, data, files.PRIVATE)
+        return arrays
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Delete scratch arrays whose cells are written; unknown names are no error."""
+        for name in names:
+            files.remove(self._scratch(name))
+
+    # --------------------------------------------------------------- outputs
+
+    def _output(self, name: str) -> Path:
+        if not _NAME.fullmatch(name) or name in ("run.json", "plan.json", "lock.json"):
+            raise UsageError(f"An output is a plain file name in the run folder; {name[:80]!r} came.")
+        return self.path / name
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write DIR/<name> atomically as UTF-8; a lone surrogate becomes its escape. Returns the path."""
+        path = self._output(name)
+        files.write_bytes(path, text.encode("utf-8", "backslashreplace"))
+        return path
+
+    def write_table(self, name: str, frame: pd.DataFrame) -> Path:
+        """Write DIR/<name> (.parquet, .csv with formulas made inert, or .md) atomically, nothing rounded."""
+        path = self._output(name)
+        if path.suffix == ".parquet":
+            files.write_bytes(path, tables.to_bytes(tables.frame_to_table(frame)))
+            return path
+        if path.suffix not in (".csv", ".md"):
+            raise UsageError(f"A table is written as .parquet, .csv or .md; {name!r} came.")
+        return self.write_text(name, tables.to_csv(frame) if path.suffix == ".csv" else tables.to_markdown(frame))
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    run = files.read_json(folder / "run.json")
+    if not isinstance(run, dict) or not isinstance(run.get("config"), dict) or not isinstance(run.get("schema"), int):
+        raise UsageError(f"{folder / 'run.json'} cannot be read as a run's description. Use a new folder.")
+    if run["schema"] > SCHEMA:
+        raise UsageError(
+            f"{folder} was written by a newer auditgap (schema {run['schema']}; this one reads up to {SCHEMA}). "
+            "Upgrade: pip install -U auditgap"
+        )
+    return run
+
+
+def _one_line(cause: str) -> str:
+    line = next((part.strip() for part in cause.splitlines() if part.strip()), "no cause given")
+    return "".join(c if c.isprintable() else "?" for c in line)[:300]
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    parts = [f"{key}:{a.dtype.str}:{a.shape}:{files.sha256(a.tobytes())}" for key, a in sorted(arrays.items())]
+    return files.sha256("\n".join(parts).encode("utf-8", "surrogatepass"))
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays, or None when the file is torn: it does not parse, or its checksum disagrees."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            arrays = {key: np.array(file.get_tensor(key), order="C") for key in file.keys()}  # noqa: SIM118
+            stored = (file.metadata() or {}).get("sha256")
+    except (safetensors.SafetensorError, OSError, ValueError):
+        return None
+    return arrays if stored == _checksum(arrays) else None

@@ -1,0 +1,88 @@
+"""One writer a run folder: an OS lock that dies with its process, and a note beside it that says who holds it.
+
+    with hold(Path("out")):     # a second writer gets: "out is being written by process 4242 on node7 (auditgap run …)"
+        …
+
+The OS lock is trusted on one host. A note left by *another* host is never overruled silently: on a shared file system
+the lock may not travel, so `--break-lock` has to be said.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from auditgap.errors import UsageError
+from auditgap.store.files import HOST, alive, disk_errors, read_json, to_json, write_bytes
+
+
+def holder(folder: Path) -> dict[str, Any] | None:
+    """Who writes the folder now: {"pid", "host", "command", "since"}; None when nobody does, as far as this host can see."""
+    note = _note(folder)
+    if note is None or (note["host"] == HOST and not alive(note["pid"])):
+        return None
+    return note
+
+
+@contextmanager
+def hold(folder: Path, *, break_lock: bool = False) -> Iterator[None]:
+    """Hold the folder's lock. Raises UsageError naming the holder when another process has it, DiskError."""
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        with disk_errors(folder / ".lock"):
+            lock.acquire()
+    except filelock.Timeout:
+        note = holder(folder)
+        if not break_lock or (note is not None and note["host"] == HOST):
+            raise UsageError(_refusal(folder, note, "Wait for it, stop it, or choose another folder")) from None
+        (folder / ".lock").unlink(missing_ok=True)  # the dead host's lock stays on the file that we take out of the way
+        lock = filelock.FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    try:
+        note = _note(folder)
+        if note is not None and note["host"] != HOST and not break_lock:
+            raise UsageError(_refusal(folder, note, "If that process is gone for certain, add --break-lock"))
+        me = {"pid": os.getpid(), "host": HOST, "command": _command(), "since": _now()}
+        write_bytes(folder / "lock.json", to_json(me))
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                (folder / "lock.json").unlink()
+    finally:
+        lock.release()
+
+
+def _note(folder: Path) -> dict[str, Any] | None:
+    note = read_json(folder / "lock.json")
+    return note if isinstance(note, dict) and isinstance(note.get("pid"), int) and "host" in note else None
+
+
+def _refusal(folder: Path, note: dict[str, Any] | None, advice: str) -> str:
+    if note is None:
+        return f"{folder} is locked by a process that left no name. {advice}; when nothing runs, add --break-lock."
+    return (
+        f"{folder} is being written by process {note['pid']} on {note['host']} since {note.get('since')} "
+        f"({note.get('command')}). {advice}."
+    )
+
+
+def _command() -> str:
+    """Program and leading words of the command; options are left out, they can hold keys."""
+    words = [Path(sys.argv[0] or "python").name]
+    for word in sys.argv[1:]:
+        if word.startswith("-"):
+            break
+        words.append(word)
+    return " ".join(words)[:120]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

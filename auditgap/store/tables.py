@@ -1,0 +1,143 @@
+"""Dataclasses and mappings to parquet and back, with null kept null and every text kept byte for byte.
+
+    schema_of(Row)                          # layer_index: int64, subject: string not null, …
+    table = rows_to_table([Row(…), …]);     frame = to_frame(from_bytes(to_bytes(table)))
+
+Parquet text is UTF-8, which has no lone surrogates; models emit them. A text column that holds one is stored as bytes
+(UTF-8 with the surrogates passed through) and marked, and `to_frame` gives the same text back.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from enum import Enum
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+_PASSED = {b"text": b"utf-8, lone surrogates passed through"}
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def missing(value: Any) -> bool:
+    """None, NaN, pandas' NA or NaT."""
+    return value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and value != value)
+
+
+def schema_of(row_type: type) -> pa.Schema:
+    """The parquet schema of a row dataclass: its annotations, nullable where they say `| None`.
+
+    Raises TypeError for an annotation that is not str, int, float, bool, an enum of str, or one of these `| None`.
+    """
+    hints = typing.get_type_hints(row_type)
+    return pa.schema([_field(row_type, f.name, hints[f.name]) for f in fields(row_type)])
+
+
+def _field(row_type: type, name: str, hint: Any) -> pa.Field:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    inner = [str if isinstance(o, type) and issubclass(o, str) and issubclass(o, Enum) else o for o in options]
+    inner = [str if typing.get_origin(o) is typing.Literal else o for o in inner if o is not types.NoneType]
+    if len(inner) != 1 or inner[0] not in _TYPES:
+        raise TypeError(f"{row_type.__name__}.{name}: a row holds str, int, float or bool (or | None), not {hint}.")
+    return pa.field(name, _TYPES[inner[0]], nullable=types.NoneType in options)
+
+
+def rows_to_table(rows: Sequence[Any], row_type: type) -> pa.Table:
+    """One table row a dataclass instance. NaN is stored as null. Raises ValueError for null in a column without `| None`."""
+    columns = []
+    for field in schema_of(row_type):
+        values = [getattr(row, field.name) for row in rows]
+        if field.type == pa.float64():
+            values = [None if v is None or (v := float(v)) != v else v for v in values]  # numpy's NaN too
+        if not field.nullable and any(v is None for v in values):
+            raise ValueError(f"{row_type.__name__}.{field.name} may not be None (or NaN).")
+        columns.append(_column(field.name, values, field.type, field.nullable))
+    return _assemble(columns)
+
+
+def mappings_to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """One table row a mapping; columns are the keys in order of first use, a missing key is null."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return _assemble([_column(name, [row.get(name) for row in rows], None, True) for name in names])
+
+
+def frame_to_table(frame: pd.DataFrame) -> pa.Table:
+    """A frame without its index, null where pandas has none."""
+    columns = []
+    for name, series in frame.items():
+        try:
+            array = pa.Array.from_pandas(series)
+            columns.append((pa.field(str(name), array.type), array))
+        except UnicodeEncodeError:
+            columns.append(_column(str(name), [None if missing(v) else v for v in series], pa.string(), True))
+    return _assemble(columns)
+
+
+def _column(name: str, values: list, type_: pa.DataType | None, nullable: bool) -> tuple[pa.Field, pa.Array]:
+    try:
+        array = pa.array(values, type_)
+        return pa.field(name, array.type, nullable), array
+    except UnicodeEncodeError:
+        encoded = [None if v is None else v.encode("utf-8", "surrogatepass") for v in values]
+        return pa.field(name, pa.binary(), nullable, metadata=_PASSED), pa.array(encoded, pa.binary())
+
+
+def _assemble(columns: list[tuple[pa.Field, pa.Array]]) -> pa.Table:
+    return pa.Table.from_arrays([array for _, array in columns], schema=pa.schema([field for field, _ in columns]))
+
+
+def to_bytes(table: pa.Table) -> bytes:
+    """The parquet file: the same table gives the same bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def from_bytes(data: bytes) -> pa.Table:
+    return pq.read_table(pa.BufferReader(data))
+
+
+def to_frame(table: pa.Table) -> pd.DataFrame:
+    """A frame whose dtypes depend on the schema alone: nullable int → float64 with NaN, nullable bool → object with None."""
+    columns = {}
+    for field in table.schema:
+        column = table.column(field.name)
+        if (field.metadata or {}).get(b"text") == _PASSED[b"text"]:
+            values = [None if v is None else v.decode("utf-8", "surrogatepass") for v in column.to_pylist()]
+            columns[field.name] = pd.Series(values, dtype=object)
+        elif pa.types.is_string(field.type) or pa.types.is_nested(field.type):
+            columns[field.name] = pd.Series(column.to_pylist(), dtype=object)
+        elif field.nullable and pa.types.is_boolean(field.type):
+            columns[field.name] = pd.Series(column.to_pylist(), dtype=object)
+        elif field.nullable and pa.types.is_integer(field.type):
+            columns[field.name] = column.cast(pa.float64()).to_pandas()
+        else:
+            columns[field.name] = column.to_pandas()
+    return pd.DataFrame(columns, columns=table.schema.names)
+
+
+def to_csv(frame: pd.DataFrame) -> str:
+    """CSV with full precision; text that a spreadsheet would run as a formula gets a leading apostrophe."""
+
+    def inert(value: Any) -> Any:
+        return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+
+    texts = {name: series.map(inert) for name, series in frame.items() if not pd.api.types.is_numeric_dtype(series)}
+    return frame.assign(**texts).to_csv(index=False, lineterminator="\n")
+
+
+def to_markdown(frame: pd.DataFrame) -> str:
+    """A pipe table, values as they are stored, nothing where there is none."""
+
+    def cell(value: Any) -> str:
+        return "" if missing(value) else str(value).replace("|", "\\|").replace("\n", " ")
+
+    lines = [list(map(str, frame.columns)), ["---"] * frame.shape[1]]
+    lines += [[cell(value) for value in row] for row in frame.astype(object).itertuples(index=False)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
