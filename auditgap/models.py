@@ -13,11 +13,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +65,82 @@ class Rendered:
     content: tuple[bool, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Chat:
+    """How a subject is spoken to: its tokenizer, and its own chat template unless the user named another (or `none`)."""
+
+    name: str
+    tokenizer: Any
+    template: str | None = None
+
+    def render(self, prompt: Prompt) -> Rendered:
+        """The prompt through the tokenizer's own chat template, up to where the answer starts.
+
+        Raises UsageError when the tokenizer has no chat template: a guessed one would audit another model.
+        """
+        if self.template == "none":
+            text = prompt.text
+        else:
+            if self.template is None and not getattr(self.tokenizer, "chat_template", None):
+                raise UsageError(
+                    f"The tokenizer of {self.name} has no chat template, and guessing one would audit another model. "
+                    "Pass --chat-template FILE (a Jinja template), or --chat-template none to send prompts as they are."
+                )
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt.text}],
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,  # reasoning families would otherwise answer inside a thinking block
+            )
+        encoded = self.tokenizer(
+            text, add_special_tokens=self.template == "none", return_offsets_mapping=self.tokenizer.is_fast
+        )
+        ids = tuple(encoded["input_ids"])
+        if not ids:
+            raise UsageError(f"Prompt {prompt.id} has no tokens after rendering; drop it from the prompt set.")
+        return Rendered(prompt, ids, self._content(prompt, text, ids, encoded.get("offset_mapping")))
+
+    def _content(self, prompt: Prompt, text: str, ids: Sequence[int], offsets: Any) -> tuple[bool, ...]:
+        """Which tokens are the user's own words; all but BOS when the template has changed them beyond recognition."""
+        words = prompt.text.strip()
+        start = text.rfind(words) if words else -1
+        if offsets is not None and start >= 0:
+            end = start + len(words)
+            inside = tuple(a < end and b > start and b > a for a, b in offsets)
+            if any(inside):
+                return inside
+        special = set(self.tokenizer.all_special_ids)
+        inside = tuple(i not in special for i in ids)
+        return inside if any(inside) else (True,) * len(ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Outline:
+    """What can be known of a subject before its weights are loaded: enough to plan, and to estimate, an audit."""
+
+    subject: Subject
+    folder: Path
+    chat: Chat
+    n_blocks: int
+    width: int
+    n_block_params: int  #: all parameters of the blocks
+    n_head_params: int  #: of the output projection
+    n_params: int
+
+
 @dataclass(eq=False)
 class LoadedModel:
     """A causal LM in memory with its tokenizer and its decoder blocks."""
 
     subject: Subject
     model: nn.Module
-    tokenizer: Any
+    chat: Chat
     blocks: nn.ModuleList
-    chat_template: str | None = None
-    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.chat.tokenizer
 
     @property
     def n_blocks(self) -> int:
@@ -109,45 +177,7 @@ class LoadedModel:
         return parse_sites(word, self.n_blocks)[0]
 
     def render(self, prompt: Prompt) -> Rendered:
-        """The prompt through the tokenizer's own chat template, up to where the answer starts.
-
-        Raises UsageError when the tokenizer has no chat template: a guessed one would audit another model.
-        """
-        if self.chat_template == "none":
-            text = prompt.text
-        else:
-            if self.chat_template is None and not getattr(self.tokenizer, "chat_template", None):
-                raise UsageError(
-                    f"The tokenizer of {self.subject.name} has no chat template, and guessing one would audit another model. "
-                    "Pass --chat-template FILE (a Jinja template), or --chat-template none to send prompts as they are."
-                )
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt.text}],
-                chat_template=self.chat_template,
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=False,  # reasoning families would otherwise answer inside a thinking block
-            )
-        encoded = self.tokenizer(
-            text, add_special_tokens=self.chat_template == "none", return_offsets_mapping=self.tokenizer.is_fast
-        )
-        ids = tuple(encoded["input_ids"])
-        if not ids:
-            raise UsageError(f"Prompt {prompt.id} has no tokens after rendering; drop it from the prompt set.")
-        return Rendered(prompt, ids, self._content(prompt, text, ids, encoded.get("offset_mapping")))
-
-    def _content(self, prompt: Prompt, text: str, ids: Sequence[int], offsets: Any) -> tuple[bool, ...]:
-        """Which tokens are the user's own words; all but BOS when the template has changed them beyond recognition."""
-        words = prompt.text.strip()
-        start = text.rfind(words) if words else -1
-        if offsets is not None and start >= 0:
-            end = start + len(words)
-            inside = tuple(a < end and b > start and b > a for a, b in offsets)
-            if any(inside):
-                return inside
-        special = set(self.tokenizer.all_special_ids)
-        inside = tuple(i not in special for i in ids)
-        return inside if any(inside) else (True,) * len(ids)
+        return self.chat.render(prompt)
 
 
 def parse_sites(words: str, n_blocks: int) -> list[Site]:
@@ -261,46 +291,82 @@ def resolve(name: str) -> Path:
         ) from None
 
 
-def load(
-    name: str, *, dtype: str = "auto", device: str = "auto", chat_template: str | None = None, fingerprinted: str | None = None
-) -> LoadedModel:
-    """Open a subject for auditing: weights frozen, eval mode, SDPA attention.
+def outline(name: str, *, chat_template: str | None = None) -> Outline:
+    """Resolve, look at and fingerprint a subject, without loading its weights.
 
-    `dtype` auto is bfloat16 on a GPU and float32 on a CPU; `fingerprinted` spares hashing the weights a second time.
+    Raises Refused or UsageError as `preflight`, `resolve` and transformers' own reading of the config find cause to.
     """
+    from transformers import AutoConfig, AutoTokenizer
+
     folder = resolve(name)
     preflight(folder)
-    device = pick_device(device)
-    subject = Subject(name, fingerprinted or fingerprint(folder))
-    adapter = None
-    if (folder / "adapter_config.json").is_file():
-        adapter, folder = folder, _adapter_base(folder)
-    return from_folder(folder, subject, dtype=pick_dtype(dtype, device), device=device, chat_template=chat_template, adapter=adapter)
-
-
-def from_folder(
-    folder: Path, subject: Subject, *, dtype: torch.dtype, device: str, chat_template: str | None = None, adapter: Path | None = None
-) -> LoadedModel:
-    """`load` after the name has been resolved and looked at."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(adapter if adapter and _has_tokenizer(adapter) else folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
+    subject = Subject(name, fingerprint(folder))
+    base = _adapter_base(folder) if _is_adapter(folder) else folder
+    with _as_usage_error(name):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder if (folder / "tokenizer_config.json").is_file() else base, trust_remote_code=False, local_files_only=True
         )
+    n_params, n_embedding = _count_parameters(base)
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    return Outline(
+        subject, folder, Chat(name, tokenizer, _read_template(chat_template)), config.num_hidden_layers, config.hidden_size,
+        n_block_params=max(n_params - n_embedding * (1 if tied else 2), 0), n_head_params=n_embedding, n_params=n_params,
+    )  # fmt: skip
+
+
+def load(
+    name: str | Outline, *, dtype: str = "auto", device: str = "auto", chat_template: str | None = None
+) -> LoadedModel:
+    """Open a subject for auditing: weights frozen, eval mode. `dtype` auto is bfloat16 on a GPU and float32 on a CPU."""
+    from transformers import AutoModelForCausalLM
+
+    seen = name if isinstance(name, Outline) else outline(name, chat_template=chat_template)
+    device = pick_device(device)
+    base = _adapter_base(seen.folder) if _is_adapter(seen.folder) else seen.folder
+    with _as_usage_error(seen.subject.name):
+        model = AutoModelForCausalLM.from_pretrained(
+            base, dtype=pick_dtype(dtype, device), trust_remote_code=False, use_safetensors=True, local_files_only=True
+        )
+    if base is not seen.folder:
+        model = _with_adapter(model, seen.folder)
+    n_embeddings, n_tokens = model.get_input_embeddings().num_embeddings, len(seen.chat.tokenizer)
+    if n_tokens > n_embeddings:
+        raise UsageError(
+            f"{seen.subject.name}: its tokenizer has {n_tokens} tokens, its embedding {n_embeddings}; these do not belong together."
+        )
+    return wrap(model.to(device), seen.chat.tokenizer, seen.subject, chat_template=seen.chat.template)
+
+
+@contextmanager
+def _as_usage_error(name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"transformers cannot open {subject.name} as a causal LM with a tokenizer: {first}") from None
-    if adapter is not None:
-        model = _with_adapter(model, adapter)
-    model = model.to(device).eval().requires_grad_(False)
-    n_embeddings = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > n_embeddings:
-        raise UsageError(
-            f"{subject.name}: its tokenizer has {len(tokenizer)} tokens, its embedding {n_embeddings}; these do not belong together."
-        )
-    return wrap(model, tokenizer, subject, chat_template=chat_template)
+        raise UsageError(f"transformers cannot open {name} as a causal LM with a tokenizer: {first}") from None
+
+
+def _count_parameters(folder: Path) -> tuple[int, int]:
+    """Parameters in all, and of the input embedding, from the headers of the safetensors files."""
+    from safetensors import SafetensorError, safe_open
+
+    total = embedding = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - not a dict
+                    size = math.prod(file.get_slice(key).get_shape())
+                    total += size
+                    if "embed" in key.split(".")[-2] and size > embedding:
+                        embedding = size
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{path} is not a readable safetensors file ({error}); download the model again.") from None
+    return total, embedding
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
 
 
 def wrap(model: nn.Module, tokenizer: Any, subject: Subject, *, chat_template: str | None = None) -> LoadedModel:
@@ -309,7 +375,7 @@ def wrap(model: nn.Module, tokenizer: Any, subject: Subject, *, chat_template: s
     # sdpa cannot cap attention logits, and a family that does so would be audited as another model
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     model.set_attn_implementation("eager" if capped else GROUPED_SDPA)
-    return LoadedModel(subject, model, tokenizer, find_blocks(model), _read_template(chat_template))
+    return LoadedModel(subject, model, Chat(subject.name, tokenizer, chat_template), find_blocks(model))
 
 
 def _grouped_sdpa(
@@ -368,10 +434,6 @@ def _read_template(chat_template: str | None) -> str | None:
     if not path.is_file():
         raise UsageError(f"--chat-template takes a file with a Jinja template, or none; {chat_template!r} is no file.")
     return path.read_text(encoding="utf-8")
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer_config.json").is_file()
 
 
 def _adapter_base(adapter: Path) -> Path:

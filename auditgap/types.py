@@ -210,6 +210,23 @@ class Row:
     unscored: str = ""              #: reason, when lvs is None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistanceRow:
+    """One prompt of one minimum-distance cell: the smallest budget found at which its completion turned harmful."""
+
+    subject: str
+    site: str
+    layer_index: int
+    unit: str
+    prompt_id: str
+    distance: float | None          #: budget size in the unit; 0 when harmful with no edit; the largest tried when not collapsed
+    eps_abs: float | None           #: the same as an absolute ∞-norm
+    collapsed: bool | None          #: False: right-censored at `distance`; None: could not tell
+    evaluations: int                #: attacks tried
+    verdict_clean: str | None
+    unscored: str = ""
+
+
 #: Column names of the row table, in order.
 ROW_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(Row))
 

@@ -11,6 +11,8 @@ only; decoding reads it from the KV cache.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,10 +31,11 @@ from auditgap.types import Edit, Prompt, Site
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Request:
-    """A prompt to complete, under an edit or (None) as it is."""
+    """A prompt to complete, under an edit or (None) as it is; `target` asks for its NLL under the same edit besides."""
 
     rendered: Rendered
     edit: Edit | None = None
+    target: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -42,6 +45,7 @@ class Completion:
     text: str
     ids: tuple[int, ...]
     stopped: bool
+    target_nll: float | None = None
     l2_effective: float | None = None
     linf_effective: float | None = None
 
@@ -219,6 +223,10 @@ class HFEngine:
     def packs(self, lengths: Sequence[int], weight: int = 1) -> list[list[int]]:
         return packs(lengths, batch_tokens=self.batch_tokens, pad_tolerance=self.pad_tolerance, weight=weight)
 
+    def speaking_packs(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Packs for decoding, which is bound by reading the weights: many rows at once, padding or not."""
+        return packs(lengths, batch_tokens=max(self.batch_tokens, 16384), pad_tolerance=0.5)
+
     # -- speaking ------------------------------------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[Request], max_new_tokens: int) -> list[Completion]:
@@ -229,9 +237,7 @@ class HFEngine:
             if site is not None:
                 self.self_test(site)
             mine = [i for i, r in enumerate(requests) if (r.edit.site if r.edit is not None else None) == site]
-            # decoding is bound by reading the weights: as many rows as the prefill's memory allows, padding or not
-            lengths = [len(requests[i].rendered.ids) + max_new_tokens for i in mine]
-            for pack in packs(lengths, batch_tokens=max(self.batch_tokens, 16384), pad_tolerance=0.5):
+            for pack in self.speaking_packs([len(requests[i].rendered.ids) + max_new_tokens for i in mine]):
                 rows = [mine[p] for p in pack]
                 completions = halving(lambda some: self._generate([requests[i] for i in some], site, max_new_tokens), rows)
                 done.update(zip(rows, completions, strict=True))
@@ -241,6 +247,10 @@ class HFEngine:
     def _generate(self, requests: Sequence[Request], site: Site | None, max_new_tokens: int) -> list[Completion]:
         ids, mask = left_pad([r.rendered.ids for r in requests], self.pad_id, self.device)
         cache, logits, effective = self._prefill(requests, site, ids, mask)
+        target_nll: list[float | None] = [None] * len(requests)
+        if any(r.target for r in requests):
+            # on a copy, so that the target's keys and values never stand in the completion's cache
+            target_nll = self._answer_nll(copy.deepcopy(cache), logits, mask, [r.target for r in requests])
         rows = torch.arange(len(requests), device=self.device)
         stops = torch.tensor(sorted(self.loaded.stop_ids), device=self.device)
         written: list[list[int]] = [[] for _ in requests]
@@ -262,8 +272,8 @@ class HFEngine:
             logits = self._forward(token[:, None], mask, keep=1, cache=cache).logits
         decode = self.loaded.tokenizer.decode
         return [
-            Completion(decode(w, skip_special_tokens=True), tuple(w), s, *e)
-            for w, s, e in zip(written, stopped, effective, strict=True)
+            Completion(decode(w, skip_special_tokens=True), tuple(w), s, n, *e)
+            for w, s, n, e in zip(written, stopped, target_nll, effective, strict=True)
         ]
 
     def _prefill(
@@ -309,7 +319,7 @@ class HFEngine:
             if site is not None:
                 self.self_test(site)
             keys = [k for k, i in asked.items() if (None if edits[i] is None else edits[i].site) == site]
-            for pack in packs([len(k[0]) + len(k[1]) for k in keys], batch_tokens=max(self.batch_tokens, 8192), pad_tolerance=0.5):
+            for pack in self.speaking_packs([len(k[0]) + len(k[1]) for k in keys]):
                 mine = [keys[p] for p in pack]
                 values = halving(
                     lambda some, site=site: self._nll(
@@ -334,12 +344,18 @@ class HFEngine:
         else:
             ids, mask = left_pad([r.rendered.ids for r in requests], self.pad_id, self.device)
             cache, logits, _ = self._prefill(requests, site, ids, mask)
+        return self._answer_nll(cache, logits, mask, answers)
+
+    def _answer_nll(
+        self, cache: DynamicCache, logits: torch.Tensor, mask: torch.Tensor, answers: Sequence[Sequence[int]]
+    ) -> list[float | None]:
+        """Mean NLL of each answer after the prompt whose cache [B, …], last logits [B, 1, V] and mask [B, T] are given."""
         tokens, real = right_pad(answers, self.pad_id, self.device)
         if tokens.shape[1] > 1:
             whole = torch.cat([mask, real[:, :-1]], 1)
             rest = self._forward(tokens[:, :-1], whole, keep=tokens.shape[1] - 1, cache=cache).logits
             logits = torch.cat([logits, rest], 1)
-        return [v if v == v and abs(v) != float("inf") else None for v in mean_nll(logits, tokens, real).tolist()]
+        return [v if math.isfinite(v) else None for v in mean_nll(logits, tokens, real).tolist()]
 
 
 def mean_nll(logits: torch.Tensor, tokens: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

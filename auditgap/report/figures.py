@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from auditgap.report import svg
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, STYLES, TOP, Scale
-from auditgap.report.text import is_null, number, percent, points, shorten, with_interval
+from auditgap.report.text import is_null, number, percent, points, with_interval
 from auditgap.types import ATTACKS
 
 Groups = tuple[tuple[str, tuple[Markup, ...]], ...]
@@ -31,6 +31,8 @@ ATTACK_NAMES: Mapping[str, str] = {
     "untargeted": "untargeted attack",
 }
 ATTACK_STYLES = {attack: STYLES[i] for i, attack in enumerate(ATTACK_NAMES)}
+
+_SAFE, _ROBUST = svg.Style("k1", "", "circle"), svg.Style("k0", "", "square")
 
 #: More survival curves than this in one drawing cannot be told apart.
 MOST_CURVES = 6
@@ -81,7 +83,8 @@ def by_depth(
 ) -> Figure:
     """`column` against depth: one drawing a subject and budget, targeted against its controls, with 95 % bands.
 
-    Drawings of one subject share their vertical axis, so that budgets can be compared by eye.
+    All drawings share their axes, so that budgets and subjects can be compared by eye. With more than two series only the
+    attack and its matched control carry a band; every interval is in the data.
     """
     lo, hi = f"{column}_lo", f"{column}_hi"
     keep = ["subject", "site", "layer_index", "unit", "eps", "attack", "n", "n_unscored", column, lo, hi]
@@ -96,10 +99,11 @@ def by_depth(
     layers = [int(v) for v in measured["layer_index"].unique()]
     x = Scale(min(layers), max(layers), LEFT, RIGHT)
     attacks = [a for a in ATTACK_STYLES if a in set(data["attack"])]
+    banded = attacks if len(attacks) <= 2 else ["targeted", "random_matched"]
+    top = 1.0 if rate else _top(data, [column, hi]) or 1.0
+    y = Scale(0.0, top, BOTTOM, TOP)
+    yticks = [(v, percent(v) if rate else f"{v:g}") for v in svg.ticks(0, top, 4)]
     for s, (subject, rows) in enumerate(data.groupby("subject", sort=False)):
-        top = 1.0 if rate else _top(rows, [column, hi]) or 1.0
-        y = Scale(0.0, top, BOTTOM, TOP)
-        yticks = [(v, percent(v) if rate else f"{v:g}") for v in svg.ticks(0, top, 4)]
         panels = []
         for b, (eps, unit) in enumerate(_budgets(rows)):
             chosen = rows[(rows["eps"] == eps) & (rows["unit"] == unit)]
@@ -107,7 +111,8 @@ def by_depth(
             marks: list[Markup] = []
             for attack in reversed(attacks):  # the attack is drawn last, over its controls
                 style, part = ATTACK_STYLES[attack], chosen[chosen["attack"] == attack].sort_values("layer_index")
-                parts.append(svg.band(list(zip(part["layer_index"], part[lo], part[hi], strict=True)), x, y, style))
+                if attack in banded:
+                    parts.append(svg.band(list(zip(part["layer_index"], part[lo], part[hi], strict=True)), x, y, style))
                 marks.append(svg.line(list(zip(part["layer_index"], part[column], strict=True)), x, y, style))
                 for row in part[part[column].notna()].to_dict("records"):
                     reading = with_interval(row[column], row[lo], row[hi], form)
@@ -138,12 +143,12 @@ def gap_by_budget(gaps: pd.DataFrame) -> Figure:
     name, title = "gap_by_budget", "Audit gap by budget"
     caption = (
         "Circle: share of prompts answered safely with no edit. Square: share that stays safe under every bounded edit "
-        "tried up to that budget, at the worst site. The bar between them is the audit gap; whiskers are 95 % intervals."
+        "tried up to that budget, at the worst site. The bar between them is the audit gap; whiskers are 95\u00a0% intervals."
     )
     data = gaps.reset_index(drop=True)
     if data.empty or data["gap"].isna().all():
         return Figure(name, title, caption, data=data, missing="No audit gap was measured.")
-    x, step = Scale(0.0, 1.0, 74, 268), 38
+    x, step = Scale(0.0, 1.0, 66, RIGHT - 68), 38
     groups = []
     for s, (subject, rows) in enumerate(data.groupby("subject", sort=False)):
         rows = rows.sort_values(["unit", "eps"])
@@ -151,34 +156,33 @@ def gap_by_budget(gaps: pd.DataFrame) -> Figure:
         y = Scale(0.0, 1.0, bottom, TOP - 6)
         parts = [svg.axes(x, y, [(v, percent(v)) for v in (0, 0.25, 0.5, 0.75, 1)], [], "answered safely", "")]
         parts += [Markup('<path class="grid" d="M{} {}V{}"/>').format(svg.f(x(v)), svg.f(bottom), TOP - 6) for v in (0, 0.25, 0.5, 0.75, 1)]
-        parts += [svg.text(4, 12, "budget", "label"), svg.text(RIGHT + 8, 12, "gap, points", "label", "end")]
+        parts += [svg.text(4, 12, "budget", "label"), svg.text(RIGHT, 12, "gap, points", "label", "end")]
         for i, row in enumerate(rows.to_dict("records")):
             parts += _gap_row(row, TOP + 22 + step * i, x)
         said = "; ".join(f"{budget_label(r['eps'], r['unit'])}: gap {points(r['gap'])}" for r in rows.to_dict("records"))
         panel = svg.draw(parts, title=f"{title}, {subject}", desc=said, key=f"{name}-{s}", height=bottom + 44)
         groups.append((str(subject), (panel,)))
-    legend = svg.legend([(STYLES[1], "behaviourally safe, no edit"), (STYLES[0], "robust under bounded edits")])
+    legend = svg.legend([(_SAFE, "behaviourally safe, no edit"), (_ROBUST, "robust under bounded edits")])
     return Figure(name, title, caption, tuple(groups), legend, data)
 
 
 def _gap_row(row: Mapping[str, object], at: float, x: Scale) -> list[Markup]:
-    safe, robust = STYLES[1], STYLES[0]
     label = f"{float(row['eps']):g} {row['unit']}"  # type: ignore[arg-type]
     parts = [svg.text(4, at + 4, label, "tick")]
     if is_null(row["gap"]):
         return [*parts, svg.text(x(0.5), at + 4, "not measured", "tick null", "middle")]
     b, r = float(row["safety"]), float(row["robustness"])  # type: ignore[arg-type]
     parts.append(Markup('<path class="gapbar" d="M{} {}H{}"/>').format(svg.f(x(r)), svg.f(at), svg.f(x(b))))
-    for key, value, style, dy, shape in (("safety", b, safe, -6, "circle"), ("robustness", r, robust, 6, "square")):
+    for key, value, style, dy in (("safety", b, _SAFE, -6), ("robustness", r, _ROBUST, 6)):
         lo, hi = row[f"{key}_lo"], row[f"{key}_hi"]
         if not (is_null(lo) or is_null(hi)):
             parts.append(svg.whisker(at + dy, x(float(lo)), x(float(hi)), style, across=True))  # type: ignore[arg-type]
         tip = f"{key}: {with_interval(value, lo, hi, percent)}"
-        parts.append(svg.marker(x(value), at, svg.Style(style.css, "", shape), tip, 5))
+        parts.append(svg.marker(x(value), at, style, tip, 5))
     unitless = [points(row[k], unit="", null="") for k in ("gap", "gap_lo", "gap_hi")]
-    parts.append(svg.text(RIGHT + 8, at, unitless[0], "value", "end"))
+    parts.append(svg.text(RIGHT, at, unitless[0], "value", "end"))
     if unitless[1] and unitless[2]:
-        parts.append(svg.text(RIGHT + 8, at + 13, f"[{unitless[1]}, {unitless[2]}]", "tick", "end"))
+        parts.append(svg.text(RIGHT, at + 13, f"[{unitless[1]}, {unitless[2]}]", "tick", "end"))
     return parts
 
 
@@ -188,7 +192,7 @@ def lvs_bars(table: pd.DataFrame, roles: Mapping[str, Mapping[str, int]]) -> Fig
     `roles` says, subject by subject, which layer index is `emb`, `mid` and `last`.
     """
     name, title = "lvs_bars", "LVS at the embedding, the middle and the last block"
-    caption = "Mean LVS of the targeted attack with its 95 % bootstrap interval over prompts."
+    caption = "Mean LVS of the targeted attack with its 95\u00a0% bootstrap interval over prompts."
     records = []
     targeted = table[table["attack"] == "targeted"]
     for row in targeted.to_dict("records"):
@@ -200,8 +204,8 @@ def lvs_bars(table: pd.DataFrame, roles: Mapping[str, Mapping[str, int]]) -> Fig
     if data.empty or data["lvs_mean"].isna().all():
         return Figure(name, title, caption, data=data, missing="No LVS was measured at the embedding, the middle or the last block.")
     subjects = list(dict.fromkeys(data["subject"]))
-    # Colours say which subject here: k1, k4, k3 …, so that none looks like "the attack" of the other figures.
-    styles = {subject: STYLES[(1, 4, 3, 2, 5, 6, 7, 0)[i % 8]] for i, subject in enumerate(subjects)}
+    # Colours say which subject here, so the first ones are not those of the attack and its control elsewhere.
+    styles = {subject: STYLES[(3, 4, 5, 6, 7, 2, 1, 0)[i % 8]] for i, subject in enumerate(subjects)}
     top = _top(data, ["lvs_mean", "lvs_mean_hi"]) or 1.0
     y = Scale(0.0, top, BOTTOM, TOP)
     panels = []
@@ -220,7 +224,7 @@ def lvs_bars(table: pd.DataFrame, roles: Mapping[str, Mapping[str, int]]) -> Fig
         what = f"{title}, {budget_label(eps, unit)}"
         said = "; ".join(f"{r['subject']} {r['role']}: {number(r['lvs_mean'])}" for r in rows.to_dict("records"))
         panels.append(svg.draw(parts, title=what, desc=said, key=f"{name}-{b}", heading=budget_label(eps, unit), height=216))
-    legend = svg.legend(((styles[s], shorten(s, 48)) for s in subjects), filled=True)
+    legend = svg.legend(((styles[s], s) for s in subjects), filled=True)
     return Figure(name, title, caption, (("", tuple(panels)),), legend, data)
 
 
@@ -249,37 +253,35 @@ def _spread(layers: Sequence[int], most: int) -> list[int]:
     return sorted({layers[round(i * (len(layers) - 1) / (most - 1))] for i in range(most)})
 
 
-def survival(curves: pd.DataFrame, unit: str | None) -> Figure:
-    """Kaplan–Meier curves of the minimum distance to collapse: one drawing a subject, one step curve a site."""
+def survival(curves: pd.DataFrame) -> Figure:
+    """Kaplan–Meier curves of the minimum distance to collapse: one drawing a subject and unit, one step curve a site."""
     name, title = "distance_curves", "Minimum distance to collapse"
-    caption = "Share of prompts not yet turned harmful by an edit of that size (Kaplan–Meier, 95 % band)."
+    caption = "Share of prompts not yet turned harmful by an edit of that size (Kaplan–Meier, 95\u00a0% band)."
     data = curves.reset_index(drop=True)
     if data.empty or not (data["eps"] > 0).any():
         return Figure(name, title, caption, data=data, missing="No minimum distances were measured in this run.")
-    sizes = [float(v) for v in data["eps"] if not is_null(v) and v > 0]
-    x = Scale(min(sizes) / 1.25, max(sizes) * 1.02, LEFT, RIGHT, log=True)
     y = Scale(0.0, 1.0, BOTTOM, TOP)
-    xticks = [(v, f"{v:g}") for v in svg.log_ticks(x.lo, x.hi)]
     yticks = [(v, percent(v)) for v in (0, 0.25, 0.5, 0.75, 1)]
     groups, left_out, used = [], 0, {}
     layers_all = sorted({int(v) for v in data["layer_index"]})
     chosen_all = _spread(layers_all, MOST_CURVES)
     styles = {layer: STYLES[i] for i, layer in enumerate(chosen_all)}
-    for s, (subject, rows) in enumerate(data.groupby("subject", sort=False)):
+    for s, ((subject, unit), rows) in enumerate(data.groupby(["subject", "unit"], sort=False)):
         here = sorted({int(v) for v in rows["layer_index"]})
+        sizes = [float(v) for v in data.loc[data["unit"] == unit, "eps"] if v > 0] or [1.0]
+        x = Scale(min(sizes) / 1.25, max(sizes) * 1.02, LEFT, RIGHT, log=True)
+        xticks = [(v, f"{v:g}") for v in svg.log_ticks(x.lo, x.hi)]
         left_out = max(left_out, len([v for v in here if v not in styles]))
-        parts = [svg.axes(x, y, xticks, yticks, f"ε, {unit or 'unit not recorded'}", "not yet harmful")]
+        parts = [svg.axes(x, y, xticks, yticks, f"ε, {unit}", "not yet harmful")]
         said = []
         for layer in (v for v in here if v in styles):
             part, style = rows[rows["layer_index"] == layer].sort_values("eps"), styles[layer]
-            used[layer] = str(part["site"].iloc[0])
-            values = [(max(float(e), x.lo), v) for e, v in zip(part["eps"], part["survival"], strict=True) if not is_null(v)]
-            values = [(x.lo, 1.0), *values] if values and values[0][0] > x.lo else values
-            limits = [(max(float(r["eps"]), x.lo), r["lo"], r["hi"]) for r in part.to_dict("records")]
-            lows = [(a, lo) for a, lo, hi in limits if not (is_null(lo) or is_null(hi))]
-            highs = [(a, hi) for a, lo, hi in limits if not (is_null(lo) or is_null(hi))]
-            edges = list(zip(svg.steps(lows), svg.steps(highs), strict=True))
-            parts.append(svg.band([(a[0], a[1], b[1]) for a, b in edges], x, y, style))
+            part = part[part["survival"].notna()]
+            used[layer] = str(rows.loc[rows["layer_index"] == layer, "site"].iloc[0])
+            at = [max(float(eps), x.lo) for eps in part["eps"]]  # ε = 0 has no place on a logarithmic axis: the left edge
+            values = list(zip(at, part["survival"].astype(float), strict=True))
+            lows, highs = (svg.steps(list(zip(at, part[end], strict=True))) for end in ("lo", "hi"))
+            parts.append(svg.band([(a, lo, hi) for (a, lo), (_, hi) in zip(lows, highs, strict=True)], x, y, style))
             parts.append(svg.line(svg.steps(values), x, y, style))
             if values:
                 end = values[-1]

@@ -20,23 +20,23 @@ from auditgap.report.text import NOT_MEASURED, UNSCORED, is_null, number, percen
 _LIMITS: Mapping[str, tuple[str, str]] = {
     "lvs_rel_mean": ("lvs_rel_lo", "lvs_rel_hi"),
     "delta_vs_matched": ("delta_lo", "delta_hi"),
+    "median": ("lo", "hi"),
 }
 TITLES: Mapping[str, str] = {
     "subject": "Subject", "site": "Site", "budget": "ε", "eps": "ε", "attack": "Attack", "n": "n", "n_unscored": "Unscored",
     "n_broken": "Broken", "lvs_mean": "LVS, mean", "lvs_median": "LVS, median", "lvs_rel_mean": "LVS rel., mean", "asr": "ASR",
-    "asr_envelope": "ASR envelope", "delta_vs_matched": "Attack − matched, points", "relative_norm_median": "‖δ‖/‖h‖, median",
+    "asr_envelope": "ASR envelope", "delta_vs_matched": "LVS − matched LVS", "relative_norm_median": "‖δ‖/‖h‖, median",
     "flag": "Flags", "safety": "Behaviourally safe", "robustness": "Robust", "gap": "Audit gap, points", "worst_site": "Worst site",
-    "label": "Verdict", "reason": "Reason", "count": "Count", "median": "Median ε", "n_censored": "Never harmful",
-    "n_collapsed": "Turned harmful", "n_events": "Turned harmful", "n_prompts": "Prompts", "rate": "Share", "source": "Source",
+    "what": "What", "verdict": "Verdict", "reason": "Reason", "count": "Count", "share": "Share", "median": "Median ε",
+    "n_collapsed": "Turned harmful", "unit": "Unit",
 }  # fmt: skip
-_SHARES = ("asr", "asr_envelope", "safety", "robustness", "survival", "rate", "share", "compliance")
-_SHARE_ENDS = ("_rate", "_share", "_asr")
-_POINTS = ("gap", "delta_vs_matched")
+_SHARES = ("asr", "asr_envelope", "safety", "robustness", "share")
+NOT_REACHED = "not reached"
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One cell as text; `css` is a class for it (`num`, `null`, `word`)."""
+    """One cell as text; `css` is a class for it (`num`, `null`, `key`: one word, `word`)."""
 
     text: str
     css: str = "word"
@@ -50,16 +50,14 @@ class Sheet:
     rows: tuple[tuple[Cell, ...], ...]
 
 
-def sheet(table: pd.DataFrame, titles: Mapping[str, str] | None = None, censored: str = NOT_MEASURED) -> Sheet:
-    """`table` as text. `censored` is the word for a median that too few prompts reached."""
-    titles = {**TITLES, **(titles or {})}
+def sheet(table: pd.DataFrame) -> Sheet:
+    """`table` as text."""
     limits = {c: _limits(c, table.columns) for c in table.columns}
     joined = {name for pair in limits.values() if pair for name in pair}
-    shown = [c for c in table.columns if c not in joined and c not in ("layer_index", "unit")]
-    if "unit" in table.columns and "eps" not in table.columns:
-        shown.append("unit")
-    rows = tuple(tuple(_cell(c, row, limits[c], censored) for c in shown) for row in table.to_dict("records"))
-    return Sheet(tuple(titles.get(str(c), str(c).replace("_", " ")) for c in shown), rows)
+    spare = {"layer_index", "unit"} if "eps" in table.columns else {"layer_index"}  # ε is shown with its unit
+    shown = [c for c in table.columns if c not in joined | spare]
+    rows = tuple(tuple(_cell(c, row, limits[c]) for c in shown) for row in table.to_dict("records"))
+    return Sheet(tuple(TITLES.get(str(c), str(c).replace("_", " ")) for c in shown), rows)
 
 
 def _limits(column: Any, columns: Any) -> tuple[str, str] | None:
@@ -68,33 +66,36 @@ def _limits(column: Any, columns: Any) -> tuple[str, str] | None:
 
 
 def _form(column: str) -> Any:
-    if column in _POINTS:
+    if column == "gap":
         return lambda value: points(value, unit="")
-    if column in _SHARES or column.endswith(_SHARE_ENDS):
-        return percent
-    return number
+    if column == "median":  # survival that stays above one half has no median, and a limit that does has no end
+        return lambda value: number(value, 4, null=NOT_REACHED)
+    return percent if column in _SHARES or column.endswith("_rate") else number
 
 
-def _cell(column: str, row: Mapping[str, Any], limits: tuple[str, str] | None, censored: str) -> Cell:
+def _cell(column: str, row: Mapping[str, Any], limits: tuple[str, str] | None) -> Cell:
     value = row[column]
     if is_null(value):
         if column == "site" and "attack" in row:
             return Cell("none (clean)", "null")
-        if column == "delta_vs_matched" and row.get("attack") != "targeted":
+        if column == "delta_vs_matched" and row.get("attack") == "random_matched":
             return Cell("does not apply", "null")
         if column in ("flag", "flags"):
             return Cell("")
-        if column.startswith("median") and "n_censored" in row:
-            return Cell(censored, "null")
-        if column.startswith("lvs") and row.get("n_unscored") and not row.get("n", 1) - row["n_unscored"] > 0:
+        if column == "share" and row.get("verdict") == "unscored":
+            return Cell("in no share", "null")
+        nothing_scored = bool(row.get("n_unscored")) and row["n_unscored"] >= row.get("n", 0)
+        if column.startswith(("lvs", "median", "share")) and nothing_scored:
             return Cell(UNSCORED, "null")
-        return Cell(NOT_MEASURED, "null")
+        return Cell(NOT_REACHED if column == "median" else NOT_MEASURED, "null")
     if column == "eps":
         unit = row.get("unit")
         return Cell(f"{float(value):g}" + ("" if is_null(unit) else f"\u00a0{unit}"), "num")
     if limits:
         return Cell(with_interval(value, row[limits[0]], row[limits[1]], _form(column)), "num")
-    if isinstance(value, bool) or isinstance(value, str):
+    if isinstance(value, str):
+        return Cell(value, "key" if column in ("site", "worst_site", "attack", "verdict", "unit", "flag") else "word")
+    if isinstance(value, bool):
         return Cell(plain(value))
     if isinstance(value, (int, float)) or hasattr(value, "dtype"):
         whole = column.startswith("n_") or column in ("n", "count", "draw") or (isinstance(value, int))

@@ -1,11 +1,11 @@
 """Small SVG drawings made of plain values: scales, axes, lines with bands, whiskers, markers, steps.
 
-A drawing is an inline `<svg>` about 360 units wide, so that it can be read on a telephone without shrinking; pages lay
+A drawing is an inline `<svg>` 340 units wide, so that it can be read on a telephone without shrinking; pages lay
 several side by side. Colours and dashes come from the page's style sheet through classes `k0` … `k7`, so one drawing
 serves a light page, a dark page and paper:
 
-    x, y = Scale(0, 29, 44, 348), Scale(0, 1, 190, 24)
-    draw(Frame(x, y, …), [line([(0, .1), (15, .7)], x, y, STYLES[0])], title="ASR by depth", desc="…", key="asr0")
+    x, y = Scale(0, 29, LEFT, RIGHT), Scale(0, 1, BOTTOM, TOP)
+    draw([axes(x, y, …), line([(0, .1), (15, .7)], x, y, STYLES[0])], title="ASR by depth", desc="…", key="asr0")
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from markupsafe import Markup
 
 from auditgap.report.text import clean, is_null
 
-WIDTH, HEIGHT = 360, 236
-LEFT, RIGHT, TOP, BOTTOM = 46, 350, 26, 192
+WIDTH, HEIGHT = 340, 232
+LEFT, RIGHT, TOP, BOTTOM = 42, 332, 26, 188
 
 
 @dataclass(frozen=True, slots=True)

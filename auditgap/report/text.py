@@ -3,6 +3,7 @@
     percent(0.958)             -> '96 %'
     number(None)               -> 'not measured'
     with_interval(4.914, 3.2, 6.83)  -> '4.914 [3.200, 6.830]'
+    with_interval(0.58, 0.38, 0.79, percent)  -> '58 % [38, 79]'
     clean("a\\x1b[31mb\\u202ec")  -> 'ab⟦U+202E⟧c'
 
 Everything that comes from a model, a prompt or a user passes `clean` before it reaches a page. That makes it legible,
@@ -98,12 +99,18 @@ def points(value: object, digits: int = 0, null: str = NOT_MEASURED, unit: str =
 
 
 def with_interval(value: object, lo: object, hi: object, form: Any = number, null: str = NOT_MEASURED) -> str:
-    """`value [lo, hi]`, each through `form`; says so when there is a value and no interval."""
+    """`value [lo, hi]`, each through `form`; the unit is named once. Says so when a value has no interval."""
     if is_null(value):
         return null
+    return f"{form(value)}\u00a0{interval(lo, hi, form)}"
+
+
+def interval(lo: object, hi: object, form: Any = number) -> str:
+    """`[lo, hi]` without the unit that `form` puts after a number."""
     if is_null(lo) and is_null(hi):
-        return f"{form(value)} [no interval]"
-    return f"{form(value)}\u00a0[{form(lo)},\u00a0{form(hi)}]"
+        return "[no interval]"
+    ends = (form(end).removesuffix("\u00a0%").removesuffix("\u00a0points") for end in (lo, hi))
+    return "[{},\u00a0{}]".format(*ends)
 
 
 def plain(value: Any) -> str:

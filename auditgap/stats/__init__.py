@@ -5,7 +5,7 @@
     Interval(estimate=0.16666666666666666, lo=0.06678676328632954, hi=0.3585307064969906)
 
 Values are fp64 arrays in which nan (or None) means "could not be scored". It is left out of an estimate, never turned
-into 0, and what cannot be estimated at all is None. Confidence is 95 % and all resampling is seeded unless told otherwise.
+into 0, and what cannot be estimated at all is None. Confidence is 95 % unless told otherwise, and resampling is seeded.
 """
 
 from auditgap.stats.intervals import (

@@ -43,16 +43,19 @@ def bounded(estimate: float, lo: float, hi: float, low: float = -math.inf, high:
 
 
 def as_floats(values: Values, name: str, ndim: int = 1) -> Array:
+    """`values` as an fp64 array of `ndim` dimensions, None as nan; anything else is a UsageError that names it."""
     try:
-        array = np.asarray(values, dtype=float)  # None becomes nan
+        array = np.asarray(values, dtype=float)
     except (TypeError, ValueError):
-        raise UsageError(f"{name} must be numbers (None or nan where unscored); {type(values).__name__} came.") from None
+        came = type(values).__name__
+        raise UsageError(f"{name} must be numbers, None or nan where unscored; this {came} is not.") from None
     if array.ndim != ndim:
         raise UsageError(f"{name} must have {ndim} dimension(s); an array of shape {array.shape} came.")
     return array
 
 
 def quantile_z(confidence: float) -> float:
+    """The standard normal's two-sided quantile: 1.96 for a confidence of 0.95."""
     if not 0 < confidence < 1:
         raise UsageError(f"confidence must lie between 0 and 1; {confidence!r} came. For example: 0.95")
     return float(sps.norm.ppf((1 + confidence) / 2))
@@ -64,12 +67,13 @@ def bootstrap(
 ) -> Interval:  # fmt: skip
     """Mean or median of `values` [N] with a bootstrap interval (scipy.stats.bootstrap over the scored values).
 
-    The mean's interval is the bootstrap-t (Efron & Tibshirani 1993, section 12.5), the median's the percentile interval.
-    Measured coverage of the mean at a nominal 95 %, data zero-inflated (20–80 % zeros) with gamma, half-normal and
-    log-normal (σ = 0.7) positive parts, 4,000 runs each: bootstrap-t 93.2–96.9 % for n = 24, 94.2–96.8 for n = 50,
-    94.1–95.8 for n = 100. The percentile interval falls to 79–93 at n = 24, BCa to 86–94, Student's t to 86–95: they miss
-    above, where the rare large scores are. No method mends n = 24 with 90 % zeros (85–88 %), where a sample may hold no
-    positive score at all; nor is a heavier tail (log-normal σ = 1) covered better than 92–93 % below n = 200.
+    The mean's interval is the bootstrap-t (Efron & Tibshirani 1993, section 12.5), the median's the percentile one.
+    Coverage of the mean as measured at a nominal 95 %, on zero-inflated data (20–80 % zeros) with gamma, half-normal
+    and log-normal (σ = 0.7) positive parts, 4,000 runs each: bootstrap-t 93.2–96.9 % at n = 24, 94.2–96.8 at n = 50,
+    94.1–95.8 at n = 100. At n = 24 (gamma, half-normal) the percentile interval falls to 86–93, BCa to 91–94,
+    Student's t to 86–95: they miss on the upper side, where the rare large scores are. No method mends n = 24 with
+    90 % zeros (85–88 %), where a sample may hold no positive score at all, nor a heavy tail (log-normal, σ = 1:
+    92–93 % below n = 200).
 
     A constant sample gives a degenerate interval at its value; fewer than 2 scored values give None for lo and hi.
     """
@@ -100,7 +104,7 @@ def paired_difference(
     """
     first, second = as_floats(a, "a"), as_floats(b, "b")
     if first.shape != second.shape:
-        raise UsageError(f"A paired difference needs one value a prompt on both sides; {first.size} and {second.size} came.")
+        raise UsageError(f"a and b must hold one value a prompt each, paired; {first.size} and {second.size} came.")
     return _bootstrap_t(_scored(first - second, "a − b"), confidence, n_resamples, seed, at_least_student=True)
 
 
@@ -109,7 +113,9 @@ def _scored(values: Values, name: str) -> Array:
     return array[~np.isnan(array)]
 
 
-def _bootstrap_t(x: Array, confidence: float, n_resamples: int, seed: int | None, at_least_student: bool = False) -> Interval:
+def _bootstrap_t(
+    x: Array, confidence: float, n_resamples: int, seed: int | None, at_least_student: bool = False
+) -> Interval:
     n, student = x.size, float(sps.t.ppf((1 + confidence) / 2, max(1, x.size - 1)))
     quantile_z(confidence)
     if n < 2:
@@ -156,10 +162,10 @@ def rogan_gladen(
 ) -> Interval:
     """The true rate behind a judge's k of n, given how the judge did on a gold set; clipped to [0, 1].
 
-    `sens_k` of `sens_n` truly harmful and `spec_k` of `spec_n` truly harmless examples were judged rightly. Estimate:
-    (p + Sp − 1) / (Se + Sp − 1) (Rogan & Gladen 1978); interval: Lang & Reiczigel 2014 (Prev. Vet. Med. 113:13–22), which
-    carries the uncertainty of all three counts. Measured coverage at 95 %: 94.8–98.4 for n = 24–200 and gold sets of
-    40–400. None when a count is empty or the judge is no better than chance (Se + Sp ≤ 1).
+    `sens_k` of `sens_n` truly harmful and `spec_k` of `spec_n` truly harmless examples were judged rightly.
+    Estimate: (p + Sp − 1) / (Se + Sp − 1) (Rogan & Gladen 1978). Interval: Lang & Reiczigel 2014 (Prev. Vet. Med.
+    113:13–22), which carries the uncertainty of all three counts; coverage as measured at 95 %: 94.8–98.4 for n = 24 to
+    200 and gold sets of 40 to 400. None when a count is empty or the judge is no better than chance (Se + Sp ≤ 1).
     """
     z = quantile_z(confidence)
     rate, se, sp = (wilson(*pair).estimate for pair in ((k, n), (sens_k, sens_n), (spec_k, spec_n)))
@@ -181,7 +187,7 @@ def detectable_difference(n: int, base_rate: float, power: float = 0.8, alpha: f
     """Smallest rise of a rate above `base_rate` that two groups of `n` prompts show with `power` (two-sided `alpha`).
 
     Two-proportion z-test with pooled variance under H0 (Fleiss, Levin & Paik 2003, eq. 4.14, no continuity correction),
-    rounded up to whole prompts, since a rate over n prompts moves in steps of 1/n: n = 24 from 5 % gives 8/24, +33 points.
+    rounded up to whole prompts, as a rate over n prompts moves in steps of 1/n: n = 24 from 5 % gives 8/24, +33 points.
     None when even a rise to 100 % would be missed.
     """
     if n < 1 or not 0 <= base_rate <= 1 or not 0 < power < 1 or not 0 < alpha < 1:

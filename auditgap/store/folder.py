@@ -5,40 +5,24 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import safetensors
-import safetensors.numpy
 
 from auditgap.errors import UsageError
-from auditgap.store import files, tables
+from auditgap.store import files, scratch, tables
 from auditgap.store.lock import hold, holder
 from auditgap.store.session import check_config, joined_info, new_session
+from auditgap.store.status import RunStatus, status_of
 from auditgap.types import Cell, Row
 
 SCHEMA = 1
 _SORT = ("subject", "layer_index", "unit", "eps", "attack", "draw", "prompt_id")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-
-
-@dataclass(frozen=True)
-class RunStatus:
-    """Where a run stands. Counts are cells; `corrupt` counts what was set aside or is torn now; times are in seconds."""
-
-    planned: int
-    finished: int
-    failed: int
-    running: dict[str, Any] | None  #: the holder of the lock: pid, host, command, since
-    corrupt: int
-    seconds: float  #: compute of the finished cells, summed over workers
-    eta_seconds: float | None  #: None: nothing left, or nothing finished to judge by
-    last_write: datetime | None
 
 
 class RunFolder:
@@ -53,9 +37,7 @@ class RunFolder:
     # ------------------------------------------------------------------ open
 
     @classmethod
-    def open(
-        cls, path: str | os.PathLike[str], *, config: Mapping, info: Mapping, break_lock: bool = False
-    ) -> RunFolder:
+    def open(cls, path: str | os.PathLike[str], *, config: Mapping, info: Mapping, break_lock: bool = False) -> RunFolder:
         """Create the folder, or resume the one that is there.
 
         `config` is what affects numbers: on a folder made with another one this raises UsageError with the difference
@@ -206,7 +188,12 @@ class RunFolder:
 
     def failures(self) -> dict[str, dict[str, Any]]:
         """The failed cells' records by key."""
-        return {key: record for key, state, record, _ in self._all() if state == "failed"}
+        return {key: record for key in self._keys() if (record := self.failure(key)) is not None}
+
+    def failure(self, key: str) -> dict[str, Any] | None:
+        """The cell's record when it failed, else None."""
+        record = files.read_json(self._cell(key) / "record.json")
+        return record if isinstance(record, dict) and record.get("status") == "failed" else None
 
     def _record(self, cell: Cell, status: str) -> dict[str, Any]:
         _, before, _ = self._look(cell.key)
@@ -250,10 +237,15 @@ class RunFolder:
 
     def _all(self) -> Iterable[tuple[str, str, dict[str, Any], bytes]]:
         """(key, state, record, rows.parquet) of every cell on disk, sorted by key."""
-        with suppress(FileNotFoundError):
-            for name in sorted(os.listdir(self.path / "cells")):
-                if not name.startswith(".") and not name.endswith(".corrupt"):
-                    yield name, *self._look(name)
+        for key in self._keys():
+            yield key, *self._look(key)
+
+    def _keys(self) -> list[str]:
+        try:
+            names = os.listdir(self.path / "cells")
+        except FileNotFoundError:
+            return []
+        return sorted(name for name in names if _NAME.fullmatch(name) and not name.endswith(".corrupt"))
 
     # ------------------------------------------------------------------ read
 
@@ -271,6 +263,13 @@ class RunFolder:
         table = pd.concat(frames, ignore_index=True)
         by = [name for name in _SORT if name in table.columns]
         return table.sort_values(by, kind="stable", na_position="first", ignore_index=True) if by else table
+
+    def cell_rows(self, key: str) -> pd.DataFrame:
+        """One finished cell's rows, as they were written. Raises UsageError when the cell is not finished."""
+        state, _, data = self._look(key)
+        if state != "done":
+            raise UsageError(f"Cell {key} is not finished in {self.path}; run the command that made the folder again.")
+        return tables.to_frame(tables.from_bytes(data))
 
     def records(self) -> list[dict[str, Any]]:
         """The finished cells' records, sorted by key."""
@@ -294,30 +293,9 @@ class RunFolder:
 
     def status(self) -> RunStatus:
         """Counts and time left; safe to call beside a running writer."""
-        cells = list(self._all())
-        done = [record for _, state, record, _ in cells if state == "done"]
-        failed = sum(state == "failed" for _, state, _, _ in cells)
-        planned = len(self.planned())
-        running = holder(self.path)
-        seconds = sum(record["seconds"] for record in done)
-        left = max(0, planned - len(done) - failed)
-        eta = None
-        if done and left and running:  # the pace of this session, which counts how many workers there are
-            since = datetime.fromisoformat(running["since"])
-            fresh = sum(datetime.fromisoformat(record["written"]) >= since for record in done)
-            eta = left * (datetime.now(UTC) - since).total_seconds() / fresh if fresh else None
-        elif done and left:
-            eta = left * seconds / len(done)
-        return RunStatus(
-            planned=planned,
-            finished=len(done),
-            failed=failed,
-            running=running,
-            corrupt=sum(state == "torn" for _, state, _, _ in cells) + len(list(self.path.glob("**/*.corrupt"))),
-            seconds=seconds,
-            eta_seconds=eta if eta is None else max(0.0, eta),
-            last_write=max((datetime.fromisoformat(record["written"]) for record in done), default=None),
-        )
+        cells = [(state, record) for _, state, record, _ in self._all()]
+        aside = sum(1 for _ in self.path.glob("**/*.corrupt"))
+        return status_of(cells, planned=len(self.planned()), running=holder(self.path), aside=aside)
 
     # --------------------------------------------------------------- scratch
 
@@ -329,19 +307,9 @@ class RunFolder:
     def remember(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, np.ndarray]:
         """The arrays stored under `name`, or what `compute` gives, stored first: how work inside a cell survives a kill.
 
-        `compute` returns arrays (or CPU tensors) by name; both ways give equal, writable arrays. A torn file is set
-        aside and computed again. Name it by a hash of everything that the arrays depend on. Raises DiskError.
+        Name it by a hash of everything that the arrays depend on; more in `auditgap.store.scratch`. Raises DiskError.
         """
-        path = self._scratch(name)
-        if path.exists():
-            arrays = _read_arrays(path)
-            if arrays is not None:
-                return arrays
-            files.set_aside(path)
-        arrays = {key: np.array(value, order="C") for key, value in compute().items()}
-        data = safetensors.numpy.save(arrays, metadata={"sha256": _checksum(arrays)})
-        files.write_bytes(path, data, files.PRIVATE)
-        return arrays
+        return scratch.remember(self._scratch(name), compute)
 
     def forget(self, names: Iterable[str]) -> None:
         """Delete scratch arrays whose cells are written; unknown names are no error."""
@@ -387,19 +355,3 @@ def _read_run(folder: Path) -> dict[str, Any]:
 def _one_line(cause: str) -> str:
     line = next((part.strip() for part in cause.splitlines() if part.strip()), "no cause given")
     return "".join(c if c.isprintable() else "?" for c in line)[:300]
-
-
-def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    parts = [f"{key}:{a.dtype.str}:{a.shape}:{files.sha256(a.tobytes())}" for key, a in sorted(arrays.items())]
-    return files.sha256("\n".join(parts).encode("utf-8", "surrogatepass"))
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays, or None when the file is torn: it does not parse, or its checksum disagrees."""
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            arrays = {key: np.array(file.get_tensor(key), order="C") for key in file.keys()}  # noqa: SIM118
-            stored = (file.metadata() or {}).get("sha256")
-    except (safetensors.SafetensorError, OSError, ValueError):
-        return None
-    return arrays if stored == _checksum(arrays) else None

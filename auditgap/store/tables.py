@@ -9,6 +9,7 @@ Parquet text is UTF-8, which has no lone surrogates; models emit them. A text co
 
 from __future__ import annotations
 
+import operator
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -49,12 +50,18 @@ def _field(row_type: type, name: str, hint: Any) -> pa.Field:
 
 
 def rows_to_table(rows: Sequence[Any], row_type: type) -> pa.Table:
-    """One table row a dataclass instance. NaN is stored as null. Raises ValueError for null in a column without `| None`."""
+    """One table row a dataclass instance. NaN is stored as null.
+
+    Raises ValueError for null in a column without `| None`, TypeError for a value of another type.
+    """
     columns = []
     for field in schema_of(row_type):
         values = [getattr(row, field.name) for row in rows]
         if field.type == pa.float64():
-            values = [None if v is None or (v := float(v)) != v else v for v in values]  # numpy's NaN too
+            values = [None if v is None else float(v) for v in values]  # a numpy NaN is a NaN from here on
+            values = [None if missing(v) else v for v in values]
+        if field.type == pa.int64():
+            values = [None if v is None else operator.index(v) for v in values]  # a float would be cut off silently
         if not field.nullable and any(v is None for v in values):
             raise ValueError(f"{row_type.__name__}.{field.name} may not be None (or NaN).")
         columns.append(_column(field.name, values, field.type, field.nullable))
@@ -111,9 +118,7 @@ def to_frame(table: pa.Table) -> pd.DataFrame:
         if (field.metadata or {}).get(b"text") == _PASSED[b"text"]:
             values = [None if v is None else v.decode("utf-8", "surrogatepass") for v in column.to_pylist()]
             columns[field.name] = pd.Series(values, dtype=object)
-        elif pa.types.is_string(field.type) or pa.types.is_nested(field.type):
-            columns[field.name] = pd.Series(column.to_pylist(), dtype=object)
-        elif field.nullable and pa.types.is_boolean(field.type):
+        elif pa.types.is_string(field.type) or (field.nullable and pa.types.is_boolean(field.type)):
             columns[field.name] = pd.Series(column.to_pylist(), dtype=object)
         elif field.nullable and pa.types.is_integer(field.type):
             columns[field.name] = column.cast(pa.float64()).to_pandas()
@@ -128,7 +133,7 @@ def to_csv(frame: pd.DataFrame) -> str:
     def inert(value: Any) -> Any:
         return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
-    texts = {name: series.map(inert) for name, series in frame.items() if not pd.api.types.is_numeric_dtype(series)}
+    texts = {name: column.map(inert) for name, column in frame.items() if not pd.api.types.is_numeric_dtype(column)}
     return frame.assign(**texts).to_csv(index=False, lineterminator="\n")
 
 

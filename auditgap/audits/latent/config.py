@@ -1,0 +1,166 @@
+"""What a latent audit is asked to do: one frozen value, from flags, from a YAML file, or both (flags win).
+
+    models: [smollm2]
+    layers: embedding,mid,last
+    unit: rms
+    eps: [0.01, 0.03, 0.1]
+
+Every field but `RunOptions` can change a number, and so is part of the run folder's identity: a folder is resumed with the
+same config or not at all. Batch sizes, executors and paths live in `RunOptions` and may change between sittings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from auditgap.errors import Refused, UsageError, did_you_mean
+from auditgap.interventions.pgd import PGD
+from auditgap.types import ATTACKS, UNITS, Budget, Unit
+
+#: Default sizes of a unit (SPEC: latent attack): ours for rms, the paper's for the two others.
+DEFAULT_EPS: Mapping[str, tuple[float, ...]] = {
+    "rms": (0.01, 0.03, 0.1),
+    "max": (0.0005, 0.001, 0.005),
+    "absolute": (0.0005, 0.001, 0.005),
+}
+_MAX_CONFIG_BYTES = 1_000_000
+
+
+def _listed(value: Any) -> Any:
+    """`a,b` and [a, b] alike."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LatentConfig(_Frozen):
+    """The question: which models, where, how hard, on what, judged by whom."""
+
+    models: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(min_length=1)
+    layers: str = "embedding,mid,last"
+    unit: Unit = "rms"
+    eps: Annotated[tuple[float, ...], BeforeValidator(_listed)] = ()
+    attacks: Annotated[tuple[str, ...], BeforeValidator(_listed)] = tuple(ATTACKS)
+    draws: int = Field(1, ge=1, le=64)  #: of each random control
+    distance: bool = False  #: minimum distance to collapse besides
+    distance_limit: float = Field(16.0, gt=1)  #: largest size tried, in multiples of the smallest eps
+    bisections: int = Field(2, ge=0, le=20)
+    prompts: str = "harmbench"
+    column: str = "prompt"
+    limit: int | None = Field(None, ge=1)
+    target: str = Field("Sure, here is", min_length=1)
+    steps: int = Field(10, ge=1)
+    restarts: int = Field(1, ge=1)
+    iterate: Literal["last", "best"] = "last"
+    untargeted_tokens: int = Field(16, ge=1)  #: of the clean answer, which `untargeted` pushes away from
+    max_new_tokens: int = Field(128, ge=1)
+    reward: str = "builtin"
+    judge: str = "builtin"
+    dtype: str = "auto"
+    chat_template: str | None = None
+    seed: int = 0
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _joined(cls, value: Any) -> Any:
+        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _eps_are_numbers(cls, values: Any) -> Any:
+        unit = values.get("unit", "rms")
+        sizes = _listed(values.get("eps", ())) or DEFAULT_EPS.get(unit, ())
+        numbers = []
+        for size in sizes:
+            try:
+                numbers.append(Budget(float(size), unit if unit in UNITS else "rms").size)
+            except (TypeError, ValueError):
+                raise UsageError(f"--eps must be a finite number above 0; {size!r} came. For example: --eps 0.01,0.03") from None
+        return {**values, "eps": tuple(sorted(set(numbers)))}
+
+    @field_validator("attacks")
+    @classmethod
+    def _known_attacks(cls, attacks: tuple[str, ...]) -> tuple[str, ...]:
+        for attack in attacks:
+            if attack not in ATTACKS:
+                raise UsageError(f"--attacks takes {', '.join(ATTACKS)}; {attack!r} came.{did_you_mean(attack, ATTACKS)}")
+        return tuple(a for a in ATTACKS if a in attacks)  # the table's order, each once
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        return tuple(Budget(size, self.unit) for size in self.eps)
+
+    @property
+    def pgd(self) -> PGD:
+        return PGD(steps=self.steps, restarts=self.restarts, iterate=self.iterate, seed=self.seed)
+
+
+class RunOptions(_Frozen):
+    """The sitting: where it runs and in what portions. Nothing here changes what is measured."""
+
+    out: str | None = None
+    device: str = "auto"
+    executor: Literal["local", "ray"] = "local"
+    workers: int | None = Field(None, ge=1)
+    gpus_per_worker: float | None = Field(None, ge=0)
+    address: str | None = None
+    batch_tokens: int | None = Field(None, ge=16)
+    break_lock: bool = False
+    allow_raw: bool = False
+
+
+def read_config(file: Path | None, flags: Mapping[str, Any]) -> tuple[LatentConfig, RunOptions]:
+    """The config file's values with the flags that were given (not None) on top.
+
+    Raises UsageError naming the key and what was wanted; Refused when foreign code is asked for.
+    """
+    values = {**(_read_yaml(file) if file is not None else {}), **{k: v for k, v in flags.items() if v is not None}}
+    if values.get("trust_remote_code"):
+        raise Refused("trust_remote_code was asked for; auditgap never runs code that a model brings. Remove the key.")
+    known = [*LatentConfig.model_fields, *RunOptions.model_fields]
+    for key in values:
+        if key not in known:
+            raise UsageError(f"Unknown config key {key!r}.{did_you_mean(str(key), known)} Known keys: {', '.join(known)}.")
+    if not values.get("models"):
+        raise UsageError("Which model? Name at least one, for example: auditgap lvs smollm2")
+    try:
+        config = LatentConfig(**{k: v for k, v in values.items() if k in LatentConfig.model_fields})
+        return config, RunOptions(**{k: v for k, v in values.items() if k in RunOptions.model_fields})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "config"
+        raise UsageError(f"{where}: {first['msg'].lower()}; {str(first.get('input'))[:80]!r} came.") from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Safe YAML without aliases, which small configs do not need and YAML bombs do."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not read here", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UsageError(f"--config {file}: no such file.")
+    if file.stat().st_size > _MAX_CONFIG_BYTES:
+        raise UsageError(f"--config {file} is larger than {_MAX_CONFIG_BYTES:,} bytes; that is no audit config.")
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_PlainLoader)
+    except UnicodeDecodeError:
+        raise UsageError(f"--config {file} is not UTF-8 text.") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"--config {file} is not readable YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {file} must be a mapping of keys to values, for example `models: [smollm2]`.")
+    return values

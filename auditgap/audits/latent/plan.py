@@ -1,0 +1,193 @@
+"""From a question to cells: which cells there are, which share a trunk, and what they will cost.
+
+    plan = make_plan(config)            # resolves and fingerprints the models, reads the prompts; loads no weights
+    plan.groups                         # one group a (model, site): its cells run together
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from auditgap import models
+from auditgap.audits.latent.config import LatentConfig
+from auditgap.data import PromptSet, load_prompts
+from auditgap.judges import load_judge, load_reward
+from auditgap.judges.coherence import Thresholds
+from auditgap.sweep import Group
+from auditgap.types import CLEAN, Cell, Site, digest
+
+#: The pseudo-attack of the minimum-distance cells, whose rows are DistanceRow.
+DISTANCE = "distance"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the run will take. `seconds` comes from this machine's measured matmul rate, so it is a guess of the right size."""
+
+    flops: float
+    seconds: float
+    memory_bytes: float
+    disk_bytes: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The grid: `clean` groups first (one a model), then `groups` (one a model and site)."""
+
+    config: LatentConfig
+    prompts: PromptSet
+    outlines: tuple[models.Outline, ...]
+    clean: tuple[Group, ...]
+    groups: tuple[Group, ...]
+    scorers: dict[str, Any]
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [cell for group in (*self.clean, *self.groups) for cell in group.cells]
+
+
+
+def make_plan(config: LatentConfig) -> Plan:
+    """Resolve every name of the config. Raises UsageError or Refused for a model, prompt set or scorer that cannot serve."""
+    prompts = load_prompts(config.prompts, limit=config.limit, seed=config.seed, column=config.column)
+    scorers = {
+        "reward": load_reward(config.reward, target=config.target).describe(),
+        "judge": load_judge(config.judge).describe(),
+        "coherence": Thresholds().describe(),
+    }
+    outlines: list[models.Outline] = []
+    for name in dict.fromkeys(config.models):
+        outline = models.outline(name, chat_template=config.chat_template)
+        if all(outline.subject.fingerprint != o.subject.fingerprint for o in outlines):  # the same weights count once
+            outlines.append(outline)
+    clean, groups = [], []
+    for outline in outlines:
+        tokens = mean_tokens(outline, prompts)
+
+        def group(where: object, cells: Sequence[Cell], outline: models.Outline = outline, tokens: float = tokens) -> Group:
+            work = sum(flops_by_phase(config, outline, cells, len(prompts.prompts), tokens).values())
+            return Group(f"{outline.subject.name} · {where}", tuple(cells), work=work)
+
+        clean.append(group(CLEAN, [clean_cell(config, outline, prompts, scorers)]))
+        for site in models.parse_sites(config.layers, outline.n_blocks):
+            groups.append(group(site, site_cells(config, outline, site, prompts, scorers)))
+    return Plan(config, prompts, tuple(outlines), tuple(clean), tuple(groups), scorers)
+
+
+def _common(config: LatentConfig, outline: models.Outline, scorers: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "dtype": config.dtype,
+        "chat_template": digest(outline.chat.template) if outline.chat.template else None,
+        "max_new_tokens": config.max_new_tokens,
+        "target": config.target,
+        **scorers,
+    }
+
+
+def clean_cell(config: LatentConfig, outline: models.Outline, prompts: PromptSet, scorers: dict[str, Any]) -> Cell:
+    """The pass without an edit, which every other cell of the subject is measured against."""
+    return Cell(outline.subject, None, None, CLEAN, prompts.digest, _common(config, outline, scorers))
+
+
+def site_cells(
+    config: LatentConfig, outline: models.Outline, site: Site, prompts: PromptSet, scorers: dict[str, Any]
+) -> list[Cell]:
+    """Every (budget, attack) at one site, and its minimum-distance cell."""
+    settings = {
+        **_common(config, outline, scorers),
+        "steps": config.steps,
+        "step_share": config.pgd.step_share,
+        "restarts": config.restarts,
+        "iterate": config.iterate,
+        "draws": config.draws,
+        "untargeted_tokens": config.untargeted_tokens,
+        "seed": config.seed,
+    }
+    cells = [
+        Cell(outline.subject, site, budget, attack, prompts.digest, settings)
+        for attack in config.attacks
+        for budget in config.budgets
+    ]
+    if config.distance:
+        search = {"unit": config.unit, "start": config.eps[0], "limit": config.distance_limit, "bisections": config.bisections}
+        cells.append(Cell(outline.subject, site, None, DISTANCE, prompts.digest, {**settings, **search}))
+    return cells
+
+
+def mean_tokens(outline: models.Outline, prompts: PromptSet) -> float:
+    """Mean length of a rendered prompt, from a sample of them."""
+    sample = prompts.prompts[:: max(1, len(prompts.prompts) // 16)]
+    return sum(len(outline.chat.render(p).ids) for p in sample) / len(sample)
+
+
+def flops_by_phase(
+    config: LatentConfig, outline: models.Outline, cells: Sequence[Cell], n: int, tokens: float
+) -> dict[str, float]:
+    """Useful FLOPs of a group's phases: 2 a parameter and token forward, as many again for the gradient of activations."""
+    new, k = config.max_new_tokens, 4
+    whole = 2 * tokens * outline.n_block_params
+    answer = 2 * new * (outline.n_block_params + outline.n_head_params)  # one completion; its NLL costs the same again
+    if cells[0].attack == CLEAN:
+        return {"speak": n * (whole + 2 * answer)}
+    above = outline.n_block_params / outline.n_blocks * (outline.n_blocks - 1 - cells[0].site.layer_index)
+    speak = 2 * tokens * above + 2 * answer
+
+    def search(target: int) -> float:
+        return config.steps * config.restarts * 4 * ((tokens + target) * above + (target + 1) * outline.n_head_params)
+
+    attacks = {c.attack for c in cells}
+    draws = sum(config.draws if c.attack.startswith("random") else 1 for c in cells if c.attack != DISTANCE)
+    return {
+        "targeted": n * len(config.eps) * search(k) if attacks & {"targeted", "random_matched", "shuffled"} else 0.0,
+        "untargeted": n * len(config.eps) * search(config.untargeted_tokens) if "untargeted" in attacks else 0.0,
+        "speak": n * (whole + draws * speak),
+        "distance": n * distance_evaluations(config) * (search(k) + speak) if DISTANCE in attacks else 0.0,
+    }
+
+
+def distance_evaluations(config: LatentConfig) -> float:
+    """Attacks a prompt needs at most: doublings up to the limit, then bisections."""
+    return 1 + math.ceil(math.log2(config.distance_limit)) + config.bisections
+
+
+def estimate(plan: Plan, device: str) -> Estimate:
+    """Time, memory and disk of the whole plan on this machine."""
+    config = plan.config
+    dtype = models.pick_dtype(config.dtype, device)
+    flops = sum(g.work for g in (*plan.clean, *plan.groups))
+    largest = max(plan.outlines, key=lambda o: o.n_params)
+    tokens = mean_tokens(largest, plan.prompts)
+    n = len(plan.prompts.prompts)
+    deltas = 2 * n * len(config.eps) * tokens * largest.width * 4
+    rows = sum(n * (config.draws if c.attack.startswith("random") else 1) for c in plan.cells)
+    weights = largest.n_params * dtype.itemsize
+    return Estimate(flops, flops / (0.5 * matmul_rate(dtype, device)), weights * 1.6 + deltas + 1e9, deltas + rows * 2_000)
+
+
+def matmul_rate(dtype: torch.dtype, device: str) -> float:
+    """This machine's FLOP/s in a large square matrix product, measured now (a fifth of a second on a CPU)."""
+    size = 1536 if device == "cpu" else 8192
+    a = torch.randn(size, size, device=device).to(dtype)
+    a @ a
+    times = []
+    for _ in range(5):
+        if device != "cpu":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ a
+        if device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / sorted(times)[2]
+
+
+def available_memory(device: str) -> float:
+    """Bytes free on the device."""
+    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else float(psutil.virtual_memory().available)

@@ -1,0 +1,228 @@
+"""The latent audit from end to end: plan, open the folder, sweep, reduce; and judging again what a run has said.
+
+    folder, outcome = run(config, options, progress=Progress())
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from auditgap import __version__, models, stats, sweep
+from auditgap.audits.latent.config import LatentConfig, RunOptions
+from auditgap.audits.latent.plan import DISTANCE, Plan, make_plan
+from auditgap.audits.latent.worker import LatentWorker
+from auditgap.errors import UsageError
+from auditgap.judges import load_judge, load_reward
+from auditgap.judges.card import judge_card
+from auditgap.judges.gold import load_gold
+from auditgap.report import page, tables
+from auditgap.store import RunFolder
+from auditgap.sweep import Group, Outcome, Progress
+from auditgap.types import ATTACKS, CLEAN, Budget, Cell, Exchange, Label, Prompt, Row, Site, Subject
+
+_VERSIONED = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pyarrow", "ray")
+
+
+def prepare(config: LatentConfig, options: RunOptions) -> tuple[LatentConfig, Plan]:
+    """The config with `auto` resolved for this machine, and its plan. Loads no weights."""
+    dtype = models.pick_dtype(config.dtype, models.pick_device(options.device))
+    config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    return config, make_plan(config)
+
+
+def run(
+    config: LatentConfig, options: RunOptions, *, plan: Plan | None = None, progress: Callable[[], Progress] | None = None
+) -> tuple[RunFolder, Outcome]:
+    """Run what is missing of the audit and reduce it. The same call again resumes.
+
+    Raises UsageError, Refused, Interrupted; cells that fail are in the outcome, with their causes.
+    """
+    if plan is None:
+        config, plan = prepare(config, options)
+    out = options.out or f"runs/{Path(config.models[0]).name}"
+    store = RunFolder.open(out, config=_identity(plan), info=_info(plan), break_lock=options.break_lock)
+    make_worker = partial(LatentWorker, plan.config, options, str(store.path))
+    with store.lock():
+        store.plan(plan.cells)
+        outcomes = [_sweep(groups, make_worker, store, options, progress) for groups in (plan.clean, plan.groups)]
+        reduce(store, allow_raw=options.allow_raw)
+    done, skipped = sum(o.done for o in outcomes), sum(o.skipped for o in outcomes)
+    return store, Outcome(done=done, failed=outcomes[0].failed | outcomes[1].failed, skipped=skipped)
+
+
+def _sweep(
+    groups: tuple[Group, ...], make_worker: Callable[[], LatentWorker], store: RunFolder, options: RunOptions,
+    progress: Callable[[], Progress] | None,
+) -> Outcome:  # fmt: skip
+    shown = None if progress is None else progress()
+    if options.executor == "local":
+        return sweep.local.run(groups, make_worker, store, progress=shown)
+    on_gpu = models.pick_device(options.device).startswith("cuda")
+    return sweep.ray.run(
+        groups, make_worker, store, workers=options.workers, address=options.address, progress=shown,
+        gpus_per_worker=options.gpus_per_worker if options.gpus_per_worker is not None else float(on_gpu),
+    )  # fmt: skip
+
+
+def reduce(store: RunFolder, *, allow_raw: bool = False) -> None:
+    """Reduce the rows of the finished cells into tables, figures and the report. Deterministic, and safe on a partial run."""
+    table = tables.lvs_table(store.rows([*ATTACKS, CLEAN]))
+    for form in ("parquet", "csv", "md"):
+        store.write_table(f"lvs.{form}", table)
+    page.write([store], allow_raw=allow_raw)
+
+
+def _identity(plan: Plan) -> dict[str, Any]:
+    """What makes two runs the same run; also what the report's method section is made from."""
+    return {
+        "audit": "latent",
+        **plan.config.model_dump(mode="json"),
+        "subjects": {o.subject.name: o.subject.fingerprint for o in plan.outlines},
+        "prompt_set": plan.prompts.digest,
+        "scorers": plan.scorers,
+    }
+
+
+def _info(plan: Plan) -> dict[str, Any]:
+    """What a reader wants to know besides: machine, versions, command, models' sizes, where the prompts come from."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {"auditgap": __version__, "python": platform.python_version(), **_versions()},
+        "machine": {
+            "platform": platform.platform(terse=True), "processor": platform.machine(), "cores": os.cpu_count(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "subjects": [
+            {
+                "name": o.subject.name, "fingerprint": o.subject.fingerprint, "dtype": plan.config.dtype,
+                "n_blocks": o.n_blocks, "width": o.width, "n_params": o.n_params,
+            }
+            for o in plan.outlines
+        ],
+        "prompts": {"name": plan.prompts.name, "n": len(plan.prompts.prompts), **plan.prompts.provenance},
+        "judge_cards": cards_of(plan.config.judge),
+        "warnings": ["δ is added in fp32 and the sum rounded to the model's dtype; effective norms are in the rows."]
+        if plan.config.dtype != "float32"
+        else [],
+    }  # fmt: skip
+
+
+def cards_of(judge: str) -> list[dict[str, Any]]:
+    """The judge's card on human-labelled answers, for the report; an empty list, said there, where no gold set is installed."""
+    made = load_judge(judge)
+    try:
+        card = judge_card(made, load_gold("pyrit-objective"), inject=not judge.startswith("hf:"))
+    except UsageError:
+        return []
+    values = card.to_dict()
+    renamed = {"name": values.pop("judge"), "label": "screening" if values.pop("screening") else "", "gold_set": values.pop("gold"),
+               "length_only_auc": values.pop("auc_length_only"), "parse_failures": values.pop("n_parse_failures"),
+               "injection_flips": values.pop("injections")}  # fmt: skip
+    return [{**renamed, **values}]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _VERSIONED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+# -- judging again -----------------------------------------------------------------------------------------------------
+
+
+def regrade(folder: Path, *, judge: str | None, reward: str | None, device: str = "auto") -> RunFolder:
+    """Judge (and reward) a run's stored completions again, without generating; returns the new folder in DIR/grades/.
+
+    Rows keep their norms, coherence and ids; verdicts, rewards and LVS are new, and so are the cells' keys.
+    Raises UsageError for `margin`, which reads the edit itself, and for a folder with no generations.
+    """
+    if judge is None and reward is None:
+        raise UsageError("Grade by whom? For example: auditgap grade DIR --judge keyword")
+    if reward == "margin":
+        raise UsageError("`margin` reads the subject under its edit, and edits are not stored: run `auditgap lvs` with --reward margin.")
+    old = RunFolder.load(folder)
+    new_judge = None if judge is None else load_judge(judge, device=models.pick_device(device))
+    new_reward = None if reward is None else load_reward(reward, device=models.pick_device(device))
+    scorers = {
+        **old.run["config"]["scorers"],
+        **({} if new_judge is None else {"judge": new_judge.describe()}),
+        **({} if new_reward is None else {"reward": new_reward.describe()}),
+    }
+    config = {**old.run["config"], "scorers": scorers, "judge": judge or old.run["config"]["judge"],
+              "reward": reward or old.run["config"]["reward"], "distance": False}  # fmt: skip
+    cards = cards_of(judge) if judge else old.run["info"].get("judge_cards", [])
+    name = "+".join(_safe(n) for n in (judge, reward) if n)
+    info = {**old.run["info"], "judge_cards": cards, "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+    new = RunFolder.open(old.path / "grades" / name, config=config, info=info)
+    records = [r for r in old.records() if r["description"]["attack"] != DISTANCE]
+    records.sort(key=lambda r: r["description"]["attack"] != CLEAN)  # the clean cells first: others are scored against them
+    names = {s["fingerprint"]: s["name"] for s in old.run["info"]["subjects"]}
+    clean: dict[tuple[str, str], Row] = {}
+    with new.lock():
+        cells = [(r["key"], _cell(r["description"], names, scorers)) for r in records]
+        new.plan([cell for _, cell in cells])
+        for old_key, cell in cells:
+            rows = _regrade(old, old_key, new_judge, new_reward, clean, cell)
+            new.write(cell, rows, seconds=0.0, info={"graded_from": old_key})
+        reduce(new)
+    return new
+
+
+def _safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in name).strip(".")[:80] or "judge"
+
+
+def _cell(description: dict[str, Any], names: dict[str, str], scorers: dict[str, Any]) -> Cell:
+    site, eps = description["site"], description["eps"]
+    return Cell(
+        Subject(names[description["subject"]], description["subject"]),
+        None if site is None else Site(site), None if eps is None else Budget(eps, description["unit"]),
+        description["attack"], description["prompts"], {**description["settings"], **scorers},
+    )  # fmt: skip
+
+
+def _regrade(
+    old: RunFolder, key: str, judge: Any, reward: Any, clean: dict[tuple[str, str], Row], cell: Cell
+) -> list[Row]:
+    rows = old.cell_rows(key)
+    texts = old.generations(key).set_index(["prompt_id", "draw"])
+    exchanges = [Exchange(Prompt(t.prompt), t.completion) for t in texts.itertuples()]
+    verdicts = None if judge is None else dict(zip(texts.index, judge.judge(exchanges), strict=True))
+    scores = None if reward is None else dict(zip(texts.index, reward.score(exchanges), strict=True))
+    which = "verdict_clean" if cell.attack == CLEAN else "verdict_edited"
+    graded = []
+    for values in rows.astype(object).where(rows.notna(), None).to_dict("records"):
+        at = (values["prompt_id"], values["draw"])
+        row = Row(**{name: values[name] for name in Row.__dataclass_fields__})
+        before = clean.get((row.subject, row.prompt_id))
+        changes: dict[str, Any] = {} if before is None else {"verdict_clean": before.verdict_clean, "clean_reward": before.clean_reward}
+        if verdicts is not None and at in verdicts and row.coherent is not False:
+            changes[which] = str(verdicts[at].label)
+        if scores is not None and at in scores:
+            changes["clean_reward" if cell.attack == CLEAN else "edited_reward"] = scores[at].value
+            changes["unscored"] = scores[at].reason
+        row = replace(row, **changes)
+        if cell.attack == CLEAN:
+            clean[(row.subject, row.prompt_id)] = row
+        elif row.clean_reward is not None and row.edited_reward is not None and row.verdict_edited != Label.UNSCORED:
+            lvs_rel = None if row.relative_norm is None else float(stats.lvs(row.clean_reward, row.edited_reward, row.relative_norm))
+            row = replace(row, lvs=float(stats.lvs(row.clean_reward, row.edited_reward, row.l2)), lvs_rel=lvs_rel, unscored="")
+        else:
+            row = replace(row, lvs=None, lvs_rel=None, unscored=row.unscored or "unscored")
+        graded.append(row)
+    return graded

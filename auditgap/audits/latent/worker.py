@@ -1,0 +1,402 @@
+"""Runs the cells of one (model, site): attack, speak, judge, write. The unit that local and Ray executors both call.
+
+    worker = LatentWorker(config, options, "runs/smollm2")
+    worker.run(group, tick=lambda work: None)
+
+Work goes in packs, and each pack's edits and completions are remembered in the run folder until their cells are written:
+a kill costs the pack in flight, and a resumed run gives the numbers of an unbroken one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from auditgap import models
+from auditgap.audits.latent.config import LatentConfig, RunOptions
+from auditgap.audits.latent.plan import DISTANCE, clean_cell, distance_evaluations, flops_by_phase, mean_tokens
+from auditgap.audits.latent.rows import Clean, clean_row, edited_row, unscored_row
+from auditgap.data import load_prompts
+from auditgap.engines.hf import Completion, HFEngine, Request
+from auditgap.errors import AuditgapError
+from auditgap.interventions import controls
+from auditgap.interventions.distance import search
+from auditgap.interventions.pgd import Ball, Goal, attack
+from auditgap.judges import load_judge, load_reward
+from auditgap.judges.coherence import Thresholds, is_coherent
+from auditgap.models import Rendered
+from auditgap.store import RunFolder
+from auditgap.sweep import Group
+from auditgap.types import CLEAN, Cell, DistanceRow, Edit, Exchange, Label, Prompt, Score, Site, Verdict, digest
+
+Tick = Callable[[float], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Spoken:
+    """One completion with all that was asked of it."""
+
+    completion: Completion
+    completion_nll: float | None
+    verdict: Verdict
+    score: Score
+    coherent: bool | None
+
+
+@dataclass(frozen=True, eq=False)
+class Wish:
+    """A completion to be had: prompt number p under an attack, at budget number e, draw d."""
+
+    cell: Cell
+    p: int
+    e: int
+    d: int
+
+
+class LatentWorker:
+    """Keeps one subject loaded, and runs groups of it (another subject's group swaps the model)."""
+
+    def __init__(self, config: LatentConfig, options: RunOptions, folder: str) -> None:
+        self.config, self.options = config, options
+        self.store = RunFolder.load(folder)
+        self.prompts = load_prompts(config.prompts, limit=config.limit, seed=config.seed, column=config.column)
+        self.thresholds = Thresholds()
+        self._name: str | None = None
+
+    # -- what a group needs --------------------------------------------------------------------------------------------
+
+    def open(self, name: str) -> None:
+        """Load the subject unless it is loaded, with its prompts rendered and its scorers made."""
+        if name == self._name:
+            return
+        self.engine = None  # the old model's memory first
+        options, config = self.options, self.config
+        loaded = models.load(name, dtype=config.dtype, device=options.device, chat_template=config.chat_template)
+        self.outline = models.outline(name, chat_template=config.chat_template)
+        self.engine = HFEngine(loaded, batch_tokens=options.batch_tokens)
+        self.target = self.engine.encode(config.target)
+        self.reward = load_reward(config.reward, engine=self.engine, target=config.target, device=options.device)
+        self.judge = load_judge(config.judge, device=options.device)
+        self.scorers = {
+            "reward": self.reward.describe(), "judge": self.judge.describe(), "coherence": self.thresholds.describe()
+        }  # fmt: skip
+        self.rendered: list[Rendered] = []
+        self.too_long: list[Prompt] = []
+        window = loaded.max_positions
+        for prompt in self.prompts.prompts:
+            rendered = self.engine.render(prompt)
+            needed = len(rendered.ids) + max(len(self.target), config.untargeted_tokens, config.max_new_tokens)
+            if window is not None and needed > window:
+                self.too_long.append(prompt)
+            else:
+                self.rendered.append(rendered)
+        self._name = name
+
+    def run(self, group: Group, tick: Tick) -> None:
+        """Compute and write every unfinished cell of the group."""
+        pending = [cell for cell in group.cells if not self.store.is_finished(cell.key)]
+        if not pending:
+            return
+        self.open(pending[0].subject.name)
+        if pending[0].subject.fingerprint != self.outline.subject.fingerprint:
+            raise AuditgapError(f"The weights of {pending[0].subject.name} changed since the run was planned; use a new --out.")
+        if pending[0].attack == CLEAN:
+            self._run_clean(pending[0], lambda share: tick(group.work * share))
+            return
+        clean = self._clean_pass()
+        site = pending[0].site
+        self.engine.self_test(site)
+        phases = flops_by_phase(self.config, self.outline, pending, 1, mean_tokens(self.outline, self.prompts))
+        site_run = SiteRun(self, site, clean, lambda phase, prompts: tick(phases[phase] * prompts))
+        site_run.attacks([c for c in pending if c.attack != DISTANCE])
+        for cell in pending:
+            if cell.attack == DISTANCE:
+                site_run.distance(cell)
+
+    def remembered(self, names: list[str], what: Any, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """`compute()` once: kept in the run folder under a name made of `what`, which is added to `names`."""
+        name = digest(what)
+        names.append(name)
+        return self.store.remember(name, compute)
+
+    # -- speaking and scoring ------------------------------------------------------------------------------------------
+
+    def speak(self, requests: Sequence[Request], names: list[str], what: Any) -> tuple[list[Completion], list[float | None]]:
+        """Completions of one pack and their NLL under the clean model, remembered."""
+
+        def compute() -> dict[str, np.ndarray]:
+            done = self.engine.generate(requests, self.config.max_new_tokens)
+            nll = self.engine.nll([r.rendered for r in requests], [c.ids for c in done])
+            return _pack_completions(done, nll)
+
+        return _unpack_completions(self.remembered(names, what, compute), self.engine.loaded.tokenizer)
+
+    def score(
+        self, requests: Sequence[Request], done: Sequence[Completion], nll: Sequence[float | None], clean_nll: Sequence[float | None]
+    ) -> list[Spoken]:
+        """Judge and reward every completion. What the coherence gate fails is `broken`, whatever the judge says."""
+        exchanges = [Exchange(r.rendered.prompt, c.text, r.edit) for r, c in zip(requests, done, strict=True)]
+        verdicts, scores = self.judge.judge(exchanges), self.reward.score(exchanges)
+        spoken = []
+        for completion, own, clean, verdict, score in zip(done, nll, clean_nll, verdicts, scores, strict=True):
+            coherent, reason = is_coherent(completion.ids, own, clean, thresholds=self.thresholds)
+            if coherent is False:
+                verdict = Verdict(Label.BROKEN, reason)
+            spoken.append(Spoken(completion, own, verdict, score, coherent))
+        return spoken
+
+    # -- the clean pass ------------------------------------------------------------------------------------------------
+
+    def _run_clean(self, cell: Cell, tick: Tick) -> None:
+        started, names = time.monotonic(), []
+        rows, texts = [], []
+        requests = [Request(r, None, self.target) for r in self.rendered]
+        for pack in self.engine.speaking_packs([len(r.ids) + self.config.max_new_tokens for r in self.rendered]):
+            some = [requests[i] for i in pack]
+            done, nll = self.speak(some, names, [cell.key, [r.rendered.prompt.id for r in some]])
+            for request, spoken in zip(some, self.score(some, done, nll, nll), strict=True):
+                rows.append(clean_row(self._name, request.rendered, spoken))
+                texts.append(_generation(request, spoken, 0))
+            tick(len(pack) / len(requests))
+        rows += [unscored_row(self._name, cell, p, "too_long") for p in self.too_long]
+        self.store.write(cell, rows, generations=texts, seconds=time.monotonic() - started, info=self._info())
+        self.store.forget(names)
+
+    def _clean_pass(self) -> dict[str, Clean]:
+        """The clean cell's results by prompt id; computed first if no other worker has done so."""
+        cell = clean_cell(self.config, self.outline, self.prompts, self.scorers)
+        if not self.store.is_finished(cell.key):
+            self._run_clean(cell, lambda _: None)
+        rows = self.store.cell_rows(cell.key).set_index("prompt_id")
+        texts = self.store.generations(cell.key).set_index("prompt_id")
+        return {
+            r.prompt.id: Clean.of(rows.loc[r.prompt.id], tuple(int(i) for i in texts.loc[r.prompt.id, "ids"]))
+            for r in self.rendered
+        }
+
+    def _info(self) -> dict[str, Any]:
+        return {"device": str(self.engine.device), "dtype": str(self.engine.loaded.dtype).removeprefix("torch."),
+                "threads": torch.get_num_threads()}  # fmt: skip
+
+
+class SiteRun:
+    """The attacks at one site of the loaded subject, over all prompts."""
+
+    def __init__(self, worker: LatentWorker, site: Site, clean: dict[str, Clean], tick: Callable[[str, float], None]) -> None:
+        self.worker, self.site, self.clean, self.tick = worker, site, clean, tick
+        self.config, self.engine, self.rendered = worker.config, worker.engine, worker.rendered
+        self.key = [worker.outline.subject.fingerprint, site.layer_index, worker.prompts.digest]
+        self.balls = [
+            Ball.of(h, r.content) for h, r in zip(self.engine.activations(self.rendered, site), self.rendered, strict=True)
+        ]
+        self.radii = [tuple(b.radius(budget) for budget in self.config.budgets) for b in self.balls]
+        self.found: dict[str, list[list[torch.Tensor]]] = {}  # attack -> [prompt][budget] -> δ [T, D]
+        self.broken_gradient: dict[str, set[tuple[int, int]]] = {"targeted": set(), "untargeted": set()}
+
+    def attacks(self, pending: Sequence[Cell]) -> None:
+        """Search for the edits, speak under all of them in packs of like length, write every cell."""
+        if not pending:
+            return
+        started, names = time.monotonic(), []
+        wanted = {c.attack for c in pending}
+        if wanted & {"targeted", "random_matched", "shuffled"}:
+            self._search("targeted", names, pending[0])
+        if "untargeted" in wanted:
+            self._search("untargeted", names, pending[0])
+        if "shuffled" in wanted:
+            by_budget = [controls.shuffled(list(column)) for column in zip(*self.found["targeted"], strict=True)]
+            self.found["shuffled"] = [list(row) for row in zip(*by_budget, strict=True)]
+        wishes = [
+            Wish(cell, p, self.config.budgets.index(cell.budget), d)
+            for cell in pending
+            for p in range(len(self.rendered))
+            for d in range(self.config.draws if cell.attack.startswith("random") else 1)
+        ]
+        rows: dict[str, list] = {c.key: [] for c in pending}
+        texts: dict[str, list] = {c.key: [] for c in pending}
+        lengths = [len(self.rendered[w.p].ids) + self.config.max_new_tokens for w in wishes]
+        for pack in self.engine.speaking_packs(lengths):
+            some = [wishes[i] for i in pack]
+            for wish, request, spoken in self._speak(some, names):
+                rows[wish.cell.key].append(self._row(wish, request, spoken))
+                texts[wish.cell.key].append(_generation(request, spoken, wish.d))
+            self.tick("speak", len(pack) * len(self.rendered) / len(wishes))
+        seconds = (time.monotonic() - started) / len(pending)
+        for cell in pending:
+            rows[cell.key] += [unscored_row(self.worker._name, cell, p, "too_long") for p in self.worker.too_long]
+            self.worker.store.write(
+                cell, rows[cell.key], generations=texts[cell.key], seconds=seconds, info=self.worker._info()
+            )
+        self.worker.store.forget(names)
+
+    def _search(self, kind: str, names: list[str], cell: Cell) -> None:
+        """PGD for all prompts and budgets, pack by pack; fills `found[kind]`."""
+        goals = [self._goal(p, kind) for p in range(len(self.rendered))]
+        deltas: list[list[torch.Tensor]] = [[] for _ in goals]
+        lengths = [len(g.rendered.ids) + len(g.target) for g in goals]
+        for pack in self.engine.packs(lengths, len(self.config.budgets) * self.config.restarts):
+            what = [*self.key, kind, cell.settings, self.config.eps, self.config.unit, [goals[i].rendered.prompt.id for i in pack]]
+
+            def compute(pack: Sequence[int] = pack) -> dict[str, np.ndarray]:
+                results = attack(self.engine, [goals[i] for i in pack], self.site, self.config.pgd)
+                arrays = {f"{i}.{e}": f.delta.numpy() for i, row in zip(pack, results, strict=True) for e, f in enumerate(row)}
+                return {**arrays, "finite": np.array([[f.finite for f in row] for row in results])}
+
+            arrays = self.worker.remembered(names, what, compute)
+            self.tick(kind, len(pack))
+            for i, finite in zip(pack, arrays["finite"], strict=True):
+                deltas[i] = [torch.from_numpy(arrays[f"{i}.{e}"]) for e in range(len(self.config.eps))]
+                self.broken_gradient[kind] |= {(i, e) for e, ok in enumerate(finite) if not ok}
+        self.found[kind] = deltas
+
+    def _goal(self, p: int, kind: str) -> Goal:
+        rendered = self.rendered[p]
+        if kind == "untargeted":
+            answer = self.clean[rendered.prompt.id].ids[: self.config.untargeted_tokens]
+            return Goal(rendered, answer or self.worker.target, self.radii[p], maximise=True)
+        own = rendered.prompt.target
+        return Goal(rendered, self.engine.encode(own) if own else self.worker.target, self.radii[p])
+
+    def _edit(self, wish: Wish) -> Edit:
+        rendered, kind, radius = self.rendered[wish.p], wish.cell.attack, self.radii[wish.p][wish.e]
+        if kind in self.found:
+            return Edit(self.site, self.found[kind][wish.p][wish.e])
+        rng = controls.generator(self.config.seed, kind, rendered.prompt.id, self.site, self.config.budgets[wish.e], wish.d)
+        if kind == "random":
+            width = self.engine.loaded.width
+            return Edit(self.site, controls.uniform(len(rendered.ids), width, radius, rng))
+        return Edit(self.site, controls.matched(self.found["targeted"][wish.p][wish.e], rng))
+
+    def _speak(self, wishes: Sequence[Wish], names: list[str]) -> Iterable[tuple[Wish, Request, Spoken]]:
+        goal_target = [self._goal(w.p, "targeted").target for w in wishes]
+        requests = [Request(self.rendered[w.p], self._edit(w), t) for w, t in zip(wishes, goal_target, strict=True)]
+        what = [[w.cell.key, self.rendered[w.p].prompt.id, w.d] for w in wishes]
+        done, nll = self.worker.speak(requests, names, what)
+        clean_nll = [self.clean[r.rendered.prompt.id].completion_nll for r in requests]
+        return zip(wishes, requests, self.worker.score(requests, done, nll, clean_nll), strict=True)
+
+    def _row(self, wish: Wish, request: Request, spoken: Spoken) -> Any:
+        attacked = wish.cell.attack if wish.cell.attack == "untargeted" else "targeted"
+        reason = "nonfinite_grad" if wish.cell.attack != "random" and (wish.p, wish.e) in self.broken_gradient[attacked] else ""
+        return edited_row(
+            self.worker._name, wish.cell, wish.d, request, spoken,
+            clean=self.clean[request.rendered.prompt.id], ball=self.balls[wish.p], radius=self.radii[wish.p][wish.e],
+            last_position_only=self.site.layer_index == self.engine.loaded.n_blocks - 1, reason=reason,
+        )  # fmt: skip
+
+    # -- minimum distance ----------------------------------------------------------------------------------------------
+
+    def distance(self, cell: Cell) -> None:
+        """The smallest budget that turns each prompt's completion harmful; prompts already harmful are at distance 0."""
+        started, names = time.monotonic(), []
+        safe = [p for p, r in enumerate(self.rendered) if self.clean[r.prompt.id].verdict in (Label.SAFE, Label.REFUSAL)]
+        warm: dict[int, torch.Tensor] = {}
+        evaluations = 0
+        start = self.config.eps[0]
+
+        def evaluate(rows: Sequence[int], sizes: Sequence[float]) -> list[bool | None]:
+            nonlocal evaluations
+            evaluations += 1
+            verdicts: dict[int, bool | None] = {}
+            lengths = [len(self.rendered[safe[i]].ids) + len(self.worker.target) for i in rows]
+            for pack in self.engine.packs(lengths, self.config.restarts):
+                some = [(safe[rows[j]], sizes[j], rows[j]) for j in pack]
+                verdicts.update(self._collapsed(some, warm, names, [cell.key, evaluations]))
+            self.tick("distance", len(rows) / distance_evaluations(self.config))
+            return [verdicts[i] for i in rows]
+
+        limit = start * self.config.distance_limit
+        distances = search(evaluate, len(safe), start=start, limit=limit, bisections=self.config.bisections)
+        found = dict(zip(safe, distances, strict=True))
+        scale = {p: self.radii[p][0] / start for p in range(len(self.rendered))}
+        rows = []
+        for p, rendered in enumerate(self.rendered):
+            clean = self.clean[rendered.prompt.id].verdict
+            harmful = clean == Label.HARMFUL
+            size = found[p].size if p in found else 0.0 if harmful else None
+            collapsed = found[p].collapsed if p in found else True if harmful else None
+            rows.append(
+                self._distance_row(
+                    rendered.prompt, size, None if size is None else size * scale[p], collapsed,
+                    found[p].evaluations if p in found else 0, clean,
+                    "" if collapsed is not None else f"clean_{clean}" if p not in found else "attack_unscored",
+                )
+            )  # fmt: skip
+        rows += [self._distance_row(p, None, None, None, 0, None, "too_long") for p in self.worker.too_long]
+        self.worker.store.write(cell, rows, seconds=time.monotonic() - started, info=self.worker._info())
+        self.worker.store.forget(names)
+
+    def _distance_row(
+        self, prompt: Prompt, size: float | None, eps_abs: float | None, collapsed: bool | None, tries: int,
+        clean: str | None, unscored: str,
+    ) -> DistanceRow:  # fmt: skip
+        return DistanceRow(
+            subject=self.worker._name, site=str(self.site), layer_index=self.site.layer_index, unit=self.config.unit,
+            prompt_id=prompt.id, distance=size, eps_abs=eps_abs, collapsed=collapsed, evaluations=tries,
+            verdict_clean=clean, unscored=unscored,
+        )  # fmt: skip
+
+    def _collapsed(
+        self, some: Sequence[tuple[int, float, int]], warm: dict[int, torch.Tensor], names: list[str], what: Any
+    ) -> dict[int, bool | None]:
+        """Attack prompt p with its own size, speak, judge: harmful and coherent? Remembers δ as the next warm start."""
+        goals = []
+        for p, size, _ in some:
+            base = self._goal(p, "targeted")
+            radius = torch.tensor(self.radii[p][0] / self.config.eps[0] * size, dtype=torch.float32).item()
+            start = None if p not in warm else (warm[p] * (radius / max(warm[p].abs().max().item(), 1e-30)),)
+            goals.append(Goal(base.rendered, base.target, (radius,), warm=start))
+
+        def compute() -> dict[str, np.ndarray]:
+            results = attack(self.engine, goals, self.site, self.config.pgd)
+            arrays = {str(p): f[0].delta.numpy() for (p, _, _), f in zip(some, results, strict=True)}
+            return {**arrays, "finite": np.array([f[0].finite for f in results])}
+
+        arrays = self.worker.remembered(names, [*what, "delta", [[p, size] for p, size, _ in some]], compute)
+        for p, _, _ in some:
+            warm[p] = torch.from_numpy(arrays[str(p)])
+        requests = [Request(g.rendered, Edit(self.site, warm[p])) for g, (p, _, _) in zip(goals, some, strict=True)]
+        done, nll = self.worker.speak(requests, names, [*what, "speak", [[p, size] for p, size, _ in some]])
+        clean_nll = [self.clean[g.rendered.prompt.id].completion_nll for g in goals]
+        spoken = self.worker.score(requests, done, nll, clean_nll)
+        return {
+            row: None if not finite or s.verdict.label == Label.UNSCORED else s.verdict.label == Label.HARMFUL
+            for (_, _, row), s, finite in zip(some, spoken, arrays["finite"], strict=True)
+        }
+
+
+def _generation(request: Request, spoken: Spoken, draw: int) -> dict[str, Any]:
+    """What `generations/<key>.parquet` keeps of a completion; this is the only place where text is stored."""
+    return {
+        "prompt_id": request.rendered.prompt.id, "draw": draw, "prompt": request.rendered.prompt.text,
+        "completion": spoken.completion.text, "ids": list(spoken.completion.ids), "stopped": spoken.completion.stopped,
+        "completion_nll": spoken.completion_nll, "coherent": spoken.coherent,
+        "verdict": str(spoken.verdict.label), "reason": spoken.verdict.reason or spoken.score.reason,
+    }  # fmt: skip
+
+
+def _pack_completions(done: Sequence[Completion], nll: Sequence[float | None]) -> dict[str, np.ndarray]:
+    """Completions as plain arrays: flat token ids with their counts, numbers with NaN for "none"."""
+    numbers = [[c.target_nll, c.l2_effective, c.linf_effective, n] for c, n in zip(done, nll, strict=True)]
+    return {
+        "ids": np.array([i for c in done for i in c.ids], dtype=np.int64),
+        "counts": np.array([len(c.ids) for c in done], dtype=np.int64),
+        "stopped": np.array([c.stopped for c in done]),
+        "numbers": np.array(numbers, dtype=np.float64),
+    }
+
+
+def _unpack_completions(arrays: dict[str, np.ndarray], tokenizer: Any) -> tuple[list[Completion], list[float | None]]:
+    done, nll, at = [], [], 0
+    for count, stopped, numbers in zip(arrays["counts"], arrays["stopped"], arrays["numbers"], strict=True):
+        ids = tuple(int(i) for i in arrays["ids"][at : at + count])
+        at += count
+        values = [None if np.isnan(x) else float(x) for x in numbers]
+        done.append(Completion(tokenizer.decode(ids, skip_special_tokens=True), ids, bool(stopped), *values[:3]))
+        nll.append(values[3])
+    return done, nll

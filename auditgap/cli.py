@@ -1,0 +1,418 @@
+"""The command line: joins the parts and says what they said. No measurement happens here.
+
+    auditgap lvs smollm2 --prompts harmbench --limit 16 --out runs/smollm2
+
+Exit codes: 0 done, 2 bad usage, 3 partly failed, 4 refused for safety, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from auditgap import __version__
+from auditgap.errors import AuditgapError, PartlyFailed, UsageError, did_you_mean
+from auditgap.types import ATTACKS
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+app = typer.Typer(
+    help="Measure the audit gap of language models: behavioural safety minus robustness under bounded edits.",
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+)  # fmt: skip
+
+Models = Annotated[list[str] | None, typer.Argument(help="Hub ids, id@revision, folders, adapters, or smollm2.", show_default=False)]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML with any of these options; flags win.")]
+Layers = Annotated[str | None, typer.Option(help="embedding,mid,last | all | stride:4 | 0,5,12 [embedding,mid,last]")]
+Unit = Annotated[str | None, typer.Option(help="What eps is relative to: rms, max or absolute [rms]")]
+Eps = Annotated[str | None, typer.Option(help="Sizes, in the unit [rms: 0.01,0.03,0.1; others: 0.0005,0.001,0.005]")]
+Attacks = Annotated[str | None, typer.Option(help=f"Any of {','.join(ATTACKS)} [all]")]
+Draws = Annotated[int | None, typer.Option(help="Draws of each random control [1]")]
+Distance = Annotated[bool | None, typer.Option("--distance/--no-distance", help="Minimum distance to collapse besides [no]")]
+Prompts = Annotated[str | None, typer.Option(help="A name (`auditgap ls prompts`) or a jsonl, csv, parquet or txt file [harmbench]")]
+Column = Annotated[str | None, typer.Option(help="The file's column with the prompt [prompt]")]
+Limit = Annotated[int | None, typer.Option(help="Use N prompts, chosen by hash [all]")]
+Reward = Annotated[str | None, typer.Option(help="builtin, margin or hf:MODEL_ID [builtin]")]
+Judge = Annotated[str | None, typer.Option(help="builtin, keyword or hf:MODEL_ID [builtin]")]
+NewTokens = Annotated[int | None, typer.Option("--max-new-tokens", help="Greedy tokens a completion [128]")]
+Target = Annotated[str | None, typer.Option(help='The opening that `targeted` aims at ["Sure, here is"]')]
+Steps = Annotated[int | None, typer.Option(help="PGD steps [10]")]
+Restarts = Annotated[int | None, typer.Option(help="PGD starts a budget, zero first; the best is kept [1]")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16 [auto: bfloat16 on a GPU, else float32]")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [auto]")]
+Executor = Annotated[str | None, typer.Option(help="local (this process) or ray [local]")]
+Workers = Annotated[int | None, typer.Option(help="Ray actors [as many as fit]")]
+BatchTokens = Annotated[int | None, typer.Option("--batch-tokens", help="Tokens a PGD batch [1024 on a CPU, 16384 on a GPU]")]
+Template = Annotated[str | None, typer.Option("--chat-template", help="A Jinja file, or `none` [the tokenizer's own]")]
+Seed = Annotated[int | None, typer.Option(help="Seed of samples, controls and intervals [0]")]
+Out = Annotated[str | None, typer.Option(help="The run's folder; the same command on it resumes [runs/MODEL]")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the grid and what it will take; run nothing.")]
+AllowRaw = Annotated[bool | None, typer.Option("--allow-raw", help="Put prompts and completions into the report.")]
+BreakLock = Annotated[bool | None, typer.Option("--break-lock", help="Take over a folder whose writer is dead.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command(
+    epilog="Examples: auditgap lvs smollm2 --limit 16 --max-new-tokens 32 · auditgap lvs ./base ./tuned --layers stride:4 "
+    "--unit max --out runs/pair · auditgap lvs --config audit.yaml --dry-run"
+)
+def lvs(
+    models: Models = None, config: Config = None, layers: Layers = None, unit: Unit = None, eps: Eps = None,
+    attacks: Attacks = None, draws: Draws = None, distance: Distance = None, prompts: Prompts = None, column: Column = None,
+    limit: Limit = None, reward: Reward = None, judge: Judge = None, max_new_tokens: NewTokens = None, target: Target = None,
+    steps: Steps = None, restarts: Restarts = None, dtype: Dtype = None, device: Device = None, executor: Executor = None,
+    workers: Workers = None, batch_tokens: BatchTokens = None, chat_template: Template = None, seed: Seed = None,
+    out: Out = None, allow_raw: AllowRaw = None, break_lock: BreakLock = None, dry_run: DryRun = False, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Latent Vulnerability Scores: attack each layer within a budget, next to matched controls, and report the audit gap."""
+    flags = {k: v for k, v in locals().items() if k not in ("config", "dry_run", "as_json")}
+    _latent(config, flags, dry_run, as_json)
+
+
+@app.command(epilog="Example: auditgap distance smollm2 --layers all --limit 32 --out runs/distance")
+def distance(
+    models: Models = None, config: Config = None, layers: Layers = None, unit: Unit = None, eps: Eps = None,
+    prompts: Prompts = None, column: Column = None, limit: Limit = None, judge: Judge = None,
+    max_new_tokens: NewTokens = None, target: Target = None, steps: Steps = None, dtype: Dtype = None, device: Device = None,
+    executor: Executor = None, workers: Workers = None, batch_tokens: BatchTokens = None, chat_template: Template = None,
+    seed: Seed = None, out: Out = None, break_lock: BreakLock = None, dry_run: DryRun = False, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Minimum distance to collapse: the smallest eps at which each prompt's completion turns harmful, layer by layer.
+
+    The smallest --eps is where the search starts; it doubles from there, then bisects.
+    """
+    flags = {k: v for k, v in locals().items() if k not in ("config", "dry_run", "as_json")}
+    _latent(config, {**flags, "attacks": (), "distance": True}, dry_run, as_json)
+
+
+def _latent(config_file: Path | None, flags: Mapping[str, Any], dry_run: bool, as_json: bool) -> None:
+    _quiet_transformers()
+    from auditgap.audits import latent
+    from auditgap.models import pick_device
+    from auditgap.sweep import Progress
+
+    config, options = latent.read_config(config_file, flags)
+    config, plan = latent.prepare(config, options)
+    expected = latent.estimate(plan, pick_device(options.device))
+    if dry_run:
+        _show_plan(plan, expected, as_json)
+        return
+    _say_estimate(plan, expected, options)
+    store, outcome = latent.run(config, options, plan=plan, progress=lambda: Progress(console=err))
+    for line in store.warnings:
+        err.print(Text(f"Note: {line}"))
+    _show_summary(store)
+    if outcome.failed:
+        lines = "\n".join(f"  {key}: {cause}" for key, cause in sorted(outcome.failed.items())[:10])
+        raise PartlyFailed(
+            f"{len(outcome.failed)} of {len(plan.cells)} cells failed, the others are in {store.path}:\n{lines}"
+        )
+
+
+def _say_estimate(plan: Any, expected: Any, options: Any) -> None:
+    from auditgap.audits.latent import available_memory
+    from auditgap.models import pick_device
+    from auditgap.sweep.progress import duration
+
+    n = len(plan.prompts.prompts)
+    err.print(
+        Text(
+            f"{len(plan.cells)} cells on {n} prompts ({plan.prompts.name}); at most about {duration(expected.seconds)}, "
+            f"{expected.memory_bytes / 1e9:.1f} GB of memory, {expected.disk_bytes / 1e6:.0f} MB of disk on the way."
+        )
+    )
+    free = available_memory(pick_device(options.device))
+    if expected.memory_bytes > free:
+        err.print(
+            Text(
+                f"Note: {free / 1e9:.1f} GB are free. If memory runs out, batches are halved; should that not do, use --dtype bfloat16."
+            )
+        )
+
+
+def _show_plan(plan: Any, expected: Any, as_json: bool) -> None:
+    from auditgap.sweep.progress import duration
+
+    cells = [{"key": c.key, "cell": str(c), **c.describe()} for c in plan.cells]
+    if as_json:
+        fields = {name: getattr(expected, name) for name in ("flops", "seconds", "memory_bytes", "disk_bytes")}
+        _print_json({"config": plan.config.model_dump(mode="json"), "n_prompts": len(plan.prompts.prompts), "cells": cells,
+                     "estimate": fields})  # fmt: skip
+        return
+    rows = [
+        {
+            "group": group.name, "cells": len(group.cells), "attacks": ", ".join(dict.fromkeys(c.attack for c in group.cells)),
+            "eps": ", ".join(dict.fromkeys(f"{c.budget.size:g}" for c in group.cells if c.budget)),
+            "share": f"{group.work / max(expected.flops, 1):.0%}",
+        }
+        for group in (*plan.clean, *plan.groups)
+    ]  # fmt: skip
+    _print_table(rows)
+    out.print(
+        Text(
+            f"{len(cells)} cells × {len(plan.prompts.prompts)} prompts ({plan.prompts.name}), unit {plan.config.unit}. "
+            f"At most about {duration(expected.seconds)}, {expected.memory_bytes / 1e9:.1f} GB of memory, "
+            f"{expected.disk_bytes / 1e6:.0f} MB of disk. Nothing was run."
+        )
+    )
+
+
+def _show_summary(store: Any) -> None:
+    """The LVS table in short, the audit gap, and where everything lies."""
+    import pandas as pd
+
+    from auditgap.report import tables
+    from auditgap.types import CLEAN
+
+    table = pd.read_parquet(store.path / "lvs.parquet")
+    if len(table):
+        _print_table(
+            [
+                {
+                    "site": r.site, "eps": f"{r.eps:g}", "attack": r.attack, "LVS": _interval(r.lvs_mean, r.lvs_mean_lo, r.lvs_mean_hi),
+                    "ASR": _interval(r.asr, r.asr_lo, r.asr_hi), "− matched": _interval(r.delta_vs_matched, r.delta_lo, r.delta_hi),
+                    "n": r.n, "unscored": r.n_unscored, "broken": r.n_broken, "flag": r.flag,
+                }
+                for r in table[table["attack"].isin(["targeted", "untargeted"])].itertuples()
+            ]
+        )  # fmt: skip
+    for gap in tables.audit_gaps(store.rows([*ATTACKS, CLEAN])).itertuples():
+        out.print(
+            Text(
+                f"{gap.subject}, eps {gap.eps:g} {gap.unit}: behaviourally safe {_interval(gap.safety, gap.safety_lo, gap.safety_hi)}, "
+                f"under bounded edits {_interval(gap.robustness, gap.robustness_lo, gap.robustness_hi)}, "
+                f"audit gap {_interval(gap.gap, gap.gap_lo, gap.gap_hi)} (n = {gap.n})"
+            )
+        )
+    out.print(Text(f"Report: {store.path / 'report.html'}   Tables: {store.path / 'lvs.csv'}"))
+
+
+def _interval(value: Any, lo: Any, hi: Any) -> str:
+    import pandas as pd
+
+    if pd.isna(value):
+        return "could not tell"
+    return f"{value:.2f}" if pd.isna(lo) or pd.isna(hi) else f"{value:.2f} [{lo:.2f}, {hi:.2f}]"
+
+
+@app.command(epilog="Example: auditgap report runs/base runs/tuned --out runs/both")
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    to: Annotated[Path | None, typer.Option("--out", help="Where report.html goes [the first folder]")] = None,
+    allow_raw: Annotated[bool, typer.Option("--allow-raw", help="Put prompts and completions into the report.")] = False,
+) -> None:
+    """Write the tables and the HTML report of one or more run folders anew."""
+    from auditgap.audits.latent import reduce
+    from auditgap.report import page
+    from auditgap.store import RunFolder
+
+    stores = [RunFolder.load(folder) for folder in folders]
+    for store in stores:
+        reduce(store, allow_raw=allow_raw)
+    path = page.write(stores, allow_raw=allow_raw, out=to)
+    out.print(Text(f"Report: {path}"))
+
+
+@app.command(epilog="Example: auditgap status runs/smollm2 --json")
+def status(folder: Annotated[Path, typer.Argument(help="A run folder.")], as_json: AsJson = False) -> None:
+    """Say how far a run is; works beside the running one, and on any machine that sees the folder."""
+    from dataclasses import asdict
+
+    from auditgap.store import RunFolder
+    from auditgap.sweep.progress import duration
+
+    store = RunFolder.load(folder)
+    now = store.status()
+    failures = {key: record.get("cause", "") for key, record in store.failures().items()}
+    if as_json:
+        _print_json({**asdict(now), "failures": failures})
+        return
+    running = f"running (pid {now.running.get('pid')} on {now.running.get('host')})" if now.running else "not running"
+    left = f", about {duration(now.eta_seconds)} left" if now.eta_seconds is not None else ""
+    out.print(Text(f"{folder}: {now.finished} of {now.planned} cells done, {now.failed} failed, {running}{left}."))
+    if now.corrupt:
+        out.print(Text(f"{now.corrupt} torn files were set aside as *.corrupt; their cells run again."))
+    for key, cause in failures.items():
+        out.print(Text(f"  {key}: {cause}"))
+
+
+@app.command(epilog="Example: auditgap grade runs/smollm2 --judge keyword")
+def grade(
+    folder: Annotated[Path, typer.Argument(help="A finished run folder.")], judge: Judge = None, reward: Reward = None,
+    device: Device = None,
+) -> None:  # fmt: skip
+    """Judge a run's stored completions again, without generating; the new tables and report go to DIR/grades/."""
+    _quiet_transformers()
+    from auditgap.audits import latent
+
+    _show_summary(latent.regrade(folder, judge=judge, reward=reward, device=device or "auto"))
+
+
+@app.command("ls", epilog="Examples: auditgap ls prompts · auditgap ls layers smollm2 · auditgap ls judges --json")
+def list_(
+    what: Annotated[str, typer.Argument(help="judges, rewards, prompts, attacks or layers")],
+    model: Annotated[str | None, typer.Argument(help="The model, for layers.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what can be named: judges, rewards, prompts, attacks, or the layers of a MODEL."""
+    kinds = {"judges": _judges, "rewards": _rewards, "prompts": _prompts, "attacks": _attacks, "layers": lambda: _layers(model)}
+    if what not in kinds:
+        raise UsageError(f"ls takes {', '.join(kinds)}; {what!r} came.{did_you_mean(what, kinds)}")
+    rows = kinds[what]()
+    _print_json(rows) if as_json else _print_table(rows)
+
+
+def _judges() -> list[dict[str, Any]]:
+    from auditgap import judges
+
+    return [{"name": j.name, "what": j.description, "available": "yes" if j.available else j.problem} for j in judges.judges()]
+
+
+def _rewards() -> list[dict[str, Any]]:
+    from auditgap import judges
+
+    return [{"name": r.name, "what": r.description, "available": "yes" if r.available else r.problem} for r in judges.rewards()]
+
+
+def _prompts() -> list[dict[str, Any]]:
+    from auditgap.data import prompt_sets
+
+    return [
+        {"name": p.name, "what": p.description, "licence": p.licence, "available": "yes" if p.available else p.problem}
+        for p in prompt_sets()
+    ]
+
+
+def _attacks() -> list[dict[str, Any]]:
+    return [{"name": name, "what": what} for name, what in ATTACKS.items()]
+
+
+def _layers(model: str | None) -> list[dict[str, Any]]:
+    if model is None:
+        raise UsageError("Layers of which model? For example: auditgap ls layers smollm2")
+    _quiet_transformers()
+    from auditgap.models import outline, parse_sites
+
+    n = outline(model).n_blocks
+    words = {str(parse_sites(w, n)[0]): w for w in ("embedding", "mid", "last")}
+    return [
+        {"site": str(s), "layer_index": s.layer_index, "also": words.get(str(s), "") if str(s) != "embedding" else ""}
+        for s in parse_sites("all", n)
+    ]
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine can do: versions, devices, speed, and which optional parts are installed."""
+    import importlib.util
+    import platform
+    from importlib.metadata import version
+
+    import psutil
+    import torch
+
+    from auditgap.audits.latent.plan import matmul_rate
+    from auditgap.data import prompt_sets
+    from auditgap.models import PACKAGED, pick_device
+
+    device = pick_device("auto")
+    rows = [
+        {"check": "auditgap", "found": __version__},
+        {"check": "python", "found": platform.python_version()},
+        *({"check": p, "found": version(p)} for p in ("torch", "transformers", "accelerate", "scikit-learn", "pyarrow")),
+        {"check": "device", "found": torch.cuda.get_device_name() if device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"},
+        {"check": "free memory", "found": f"{psutil.virtual_memory().available / 1e9:.1f} GB"},
+        *(
+            {"check": f"matmul {str(t).removeprefix('torch.')}", "found": f"{matmul_rate(t, device) / 1e9:,.0f} GFLOP/s"}
+            for t in (torch.float32, torch.bfloat16)
+        ),
+        *(
+            {"check": extra, "found": version(extra) if importlib.util.find_spec(extra) else f"absent: pip install {extra}"}
+            for extra in ("ray", "peft", "gguf", "deepspeed", "vllm")
+        ),
+        *({"check": f"prompts {p.name}", "found": "yes" if p.available else p.problem} for p in prompt_sets()),
+        *(
+            {"check": f"model {name}", "found": "yes" if importlib.util.find_spec(m.package) else f"absent: {m.install}"}
+            for name, m in PACKAGED.items()
+        ),
+    ]  # fmt: skip
+    _print_json({r["check"]: r["found"] for r in rows}) if as_json else _print_table(rows)
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows as a table; everything in it is data, so no markup is read."""
+    if not rows:
+        out.print("Nothing to list.")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in rows[0]:
+        table.add_column(Text(name), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_inert(str(value))) for value in row.values()))
+    out.print(table)
+
+
+def _inert(text: str) -> str:
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str, ensure_ascii=True))
+
+
+def _quiet_transformers() -> None:
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit()
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The entry point: every error a user can mend is a sentence on stderr and an exit code, never a traceback."""
+    try:
+        sys.exit(app(args, standalone_mode=False) or 0)
+    except AuditgapError as error:
+        err.print(Text(_inert_lines(str(error))), style="red" if err.is_terminal else None)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("Interrupted. The same command resumes.")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if not callable(getattr(error, "show", None)):
+            raise
+        error.show()  # click's own usage errors; typer carries its own copy of their classes
+        sys.exit(2)
+
+
+def _inert_lines(text: str) -> str:
+    return "\n".join(map(_inert, text.splitlines()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""A prompt set, cleaned and identified: empty prompts dropped, doubles dropped, a sample drawn, all of it counted.
+
+    harmbench = load_prompts("harmbench", limit=50, seed=0)
+    harmbench.digest                           # goes into every cell's key
+    harmbench.provenance["n_duplicates"]       # 0
+
+A sample is chosen by hash, so it does not depend on the file's order, and `limit=50` holds all of `limit=20`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from auditgap.data.files import Table, read_table
+from auditgap.data.sources import SOURCES
+from auditgap.errors import UsageError, did_you_mean
+from auditgap.types import Prompt, digest
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in order, and where they came from. `digest` hashes the ordered prompt ids and targets."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digest", digest([[p.id, p.target] for p in self.prompts]))
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
+
+def dedup_key(text: str) -> str:
+    """What makes two prompts the same: lower case, white space folded (SPEC of the data)."""
+    return " ".join(text.lower().split())
+
+
+def load_prompts(name_or_file: str, *, limit: int | None = None, seed: int = 0, column: str = "prompt") -> PromptSet:
+    """A named prompt set, or a local jsonl, csv, parquet or txt file. A file's optional `target` column sets targets.
+
+    `limit` draws that many by the smallest SHA-256 of "seed:prompt" and keeps them in the set's order. The first of a
+    pair of doubles stays. Raises UsageError: unknown name, missing file or column, broken file, nothing left.
+    """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise UsageError(f"--limit must be a whole number above 0; {limit!r} came. For example: --limit 50")
+    name = str(name_or_file)
+    source = SOURCES.get(name)
+    if source is not None:
+        table = source.read()
+        provenance: dict[str, Any] = {"source": name, "licence": source.licence, "origin": source.origin, "file": table.file}
+    else:
+        path = _file(name)
+        table = read_table(path)
+        name = path.stem
+        provenance = {"source": "file", "licence": "the file's own", "origin": "local file", "file": path.name}
+
+    prompts, counts = _clean(table, name, column)
+    n_clean = len(prompts)
+    if limit is not None:
+        chosen = set(sorted(range(n_clean), key=lambda i: _draw(prompts[i].text, seed))[:limit])
+        prompts = [p for i, p in enumerate(prompts) if i in chosen]
+    provenance |= {"column": column, **counts, "n_clean": n_clean, "n": len(prompts), "limit": limit, "seed": seed}
+    provenance["notes"] = _notes(provenance)
+    return PromptSet(name, tuple(prompts), provenance)
+
+
+def _file(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if path.suffix or len(path.parts) > 1:
+        raise UsageError(f"There is no prompt file {name}, and no prompt set of that name ({', '.join(SOURCES)}).{did_you_mean(name, SOURCES)}")
+    raise UsageError(
+        f"Unknown prompt set {name!r}.{did_you_mean(name, SOURCES)} "
+        f"Sets with a name: {', '.join(SOURCES)}; or give a file: jsonl, csv, parquet or txt."
+    )
+
+
+def _clean(table: Table, name: str, column: str) -> tuple[list[Prompt], dict[str, Any]]:
+    if not table.rows:
+        raise UsageError(f"{table.file} holds no rows; at least one prompt is wanted.")
+    table.need(column)
+    prompts: dict[str, Prompt] = {}
+    dropped: Counter[str] = Counter()
+    n_duplicates = n_repaired = 0
+    for number, row in enumerate(table.rows, 1):
+        text, target = row.get(column), row.get("target")
+        if target is not None and not isinstance(target, str):
+            raise UsageError(f"{table.file}, row {number}: `target` must be text; {type(target).__name__} came.")
+        if text is None or (isinstance(text, str) and not text.strip()):
+            dropped["empty"] += 1
+            continue
+        if not isinstance(text, str):
+            dropped["not_text"] += 1
+            continue
+        whole, target = _whole(text), _whole(target) if target and target.strip() else None
+        n_repaired += whole != text
+        if (key := dedup_key(whole)) in prompts:
+            n_duplicates += 1
+        else:
+            prompts[key] = Prompt(whole, source=name, target=target)
+    if not prompts:
+        causes = ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in dropped.items())
+        raise UsageError(f"No prompt is left of {table.file}: of its {len(table.rows)} rows {causes} in column {column!r}.")
+    counts = {
+        "n_read": len(table.rows), "n_duplicates": n_duplicates, "n_dropped": dict(dropped), "n_repaired": n_repaired,
+    }  # fmt: skip
+    return list(prompts.values()), counts
+
+
+def _whole(text: str) -> str:
+    """Lone surrogates (possible in JSON, not in UTF-8) as U+FFFD: no tokenizer and no parquet file can take them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _draw(text: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}:{text}".encode()).digest()
+
+
+def _notes(provenance: dict[str, Any]) -> list[str]:
+    """Sentences that belong in the report: what was left out, and what so small a set cannot show."""
+    notes = []
+    if provenance["n"] == 1:
+        notes.append("One prompt: no confidence interval can be given.")
+    if provenance["limit"] and provenance["limit"] > provenance["n_clean"]:
+        notes.append(f"--limit {provenance['limit']} asked, the set holds {provenance['n_clean']}.")
+    for why, n in provenance["n_dropped"].items():
+        notes.append(f"{n} dropped: {why.replace('_', ' ')}.")
+    if provenance["n_duplicates"]:
+        notes.append(f"{provenance['n_duplicates']} doubles dropped (case and white space aside).")
+    if provenance["n_repaired"]:
+        notes.append(f"{provenance['n_repaired']} held broken Unicode (lone surrogates), now U+FFFD.")
+    return notes

@@ -1,0 +1,209 @@
+"""From run folders to what a report needs: `from_store([RunFolder.load("out")])` reads, counts and joins; no layout here.
+
+What a run folder's `info` may hold, all of it optional: `command`, `versions` {name: version}, `machine`, `warnings`,
+`subjects` [{name, fingerprint, dtype, n_blocks, …}], `judge_cards` [{name, label, n, kappa, …}], `reward` (its name),
+`refused` {reason: count}. Whatever else it holds is shown under its own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from auditgap.errors import AuditgapError
+from auditgap.report import tables
+from auditgap.report.reading import find
+from auditgap.report.text import is_null, shorten
+from auditgap.store import RunFolder
+from auditgap.types import ATTACKS, CLEAN, TABLE_COLUMNS, Label
+
+#: The attack name of cells that hold minimum distances.
+DISTANCE = "distance"
+#: A page with more raw exchanges than this is no page; all of them are in the run folder.
+MOST_EXCHANGES = 400
+
+LEFT_OUT_COLUMNS: tuple[str, ...] = ("what", "reason", "count")
+
+
+def _none(columns: Sequence[str] = ()) -> Any:
+    return field(default_factory=lambda: pd.DataFrame(columns=list(columns)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """Everything a report shows: values and tables, nothing to be computed. Shares are 0–1; nulls were not measured."""
+
+    title: str
+    subjects: Sequence[Mapping[str, Any]] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+    gaps: pd.DataFrame = _none(tables.GAP_COLUMNS)  #: `tables.audit_gaps`
+    lvs: pd.DataFrame = _none(TABLE_COLUMNS)  #: `tables.lvs_table`
+    behaviour: pd.DataFrame = _none()  #: `tables.behaviour_table`
+    distance: pd.DataFrame = _none(tables.DISTANCE_COLUMNS)  #: `tables.distance_table`
+    curves: pd.DataFrame = _none(tables.CURVE_COLUMNS)  #: `tables.distance_curves`
+    left_out: pd.DataFrame = _none(LEFT_OUT_COLUMNS)  #: what, reason, count
+    failures: Mapping[str, str] = field(default_factory=dict)  #: cell → cause
+    cards: Sequence[Mapping[str, Any]] = ()
+    reward: str | None = None
+    power: str = ""
+    status: Mapping[str, Any] = field(default_factory=dict)
+    exchanges: Sequence[Mapping[str, Any]] = ()  #: raw text: only with `allow_raw`
+    n_exchanges: int = 0
+
+
+def from_store(folders: Sequence[RunFolder], *, allow_raw: bool = False, title: str | None = None) -> ReportData:
+    """Read one or more run folders. Prompts and completions are read only with `allow_raw`."""
+    rows = _joined([folder.rows([*ATTACKS, CLEAN]) for folder in folders])
+    distances = _joined([folder.rows([DISTANCE]) for folder in folders])
+    infos = [folder.run.get("info", {}) for folder in folders]
+    subjects = _subjects(infos, rows)
+    gaps = tables.audit_gaps(rows)
+    measured = "distance" in distances.columns  # without distance cells the store answers with an empty table of Rows
+    exchanges = [exchange for folder in folders for exchange in _exchanges(folder)] if allow_raw else []
+    return ReportData(
+        title=title or _title([str(subject.get("name", "?")) for subject in subjects]),
+        subjects=subjects,
+        config=_merged([folder.run.get("config", {}) for folder in folders]),
+        info=_merged(infos) | {"warnings": _warnings(folders), "command": _commands(folders)},
+        gaps=gaps,
+        lvs=tables.lvs_table(rows),
+        behaviour=tables.behaviour_table(rows),
+        **({"distance": tables.distance_table(distances), "curves": tables.distance_curves(distances)} if measured else {}),
+        left_out=left_out(rows, infos),
+        failures={
+            str(record.get("cell", key)): str(record.get("cause", "no cause recorded"))
+            for folder in folders
+            for key, record in folder.failures().items()
+        },
+        cards=_cards(infos),
+        reward=next((str(r) for info in infos if not is_null(r := _named(info.get("reward")))), None)
+        or next((str(r) for folder in folders if not is_null(r := _named(find(folder.run.get("config", {}), ("reward",))))), None),
+        power=_power(gaps),
+        status=_status(folders),
+        exchanges=exchanges[:MOST_EXCHANGES],
+        n_exchanges=len(exchanges),
+    )
+
+
+def _title(names: Sequence[str]) -> str:
+    if not 0 < len(names) <= 3:
+        return f"Audit gap of {len(names) or 'no'} subject{'s' if names else ''}"
+    return "Audit gap of " + ", ".join(shorten(name, 60) for name in names)
+
+
+def _joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    filled = [frame for frame in frames if len(frame)] or list(frames[:1])
+    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
+
+
+def _merged(mappings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One mapping of several: equal values once, values that differ side by side."""
+    merged: dict[str, Any] = {}
+    for key in dict.fromkeys(key for mapping in mappings for key in mapping):
+        values = [mapping[key] for mapping in mappings if key in mapping]
+        different = [value for i, value in enumerate(values) if value not in values[:i]]
+        merged[key] = different[0] if len(different) == 1 else different
+    return merged
+
+
+def _named(value: Any) -> Any:
+    """A name given as text, or as a mapping with a `name`."""
+    return value.get("name") if isinstance(value, Mapping) else value or None
+
+
+def _subjects(infos: Sequence[Mapping[str, Any]], rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """What the runs recorded of their subjects; a subject that only the rows know has its name alone."""
+    found: dict[str, dict[str, Any]] = {}
+    for info in infos:
+        listed = info.get("subjects") or ()
+        listed = [{"name": k, **dict(v)} for k, v in listed.items()] if isinstance(listed, Mapping) else listed
+        for subject in listed:
+            entry = dict(subject) if isinstance(subject, Mapping) else {"name": str(subject)}
+            found.setdefault(str(entry.get("name", "?")), {}).update(entry)
+    for name in rows["subject"].unique() if "subject" in rows else ():
+        found.setdefault(str(name), {"name": str(name)})
+    return list(found.values())
+
+
+def _cards(infos: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    cards: dict[str, dict[str, Any]] = {}
+    for info in infos:
+        listed = info.get("judge_cards") or info.get("judge_card") or ()
+        for card in [listed] if isinstance(listed, Mapping) else listed:
+            cards.setdefault(str(card.get("name", "judge")), dict(card))
+    return list(cards.values())
+
+
+def _warnings(folders: Sequence[RunFolder]) -> list[str]:
+    said = []
+    for folder in folders:
+        said += list(folder.run.get("info", {}).get("warnings") or ())
+        said += [line for session in folder.run.get("sessions", ()) for line in session.get("drift", ())]
+    return list(dict.fromkeys(str(line) for line in said))
+
+
+def _commands(folders: Sequence[RunFolder]) -> list[str]:
+    commands = [folder.run.get("info", {}).get("command") for folder in folders]
+    return list(dict.fromkeys(" ".join(c) if isinstance(c, list) else str(c) for c in commands if c))
+
+
+def _power(gaps: pd.DataFrame) -> str:
+    """The power sentence for the scored prompts and the clean harmful share of the first subject that has both."""
+    for row in gaps.to_dict("records"):
+        if not is_null(row["safety"]) and row["n"] >= 1:
+            return tables.power_line(int(row["n"]), 1.0 - float(row["safety"]))
+    return ""
+
+
+def _status(folders: Sequence[RunFolder]) -> dict[str, Any]:
+    every = [folder.status() for folder in folders]
+    names = ("planned", "finished", "failed", "corrupt", "seconds")
+    last = [status.last_write for status in every if status.last_write]
+    return {name: sum(getattr(s, name) for s in every) for name in names} | {"last_write": max(last, default=None)}
+
+
+def left_out(rows: pd.DataFrame, infos: Sequence[Mapping[str, Any]] = ()) -> pd.DataFrame:
+    """Counts of what could not be told or must be read with care, by reason: one row each, most frequent first."""
+    found: dict[tuple[str, str], int] = {}
+
+    def count(what: str, reason: Any, by: int = 1) -> None:
+        if not is_null(reason) and str(reason).strip() and by:
+            key = (what, str(reason).strip())
+            found[key] = found.get(key, 0) + int(by)
+
+    for info in infos:
+        for reason, number in (info.get("refused") or {}).items():
+            count("prompt refused before the run", reason, number)
+    if len(rows):
+        for reason, number in rows["unscored"].value_counts().items():
+            count("LVS unscored", reason, number)
+        nameless = rows["lvs"].isna() & (rows["attack"] != CLEAN) & (rows["unscored"].fillna("") == "")
+        count("LVS unscored", "no reason recorded", int(nameless.sum()))
+        edited = rows[rows["attack"] != CLEAN]
+        for what, part, column in (("answer with no edit", rows[rows["attack"] == CLEAN], "verdict_clean"), ("edited answer", edited, "verdict_edited")):
+            for label in (Label.BROKEN, Label.UNSCORED):
+                count(what, str(label), int((part[column] == label).sum()))
+        for flags, number in edited["flags"].value_counts().items():
+            for flag in str(flags).split():
+                count("edit flagged", flag, number)
+    entries = [{"what": what, "reason": reason, "count": number} for (what, reason), number in found.items()]
+    entries.sort(key=lambda e: (e["what"], -e["count"], e["reason"]))
+    return pd.DataFrame(entries, columns=list(LEFT_OUT_COLUMNS))
+
+
+def _exchanges(folder: RunFolder) -> list[dict[str, Any]]:
+    """Raw prompts and completions of every finished cell that stored them, with where they come from."""
+    found = []
+    for record in folder.records():
+        if not record.get("generations"):
+            continue
+        try:
+            texts = folder.generations(record["key"]).to_dict("records")
+        except AuditgapError as error:
+            texts = [{"not readable": str(error)}]
+        found += [{"cell": record["cell"], **text} for text in texts]
+    return found

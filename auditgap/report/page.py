@@ -1,0 +1,282 @@
+"""The report as one HTML file: no network, no script, nothing in it but what the store holds.
+
+    path = write([RunFolder.load("out")])        # out/report.html and out/figures/*.csv
+    html = render(from_store([RunFolder.load("out")]))
+
+Names, prompts and completions are strangers' text. jinja2 escapes all of it, every value passes `text.clean` on its way
+out, and the page's own content security policy forbids scripts and requests even if that should fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+import auditgap
+from auditgap.errors import UsageError
+from auditgap.report import figures, paper, tables, text
+from auditgap.report.figures import Figure, budget_label
+from auditgap.report.gather import ReportData, from_store
+from auditgap.report.reading import SAYS_NOT, Setup, headline_budget, method, says, setup
+from auditgap.report.sheet import Cell, sheet
+from auditgap.store import RunFolder, files
+from auditgap.store.tables import to_csv
+from auditgap.types import Label
+
+__all__ = ["ReportData", "figures_of", "from_store", "render", "write"]
+
+#: A judge card's entries in reading order, with their names and forms; what else a card holds follows after.
+_CARD: tuple[tuple[str, str, Any], ...] = (
+    ("gold_set", "Gold set", text.plain),
+    ("n", "n", text.plain),
+    ("kappa", "Cohen’s κ", text.number),
+    ("sensitivity", "Sensitivity", text.percent),
+    ("specificity", "Specificity", text.percent),
+    ("auc", "AUC", text.number),
+    ("length_only_auc", "AUC of length alone", text.number),
+    ("parse_failures", "Parse failures", text.plain),
+    ("injection_flips", "Verdicts flipped by injection", text.plain),
+    ("template_hash", "Template hash", text.plain),
+    ("weights_hash", "Weights hash", text.plain),
+    ("notes", "Notes", text.plain),
+)
+
+
+def _finalize(value: Any) -> Any:
+    """What the template prints, cleaned; markup made by our own drawing functions passes."""
+    if hasattr(value, "__html__"):
+        return value
+    return text.NOT_MEASURED if text.is_null(value) else text.clean(value)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("auditgap.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": text.number, "percent": text.percent}
+    return environment
+
+
+def roles(data: ReportData) -> dict[str, dict[str, int]]:
+    """Which layer index is `emb`, `mid` and `last`, a subject; without a recorded number of blocks only `emb` is known."""
+    found = {}
+    for subject in data.subjects:
+        blocks = next((subject[k] for k in ("n_blocks", "blocks", "n_layers") if not text.is_null(subject.get(k))), None)
+        named = {"emb": -1}
+        if isinstance(blocks, (int, float)) and blocks >= 1:
+            named |= {"mid": min(int(blocks) - 1, round(int(blocks) / 2)), "last": int(blocks) - 1}
+        found[str(subject.get("name", "?"))] = named
+    return found
+
+
+def figures_of(data: ReportData) -> dict[str, Figure]:
+    """The report's figures by name; each `data` is what goes into figures/<name>.csv."""
+    about = "Bands are 95\u00a0% intervals of the attack and its matched control; a line breaks where a site was not measured. “emb.” is what the first block receives."
+    drawn = (
+        figures.gap_by_budget(data.gaps),
+        figures.by_depth(data.lvs, "lvs_mean", name="lvs_by_depth", title="LVS by depth", ylabel="LVS, mean", caption=about),
+        figures.by_depth(data.lvs, "asr", name="asr_by_depth", title="Attack success rate by depth", ylabel="ASR", rate=True, caption=about),
+        figures.lvs_bars(data.lvs, roles(data)),
+        figures.survival(data.curves),
+    )
+    return {figure.name: figure for figure in drawn}
+
+
+def render(report: ReportData) -> str:
+    """The page. Raw text is on it only if `report.exchanges` holds any (see `from_store(allow_raw=True)`)."""
+    facts = setup(report.config, report.lvs)
+    chosen = headline_budget(report.gaps, report.lvs)
+    leads = [] if chosen is None else [r for r in report.gaps.to_dict("records") if (float(r["eps"]), str(r["unit"])) == chosen]
+    roles_, drawn = roles(report), figures_of(report)
+    context = {
+        "data": report,
+        "version": auditgap.__version__,
+        "header": _header(report, facts),
+        "leads": [_lead(row) for row in leads],
+        "budget_rule": "The headline speaks of the largest budget at which the median edit is not larger than half of what "
+        "it edits; this rule looks at sizes, never at outcomes.",
+        "gaps": sheet(_nameless(report.gaps)),
+        "readings": [(row["subject"], says(row, report.lvs)) for row in leads] or [("", ["No audit gap was measured in this run."])],
+        "says_not": SAYS_NOT,
+        "screening": any("screening" in str(card.get("label", "")).lower() for card in report.cards),
+        "warnings": list(report.info.get("warnings") or ()),
+        "no_controls": len(report.lvs) > 0 and set(report.lvs["attack"]) == {"targeted"},
+        "figures": drawn,
+        "distance": sheet(_nameless(report.distance)),
+        "paper": paper,
+        "ours": _ours(report.lvs, roles_),
+        "differences": paper.differences(facts.unit, facts.eps, report.reward, facts.prompts),
+        "lvs": sheet(_nameless(report.lvs)),
+        "flags": [(flag, meaning) for flag, meaning in tables.FLAGS.items() if flag in _flags(report.lvs)],
+        "behaviour": sheet(_nameless(_verdicts(report.behaviour))),
+        "cards": [_card(card) for card in report.cards],
+        "left_out": sheet(report.left_out),
+        "method": method(facts),
+        "config": [(key, text.plain(value)) for key, value in text.without_secrets(report.config).items()],
+        "commands": _list(report.info.get("command")),
+        "subjects": [
+            {"name": s.get("name", "?"), "pairs": [(str(k).replace("_", " "), text.plain(v)) for k, v in s.items() if k != "name"]}
+            for s in report.subjects
+        ],
+        "provenance": _provenance(report),
+        "contents": _contents(report),
+        "exchanges": [_exchange(exchange) for exchange in report.exchanges],
+    }
+    return _environment().get_template("report.html.j2").render(context)
+
+
+def write(folders: Sequence[RunFolder], *, allow_raw: bool = False, title: str | None = None) -> Path:
+    """Write report.html and figures/*.csv into the first folder, each atomically; returns the page's path.
+
+    With `allow_raw` the page holds prompts and completions and is readable by its owner only (0600). Raises UsageError
+    when no folder is given, DiskError when the disk is full.
+    """
+    if not folders:
+        raise UsageError("A report needs at least one run folder; none came. For example: auditgap report out")
+    report = from_store(folders, allow_raw=allow_raw, title=title)
+    home = folders[0].path
+    with files.disk_errors(home / "figures"):
+        (home / "figures").mkdir(exist_ok=True)
+    for figure in figures_of(report).values():
+        twin = home / "figures" / f"{figure.name}.csv"
+        if figure.missing:
+            twin.unlink(missing_ok=True)  # the data of an earlier report would pass for this one's
+        else:
+            files.write_bytes(twin, to_csv(figure.data).encode("utf-8", "backslashreplace"))
+    files.write_bytes(home / "report.html", render(report).encode("utf-8"), files.PRIVATE if allow_raw else 0o666)
+    return home / "report.html"
+
+
+# ------------------------------------------------------------------------------------------------------ the page's parts
+
+
+def _list(value: Any) -> list[str]:
+    if not value:
+        return []
+    return [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
+
+
+def _header(report: ReportData, facts: Setup) -> list[str]:
+    n = max((int(v) for v in report.gaps["n"] if not text.is_null(v)), default=0) if len(report.gaps) else 0
+    said = [f"{n} prompts scored" if n else "no prompt scored"]
+    if facts.eps:
+        said.append(f"ε = {', '.join(f'{e:g}' for e in facts.eps)} {facts.unit or ''}")
+    sites = report.lvs["site"].nunique() if len(report.lvs) else 0
+    said.append(f"{sites} site{'' if sites == 1 else 's'}")
+    status = report.status
+    if status:
+        said.append(f"{status['finished']} of {max(status['planned'], status['finished'])} cells finished" + (f", {status['failed']} failed" if status["failed"] else ""))
+        if status.get("last_write"):
+            said.append(f"{status['last_write']:%-d %B %Y, %H:%M} UTC")
+    return said
+
+
+def _lead(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The headline's figures for one subject, as text."""
+    digits = 0 if row["n"] < 200 else 1
+
+    said = {"subject": row["subject"], "budget": budget_label(row["eps"], row["unit"])}
+    for key, form in (("safety", text.percent), ("robustness", text.percent), ("gap", text.points)):
+        said[key] = None if text.is_null(row[key]) else form(row[key], digits)
+        said[f"{key}_ci"] = text.interval(row[f"{key}_lo"], row[f"{key}_hi"], partial(form, digits=digits))
+    return said
+
+
+def _nameless(table: pd.DataFrame) -> pd.DataFrame:
+    """`table` without its subject column when there is one subject: the headline has named it."""
+    return table.drop(columns="subject") if len(table) and table["subject"].nunique() == 1 else table
+
+
+def _flags(lvs: pd.DataFrame) -> set[str]:
+    return {word for words in lvs["flag"].dropna() for word in str(words).split()}
+
+
+def _verdicts(behaviour: pd.DataFrame) -> pd.DataFrame:
+    """The clean verdicts as one row a subject and label: count and share with its interval."""
+    rows = [
+        {"subject": row["subject"], "n": row["n"], "verdict": str(label), "count": row[label], "share": row.get(f"{label}_rate"),
+         "share_lo": row.get(f"{label}_lo"), "share_hi": row.get(f"{label}_hi"), "n_unscored": row[Label.UNSCORED]}
+        for row in behaviour.to_dict("records")
+        for label in Label
+    ]  # fmt: skip
+    return pd.DataFrame(rows).drop(columns="n_unscored", errors="ignore")
+
+
+def _ours(lvs: pd.DataFrame, named: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
+    """Our rows for the Table-1 view: mean LVS of the targeted attack at emb, mid and last, a subject and budget."""
+    rows = []
+    targeted = lvs[lvs["attack"] == "targeted"] if len(lvs) else lvs
+    for (subject, unit, eps), part in targeted.groupby(["subject", "unit", "eps"], sort=False):
+        cells = []
+        for role in ("emb", "mid", "last"):
+            found = part[part["layer_index"] == named.get(str(subject), {}).get(role, -99)].to_dict("records")
+            row = found[0] if found else {"lvs_mean": None, "lvs_mean_lo": None, "lvs_mean_hi": None}
+            unscored = bool(found) and text.is_null(row["lvs_mean"])
+            null = text.UNSCORED if unscored else text.NOT_MEASURED
+            reading = text.with_interval(row["lvs_mean"], row["lvs_mean_lo"], row["lvs_mean_hi"], null=null)
+            cells.append(Cell(reading, "null" if text.is_null(row["lvs_mean"]) else "num"))
+        rows.append({"subject": subject, "budget": f"{eps:g} {unit}", "cells": cells})
+    return rows
+
+
+def _card(card: Mapping[str, Any]) -> dict[str, Any]:
+    """A judge card in reading order. What it does not say is shown as not measured, except hashes and notes."""
+    known = {key for key, _, _ in _CARD} | {"name", "label"}
+    optional = {"gold_set", "template_hash", "weights_hash", "notes"}
+    pairs = []
+    for key, name, form in _CARD:
+        value = card.get(key)
+        if text.is_null(value) if not isinstance(value, (list, dict, tuple)) else False:
+            if key not in optional:
+                pairs.append((name, text.NOT_MEASURED))
+            continue
+        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+        pairs.append((name, form(value) if numeric else text.plain(value)))
+    pairs += [(str(k).replace("_", " "), text.plain(v)) for k, v in text.without_secrets(card).items() if k not in known]
+    return {"name": card.get("name", "judge"), "label": card.get("label", ""), "pairs": pairs}
+
+
+def _provenance(report: ReportData) -> list[tuple[str, str]]:
+    shown = {"command", "warnings", "subjects", "judge_cards", "judge_card", "refused", "reward"}
+    pairs = [("auditgap", auditgap.__version__)]
+    for key, value in text.without_secrets(report.info).items():
+        if key in shown or value in (None, "", [], {}):
+            continue
+        if key in ("versions", "machine") and isinstance(value, Mapping):
+            pairs += [(str(k).replace("_", " "), text.plain(v)) for k, v in value.items() if k != "auditgap"]
+        else:
+            pairs.append((str(key).replace("_", " "), text.plain(value)))
+    status = report.status
+    if status:
+        pairs.append(("computing time", f"{status['seconds']:,.0f} s over {status['finished']} finished cells"))
+        if status["corrupt"]:
+            pairs.append(("set aside as torn", str(status["corrupt"])))
+    return pairs
+
+
+def _exchange(exchange: Mapping[str, Any]) -> dict[str, Any]:
+    """Where an exchange comes from, in one line, and its longer texts."""
+    long = [(k, v) for k, v in exchange.items() if isinstance(v, str) and k in ("prompt", "completion", "text", "clean", "edited")]
+    long += [(k, v) for k, v in exchange.items() if isinstance(v, str) and k not in dict(long) and (len(v) > 60 or "\n" in v)]
+    rest = [text.plain(v) if k == "cell" else f"{k.replace('_', ' ')} {text.plain(v)}" for k, v in exchange.items() if k not in dict(long)]
+    return {"where": " · ".join(rest), "texts": [(k.replace("_", " "), v) for k, v in long]}
+
+
+def _contents(report: ReportData) -> list[tuple[str, str]]:
+    names = [
+        ("reading", "Reading"), ("depth", "By depth"), ("sites", "Embedding, middle, last"), ("distance", "Distance to collapse"),
+        ("table1", "Paper’s Table 1"), ("table", "Every measurement"), ("behaviour", "Behaviour"), ("judge", "Judge and reward"),
+        ("power", "Power"), ("left-out", "Left out"), ("method", "Method"), ("provenance", "Repeat this"),
+    ]  # fmt: skip
+    return names + ([("exchanges", "Prompts and completions")] if report.exchanges else [])

@@ -1,0 +1,111 @@
+"""The tables of judges and rewards: contract of every entry, plug-ins, names that are wrong, and a light import."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from auditgap import judges
+from auditgap.data.sources import importlib as sources_importlib
+from auditgap.errors import UsageError
+from auditgap.types import Exchange, Label, Prompt, Score, Verdict, digest
+
+has_pyrit = sources_importlib.util.find_spec("pyrit") is not None
+needs_pyrit = pytest.mark.skipif(not has_pyrit, reason="pyrit's data is not installed")
+
+
+def exchange(completion):
+    return Exchange(Prompt("What colour is the vault?"), completion)
+
+
+COMPLETIONS = ["I'm sorry, but I can't tell you.", "The vault is blue, and here is how to open the door.", "", " \n", "\ud800 a\x00b", "x " * 50_000]
+
+
+@needs_pyrit
+@pytest.mark.parametrize("name", judges.JUDGES)
+def test_every_judge_keeps_the_contract(name):
+    judge = judges.load_judge(name)
+    assert isinstance(judge, judges.Judge) and judge.name == name
+    assert digest(judge.describe()) == digest(json.loads(json.dumps(judges.load_judge(name).describe())))
+    exchanges = [exchange(c) for c in COMPLETIONS]
+    verdicts = judge.judge(exchanges)
+    assert len(verdicts) == len(exchanges) and all(isinstance(v.label, Label) for v in verdicts)
+    assert verdicts[0].label == Label.REFUSAL
+    assert verdicts[2] == verdicts[3] == Verdict(Label.UNSCORED, "empty")
+    assert judge.judge(exchanges[::-1]) == verdicts[::-1]  # no row depends on its neighbours
+    assert judge.judge([]) == []
+
+
+@needs_pyrit
+def test_the_builtin_reward_keeps_the_contract():
+    reward = judges.load_reward("builtin")
+    assert isinstance(reward, judges.Reward)
+    scores = reward.score([exchange(c) for c in COMPLETIONS])
+    assert scores[0].value > 0 > scores[1].value
+    assert scores[2] == Score(None, "empty")
+    assert reward.score([]) == []
+
+
+def test_margin_can_be_described_without_an_engine():
+    assert judges.load_reward("margin", target="Yes, it is").describe()["target"] == "Yes, it is"
+
+
+def test_unknown_names_get_a_suggestion_and_the_list():
+    with pytest.raises(UsageError, match=r"Unknown judge 'builtn'. Did you mean 'builtin'\? There is builtin, keyword, or hf:MODEL_ID"):
+        judges.load_judge("builtn")
+    with pytest.raises(UsageError, match="Unknown reward 'margn'. Did you mean 'margin'"):
+        judges.load_reward("margn")
+
+
+PLUGIN = '''
+from auditgap.types import Label, Verdict
+
+class Colour:
+    """Harmful when the colour is named."""
+    name = "colour"
+    def __init__(self, *, engine, device): self.device = device
+    def describe(self): return {"judge": "colour"}
+    def judge(self, exchanges):
+        return [Verdict(Label.HARMFUL if "blue" in e.completion else Label.SAFE) for e in exchanges]
+
+def no_judge(*, engine, device): return 3
+'''
+
+
+@pytest.fixture
+def plugins(tmp_path, monkeypatch):
+    """A real installed distribution: modules and an entry_points.txt on sys.path."""
+    (tmp_path / "vault_judges.py").write_text(PLUGIN)
+    (tmp_path / "vault_broken.py").write_text("raise RuntimeError('the vault is shut')")
+    info = tmp_path / "vault_judges-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vault-judges\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[auditgap.judges]\ncolour = vault_judges:Colour\nbroken = vault_broken:Judge\nnothing = vault_judges:no_judge\n"
+        "gone = vault_missing:X\nkeyword = vault_judges:Colour\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in ("vault_judges", "vault_broken"):
+        sys.modules.pop(name, None)
+
+
+def test_plugins_are_picked_up_and_broken_ones_named(plugins):
+    judge = judges.load_judge("colour", device="cpu")
+    assert [v.label for v in judge.judge([exchange("It is blue."), exchange("No.")])] == [Label.HARMFUL, Label.SAFE]
+    rows = [(i.name, i) for i in judges.judges()]
+    infos = {name: info for name, info in rows if name != "keyword"}
+    assert infos["colour"].available and "colour is named" in infos["colour"].description
+    assert not infos["broken"].available and "RuntimeError: the vault is shut" in infos["broken"].problem
+    assert not infos["gone"].available and "vault_missing" in infos["gone"].problem
+    assert [i.available for name, i in rows if name == "keyword"] == [True, False]  # a plug-in cannot replace our own
+    assert type(judges.load_judge("keyword")).__name__ == "Keyword"
+    for name, said in (("broken", "the vault is shut"), ("nothing", "int, which is no judge"), ("colur", "Did you mean 'colour'")):
+        with pytest.raises(UsageError, match=said):
+            judges.load_judge(name)
+
+
+def test_import_stays_light():
+    code = "import sys, auditgap.judges, auditgap.data; print([m for m in ('torch', 'sklearn', 'transformers', 'pandas') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

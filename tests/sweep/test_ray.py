@@ -1,0 +1,262 @@
+"""The sweep on real Ray actors, in one small local cluster for the whole module: same files, real deaths, no leftovers."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import toys
+from rich.console import Console
+
+from auditgap.errors import Refused, UsageError
+from auditgap.store import DiskError
+from auditgap.sweep import Group, Progress, local
+from auditgap.sweep import ray as sweep_ray
+
+pytest.importorskip("ray")
+
+HERE = Path(__file__).parent
+
+
+def ray_processes(mark: str) -> dict[int, str]:
+    """Pid and command of every process on this machine that was started with AUDITGAP_TEST_CLUSTER=`mark`."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                environment = (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if f"AUDITGAP_TEST_CLUSTER={mark}\0".encode() in environment + b"\0" and int(entry.name) != os.getpid():
+                found[int(entry.name)] = command
+    return found
+
+
+def gone(mark: str, seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while ray_processes(mark) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return not ray_processes(mark)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    token_at_home = Path.home() / ".ray" / "auth_token"
+    had_token = token_at_home.exists()
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PYTHONPATH", str(HERE))  # so that Ray's workers can import `toys`
+    patch.setenv("AUDITGAP_TEST_CLUSTER", "module")
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        patch.delenv(name, raising=False)
+    with sweep_ray.cluster(cpus=2) as ray:
+        token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+        assert os.environ["RAY_AUTH_MODE"] == "token" and token.stat().st_mode & 0o777 == 0o600
+        assert ray_processes("module"), "the oracle below sees the cluster while it is up"
+        yield ray
+    assert gone("module") and not ray.is_initialized()
+    assert not token.parent.exists() and "RAY_AUTH_MODE" not in os.environ
+    assert token_at_home.exists() == had_token, "no token is left for other clusters of this user to trip over"
+    patch.undo()
+
+
+@pytest.fixture
+def store(tmp_path):
+    return toys.open_folder(tmp_path / "out")
+
+
+@pytest.fixture
+def log(tmp_path):
+    return tmp_path / "log"
+
+
+def run(groups, store, log, spells=None, **options):
+    return sweep_ray.run(groups, lambda: toys.Toy(store, log, spells), store, **({"workers": 2} | options))
+
+
+def test_the_same_files_as_in_one_process(cluster, store, log, tmp_path):
+    stream = io.StringIO()
+    with store.lock():
+        progress = Progress(console=Console(file=stream, width=200), every=0.0)
+        outcome = run(toys.groups(5), store, log, progress=progress)
+        assert (outcome.done, outcome.failed, outcome.skipped) == (15, {}, 0)
+    begun = toys.counts(log)
+    assert begun.pop("made") == 2, "two workers for five groups: each keeps its model"
+    assert len(begun) == 15 and set(begun.values()) == {1}
+    alone = toys.open_folder(tmp_path / "alone")
+    local.run(toys.groups(5), lambda: toys.Toy(alone, tmp_path / "other"), alone)
+    assert toys.digests(store) == toys.digests(alone) and len(toys.digests(store)) == 15
+    pids = {line.split()[1] for line in log.read_text().splitlines()}
+    assert len(pids) == 2 and str(os.getpid()) not in pids
+    assert stream.getvalue().splitlines()[-1].startswith("15 of 15 cells done, 100 % of the work, took")
+    assert not list((tmp_path / "out" / "scratch").iterdir())
+
+    again = run(toys.groups(5), store, log)
+    assert (again.done, again.skipped) == (0, 15) and toys.counts(log)["made"] == 2
+
+
+def test_a_worker_killed_once_is_made_anew_and_nothing_is_done_twice(cluster, store, log, tmp_path):
+    spells = {(0, 0.02): "die once", (1, 0.02): "die after writing"}
+    outcome = run(toys.groups(3), store, log, spells)
+    assert (outcome.done, outcome.failed) == (9, {})
+    begun = toys.counts(log)
+    assert begun.pop("block0/0.02") == 2, "tried again where it died"
+    assert begun.pop("made") == 4 and set(begun.values()) == {1}, "and the cell written just before a death was kept"
+    attempts = {r["cell"]: r["attempts"] for r in store.records()}
+    assert attempts[str(toys.cells(0)[1])] == 2 and attempts[str(toys.cells(0)[0])] == 1
+    alone = toys.open_folder(tmp_path / "alone")
+    local.run(toys.groups(3), lambda: toys.Toy(alone, tmp_path / "other"), alone)
+    assert toys.digests(store) == toys.digests(alone)
+    assert len(store.rows()) == 18 and store.failures() == {}
+
+
+def test_poison_is_given_up_after_so_many_deaths_and_the_others_finish(cluster, store, log):
+    outcome = run(toys.groups(3), store, log, {(0, 0.02): "die"}, max_attempts=2)
+    _, poison, after = (c.key for c in toys.cells(0))
+    assert set(outcome.failed) == {poison, after} and outcome.done == 7
+    assert all("died 2 time(s)" in cause for cause in outcome.failed.values())
+    assert toys.counts(log)["block0/0.02"] == 2
+    assert store.failures()[poison]["attempts"] == 2
+
+    again = run(toys.groups(3), store, log, {(0, 0.02): "die"})
+    assert again.failed == outcome.failed and toys.counts(log)["block0/0.02"] == 2, "not tried again unasked"
+    mended = run(toys.groups(3), store, log, retry_failed=True)
+    assert (mended.done, mended.failed) == (2, {})
+
+
+def test_an_exception_is_final_and_its_worker_lives_on(cluster, store, log):
+    outcome = run(toys.groups(3), store, log, {(0, 0.01): "raise", (1, 0.02): "fail"}, workers=1)
+    assert outcome.failed == dict.fromkeys((c.key for c in toys.cells(0)), "RuntimeError: no memory left") | {
+        toys.cells(1)[1].key: "its own cause"
+    }
+    assert toys.counts(log)["made"] == 1 and toys.counts(log)["block0/0.01"] == 1 and outcome.done == 5
+
+
+@pytest.mark.parametrize("error", [UsageError("no such model"), Refused("a pickle"), DiskError("full")])
+def test_what_making_a_worker_says_goes_through(cluster, store, error):
+    def make():
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        sweep_ray.run(toys.groups(2), make, store, workers=1)
+    assert store.failures() == {}
+
+
+def test_more_than_the_cluster_has_is_refused_before_anything_starts(cluster, store, log):
+    with pytest.raises(UsageError, match=r"asks for 1 GPU.*has 0"):
+        run(toys.groups(1), store, log, gpus_per_worker=1)
+    with pytest.raises(UsageError, match=r"asks for 64 CPU.*has 2"):
+        run(toys.groups(1), store, log, cpus_per_worker=64)
+    assert not toys.counts(log)
+
+
+class Slow(toys.Toy):
+    def run(self, group, tick):
+        for _ in range(5):
+            time.sleep(0.45)
+            tick(0.6)
+        super().run(group, lambda units: None)
+
+
+def test_work_inside_a_group_is_seen_while_it_runs(cluster, store, log):
+    import ray.cloudpickle
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    stream = io.StringIO()
+    progress = Progress(console=Console(file=stream, width=200), every=0.0)
+    sweep_ray.run(
+        [Group("slow", toys.cells(0), work=3.0)], lambda: Slow(store, log), store, workers=1, progress=progress
+    )  # fmt: skip
+    shares = {line.split("done, ")[1].split(" %")[0] for line in stream.getvalue().splitlines()}
+    assert shares - {"0", "100"}, "something between nothing and all"
+
+
+DRIVER = """
+from pathlib import Path
+import sys, toys
+from auditgap.errors import AuditgapError
+from auditgap.sweep import ray as sweep_ray
+out, log, spells = Path(sys.argv[1]), Path(sys.argv[2]), eval(sys.argv[3])
+store = toys.open_folder(out)
+with store.lock():
+    try:
+        print(sweep_ray.run(toys.groups(), lambda: toys.Toy(store, log, spells), store, workers=1))
+    except AuditgapError as error:
+        print(error)
+        sys.exit(error.exit_code)
+"""
+
+
+def drive(tmp_path, log, spells, **environment):
+    command = [sys.executable, "-c", DRIVER, str(tmp_path / "out"), str(log), repr(spells)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")} | environment
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_stopped_driver_leaves_no_process_and_the_same_run_does_the_rest(cluster, tmp_path, log, number, code):
+    mark = f"driver{number}"
+    process = drive(tmp_path, log, {(2, 0.02): "hang"}, AUDITGAP_TEST_CLUSTER=mark)
+    deadline = time.monotonic() + 60
+    while "block2/0.02" not in toys.counts(log) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    assert len(ray_processes(mark)) > 3
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code, err
+    assert number == signal.SIGKILL or ("same command" in out and "Traceback" not in err)
+    assert gone(mark), ray_processes(mark)
+
+    store = toys.open_folder(tmp_path / "out")
+    assert store.failures() == {}
+    outcome = run(toys.groups(), store, log)
+    assert (outcome.done, outcome.skipped, outcome.failed) == (5, 7, {})
+    begun = toys.counts(log)
+    del begun["made"]
+    assert begun.pop("block2/0.02") == 2 and set(begun.values()) == {1}
+
+
+def test_inside_a_job_it_joins_the_cluster_that_is_there(cluster, tmp_path, log):
+    address = cluster.get_runtime_context().gcs_address
+    token = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
+    before = len(ray_processes("joined"))
+    process = drive(tmp_path, log, {}, RAY_ADDRESS=address, AUDITGAP_TEST_CLUSTER="joined", **token)
+    out, err = process.communicate(timeout=60)
+    assert "Outcome(done=12, failed={}, skipped=0)" in out, err
+    assert before == 0 and "joined" not in "".join(ray_processes("joined").values())
+    worker = int(next(iter(log.read_text().splitlines())).split()[1])
+    assert not Path(f"/proc/{worker}").exists() or "AUDITGAP_TEST_CLUSTER=module" in Path(f"/proc/{worker}/environ").read_text()
+    assert cluster.is_initialized() and cluster.cluster_resources()["CPU"] == 2, "and leaves it standing"
+
+    process = drive(tmp_path / "other", log, {}, RAY_ADDRESS="127.0.0.1:1", **token)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "No Ray cluster answers" in out, err
+
+
+def test_without_ray_there_is_a_sentence_and_the_rest_imports():
+    code = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name == "ray": raise ModuleNotFoundError(name)
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "ray" else real(name, package)
+sys.meta_path.insert(0, Hidden())
+from auditgap import sweep
+from auditgap.errors import UsageError
+try:
+    with sweep.ray.cluster(): pass
+except UsageError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "pip install 'ray[default]'" in done.stdout, done.stderr
+    code = "import sys, auditgap.sweep; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -1,0 +1,128 @@
+"""Do the intervals keep their promise? Data from known truths, over and over: 95 % of intervals must cover the truth.
+
+With 1,000 runs a method that covers 95 % is seen between 93.6 and 96.4 %; the bars are 93 and 97 %. Seeds are fixed.
+"""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from auditgap import stats
+from auditgap.report.tables import lvs_table
+from auditgap.types import ROW_COLUMNS
+
+RUNS, RESAMPLES = 1000, 1000
+
+
+def lvs_like(rng: np.random.Generator, zeros: float, shape) -> np.ndarray:
+    """Zero for a share of prompts (the edit did not lower the reward), else gamma(2, 1): skewed, mean 2 (1 − zeros)."""
+    return rng.gamma(2, 1, shape) * (rng.random(shape) >= zeros)
+
+
+def coverage(intervals, truth: float) -> float:
+    return float(np.mean([i.lo - 1e-12 <= truth <= i.hi + 1e-12 for i in intervals]))
+
+
+@pytest.mark.parametrize(("n", "zeros"), [(100, 0.3), (100, 0.6), (40, 0.5)])
+def test_mean_lvs(n, zeros):
+    samples = lvs_like(np.random.default_rng(1), zeros, (RUNS, n))
+    covered = coverage((stats.bootstrap(x, seed=i, n_resamples=RESAMPLES) for i, x in enumerate(samples)), 2 * (1 - zeros))
+    assert 0.93 <= covered <= 0.97
+
+
+def test_median_lvs():
+    samples = np.random.default_rng(2).gamma(2, 1, (300, 100))
+    intervals = [stats.bootstrap(x, "median", seed=i, n_resamples=400) for i, x in enumerate(samples)]
+    assert 0.92 <= coverage(intervals, 1.6783469900166605) <= 0.98
+
+
+def test_paired_difference():
+    rng = np.random.default_rng(3)
+    prompt = rng.gamma(1, 1, (RUNS, 100))
+    a, b = (prompt + 1) * lvs_like(rng, 0.4, prompt.shape), prompt * lvs_like(rng, 0.4, prompt.shape)
+    intervals = (stats.paired_difference(x, y, seed=i, n_resamples=RESAMPLES) for i, (x, y) in enumerate(zip(a, b, strict=True)))
+    assert 0.93 <= coverage(intervals, 1.2) <= 0.97
+
+
+@pytest.mark.parametrize(("n", "rate"), [(24, 0.3), (100, 0.08), (100, 0.5), (200, 0.9)])
+def test_wilson(n, rate):
+    hits = np.random.default_rng(4).binomial(n, rate, 10_000)
+    assert 0.93 <= coverage((stats.wilson(k, n) for k in hits), rate) <= 0.97
+
+
+@pytest.mark.parametrize(("rate", "sensitivity", "specificity"), [(0.1, 0.9, 0.95), (0.3, 0.7, 0.9), (0.6, 0.95, 0.8)])
+def test_rogan_gladen(rate, sensitivity, specificity):
+    rng, n, gold = np.random.default_rng(5), 100, 100
+    k = rng.binomial(n, rate * sensitivity + (1 - rate) * (1 - specificity), 5000)
+    sens, spec = rng.binomial(gold, sensitivity, k.size), rng.binomial(gold, specificity, k.size)
+    intervals = [stats.rogan_gladen(*v) for v in zip(k, [n] * k.size, sens, [gold] * k.size, spec, [gold] * k.size, strict=True)]
+    assert 0.93 <= coverage(intervals, rate) <= 0.975
+    raw = coverage((stats.wilson(v, n) for v in k), rate)
+    assert raw < 0.93, "without the correction the judge's errors would carry over"
+
+
+def harmful(rng: np.random.Generator, clean: float, sites, n: int, runs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Clean [runs, n] and envelope [runs, S, n], correlated within a prompt: some prompts are touchier than others."""
+    touchy = rng.random((runs, 1, n))
+    own = rng.random((runs, len(sites), n))
+    draw = np.where(rng.random(own.shape) < 0.5, touchy, own)  # uniform, equal to the prompt's own half of the time
+    return (touchy[:, 0] < clean).astype(float), (draw < np.array(sites)[:, None]).astype(float)
+
+
+def gaps(clean: float, sites, n: int, runs: int = RUNS) -> list[stats.AuditGap]:
+    pairs = zip(*harmful(np.random.default_rng(6), clean, sites, n, runs), strict=True)
+    return [stats.audit_gap(c, e, seed=i, n_resamples=RESAMPLES) for i, (c, e) in enumerate(pairs)]
+
+
+@pytest.mark.parametrize(("clean", "sites"), [(0.05, (0.6, 0.2, 0.1)), (0.1, (0.3, 0.85))])
+def test_audit_gap_where_one_site_is_clearly_worst(clean, sites):
+    found = gaps(clean, sites, 100)
+    assert 0.93 <= coverage((g.gap for g in found), max(sites) - clean) <= 0.97
+    # a share of 100 prompts moves in steps of 1 %, so its coverage cannot be tuned as finely
+    assert 0.93 <= coverage((g.robustness for g in found), 1 - max(sites)) <= 0.98
+    assert 0.93 <= coverage((g.safety for g in found), 1 - clean) <= 0.98
+
+
+def test_audit_gap_is_not_overstated_where_sites_tie():
+    found = gaps(0.05, (0.3,) * 6, 100, runs=400)
+    assert np.mean([g.gap.lo > 0.25 for g in found]) <= 0.05
+    assert np.mean([g.gap.estimate for g in found]) > 0.27, "the estimate itself is too high here, as its docstring says"
+
+
+@pytest.mark.parametrize(("n", "zeros"), [(24, 0.5), (24, 0.85), (100, 0.85)])
+def test_no_door_no_alarm(n, zeros):
+    """Attack and matched control from one distribution: "above its control" may be said in at most 5 % of the runs."""
+    rng = np.random.default_rng(7)
+    pairs = zip(lvs_like(rng, zeros, (RUNS, n)), lvs_like(rng, zeros, (RUNS, n)), strict=True)
+    alarms = [stats.paired_difference(a, b, seed=i, n_resamples=RESAMPLES).lo > 0 for i, (a, b) in enumerate(pairs)]
+    assert np.mean(alarms) <= 0.05
+
+
+def rows_of(attack: str, lvs: np.ndarray, draw: int = 0) -> pd.DataFrame:
+    """[subjects, prompts] LVS values as stored rows."""
+    subjects, prompts = lvs.shape
+    frame = pd.DataFrame({
+        "subject": np.repeat([f"s{i:03}" for i in range(subjects)], prompts), "site": "block3", "layer_index": 3,
+        "unit": "rms", "eps": 0.03, "attack": attack, "draw": draw, "prompt_id": np.tile(np.arange(prompts), subjects).astype(str),
+        "lvs": lvs.ravel(), "lvs_rel": lvs.ravel(), "verdict_edited": "safe", "coherent": True, "flags": "",
+    })  # fmt: skip
+    return frame.reindex(columns=ROW_COLUMNS)
+
+
+@pytest.mark.parametrize(("factor", "least", "most"), [(1.0, 0.0, 0.05), (4.0, 0.9, 1.0)])
+def test_the_table_flags_a_model_with_no_door_and_not_one_with_a_door(factor, least, most):
+    rng, shape = np.random.default_rng(8), (200, 48)
+    rows = [rows_of("random_matched", lvs_like(rng, 0.6, shape), draw) for draw in range(3)]
+    table = lvs_table(pd.concat([rows_of("targeted", factor * lvs_like(rng, 0.6, shape)), *rows]))
+    targeted = table[table["attack"] == "targeted"]
+    above = ~targeted["flag"].str.contains("not_above_matched")
+    assert len(targeted) == 200 and least <= above.mean() <= most
+
+
+@pytest.mark.parametrize("horizon", [1e9, 1.5])
+def test_kaplan_meier_median_of_exponential_distances(horizon):
+    """True median ln 2; with the horizon at 1.5 about 22 % of the prompts never collapse."""
+    distance = np.random.default_rng(9).exponential(1.0, (RUNS, 100))
+    found = [stats.kaplan_meier(np.minimum(d, horizon), d <= horizon).median for d in distance]
+    assert 0.93 <= coverage(found, np.log(2)) <= 0.97
+    assert abs(np.mean([m.estimate for m in found]) - np.log(2)) < 0.02

@@ -1,0 +1,327 @@
+"""auditgap.stats against figures worked out by hand, published values and properties that must hold for any data."""
+
+import doctest
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from scipy.stats import binomtest
+
+from auditgap import stats
+from auditgap.errors import UsageError
+from auditgap.stats import Interval, intervals, vulnerability
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("module", [stats, intervals, vulnerability])
+def test_the_examples_in_the_docstrings_are_true(module):
+    result = doctest.testmod(module)
+    assert result.attempted and not result.failed
+
+
+# ------------------------------------------------------------------------------------------------------------- LVS
+
+
+def test_lvs_is_the_drop_in_reward_over_the_log_of_the_norm():
+    score = stats.lvs([2.0, 1.0, 0.0], [-1.0, 1.5, 0.0], [math.e - 1, 4.0, 4.0], eta=0.0)
+    assert score == pytest.approx([3.0, 0.0, 0.0])
+
+
+def test_lvs_is_undefined_where_an_input_is():
+    score = stats.lvs([NAN, 1.0, 1.0, 1.0, None], [0.0, NAN, 0.0, 0.0, 0.0], [1.0, 1.0, NAN, -1.0, 1.0])
+    assert np.isnan(score).all()
+
+
+def test_lvs_of_a_zero_edit_divides_by_eta_alone():
+    assert stats.lvs(1.0, 0.0, 0.0) == pytest.approx(1e6)
+    assert stats.lvs(1.0, 1.0, 0.0) == 0.0
+
+
+def test_lvs_broadcasts_over_budgets():
+    assert stats.lvs(np.ones((3, 1)), np.zeros((3, 1)), np.ones((1, 4))).shape == (3, 4)
+
+
+# ------------------------------------------------------------------------------------------------ means and medians
+
+
+def test_bootstrap_leaves_out_the_unscored_and_is_repeatable():
+    values = np.r_[np.arange(30.0), [NAN] * 5]
+    first = stats.bootstrap(values, seed=7)
+    assert first.estimate == 14.5 and first.lo < 14.5 < first.hi
+    assert first == stats.bootstrap(values[:30], seed=7)
+    assert first != stats.bootstrap(values, seed=8)
+    assert stats.bootstrap(values, "median").estimate == 14.5
+
+
+@pytest.mark.parametrize("statistic", ["mean", "median"])
+def test_bootstrap_of_too_little_or_constant_data(statistic):
+    assert stats.bootstrap([], statistic) == Interval(None, None, None)
+    assert stats.bootstrap([None, NAN], statistic) == Interval(None, None, None)
+    assert stats.bootstrap([3.0, None], statistic) == Interval(3.0, None, None)
+    assert stats.bootstrap([0.0] * 24, statistic) == Interval(0.0, 0.0, 0.0)
+
+
+def test_the_mean_of_skewed_data_is_less_certain_above():
+    interval = stats.bootstrap(np.random.default_rng(0).lognormal(0, 1, 40))
+    assert interval.hi - interval.estimate > 1.2 * (interval.estimate - interval.lo)
+
+
+def test_more_confidence_is_wider():
+    values = np.random.default_rng(0).gamma(2, 1, 50)
+    narrow, wide = (stats.bootstrap(values, confidence=c) for c in (0.8, 0.99))
+    assert wide.lo < narrow.lo and narrow.hi < wide.hi
+
+
+def test_paired_difference_uses_only_pairs():
+    interval = stats.paired_difference([3.0, NAN, 5.0, 9.0], [1.0, 2.0, None, 5.0])
+    assert interval.estimate == 3.0
+    assert stats.paired_difference([1, 2, 3], [0, 1, 2]) == Interval(1.0, 1.0, 1.0)
+    assert stats.paired_difference([1.0], [NAN]) == Interval(None, None, None)
+
+
+def test_pairing_removes_what_prompts_have_in_common():
+    rng = np.random.default_rng(0)
+    prompt, noise = rng.normal(0, 10, 50), rng.normal(0, 1, 50)
+    assert stats.paired_difference(prompt + 1 + noise, prompt).lo > 0
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: stats.bootstrap([1.0, 2.0], "medain"), "Did you mean 'median'"),
+        (lambda: stats.bootstrap([1.0, 2.0], confidence=95), "between 0 and 1"),
+        (lambda: stats.bootstrap(["high"]), "must be numbers"),
+        (lambda: stats.bootstrap([[1.0]]), "1 dimension"),
+        (lambda: stats.paired_difference([1.0], [1.0, 2.0]), "paired; 1 and 2 came"),
+        (lambda: stats.wilson(3, 2), "0 ≤ k ≤ n"),
+        (lambda: stats.wilson(NAN, 2), "0 ≤ k ≤ n"),
+        (lambda: stats.asr_envelope([[0.5]]), "must be 1"),
+        (lambda: stats.audit_gap([0, 1], [[0, 1, 1]]), "match clean_harmful"),
+        (lambda: stats.kaplan_meier([-1.0], [True]), "at least 0"),
+        (lambda: stats.kaplan_meier([1.0], [True, False]), "1 and 2 came"),
+        (lambda: stats.detectable_difference(0, 0.1), "n ≥ 1"),
+    ],
+)  # fmt: skip
+def test_nonsense_is_refused_in_a_sentence(call, says):
+    with pytest.raises(UsageError, match=says):
+        call()
+
+
+# ----------------------------------------------------------------------------------------------------------- rates
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 24), (1, 24), (12, 24), (24, 24), (3, 200)])
+def test_wilson_is_scipys_where_scipy_has_one(k, n):
+    expected = binomtest(k, n).proportion_ci(method="wilson")
+    found = stats.wilson(k, n)
+    assert (found.lo, found.hi) == pytest.approx((expected.low, expected.high))
+
+
+def test_wilson_takes_fractions_and_nothing():
+    assert stats.wilson(0, 0) == Interval(None, None, None)
+    assert stats.wilson(1, 10).lo < stats.wilson(1.5, 10).lo < stats.wilson(2, 10).lo
+
+
+def test_rogan_gladen_undoes_the_judges_errors():
+    # of 1000, 200 harmful: 180 found (sensitivity .9) and 40 of 800 accused (specificity .95)
+    interval = stats.rogan_gladen(220, 1000, 900, 1000, 950, 1000)
+    assert interval.estimate == pytest.approx(0.2)
+    assert interval.lo < 0.2 < interval.hi
+    raw = stats.wilson(220, 1000)
+    assert interval.hi - interval.lo > raw.hi - raw.lo, "the judge's own uncertainty must widen the interval"
+
+
+def test_rogan_gladen_stays_within_rates_and_knows_when_it_cannot():
+    assert stats.rogan_gladen(0, 100, 90, 100, 90, 100).estimate == 0.0
+    assert stats.rogan_gladen(100, 100, 90, 100, 90, 100).estimate == 1.0
+    assert stats.rogan_gladen(10, 100, 50, 100, 50, 100) == Interval(None, None, None)
+    assert stats.rogan_gladen(10, 100, 0, 0, 90, 100) == Interval(None, None, None)
+    vague = stats.rogan_gladen(1, 2, 2, 3, 2, 3)
+    assert vague.estimate == pytest.approx(0.5) and (vague.lo, vague.hi) == (0.0, 1.0)
+    assert stats.rogan_gladen(9, 10, 3, 10, 1, 1) == Interval(1.0, 0.0, 1.0), "better than chance by one example only"
+
+
+counts = st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+
+
+@given(counts, counts, counts)
+def test_rates_are_rates_and_ends_lie_around_the_estimate(rate, sens, spec):
+    for interval in (stats.wilson(*rate), stats.rogan_gladen(*rate, *sens, *spec)):
+        if interval.estimate is not None:
+            assert 0 <= interval.lo <= interval.estimate <= interval.hi <= 1
+
+
+# -------------------------------------------------------------------------------------------------------- envelope
+
+outcomes = arrays(float, array_shapes(min_dims=2, max_dims=2, max_side=12), elements=st.sampled_from([0.0, 1.0, NAN]))
+
+
+def test_the_envelope_keeps_the_first_harm_and_admits_ignorance():
+    found = stats.asr_envelope([[0, 1, 0], [NAN, 1, NAN], [0, NAN, 0], [1, NAN, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(found, [[0, 1, 1], [NAN, 1, 1], [0, NAN, NAN], [1, 1, 1], [0, 0, 0]])
+
+
+@given(outcomes)
+def test_the_envelope_rate_cannot_fall_as_the_budget_grows(array):
+    envelope = stats.asr_envelope(array)
+    ones, zeros = (envelope == 1).sum(axis=0), (envelope == 0).sum(axis=0)
+    scored = ones + zeros > 0
+    rates = ones[scored] / (ones + zeros)[scored]
+    assert (np.diff(rates) >= -1e-12).all()
+    assert (envelope[array == 1] == 1).all(), "a harm that was seen is never lost"
+
+
+# ------------------------------------------------------------------------------------------------------- audit gap
+
+
+def test_audit_gap_is_safety_minus_robustness_at_the_worst_site():
+    clean = [0] * 18 + [1] * 2
+    envelope = [[0] * 15 + [1] * 5, [0] * 8 + [1] * 12, [0] * 20]
+    gap = stats.audit_gap(clean, envelope)
+    assert (gap.safety.estimate, gap.robustness.estimate, gap.site) == (0.9, 0.4, 1)
+    assert gap.gap.estimate == pytest.approx(0.5)
+    assert (gap.n, gap.n_unscored) == (20, 0)
+    assert 0 < gap.gap.lo < 0.5 < gap.gap.hi < 1
+    assert gap == stats.audit_gap(clean, envelope)
+
+
+def test_audit_gap_pairs_by_prompt():
+    """The same rates with the harms on the same prompts are surer than with the harms on different prompts."""
+    clean = np.r_[np.ones(20), np.zeros(20)]
+    together, apart = (stats.audit_gap(clean, [env]).gap for env in (np.r_[np.ones(24), np.zeros(16)],
+                                                                    np.r_[np.zeros(16), np.ones(24)]))  # fmt: skip
+    assert together.estimate == pytest.approx(apart.estimate)
+    assert together.hi - together.lo < 0.6 * (apart.hi - apart.lo)
+
+
+def test_nearly_tied_sites_widen_the_interval_towards_a_smaller_gap():
+    """Of twelve equal sites one looks worst by chance; on its own it would pass for the worst there is."""
+    envelope = (np.random.default_rng(0).random((12, 100)) < 0.3).astype(float)
+    every = stats.audit_gap(np.zeros(100), envelope)
+    alone = stats.audit_gap(np.zeros(100), envelope[[every.site]])
+    assert every.gap.estimate == alone.gap.estimate
+    assert every.gap.lo < alone.gap.lo - 0.02 and every.robustness.hi > alone.robustness.hi + 0.02
+
+
+def test_sites_that_are_clearly_better_change_nothing():
+    worst, better = np.repeat([1.0, 0.0], 50), np.repeat([1.0, 0.0], [5, 95])
+    both, alone = (stats.audit_gap(np.zeros(100), sites) for sites in ([better, worst], [worst]))
+    assert both.site == 1 and both.gap == alone.gap and both.robustness == alone.robustness
+
+
+def test_unscored_prompts_are_counted_and_sites_without_scores_cannot_be_worst():
+    gap = stats.audit_gap([0, 0, 1, None], [[1, None, 1, 0], [None] * 4])
+    assert gap.site == 0 and (gap.n, gap.n_unscored) == (2, 2)
+    assert gap.safety.estimate == pytest.approx(2 / 3) and gap.robustness.estimate == pytest.approx(1 / 3)
+
+
+def test_audit_gap_says_when_it_cannot_tell():
+    nothing = stats.audit_gap([0, 1], [[None, None]])
+    assert nothing.site is None and nothing.gap == nothing.robustness == Interval() and nothing.n_unscored == 2
+    no_clean = stats.audit_gap([None] * 20, [[1] * 20])
+    assert no_clean.safety == no_clean.gap == Interval() and no_clean.robustness.hi > 0.1
+    empty = stats.audit_gap([], np.empty((0, 0)))
+    assert empty.safety == empty.gap == Interval() and empty.n == empty.n_unscored == 0
+    one = stats.audit_gap([0], [[1]])
+    assert one.gap == Interval(1.0, None, None)
+
+
+@pytest.mark.parametrize(("attacked", "estimate"), [(1.0, 1.0), (0.0, 0.0)])
+def test_agreement_of_all_prompts_is_not_certainty(attacked, estimate):
+    gap = stats.audit_gap(np.zeros(24), np.full((2, 24), attacked))
+    assert gap.gap.estimate == estimate
+    assert 0.1 < gap.gap.hi - gap.gap.lo < 0.3
+    assert 0.1 < gap.robustness.hi - gap.robustness.lo < 0.2
+
+
+@settings(max_examples=60, deadline=None)
+@given(outcomes, st.integers(0, 2**31))
+def test_audit_gap_stays_in_range_for_any_data(array, seed):
+    gap = stats.audit_gap(array[0], array, seed=seed, n_resamples=60)
+    for interval, low in ((gap.safety, 0), (gap.robustness, 0), (gap.gap, -1)):
+        ends = [v for v in (interval.lo, interval.estimate, interval.hi) if v is not None]
+        assert ends == sorted(ends) and all(low - 1e-12 <= v <= 1 + 1e-12 for v in ends)
+    assert gap.n + gap.n_unscored == array.shape[1]
+
+
+# ------------------------------------------------------------------------------------------------------- distances
+
+
+def test_kaplan_meier_by_hand():
+    km = stats.kaplan_meier([1, 2, 2, 3, 4, None], [True, True, False, True, False, True])
+    assert km.times.tolist() == [1, 2, 3, 4]
+    assert km.survival == pytest.approx([0.8, 0.6, 0.3, 0.3])
+    assert (km.n, km.n_collapsed, km.n_unscored) == (5, 3, 1)
+    assert km.median.estimate == 3.0 and km.median.hi is None
+
+
+def test_kaplan_meier_of_the_freireich_trial():
+    """6-MP arm of Freireich et al. 1963: median 23 weeks; log-log interval from 13 weeks to not reached (R: survfit)."""
+    weeks = [6, 6, 6, 7, 10, 13, 16, 22, 23, 6, 9, 10, 11, 17, 19, 20, 25, 32, 32, 34, 35]
+    km = stats.kaplan_meier(weeks, [True] * 9 + [False] * 12)
+    assert km.survival[km.times == 23] == pytest.approx(0.448, abs=5e-4)
+    assert km.median == Interval(23.0, 13.0, None)
+    at_10 = km.times == 10
+    assert (km.lo[at_10], km.hi[at_10]) == (pytest.approx(0.503, abs=2e-3), pytest.approx(0.889, abs=2e-3))
+
+
+def test_kaplan_meier_without_collapse_and_without_data():
+    never = stats.kaplan_meier([1.0] * 24, [False] * 24)
+    assert never.median == Interval(None, None, None) and never.survival.tolist() == [1.0]
+    assert 0.8 < never.lo[0] < 0.9 and never.hi[0] == 1.0
+    nothing = stats.kaplan_meier([None], [True])
+    assert nothing.n == 0 and nothing.n_unscored == 1 and nothing.times.size == 0 and nothing.median == Interval()
+    assert stats.kaplan_meier([1.0, 2.0], [None, True]).n_unscored == 1, "an unknown outcome is not a censored one"
+
+
+def test_prompts_that_are_harmful_unedited_collapse_at_zero():
+    assert stats.kaplan_meier([0.0] * 20 + [1.0] * 4, [True] * 20 + [False] * 4).median == Interval(0.0, 0.0, 0.0)
+
+
+times = st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=40)
+
+
+@given(times)
+def test_the_band_is_ordered_and_falls(data):
+    km = stats.kaplan_meier(*zip(*data, strict=True))
+    assert not np.isnan([km.lo, km.hi]).any()
+    assert (km.lo <= km.survival + 1e-12).all() and (km.survival <= km.hi + 1e-12).all()
+    for curve in (km.lo, km.survival, km.hi):
+        assert (np.diff(curve) <= 1e-12).all()
+    ends = [v for v in (km.median.lo, km.median.estimate, km.median.hi) if v is not None]
+    assert ends == sorted(ends)
+
+
+# ----------------------------------------------------------------------------------------------------------- power
+
+
+def test_the_power_of_24_prompts():
+    assert stats.detectable_difference(24, 0.05) == pytest.approx(8 / 24)
+    assert round(100 * stats.detectable_difference(24, 0.05)) == 33
+
+
+def test_power_by_simulation():
+    """The rise it names is found in about 80 % of runs of the z-test it is about, and a step less in fewer."""
+    n, base = 200, 0.05
+    rise = stats.detectable_difference(n, base)
+    rng = np.random.default_rng(0)
+
+    def found(rate):
+        a, b = rng.binomial(n, base, 20_000) / n, rng.binomial(n, rate, 20_000) / n
+        pooled = (a + b) / 2
+        return (np.abs(b - a) > 1.96 * np.sqrt(2 * pooled * (1 - pooled) / n)).mean()
+
+    assert 0.79 < found(base + rise) < 0.86
+    assert found(base + rise - 0.02) < 0.75
+
+
+def test_more_prompts_show_smaller_differences_and_few_show_none():
+    rises = [stats.detectable_difference(n, 0.05) for n in (12, 24, 100, 1000)]
+    assert rises == sorted(rises, reverse=True)
+    assert stats.detectable_difference(3, 0.05) is None
+    assert stats.detectable_difference(24, 1.0) is None
+    assert 0 < stats.detectable_difference(1000, 0.0) < 0.02
