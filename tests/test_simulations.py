@@ -26,7 +26,9 @@ def coverage(intervals, truth: float) -> float:
 @pytest.mark.parametrize(("n", "zeros"), [(100, 0.3), (100, 0.6), (40, 0.5)])
 def test_mean_lvs(n, zeros):
     samples = lvs_like(np.random.default_rng(1), zeros, (RUNS, n))
-    covered = coverage((stats.bootstrap(x, seed=i, n_resamples=RESAMPLES) for i, x in enumerate(samples)), 2 * (1 - zeros))
+    covered = coverage(
+        (stats.bootstrap(x, seed=i, n_resamples=RESAMPLES) for i, x in enumerate(samples)), 2 * (1 - zeros)
+    )
     assert 0.93 <= covered <= 0.97
 
 
@@ -40,7 +42,9 @@ def test_paired_difference():
     rng = np.random.default_rng(3)
     prompt = rng.gamma(1, 1, (RUNS, 100))
     a, b = (prompt + 1) * lvs_like(rng, 0.4, prompt.shape), prompt * lvs_like(rng, 0.4, prompt.shape)
-    intervals = (stats.paired_difference(x, y, seed=i, n_resamples=RESAMPLES) for i, (x, y) in enumerate(zip(a, b, strict=True)))
+    intervals = (
+        stats.paired_difference(x, y, seed=i, n_resamples=RESAMPLES) for i, (x, y) in enumerate(zip(a, b, strict=True))
+    )
     assert 0.93 <= coverage(intervals, 1.2) <= 0.97
 
 
@@ -50,15 +54,17 @@ def test_wilson(n, rate):
     assert 0.93 <= coverage((stats.wilson(k, n) for k in hits), rate) <= 0.97
 
 
-@pytest.mark.parametrize(("rate", "sensitivity", "specificity"), [(0.1, 0.9, 0.95), (0.3, 0.7, 0.9), (0.6, 0.95, 0.8)])
-def test_rogan_gladen(rate, sensitivity, specificity):
-    rng, n, gold = np.random.default_rng(5), 100, 100
-    k = rng.binomial(n, rate * sensitivity + (1 - rate) * (1 - specificity), 5000)
-    sens, spec = rng.binomial(gold, sensitivity, k.size), rng.binomial(gold, specificity, k.size)
-    intervals = [stats.rogan_gladen(*v) for v in zip(k, [n] * k.size, sens, [gold] * k.size, spec, [gold] * k.size, strict=True)]
+@pytest.mark.parametrize(
+    ("rate", "sensitivity", "specificity", "n", "gold"),
+    [(0.1, 0.9, 0.95, 100, 100), (0.3, 0.7, 0.9, 100, 100), (0.05, 0.7, 0.8, 400, 40), (0.95, 0.7, 0.9, 400, 40)],
+)
+def test_rogan_gladen(rate, sensitivity, specificity, n, gold):
+    rng = np.random.default_rng(5)
+    k = rng.binomial(n, rate * sensitivity + (1 - rate) * (1 - specificity), 3000)
+    gold_counts = zip(k, rng.binomial(gold, sensitivity, k.size), rng.binomial(gold, specificity, k.size), strict=True)
+    intervals = [stats.rogan_gladen(hits, n, sens, gold, spec, gold) for hits, sens, spec in gold_counts]
     assert 0.93 <= coverage(intervals, rate) <= 0.975
-    raw = coverage((stats.wilson(v, n) for v in k), rate)
-    assert raw < 0.93, "without the correction the judge's errors would carry over"
+    assert coverage((stats.wilson(v, n) for v in k), rate) < 0.93, "uncorrected, the judge's errors carry over"
 
 
 def harmful(rng: np.random.Generator, clean: float, sites, n: int, runs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,7 +92,9 @@ def test_audit_gap_where_one_site_is_clearly_worst(clean, sites):
 def test_audit_gap_is_not_overstated_where_sites_tie():
     found = gaps(0.05, (0.3,) * 6, 100, runs=400)
     assert np.mean([g.gap.lo > 0.25 for g in found]) <= 0.05
-    assert np.mean([g.gap.estimate for g in found]) > 0.27, "the estimate itself is too high here, as its docstring says"
+    assert np.mean([g.gap.estimate for g in found]) > 0.27, (
+        "the estimate itself is too high here, as its docstring says"
+    )
 
 
 @pytest.mark.parametrize(("n", "zeros"), [(24, 0.5), (24, 0.85), (100, 0.85)])
@@ -101,12 +109,11 @@ def test_no_door_no_alarm(n, zeros):
 def rows_of(attack: str, lvs: np.ndarray, draw: int = 0) -> pd.DataFrame:
     """[subjects, prompts] LVS values as stored rows."""
     subjects, prompts = lvs.shape
-    frame = pd.DataFrame({
-        "subject": np.repeat([f"s{i:03}" for i in range(subjects)], prompts), "site": "block3", "layer_index": 3,
-        "unit": "rms", "eps": 0.03, "attack": attack, "draw": draw, "prompt_id": np.tile(np.arange(prompts), subjects).astype(str),
-        "lvs": lvs.ravel(), "lvs_rel": lvs.ravel(), "verdict_edited": "safe", "coherent": True, "flags": "",
-    })  # fmt: skip
-    return frame.reindex(columns=ROW_COLUMNS)
+    values = {"subject": np.repeat([f"s{i:03}" for i in range(subjects)], prompts)}
+    values |= {"prompt_id": np.tile([f"p{i:03}" for i in range(prompts)], subjects), "lvs": lvs.ravel()}
+    values |= {"lvs_rel": lvs.ravel(), "verdict_edited": "safe", "coherent": True, "flags": "", "draw": draw}
+    cell = {"site": "block3", "layer_index": 3, "unit": "rms", "eps": 0.03, "attack": attack}
+    return pd.DataFrame(values | cell).reindex(columns=ROW_COLUMNS)
 
 
 @pytest.mark.parametrize(("factor", "least", "most"), [(1.0, 0.0, 0.05), (4.0, 0.9, 1.0)])

@@ -135,6 +135,12 @@ def test_rogan_gladen_undoes_the_judges_errors():
     assert interval.hi - interval.lo > raw.hi - raw.lo, "the judge's own uncertainty must widen the interval"
 
 
+def test_rogan_gladen_ends_by_lang_and_reiczigels_formula():
+    """Worked out apart from the code: 30 of 100, sensitivity 15 of 20, specificity 18 of 20."""
+    interval = stats.rogan_gladen(30, 100, 15, 20, 18, 20)
+    assert (interval.lo, interval.hi) == pytest.approx((0.034098, 0.526441), abs=1e-6)
+
+
 def test_rogan_gladen_stays_within_rates_and_knows_when_it_cannot():
     assert stats.rogan_gladen(0, 100, 90, 100, 90, 100).estimate == 0.0
     assert stats.rogan_gladen(100, 100, 90, 100, 90, 100).estimate == 1.0
@@ -207,6 +213,14 @@ def test_nearly_tied_sites_widen_the_interval_towards_a_smaller_gap():
     assert every.gap.lo < alone.gap.lo - 0.02 and every.robustness.hi > alone.robustness.hi + 0.02
 
 
+def test_the_maximum_is_taken_inside_each_resample():
+    """Two sites equal in rate that break different prompts: in most resamples one of them is above the common rate."""
+    one, other = np.repeat([1.0, 0.0, 0.0], [40, 40, 20]), np.repeat([0.0, 1.0, 0.0], [40, 40, 20])
+    both, alone = (stats.audit_gap(np.zeros(100), sites) for sites in ([one, other], [one]))
+    assert both.gap.estimate == alone.gap.estimate == 0.4
+    assert both.gap.hi > alone.gap.hi + 0.01
+
+
 def test_sites_that_are_clearly_better_change_nothing():
     worst, better = np.repeat([1.0, 0.0], 50), np.repeat([1.0, 0.0], [5, 95])
     both, alone = (stats.audit_gap(np.zeros(100), sites) for sites in ([better, worst], [worst]))
@@ -260,7 +274,7 @@ def test_kaplan_meier_by_hand():
 
 
 def test_kaplan_meier_of_the_freireich_trial():
-    """6-MP arm of Freireich et al. 1963: median 23 weeks; log-log interval from 13 weeks to not reached (R: survfit)."""
+    """6-MP arm of Freireich et al. 1963: median 23 weeks; log-log interval: 13 weeks to not reached (R's survfit)."""
     weeks = [6, 6, 6, 7, 10, 13, 16, 22, 23, 6, 9, 10, 11, 17, 19, 20, 25, 32, 32, 34, 35]
     km = stats.kaplan_meier(weeks, [True] * 9 + [False] * 12)
     assert km.survival[km.times == 23] == pytest.approx(0.448, abs=5e-4)

@@ -37,7 +37,8 @@ class Table:
         shown = [repr(c) if len(c) <= 32 and len(c.split()) <= 3 else f"({len(c)} characters)" for c in self.columns[:12]]
         hint = "" if len(shown) == sum(s.startswith("'") for s in shown) else " Does its first line hold column names?"
         raise UsageError(
-            f"{self.file} has no column {column!r}; found: {', '.join(shown) or 'none'}.{did_you_mean(column, self.columns)}{hint}"
+            f"{self.file} has no column {column!r}; found: {', '.join(shown) or 'none'}."
+            f"{did_you_mean(column, self.columns)}{hint}"
         )
 
 
@@ -50,7 +51,9 @@ def read_table(path: Path, *, comments: bool = False) -> Table:
         raise UsageError(f"{path} is a folder; a file is wanted ({', '.join(_READERS)}).")
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise UsageError(f"{path.name}: unknown format {path.suffix!r}; name it {', '.join(_READERS)}.{did_you_mean(path.suffix, _READERS)}")
+        raise UsageError(
+            f"{path.name}: unknown format {path.suffix!r}; name it {', '.join(_READERS)}.{did_you_mean(path.suffix, _READERS)}"
+        )
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -91,7 +94,10 @@ def _jsonl(file: str, raw: bytes, comments: bool) -> Table:
         except (RecursionError, ValueError) as error:  # too deep, or an integer of thousands of digits
             raise UsageError(f"{file}, line {number}: JSON that cannot be read ({type(error).__name__}).") from None
         if not isinstance(row, dict):
-            raise UsageError(f"{file}, line {number}: one JSON object a line is wanted, such as {{\"prompt\": \"…\"}}; {type(row).__name__} came.")
+            raise UsageError(
+                f'{file}, line {number}: one JSON object a line is wanted, such as {{"prompt": "…"}}; '
+                f"{type(row).__name__} came."
+            )
         rows.append(row)
         columns.update(dict.fromkeys(row))
     return Table(file, tuple(columns), tuple(rows))
@@ -113,7 +119,8 @@ def _csv(file: str, raw: bytes, comments: bool) -> Table:
             elif len(cells) != len(header):
                 # More cells than columns is an unquoted comma: reading on would cut the prompt short without a word.
                 raise UsageError(
-                    f"{file}, line {reader.line_num}: {len(cells)} cells under {len(header)} columns; put cells with commas in double quotes."
+                    f"{file}, line {reader.line_num}: {len(cells)} cells under {len(header)} columns; "
+                    "put cells with commas in double quotes."
                 )
             else:
                 rows.append(dict(zip(header, cells, strict=True)))

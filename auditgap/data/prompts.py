@@ -80,7 +80,10 @@ def _file(name: str) -> Path:
     if path.exists():
         return path
     if path.suffix or len(path.parts) > 1:
-        raise UsageError(f"There is no prompt file {name}, and no prompt set of that name ({', '.join(SOURCES)}).{did_you_mean(name, SOURCES)}")
+        raise UsageError(
+            f"There is no prompt file {name}, and no prompt set of that name ({', '.join(SOURCES)})."
+            f"{did_you_mean(name, SOURCES)}"
+        )
     raise UsageError(
         f"Unknown prompt set {name!r}.{did_you_mean(name, SOURCES)} "
         f"Sets with a name: {', '.join(SOURCES)}; or give a file: jsonl, csv, parquet or txt."

@@ -87,7 +87,9 @@ REWARDS: Mapping[str, Entry] = {
 }
 #: Shown with both tables; handled by hf.py.
 HF_PREFIX = "hf:"
-HF_HELP = "a Hugging Face sequence classifier, for example hf:Ray2333/gpt2-large-harmless-reward_model; hf:ID#1 names the safe logit"
+HF_HELP = (
+    "a Hugging Face sequence classifier, for example hf:Ray2333/gpt2-large-harmless-reward_model; hf:ID#1 names the safe logit"
+)
 
 
 def load_judge(name: str, *, engine: Any = None, device: str = "cpu", target: str = "Sure, here is") -> Judge:
@@ -126,10 +128,14 @@ def _load(kind: str, name: str, table: Mapping[str, Entry], protocol: type, engi
     except AuditgapError:
         raise
     except Exception as error:  # another package's code: whatever it raises is its own fault, and is named
-        raise UsageError(f"The {kind} {name!r} comes from a plug-in that fails: {_cause(error)} ({plugins[name].value}).") from error
+        raise UsageError(
+            f"The {kind} {name!r} comes from a plug-in that fails: {_cause(error)} ({plugins[name].value})."
+        ) from error
     if not isinstance(made, protocol):
         wanted = "name, describe() and " + ("judge(exchanges)" if kind == "judge" else "score(exchanges)")
-        raise UsageError(f"The plug-in {plugins[name].value} gave a {type(made).__name__}, which is no {kind}: {wanted} are wanted.")
+        raise UsageError(
+            f"The plug-in {plugins[name].value} gave a {type(made).__name__}, which is no {kind}: {wanted} are wanted."
+        )
     return made
 
 
@@ -138,7 +144,9 @@ def _listing(kind: str, table: Mapping[str, Entry]) -> list[ScorerInfo]:
     infos.append(ScorerInfo(HF_PREFIX + "MODEL_ID", HF_HELP))
     for name, point in _plugins(kind).items():
         if name in table:
-            infos.append(ScorerInfo(name, f"plug-in {point.value}", False, f"the name {name} is taken by auditgap's own {kind}"))
+            infos.append(
+                ScorerInfo(name, f"plug-in {point.value}", False, f"the name {name} is taken by auditgap's own {kind}")
+            )
             continue
         try:
             made = point.load()

@@ -43,7 +43,13 @@ class Builtin:
 
     def describe(self) -> dict[str, Any]:
         training = load_training().digest if self._rows is None else GoldSet("", "harmful", self._rows, 0, 0, 0).digest
-        return {"scorer": self.name, "version": RECIPE_VERSION, "training_data": training, "phrases": PHRASES_HASH, "screening": True}
+        return {
+            "scorer": self.name,
+            "version": RECIPE_VERSION,
+            "training_data": training,
+            "phrases": PHRASES_HASH,
+            "screening": True,
+        }
 
     def score(self, exchanges: Sequence[Exchange]) -> list[Score]:
         """Log-odds that the answer did *not* comply, natural logarithm.
@@ -85,10 +91,12 @@ class Builtin:
         parts: dict[int | None, list[int]] = {}
         for i, c in enumerate(component[len(training) :]):
             parts.setdefault(fold_of.get(c), []).append(i)
-        return [
-            (part, Builtin(tuple(r for r, c in zip(training, component, strict=False) if fold_of[c] != k)) if k is not None else self)
-            for k, part in parts.items()
-        ]
+        refit = {
+            k: Builtin(tuple(r for r, c in zip(training, component, strict=False) if fold_of[c] != k))
+            for k in parts
+            if k is not None
+        }
+        return [(part, refit.get(k, self)) for k, part in parts.items()]
 
     def _model(self) -> Pipeline:
         return _fit(load_training().rows if self._rows is None else self._rows)

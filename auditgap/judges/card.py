@@ -46,18 +46,18 @@ class JudgeCard:
     n: int
     n_positive: int
     n_unscored: int
-    unscored: dict[str, int]           #: reason -> rows
-    n_parse_failures: int              #: of these, rows whose reply could not be read
-    n_held_out_fold: int               #: rows judged by a refit that had not seen them
+    unscored: dict[str, int]  #: reason -> rows
+    n_parse_failures: int  #: of these, rows whose reply could not be read
+    n_held_out_fold: int  #: rows judged by a refit that had not seen them
     kappa: float | None
     sensitivity: float | None
     sensitivity_interval: tuple[float, float] | None
     specificity: float | None
     specificity_interval: tuple[float, float] | None
-    auc: float | None                  #: of the judge's score
-    auc_length_only: float | None      #: of the completion's length alone, in whichever direction is better
-    injections: dict[str, int]         #: injection -> verdicts that it changed
-    n_injected: int                    #: scored rows that each injection was tried on
+    auc: float | None  #: of the judge's score
+    auc_length_only: float | None  #: of the completion's length alone, in whichever direction is better
+    injections: dict[str, int]  #: injection -> verdicts that it changed
+    n_injected: int  #: scored rows that each injection was tried on
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,7 +122,11 @@ def judge_card(judge: Judge, gold: GoldSet, *, inject: bool = True) -> JudgeCard
 
 def format_card(card: JudgeCard) -> str:
     """The card as plain lines for a terminal. It quotes no prompt and no completion."""
-    share = lambda v, interval=None: "NA" if v is None else f"{v:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")  # noqa: E731
+
+    def share(value: float | None, interval: tuple[float, float] | None = None) -> str:
+        shown = "NA" if value is None else f"{value:.3f}"
+        return shown if interval is None else f"{shown} [{interval[0]:.3f}, {interval[1]:.3f}]"
+
     held_out = f", {card.n_held_out_fold} of them held out by refitting" if card.n_held_out_fold else ""
     lines = [
         f"Judge {card.judge}{' (screening)' if card.screening else ''} on {card.gold}, task: {card.task}",
@@ -160,7 +164,10 @@ def _scores(parts: Sequence[tuple[Sequence[int], Any]], rows: Sequence[GoldRow],
 
 
 def _flips(
-    parts: Sequence[tuple[Sequence[int], Judge]], exchanges: Sequence[Exchange], verdicts: Sequence[Verdict], scored: Sequence[int]
+    parts: Sequence[tuple[Sequence[int], Judge]],
+    exchanges: Sequence[Exchange],
+    verdicts: Sequence[Verdict],
+    scored: Sequence[int],
 ) -> dict[str, int]:
     flips = {}
     for name, suffix in INJECTIONS.items():

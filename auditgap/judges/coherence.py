@@ -61,7 +61,11 @@ def repetition(tokens: Sequence[Hashable]) -> float:
 
 
 def is_coherent(
-    completion: Sequence[Hashable], completion_nll: float | None, clean_nll: float | None, *, thresholds: Thresholds | None = None
+    completion: Sequence[Hashable],
+    completion_nll: float | None,
+    clean_nll: float | None,
+    *,
+    thresholds: Thresholds | None = None,
 ) -> tuple[bool | None, str]:
     """Whether a completion (token ids or words, end-of-text left out) is still language, and if not, why.
 

@@ -23,9 +23,19 @@ Task = Literal["harmful", "refusal"]
 
 #: name -> (task, folder in pyrit's scorer_evals, files or None for all of them, description)
 GOLD_SETS: dict[str, tuple[Task, str, tuple[str, ...] | None, str]] = {
-    "pyrit-objective": ("harmful", "objective", None, "did the answer do what was asked? 14 files, the built-in judge's training rows"),
+    "pyrit-objective": (
+        "harmful",
+        "objective",
+        None,
+        "did the answer do what was asked? 14 files, the built-in judge's training rows",
+    ),
     "pyrit-refusal": ("refusal", "refusal_scorer", ("refusal.csv",), "did the answer refuse?"),
-    "pyrit-refusal-extra": ("refusal", "refusal_scorer", ("refusal_extra.csv",), "the same, harder: partial and indirect refusals"),
+    "pyrit-refusal-extra": (
+        "refusal",
+        "refusal_scorer",
+        ("refusal_extra.csv",),
+        "the same, harder: partial and indirect refusals",
+    ),
 }
 
 
@@ -78,7 +88,9 @@ def load_gold(name_or_file: str) -> GoldSet:
         paths = [root / f for f in files] if files else sorted(root.glob("*.csv"))
         tables = [read_table(p, comments=True) for p in paths]
         # Harm people judge an answer by what it says: one row a response. Whether it refuses depends on what was asked too.
-        return _gold(name_or_file, task, tables, ("objective", "assistant_response", "human_score"), by_response=task == "harmful")
+        return _gold(
+            name_or_file, task, tables, ("objective", "assistant_response", "human_score"), by_response=task == "harmful"
+        )
     path = Path(name_or_file).expanduser()
     if not path.exists():
         raise UsageError(

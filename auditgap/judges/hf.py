@@ -35,12 +35,16 @@ class SequenceClassifier:
     `threshold` in the score's unit. Raises UsageError: no such model, no such logit; Refused: pickled weights, foreign code.
     """
 
-    def __init__(self, name: str, *, device: str = "cpu", threshold: float = 0.0, max_tokens: int | None = None, batch_size: int = 16):
+    def __init__(
+        self, name: str, *, device: str = "cpu", threshold: float = 0.0, max_tokens: int | None = None, batch_size: int = 16
+    ):
         self.name = name
         self.threshold, self.batch_size = threshold, batch_size
         model_id, hash_sign, logit = name.removeprefix("hf:").partition("#")
         if not model_id or (hash_sign and not re.fullmatch(r"[0-9]{1,6}", logit)):
-            raise UsageError(f"{name!r} names no classifier; hf:MODEL_ID, or hf:MODEL_ID#0 with the number of the safe logit, is wanted.")
+            raise UsageError(
+                f"{name!r} names no classifier; hf:MODEL_ID, or hf:MODEL_ID#0 with the number of the safe logit, is wanted."
+            )
         self.folder = models.resolve(model_id)
         models.preflight(self.folder)
         self.device = models.pick_device(device)
@@ -156,7 +160,12 @@ def _open(folder: Path, device: str) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         model, loading = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -46,7 +46,7 @@ class Figure:
     title: str
     caption: str = ""
     groups: Groups = ()
-    legend: Markup = Markup("")
+    legend: str = ""
     data: pd.DataFrame = field(default_factory=pd.DataFrame)
     missing: str = ""
 
@@ -122,7 +122,13 @@ def by_depth(
             what = f"{title}, {subject}, {budget_label(eps, unit)}"
             parts.extend(marks)
             panels.append(
-                svg.draw(parts, title=what, desc=_describe(chosen, column, form), key=f"{name}-{s}-{b}", heading=budget_label(eps, unit))
+                svg.draw(
+                    parts,
+                    title=what,
+                    desc=_describe(chosen, column, form),
+                    key=f"{name}-{s}-{b}",
+                    heading=budget_label(eps, unit),
+                )
             )
         groups.append((str(subject), tuple(panels)))
     legend = svg.legend((ATTACK_STYLES[a], ATTACK_NAMES[a]) for a in attacks)
@@ -155,7 +161,10 @@ def gap_by_budget(gaps: pd.DataFrame) -> Figure:
         bottom = TOP + 10 + step * len(rows)
         y = Scale(0.0, 1.0, bottom, TOP - 6)
         parts = [svg.axes(x, y, [(v, percent(v)) for v in (0, 0.25, 0.5, 0.75, 1)], [], "answered safely", "")]
-        parts += [Markup('<path class="grid" d="M{} {}V{}"/>').format(svg.f(x(v)), svg.f(bottom), TOP - 6) for v in (0, 0.25, 0.5, 0.75, 1)]
+        parts += [
+            Markup('<path class="grid" d="M{} {}V{}"/>').format(svg.f(x(v)), svg.f(bottom), TOP - 6)
+            for v in (0, 0.25, 0.5, 0.75, 1)
+        ]
         parts += [svg.text(4, 12, "budget", "label"), svg.text(RIGHT, 12, "gap, points", "label", "end")]
         for i, row in enumerate(rows.to_dict("records")):
             parts += _gap_row(row, TOP + 22 + step * i, x)
@@ -173,12 +182,12 @@ def _gap_row(row: Mapping[str, object], at: float, x: Scale) -> list[Markup]:
         return [*parts, svg.text(x(0.5), at + 4, "not measured", "tick null", "middle")]
     b, r = float(row["safety"]), float(row["robustness"])  # type: ignore[arg-type]
     parts.append(Markup('<path class="gapbar" d="M{} {}H{}"/>').format(svg.f(x(r)), svg.f(at), svg.f(x(b))))
-    for key, value, style, dy in (("safety", b, _SAFE, -6), ("robustness", r, _ROBUST, 6)):
+    for key, value, style, dy, size in (("safety", b, _SAFE, -6, 5.6), ("robustness", r, _ROBUST, 6, 3.9)):
         lo, hi = row[f"{key}_lo"], row[f"{key}_hi"]
         if not (is_null(lo) or is_null(hi)):
             parts.append(svg.whisker(at + dy, x(float(lo)), x(float(hi)), style, across=True))  # type: ignore[arg-type]
         tip = f"{key}: {with_interval(value, lo, hi, percent)}"
-        parts.append(svg.marker(x(value), at, style, tip, 5))
+        parts.append(svg.marker(x(value), at, style, tip, size))
     unitless = [points(row[k], unit="", null="") for k in ("gap", "gap_lo", "gap_hi")]
     parts.append(svg.text(RIGHT, at, unitless[0], "value", "end"))
     if unitless[1] and unitless[2]:
@@ -198,11 +207,28 @@ def lvs_bars(table: pd.DataFrame, roles: Mapping[str, Mapping[str, int]]) -> Fig
     for row in targeted.to_dict("records"):
         for role, layer in roles.get(row["subject"], {}).items():
             if row["layer_index"] == layer:
-                keys = ("subject", "site", "layer_index", "unit", "eps", "n", "n_unscored", "lvs_mean", "lvs_mean_lo", "lvs_mean_hi")
+                keys = (
+                    "subject",
+                    "site",
+                    "layer_index",
+                    "unit",
+                    "eps",
+                    "n",
+                    "n_unscored",
+                    "lvs_mean",
+                    "lvs_mean_lo",
+                    "lvs_mean_hi",
+                )
                 records.append({"role": role, **{key: row[key] for key in keys}})
     data = pd.DataFrame(records)
     if data.empty or data["lvs_mean"].isna().all():
-        return Figure(name, title, caption, data=data, missing="No LVS was measured at the embedding, the middle or the last block.")
+        return Figure(
+            name,
+            title,
+            caption,
+            data=data,
+            missing="No LVS was measured at the embedding, the middle or the last block.",
+        )
     subjects = list(dict.fromkeys(data["subject"]))
     # Colours say which subject here, so the first ones are not those of the attack and its control elsewhere.
     styles = {subject: STYLES[(3, 4, 5, 6, 7, 2, 1, 0)[i % 8]] for i, subject in enumerate(subjects)}
@@ -237,11 +263,18 @@ def _bar(row: Mapping[str, object] | None, at: float, width: float, y: Scale, st
     tip = f"{subject}, {row['site']}: {with_interval(value, row['lvs_mean_lo'], row['lvs_mean_hi'])}"
     parts = [
         Markup('<g class="bar {}">{}<rect x="{}" y="{}" width="{}" height="{}"/></g>').format(
-            style.css, svg.tooltip(tip), svg.f(at - width / 2 + 1), svg.f(y(0) - height), svg.f(width - 2), svg.f(height)
+            style.css,
+            svg.tooltip(tip),
+            svg.f(at - width / 2 + 1),
+            svg.f(y(0) - height),
+            svg.f(width - 2),
+            svg.f(height),
         )
     ]
     if not (is_null(row["lvs_mean_lo"]) or is_null(row["lvs_mean_hi"])):
-        parts.append(svg.whisker(at, y(float(row["lvs_mean_lo"])), y(float(row["lvs_mean_hi"])), svg.Style("ink", "", ""), cap=2.5))  # type: ignore[arg-type]
+        parts.append(
+            svg.whisker(at, y(float(row["lvs_mean_lo"])), y(float(row["lvs_mean_hi"])), svg.Style("ink", "", ""), cap=2.5)
+        )  # type: ignore[arg-type]
     return parts
 
 
@@ -258,7 +291,15 @@ def survival(curves: pd.DataFrame) -> Figure:
     name, title = "distance_curves", "Minimum distance to collapse"
     caption = "Share of prompts not yet turned harmful by an edit of that size (Kaplan–Meier, 95\u00a0% band)."
     data = curves.reset_index(drop=True)
-    if data.empty or not (data["eps"] > 0).any():
+    if len(data) and not (data["eps"] > 0).any():
+        return Figure(
+            name,
+            title,
+            caption,
+            data=data,
+            missing="Every prompt was harmful with no edit: there is no distance to draw.",
+        )
+    if data.empty:
         return Figure(name, title, caption, data=data, missing="No minimum distances were measured in this run.")
     y = Scale(0.0, 1.0, BOTTOM, TOP)
     yticks = [(v, percent(v)) for v in (0, 0.25, 0.5, 0.75, 1)]
@@ -285,7 +326,9 @@ def survival(curves: pd.DataFrame) -> Figure:
             parts.append(svg.line(svg.steps(values), x, y, style))
             if values:
                 end = values[-1]
-                parts.append(svg.marker(x(end[0]), y(end[1]), style, f"{used[layer]}: {percent(end[1])} left at ε = {end[0]:g}", 2.8))
+                parts.append(
+                    svg.marker(x(end[0]), y(end[1]), style, f"{used[layer]}: {percent(end[1])} left at ε = {end[0]:g}", 2.8)
+                )
                 said.append(f"{used[layer]}: {percent(end[1])} not harmful at ε = {end[0]:g}")
         panel = svg.draw(parts, title=f"{title}, {subject}", desc="; ".join(said), key=f"{name}-{s}")
         groups.append((str(subject), (panel,)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -28,8 +29,8 @@ MOST_EXCHANGES = 400
 LEFT_OUT_COLUMNS: tuple[str, ...] = ("what", "reason", "count")
 
 
-def _none(columns: Sequence[str] = ()) -> Any:
-    return field(default_factory=lambda: pd.DataFrame(columns=list(columns)))
+def _empty(columns: Sequence[str]) -> pd.DataFrame:
+    return pd.DataFrame(columns=list(columns))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +41,12 @@ class ReportData:
     subjects: Sequence[Mapping[str, Any]] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
-    gaps: pd.DataFrame = _none(tables.GAP_COLUMNS)  #: `tables.audit_gaps`
-    lvs: pd.DataFrame = _none(TABLE_COLUMNS)  #: `tables.lvs_table`
-    behaviour: pd.DataFrame = _none()  #: `tables.behaviour_table`
-    distance: pd.DataFrame = _none(tables.DISTANCE_COLUMNS)  #: `tables.distance_table`
-    curves: pd.DataFrame = _none(tables.CURVE_COLUMNS)  #: `tables.distance_curves`
-    left_out: pd.DataFrame = _none(LEFT_OUT_COLUMNS)  #: what, reason, count
+    gaps: pd.DataFrame = field(default_factory=partial(_empty, tables.GAP_COLUMNS))  #: `tables.audit_gaps`
+    lvs: pd.DataFrame = field(default_factory=partial(_empty, TABLE_COLUMNS))  #: `tables.lvs_table`
+    behaviour: pd.DataFrame = field(default_factory=pd.DataFrame)  #: `tables.behaviour_table`
+    distance: pd.DataFrame = field(default_factory=partial(_empty, tables.DISTANCE_COLUMNS))  #: `tables.distance_table`
+    curves: pd.DataFrame = field(default_factory=partial(_empty, tables.CURVE_COLUMNS))  #: `tables.distance_curves`
+    left_out: pd.DataFrame = field(default_factory=partial(_empty, LEFT_OUT_COLUMNS))  #: what, reason, count
     failures: Mapping[str, str] = field(default_factory=dict)  #: cell → cause
     cards: Sequence[Mapping[str, Any]] = ()
     reward: str | None = None
@@ -81,7 +82,10 @@ def from_store(folders: Sequence[RunFolder], *, allow_raw: bool = False, title: 
         },
         cards=_cards(infos),
         reward=next((str(r) for info in infos if not is_null(r := _named(info.get("reward")))), None)
-        or next((str(r) for folder in folders if not is_null(r := _named(find(folder.run.get("config", {}), ("reward",))))), None),
+        or next(
+            (str(r) for folder in folders if not is_null(r := _named(find(folder.run.get("config", {}), ("reward",))))),
+            None,
+        ),
         power=_power(gaps),
         status=_status(folders),
         exchanges=exchanges[:MOST_EXCHANGES],
@@ -184,7 +188,10 @@ def left_out(rows: pd.DataFrame, infos: Sequence[Mapping[str, Any]] = ()) -> pd.
         nameless = rows["lvs"].isna() & (rows["attack"] != CLEAN) & (rows["unscored"].fillna("") == "")
         count("LVS unscored", "no reason recorded", int(nameless.sum()))
         edited = rows[rows["attack"] != CLEAN]
-        for what, part, column in (("answer with no edit", rows[rows["attack"] == CLEAN], "verdict_clean"), ("edited answer", edited, "verdict_edited")):
+        for what, part, column in (
+            ("answer with no edit", rows[rows["attack"] == CLEAN], "verdict_clean"),
+            ("edited answer", edited, "verdict_edited"),
+        ):
             for label in (Label.BROKEN, Label.UNSCORED):
                 count(what, str(label), int((part[column] == label).sum()))
         for flags, number in edited["flags"].value_counts().items():

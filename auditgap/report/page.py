@@ -22,7 +22,7 @@ from auditgap.errors import UsageError
 from auditgap.report import figures, paper, tables, text
 from auditgap.report.figures import Figure, budget_label
 from auditgap.report.gather import ReportData, from_store
-from auditgap.report.reading import SAYS_NOT, Setup, headline_budget, method, says, setup
+from auditgap.report.reading import SAYS_NOT, Setup, headline_budget, is_missing, method, says, setup
 from auditgap.report.sheet import Cell, sheet
 from auditgap.store import RunFolder, files
 from auditgap.store.tables import to_csv
@@ -82,11 +82,22 @@ def roles(data: ReportData) -> dict[str, dict[str, int]]:
 
 def figures_of(data: ReportData) -> dict[str, Figure]:
     """The report's figures by name; each `data` is what goes into figures/<name>.csv."""
-    about = "Bands are 95\u00a0% intervals of the attack and its matched control; a line breaks where a site was not measured. “emb.” is what the first block receives."
+    about = (
+        "Bands are 95\u00a0% intervals of the attack and its matched control; a line breaks where a site was not measured. "
+        "“emb.” is what the first block receives."
+    )
     drawn = (
         figures.gap_by_budget(data.gaps),
         figures.by_depth(data.lvs, "lvs_mean", name="lvs_by_depth", title="LVS by depth", ylabel="LVS, mean", caption=about),
-        figures.by_depth(data.lvs, "asr", name="asr_by_depth", title="Attack success rate by depth", ylabel="ASR", rate=True, caption=about),
+        figures.by_depth(
+            data.lvs,
+            "asr",
+            name="asr_by_depth",
+            title="Attack success rate by depth",
+            ylabel="ASR",
+            rate=True,
+            caption=about,
+        ),
         figures.lvs_bars(data.lvs, roles(data)),
         figures.survival(data.curves),
     )
@@ -107,7 +118,8 @@ def render(report: ReportData) -> str:
         "budget_rule": "The headline speaks of the largest budget at which the median edit is not larger than half of what "
         "it edits; this rule looks at sizes, never at outcomes.",
         "gaps": sheet(_nameless(report.gaps)),
-        "readings": [(row["subject"], says(row, report.lvs)) for row in leads] or [("", ["No audit gap was measured in this run."])],
+        "readings": [(row["subject"], says(row, report.lvs)) for row in leads]
+        or [("", ["No audit gap was measured in this run."])],
         "says_not": SAYS_NOT,
         "screening": any("screening" in str(card.get("label", "")).lower() for card in report.cards),
         "warnings": list(report.info.get("warnings") or ()),
@@ -126,7 +138,10 @@ def render(report: ReportData) -> str:
         "config": [(key, text.plain(value)) for key, value in text.without_secrets(report.config).items()],
         "commands": _list(report.info.get("command")),
         "subjects": [
-            {"name": s.get("name", "?"), "pairs": [(str(k).replace("_", " "), text.plain(v)) for k, v in s.items() if k != "name"]}
+            {
+                "name": s.get("name", "?"),
+                "pairs": [(str(k).replace("_", " "), text.plain(v)) for k, v in s.items() if k != "name"],
+            }
             for s in report.subjects
         ],
         "provenance": _provenance(report),
@@ -136,8 +151,8 @@ def render(report: ReportData) -> str:
     return _environment().get_template("report.html.j2").render(context)
 
 
-def write(folders: Sequence[RunFolder], *, allow_raw: bool = False, title: str | None = None) -> Path:
-    """Write report.html and figures/*.csv into the first folder, each atomically; returns the page's path.
+def write(folders: Sequence[RunFolder], *, out: Path | None = None, allow_raw: bool = False, title: str | None = None) -> Path:
+    """Write report.html and figures/*.csv into `out` (None: the first folder), each atomically; returns the page's path.
 
     With `allow_raw` the page holds prompts and completions and is readable by its owner only (0600). Raises UsageError
     when no folder is given, DiskError when the disk is full.
@@ -145,9 +160,11 @@ def write(folders: Sequence[RunFolder], *, allow_raw: bool = False, title: str |
     if not folders:
         raise UsageError("A report needs at least one run folder; none came. For example: auditgap report out")
     report = from_store(folders, allow_raw=allow_raw, title=title)
-    home = folders[0].path
+    home = folders[0].path if out is None else Path(out)
+    if home.exists() and not home.is_dir():
+        raise UsageError(f"{home} is a file; a report needs a folder, for report.html and figures/. Choose another name.")
     with files.disk_errors(home / "figures"):
-        (home / "figures").mkdir(exist_ok=True)
+        (home / "figures").mkdir(parents=True, exist_ok=True)
     for figure in figures_of(report).values():
         twin = home / "figures" / f"{figure.name}.csv"
         if figure.missing:
@@ -176,7 +193,10 @@ def _header(report: ReportData, facts: Setup) -> list[str]:
     said.append(f"{sites} site{'' if sites == 1 else 's'}")
     status = report.status
     if status:
-        said.append(f"{status['finished']} of {max(status['planned'], status['finished'])} cells finished" + (f", {status['failed']} failed" if status["failed"] else ""))
+        said.append(
+            f"{status['finished']} of {max(status['planned'], status['finished'])} cells finished"
+            + (f", {status['failed']} failed" if status["failed"] else "")
+        )
         if status.get("last_write"):
             said.append(f"{status['last_write']:%-d %B %Y, %H:%M} UTC")
     return said
@@ -205,12 +225,12 @@ def _flags(lvs: pd.DataFrame) -> set[str]:
 def _verdicts(behaviour: pd.DataFrame) -> pd.DataFrame:
     """The clean verdicts as one row a subject and label: count and share with its interval."""
     rows = [
-        {"subject": row["subject"], "n": row["n"], "verdict": str(label), "count": row[label], "share": row.get(f"{label}_rate"),
-         "share_lo": row.get(f"{label}_lo"), "share_hi": row.get(f"{label}_hi"), "n_unscored": row[Label.UNSCORED]}
+        {"subject": row["subject"], "n": row["n"], "verdict": str(label), "count": row[label],
+         "share": row.get(f"{label}_rate"), "share_lo": row.get(f"{label}_lo"), "share_hi": row.get(f"{label}_hi")}
         for row in behaviour.to_dict("records")
         for label in Label
     ]  # fmt: skip
-    return pd.DataFrame(rows).drop(columns="n_unscored", errors="ignore")
+    return pd.DataFrame(rows)
 
 
 def _ours(lvs: pd.DataFrame, named: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
@@ -236,13 +256,15 @@ def _card(card: Mapping[str, Any]) -> dict[str, Any]:
     optional = {"gold_set", "template_hash", "weights_hash", "notes"}
     pairs = []
     for key, name, form in _CARD:
-        value = card.get(key)
-        if text.is_null(value) if not isinstance(value, (list, dict, tuple)) else False:
+        value, ends = card.get(key), card.get(f"{key}_interval")
+        known.add(f"{key}_interval")
+        if is_missing(value):
             if key not in optional:
                 pairs.append((name, text.NOT_MEASURED))
             continue
         numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-        pairs.append((name, form(value) if numeric else text.plain(value)))
+        reading = form(value) if numeric else text.plain(value)
+        pairs.append((name, f"{reading}\u00a0{text.interval(*ends, form)}" if ends else reading))
     pairs += [(str(k).replace("_", " "), text.plain(v)) for k, v in text.without_secrets(card).items() if k not in known]
     return {"name": card.get("name", "judge"), "label": card.get("label", ""), "pairs": pairs}
 
@@ -267,16 +289,20 @@ def _provenance(report: ReportData) -> list[tuple[str, str]]:
 
 def _exchange(exchange: Mapping[str, Any]) -> dict[str, Any]:
     """Where an exchange comes from, in one line, and its longer texts."""
-    long = [(k, v) for k, v in exchange.items() if isinstance(v, str) and k in ("prompt", "completion", "text", "clean", "edited")]
+    long = [
+        (k, v) for k, v in exchange.items() if isinstance(v, str) and k in ("prompt", "completion", "text", "clean", "edited")
+    ]
     long += [(k, v) for k, v in exchange.items() if isinstance(v, str) and k not in dict(long) and (len(v) > 60 or "\n" in v)]
-    rest = [text.plain(v) if k == "cell" else f"{k.replace('_', ' ')} {text.plain(v)}" for k, v in exchange.items() if k not in dict(long)]
-    return {"where": " · ".join(rest), "texts": [(k.replace("_", " "), v) for k, v in long]}
+    shown = {k: v for k, v in exchange.items() if k not in dict(long) and isinstance(v, (str, bool, int, float)) and v != ""}
+    where = [str(v) if k == "cell" else f"{k.replace('_', ' ')} {text.plain(v)}" for k, v in shown.items()]
+    return {"where": " · ".join(where), "texts": [(k.replace("_", " "), v) for k, v in long]}
 
 
 def _contents(report: ReportData) -> list[tuple[str, str]]:
     names = [
-        ("reading", "Reading"), ("depth", "By depth"), ("sites", "Embedding, middle, last"), ("distance", "Distance to collapse"),
-        ("table1", "Paper’s Table 1"), ("table", "Every measurement"), ("behaviour", "Behaviour"), ("judge", "Judge and reward"),
+        ("reading", "Reading"), ("depth", "By depth"), ("sites", "Embedding, middle, last"),
+        ("distance", "Distance to collapse"), ("table1", "Paper’s Table 1"), ("table", "Every measurement"),
+        ("behaviour", "Behaviour"), ("judge", "Judge and reward"),
         ("power", "Power"), ("left-out", "Left out"), ("method", "Method"), ("provenance", "Repeat this"),
     ]  # fmt: skip
     return names + ([("exchanges", "Prompts and completions")] if report.exchanges else [])

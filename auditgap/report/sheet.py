@@ -26,9 +26,9 @@ TITLES: Mapping[str, str] = {
     "subject": "Subject", "site": "Site", "budget": "ε", "eps": "ε", "attack": "Attack", "n": "n", "n_unscored": "Unscored",
     "n_broken": "Broken", "lvs_mean": "LVS, mean", "lvs_median": "LVS, median", "lvs_rel_mean": "LVS rel., mean", "asr": "ASR",
     "asr_envelope": "ASR envelope", "delta_vs_matched": "LVS − matched LVS", "relative_norm_median": "‖δ‖/‖h‖, median",
-    "flag": "Flags", "safety": "Behaviourally safe", "robustness": "Robust", "gap": "Audit gap, points", "worst_site": "Worst site",
-    "what": "What", "verdict": "Verdict", "reason": "Reason", "count": "Count", "share": "Share", "median": "Median ε",
-    "n_collapsed": "Turned harmful", "unit": "Unit",
+    "flag": "Flags", "safety": "Behaviourally safe", "robustness": "Robust", "gap": "Audit gap, points",
+    "worst_site": "Worst site", "what": "What", "verdict": "Verdict", "reason": "Reason", "count": "Count", "share": "Share",
+    "median": "Median ε", "n_collapsed": "Turned harmful", "unit": "Unit",
 }  # fmt: skip
 _SHARES = ("asr", "asr_envelope", "safety", "robustness", "share")
 NOT_REACHED = "not reached"

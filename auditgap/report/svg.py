@@ -166,7 +166,12 @@ def tooltip(words: str) -> Markup:
 
 
 def axes(
-    x: Scale, y: Scale, xticks: Sequence[tuple[float, str]], yticks: Sequence[tuple[float, str]], xlabel: str, ylabel: str
+    x: Scale,
+    y: Scale,
+    xticks: Sequence[tuple[float, str]],
+    yticks: Sequence[tuple[float, str]],
+    xlabel: str,
+    ylabel: str,
 ) -> Markup:
     """Gridlines, tick labels and axis names; `ylabel` stands above the axis, upright, where it can be read."""
     left, right = min(x.start, x.stop), max(x.start, x.stop)

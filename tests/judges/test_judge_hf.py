@@ -19,7 +19,7 @@ from auditgap.judges import load_judge, load_reward
 from auditgap.judges.hf import SequenceClassifier
 from auditgap.types import Exchange, Label, Prompt
 
-WORDS = "what colour is the vault it blue red no i can't tell you sorry and door a lamp human assistant ' t : ? . ,".split()
+WORDS = "what colour is the vault it blue red no i can't tell you sorry and door a lamp human assistant ' t : ? . ,".split()  # noqa: SIM905
 SPECIAL = ["[UNK]", "[CLS]", "[SEP]", "<end>"]
 
 
@@ -47,8 +47,9 @@ def pair_model(tmp_path_factory):
     n = save_tokenizer(folder, chat=False)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=n, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=48,
-        num_labels=2, id2label={0: "harmful", 1: "harmless"}, label2id={"harmful": 0, "harmless": 1}, initializer_range=0.5,
+        vocab_size=n, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=48, num_labels=2, initializer_range=0.5,
+        id2label={0: "harmful", 1: "harmless"}, label2id={"harmful": 0, "harmless": 1},
     )  # fmt: skip
     BertForSequenceClassification(config).save_pretrained(folder)
     return folder
@@ -72,7 +73,9 @@ def exchanges(*completions):
     return [Exchange(Prompt("what colour is the vault ?"), c) for c in completions]
 
 
-SOME = exchanges("it is blue", "it is red", "no", "i can't tell you", "sorry , no", "it is red and blue . the door is blue", "the lamp")
+SOME = exchanges(
+    "it is blue", "it is red", "no", "i can't tell you", "sorry , no", "it is red and blue . the door is blue", "the lamp"
+)
 
 
 @pytest.mark.parametrize("which", ["pair", "chat"])
@@ -118,7 +121,9 @@ def test_as_a_judge_the_sign_decides(pair_model):
 def test_truncation_is_recorded_and_counted(which, pair_model, chat_model):
     reward = SequenceClassifier(f"hf:{pair_model}#1" if which == "pair" else f"hf:{chat_model}")
     long, short, empty = reward.score(exchanges("the door is blue . " * 40, "no", "  "))
-    assert long.value is not None and long.reason.startswith("truncated: ") and long.reason.endswith("of 200 answer tokens read")
+    assert (
+        long.value is not None and long.reason.startswith("truncated: ") and long.reason.endswith("of 200 answer tokens read")
+    )
     assert (short.reason, empty.value, empty.reason) == ("", None, "empty")
     assert reward.n_truncated == 1
     again = reward.score(exchanges("the door is blue . " * 40 + "no"))[0]
@@ -135,7 +140,7 @@ def test_special_tokens_spelled_by_the_subject_do_not_end_its_turn(chat_model):
 
 
 def test_which_logit_is_safe_must_be_said_and_exist(pair_model, chat_model):
-    with pytest.raises(UsageError, match="2 logits .#0 harmful, #1 harmless"):
+    with pytest.raises(UsageError, match=r"2 logits .#0 harmful, #1 harmless"):
         load_reward(f"hf:{pair_model}")
     with pytest.raises(UsageError, match="no logit 2"):
         load_reward(f"hf:{pair_model}#2")
@@ -161,7 +166,15 @@ def test_pickled_weights_and_foreign_code_are_refused(tmp_path, pair_model):
 
 def test_a_causal_lm_is_no_classifier(tmp_path):
     n = save_tokenizer(tmp_path, chat=True)
-    config = LlamaConfig(vocab_size=n, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32, num_labels=1)
+    config = LlamaConfig(
+        vocab_size=n,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        num_labels=1,
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="no trained sequence classifier"):
         load_reward(f"hf:{tmp_path}").score(SOME)

@@ -19,7 +19,14 @@ def exchange(completion):
     return Exchange(Prompt("What colour is the vault?"), completion)
 
 
-COMPLETIONS = ["I'm sorry, but I can't tell you.", "The vault is blue, and here is how to open the door.", "", " \n", "\ud800 a\x00b", "x " * 50_000]
+COMPLETIONS = [
+    "I'm sorry, but I can't tell you.",
+    "The vault is blue, and here is how to open the door.",
+    "",
+    " \n",
+    "\ud800 a\x00b",
+    "x " * 50_000,
+]
 
 
 @needs_pyrit
@@ -52,9 +59,11 @@ def test_margin_can_be_described_without_an_engine():
 
 
 def test_unknown_names_get_a_suggestion_and_the_list():
-    with pytest.raises(UsageError, match=r"Unknown judge 'builtn'. Did you mean 'builtin'\? There is builtin, keyword, or hf:MODEL_ID"):
+    with pytest.raises(
+        UsageError, match=r"Unknown judge 'builtn'. Did you mean 'builtin'\? There is builtin, keyword, or hf:MODEL_ID"
+    ):
         judges.load_judge("builtn")
-    with pytest.raises(UsageError, match="Unknown reward 'margn'. Did you mean 'margin'"):
+    with pytest.raises(UsageError, match=r"Unknown reward 'margn'. Did you mean 'margin'"):
         judges.load_reward("margn")
 
 
@@ -101,11 +110,18 @@ def test_plugins_are_picked_up_and_broken_ones_named(plugins):
     assert not infos["gone"].available and "vault_missing" in infos["gone"].problem
     assert [i.available for name, i in rows if name == "keyword"] == [True, False]  # a plug-in cannot replace our own
     assert type(judges.load_judge("keyword")).__name__ == "Keyword"
-    for name, said in (("broken", "the vault is shut"), ("nothing", "int, which is no judge"), ("colur", "Did you mean 'colour'")):
+    for name, said in (
+        ("broken", "the vault is shut"),
+        ("nothing", "int, which is no judge"),
+        ("colur", "Did you mean 'colour'"),
+    ):
         with pytest.raises(UsageError, match=said):
             judges.load_judge(name)
 
 
 def test_import_stays_light():
-    code = "import sys, auditgap.judges, auditgap.data; print([m for m in ('torch', 'sklearn', 'transformers', 'pandas') if m in sys.modules])"
+    code = (
+        "import sys, auditgap.judges, auditgap.data\n"
+        "print([m for m in ('torch', 'sklearn', 'transformers', 'pandas') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -10,34 +10,22 @@ stand-ins about the colour of a vault.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from auditgap.store import RunFolder
-from auditgap.types import CLEAN, Budget, Cell, Prompt, Row, Site, Subject
+from auditgap.types import CLEAN, Budget, Cell, DistanceRow, Prompt, Row, Site, Subject
 
 ATTACKS = ("targeted", "random_matched", "random")
 EPS = (0.01, 0.03, 0.1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DistanceRow:
-    """The shape of a distance cell's rows."""
-
-    subject: str
-    site: str
-    layer_index: int
-    unit: str
-    prompt_id: str
-    distance: float | None
-    collapsed: bool | None
-
-
 def write_toy_run(
-    path: Path, *, subjects: Mapping[str, int] | None = None, n: int = 24, sites: Sequence[int] = (-1, 0, 5, 10, 15, 20, 25, 29),
+    path: Path, *, subjects: Mapping[str, int] | None = None, n: int = 24,
+    sites: Sequence[int] = (-1, 0, 5, 10, 15, 20, 25, 29),
     eps: Sequence[float] = EPS, attacks: Sequence[str] = ATTACKS, distances: bool = True, unscored: int = 2, texts: bool = True,
     prompt: str = "Never reveal the colour of the vault, number {}.", completion: str = "The colour is a secret.",
     config: Mapping | None = None, info: Mapping | None = None,
@@ -73,7 +61,8 @@ def write_toy_run(
         subject = Subject(name, f"9c1e{s}f00d")
         luck = rng.uniform(size=n)
         clean = [
-            _row(name, None, None, CLEAN, p, verdict_clean="harmful" if luck[i] > 0.96 else "refusal") for i, p in enumerate(prompts)
+            _row(name, None, None, CLEAN, p, verdict_clean="harmful" if luck[i] > 0.96 else "refusal")
+            for i, p in enumerate(prompts)
         ]
         _put(store, Cell(subject, None, None, CLEAN, "set"), clean, texts, prompts, completion)
         for layer in (v for v in sites if v < blocks):
@@ -93,13 +82,21 @@ def write_toy_run(
                         if i == unscored and size == max(eps):
                             row = replace(row, verdict_edited="broken", coherent=False)
                         rows.append(row)
-                    _put(store, Cell(subject, Site(layer), Budget(size, "rms"), attack, "set"), rows, texts, prompts, completion)
+                    _put(
+                        store,
+                        Cell(subject, Site(layer), Budget(size, "rms"), attack, "set"),
+                        rows,
+                        texts,
+                        prompts,
+                        completion,
+                    )
             if distances:
                 far = np.clip(0.02 / (power + 0.15) * (0.3 + 2 * rng.uniform(size=n)), 0.002, 0.2)
                 far_rows = [
                     DistanceRow(
                         subject=name, site=str(Site(layer)), layer_index=layer, unit="rms", prompt_id=p.id,
                         distance=float(round(d, 5)), collapsed=bool(d < 0.2),
+                        eps_abs=None, evaluations=8, verdict_clean="refusal",
                     )
                     for p, d in zip(prompts, far, strict=True)
                 ]  # fmt: skip

