@@ -20,7 +20,7 @@ setup(
         "accelerate>=1.10",
         "safetensors>=0.8",
         "numpy>=1.26",
-        "scipy>=1.14",
+        "scipy>=1.15",
         "scikit-learn>=1.5",
         "pandas>=2.2",
         "pyarrow>=17",
