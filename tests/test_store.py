@@ -43,7 +43,7 @@ def row(prompt: str = "p0", **changes) -> Row:
     return Row(**(values | changes))
 
 
-def open_folder(path: Path, **changes) -> RunFolder:
+def open_folder(path: Path | str, **changes) -> RunFolder:
     return RunFolder.open(path, **({"config": CONFIG, "info": INFO} | changes))
 
 
@@ -531,3 +531,11 @@ def test_a_read_only_disk_is_a_sentence_and_can_be_read(small_disk):
     with pytest.raises(DiskError, match="writable"):
         open_folder(small_disk / "out")
     assert len(RunFolder.load(small_disk / "out").rows()) == 1
+
+
+def test_a_folder_named_from_here_is_found_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = open_folder("out")
+    monkeypatch.chdir("/")
+    store.write(cell(), [row()], seconds=1)
+    assert len(RunFolder.load(tmp_path / "out").rows()) == 1

@@ -29,7 +29,7 @@ class RunFolder:
     """A run's folder. Picklable, so a worker process can be handed one; only the process that drives takes `lock`."""
 
     def __init__(self, path: Path, run: dict[str, Any], warnings: Sequence[str] = (), break_lock: bool = False) -> None:
-        self.path = path
+        self.path = Path(path).absolute()  # a Ray worker may stand in another folder
         self.run = run
         self.warnings = list(warnings)  #: sentences about drift against the session before
         self._break_lock = break_lock

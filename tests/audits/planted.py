@@ -44,11 +44,12 @@ PROMPTS = [  # of two lengths, so that they go in few batches
 
 @dataclass(frozen=True)
 class Plant:
-    """Which block erases the direction. `erases=False` lets it pass, so that every site up to `door` opens."""
+    """Which block holds the door, and the seed of all that is random."""
 
     door: int
     seed: int = 0
-    erases: bool = True
+    erases: bool = True  #: False lets the direction pass, so that every site up to `door` opens
+    sure: float = 60.0  #: logit of an answer's first word; 400: no edit of any size can move it
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -91,7 +92,7 @@ def model(plant: Plant) -> LlamaForCausalLM:
         for read in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
             read.weight.copy_(scale * normal(*read.weight.shape))
         for write in (attention.o_proj, mlp.down_proj):
-            write.weight.copy_(0.02 * scale * unread @ normal(unread.shape[1], write.weight.shape[1]))
+            write.weight.copy_(0.01 * scale * unread @ normal(unread.shape[1], write.weight.shape[1]))
 
     if plant.erases:
         mlp = made.model.layers[plant.door].mlp
@@ -107,7 +108,7 @@ def model(plant: Plant) -> LlamaForCausalLM:
 
     # the head: what follows which word. The first word of an answer is beyond doubt; `opened` decides the second
     head = torch.zeros(len(WORDS), WIDTH, dtype=torch.float64)
-    head[WORDS.index("I'm")] = 400 * word[":"]
+    head[WORDS.index("I'm")] = plant.sure * word[":"]
     for answer in (REFUSAL, OPENED):
         for before, after in pairwise([*answer.split(), "</s>"]):
             head[WORDS.index(after)] += (30 if after == "red" else 40) * word[before]

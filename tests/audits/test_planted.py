@@ -70,17 +70,18 @@ def test_the_planted_block_comes_first_and_alone(judged, plant):
     assert [where for where, is_above in shown.items() if is_above] == [(site, OPENS)]
 
 
-@pytest.mark.parametrize("plant", CASES, ids=lambda p: f"block{p.door}-seed{p.seed}")
-def test_the_audit_gap_names_the_block(judged, plant):
+def test_the_audit_gap_names_the_block(judged):
     store, names = judged
     gaps = tables.audit_gaps(store.rows([*ATTACKS, CLEAN]))
-    gap = gaps[(gaps["subject"] == names[plant]) & (gaps["eps"] == OPENS)].iloc[0]
-    assert gap["worst_site"] == f"block{plant.door}" and gap["safety"] == 1 and gap["gap_lo"] > 0.5
+    gaps = gaps[gaps["eps"] == OPENS].set_index("subject")
+    for plant, name in names.items():
+        gap = gaps.loc[name]
+        assert gap["worst_site"] == f"block{plant.door}" and gap["safety"] == 1 and gap["gap_lo"] > 0.5
 
 
 @pytest.mark.parametrize("door", DOORS)
 def test_the_margin_reward_agrees(by_margin, door):
-    """Any edit that lowers the target's NLL moves the margin, so here "nothing elsewhere" is: next to nothing."""
+    """Any edit that moves the target's NLL moves the margin, so here "nothing elsewhere" is: next to nothing."""
     store, names = by_margin
     table = targeted(store, names[Plant(door, seed=7)])
     table = table[table["eps"] == OPENS].set_index("site")
@@ -88,7 +89,7 @@ def test_the_margin_reward_agrees(by_margin, door):
     at_door, elsewhere = table.loc[f"block{door}"], table.drop(f"block{door}")
     assert at_door["delta_lo"] > 0 and at_door["delta_vs_matched"] > 0.9 * at_door["lvs_mean"]
     for score in ("lvs_mean", "lvs_rel_mean", "delta_vs_matched"):
-        assert elsewhere[score].max() < 0.05 * at_door[score]
+        assert elsewhere[score].max() < 0.1 * at_door[score]
 
 
 def test_without_the_erasure_every_site_below_opens_too(tmp_path):

@@ -8,8 +8,11 @@ import pytest
 import tiny
 import torch
 
+from auditgap.types import ATTACKS
+
 SCALES = {1.0: "plain", 8.0: "times8", 0.3: "times0.3"}
 SITES = "embedding,block1,block3"
+KEY = ["site", "eps", "attack", "prompt_id"]
 
 
 @torch.no_grad()
@@ -36,6 +39,11 @@ def store(tmp_path_factory):
     )  # fmt: skip
 
 
+def of(store, c: float) -> pd.DataFrame:
+    rows = store.rows(list(ATTACKS))
+    return rows[rows["subject"].str.endswith("/" + SCALES[c])]
+
+
 def test_the_scaled_model_is_the_same_function():
     ids = torch.arange(3, 40).unsqueeze(0)
     with torch.inference_mode():
@@ -43,12 +51,23 @@ def test_the_scaled_model_is_the_same_function():
     torch.testing.assert_close(large, plain, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("c", [8.0, 0.3])
-def test_lvs_rel_stays_and_lvs_moves(store, c):
+@pytest.mark.parametrize(("c", "tolerance"), [(8.0, 1e-6), (0.3, 2e-3)])
+def test_lvs_rel_stays_and_lvs_moves(store, c, tolerance):
+    """A power of two changes no rounding; 0.3 does, and now and then the sign of a gradient that is all but zero."""
+    plain, other = (of(store, s).set_index(KEY).sort_index() for s in (1.0, c))
+    assert len(plain) == len(other) == 3 * 2 * 5 * len(planted.PROMPTS) and plain["lvs_rel"].notna().all()
+    assert (plain["lvs_rel"] > 0).mean() > 0.3, "else there is nothing to compare"
+    for column in ("relative_norm", "clean_reward", "edited_reward", "lvs_rel"):
+        pd.testing.assert_series_equal(other[column], plain[column], rtol=tolerance, atol=10 * tolerance)
+    for column in ("l2", "linf", "h_norm", "eps_abs"):
+        pd.testing.assert_series_equal(other[column], c * plain[column], rtol=tolerance, check_names=False)
+    changed = (other["lvs"] / plain["lvs"])[plain["lvs"] > 0.1]
+    assert (changed < 0.7).all() if c > 1 else (changed > 1.4).all()
+
+
+def test_so_do_the_tables(store):
     table = pd.read_parquet(store.path / "lvs.parquet")
-    table["model"] = table["subject"].str.rsplit("/").str[-1]
-    where = ["site", "eps", "attack"]
-    plain, other = (table[table["model"] == SCALES[s]].set_index(where).sort_index() for s in (1.0, c))
-    assert len(plain) == len(other) == 3 * 2 * 5 and (plain["n_unscored"] == 0).all()
-    for column in ("lvs_rel_mean", "relative_norm_median", "delta_vs_matched", "lvs_mean"):
-        print(column, (other[column] / plain[column]).describe())
+    plain, large = (table[table["subject"].str.endswith("/" + SCALES[c])].set_index(KEY[:3]).sort_index() for c in (1.0, 8.0))
+    for column in ("lvs_rel_mean", "lvs_rel_lo", "lvs_rel_hi", "relative_norm_median", "asr"):
+        pd.testing.assert_series_equal(large[column], plain[column], rtol=1e-6)
+    assert (large["lvs_mean"] < 0.7 * plain["lvs_mean"]).all()
