@@ -35,7 +35,7 @@ STEPS = 10
 def main() -> None:
     options = parse()
     loaded, rendered, target = load(options)
-    engine = HFEngine(loaded, batch_tokens=options.batch_tokens)
+    engine = HFEngine(loaded, batch_tokens=options.batch_tokens, compile=options.compile)
     sites = [Site(-1), Site(round(loaded.n_blocks / 2)), Site(loaded.n_blocks - 1)]
     for site in sites:
         engine.self_test(site)
@@ -89,6 +89,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-tokens", type=int, default=None)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks that PGD runs")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plain-repeats", type=int, default=1, help="the plain way takes minutes")
     parser.add_argument("--skip-plain", action="store_true")

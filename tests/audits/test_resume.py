@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import planted
@@ -64,19 +66,20 @@ class Bench:
         options = {
             "layers": "embedding,1,2", "eps": ",".join(EPS), "attacks": ",".join(ATTACKS), "prompts": str(self.prompts),
             "target": planted.TARGET, "max-new-tokens": "9", "reward": "margin", "judge": "keyword", "steps": "4", "dtype": "float32",
-            "device": "cpu", "batch-tokens": "256", "out": str(self.folder / out), **changes,
+            "device": "cpu", "batch-tokens": "128", "out": str(self.folder / out), **changes,
         }  # fmt: skip
         return ["lvs", str(self.model), *(f"--{name}={value}" for name, value in options.items())]
 
     def child(self, out: str, method: str = "write", after: int = 0) -> tuple[int, list[str]]:
         """Run it in a process of its own, killed after so many calls (0: not at all); exit code and arrays computed."""
-        log = self.folder / f"{out}.{method}.{after}.log"
+        log = self.folder / f"{out}.log"
+        log.write_text("")
         done = subprocess.run(
             [sys.executable, "-c", CHILD, str(log), method, str(after), *self.command(out)],
             capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode in (0, -signal.SIGKILL), done.stderr[-2000:]
-        return done.returncode, log.read_text().split() if log.exists() else []
+        return done.returncode, log.read_text().split()
 
 
 @pytest.fixture(scope="module")
@@ -105,46 +108,60 @@ def scratch(folder: Path) -> set[str]:
     return {path.stem for path in (folder / "scratch").glob("*.safetensors")}
 
 
-def check_the_same(bench: Bench, out: str, unbroken: RunFolder) -> None:
+@dataclass(frozen=True)
+class Sitting:
+    """One start of the command: how it ended, what it computed, and what lay in the folder then."""
+
+    code: int
+    computed: list[str]
+    cells: dict[str, tuple]
+    scratch: set[str]
+
+
+@pytest.fixture(scope="module")
+def sittings(bench, unbroken):
+    """One folder, killed three times in its second group: while it computes, while it writes, and before it tidies up."""
+    _, computed = unbroken
+    n_group = (len(computed) - 1) // 3  # one array of the clean pass, then three like groups
+    assert len(computed) == 1 + 3 * n_group and n_group > 2
+    found, folder = [], bench.folder / "killed"
+    for method, after in (("remember", 1 + n_group + n_group // 2), ("write", 2), ("write", CELLS - 2), ("write", 0)):
+        code, log = bench.child("killed", method, after)
+        found.append(Sitting(code, log, cells(folder), scratch(folder)))
+    return found
+
+
+def test_each_sitting_adds_to_what_the_others_finished(sittings):
+    assert [s.code for s in sittings] == [-signal.SIGKILL] * 3 + [0]
+    assert [len(s.cells) for s in sittings] == [1 + CELLS, 1 + CELLS + 2, 1 + 2 * CELLS, 1 + 3 * CELLS]
+    for before, after in pairwise(sittings):
+        assert {key: after.cells[key] for key in before.cells} == before.cells, "a finished cell is not touched"
+
+
+def test_what_was_computed_is_remembered(unbroken, sittings):
+    _, computed = unbroken
+    first, second, third, _ = sittings
+    group = set(computed[1 + (len(computed) - 1) // 3 : 1 + 2 * (len(computed) - 1) // 3])
+    assert first.computed == computed[: len(first.computed)] and first.scratch == group & set(first.computed) != group
+    assert set(second.computed) == group - first.scratch, "the rest of the group, and no more"
+    assert group <= third.scratch | second.scratch, "kept until all cells of the group are written"
+    everything = [name for s in sittings for name in s.computed]
+    assert len(set(everything)) == len(everything), "nothing is computed twice"
+    assert set(computed) <= set(everything)
+
+
+def test_the_tables_are_those_of_an_unbroken_run(bench, unbroken, sittings):
+    whole, _ = unbroken
     for name in ("lvs.csv", "lvs.parquet", "lvs.md"):
-        assert (bench.folder / out / name).read_bytes() == (unbroken.path / name).read_bytes(), name
-    assert cells(bench.folder / out).keys() == cells(unbroken.path).keys()
-    rows = {name: values[3] for name, values in cells(bench.folder / out).items()}
-    assert rows == {name: values[3] for name, values in cells(unbroken.path).items()}
+        assert (bench.folder / "killed" / name).read_bytes() == (whole.path / name).read_bytes(), name
+    rows = {key: values[-1] for key, values in cells(whole.path).items()}
+    assert {key: values[-1] for key, values in sittings[-1].cells.items()} == rows, "to the last bit of every row"
 
 
-@pytest.mark.parametrize("share", [0.4, 0.6])
-def test_killed_while_it_computes(bench, unbroken, share):
-    """Between two arrays of the second group: 1 + 4 cells are written, and some of the group's work is remembered."""
-    whole, computed = unbroken
-    out, after = f"computing{share}", round(share * len(computed))
-    code, first = bench.child(out, "remember", after)
-    assert code == -signal.SIGKILL and first == computed[:after]
-    before, kept = cells(bench.folder / out), scratch(bench.folder / out)
-    assert len(before) == 1 + CELLS and kept and kept < set(first)
-
-    code, second = bench.child(out)
-    assert code == 0
-    assert second == computed[after:], "what was remembered is not computed again, and nothing else is left out"
-    after_all = cells(bench.folder / out)
-    assert {key: after_all[key] for key in before} == before, "a finished cell is not touched"
-    assert len(after_all) == 1 + 3 * CELLS and scratch(bench.folder / out) == set()
-    check_the_same(bench, out, whole)
-
-
-def test_killed_while_it_writes(bench, unbroken):
-    """After two of the second group's four cells."""
-    whole, computed = unbroken
-    code, first = bench.child("writing", "write", 1 + CELLS + 2)
-    assert code == -signal.SIGKILL
-    before = cells(bench.folder / "writing")
-    assert len(before) == 1 + CELLS + 2
-    code, second = bench.child("writing")
-    assert code == 0 and not set(first) & set(second)
-    after_all = cells(bench.folder / "writing")
-    assert {key: after_all[key] for key in before} == before and len(after_all) == 1 + 3 * CELLS
-    check_the_same(bench, "writing", whole)
-    assert scratch(bench.folder / "writing") == set(), "nothing private is left behind"
+def test_nothing_is_left_in_scratch(unbroken, sittings):
+    """Its arrays hold token ids, which are text, so they may not outlive the run."""
+    assert scratch(unbroken[0].path) == set()
+    assert sittings[-1].scratch == set()
 
 
 @pytest.mark.parametrize(("option", "field", "value"), [("steps", "steps", "3"), ("eps", "eps", "0.02,0.2"), ("target", "target", "red")])

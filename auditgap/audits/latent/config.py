@@ -66,6 +66,7 @@ class LatentConfig(_Frozen):
     reward: str = "builtin"
     judge: str = "builtin"
     dtype: str = "auto"
+    compile: bool = False  #: torch.compile PGD's blocks; last digits differ, so it is part of the question
     chat_template: str | None = None
     seed: int = 0
 

@@ -106,6 +106,7 @@ def site_cells(
         "step_share": config.pgd.step_share,
         "restarts": config.restarts,
         "iterate": config.iterate,
+        "compile": config.compile,
         "draws": config.draws,
         "untargeted_tokens": config.untargeted_tokens,
         "seed": config.seed,
