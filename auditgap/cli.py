@@ -34,7 +34,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
 )  # fmt: skip
 
-Models = Annotated[list[str] | None, typer.Argument(help="Hub ids, id@revision, folders, adapters, or smollm2.", show_default=False)]
+Models = Annotated[list[str] | None, typer.Argument(help="Hub ids, id@revision, folders, adapters, or smollm2.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML with any of these options; flags win.")]
 Layers = Annotated[str | None, typer.Option(help="embedding,mid,last | all | stride:4 | 0,5,12 [embedding,mid,last]")]
 Unit = Annotated[str | None, typer.Option(help="What eps is relative to: rms, max or absolute [rms]")]
@@ -42,7 +42,7 @@ Eps = Annotated[str | None, typer.Option(help="Sizes, in the unit [rms: 0.01,0.0
 Attacks = Annotated[str | None, typer.Option(help=f"Any of {','.join(ATTACKS)} [all]")]
 Draws = Annotated[int | None, typer.Option(help="Draws of each random control [1]")]
 Distance = Annotated[bool | None, typer.Option("--distance/--no-distance", help="Minimum distance to collapse besides [no]")]
-Prompts = Annotated[str | None, typer.Option(help="A name (`auditgap ls prompts`) or a jsonl, csv, parquet or txt file [harmbench]")]
+Prompts = Annotated[str | None, typer.Option(help="A name (see `ls prompts`) or a jsonl, csv, parquet or txt file [harmbench]")]
 Column = Annotated[str | None, typer.Option(help="The file's column with the prompt [prompt]")]
 Limit = Annotated[int | None, typer.Option(help="Use N prompts, chosen by hash [all]")]
 Reward = Annotated[str | None, typer.Option(help="builtin, margin or hf:MODEL_ID [builtin]")]
@@ -63,6 +63,7 @@ Out = Annotated[str | None, typer.Option(help="The run's folder; the same comman
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the grid and what it will take; run nothing.")]
 AllowRaw = Annotated[bool | None, typer.Option("--allow-raw", help="Put prompts and completions into the report.")]
 BreakLock = Annotated[bool | None, typer.Option("--break-lock", help="Take over a folder whose writer is dead.")]
+RetryFailed = Annotated[bool | None, typer.Option("--retry-failed", help="Run cells again that failed before.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -76,7 +77,8 @@ def lvs(
     limit: Limit = None, reward: Reward = None, judge: Judge = None, max_new_tokens: NewTokens = None, target: Target = None,
     steps: Steps = None, restarts: Restarts = None, dtype: Dtype = None, device: Device = None, executor: Executor = None,
     workers: Workers = None, batch_tokens: BatchTokens = None, compile: Compile = None, chat_template: Template = None, seed: Seed = None,
-    out: Out = None, allow_raw: AllowRaw = None, break_lock: BreakLock = None, dry_run: DryRun = False, as_json: AsJson = False,
+    out: Out = None, allow_raw: AllowRaw = None, break_lock: BreakLock = None, retry_failed: RetryFailed = None,
+    dry_run: DryRun = False, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Latent Vulnerability Scores: attack each layer within a budget, next to matched controls, and report the audit gap."""
     flags = {k: v for k, v in locals().items() if k not in ("config", "dry_run", "as_json")}
@@ -89,7 +91,8 @@ def distance(
     prompts: Prompts = None, column: Column = None, limit: Limit = None, judge: Judge = None,
     max_new_tokens: NewTokens = None, target: Target = None, steps: Steps = None, dtype: Dtype = None, device: Device = None,
     executor: Executor = None, workers: Workers = None, batch_tokens: BatchTokens = None, chat_template: Template = None,
-    seed: Seed = None, out: Out = None, break_lock: BreakLock = None, dry_run: DryRun = False, as_json: AsJson = False,
+    seed: Seed = None, out: Out = None, break_lock: BreakLock = None, retry_failed: RetryFailed = None,
+    dry_run: DryRun = False, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Minimum distance to collapse: the smallest eps at which each prompt's completion turns harmful, layer by layer.
 
@@ -139,7 +142,7 @@ def _say_estimate(plan: Any, expected: Any, options: Any) -> None:
     if expected.memory_bytes > free:
         err.print(
             Text(
-                f"Note: {free / 1e9:.1f} GB are free. If memory runs out, batches are halved; should that not do, use --dtype bfloat16."
+                f"Note: {free / 1e9:.1f} GB are free. If memory runs out, batches are halved; else use --dtype bfloat16."
             )
         )
 
@@ -172,33 +175,34 @@ def _show_plan(plan: Any, expected: Any, as_json: bool) -> None:
 
 
 def _show_summary(store: Any) -> None:
-    """The LVS table in short, the audit gap, and where everything lies."""
+    """The targeted attack's table, the audit gap, and where everything lies."""
     import pandas as pd
 
     from auditgap.report import tables
     from auditgap.types import CLEAN
 
     table = pd.read_parquet(store.path / "lvs.parquet")
-    if len(table):
-        _print_table(
-            [
-                {
-                    "site": r.site, "eps": f"{r.eps:g}", "attack": r.attack, "LVS": _interval(r.lvs_mean, r.lvs_mean_lo, r.lvs_mean_hi),
-                    "ASR": _interval(r.asr, r.asr_lo, r.asr_hi), "− matched": _interval(r.delta_vs_matched, r.delta_lo, r.delta_hi),
-                    "n": r.n, "unscored": r.n_unscored, "broken": r.n_broken, "flag": r.flag,
-                }
-                for r in table[table["attack"].isin(["targeted", "untargeted"])].itertuples()
-            ]
-        )  # fmt: skip
+    rows = [
+        {
+            "site": r.site, "eps": f"{r.eps:g} {r.unit}", "LVS": _interval(r.lvs_mean, r.lvs_mean_lo, r.lvs_mean_hi),
+            "− matched": _interval(r.delta_vs_matched, r.delta_lo, r.delta_hi),
+            "ASR": _interval(r.asr, r.asr_lo, r.asr_hi), "n": r.n - r.n_unscored, "broken": r.n_broken,
+        }
+        for r in table[table["attack"] == "targeted"].itertuples()
+    ]  # fmt: skip
+    if rows:
+        out.print(Text("Targeted attack, with 95 % intervals (controls and flags: the report)"))
+        _print_table(rows)
     for gap in tables.audit_gaps(store.rows([*ATTACKS, CLEAN])).itertuples():
+        safe = _interval(gap.safety, gap.safety_lo, gap.safety_hi)
+        robust = _interval(gap.robustness, gap.robustness_lo, gap.robustness_hi)
         out.print(
             Text(
-                f"{gap.subject}, eps {gap.eps:g} {gap.unit}: behaviourally safe {_interval(gap.safety, gap.safety_lo, gap.safety_hi)}, "
-                f"under bounded edits {_interval(gap.robustness, gap.robustness_lo, gap.robustness_hi)}, "
+                f"{gap.subject}, eps {gap.eps:g} {gap.unit}: behaviourally safe {safe}, under bounded edits {robust}, "
                 f"audit gap {_interval(gap.gap, gap.gap_lo, gap.gap_hi)} (n = {gap.n})"
             )
         )
-    out.print(Text(f"Report: {store.path / 'report.html'}   Tables: {store.path / 'lvs.csv'}"))
+    out.print(Text(f"Report: {store.path / 'report.html'}\nTable: {store.path / 'lvs.csv'}"))
 
 
 def _interval(value: Any, lo: Any, hi: Any) -> str:
@@ -334,7 +338,8 @@ def doctor(as_json: AsJson = False) -> None:
         {"check": "auditgap", "found": __version__},
         {"check": "python", "found": platform.python_version()},
         *({"check": p, "found": version(p)} for p in ("torch", "transformers", "accelerate", "scikit-learn", "pyarrow")),
-        {"check": "device", "found": torch.cuda.get_device_name() if device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"},
+        {"check": "device", "found": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"},
+        {"check": "threads", "found": str(torch.get_num_threads())},
         {"check": "free memory", "found": f"{psutil.virtual_memory().available / 1e9:.1f} GB"},
         *(
             {"check": f"matmul {str(t).removeprefix('torch.')}", "found": f"{matmul_rate(t, device) / 1e9:,.0f} GFLOP/s"}

@@ -333,7 +333,7 @@ def load(
     n_embeddings, n_tokens = model.get_input_embeddings().num_embeddings, len(seen.chat.tokenizer)
     if n_tokens > n_embeddings:
         raise UsageError(
-            f"{seen.subject.name}: its tokenizer has {n_tokens} tokens, its embedding {n_embeddings}; these do not belong together."
+            f"{seen.subject.name}: its tokenizer has {n_tokens} tokens, its embedding {n_embeddings}; they do not belong together."
         )
     return wrap(model.to(device), seen.chat.tokenizer, seen.subject, chat_template=seen.chat.template)
 

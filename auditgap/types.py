@@ -87,7 +87,8 @@ class Budget:
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
             raise UsageError(f"--unit must be one of {', '.join(UNITS)}; {self.unit!r} came.")
-        if isinstance(self.size, bool) or not isinstance(self.size, (int, float)) or not math.isfinite(self.size) or self.size <= 0:
+        number = isinstance(self.size, (int, float)) and not isinstance(self.size, bool)
+        if not number or not math.isfinite(self.size) or self.size <= 0:
             raise UsageError(f"--eps must be a finite number above 0; {self.size!r} came. For example: --eps 0.03")
         object.__setattr__(self, "size", float(self.size))
 
@@ -219,7 +220,7 @@ class DistanceRow:
     layer_index: int
     unit: str
     prompt_id: str
-    distance: float | None          #: budget size in the unit; 0 when harmful with no edit; the largest tried when not collapsed
+    distance: float | None          #: in the unit; 0: harmful with no edit; not collapsed: the largest tried
     eps_abs: float | None           #: the same as an absolute ∞-norm
     collapsed: bool | None          #: False: right-censored at `distance`; None: could not tell
     evaluations: int                #: attacks tried

@@ -187,7 +187,7 @@ def ways(
     return works
 
 
-class eager:  # noqa: N801 - reads as a statement
+class eager:
     """The attention that a plain implementation gets."""
 
     def __init__(self, model: torch.nn.Module) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -50,8 +50,8 @@ class Completion:
     linf_effective: float | None = None
 
 
-class _Captured(Exception):  # noqa: N818 - not an error: it ends a forward whose upper blocks nobody needs
-    pass
+class _Captured(Exception):
+    """Not an error: it ends a forward whose upper blocks nobody needs."""
 
 
 class HFEngine:
@@ -221,11 +221,8 @@ class HFEngine:
             held.append(h)
             raise _Captured
 
-        with torch.no_grad(), self.edited(site, hold):
-            try:
-                self._forward(ids, mask, keep=1, cache=cache)
-            except _Captured:
-                pass
+        with torch.no_grad(), self.edited(site, hold), suppress(_Captured):
+            self._forward(ids, mask, keep=1, cache=cache)
         return held[0]
 
     def activations(self, rendered: Sequence[Rendered], site: Site) -> list[torch.Tensor]:
@@ -260,7 +257,9 @@ class HFEngine:
             mine = [i for i, r in enumerate(requests) if (r.edit.site if r.edit is not None else None) == site]
             for pack in self.speaking_packs([len(requests[i].rendered.ids) + max_new_tokens for i in mine]):
                 rows = [mine[p] for p in pack]
-                completions = halving(lambda some: self._generate([requests[i] for i in some], site, max_new_tokens), rows)
+                completions = halving(
+                    lambda some, site=site: self._generate([requests[i] for i in some], site, max_new_tokens), rows
+                )
                 done.update(zip(rows, completions, strict=True))
         return [done[i] for i in range(len(requests))]
 

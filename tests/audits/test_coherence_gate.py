@@ -16,9 +16,10 @@ CLOSED, OPEN, BROKEN = EPS = [0.02, 0.1, 0.6]
 def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gate")
     model = planted.save(planted.Plant(door=1, sure=400), folder / "model")
+    prompts = planted.write_prompts(folder / "prompts.txt")
     with pytest.MonkeyPatch.context() as patch:
         planted.register(patch)
-        return planted.audit(folder / "run", [model], planted.write_prompts(folder / "prompts.txt"), layers="1", eps=EPS)
+        return planted.audit(folder / "run", [model], prompts, layers="1", eps=EPS)
 
 
 def completions(store, eps):
@@ -56,6 +57,7 @@ def test_the_gate_overrules_a_judge_that_is_taken_in(store):
     texts = completions(store, BROKEN)
     assert {v.label for v in planted.Colour().judge([Exchange(Prompt("?"), text) for text in texts])} == {Label.HARMFUL}
     rows = store.rows(["targeted"]).set_index(["eps", "prompt_id"]).sort_index()
-    assert list(rows.loc[BROKEN]["coherent"]) == list(~texts.map(stuck))
-    assert list(rows.loc[BROKEN]["verdict_edited"]) == ["broken" if is_stuck else "harmful" for is_stuck in texts.map(stuck)]
+    wanted = ["broken" if stuck(text) else "harmful" for text in texts]
+    assert list(rows.loc[BROKEN]["verdict_edited"]) == wanted
+    assert list(rows.loc[BROKEN]["coherent"]) == [label != "broken" for label in wanted]
     assert set(rows.loc[OPEN]["verdict_edited"]) == {"harmful"} and rows.loc[OPEN]["coherent"].all()

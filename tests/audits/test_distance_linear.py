@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from auditgap.errors import UsageError
 from auditgap.interventions.distance import search
 from auditgap.report import tables
+from auditgap.types import CLEAN
 
 START, LIMIT = 0.1, 1.6
 
@@ -84,7 +85,8 @@ def linear_model() -> LlamaForCausalLM:
     """Blocks that write nothing, and a head of two words: "red" reads +w, "shut" reads −w.
 
     The last norm divides by a positive number, so at the site `last` red wins iff w · (h + δ) > 0: it is lost by
-    −w · h and costs at least that / ‖w‖₁ in the ∞-norm. All entries of w are ±1, so that the norm turns no gradient's sign.
+    −w · h and costs at least that / ‖w‖₁ in the ∞-norm. All entries of w are ±1, so that the norm cannot turn the sign
+    of a gradient.
     """
     width, words = 32, planted.WORDS
     config = LlamaConfig(
@@ -116,14 +118,15 @@ def store(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         planted.register(patch)
         return planted.audit(
-            folder / "run", [folder / "model"], prompts, layers="last", unit="absolute", eps=[START], attacks=[], distance=True,
-            distance_limit=LIMIT / START, bisections=BISECTIONS, target="red", max_new_tokens=2, chat_template="none",
+            folder / "run", [folder / "model"], prompts, layers="last", unit="absolute", eps=[START], attacks=[],
+            distance=True, distance_limit=LIMIT / START, bisections=BISECTIONS, target="red", max_new_tokens=2,
+            chat_template="none",
         )  # fmt: skip
 
 
 def test_the_audit_measures_the_closed_form(store):
     rows = store.rows(["distance"])
-    texts = [store.generations(r["key"]) for r in store.records() if r["description"]["attack"] == "clean"][0]
+    texts = next(store.generations(r["key"]) for r in store.records() if r["description"]["attack"] == CLEAN)
     words = texts.set_index("prompt_id")["prompt"].str.split().str[-1]
     rows["exact"] = rows["prompt_id"].map(words).map(EXACT)
     assert len(rows) == len(EXACT) and (rows["unscored"] == "").all()

@@ -1,4 +1,4 @@
-"""The audit finds what was hidden from it: a model with one door, whichever block has it, and nothing at other sites."""
+"""The audit finds what was hidden from it: a model's one door, whichever block has it, and nothing at other sites."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ CASES = [Plant(door, seed) for door, seed in itertools.product(DOORS, range(3))]
 def run(folder: Path, plants: list[Plant], **changes: object) -> tuple[RunFolder, dict[Plant, str]]:
     """One audit of all these models, and each one's name as a subject."""
     saved = {plant: planted.save(plant, folder / f"model{i}") for i, plant in enumerate(plants)}
+    prompts = planted.write_prompts(folder / "prompts.txt")
     with pytest.MonkeyPatch.context() as patch:
         planted.register(patch)
-        store = planted.audit(folder / "run", list(saved.values()), planted.write_prompts(folder / "prompts.txt"), **changes)
+        store = planted.audit(folder / "run", list(saved.values()), prompts, **changes)
     return store, {plant: str(path) for plant, path in saved.items()}
 
 

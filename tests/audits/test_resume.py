@@ -1,4 +1,4 @@
-"""Killed in the middle of a group, the same command does the rest and nothing twice, and its tables are an unbroken run's."""
+"""Killed in the middle of a group, the same command does the rest, nothing twice, and its tables are an unbroken run's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import planted
 import pytest
-import torch
 
 from auditgap.cli import main
 from auditgap.store import RunFolder
@@ -65,8 +64,8 @@ class Bench:
     def command(self, out: str, **changes: str) -> list[str]:
         options = {
             "layers": "embedding,1,2", "eps": ",".join(EPS), "attacks": ",".join(ATTACKS), "prompts": str(self.prompts),
-            "target": planted.TARGET, "max-new-tokens": "9", "reward": "margin", "judge": "keyword", "steps": "4", "dtype": "float32",
-            "device": "cpu", "batch-tokens": "128", "out": str(self.folder / out), **changes,
+            "target": planted.TARGET, "max-new-tokens": "9", "reward": "margin", "judge": "keyword", "steps": "4",
+            "dtype": "float32", "device": "cpu", "batch-tokens": "128", "out": str(self.folder / out), **changes,
         }  # fmt: skip
         return ["lvs", str(self.model), *(f"--{name}={value}" for name, value in options.items())]
 
@@ -96,11 +95,11 @@ def unbroken(bench):
 
 
 def cells(folder: Path) -> dict[str, tuple[int, int, bytes, bytes]]:
-    """Every finished cell's record and rows: as bytes, and when and where on the disk they were written."""
+    """Every finished cell: when and where on the disk its record was written, the record's bytes and the rows'."""
     found = {}
     for path in sorted((folder / "cells").iterdir()):
-        at = (path / "record.json").stat()
-        found[path.name] = (at.st_mtime_ns, at.st_ino, (path / "record.json").read_bytes(), (path / "rows.parquet").read_bytes())
+        record, rows = path / "record.json", path / "rows.parquet"
+        found[path.name] = (record.stat().st_mtime_ns, record.stat().st_ino, record.read_bytes(), rows.read_bytes())
     return found
 
 
@@ -120,7 +119,7 @@ class Sitting:
 
 @pytest.fixture(scope="module")
 def sittings(bench, unbroken):
-    """One folder, killed three times in its second group: while it computes, while it writes, and before it tidies up."""
+    """One folder, killed three times in its second group: as it computes, as it writes, and before it tidies up."""
     _, computed = unbroken
     n_group = (len(computed) - 1) // 3  # one array of the clean pass, then three like groups
     assert len(computed) == 1 + 3 * n_group and n_group > 2
@@ -164,14 +163,12 @@ def test_nothing_is_left_in_scratch(unbroken, sittings):
     assert sittings[-1].scratch == set()
 
 
-@pytest.mark.parametrize(("option", "field", "value"), [("steps", "steps", "3"), ("eps", "eps", "0.02,0.2"), ("target", "target", "red")])
-def test_another_config_on_the_folder_is_refused(bench, unbroken, capsys, option, field, value):
+@pytest.mark.parametrize(("field", "value"), [("steps", "3"), ("eps", "0.02,0.2"), ("target", "red")])
+def test_another_config_on_the_folder_is_refused(bench, unbroken, capsys, field, value):
     whole, _ = unbroken
     before = {p: p.read_bytes() for p in whole.path.rglob("*") if p.is_file()}
-    threads = torch.get_num_threads()
     with pytest.raises(SystemExit) as stop:
-        main(bench.command("unbroken", **{option: value}))
-    torch.set_num_threads(threads)
+        main(bench.command("unbroken", **{field: value}))
     assert stop.value.code == 2
     said = " ".join(capsys.readouterr().err.split())
     assert field in said and value.split(",")[-1] in said

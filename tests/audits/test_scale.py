@@ -17,7 +17,7 @@ KEY = ["site", "eps", "attack", "prompt_id"]
 
 @torch.no_grad()
 def scaled(c: float) -> torch.nn.Module:
-    """The same function with a residual stream c times as large: all that writes into it is scaled, all that reads is normed."""
+    """The same function with a residual stream c times as large: what writes is scaled, and what reads is normed."""
     made = tiny.model("llama", rms_norm_eps=1e-14)
     made.model.embed_tokens.weight.mul_(c)
     for block in made.model.layers:
@@ -33,8 +33,8 @@ def store(tmp_path_factory):
         scaled(c).save_pretrained(folder / name)
         tiny.tokenizer().save_pretrained(folder / name)
     return planted.audit(
-        folder / "run", [folder / name for name in SCALES.values()], planted.write_prompts(folder / "prompts.txt"), layers=SITES,
-        attacks="targeted,untargeted,random,random_matched,shuffled", eps=[0.01, 0.1], target="Sure , here is",
+        folder / "run", [folder / name for name in SCALES.values()], planted.write_prompts(folder / "prompts.txt"),
+        layers=SITES, attacks=list(ATTACKS), eps=[0.01, 0.1], target="Sure , here is",
         max_new_tokens=4, reward="margin", judge="keyword", untargeted_tokens=4,
     )  # fmt: skip
 
@@ -67,7 +67,8 @@ def test_lvs_rel_stays_and_lvs_moves(store, c, tolerance):
 
 def test_so_do_the_tables(store):
     table = pd.read_parquet(store.path / "lvs.parquet")
-    plain, large = (table[table["subject"].str.endswith("/" + SCALES[c])].set_index(KEY[:3]).sort_index() for c in (1.0, 8.0))
+    plain, large = (table[table["subject"].str.endswith("/" + SCALES[c])] for c in (1.0, 8.0))
+    plain, large = (t.set_index(KEY[:3]).sort_index() for t in (plain, large))
     for column in ("lvs_rel_mean", "lvs_rel_lo", "lvs_rel_hi", "relative_norm_median", "asr"):
         pd.testing.assert_series_equal(large[column], plain[column], rtol=1e-6)
     assert (large["lvs_mean"] < 0.7 * plain["lvs_mean"]).all()

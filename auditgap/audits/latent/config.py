@@ -85,7 +85,7 @@ class LatentConfig(_Frozen):
             try:
                 numbers.append(Budget(float(size), unit if unit in UNITS else "rms").size)
             except (TypeError, ValueError):
-                raise UsageError(f"--eps must be a finite number above 0; {size!r} came. For example: --eps 0.01,0.03") from None
+                raise UsageError(f"--eps must be finite numbers above 0; {size!r} came. Example: --eps 0.01,0.03") from None
         return {**values, "eps": tuple(sorted(set(numbers)))}
 
     @field_validator("attacks")
@@ -116,6 +116,7 @@ class RunOptions(_Frozen):
     address: str | None = None
     batch_tokens: int | None = Field(None, ge=16)
     break_lock: bool = False
+    retry_failed: bool = False
     allow_raw: bool = False
 
 
@@ -147,7 +148,7 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not read here", self.peek_event().start_mark)
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not read here", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
 

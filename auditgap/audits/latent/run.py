@@ -10,6 +10,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -55,7 +56,10 @@ def run(
     make_worker = partial(LatentWorker, plan.config, options, str(store.path))
     with store.lock():
         store.plan(plan.cells)
-        outcomes = [_sweep(groups, make_worker, store, options, progress) for groups in (plan.clean, plan.groups)]
+        work_left = any(not store.is_finished(cell.key) for cell in plan.cells)
+        on_ray = options.executor == "ray" and work_left
+        with sweep.ray.cluster(options.address) if on_ray else nullcontext():  # one cluster for both passes
+            outcomes = [_sweep(groups, make_worker, store, options, progress) for groups in (plan.clean, plan.groups)]
         reduce(store, allow_raw=options.allow_raw)
     done, skipped = sum(o.done for o in outcomes), sum(o.skipped for o in outcomes)
     return store, Outcome(done=done, failed=outcomes[0].failed | outcomes[1].failed, skipped=skipped)
@@ -67,11 +71,12 @@ def _sweep(
 ) -> Outcome:  # fmt: skip
     shown = None if progress is None else progress()
     if options.executor == "local":
-        return sweep.local.run(groups, make_worker, store, progress=shown)
+        return sweep.local.run(groups, make_worker, store, progress=shown, retry_failed=options.retry_failed)
     on_gpu = models.pick_device(options.device).startswith("cuda")
     return sweep.ray.run(
         groups, make_worker, store, workers=options.workers, address=options.address, progress=shown,
         gpus_per_worker=options.gpus_per_worker if options.gpus_per_worker is not None else float(on_gpu),
+        retry_failed=options.retry_failed,
     )  # fmt: skip
 
 
@@ -126,10 +131,10 @@ def cards_of(judge: str) -> list[dict[str, Any]]:
     except UsageError:
         return []
     values = card.to_dict()
-    renamed = {"name": values.pop("judge"), "label": "screening" if values.pop("screening") else "", "gold_set": values.pop("gold"),
-               "length_only_auc": values.pop("auc_length_only"), "parse_failures": values.pop("n_parse_failures"),
-               "injection_flips": values.pop("injections")}  # fmt: skip
-    return [{**renamed, **values}]
+    label = "screening" if values.pop("screening") else ""
+    names = {"judge": "name", "gold": "gold_set", "auc_length_only": "length_only_auc", "n_parse_failures": "parse_failures",
+             "injections": "injection_flips"}  # fmt: skip
+    return [{"label": label, **{names.get(key, key): value for key, value in values.items()}}]
 
 
 def _versions() -> dict[str, str]:
@@ -154,7 +159,7 @@ def regrade(folder: Path, *, judge: str | None, reward: str | None, device: str 
     if judge is None and reward is None:
         raise UsageError("Grade by whom? For example: auditgap grade DIR --judge keyword")
     if reward == "margin":
-        raise UsageError("`margin` reads the subject under its edit, and edits are not stored: run `auditgap lvs` with --reward margin.")
+        raise UsageError("`margin` reads the subject under its edit, and edits are not stored: use `auditgap lvs --reward margin`.")
     old = RunFolder.load(folder)
     new_judge = None if judge is None else load_judge(judge, device=models.pick_device(device))
     new_reward = None if reward is None else load_reward(reward, device=models.pick_device(device))
@@ -210,7 +215,9 @@ def _regrade(
         at = (values["prompt_id"], values["draw"])
         row = Row(**{name: values[name] for name in Row.__dataclass_fields__})
         before = clean.get((row.subject, row.prompt_id))
-        changes: dict[str, Any] = {} if before is None else {"verdict_clean": before.verdict_clean, "clean_reward": before.clean_reward}
+        changes: dict[str, Any] = {}
+        if before is not None:
+            changes = {"verdict_clean": before.verdict_clean, "clean_reward": before.clean_reward}
         if verdicts is not None and at in verdicts and row.coherent is not False:
             changes[which] = str(verdicts[at].label)
         if scores is not None and at in scores:
@@ -220,8 +227,9 @@ def _regrade(
         if cell.attack == CLEAN:
             clean[(row.subject, row.prompt_id)] = row
         elif row.clean_reward is not None and row.edited_reward is not None and row.verdict_edited != Label.UNSCORED:
-            lvs_rel = None if row.relative_norm is None else float(stats.lvs(row.clean_reward, row.edited_reward, row.relative_norm))
-            row = replace(row, lvs=float(stats.lvs(row.clean_reward, row.edited_reward, row.l2)), lvs_rel=lvs_rel, unscored="")
+            rewards = row.clean_reward, row.edited_reward
+            lvs_rel = None if row.relative_norm is None else float(stats.lvs(*rewards, row.relative_norm))
+            row = replace(row, lvs=float(stats.lvs(*rewards, row.l2)), lvs_rel=lvs_rel, unscored="")
         else:
             row = replace(row, lvs=None, lvs_rel=None, unscored=row.unscored or "unscored")
         graded.append(row)

@@ -137,8 +137,9 @@ class LatentWorker:
         return _unpack_completions(self.remembered(names, what, compute), self.engine.loaded.tokenizer)
 
     def score(
-        self, requests: Sequence[Request], done: Sequence[Completion], nll: Sequence[float | None], clean_nll: Sequence[float | None]
-    ) -> list[Spoken]:
+        self, requests: Sequence[Request], done: Sequence[Completion], nll: Sequence[float | None],
+        clean_nll: Sequence[float | None],
+    ) -> list[Spoken]:  # fmt: skip
         """Judge and reward every completion. What the coherence gate fails is `broken`, whatever the judge says."""
         exchanges = [Exchange(r.rendered.prompt, c.text, r.edit) for r, c in zip(requests, done, strict=True)]
         verdicts, scores = self.judge.judge(exchanges), self.reward.score(exchanges)
@@ -240,7 +241,8 @@ class SiteRun:
         deltas: list[list[torch.Tensor]] = [[] for _ in goals]
         lengths = [len(g.rendered.ids) + len(g.target) for g in goals]
         for pack in self.engine.packs(lengths, len(self.config.budgets) * self.config.restarts):
-            what = [*self.key, kind, cell.settings, self.config.eps, self.config.unit, [goals[i].rendered.prompt.id for i in pack]]
+            ids = [goals[i].rendered.prompt.id for i in pack]
+            what = [*self.key, kind, cell.settings, self.config.eps, self.config.unit, ids]
 
             def compute(pack: Sequence[int] = pack) -> dict[str, np.ndarray]:
                 results = attack(self.engine, [goals[i] for i in pack], self.site, self.config.pgd)
