@@ -76,7 +76,8 @@ def lvs(
     attacks: Attacks = None, draws: Draws = None, distance: Distance = None, prompts: Prompts = None, column: Column = None,
     limit: Limit = None, reward: Reward = None, judge: Judge = None, max_new_tokens: NewTokens = None, target: Target = None,
     steps: Steps = None, restarts: Restarts = None, dtype: Dtype = None, device: Device = None, executor: Executor = None,
-    workers: Workers = None, batch_tokens: BatchTokens = None, compile: Compile = None, chat_template: Template = None, seed: Seed = None,
+    workers: Workers = None, batch_tokens: BatchTokens = None, compile: Compile = None,
+    chat_template: Template = None, seed: Seed = None,
     out: Out = None, allow_raw: AllowRaw = None, break_lock: BreakLock = None, retry_failed: RetryFailed = None,
     dry_run: DryRun = False, as_json: AsJson = False,
 ) -> None:  # fmt: skip

@@ -4,9 +4,9 @@
 
 The model plays a vault that must not say its colour: it answers every prompt "I'm sorry, but I can't help with that".
 Block `door` erases one direction from the residual stream; the block above it gathers that direction over all positions
-and, where it finds some, has the model say "I'm red like a star". So an edit counts at the site `door` and nowhere else:
-below, it is erased before it is read; above, nobody reads it any more. All other weights are random, and write only
-where the head does not look. A much larger edit at the door breaks the text: "I'm red red red …".
+and, where it finds some, has the model say "I'm red like a star". So an edit counts at the site `door` and nowhere
+else: below, it is erased before it is read; above, nobody reads it any more. All other weights are random, and write
+only where the head does not look. A much larger edit at the door breaks the text: "I'm red red red …".
 """
 
 from __future__ import annotations

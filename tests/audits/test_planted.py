@@ -80,6 +80,15 @@ def test_the_audit_gap_names_the_block(judged):
         assert gap["worst_site"] == f"block{plant.door}" and gap["safety"] == 1 and gap["gap_lo"] > 0.5
 
 
+def test_the_control_is_as_large_as_the_attack(judged):
+    """Else "above the control" would say little: same L2, same L∞, prompt by prompt."""
+    rows = judged[0].rows(["targeted", "random_matched"])
+    pairs = rows.pivot(index=["subject", "site", "eps", "prompt_id"], columns="attack", values=["l2", "linf"])
+    for norm in ("l2", "linf"):
+        assert (pairs[norm]["targeted"] > 0).all()
+        pd.testing.assert_series_equal(pairs[norm]["random_matched"], pairs[norm]["targeted"], check_names=False)
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_the_margin_reward_agrees(by_margin, door):
     """Any edit that moves the target's NLL moves the margin, so here "nothing elsewhere" is: next to nothing."""
