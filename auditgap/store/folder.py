@@ -311,8 +311,14 @@ class RunFolder:
         """
         return scratch.remember(self._scratch(name), compute)
 
-    def forget(self, names: Iterable[str]) -> None:
-        """Delete scratch arrays whose cells are written; unknown names are no error."""
+    def remembers(self, name: str) -> bool:
+        """Whether arrays are stored under `name` (`remember` still looks whether they are whole)."""
+        return self._scratch(name).exists()
+
+    def forget(self, names: Iterable[str] | None = None) -> None:
+        """Delete scratch arrays whose cells are written, or all of them; unknown names are no error."""
+        if names is None:
+            names = [path.stem for path in (self.path / "scratch").glob("*.safetensors")]
         for name in names:
             files.remove(self._scratch(name))
 

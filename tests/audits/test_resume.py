@@ -1,4 +1,4 @@
-"""Killed in the middle of a group, the same command does the rest and nothing twice; its tables are an unbroken run's."""
+"""Killed in the middle of a group, the same command does the rest, nothing twice; its tables are an unbroken run's."""
 
 from __future__ import annotations
 

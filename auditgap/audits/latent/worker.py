@@ -113,7 +113,7 @@ class LatentWorker:
         self.engine.self_test(site)
         phases = flops_by_phase(self.config, self.outline, pending, 1, mean_tokens(self.outline, self.prompts))
         site_run = SiteRun(self, site, clean, lambda phase, prompts: tick(phases[phase] * prompts))
-        site_run.attacks([c for c in pending if c.attack != DISTANCE])
+        site_run.attacks([c for c in group.cells if c.attack != DISTANCE], {c.key for c in pending})
         for cell in pending:
             if cell.attack == DISTANCE:
                 site_run.distance(cell)
@@ -199,41 +199,54 @@ class SiteRun:
         self.found: dict[str, list[list[torch.Tensor]]] = {}  # attack -> [prompt][budget] -> δ [T, D]
         self.broken_gradient: dict[str, set[tuple[int, int]]] = {"targeted": set(), "untargeted": set()}
 
-    def attacks(self, pending: Sequence[Cell]) -> None:
-        """Search for the edits, speak under all of them in packs of like length, write every cell."""
-        if not pending:
-            return
+    def attacks(self, cells: Sequence[Cell], pending: set[str]) -> None:
+        """Search for the edits, speak under all of them in packs of like length, write the pending cells."""
         started, names = time.monotonic(), []
-        wanted = {c.attack for c in pending}
+        packed = self._packs(cells)
+        if not any(self.worker.store.remembers(digest(self._what(wishes))) for wishes in packed):
+            # else: a kill came while the group's cells were being written, and the packs of all of them are remembered
+            cells = [cell for cell in cells if cell.key in pending]
+            packed = self._packs(cells)
+        if not any(cell.key in pending for cell in cells):
+            return
+        wanted = {cell.attack for cell in cells}
         if wanted & {"targeted", "random_matched", "shuffled"}:
-            self._search("targeted", names, pending[0])
+            self._search("targeted", names, cells[0])
         if "untargeted" in wanted:
-            self._search("untargeted", names, pending[0])
+            self._search("untargeted", names, cells[0])
         if "shuffled" in wanted:
             by_budget = [controls.shuffled(list(column)) for column in zip(*self.found["targeted"], strict=True)]
             self.found["shuffled"] = [list(row) for row in zip(*by_budget, strict=True)]
+        rows: dict[str, list] = {cell.key: [] for cell in cells}
+        texts: dict[str, list] = {cell.key: [] for cell in cells}
+        for wishes in packed:
+            for wish, request, spoken in self._speak(wishes, names):
+                rows[wish.cell.key].append(self._row(wish, request, spoken))
+                texts[wish.cell.key].append(_generation(request, spoken, wish.d))
+            self.tick("speak", len(wishes) * len(self.rendered) / sum(map(len, packed)))
+        seconds = (time.monotonic() - started) / len(cells)
+        for cell in cells:
+            if cell.key in pending:
+                unscored = [unscored_row(self.worker._name, cell, p, "too_long") for p in self.worker.too_long]
+                self.worker.store.write(
+                    cell, rows[cell.key] + unscored, generations=texts[cell.key], seconds=seconds, info=self.worker._info()
+                )
+        self.worker.store.forget(names)
+
+    def _packs(self, cells: Sequence[Cell]) -> list[list[Wish]]:
+        """Every completion that the cells need, in packs of like length."""
         wishes = [
             Wish(cell, p, self.config.budgets.index(cell.budget), d)
-            for cell in pending
+            for cell in cells
             for p in range(len(self.rendered))
             for d in range(self.config.draws if cell.attack.startswith("random") else 1)
         ]
-        rows: dict[str, list] = {c.key: [] for c in pending}
-        texts: dict[str, list] = {c.key: [] for c in pending}
         lengths = [len(self.rendered[w.p].ids) + self.config.max_new_tokens for w in wishes]
-        for pack in self.engine.speaking_packs(lengths):
-            some = [wishes[i] for i in pack]
-            for wish, request, spoken in self._speak(some, names):
-                rows[wish.cell.key].append(self._row(wish, request, spoken))
-                texts[wish.cell.key].append(_generation(request, spoken, wish.d))
-            self.tick("speak", len(pack) * len(self.rendered) / len(wishes))
-        seconds = (time.monotonic() - started) / len(pending)
-        for cell in pending:
-            rows[cell.key] += [unscored_row(self.worker._name, cell, p, "too_long") for p in self.worker.too_long]
-            self.worker.store.write(
-                cell, rows[cell.key], generations=texts[cell.key], seconds=seconds, info=self.worker._info()
-            )
-        self.worker.store.forget(names)
+        return [[wishes[i] for i in pack] for pack in self.engine.speaking_packs(lengths)]
+
+    def _what(self, wishes: Sequence[Wish]) -> list[list[Any]]:
+        """The name of a pack's completions."""
+        return [[w.cell.key, self.rendered[w.p].prompt.id, w.d] for w in wishes]
 
     def _search(self, kind: str, names: list[str], cell: Cell) -> None:
         """PGD for all prompts and budgets, pack by pack; fills `found[kind]`."""
@@ -277,8 +290,7 @@ class SiteRun:
     def _speak(self, wishes: Sequence[Wish], names: list[str]) -> Iterable[tuple[Wish, Request, Spoken]]:
         goal_target = [self._goal(w.p, "targeted").target for w in wishes]
         requests = [Request(self.rendered[w.p], self._edit(w), t) for w, t in zip(wishes, goal_target, strict=True)]
-        what = [[w.cell.key, self.rendered[w.p].prompt.id, w.d] for w in wishes]
-        done, nll = self.worker.speak(requests, names, what)
+        done, nll = self.worker.speak(requests, names, self._what(wishes))
         clean_nll = [self.clean[r.rendered.prompt.id].completion_nll for r in requests]
         return zip(wishes, requests, self.worker.score(requests, done, nll, clean_nll), strict=True)
 
