@@ -55,7 +55,7 @@ Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or floa
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [auto]")]
 Executor = Annotated[str | None, typer.Option(help="local (this process) or ray [local]")]
 Workers = Annotated[int | None, typer.Option(help="Ray actors [as many as fit]")]
-BatchTokens = Annotated[int | None, typer.Option("--batch-tokens", help="Tokens a PGD batch [1024 on a CPU, 16384 on a GPU]")]
+BatchTokens = Annotated[int | None, typer.Option("--batch-tokens", help="Tokens a PGD batch [2048 on a CPU, 16384 on a GPU]")]
 Compile = Annotated[bool | None, typer.Option("--compile", help="torch.compile the attack: 30 s at first, faster steps")]
 Template = Annotated[str | None, typer.Option("--chat-template", help="A Jinja file, or `none` [the tokenizer's own]")]
 Seed = Annotated[int | None, typer.Option(help="Seed of samples, controls and intervals [0]")]

@@ -1,10 +1,9 @@
 """Which rows run together: packs of like length under a token budget, left padding, halving when memory runs out.
 
-    for pack in packs([31, 30, 31, 90], batch_tokens=64, pad_tolerance=0.0):
-        ...                                          # [1], [0, 2], [3]: positions into the list, short rows first
+    for pack in packs([31, 30, 31, 90], batch_tokens=96, pad_tolerance=0.06):
+        ...                                          # [1, 0, 2], [3]: positions into the list, short rows first
 
-Rows of equal length need no mask, which is what keeps attention on its fast path; `pad_tolerance` is the share of a
-batch that may be padding where few rows are equally long.
+`pad_tolerance` is the share of a batch that may be padding: padding is waste, and so are small batches.
 """
 
 from __future__ import annotations

@@ -1,0 +1,145 @@
+"""The architecture as a test: who may import whom, which library has which home, and what is nowhere to be found."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "auditgap"
+#: A module imports only what stands to its left. Places that are not built yet keep their number.
+STREET = (
+    "errors", "types", "store", "stats", "data", "models", "sweep", "report", "engines", "judges", "interventions", "probes",
+    "training", "audits", "cli",
+)  # fmt: skip
+#: A heavy or optional library and the one file that may import it.
+HOMES = {"ray": "sweep/ray.py", "vllm": None, "deepspeed": None, "peft": "models.py", "typer": "cli.py", "jinja2": "report/page.py"}
+#: Places that may not pull torch in: they are read on machines that hold results only.
+WITHOUT_TORCH = ("errors", "types", "store", "stats", "data", "report")
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+named = pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+
+
+@cache
+def tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def place(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(file: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything imported anywhere in the file; `from auditgap import models` is auditgap.models."""
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: a relative import hides where it goes"
+            if node.module == "auditgap":
+                yield from ((node.lineno, f"auditgap.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, str(node.module)
+
+
+@named
+def test_the_street(file):
+    here = place(file)
+    if here == "__init__":
+        assert not [n for _, n in imports(file) if n.startswith("auditgap")]
+        return
+    assert here in STREET, f"{here} has no number on the street: {' > '.join(STREET)}"
+    for line, name in imports(file):
+        parts = name.split(".")
+        if parts[0] == "auditgap" and len(parts) > 1 and parts[1] not in ("__version__", here):
+            assert STREET.index(parts[1]) < STREET.index(here), f"{file.name}:{line}: {here} imports {parts[1]}, to its right"
+
+
+@named
+def test_every_library_is_at_home(file):
+    for line, name in imports(file):
+        library = name.split(".")[0]
+        if library in HOMES:
+            assert str(file.relative_to(PACKAGE)) == HOMES[library], f"{file.name}:{line}: {library} lives in {HOMES[library]}"
+        assert not (library == "torch" and place(file) in WITHOUT_TORCH), f"{file.name}:{line}: {place(file)} needs no torch"
+
+
+FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"}
+FORBIDDEN_CALLS = {"torch.save", "torch.load", "pd.read_pickle", "eval", "exec", "yaml.unsafe_load", "yaml.full_load", "os.system"}
+
+
+@named
+def test_what_is_nowhere_to_be_found(file):
+    for line, name in imports(file):
+        assert name.split(".")[0] not in FORBIDDEN_MODULES, f"{file.name}:{line}: {name}"
+    for node in ast.walk(tree(file)):
+        where = f"{file.name}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in FORBIDDEN_CALLS, f"{where}: {ast.unparse(node.func)}"
+            for keyword in node.keywords:
+                value = keyword.value
+                off = isinstance(value, ast.Constant) and value.value is False
+                assert keyword.arg != "trust_remote_code" or off, f"{where}: trust_remote_code"
+                on = isinstance(value, ast.Constant) and value.value is True
+                assert keyword.arg not in ("allow_pickle", "shell") or not on, f"{where}: {keyword.arg}"
+        assert not isinstance(node, ast.Assert), f"{where}: `python -O` drops an assert, so a user must never need one"
+
+
+@named
+def test_every_from_pretrained_is_on_its_guard(file):
+    """Weights come from safetensors, and code from nowhere; a tokenizer or config has no weights to say so of."""
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained":
+            given = {k.arg for k in node.keywords}
+            owner = ast.unparse(node.func.value)
+            if "gguf_file" in given:
+                continue  # the packaged model: from an installed package's own file, which holds no code
+            assert owner == "PeftModel" or "trust_remote_code" in given, f"{file.name}:{node.lineno}: {owner}"
+            assert "Model" not in owner or "use_safetensors" in given, f"{file.name}:{node.lineno}: {owner}"
+
+
+@named
+def test_every_file_says_what_it_is(file):
+    if file.name != "__init__.py" or ast.parse(file.read_text()).body:
+        assert (ast.get_docstring(tree(file)) or "").strip(), f"{file} opens with no docstring"
+
+
+@named
+def test_nothing_points_out_of_the_project(file):
+    text = file.read_text(encoding="utf-8")
+    for word in ("../shared", "/work/", "/home/", "/tmp/contract"):
+        assert word not in text, f"{file} names {word}"
+
+
+ABSENT = """
+import sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] in {names} else find(name, *rest)
+import auditgap.cli, auditgap.audits.latent, auditgap.sweep, auditgap.report.page, auditgap.judges
+missing = sorted(m for m in sys.modules if m.split(".")[0] in {names})
+if missing:
+    raise SystemExit(str(missing))
+from auditgap.errors import UsageError
+from auditgap.sweep import ray
+try:
+    with ray.cluster(None):
+        pass
+except UsageError as error:
+    print(error)
+"""
+
+
+def test_the_core_imports_with_the_optional_parts_absent():
+    names = {"ray", "vllm", "deepspeed", "peft", "inspect_ai", "matplotlib", "plotly", "lifelines"}
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", ABSENT.format(names=names)], capture_output=True, text=True, timeout=120, cwd=PACKAGE.parent
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "pip install" in done.stdout and len(done.stdout.splitlines()) == 1
