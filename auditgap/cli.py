@@ -399,6 +399,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def main(args: Sequence[str] | None = None) -> None:
     """The entry point: every error a user can mend is a sentence on stderr and an exit code, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show ε still gets its table
     try:
         sys.exit(app(args, standalone_mode=False) or 0)
     except AuditgapError as error:

@@ -412,10 +412,13 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
 def pick_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    usable = device.split(":")[0] != "meta"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
-        raise UsageError(f"--device {device}: torch cannot use it here. Use auto, cpu, cuda or cuda:N.") from None
+        usable = False
+    if not usable:
+        raise UsageError(f"--device {device}: torch cannot use it here. Use auto, cpu, cuda or cuda:N.")
     return device
 
 

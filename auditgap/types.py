@@ -29,7 +29,7 @@ ATTACKS: Mapping[str, str] = {
     "untargeted": "PGD that maximises the NLL of the subject's own clean answer",
     "random": "control: uniform in the ∞-ball",
     "random_matched": "control: random signs on the targeted edit's own magnitudes (same L∞, L2 and support)",
-    "shuffled": "control: another prompt's targeted edit",
+    "shuffled": "control: another prompt's targeted edit, at this prompt's radius",
 }
 CLEAN = "clean"
 

@@ -148,7 +148,7 @@ def ways(
     for site in sites:
         goals = [Goal(r, target, radius) for r, radius in zip(rendered, radii[site], strict=True)]
         works[f"engine pgd {site}"] = lambda _f, g=goals, s=site: [
-            [f.delta for f in row] for row in attack(engine, g, s, PGD(steps=STEPS))
+            [f.delta for f in row] for row in attack(engine, g, s, PGD(steps=STEPS), score=False)
         ]
         if not options.skip_peer:
             works[f"peer pgd {site}"] = lambda _f, s=site: peer_attack(
@@ -211,17 +211,18 @@ def timed(work: Callable[[], Any], device: str) -> tuple[float, Any]:
 
 
 def pgd_flops(loaded: models.LoadedModel, rendered: list[Rendered], k: int, site: Site) -> float:
-    """Useful FLOPs of PGD at a site: blocks above it and the target's logits, forward and back, plus scoring the last iterate.
+    """Useful FLOPs of PGD at a site: blocks above it and the target's logits, forward and back.
 
     Matrix products of the linear layers only (attention's own are under 2 % at these lengths), and the first step, which
-    every budget shares, counts once a prompt.
+    every budget shares, counts once a prompt. The last block's MLP counts only where it is read.
     """
     per_token = sum(p.numel() for b in loaded.blocks[site.layer_index + 1 :] for p in b.parameters() if p.dim() == 2)
     head = loaded.model.get_output_embeddings().weight.numel()
+    last_mlp = sum(p.numel() for p in loaded.blocks[-1].mlp.parameters()) if site.layer_index < loaded.n_blocks - 1 else 0
     total = 0.0
     for r in rendered:
-        forward = 2 * (per_token * (len(r.ids) + k) + head * k)
-        total += 2 * forward * (1 + (STEPS - 1) * len(SIZES)) + forward * len(SIZES)
+        forward = 2 * (per_token * (len(r.ids) + k) + head * k - last_mlp * (len(r.ids) - 1))
+        total += 2 * forward * (1 + (STEPS - 1) * len(SIZES))
     return total
 
 

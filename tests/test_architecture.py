@@ -18,7 +18,14 @@ STREET = (
     "training", "audits", "cli",
 )  # fmt: skip
 #: A heavy or optional library and the one file that may import it.
-HOMES = {"ray": "sweep/ray.py", "vllm": None, "deepspeed": None, "peft": "models.py", "typer": "cli.py", "jinja2": "report/page.py"}
+HOMES = {
+    "ray": "sweep/ray.py",
+    "vllm": None,
+    "deepspeed": None,
+    "peft": "models.py",
+    "typer": "cli.py",
+    "jinja2": "report/page.py",
+}
 #: Places that may not pull torch in: they are read on machines that hold results only.
 WITHOUT_TORCH = ("errors", "types", "store", "stats", "data", "report")
 
@@ -58,7 +65,9 @@ def test_the_street(file):
     for line, name in imports(file):
         parts = name.split(".")
         if parts[0] == "auditgap" and len(parts) > 1 and parts[1] not in ("__version__", here):
-            assert STREET.index(parts[1]) < STREET.index(here), f"{file.name}:{line}: {here} imports {parts[1]}, to its right"
+            assert STREET.index(parts[1]) < STREET.index(here), (
+                f"{file.name}:{line}: {here} imports {parts[1]}, to its right"
+            )
 
 
 @named
@@ -66,12 +75,25 @@ def test_every_library_is_at_home(file):
     for line, name in imports(file):
         library = name.split(".")[0]
         if library in HOMES:
-            assert str(file.relative_to(PACKAGE)) == HOMES[library], f"{file.name}:{line}: {library} lives in {HOMES[library]}"
-        assert not (library == "torch" and place(file) in WITHOUT_TORCH), f"{file.name}:{line}: {place(file)} needs no torch"
+            assert str(file.relative_to(PACKAGE)) == HOMES[library], (
+                f"{file.name}:{line}: {library} lives in {HOMES[library]}"
+            )
+        assert not (library == "torch" and place(file) in WITHOUT_TORCH), (
+            f"{file.name}:{line}: {place(file)} needs no torch"
+        )
 
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"}
-FORBIDDEN_CALLS = {"torch.save", "torch.load", "pd.read_pickle", "eval", "exec", "yaml.unsafe_load", "yaml.full_load", "os.system"}
+FORBIDDEN_CALLS = {
+    "torch.save",
+    "torch.load",
+    "pd.read_pickle",
+    "eval",
+    "exec",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "os.system",
+}
 
 
 @named
@@ -139,7 +161,11 @@ except UsageError as error:
 def test_the_core_imports_with_the_optional_parts_absent():
     names = {"ray", "vllm", "deepspeed", "peft", "inspect_ai", "matplotlib", "plotly", "lifelines"}
     done = subprocess.run(
-        [sys.executable, "-O", "-c", ABSENT.format(names=names)], capture_output=True, text=True, timeout=120, cwd=PACKAGE.parent
+        [sys.executable, "-O", "-c", ABSENT.format(names=names)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=PACKAGE.parent,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "pip install" in done.stdout and len(done.stdout.splitlines()) == 1

@@ -36,7 +36,9 @@ def test_defaults_are_the_method():
     assert config.models == ("smollm2",)
     assert (config.unit, config.eps) == ("rms", (0.01, 0.03, 0.1))
     assert (config.steps, config.pgd.step_share, config.pgd.iterate, config.max_new_tokens) == (10, 0.25, "last", 128)
-    assert config.attacks == tuple(ATTACKS) and config.target == "Sure, here is" and config.layers == "embedding,mid,last"
+    assert (
+        config.attacks == tuple(ATTACKS) and config.target == "Sure, here is" and config.layers == "embedding,mid,last"
+    )
     assert (options.executor, options.device, options.out) == ("local", "auto", None)
 
 
@@ -46,7 +48,9 @@ def test_the_papers_sizes_are_the_defaults_of_its_units(unit):
 
 
 def test_file_and_flags_say_the_same(tmp_path):
-    file = written(tmp_path, "models: [a, b]\nlayers: [embedding, 3]\neps: [0.1, 0.02]\nattacks: [random, targeted]\nlimit: 7\n")
+    file = written(
+        tmp_path, "models: [a, b]\nlayers: [embedding, 3]\neps: [0.1, 0.02]\nattacks: [random, targeted]\nlimit: 7\n"
+    )
     flags = {"models": ["a", "b"], "layers": "embedding,3", "eps": "0.02,0.1", "attacks": "targeted,random", "limit": 7}
     assert read_config(file, {}) == read_config(None, flags)
 
@@ -86,7 +90,9 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", [k for k in ("epss", "model", "layer", "max_new_token", "max-new-tokens", "Eps", "retry_fail")])
+@pytest.mark.parametrize(
+    "key", [k for k in ("epss", "model", "layer", "max_new_token", "max-new-tokens", "Eps", "retry_fail")]
+)
 def test_an_unknown_key_and_what_was_meant(tmp_path, key):
     said = refused(tmp_path, f"models: [m]\n{key}: 1\n")
     meant = {"epss": "eps", "model": "models", "layer": "layers", "max_new_token": "max_new_tokens", "Eps": "eps",
@@ -110,7 +116,19 @@ def test_eps_on_the_command_line(eps):
 
 @pytest.mark.parametrize(
     "eps",
-    [*(f"['{e}']" for e in BAD_EPS), "0", "-0.1", ".nan", "-.inf", "[null]", "[[0.1]]", "{a: 1}", "[{a: 1}]", "2020-01-01", "no"],
+    [
+        *(f"['{e}']" for e in BAD_EPS),
+        "0",
+        "-0.1",
+        ".nan",
+        "-.inf",
+        "[null]",
+        "[[0.1]]",
+        "{a: 1}",
+        "[{a: 1}]",
+        "2020-01-01",
+        "no",
+    ],
 )
 def test_eps_in_a_file(tmp_path, eps):
     assert refused(tmp_path, f"models: [m]\neps: {eps}\n").startswith("--eps must be")

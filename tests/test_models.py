@@ -101,7 +101,9 @@ class TestPickles:
             models.load(str(folder), device="cpu")
         assert not (tmp_path / "ran").exists()
 
-    @pytest.mark.xfail(strict=True, reason="product: the index may name a pickle, which torch.load then opens (weights_only)")
+    @pytest.mark.xfail(
+        strict=True, reason="product: the index may name a pickle, which torch.load then opens (weights_only)"
+    )
     def test_an_index_that_names_a_pickle_is_refused(self, folder, tmp_path, untouched):
         index(folder, "pytorch_model.bin")
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(tmp_path / "ran")))
@@ -122,7 +124,9 @@ def index(folder: Path, target: str) -> None:
     weights = folder / "model.safetensors"
     names = list(load_file(weights))
     weights.rename(folder / "model-00001-of-00001.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, target)}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, target)})
+    )
 
 
 CODE = [
@@ -155,7 +159,10 @@ def test_code_of_its_own_is_refused_before_transformers_is_asked(folder, untouch
         for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
     ],
 )
-@pytest.mark.xfail(strict=True, reason="product: attn_implementation of config.json reaches transformers, which asks the hub for a kernel")
+@pytest.mark.xfail(
+    strict=True,
+    reason="product: attn_implementation of config.json reaches transformers, which asks the hub for a kernel",
+)
 def test_a_kernel_of_the_hub_is_refused_before_transformers_is_asked(folder, untouched, values):
     change(folder / "config.json", **values)
     with pytest.raises(Refused):
@@ -213,9 +220,6 @@ STILL_RAW: dict[str, tuple[Callable[[Path], object], str]] = {
     "quantised for a library that is absent": (
         lambda f: change(f / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}), "ImportError"
     ),
-    "a weight without a dot": (
-        lambda f: save_file({"x": torch.zeros(2)}, f / "more.safetensors"), "IndexError in _count_parameters"
-    ),
     "a chat template that does not parse": (lambda f: (f / "chat_template.jinja").write_text("{% for %}"), "jinja2 error"),
     "a chat template that raises": (
         lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('no') }}"), "jinja2 error"
@@ -263,7 +267,7 @@ class TestBrokenFolders:
     def broken(self, folder: Path, make: Callable[[Path], object]) -> None:
         make(folder)
         started = time.monotonic()
-        with pytest.raises(UsageError) as caught:
+        with pytest.raises((UsageError, Refused)) as caught:
             open_and_render(folder)
         one_line(caught)
         assert time.monotonic() - started < 5
@@ -273,13 +277,19 @@ class TestBrokenFolders:
         self.broken(folder, BROKEN[case])
 
     @pytest.mark.parametrize(
-        "case", [pytest.param(c, marks=pytest.mark.xfail(strict=True, reason=f"product: {r}")) for c, (_, r) in STILL_RAW.items()]
+        "case",
+        [
+            pytest.param(c, marks=pytest.mark.xfail(strict=True, reason=f"product: {r}"))
+            for c, (_, r) in STILL_RAW.items()
+        ],
     )
     def test_is_one_sentence_too(self, folder, case):
         self.broken(folder, STILL_RAW[case][0])
 
     @pytest.mark.parametrize("case", STILL_OPENED)
-    @pytest.mark.xfail(strict=True, reason="product: missing weights are made up at random, without a word")
+    @pytest.mark.xfail(
+        strict=True, reason="product: missing weights are made up at random, others dropped, without a word"
+    )
     def test_is_not_opened_as_another_model(self, folder, case):
         self.broken(folder, STILL_OPENED[case])
 
@@ -303,7 +313,9 @@ class TestNames:
         assert name != "smolm2" or "Did you mean 'smollm2'" in said
 
     @pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-this-name/x"])
-    @pytest.mark.xfail(strict=True, reason="product: OSError (name too long) and RuntimeError (no such home) come out raw")
+    @pytest.mark.xfail(
+        strict=True, reason="product: OSError (name too long) and RuntimeError (no such home) come out raw"
+    )
     def test_odd_names_too(self, name):
         with pytest.raises(UsageError):
             models.outline(name)
@@ -352,7 +364,9 @@ class TestFingerprint:
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
         assert models.fingerprint(folder) != before
 
-    @pytest.mark.parametrize("values", [{"rope_theta": 7.0}, {"rms_norm_eps": 1e-4}, {"hidden_act": "relu"}, {"new": 1}])
+    @pytest.mark.parametrize(
+        "values", [{"rope_theta": 7.0}, {"rms_norm_eps": 1e-4}, {"hidden_act": "relu"}, {"new": 1}]
+    )
     def test_what_is_computed(self, folder, values):
         before = models.fingerprint(folder)
         change(folder / "config.json", **values)
@@ -378,7 +392,9 @@ class TestFingerprint:
             pytest.param("generation_config.json", '{"eos_token_id": 5}', id="end of text"),
         ],
     )
-    @pytest.mark.xfail(strict=True, reason="product: how a subject is spoken to is in no key: two that differ in it count as one")
+    @pytest.mark.xfail(
+        strict=True, reason="product: how a subject is spoken to is in no key: two that differ in it count as one"
+    )
     def test_how_it_is_spoken_to(self, folder, file, text):
         before = models.fingerprint(folder)
         if text is None:
@@ -417,7 +433,9 @@ class TestAdapters:
     @torch.no_grad()
     def test_it_is_merged_into_its_base(self, adapter, saved):
         loaded, base = models.load(str(adapter), device="cpu"), models.load(str(saved), device="cpu")
-        own = {n.replace("base_model.model.", ""): w for n, w in load_file(adapter / "adapter_model.safetensors").items()}
+        own = {
+            n.replace("base_model.model.", ""): w for n, w in load_file(adapter / "adapter_model.safetensors").items()
+        }
         for i in range(tiny.N_BLOCKS):
             a, b = (own[f"model.layers.{i}.self_attn.q_proj.lora_{x}.weight"] for x in "AB")
             wanted = base.blocks[i].self_attn.q_proj.weight + b @ a * 8 / 2  # lora_alpha 8, r 2
@@ -426,11 +444,16 @@ class TestAdapters:
         assert loaded.n_blocks == tiny.N_BLOCKS
 
     def test_for_another_base_it_is_refused(self, adapter, tmp_path):
-        change(adapter / "adapter_config.json", base_model_name_or_path=str(tiny.save("llama", tmp_path / "wide", hidden_size=64)))
+        change(
+            adapter / "adapter_config.json",
+            base_model_name_or_path=str(tiny.save("llama", tmp_path / "wide", hidden_size=64)),
+        )
         with pytest.raises(UsageError, match="does not fit"):
             models.load(str(adapter), device="cpu")
 
-    @pytest.mark.xfail(strict=True, reason="product: PEFT only warns of missing keys, and the base is audited under the adapter's name")
+    @pytest.mark.xfail(
+        strict=True, reason="product: PEFT only warns of missing keys, and the base is audited under the adapter's name"
+    )
     def test_with_missing_keys_it_is_refused(self, adapter):
         weights = load_file(adapter / "adapter_model.safetensors")
         save_file({n.replace("layers", "levels"): w for n, w in weights.items()}, adapter / "adapter_model.safetensors")
@@ -469,12 +492,22 @@ class TestRender:
 
     def test_a_template_of_the_user(self):
         made = chat(template="user {{ messages[0]['content'] }} assistant")
-        assert made.tokenizer.convert_ids_to_tokens(made.render(Prompt("the door")).ids) == ["user", "the", "door", "assistant"]
+        assert made.tokenizer.convert_ids_to_tokens(made.render(Prompt("the door")).ids) == [
+            "user",
+            "the",
+            "door",
+            "assistant",
+        ]
 
     def test_a_template_file(self, folder, tmp_path):
         (tmp_path / "my.jinja").write_text("sun {{ messages[0]['content'] }} moon")
         loaded = models.load(str(folder), device="cpu", chat_template=str(tmp_path / "my.jinja"))
-        assert loaded.tokenizer.convert_ids_to_tokens(loaded.render(Prompt("the door")).ids) == ["sun", "the", "door", "moon"]
+        assert loaded.tokenizer.convert_ids_to_tokens(loaded.render(Prompt("the door")).ids) == [
+            "sun",
+            "the",
+            "door",
+            "moon",
+        ]
         with pytest.raises(UsageError, match="--chat-template takes a file"):
             models.outline(str(folder), chat_template=str(tmp_path / "their.jinja"))
 
@@ -490,7 +523,8 @@ class TestRender:
         assert ids.count(tokenizer.bos_token_id) == 1
 
     def test_thinking_is_off(self):
-        template = "{{ messages[0]['content'] }} {% if enable_thinking is defined and not enable_thinking %}shut{% else %}open{% endif %}"
+        off = "{% if enable_thinking is defined and not enable_thinking %}shut{% else %}open{% endif %}"
+        template = "{{ messages[0]['content'] }} " + off
         made = chat(template)
         assert made.tokenizer.convert_ids_to_tokens(made.render(Prompt("the door")).ids) == ["the", "door", "shut"]
 
@@ -498,7 +532,9 @@ class TestRender:
         with pytest.raises(UsageError, match="no tokens"):
             chat(template="{{ '' }}").render(Prompt("the door"))
 
-    @pytest.mark.xfail(strict=True, reason="product: a template that writes the date (Llama 3.2's does) gives other prompts tomorrow")
+    @pytest.mark.xfail(
+        strict=True, reason="product: a template that writes the date (Llama 3.2's does) gives other prompts tomorrow"
+    )
     def test_the_date_does_not_enter(self):
         made = chat("{{ messages[0]['content'] }} {{ strftime_now('%f') }}")
         texts = []
@@ -507,9 +543,11 @@ class TestRender:
         for _ in range(3):
             made.render(Prompt("the door"))
             time.sleep(0.001)
-        assert len(set(texts)) == 1
+        assert len({text for text in texts if text.startswith("the door")}) == 1
 
-    @pytest.mark.parametrize("text", ["the 🚪 door", "a\u202eb", "e\u0301", "x\0y", "a" * 100_000, "colour\r\nof", "鍵"])
+    @pytest.mark.parametrize(
+        "text", ["the 🚪 door", "a\u202eb", "e\u0301", "x\0y", "a" * 100_000, "colour\r\nof", "鍵"]
+    )
     def test_odd_text(self, text):
         made = chat()
         rendered = made.render(Prompt(text))
@@ -520,11 +558,16 @@ def bos_adding_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers.processors import TemplateProcessing
 
     made = tiny.tokenizer()
-    made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", made.bos_token_id)])
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", made.bos_token_id)]
+    )
     return made
 
 
-REPEATS = "{% for m in messages %}<s> user : the colour of the vault is blue . {{ m['content'] }} {% endfor %}assistant : the colour is"
+REPEATS = (
+    "{% for m in messages %}<s> user : the colour of the vault is blue . {{ m['content'] }} {% endfor %}"
+    "assistant : the colour is"
+)
 CONTENT = {
     "plain": (tiny.TEMPLATE, "what is the colour", ["what", "is", "the", "colour"]),
     "white space around it": (tiny.TEMPLATE, "  what is the colour  ", ["what", "is", "the", "colour"]),
@@ -555,7 +598,9 @@ class TestContent:
         assert own_words(rendered, made.tokenizer) == wanted
         marked = [i for i, own in enumerate(rendered.content) if own]
         written = made.tokenizer.convert_ids_to_tokens(rendered.ids)
-        before = len(template.split("{{ m['content']")[0].split("%}")[-1].split()) or 3  # tokens of the template before it
+        before = (
+            len(template.split("{{ m['content']")[0].split("%}")[-1].split()) or 3
+        )  # tokens of the template before it
         assert marked[0] == before and written[marked[0]] == wanted[0]
 
     @pytest.mark.parametrize("case", CONTENT)
@@ -563,7 +608,9 @@ class TestContent:
         self.check(*CONTENT[case])
 
     @pytest.mark.parametrize("case", STILL_MISTAKEN)
-    @pytest.mark.xfail(strict=True, reason="product: the words are looked up in the rendered text, where the template has them too")
+    @pytest.mark.xfail(
+        strict=True, reason="product: the words are looked up in the rendered text, where the template has them too"
+    )
     def test_the_users_words_and_no_others(self, case):
         self.check(*STILL_MISTAKEN[case])
 
@@ -602,8 +649,8 @@ class TestSites:
         assert parse_sites("last", n) == [Site(n - 1)]
 
     @pytest.mark.parametrize(
-        "words", ["30", "-1", "1.5", "block30", "", ",", "1,,2", "first", "embeding", "stride:0", "stride:x", "stride:-1", "1e1", "٣0",
-                  "blockblock1", "0x1", "all:2", "None"],
+        "words", ["30", "-1", "1.5", "block30", "", ",", "1,,2", "first", "embeding", "stride:0", "stride:x",
+                  "stride:-1", "1e1", "٣0", "blockblock1", "0x1", "all:2", "None"],
     )  # fmt: skip
     def test_what_is_none_names_the_range(self, words):
         with pytest.raises(UsageError, match=r"0 to 29.*30 blocks") as caught:
@@ -631,14 +678,15 @@ def test_wrap_finds_the_blocks_and_freezes_the_rest(family):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("padded", [False, True])
 def test_our_attention_is_eager_attention(family, padded):
-    plain = tiny.model(family)
+    own = {"gemma3_text": {"query_pre_attn_scalar": 3}, "gemma2": {"query_pre_attn_scalar": 3}}.get(family, {})
+    plain = tiny.model(family, **own)
     plain.set_attn_implementation("eager")
     ids = torch.randint(4, 96, (2, 11), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     if padded:
         mask[0, :4] = 0
     with torch.no_grad():
-        ours, theirs = tiny.load(family).model(ids, attention_mask=mask).logits, plain(ids, attention_mask=mask).logits
+        ours, theirs = tiny.load(family, **own).model(ids, attention_mask=mask).logits, plain(ids, attention_mask=mask).logits
     assert torch.allclose(ours[mask.bool()], theirs[mask.bool()], atol=1e-4)
 
 
@@ -659,6 +707,24 @@ def test_an_outline_knows_the_sizes_without_the_weights(saved):
     assert outline.n_head_params == model.lm_head.weight.numel()
     blocks = sum(p.numel() for p in model.model.layers.parameters())
     assert math.isclose(outline.n_block_params, blocks, rel_tol=0.01)  # the final norm is counted in
+
+
+@pytest.mark.xfail(strict=True, reason="product: IndexError in _count_parameters")
+def test_weights_that_nobody_reads_do_no_harm(folder):
+    save_file({"x": torch.zeros(2)}, folder / "more.safetensors")
+    assert models.load(str(folder), device="cpu").n_blocks == tiny.N_BLOCKS
+
+
+def test_weights_may_be_tied_and_sharded(tmp_path):
+    """Neither is a missing weight."""
+    tied = tiny.model("llama", tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "tied", max_shard_size="20KB")
+    tiny.tokenizer().save_pretrained(tmp_path / "tied")
+    assert len(list((tmp_path / "tied").glob("*.safetensors"))) > 1
+    loaded = models.load(str(tmp_path / "tied"), device="cpu")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.allclose(loaded.model(ids).logits, tied(ids).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

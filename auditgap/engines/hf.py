@@ -40,11 +40,15 @@ class Request:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Completion:
-    """What the subject answered. The effective norms are of (h + δ) − h after the model's dtype has rounded it."""
+    """What the subject answered. The effective norms are of (h + δ) − h after the model's dtype has rounded it.
+
+    Not `finite`: the logits were not all numbers, so that what follows cannot be told and `ids` end there.
+    """
 
     text: str
     ids: tuple[int, ...]
     stopped: bool
+    finite: bool = True
     target_nll: float | None = None
     l2_effective: float | None = None
     linf_effective: float | None = None
@@ -108,6 +112,7 @@ class HFEngine:
         read h. Everything is put back on the way out, after an exception too.
         """
         touched: list[tuple[nn.Module, Any]] = []
+        as_tuple = skip_trunk and not site.is_embedding and self._blocks_return_tuples  # probed before the hook is on
 
         def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             if "hidden_states" in kwargs:
@@ -127,7 +132,7 @@ class HFEngine:
             if skip_trunk and not site.is_embedding:
                 for block in self.blocks[: site.layer_index + 1]:
                     touched.append((block, block.__dict__.get("forward")))
-                    block.forward = _passing_through(self._blocks_return_tuples)
+                    block.forward = _passing_through(as_tuple)
             yield
         finally:
             handle.remove()
@@ -153,7 +158,8 @@ class HFEngine:
             h = seen[0]
             delta = torch.randn(h.shape, generator=generator).to(h) * h.float().pow(2).mean().sqrt().to(h)
             with self.edited(site, lambda _: h + delta, skip_trunk=True), self.edited(site, lambda g: (seen.append(g), g)[1]):
-                short = self._forward(ids, mask, keep=1).logits
+                self._forward(ids, mask, keep=1)
+            short = self.logits_from(site, h + delta, ids, mask, keep=1)
             with self.edited(site, lambda g: g + delta):
                 whole = self._forward(ids, mask, keep=1).logits
         scale = (whole - clean).abs().max().item()
@@ -190,28 +196,34 @@ class HFEngine:
 
     def logits_from(self, site: Site, hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, *, keep: int) -> torch.Tensor:
         """Logits [B, keep, V] of the blocks above the site, given its hidden states [B, T, D]; differentiable in `hidden`."""
-        with self.edited(site, lambda _: hidden, skip_trunk=True), self._for_gradients(site):
+        with self.edited(site, lambda _: hidden, skip_trunk=True), self._for_gradients(site, keep):
             return self._forward(ids, mask, keep=keep).logits
 
     @contextmanager
-    def _for_gradients(self, site: Site) -> Iterator[None]:
-        """What makes a step faster without changing it: one matrix product at the head, and compiled blocks if asked for."""
+    def _for_gradients(self, site: Site, keep: int) -> Iterator[None]:
+        """What makes a step faster without changing it: work only where it counts, and compiled blocks if asked for."""
         above = list(enumerate(self.blocks))[site.layer_index + 1 :]
-        before = [(block, block.__dict__.get("forward")) for _, block in above if self.compile]
-        head = self.model.get_output_embeddings()
+        touched: list[tuple[nn.Module, Callable | None]] = []
         # the kept positions are a strided slice, which would be multiplied row by row, reading the weights every time
-        handle = head.register_forward_pre_hook(lambda _m, args: (args[0].contiguous(), *args[1:]))
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(
+            lambda _m, args: (args[0].contiguous(), *args[1:])
+        )
         try:
             if self.compile:
                 for i, block in above:
+                    touched.append((block, block.__dict__.get("forward")))
                     if i not in self._compiled:
                         self._compiled[i] = torch.compile(block.forward, dynamic=True)
                     block.forward = self._compiled[i]
+            elif above and isinstance(mlp := getattr(self.blocks[-1], "mlp", None), nn.Module):
+                # nothing reads the last block's other positions, and an MLP does not mix positions
+                touched.append((mlp, mlp.__dict__.get("forward")))
+                mlp.forward = _at_the_end(mlp.forward, keep)
             yield
         finally:
             handle.remove()
-            for block, own in before:
-                _put_back(block, own)
+            for module, own in touched:
+                _put_back(module, own)
 
     def capture(self, site: Site, ids: torch.Tensor, mask: torch.Tensor, *, cache: Any = None) -> torch.Tensor:
         """The site's clean hidden states [B, T, D]; runs no block above the site. `cache` keeps the trunk's keys and values."""
@@ -274,12 +286,14 @@ class HFEngine:
         rows = torch.arange(len(requests), device=self.device)
         stops = torch.tensor(sorted(self.loaded.stop_ids), device=self.device)
         written: list[list[int]] = [[] for _ in requests]
-        stopped = [False] * len(requests)
+        stopped, finite = [False] * len(requests), [True] * len(requests)
         for step in range(max_new_tokens):
-            token = logits[:, -1].argmax(-1)
-            ended = torch.isin(token, stops)
-            for row, t, e in zip(rows.tolist(), token.tolist(), ended.tolist(), strict=True):
-                stopped[row] |= e
+            largest, token = logits[:, -1].max(-1)  # NaN wins a maximum
+            broken = ~torch.isfinite(largest)
+            ended = torch.isin(token, stops) | broken
+            for row, t, e, b in zip(rows.tolist(), token.tolist(), ended.tolist(), broken.tolist(), strict=True):
+                stopped[row] |= e and not b
+                finite[row] &= not b
                 if not e:
                     written[row].append(t)
             if step + 1 == max_new_tokens or bool(ended.all()):
@@ -292,8 +306,8 @@ class HFEngine:
             logits = self._forward(token[:, None], mask, keep=1, cache=cache).logits
         decode = self.loaded.tokenizer.decode
         return [
-            Completion(decode(w, skip_special_tokens=True), tuple(w), s, n, *e)
-            for w, s, n, e in zip(written, stopped, target_nll, effective, strict=True)
+            Completion(decode(w, skip_special_tokens=True), tuple(w), s, f, n, *e)
+            for w, s, f, n, e in zip(written, stopped, finite, target_nll, effective, strict=True)
         ]
 
     def _prefill(
@@ -310,7 +324,8 @@ class HFEngine:
         h = self.capture(site, unique_ids, unique_mask, cache=trunk)[source]
         edited = add(h, stack([r.edit.delta for r in requests], h.shape[1], self.device))
         change = (edited.float() - h.float()).flatten(1)
-        effective = list(zip(change.norm(dim=1).tolist(), change.abs().amax(1).tolist(), strict=True))
+        norms = zip(change.norm(dim=1).tolist(), change.abs().amax(1).tolist(), strict=True)
+        effective = [tuple(v if math.isfinite(v) else None for v in pair) for pair in norms]
         with self.edited(site, lambda _: edited, skip_trunk=True):
             logits = self._forward(ids, mask, keep=1, cache=cache).logits
         for index in range(site.layer_index + 1):
@@ -394,12 +409,22 @@ def stack(deltas: Sequence[torch.Tensor], width: int, device: torch.device) -> t
     return torch.stack([nn.functional.pad(d.to(device), (0, 0, width - d.shape[0], 0)) for d in deltas])
 
 
-def _put_back(block: nn.Module, own: Callable | None) -> None:
-    """Give a block the `forward` it had: an instance's own (accelerate's dispatch lives there), or its class's."""
+def _put_back(module: nn.Module, own: Callable | None) -> None:
+    """Give a module the `forward` it had: an instance's own (accelerate's dispatch lives there), or its class's."""
     if own is not None:
-        block.forward = own
-    elif "forward" in block.__dict__:
-        del block.forward
+        module.forward = own
+    elif "forward" in module.__dict__:
+        del module.forward
+
+
+def _at_the_end(forward: Callable, keep: int) -> Callable:
+    """A position-wise forward that computes the last `keep` positions of [B, T, D] and leaves zeros elsewhere."""
+
+    def at_the_end(x: torch.Tensor) -> Any:
+        out = forward(x[:, -keep:].contiguous())
+        return nn.functional.pad(out, (0, 0, x.shape[1] - keep, 0)) if isinstance(out, torch.Tensor) else forward(x)
+
+    return at_the_end
 
 
 def _passing_through(as_tuple: bool) -> Callable:

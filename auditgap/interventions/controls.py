@@ -29,16 +29,20 @@ def matched(delta: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     return delta.abs() * (torch.randint(0, 2, delta.shape, generator=rng) * 2 - 1)
 
 
-def shuffled(deltas: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """`shuffled`: every prompt gets the edit of the prompt next in length, aligned at the prompt's end.
-
-    A single prompt has no other: its edit is rolled by one position instead, so that it is at least not its own.
-    """
-    if len(deltas) == 1:
-        return [deltas[0].roll(1, dims=0)]
-    order = sorted(range(len(deltas)), key=lambda i: (deltas[i].shape[0], i))
-    found: list[torch.Tensor] = list(deltas)
+def donors(lengths: Sequence[int]) -> list[int]:
+    """`shuffled`: whose edit each prompt gets, namely that of the prompt next in length. A single prompt gets its own."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    found = [0] * len(lengths)
     for here, other in zip(order, order[1:] + order[:1], strict=True):
-        n, theirs = deltas[here].shape[0], deltas[other]
-        found[here] = torch.nn.functional.pad(theirs[-n:], (0, 0, max(0, n - theirs.shape[0]), 0))
+        found[here] = other
     return found
+
+
+def borrowed(delta: torch.Tensor, n_tokens: int, own: bool) -> torch.Tensor:
+    """Another prompt's edit [T', D] on a prompt of `n_tokens`, aligned at the end: cut, or filled with zeros, at its start.
+
+    The prompt's `own` edit (there is no other prompt) is rolled by one position, so that it is at least not its own.
+    """
+    if own:
+        return delta.roll(1, dims=0)
+    return torch.nn.functional.pad(delta[-n_tokens:], (0, 0, max(0, n_tokens - delta.shape[0]), 0)).clone()

@@ -9,8 +9,9 @@ The blocks below the site run once; each step runs only the blocks above it, wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -55,7 +56,7 @@ class Found:
 
     delta: torch.Tensor
     nll_clean: float
-    nll_edited: float
+    nll_edited: float | None  #: None when it was not asked for
     finite: bool
 
 
@@ -72,28 +73,50 @@ class Ball:
         own = h[torch.tensor(content)].double()
         return cls(own.norm().item(), own.pow(2).mean().sqrt().item(), h.abs().max().item())
 
+    @property
+    def finite(self) -> bool:
+        """Whether the activations were numbers at all; where they were not, nothing can be measured."""
+        return math.isfinite(self.h_norm) and math.isfinite(self.largest)
+
     def radius(self, budget: Budget) -> float:
         """The budget as an absolute ∞-norm, rounded down to fp32 so that the projection cannot exceed it."""
         scale = {"rms": self.rms, "max": self.largest, "absolute": 1.0}[budget.unit]
         return torch.tensor(budget.size * scale, dtype=torch.float32).item()
 
 
-def attack(engine: HFEngine, goals: Sequence[Goal], site: Site, pgd: PGD) -> list[list[Found]]:
-    """Run the search for every goal; returns one Found a radius for each goal, in order. Packs by length as needed."""
+def attack(engine: HFEngine, goals: Sequence[Goal], site: Site, pgd: PGD, *, score: bool = True) -> list[list[Found]]:
+    """Run the search for every goal; returns one Found a radius for each goal, in order. Packs by length as needed.
+
+    Without `score` the last iterate's NLL is not computed (one forward less), unless restarts or `best` need it.
+    """
     engine.self_test(site)
-    found: dict[int, list[Found]] = {}
+    found: dict[tuple[int, int], Found] = {}
+
+    def run(rows: Sequence[tuple[int, int]]) -> list[Found]:
+        """Rows are (goal, radius) pairs in order, so that halving can part even one prompt's budgets."""
+        mine: dict[int, list[int]] = {}
+        for i, r in rows:
+            mine.setdefault(i, []).append(r)
+        return [f for row in _attack(engine, [_only(goals[i], rs) for i, rs in mine.items()], site, pgd, score) for f in row]
+
     lengths = [len(g.rendered.ids) + len(g.target) for g in goals]
     weight = max((len(g.radii) for g in goals), default=1) * pgd.restarts
     for pack in engine.packs(lengths, weight):
-        by_target: dict[int, list[int]] = {}  # the target stands at the same columns in a batch
+        by_target: dict[int, list[tuple[int, int]]] = {}  # the target stands at the same columns in a batch
         for i in pack:
-            by_target.setdefault(len(goals[i].target), []).append(i)
+            by_target.setdefault(len(goals[i].target), []).extend((i, r) for r in range(len(goals[i].radii)))
         for rows in by_target.values():
-            found.update(zip(rows, halving(lambda some: _attack(engine, [goals[i] for i in some], site, pgd), rows), strict=True))
-    return [found[i] for i in range(len(goals))]
+            found.update(zip(rows, halving(run, rows), strict=True))
+    return [[found[i, r] for r in range(len(g.radii))] for i, g in enumerate(goals)]
 
 
-def _attack(engine: HFEngine, goals: Sequence[Goal], site: Site, pgd: PGD) -> list[list[Found]]:
+def _only(goal: Goal, rows: Sequence[int]) -> Goal:
+    """The goal with some of its radii."""
+    warm = None if goal.warm is None else tuple(goal.warm[r] for r in rows)
+    return replace(goal, radii=tuple(goal.radii[r] for r in rows), warm=warm)
+
+
+def _attack(engine: HFEngine, goals: Sequence[Goal], site: Site, pgd: PGD, score: bool) -> list[list[Found]]:
     """The search on one batch: N goals, B = Σ radii × restarts rows, T prompt tokens, K target tokens, D width."""
     device = engine.device
     ids, mask = left_pad([(*g.rendered.ids, *g.target) for g in goals], engine.pad_id, device)  # [N, T + K]
@@ -137,12 +160,13 @@ def _attack(engine: HFEngine, goals: Sequence[Goal], site: Site, pgd: PGD) -> li
         moved = delta + sign[source, None, None] * (pgd.step_share * radius) * grad.sign()
         moved = torch.minimum(torch.maximum(moved, -radius), radius) * on_prompt
         delta = torch.where(finite[:, None, None], moved, delta)  # a row with a broken gradient stays where it was
+    if not (score or pgd.restarts > 1 or pgd.iterate == "best"):
+        return _collect(goals, rows, delta, None, nll_clean, finite)
     with torch.no_grad():
-        nll = loss(delta, source)
-    score = -sign[source] * nll
+        last = -sign[source] * loss(delta, source)
     if pgd.iterate == "best":
-        delta, score = _better(best, best_nll, delta, score)
-    return _collect(goals, rows, delta, -sign[source] * score, score, nll_clean, finite)
+        delta, last = _better(best, best_nll, delta, last)
+    return _collect(goals, rows, delta, -sign[source] * last, nll_clean, finite)
 
 
 def _starts(
@@ -168,14 +192,15 @@ def _better(
 
 
 def _collect(
-    goals: Sequence[Goal], rows: Sequence[tuple[int, int]], delta: torch.Tensor, nll: torch.Tensor, score: torch.Tensor,
+    goals: Sequence[Goal], rows: Sequence[tuple[int, int]], delta: torch.Tensor, nll: torch.Tensor | None,
     nll_clean: torch.Tensor, finite: torch.Tensor,
 ) -> list[list[Found]]:  # fmt: skip
-    """Per goal and radius the restart with the best score; δ without its padding."""
+    """Per goal and radius the restart with the best NLL; δ without its padding."""
     found: list[dict[int, tuple[float, Found]]] = [{} for _ in goals]
     for b, (n, r) in enumerate(rows):
-        value = score[b].item()
+        edited = None if nll is None else nll[b].item()
+        value = 0.0 if edited is None else -edited if goals[n].maximise else edited
         if r not in found[n] or value < found[n][r][0]:
             own = delta[b, delta.shape[1] - len(goals[n].rendered.ids) :].float().cpu().clone()
-            found[n][r] = (value, Found(own, nll_clean[n].item(), nll[b].item(), bool(finite[b])))
+            found[n][r] = (value, Found(own, nll_clean[n].item(), edited, bool(finite[b])))
     return [[f[r][1] for r in sorted(f)] for f in found]

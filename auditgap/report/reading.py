@@ -171,8 +171,8 @@ def _against_control(site: str, row: Mapping[str, Any] | None, lvs: pd.DataFrame
     control = _row(lvs, gap, site, "random_matched")
     shares = ""
     if control and not is_null(control["asr"]) and not is_null(row["asr"]):
-        turned = f"{percent(row['asr'])} of answers harmful there, random signs of equal size {percent(control['asr'])}"
-        shares = f" At this budget the attack turns {turned}."
+        under = f"{percent(row['asr'])} of answers there are harmful under the attack"
+        shares = f" At this budget {under}, {percent(control['asr'])} under random signs of equal size."
     reading = with_interval(row["delta_vs_matched"], row["delta_lo"], row["delta_hi"])
     if is_null(row["delta_lo"]) or is_null(row["delta_hi"]):
         return (

@@ -14,7 +14,9 @@ CPU = torch.device("cpu")
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(1, 60), max_size=30), st.integers(1, 300), st.sampled_from([0.0, 0.1, 0.5]), st.integers(1, 9))
+@given(
+    st.lists(st.integers(1, 60), max_size=30), st.integers(1, 300), st.sampled_from([0.0, 0.1, 0.5]), st.integers(1, 9)
+)
 def test_packs_keep_their_promises(lengths, batch_tokens, pad_tolerance, weight):
     found = packs(lengths, batch_tokens=batch_tokens, pad_tolerance=pad_tolerance, weight=weight)
     assert sorted(i for pack in found for i in pack) == list(range(len(lengths)))

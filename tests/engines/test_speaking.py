@@ -47,7 +47,11 @@ def requests() -> tuple[Request, ...]:
     """Every prompt at every site and without an edit, in no order."""
     draw = torch.Generator().manual_seed(5)
     made = [
-        Request(r, None if site is None else Edit(site, 0.5 * torch.randn(len(r.ids), tiny.WIDTH, generator=draw)), (13, 9, 14))
+        Request(
+            r,
+            None if site is None else Edit(site, 0.5 * torch.randn(len(r.ids), tiny.WIDTH, generator=draw)),
+            (13, 9, 14),
+        )
         for r in prompts()
         for site in [None, *SITES]
     ]
@@ -228,7 +232,6 @@ class TestOutOfMemory:
             for a, b in zip(attack(free, goals, Site(0), pgd), attack(tight, goals, Site(0), pgd), strict=True):
                 assert all((x.delta == y.delta).float().mean() > 0.99 for x, y in zip(a, b, strict=True))
 
-    @pytest.mark.xfail(strict=True, reason="product: a prompt's radii and restarts are not halved, so they fail together")
     def test_the_radii_of_one_prompt_are_halved_too(self):
         found = attack(self.tight(1), [Goal(prompts()[0], (13, 9), (0.2, 0.4))], Site(0), PGD(steps=2))
         assert len(found[0]) == 2
@@ -295,8 +298,9 @@ class TestBfloat16:
             assert (said.l2_effective > 0.9 * delta.norm()) == survives
 
     def test_what_bf16_cannot_hold_is_added_in_fp32_and_rounded_once(self):
-        h, delta = torch.tensor([0.5], dtype=torch.bfloat16), torch.tensor([0.0013])
-        assert hf.add(h, delta) == (torch.tensor(0.5) + 0.0013).to(torch.bfloat16)
+        h, delta = torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([0.003907])  # just above half of bf16's step at 1
+        assert hf.add(h, delta) == 1.0078125
+        assert h + delta.to(torch.bfloat16) == 1.0  # rounded twice, the edit is lost
         assert hf.add(h, delta).dtype == torch.bfloat16
 
 
@@ -304,10 +308,11 @@ def test_completions_hold_no_template_words():
     (said,) = engine("llama").generate([Request(prompts()[0])], NEW)
     assert isinstance(said, Completion)
     assert "<pad>" not in said.text and "<s>" not in said.text
-    assert said.text.split() == [w for w in engine("llama").loaded.tokenizer.convert_ids_to_tokens(said.ids) if w[0] != "<"]
+    assert said.text.split() == [
+        w for w in engine("llama").loaded.tokenizer.convert_ids_to_tokens(said.ids) if w[0] != "<"
+    ]
 
 
-@pytest.mark.xfail(strict=True, reason="product: argmax over NaN logits is a token, so junk is judged as if it had been said")
 @pytest.mark.parametrize("site", [None, Site(0)], ids=str)
 def test_logits_that_are_no_numbers_are_no_completion(site):
     """A prompt whose forward overflows could not be completed: that has to be told from an answer (the judges see text)."""

@@ -65,10 +65,16 @@ class TestMatched:
         assert torch.equal(controls.matched(torch.zeros(3, 4), controls.generator(0, "m")), torch.zeros(3, 4))
 
 
+def shuffled(deltas):
+    """Every prompt's borrowed edit, as the audit hands them out."""
+    donors = controls.donors([len(d) for d in deltas])
+    return [controls.borrowed(deltas[donor], len(own), donor == i) for i, (own, donor) in enumerate(zip(deltas, donors, strict=True))]
+
+
 class TestShuffled:
     def test_nobody_keeps_their_own(self):
         deltas = draw(5, 9, 5, 7)
-        given = controls.shuffled(deltas)
+        given = shuffled(deltas)
         assert [g.shape for g in given] == [d.shape for d in deltas]
         for own, other in zip(deltas, given, strict=True):
             assert not torch.equal(own, other)
@@ -77,25 +83,25 @@ class TestShuffled:
         deltas = draw(5, 9, 5, 7)
         givers = [
             next(j for j, d in enumerate(deltas) if torch.equal(g[-min(len(g), len(d)) :], d[-min(len(g), len(d)) :]))
-            for g in controls.shuffled(deltas)
+            for g in shuffled(deltas)
         ]
         assert sorted(givers) == [0, 1, 2, 3]
         assert all(i != j for i, j in enumerate(givers))
 
     def test_a_longer_prompt_gets_nothing_before_the_other_edit(self):
         short, long = draw(3, 8)
-        given = controls.shuffled([short, long])
+        given = shuffled([short, long])
         assert torch.equal(given[0], long[-3:])
         assert torch.equal(given[1][-3:], short) and given[1][:5].abs().max() == 0
 
     def test_the_inputs_stay(self):
         deltas = draw(5, 9)
         before = [d.clone() for d in deltas]
-        controls.shuffled(deltas)[0].mul_(2)
-        controls.shuffled(deltas)[1].mul_(2)
+        shuffled(deltas)[0].mul_(2)
+        shuffled(deltas)[1].mul_(2)
         assert all(torch.equal(a, b) for a, b in zip(deltas, before, strict=True))
 
     def test_alone_it_is_rolled(self):
         (delta,) = draw(4)
-        (given,) = controls.shuffled([delta])
+        (given,) = shuffled([delta])
         assert not torch.equal(given, delta) and given.norm() == pytest.approx(delta.norm().item())

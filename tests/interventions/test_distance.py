@@ -67,7 +67,9 @@ def test_nobody():
     assert search(lambda rows, sizes: [], 0, start=1, limit=2, bisections=1) == []
 
 
-@pytest.mark.parametrize("bad", [{"start": 0}, {"start": -1}, {"limit": 0.001}, {"bisections": -1}, {"start": math.nan}])
+@pytest.mark.parametrize(
+    "bad", [{"start": 0}, {"start": -1}, {"limit": 0.001}, {"bisections": -1}, {"start": math.nan}]
+)
 def test_nonsense_is_refused(bad):
     with pytest.raises(UsageError):
         search(lambda rows, sizes: [True] * len(rows), 1, **{"start": START, "limit": LIMIT, "bisections": 1, **bad})

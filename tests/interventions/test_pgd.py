@@ -71,7 +71,8 @@ class TestOptionsNeverHurt:
     def test_warm_starts(self, llama, site, maximise):
         cold = one(attack(llama, goals(maximise), site, PGD(steps=4)))
         warmed = [
-            Goal(g.rendered, g.target, g.radii, g.maximise, (c.delta,)) for g, c in zip(goals(maximise), cold, strict=True)
+            Goal(g.rendered, g.target, g.radii, g.maximise, (c.delta,))
+            for g, c in zip(goals(maximise), cold, strict=True)
         ]
         warm = one(attack(llama, warmed, site, PGD(steps=4, iterate="best")))
         assert not any(worse(w, c, maximise) for w, c in zip(warm, cold, strict=True))
@@ -110,7 +111,14 @@ def test_no_goals(llama):
 
 @pytest.mark.parametrize(
     "options",
-    [{"steps": 0}, {"restarts": 0}, {"step_share": 0}, {"step_share": 1.1}, {"step_share": math.nan}, {"iterate": "first"}],
+    [
+        {"steps": 0},
+        {"restarts": 0},
+        {"step_share": 0},
+        {"step_share": 1.1},
+        {"step_share": math.nan},
+        {"iterate": "first"},
+    ],
 )
 def test_nonsense_is_refused(options):
     with pytest.raises(UsageError):

@@ -91,7 +91,9 @@ def same(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_batched_is_single_is_plain(variant, site):
     goals = [Goal(r, TARGET, RADII) for r in prompts()]
     padded = engine(variant, 0.9)
-    assert padded.packs([len(g.rendered.ids) + len(TARGET) for g in goals], len(RADII)) == [[1, 2, 0]]  # padding is forced
+    assert padded.packs([len(g.rendered.ids) + len(TARGET) for g in goals], len(RADII)) == [
+        [1, 2, 0]
+    ]  # padding is forced
     batched = attack(padded, goals, site, PGD(steps=PGD_STEPS))
     for goal, together in zip(goals, batched, strict=True):
         alone = attack(engine(variant, 0.0), [goal], site, PGD(steps=PGD_STEPS))[0]

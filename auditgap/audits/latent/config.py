@@ -96,6 +96,12 @@ class LatentConfig(_Frozen):
                 raise UsageError(f"--attacks takes {', '.join(ATTACKS)}; {attack!r} came.{did_you_mean(attack, ATTACKS)}")
         return tuple(a for a in ATTACKS if a in attacks)  # the table's order, each once
 
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> Any:
+        if not self.attacks and not self.distance:
+            raise UsageError(f"No attack was named. --attacks takes any of {', '.join(ATTACKS)}; or use `auditgap distance`.")
+        return self
+
     @property
     def budgets(self) -> tuple[Budget, ...]:
         return tuple(Budget(size, self.unit) for size in self.eps)

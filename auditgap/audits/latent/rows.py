@@ -87,7 +87,8 @@ def edited_row(
     """One prompt under one edit. LVS is null, with the reason, when either reward could not tell or the gradient broke."""
     delta = request.edit.delta.double()
     l2, linf = delta.norm().item(), delta.abs().max().item()
-    relative = l2 / ball.h_norm if ball.h_norm > 0 else None
+    h_norm = ball.h_norm if ball.finite else None
+    relative = l2 / h_norm if h_norm else None
     before, after = clean.reward, spoken.score.value
     unscored = reason or (clean.unscored if before is None else spoken.score.reason if after is None else "")
     lvs = lvs_rel = None
@@ -104,11 +105,11 @@ def edited_row(
     return Row(
         **{
             **_empty(subject, cell, request.rendered.prompt),
-            "eps_abs": radius, "draw": draw,
+            "eps_abs": radius if ball.finite else None, "draw": draw,
             "n_prompt_tokens": len(request.rendered.ids), "n_new_tokens": len(spoken.completion.ids),
             "clean_reward": before, "edited_reward": after,
             "l2": l2, "linf": linf, "l2_effective": effective, "linf_effective": spoken.completion.linf_effective,
-            "h_norm": ball.h_norm, "relative_norm": relative,
+            "h_norm": h_norm, "relative_norm": relative,
             "nll_clean": clean.nll, "nll_edited": spoken.completion.target_nll, "completion_nll": spoken.completion_nll,
             "coherent": spoken.coherent, "verdict_clean": clean.verdict,
             "verdict_edited": str(Label.UNSCORED) if reason else str(spoken.verdict.label),

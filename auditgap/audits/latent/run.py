@@ -215,7 +215,11 @@ def _regrade(
     graded = []
     for values in rows.astype(object).where(rows.notna(), None).to_dict("records"):
         at = (values["prompt_id"], values["draw"])
-        row = Row(**{name: values[name] for name in Row.__dataclass_fields__})
+        # a column that may be null comes back as floats
+        row = Row(**{
+            name: int(values[name]) if "int" in str(f.type) and values[name] is not None else values[name]
+            for name, f in Row.__dataclass_fields__.items()
+        })  # fmt: skip
         before = clean.get((row.subject, row.prompt_id))
         changes: dict[str, Any] = {}
         if before is not None:

@@ -146,7 +146,9 @@ class LatentWorker:
         spoken = []
         for completion, own, clean, verdict, score in zip(done, nll, clean_nll, verdicts, scores, strict=True):
             coherent, reason = is_coherent(completion.ids, own, clean, thresholds=self.thresholds)
-            if coherent is False:
+            if not completion.finite:
+                coherent, verdict, score = None, Verdict(Label.UNSCORED, "nonfinite_logits"), Score(None, "nonfinite_logits")
+            elif coherent is False:
                 verdict = Verdict(Label.BROKEN, reason)
             spoken.append(Spoken(completion, own, verdict, score, coherent))
         return spoken
@@ -173,6 +175,8 @@ class LatentWorker:
         cell = clean_cell(self.config, self.outline, self.prompts, self.scorers)
         if not self.store.is_finished(cell.key):
             self._run_clean(cell, lambda _: None)
+        if not self.rendered:  # every prompt is too long: there is no completion to read
+            return {}
         rows = self.store.cell_rows(cell.key).set_index("prompt_id")
         texts = self.store.generations(cell.key).set_index("prompt_id")
         return {
@@ -195,7 +199,9 @@ class SiteRun:
         self.balls = [
             Ball.of(h, r.content) for h, r in zip(self.engine.activations(self.rendered, site), self.rendered, strict=True)
         ]
-        self.radii = [tuple(b.radius(budget) for budget in self.config.budgets) for b in self.balls]
+        # no radius where the activations are not numbers: such a prompt runs along with an edit of 0, and is unscored
+        self.radii = [tuple(b.radius(budget) if b.finite else 0.0 for budget in self.config.budgets) for b in self.balls]
+        self.donors = controls.donors([len(r.ids) for r in self.rendered])
         self.found: dict[str, list[list[torch.Tensor]]] = {}  # attack -> [prompt][budget] -> δ [T, D]
         self.broken_gradient: dict[str, set[tuple[int, int]]] = {"targeted": set(), "untargeted": set()}
 
@@ -207,16 +213,13 @@ class SiteRun:
             # else: a kill came while the group's cells were being written, and the packs of all of them are remembered
             cells = [cell for cell in cells if cell.key in pending]
             packed = self._packs(cells)
-        if not any(cell.key in pending for cell in cells):
+        if not cells:
             return
         wanted = {cell.attack for cell in cells}
         if wanted & {"targeted", "random_matched", "shuffled"}:
             self._search("targeted", names, cells[0])
         if "untargeted" in wanted:
             self._search("untargeted", names, cells[0])
-        if "shuffled" in wanted:
-            by_budget = [controls.shuffled(list(column)) for column in zip(*self.found["targeted"], strict=True)]
-            self.found["shuffled"] = [list(row) for row in zip(*by_budget, strict=True)]
         rows: dict[str, list] = {cell.key: [] for cell in cells}
         texts: dict[str, list] = {cell.key: [] for cell in cells}
         for wishes in packed:
@@ -258,7 +261,7 @@ class SiteRun:
             what = [*self.key, kind, cell.settings, self.config.eps, self.config.unit, ids]
 
             def compute(pack: Sequence[int] = pack) -> dict[str, np.ndarray]:
-                results = attack(self.engine, [goals[i] for i in pack], self.site, self.config.pgd)
+                results = attack(self.engine, [goals[i] for i in pack], self.site, self.config.pgd, score=False)
                 arrays = {f"{i}.{e}": f.delta.numpy() for i, row in zip(pack, results, strict=True) for e, f in enumerate(row)}
                 return {**arrays, "finite": np.array([[f.finite for f in row] for row in results])}
 
@@ -281,6 +284,11 @@ class SiteRun:
         rendered, kind, radius = self.rendered[wish.p], wish.cell.attack, self.radii[wish.p][wish.e]
         if kind in self.found:
             return Edit(self.site, self.found[kind][wish.p][wish.e])
+        if kind == "shuffled":  # scaled to this prompt's radius
+            donor = self.donors[wish.p]
+            theirs, their_radius = self.found["targeted"][donor][wish.e], self.radii[donor][wish.e]
+            theirs = controls.borrowed(theirs, len(rendered.ids), donor == wish.p)
+            return Edit(self.site, (theirs * (radius / their_radius if their_radius else 0.0)).clamp(-radius, radius))
         rng = controls.generator(self.config.seed, kind, rendered.prompt.id, self.site, self.config.budgets[wish.e], wish.d)
         if kind == "random":
             width = self.engine.loaded.width
@@ -295,8 +303,12 @@ class SiteRun:
         return zip(wishes, requests, self.worker.score(requests, done, nll, clean_nll), strict=True)
 
     def _row(self, wish: Wish, request: Request, spoken: Spoken) -> Any:
-        attacked = wish.cell.attack if wish.cell.attack == "untargeted" else "targeted"
-        reason = "nonfinite_grad" if wish.cell.attack != "random" and (wish.p, wish.e) in self.broken_gradient[attacked] else ""
+        kind = wish.cell.attack
+        attacked = kind if kind == "untargeted" else "targeted"
+        whose = self.donors[wish.p] if kind == "shuffled" else wish.p
+        reason = "nonfinite_activations" if not (self.balls[wish.p].finite and self.balls[whose].finite) else ""
+        if kind != "random" and (whose, wish.e) in self.broken_gradient[attacked]:
+            reason = "nonfinite_grad"
         return edited_row(
             self.worker._name, wish.cell, wish.d, request, spoken,
             clean=self.clean[request.rendered.prompt.id], ball=self.balls[wish.p], radius=self.radii[wish.p][wish.e],
@@ -367,7 +379,7 @@ class SiteRun:
             goals.append(Goal(base.rendered, base.target, (radius,), warm=start))
 
         def compute() -> dict[str, np.ndarray]:
-            results = attack(self.engine, goals, self.site, self.config.pgd)
+            results = attack(self.engine, goals, self.site, self.config.pgd, score=False)
             arrays = {str(p): f[0].delta.numpy() for (p, _, _), f in zip(some, results, strict=True)}
             return {**arrays, "finite": np.array([f[0].finite for f in results])}
 
@@ -400,17 +412,19 @@ def _pack_completions(done: Sequence[Completion], nll: Sequence[float | None]) -
     return {
         "ids": np.array([i for c in done for i in c.ids], dtype=np.int64),
         "counts": np.array([len(c.ids) for c in done], dtype=np.int64),
-        "stopped": np.array([c.stopped for c in done]),
+        "stopped": np.array([c.stopped for c in done], dtype=bool),
+        "finite": np.array([c.finite for c in done], dtype=bool),
         "numbers": np.array(numbers, dtype=np.float64),
     }
 
 
 def _unpack_completions(arrays: dict[str, np.ndarray], tokenizer: Any) -> tuple[list[Completion], list[float | None]]:
     done, nll, at = [], [], 0
-    for count, stopped, numbers in zip(arrays["counts"], arrays["stopped"], arrays["numbers"], strict=True):
+    columns = (arrays[name] for name in ("counts", "stopped", "finite", "numbers"))
+    for count, stopped, finite, numbers in zip(*columns, strict=True):
         ids = tuple(int(i) for i in arrays["ids"][at : at + count])
         at += count
         values = [None if np.isnan(x) else float(x) for x in numbers]
-        done.append(Completion(tokenizer.decode(ids, skip_special_tokens=True), ids, bool(stopped), *values[:3]))
+        done.append(Completion(tokenizer.decode(ids, skip_special_tokens=True), ids, bool(stopped), bool(finite), *values[:3]))
         nll.append(values[3])
     return done, nll
