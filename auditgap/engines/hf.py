@@ -146,38 +146,64 @@ class HFEngine:
         """
         if site in self._tested:
             return
-        generator = torch.Generator().manual_seed(0)
-        n_embeddings = self.model.get_input_embeddings().num_embeddings
-        ids = torch.randint(0, n_embeddings, (2, 6), generator=generator).to(self.device)
-        mask = torch.ones_like(ids)
-        with torch.inference_mode():
-            clean = self._forward(ids, mask, keep=1).logits
-            seen: list[torch.Tensor] = []
-            with self.edited(site, lambda h: (seen.append(h), h)[1]):
-                same = self._forward(ids, mask, keep=1).logits
-            h = seen[0]
-            delta = torch.randn(h.shape, generator=generator).to(h) * h.float().pow(2).mean().sqrt().to(h)
-            with self.edited(site, lambda _: h + delta, skip_trunk=True), self.edited(site, lambda g: (seen.append(g), g)[1]):
-                self._forward(ids, mask, keep=1)
-            short = self.logits_from(site, h + delta, ids, mask, keep=1)
-            with self.edited(site, lambda g: g + delta):
-                whole = self._forward(ids, mask, keep=1).logits
-        scale = (whole - clean).abs().max().item()
-        tolerance = 1e-3 if self.loaded.dtype == torch.float32 else 0.1
-        problem = (
-            "a zero edit changes the logits" if not torch.equal(clean, same)
-            else "the edit did not arrive at the site" if not torch.equal(seen[1], h + delta)
-            else "the edit does not reach the logits" if scale == 0 or not torch.isfinite(whole).all()
-            else "running above the site alone gives other logits than the whole model"
-            if (short - whole).abs().max().item() > tolerance * max(scale, whole.abs().max().item())
-            else ""
-        )  # fmt: skip
+        try:
+            with torch.inference_mode():
+                problem = self._problem(site)
+        except AuditgapError:
+            raise
+        except Exception as error:  # what a family raises when it cannot be cut, patched or padded
+            problem = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else 'no message'}"
         if problem:
             raise AuditgapError(
                 f"Self-test failed at {site} of {self.loaded.subject.name}: {problem}. This architecture "
                 f"({type(self.model).__name__}) cannot be audited with this version; nothing was measured."
             )
         self._tested.add(site)
+
+    def _problem(self, site: Site) -> str:
+        """What is wrong with editing at the site; the empty string when nothing is."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.model.get_input_embeddings().num_embeddings, (2, 6), generator=generator).to(self.device)
+        mask = torch.ones_like(ids)
+        tolerance = 1e-3 if self.loaded.dtype == torch.float32 else 0.1
+        clean = self._forward(ids, mask, keep=1).logits
+        seen: list[torch.Tensor] = []
+        with self.edited(site, lambda h: (seen.append(h), h)[1]):
+            same = self._forward(ids, mask, keep=1).logits
+        if not seen:
+            return "the hook is never called"
+        h = seen[0]
+        delta = torch.randn(h.shape, generator=generator).to(h) * h.float().pow(2).mean().sqrt().to(h)
+        with self.edited(site, lambda _: h + delta, skip_trunk=True), self.edited(site, lambda g: (seen.append(g), g)[1]):
+            self._forward(ids, mask, keep=1)
+        short = self.logits_from(site, h + delta, ids, mask, keep=1)
+        with self.edited(site, lambda g: g + delta):
+            whole = self._forward(ids, mask, keep=1).logits
+
+        def differ(a: torch.Tensor, b: torch.Tensor) -> bool:
+            return (a - b).abs().max().item() > tolerance * max(1e-3, b.abs().max().item())
+
+        if not torch.equal(clean, same):
+            return "a zero edit changes the logits"
+        if not torch.equal(seen[1], h + delta):
+            return "the edit did not arrive at the site"
+        if torch.equal(whole, clean) or not torch.isfinite(whole).all():
+            return "the edit does not reach the logits"
+        if differ(short, whole):
+            return "running above the site alone gives other logits than the whole model"
+        padding = torch.full_like(ids[:, :3], self.pad_id)
+        padded = self._forward(torch.cat([padding, ids], 1), torch.cat([0 * padding, mask], 1), keep=1).logits
+        if differ(padded, clean):
+            return "padding changes the logits"
+        cache = DynamicCache(config=self.model.config)
+        self._forward(ids[:, :-1], mask[:, :-1], keep=1, cache=cache)
+        if differ(self._forward(ids[:, -1:], mask, keep=1, cache=cache).logits, clean):
+            return "decoding from the cache gives other logits than the whole text"
+        prompts = [Rendered(Prompt(""), tuple(row), (True,) * len(row)) for row in ids.tolist()]
+        requests = [Request(r, Edit(site, d.float())) for r, d in zip(prompts, delta, strict=True)]
+        if differ(self._prefill(requests, site, ids, mask)[1], whole):
+            return "a prefill that shares the trunk gives other logits than the whole model"
+        return ""
 
     # -- forwards ------------------------------------------------------------------------------------------------------
 
@@ -260,7 +286,12 @@ class HFEngine:
     # -- speaking ------------------------------------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[Request], max_new_tokens: int) -> list[Completion]:
-        """Greedy completions, in order. Requests of one site share that site's trunk; order and packing change nothing."""
+        """Greedy completions, in order. Requests of one site share that site's trunk; order and packing change nothing.
+
+        Raises AuditgapError for an edit that has not as many positions as its prompt.
+        """
+        for request in requests:
+            _check_length(request.rendered, request.edit)
         done: dict[int, Completion] = {}
         sites = {r.edit.site if r.edit is not None else None for r in requests}
         for site in sorted(sites, key=lambda s: -2 if s is None else s.layer_index):
@@ -344,6 +375,8 @@ class HFEngine:
         None for an empty answer or a non-finite result. Prompts' caches are computed once and equal questions asked once.
         """
         edits = [None] * len(answers) if edits is None else edits
+        for one, edit in zip(rendered, edits, strict=True):
+            _check_length(one, edit)
         asked: dict[tuple, int] = {}
         for i, (r, a, e) in enumerate(zip(rendered, answers, edits, strict=True)):
             if len(a):
@@ -393,6 +426,13 @@ class HFEngine:
         return [v if math.isfinite(v) else None for v in mean_nll(logits, tokens, real).tolist()]
 
 
+def _check_length(rendered: Rendered, edit: Edit | None) -> None:
+    if edit is not None and edit.delta.shape[0] != len(rendered.ids):
+        raise AuditgapError(
+            f"An edit of {edit.delta.shape[0]} positions came for prompt {rendered.prompt.id} of {len(rendered.ids)} tokens."
+        )
+
+
 def mean_nll(logits: torch.Tensor, tokens: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """Mean NLL [B] over each row's real tokens; logits [B, K, V] predict tokens [B, K]. In fp32."""
     nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none").view_as(tokens)
@@ -420,7 +460,9 @@ def _put_back(module: nn.Module, own: Callable | None) -> None:
 def _at_the_end(forward: Callable, keep: int) -> Callable:
     """A position-wise forward that computes the last `keep` positions of [B, T, D] and leaves zeros elsewhere."""
 
-    def at_the_end(x: torch.Tensor) -> Any:
+    def at_the_end(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:  # a family that adds the residual inside
+            return forward(x, *args, **kwargs)
         out = forward(x[:, -keep:].contiguous())
         return nn.functional.pad(out, (0, 0, x.shape[1] - keep, 0)) if isinstance(out, torch.Tensor) else forward(x)
 

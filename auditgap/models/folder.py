@@ -98,7 +98,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UsageError(f"{path} is not readable JSON ({type(error).__name__}: {str(error)[:80]}); download the model again.") from None
+        said = f"{type(error).__name__}: {str(error)[:80]}"
+        raise UsageError(f"{path} is not readable JSON ({said}); download the model again.") from None
     if not isinstance(value, dict):
         raise UsageError(f"{path} holds a {type(value).__name__} where an object was wanted; download the model again.")
     return value

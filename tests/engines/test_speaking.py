@@ -216,7 +216,7 @@ class TestOutOfMemory:
 
     @pytest.mark.parametrize("room", [1, 2])
     def test_same_results_in_smaller_portions(self, room):
-        mine = [r for r in requests() if r.edit is None or r.edit.site in (Site(0), Site(-1))]
+        mine = [r for r in requests() if r.edit is None or r.edit.site in (Site(0), Site(-1))][:5]  # halving takes its time
         goals = [Goal(r, (13, 9), (0.2, 0.4)) for r in prompts()]
         free, tight = engine("llama"), self.tight(room)
         for a, b in zip(free.generate(mine, NEW), tight.generate(mine, NEW), strict=True):
