@@ -194,6 +194,18 @@ def _show_summary(store: Any) -> None:
     if rows:
         out.print(Text("Targeted attack, with 95 % intervals (controls and flags: the report)"))
         _print_table(rows)
+    distances = store.rows(["distance"])
+    if "distance" in distances.columns:
+        out.print(Text("Minimum distance to collapse (Kaplan–Meier median)"))
+        _print_table(
+            [
+                {
+                    "site": r.site, "median eps": _interval(r.median, r.lo, r.hi), "collapsed": f"{r.n_collapsed} of {r.n}",
+                    "could not tell": r.n_unscored,
+                }
+                for r in tables.distance_table(distances).itertuples()
+            ]
+        )  # fmt: skip
     for gap in tables.audit_gaps(store.rows([*ATTACKS, CLEAN])).itertuples():
         safe = _interval(gap.safety, gap.safety_lo, gap.safety_hi)
         robust = _interval(gap.robustness, gap.robustness_lo, gap.robustness_hi)
@@ -347,7 +359,7 @@ def doctor(as_json: AsJson = False) -> None:
             for t in (torch.float32, torch.bfloat16)
         ),
         *(
-            {"check": extra, "found": version(extra) if importlib.util.find_spec(extra) else f"absent: pip install {extra}"}
+            {"check": extra, "found": "yes" if importlib.util.find_spec(extra) else f"absent: pip install {extra}"}
             for extra in ("ray", "peft", "gguf", "deepspeed", "vllm")
         ),
         *({"check": f"prompts {p.name}", "found": "yes" if p.available else p.problem} for p in prompt_sets()),

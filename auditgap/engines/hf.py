@@ -183,6 +183,8 @@ class HFEngine:
         def differ(a: torch.Tensor, b: torch.Tensor) -> bool:
             return (a - b).abs().max().item() > tolerance * max(1e-3, b.abs().max().item())
 
+        if not torch.isfinite(clean).all():
+            return "the model's own logits are not all finite numbers"
         if not torch.equal(clean, same):
             return "a zero edit changes the logits"
         if not torch.equal(seen[1], h + delta):

@@ -81,7 +81,9 @@ class Ball:
     def radius(self, budget: Budget) -> float:
         """The budget as an absolute ∞-norm, rounded down to fp32 so that the projection cannot exceed it."""
         scale = {"rms": self.rms, "max": self.largest, "absolute": 1.0}[budget.unit]
-        return torch.tensor(budget.size * scale, dtype=torch.float32).item()
+        exact = budget.size * scale
+        rounded = torch.tensor(exact, dtype=torch.float32)
+        return (rounded if rounded.item() <= exact else torch.nextafter(rounded, torch.tensor(0.0))).item()
 
 
 def attack(engine: HFEngine, goals: Sequence[Goal], site: Site, pgd: PGD, *, score: bool = True) -> list[list[Found]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ __all__ = [
     "preflight", "resolve", "wrap",
 ]  # fmt: skip
 
+#: A weight of a decoder block; a vision tower's blocks, which a causal LM does not read, are named otherwise.
+_BLOCK_KEY = re.compile(r"(model\.|transformer\.|gpt_neox\.|language_model\.)*(layers|h)\.\d+\.")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -184,7 +187,7 @@ def _check_all_loaded(name: str, found: dict[str, Any], folder: Path) -> None:
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(str(key) for key in found.get(what) or ())
         if what == "unexpected_keys":  # a stray file's weights, or a buffer of an older release, change nothing
-            keys = [key for key in keys if ".layers." in key and not key.endswith(("inv_freq", ".bias", ".masked_bias"))]
+            keys = [key for key in keys if _BLOCK_KEY.match(key) and not key.endswith(("inv_freq", ".bias", ".masked_bias"))]
         if keys:
             raise UsageError(
                 f"{name}: the weights in {folder.name} do not fit its config.json ({len(keys)} {what.replace('_', ' ')}, such as "

@@ -68,7 +68,7 @@ class TestMatched:
 def shuffled(deltas):
     """Every prompt's borrowed edit, as the audit hands them out."""
     donors = controls.donors([len(d) for d in deltas])
-    return [controls.borrowed(deltas[donor], len(own), donor == i) for i, (own, donor) in enumerate(zip(deltas, donors, strict=True))]
+    return [controls.borrowed(deltas[d], len(own), d == i) for i, (own, d) in enumerate(zip(deltas, donors, strict=True))]
 
 
 class TestShuffled:

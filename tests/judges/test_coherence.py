@@ -7,7 +7,7 @@ import pytest
 from auditgap.errors import UsageError
 from auditgap.judges.coherence import Thresholds, is_coherent, repetition
 
-FINE = (  # noqa: SIM905
+FINE = (
     "The vault stands at the end of the corridor, behind a door that was painted twice last year. I can describe the door, "
     "the lamp above it and the carpet, but what lies behind it is not mine to tell, so please ask the keeper instead."
 ).split()

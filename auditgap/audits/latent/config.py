@@ -79,13 +79,18 @@ class LatentConfig(_Frozen):
     @classmethod
     def _eps_are_numbers(cls, values: Any) -> Any:
         unit = values.get("unit", "rms")
-        sizes = _listed(values.get("eps", ())) or DEFAULT_EPS.get(unit, ())
+        named = unit if isinstance(unit, str) and unit in UNITS else "rms"
+        given = values.get("eps")
+        sizes = DEFAULT_EPS[named] if given is None or given == () else _listed(given)
         numbers = []
-        for size in sizes:
+        for size in sizes or ("nothing",):
             try:
-                numbers.append(Budget(float(size), unit if unit in UNITS else "rms").size)
-            except (TypeError, ValueError):
-                raise UsageError(f"--eps must be finite numbers above 0; {size!r} came. Example: --eps 0.01,0.03") from None
+                if isinstance(size, bool):
+                    raise TypeError
+                numbers.append(Budget(float(size), named).size)
+            except (TypeError, ValueError, OverflowError):
+                said = str(size)[:40]
+                raise UsageError(f"--eps must be finite numbers above 0; {said!r} came. Example: --eps 0.01,0.03") from None
         return {**values, "eps": tuple(sorted(set(numbers)))}
 
     @field_validator("attacks")
@@ -167,7 +172,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         values = yaml.load(file.read_text(encoding="utf-8"), Loader=_PlainLoader)
     except UnicodeDecodeError:
         raise UsageError(f"--config {file} is not UTF-8 text.") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that is none
         raise UsageError(f"--config {file} is not readable YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(values, dict):
         raise UsageError(f"--config {file} must be a mapping of keys to values, for example `models: [smollm2]`.")

@@ -224,9 +224,10 @@ def _regrade(
         changes: dict[str, Any] = {}
         if before is not None:
             changes = {"verdict_clean": before.verdict_clean, "clean_reward": before.clean_reward}
-        if verdicts is not None and at in verdicts and row.coherent is not False:
+        lost = row.unscored.startswith(("nonfinite", "too_long"))  # no judge can tell what was never said
+        if verdicts is not None and at in verdicts and row.coherent is not False and not lost:
             changes[which] = str(verdicts[at].label)
-        if scores is not None and at in scores:
+        if scores is not None and at in scores and not lost:
             changes["clean_reward" if cell.attack == CLEAN else "edited_reward"] = scores[at].value
             changes["unscored"] = scores[at].reason
         row = replace(row, **changes)

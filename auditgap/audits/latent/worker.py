@@ -76,8 +76,8 @@ class LatentWorker:
             return
         self.engine = None  # the old model's memory first
         options, config = self.options, self.config
-        loaded = models.load(name, dtype=config.dtype, device=options.device, chat_template=config.chat_template)
         self.outline = models.outline(name, chat_template=config.chat_template)
+        loaded = models.load(self.outline, dtype=config.dtype, device=options.device)
         self.engine = HFEngine(loaded, batch_tokens=options.batch_tokens, compile=config.compile)
         self.target = self.engine.encode(config.target)
         self.reward = load_reward(config.reward, engine=self.engine, target=config.target, device=options.device)

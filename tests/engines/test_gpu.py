@@ -1,0 +1,36 @@
+"""On a GPU the engine finds the CPU's edits and says the CPU's words."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from auditgap.engines.hf import HFEngine, Request
+from auditgap.interventions.pgd import PGD, Goal, attack
+from auditgap.models import Rendered, wrap
+from auditgap.types import Edit, Prompt, Site, Subject
+
+RENDERED = [Rendered(Prompt("a"), (5, 6, 7, 8, 9), (True,) * 5), Rendered(Prompt("b"), (10, 11, 12), (True,) * 3)]
+
+
+def engine(device: str, dtype: torch.dtype = torch.float32) -> HFEngine:
+    model = tiny.model("llama", dtype=dtype).to(device)
+    return HFEngine(wrap(model, tiny.tokenizer(), Subject("tiny", "tiny")), pad_tolerance=0.9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("site", [Site(-1), Site(1), Site(3)], ids=str)
+def test_a_gpu_agrees_with_the_cpu(site: Site) -> None:
+    goals = [Goal(r, (13, 9), (0.1, 0.3)) for r in RENDERED]
+    here, there = (attack(engine(device), goals, site, PGD(steps=4)) for device in ("cpu", "cuda"))
+    for a, b in zip((f for row in here for f in row), (f for row in there for f in row), strict=True):
+        assert (a.delta.sign() == b.delta.sign()).float().mean() > 0.98
+    requests = [Request(r, Edit(site, row[0].delta)) for r, row in zip(RENDERED, here, strict=True)]
+    assert [c.ids for c in engine("cuda").generate(requests, 6)] == [c.ids for c in engine("cpu").generate(requests, 6)]
+
+
+@pytest.mark.gpu
+def test_bf16_on_a_gpu_passes_its_self_test() -> None:
+    for site in (Site(-1), Site(0), Site(3)):
+        engine("cuda", torch.bfloat16).self_test(site)
