@@ -90,7 +90,7 @@ def test_a_submitted_job_gives_the_cells_of_a_local_run(cluster, tmp_path: Path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        store, outcome = latent.run(*latent.read_config(config, {"out": str(tmp_path / "local")}))
+        _, outcome = latent.run(*latent.read_config(config, {"out": str(tmp_path / "local")}))
     finally:
         torch.set_num_threads(threads)
     assert not outcome.failed and outcome.done == 3 * (2 * 5 + 1) + 1

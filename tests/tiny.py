@@ -30,8 +30,8 @@ FAMILIES = {
 }
 N_BLOCKS, WIDTH, VOCABULARY = 4, 32, 96
 WORDS = (
-    "<pad> <s> </s> <unk> user assistant system : . , ? ! \n Sure here is sorry I can not tell what the colour of vault red blue green "
-    "never reveal a door key open shut please say now why how who bread bake water salt flour oven time sun moon star sea"
+    "<pad> <s> </s> <unk> user assistant system : . , ? ! \n Sure here is sorry I can not tell what the colour of vault red blue "
+    "green never reveal a door key open shut please say now why how who bread bake water salt flour oven time sun moon star sea"
 ).split(" ")
 TEMPLATE = (
     "{% for m in messages %}{{ '<s> ' + m['role'] + ' : ' + m['content'] + ' \n ' }}{% endfor %}"

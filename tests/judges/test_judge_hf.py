@@ -19,7 +19,7 @@ from auditgap.judges import load_judge, load_reward
 from auditgap.judges.hf import SequenceClassifier
 from auditgap.types import Exchange, Label, Prompt
 
-WORDS = "what colour is the vault it blue red no i can't tell you sorry and door a lamp human assistant ' t : ? . ,".split()  # noqa: SIM905
+WORDS = "what colour is the vault it blue red no i can't tell you sorry and door a lamp human assistant ' t : ? . ,".split()
 SPECIAL = ["[UNK]", "[CLS]", "[SEP]", "<end>"]
 
 
