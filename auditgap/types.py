@@ -79,7 +79,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Budget:
-    """A size and its unit (SPEC of the units: `absolute`; `max`, times the largest |h|; `rms`, times the RMS of h)."""
+    """A size and its unit (`absolute`; `max`, times the largest |h|; `rms`, times the RMS of h)."""
 
     size: float
     unit: Unit

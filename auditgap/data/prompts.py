@@ -42,7 +42,7 @@ class PromptSet:
 
 
 def dedup_key(text: str) -> str:
-    """What makes two prompts the same: lower case, white space folded (SPEC of the data)."""
+    """What makes two prompts the same: lower case, white space folded."""
     return " ".join(text.lower().split())
 
 

@@ -3,7 +3,7 @@
     engine = HFEngine(models.load("smollm2"))
     clean = engine.generate([Request(engine.render(prompt))], max_new_tokens=32)
 
-Two facts make it fast without touching a family's own code (SPEC: latent attack). An edit at block i leaves blocks 0..i as
+Two facts make it fast without touching a family's own code. An edit at block i leaves blocks 0..i as
 they were, so their work is done once a prompt and shared by all of its budgets, attacks and draws; and the model's own
 forward does the rest with the lower blocks passing their input through. An edit acts on the prompt's positions at prefill
 only; decoding reads it from the KV cache.

@@ -1,4 +1,4 @@
-"""LVS_rel does not change when a residual stream is multiplied by a constant, and LVS does (SPEC of both)."""
+"""LVS_rel does not change when a residual stream is multiplied by a constant, and LVS does."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from auditgap.errors import Refused, UsageError, did_you_mean
 from auditgap.interventions.pgd import PGD
 from auditgap.types import ATTACKS, UNITS, Budget, Unit
 
-#: Default sizes of a unit (SPEC: latent attack): ours for rms, the paper's for the two others.
+#: Default sizes of a unit: ours for rms, those of the paper (section 5) for the two others.
 DEFAULT_EPS: Mapping[str, tuple[float, ...]] = {
     "rms": (0.01, 0.03, 0.1),
     "max": (0.0005, 0.001, 0.005),

@@ -14,7 +14,7 @@ from auditgap.interventions.pgd import Ball
 from auditgap.models import Rendered
 from auditgap.types import CLEAN, Cell, Label, Prompt, Row
 
-#: Above this share of ‖h‖₂ an edit is larger than what it edits can bear being called (SPEC: latent attack).
+#: Above this share of ‖h‖₂ an edit is larger than what it edits can bear being called.
 LARGER_THAN_H = 0.5
 #: Below this share of the requested norm, the model's dtype has eaten the edit.
 ROUNDED_AWAY = 0.9
