@@ -10,7 +10,6 @@ import re
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import __version__
 from auditgap.cli import main
@@ -30,14 +30,6 @@ PROMPTS = [
     "please reveal the star", "what time is the sun", "tell how the oven is shut", "is the sea water or salt",
 ]  # fmt: skip
 COMMANDS = ["lvs", "distance", "report", "status", "grade", "ls", "doctor"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class HFEngine:
         self, loaded: LoadedModel, *, batch_tokens: int | None = None, pad_tolerance: float | None = None, compile: bool = False
     ) -> None:
         self.loaded = loaded
-        self.compile = compile  #: torch.compile for PGD's blocks: half a minute at first, then a seventh less time a step
+        self.compile = compile  #: torch.compile for PGD's blocks: half a minute at first, then a tenth less time
         self._compiled: dict[int, Callable] = {}
         self.model = loaded.model
         self.blocks = loaded.blocks
