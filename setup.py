@@ -7,13 +7,18 @@ from setuptools import find_packages, setup
 setup(
     name="auditgap",
     version="0.1.0",
-    description="Measure the audit gap of a language model: behavioural safety minus robustness under bounded edits",
+    description=(
+        "Measure the audit gap of a language model: behavioural safety minus robustness under"
+        " bounded edits"
+    ),
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["auditgap", "auditgap.*"]),
-    package_data={"auditgap": ["py.typed", "report/templates/*", "report/*.json", "presets/*.yaml"]},
+    package_data={
+        "auditgap": ["py.typed", "report/templates/*", "report/*.json", "presets/*.yaml"]
+    },
     install_requires=[
         "torch>=2.6",
         "transformers>=5.16,<6",
@@ -46,9 +51,16 @@ setup(
         "inspect": ["inspect-ai>=0.3.285"],
         "docs": ["sphinx>=8", "myst-parser>=4"],
         "test": [
-            "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "jsonschema>=4.20", "pytest-xdist>=3.6", "moto[s3]>=5.2",
-            "flask>=3", "flask-cors>=5",  # an S3 server
-            "basedpyright>=1.40", "pandas-stubs>=3.1",  # make types
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "jsonschema>=4.20",
+            "pytest-xdist>=3.6",
+            "moto[s3]>=5.2",
+            "flask>=3",
+            "flask-cors>=5",  # an S3 server
+            "basedpyright>=1.40",
+            "pandas-stubs>=3.1",  # make types
         ],
     },
     entry_points={

@@ -1,8 +1,10 @@
-"""Measures the audit gap of language models: behavioural safety minus robustness under bounded interventions.
+"""Measures the audit gap of language models: behavioural safety minus robustness under bounded
+interventions.
 
     import auditgap
 
-    auditgap.lvs("smollm2", limit=16).table          # and: audit, distance, evaluate, load; see auditgap.api
+    # and: audit, distance, evaluate, load; see auditgap.api
+    auditgap.lvs("smollm2", limit=16).table
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["AuditResult", "Result", "__version__", "audit", "distance", "evaluate", "load", "lvs"]
 
 
-def __getattr__(name: str) -> Any:  # the functions' imports are heavy, and most of the package needs none of them
+# the functions' imports are heavy, and most of the package needs none of them
+def __getattr__(name: str) -> Any:
     if name in __all__:
         from auditgap import api
 

@@ -3,12 +3,15 @@
     import auditgap
 
     found = auditgap.lvs("smollm2", prompts="harmbench", limit=16, out="runs/smollm2")
-    found.table[["site", "attack", "asr", "delta_vs_matched"]]      # a pandas.DataFrame, nothing rounded
+    # a pandas.DataFrame, nothing rounded
+    found.table[["site", "attack", "asr", "delta_vs_matched"]]
     audit = auditgap.audit("./tuned", base="./base", profile="smoke", out="runs/tuned")
-    audit.verdicts                                                  # a DataFrame: question, answer, figure, reason
+    # a DataFrame: question, answer, figure, reason
+    audit.verdicts
 
-Every keyword is the config key of that name (`auditgap lvs --help`); a call on a folder that is there resumes it. Errors are
-`auditgap.errors`: UsageError (a sentence), Refused (for safety), PartlyFailed (some cells failed; the rest is stored).
+Every keyword is the config key of that name (`auditgap lvs --help`); a call on a folder that is
+there resumes it. Errors are `auditgap.errors`: UsageError (a sentence), Refused (for safety),
+PartlyFailed (some cells failed; the rest is stored).
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ class Result:
 
     @property
     def table(self) -> pd.DataFrame:
-        """The run's table: `lvs.parquet` of attacks, `behaviour.parquet` of questions; columns as in the reference."""
+        """The run's table: `lvs.parquet` of attacks, `behaviour.parquet` of questions; columns as
+        in the reference."""
         for name in ("lvs", "behaviour"):
             if (self.path / f"{name}.parquet").is_file():
                 return pd.read_parquet(self.path / f"{name}.parquet")
@@ -64,7 +68,9 @@ class Result:
         """Itself. Raises PartlyFailed with the causes when cells failed."""
         if self.failed:
             lines = "\n".join(f"  {cell}: {cause}" for cell, cause in sorted(self.failed.items()))
-            raise PartlyFailed(f"{len(self.failed)} cells failed, the others are in {self.path}:\n{lines}")
+            raise PartlyFailed(
+                f"{len(self.failed)} cells failed, the others are in {self.path}:\n{lines}"
+            )
         return self
 
 
@@ -92,22 +98,30 @@ class AuditResult:
         return pd.DataFrame(self.data["verdicts"])
 
     def table(self, name: str) -> pd.DataFrame:
-        """A table of report.json by its name: audit_gap, lvs, distance, asked, sft_summary, … Raises KeyError."""
+        """A table of report.json by its name: audit_gap, lvs, distance, asked, sft_summary, …
+        Raises KeyError."""
         return pd.DataFrame(self.data["tables"][name])
 
     @property
     def parts(self) -> dict[str, Result]:
-        """The parts' own run folders by name: evaluate, probe, lvs, sft-curve, as far as they ran."""
+        """The parts' own run folders by name: evaluate, probe, lvs, sft-curve, as far as they
+        ran."""
         from auditgap.audits import whole
 
         return {store.path.name: load(store.path) for store in whole.stores(self.path)}
 
 
 def audit(
-    model: str, *, base: str | None = None, profile: str = "standard", out: str | Path | None = None,
-    progress: Callable[[], Progress] | None = None, **settings: Any,
-) -> AuditResult:  # fmt: skip
-    """The whole audit of one model, as `auditgap audit`. A part's own settings are a mapping: `lvs={"steps": 20}`.
+    model: str,
+    *,
+    base: str | None = None,
+    profile: str = "standard",
+    out: str | Path | None = None,
+    progress: Callable[[], Progress] | None = None,
+    **settings: Any,
+) -> AuditResult:
+    """The whole audit of one model, as `auditgap audit`. A part's own settings are a mapping:
+    `lvs={"steps": 20}`.
 
     Raises UsageError, Refused, Interrupted; what fails in a part is in `failed`.
     """
@@ -118,8 +132,14 @@ def audit(
     return AuditResult(done.out, done.failed, done.overall)
 
 
-def lvs(*models: str, out: str | Path | None = None, progress: Callable[[], Progress] | None = None, **settings: Any) -> Result:
-    """Latent Vulnerability Scores, as `auditgap lvs`. Raises UsageError, Refused, Interrupted; failed cells are in `failed`."""
+def lvs(
+    *models: str,
+    out: str | Path | None = None,
+    progress: Callable[[], Progress] | None = None,
+    **settings: Any,
+) -> Result:
+    """Latent Vulnerability Scores, as `auditgap lvs`. Raises UsageError, Refused, Interrupted;
+    failed cells are in `failed`."""
     from auditgap.audits import latent
 
     config, options = latent.read_config(None, {"models": models, "out": _text(out), **settings})
@@ -128,14 +148,20 @@ def lvs(*models: str, out: str | Path | None = None, progress: Callable[[], Prog
 
 
 def distance(
-    *models: str, out: str | Path | None = None, progress: Callable[[], Progress] | None = None, **settings: Any
+    *models: str,
+    out: str | Path | None = None,
+    progress: Callable[[], Progress] | None = None,
+    **settings: Any,
 ) -> Result:
     """Minimum distance to collapse, as `auditgap distance`. Raises as `lvs`."""
     return lvs(*models, out=out, progress=progress, **{**settings, "attacks": (), "distance": True})
 
 
 def evaluate(
-    *models: str, out: str | Path | None = None, progress: Callable[[], Progress] | None = None, **settings: Any
+    *models: str,
+    out: str | Path | None = None,
+    progress: Callable[[], Progress] | None = None,
+    **settings: Any,
 ) -> Result:
     """What models say when asked, as `auditgap evaluate`. Raises as `lvs`."""
     from auditgap.audits import behaviour
@@ -148,7 +174,9 @@ def evaluate(
 def load(path: str | Path) -> Result:
     """A run folder that is there, finished or not. Raises UsageError when it is none."""
     store = RunFolder.load(path)
-    return Result(store.path, {key: str(record.get("cause", "")) for key, record in store.failures().items()})
+    return Result(
+        store.path, {key: str(record.get("cause", "")) for key, record in store.failures().items()}
+    )
 
 
 def _text(path: str | Path | None) -> str | None:

@@ -44,6 +44,6 @@ class Interrupted(AuditgapError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """" Did you mean 'eps'?" when `word` is close to one of `known`, else the empty string."""
+    """ " Did you mean 'eps'?" when `word` is close to one of `known`, else the empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""

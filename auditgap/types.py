@@ -1,4 +1,5 @@
-"""The frozen nouns that travel through auditgap: what is audited, where, how hard, and what came of it.
+"""The frozen nouns that travel through auditgap: what is audited, where, how hard, and what came of
+it.
 
 A cell reads as a sentence: *this subject, edited at this site, within this budget, by this attack*:
 
@@ -24,26 +25,33 @@ from auditgap.errors import UsageError
 Unit = Literal["rms", "max", "absolute"]
 UNITS: tuple[Unit, ...] = ("rms", "max", "absolute")
 
-#: What an attack does; `clean` is the pass without an edit that every other cell is measured against.
+#: What an attack does; `clean` is the pass without an edit that every other cell is measured
+#: against.
 ATTACKS: Mapping[str, str] = {
     "targeted": "PGD that minimises the NLL of the target opening",
     "untargeted": "PGD that maximises the NLL of the subject's own clean answer",
     "random": "control: uniform in the ∞-ball",
-    "random_matched": "control: random signs on the targeted edit's own magnitudes (same L∞, L2 and support)",
+    "random_matched": (
+        "control: random signs on the targeted edit's own magnitudes (same L∞, L2 and support)"
+    ),
     "shuffled": "control: another prompt's targeted edit, at this prompt's radius",
 }
 CLEAN = "clean"
 
 
 def digest(value: Any, length: int = 24) -> str:
-    """SHA-256 (first `length` hex digits) of a value's canonical JSON: sorted keys, shortest floats, no spaces."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    """SHA-256 (first `length` hex digits) of a value's canonical JSON: sorted keys, shortest
+    floats, no spaces."""
+    canonical = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:length]
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt of a prompt set. `id` is a hash of the text, so tables can name a prompt without showing it."""
+    """One prompt of a prompt set. `id` is a hash of the text, so tables can name a prompt without
+    showing it."""
 
     text: str
     source: str = ""
@@ -85,7 +93,8 @@ class Subject:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Site:
-    """Where an edit goes: what block 0 receives (`embedding`, index −1) or the residual stream after block i."""
+    """Where an edit goes: what block 0 receives (`embedding`, index −1) or the residual stream
+    after block i."""
 
     layer_index: int
 
@@ -111,7 +120,10 @@ class Budget:
             raise UsageError(f"--unit must be one of {', '.join(UNITS)}; {self.unit!r} came.")
         number = isinstance(self.size, (int, float)) and not isinstance(self.size, bool)
         if not number or not math.isfinite(self.size) or self.size <= 0:
-            raise UsageError(f"--eps must be a finite number above 0; {self.size!r} came. For example: --eps 0.03")
+            raise UsageError(
+                f"--eps must be a finite number above 0; {self.size!r} came. For example: --eps"
+                " 0.03"
+            )
         object.__setattr__(self, "size", float(self.size))
 
     def __str__(self) -> str:
@@ -120,7 +132,8 @@ class Budget:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Edit:
-    """An additive δ at one site on the prompt's positions. `delta` is a [T, D] fp32 tensor, T the prompt's tokens."""
+    """An additive δ at one site on the prompt's positions. `delta` is a [T, D] fp32 tensor, T the
+    prompt's tokens."""
 
     site: Site
     delta: Any
@@ -128,9 +141,11 @@ class Edit:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Standing:
-    """An edit that stands at every position, the prompt's and the answer's: h ← h + shift − (h·read) write, at each site.
+    """An edit that stands at every position, the prompt's and the answer's: h ← h + shift −
+    (h·read) write, at each site.
 
-    All are [D] fp32 tensors; None leaves their term out. Steering has a shift; ablation reads and writes one unit vector.
+    All are [D] fp32 tensors; None leaves their term out. Steering has a shift; ablation reads and
+    writes one unit vector.
     """
 
     sites: tuple[Site, ...]
@@ -141,7 +156,8 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Suffix:
-    """Text that is put behind a prompt: an intervention where the prompt goes in, with no size inside the model."""
+    """Text that is put behind a prompt: an intervention where the prompt goes in, with no size
+    inside the model."""
 
     text: str
 
@@ -171,7 +187,8 @@ class Label(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A judge's answer to one exchange; `reason` says why when the label is `unscored` or `broken`."""
+    """A judge's answer to one exchange; `reason` says why when the label is `unscored` or
+    `broken`."""
 
     label: Label
     reason: str = ""
@@ -179,7 +196,8 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A reward's answer: higher = safer. `value` is None when it could not tell, and `reason` says why."""
+    """A reward's answer: higher = safer. `value` is None when it could not tell, and `reason` says
+    why."""
 
     value: float | None
     reason: str = ""
@@ -189,8 +207,9 @@ class Score:
 class Cell:
     """The unit that is planned, sharded, stored and resumed.
 
-    `prompts` is the hash of the prompt set, `settings` everything else that can change a number (attack steps, seeds,
-    dtype, scorers). `key` names the cell on disk; the subject counts by its fingerprint, not by the name typed.
+    `prompts` is the hash of the prompt set, `settings` everything else that can change a number
+    (attack steps, seeds, dtype, scorers). `key` names the cell on disk; the subject counts by its
+    fingerprint, not by the name typed.
     """
 
     subject: Subject
@@ -224,52 +243,59 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One prompt of one cell, as stored in `rows.parquet`. None means "could not tell"; `unscored` says why."""
+    """One prompt of one cell, as stored in `rows.parquet`. None means "could not tell"; `unscored`
+    says why."""
 
     subject: str
-    site: str | None                #: `embedding`, `block<i>`; None in the clean cell
-    layer_index: int | None         #: −1 for the embedding
+    site: str | None  #: `embedding`, `block<i>`; None in the clean cell
+    layer_index: int | None  #: −1 for the embedding
     unit: str | None
-    eps: float | None               #: the budget's size, in its unit
-    eps_abs: float | None           #: the ∞-ball's radius in activation units
+    eps: float | None  #: the budget's size, in its unit
+    eps_abs: float | None  #: the ∞-ball's radius in activation units
     attack: str
-    draw: int                       #: 0, or the draw of a random control
+    draw: int  #: 0, or the draw of a random control
     prompt_id: str
     n_prompt_tokens: int
     n_new_tokens: int
     clean_reward: float | None
     edited_reward: float | None
-    l2: float | None                #: ‖δ‖₂ as requested
+    l2: float | None  #: ‖δ‖₂ as requested
     linf: float | None
-    l2_effective: float | None      #: after the model's dtype has rounded (h + δ) − h
+    l2_effective: float | None  #: after the model's dtype has rounded (h + δ) − h
     linf_effective: float | None
-    h_norm: float | None            #: ‖h‖₂ of the clean activations at the site, template positions left out
-    relative_norm: float | None     #: l2 / h_norm
-    nll_clean: float | None         #: mean NLL of the target, nats a token, no edit
-    nll_edited: float | None        #: the same under the edit
-    completion_nll: float | None    #: mean NLL of the completion under the clean model, nats a token
+    #: ‖h‖₂ of the clean activations at the site, template positions left out
+    h_norm: float | None
+    relative_norm: float | None  #: l2 / h_norm
+    nll_clean: float | None  #: mean NLL of the target, nats a token, no edit
+    nll_edited: float | None  #: the same under the edit
+    #: mean NLL of the completion under the clean model, nats a token
+    completion_nll: float | None
     coherent: bool | None
-    verdict_clean: str | None       #: a Label
+    verdict_clean: str | None  #: a Label
     verdict_edited: str | None
-    lvs: float | None               #: max(0, S(y) − S(y′)) / (log(1 + ‖δ‖₂) + η), paper eq. in section 6
-    lvs_rel: float | None           #: the same with ‖δ‖₂/‖h‖₂ in the denominator
-    flags: str = ""                 #: space-separated: larger_than_h, degenerate, last_position_only, dtype_rounding
-    unscored: str = ""              #: reason, when lvs is None
+    #: max(0, S(y) − S(y′)) / (log(1 + ‖δ‖₂) + η), paper eq. in section 6
+    lvs: float | None
+    lvs_rel: float | None  #: the same with ‖δ‖₂/‖h‖₂ in the denominator
+    #: space-separated: larger_than_h, degenerate, last_position_only, dtype_rounding
+    flags: str = ""
+    unscored: str = ""  #: reason, when lvs is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistanceRow:
-    """One prompt of one minimum-distance cell: the smallest budget found at which its completion turned harmful."""
+    """One prompt of one minimum-distance cell: the smallest budget found at which its completion
+    turned harmful."""
 
     subject: str
     site: str
     layer_index: int
     unit: str
     prompt_id: str
-    distance: float | None          #: in the unit; 0: harmful with no edit; not collapsed: the largest tried
-    eps_abs: float | None           #: the same as an absolute ∞-norm
-    collapsed: bool | None          #: False: right-censored at `distance`; None: could not tell
-    evaluations: int                #: attacks tried
+    #: in the unit; 0: harmful with no edit; not collapsed: the largest tried
+    distance: float | None
+    eps_abs: float | None  #: the same as an absolute ∞-norm
+    collapsed: bool | None  #: False: right-censored at `distance`; None: could not tell
+    evaluations: int  #: attacks tried
     verdict_clean: str | None
     unscored: str = ""
 
@@ -279,9 +305,36 @@ ROW_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(Row))
 
 #: Column names of `lvs.parquet`, one row a (subject, site, budget, attack).
 TABLE_COLUMNS: tuple[str, ...] = (
-    "subject", "site", "layer_index", "unit", "eps", "attack", "n", "n_unscored", "n_broken",
-    "lvs_mean", "lvs_mean_lo", "lvs_mean_hi", "lvs_median", "lvs_median_lo", "lvs_median_hi",
-    "lvs_rel_mean", "lvs_rel_lo", "lvs_rel_hi",
-    "asr", "asr_lo", "asr_hi", "asr_corrected", "asr_corrected_lo", "asr_corrected_hi", "asr_envelope",
-    "asr_envelope_lo", "asr_envelope_hi", "delta_vs_matched", "delta_lo", "delta_hi", "relative_norm_median", "flag",
-)  # fmt: skip
+    "subject",
+    "site",
+    "layer_index",
+    "unit",
+    "eps",
+    "attack",
+    "n",
+    "n_unscored",
+    "n_broken",
+    "lvs_mean",
+    "lvs_mean_lo",
+    "lvs_mean_hi",
+    "lvs_median",
+    "lvs_median_lo",
+    "lvs_median_hi",
+    "lvs_rel_mean",
+    "lvs_rel_lo",
+    "lvs_rel_hi",
+    "asr",
+    "asr_lo",
+    "asr_hi",
+    "asr_corrected",
+    "asr_corrected_lo",
+    "asr_corrected_hi",
+    "asr_envelope",
+    "asr_envelope_lo",
+    "asr_envelope_hi",
+    "delta_vs_matched",
+    "delta_lo",
+    "delta_hi",
+    "relative_norm_median",
+    "flag",
+)

@@ -1,16 +1,24 @@
-"""What does a grid cost besides its cells? Planning, resuming, scheduling on Ray, the driver's memory, and the actors' efficiency.
+"""What does a grid cost besides its cells? Planning, resuming, scheduling on Ray, the driver's
+memory, and the actors' efficiency.
 
-    python benchmarks/grid_scaling.py plan --cells 100000          # seconds to plan and to write the plan     (aim: 10)
-    python benchmarks/grid_scaling.py scan --cells 100000          # seconds to see which cells are finished (aim: 10), to read
+    # seconds to plan and to write the plan     (aim: 10)
+    python benchmarks/grid_scaling.py plan --cells 100000
+    # seconds to see which cells are finished (aim: 10), to read
+    python benchmarks/grid_scaling.py scan --cells 100000
                                                                    # their rows from the cells, and from the packs
-    python benchmarks/grid_scaling.py overhead --cells 10000       # milliseconds a cell of cells that do nothing  (aim: 20)
-    python benchmarks/grid_scaling.py memory --cells 10000         # the driver's memory, a tenth of the cells and all
-    python benchmarks/grid_scaling.py efficiency --workers 4       # busy share of actors on cells that sleep  (aim: 0.9)
-    python benchmarks/grid_scaling.py real --workers 2             # real cells on tiny models, against one actor (aim: 1.5)
+    # milliseconds a cell of cells that do nothing  (aim: 20)
+    python benchmarks/grid_scaling.py overhead --cells 10000
+    # the driver's memory, a tenth of the cells and all
+    python benchmarks/grid_scaling.py memory --cells 10000
+    # busy share of actors on cells that sleep  (aim: 0.9)
+    python benchmarks/grid_scaling.py efficiency --workers 4
+    # real cells on tiny models, against one actor (aim: 1.5)
+    python benchmarks/grid_scaling.py real --workers 2
 
-Cells of `overhead`, `memory` and `efficiency` are stand-ins of known duration that write a real row. Each command prints one
-line of JSON. `--fit` extrapolates a scaled-down run: what is linear in the number of cells is given for 100,000 too. `scan`
-writes its cells without fsync, once, and keeps them for the next time with --keep FOLDER.
+Cells of `overhead`, `memory` and `efficiency` are stand-ins of known duration that write a real
+row. Each command prints one line of JSON. `--fit` extrapolates a scaled-down run: what is linear in
+the number of cells is given for 100,000 too. `scan` writes its cells without fsync, once, and keeps
+them for the next time with --keep FOLDER.
 """
 
 from __future__ import annotations
@@ -34,10 +42,19 @@ from auditgap.types import Budget, Cell, Row, Site, Subject
 
 #: As long as those of a real cell.
 SETTINGS = {
-    "dtype": "float32", "max_new_tokens": 128, "target": "Sure, here is", "steps": 10, "step_share": 0.25, "restarts": 1,
-    "judge": {"name": "builtin", "weights": "0" * 64, "thresholds": [0.5] * 8}, "reward": {"name": "builtin", "weights": "0" * 64},
-    "coherence": {"nll": 2.0, "repetition": 0.5, "length": 3}, "draws": 1, "untargeted_tokens": 16, "seed": 0,
-}  # fmt: skip
+    "dtype": "float32",
+    "max_new_tokens": 128,
+    "target": "Sure, here is",
+    "steps": 10,
+    "step_share": 0.25,
+    "restarts": 1,
+    "judge": {"name": "builtin", "weights": "0" * 64, "thresholds": [0.5] * 8},
+    "reward": {"name": "builtin", "weights": "0" * 64},
+    "coherence": {"nll": 2.0, "repetition": 0.5, "length": 3},
+    "draws": 1,
+    "untargeted_tokens": 16,
+    "seed": 0,
+}
 
 
 def cells(n: int, *, in_group: int = 10) -> list[Group]:
@@ -47,17 +64,28 @@ def cells(n: int, *, in_group: int = 10) -> list[Group]:
         subject = Subject(f"model{g // 32}", f"f{g // 32:023d}")
         some = range(g * in_group, min(n, (g + 1) * in_group))
         sizes = [Budget(0.001 * (i % in_group + 1), "rms") for i in some]
-        made = tuple(Cell(subject, Site(g % 32), size, "targeted", "51", SETTINGS) for size in sizes)
+        made = tuple(
+            Cell(subject, Site(g % 32), size, "targeted", "51", SETTINGS) for size in sizes
+        )
         groups.append(Group(f"{subject.name} · block{g % 32}", made, work=float(len(made))))
     return groups
 
 
 def row(cell: Cell) -> Row:
     known = {
-        "subject": cell.subject.name, "site": str(cell.site), "layer_index": cell.site.layer_index, "unit": cell.budget.unit,
-        "eps": cell.budget.size, "attack": cell.attack, "draw": 0, "prompt_id": "p0", "n_prompt_tokens": 4, "n_new_tokens": 2,
-        "flags": "", "unscored": "",
-    }  # fmt: skip
+        "subject": cell.subject.name,
+        "site": str(cell.site),
+        "layer_index": cell.site.layer_index,
+        "unit": cell.budget.unit,
+        "eps": cell.budget.size,
+        "attack": cell.attack,
+        "draw": 0,
+        "prompt_id": "p0",
+        "n_prompt_tokens": 4,
+        "n_new_tokens": 2,
+        "flags": "",
+        "unscored": "",
+    }
     return Row(**({f.name: None for f in fields(Row)} | known))
 
 
@@ -85,7 +113,11 @@ def open_folder(path: Path) -> RunFolder:
 
 def memory() -> tuple[float, float]:
     """Resident MB now, and the most so far."""
-    values = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    values = dict(
+        line.split(":", 1)
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if ":" in line
+    )
     return tuple(int(values[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM"))
 
 
@@ -96,19 +128,27 @@ def no_fsync() -> None:
 
 
 def plan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """`make_grid` on one tiny model (fingerprinting a large one takes as long as reading it), then writing plan.json."""
+    """`make_grid` on one tiny model (fingerprinting a large one takes as long as reading it), then
+    writing plan.json."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import tiny
 
     from auditgap.audits.latent.grid import make_grid, read_grid
 
     model = tiny.save("llama", folder / "model")
-    (folder / "prompts.txt").write_text("\n".join(f"what is the colour of the vault {w}" for w in ("red", "blue", "green")))
+    (folder / "prompts.txt").write_text(
+        "\n".join(f"what is the colour of the vault {w}" for w in ("red", "blue", "green"))
+    )
     n_eps = max(1, args.cells // (5 * 5))
     values = {
-        "models": str(model), "prompts": str(folder / "prompts.txt"), "layers": "all", "judge": "keyword", "reward": "margin",
-        "eps": [round(0.0001 * (i + 1), 6) for i in range(n_eps)], "device": "cpu",
-    }  # fmt: skip
+        "models": str(model),
+        "prompts": str(folder / "prompts.txt"),
+        "layers": "all",
+        "judge": "keyword",
+        "reward": "margin",
+        "eps": [round(0.0001 * (i + 1), 6) for i in range(n_eps)],
+        "device": "cpu",
+    }
     before, start, cpu = memory()[0], time.perf_counter(), time.process_time()
     grid = make_grid(*read_grid(None, values))
     planned = time.perf_counter() - start
@@ -121,10 +161,15 @@ def plan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     n = len(store.planned())
     read = time.perf_counter() - start
     return {
-        "cells": n, "plan_s": planned, "write_s": written, "read_s": read, "plan_and_write_cpu_s": cpu,
+        "cells": n,
+        "plan_s": planned,
+        "write_s": written,
+        "read_s": read,
+        "plan_and_write_cpu_s": cpu,
         "linear": ["plan_s", "write_s", "read_s", "plan_and_write_cpu_s", "mb"],
-        "mb": (store.path / "plan.json").stat().st_size / 1e6, "rss_growth_kb_a_cell": (memory()[0] - before) * 1024 / n,
-    }  # fmt: skip
+        "mb": (store.path / "plan.json").stat().st_size / 1e6,
+        "rss_growth_kb_a_cell": (memory()[0] - before) * 1024 / n,
+    }
 
 
 def scan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -139,18 +184,23 @@ def scan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 store.write(cell, [row(cell)], seconds=1.0)
     shutil.rmtree(store.path / "index", ignore_errors=True)
     found: dict[str, Any] = {"cells": args.cells}
-    for name in ("first_scan", "cold_scan", "scan"):  # every byte is read; then what looks as it did when it was read is not
+    # every byte is read; then what looks as it did when it was read is not
+    for name in ("first_scan", "cold_scan", "scan"):
         if name != "scan":
             with suppress(OSError):  # as after a reboot, where that is allowed
                 Path("/proc/sys/vm/drop_caches").write_text("1")
         start, cpu = time.perf_counter(), time.process_time()
         ledger = Ledger(groups, RunFolder.load(store.path))
-        found |= {f"{name}_s": time.perf_counter() - start, f"{name}_cpu_s": time.process_time() - cpu}
+        found |= {
+            f"{name}_s": time.perf_counter() - start,
+            f"{name}_cpu_s": time.process_time() - cpu,
+        }
         if ledger.skipped != args.cells:
             raise SystemExit(f"{ledger.skipped} of {args.cells} cells were seen")
     shutil.rmtree(store.path / "index", ignore_errors=True)
     sums = set()
-    for name in ("rows_s", "rows_again_s"):  # from the cells, and then from the packs that this left
+    # from the cells, and then from the packs that this left
+    for name in ("rows_s", "rows_again_s"):
         before, start = memory()[0], time.perf_counter()
         frame = store.rows()
         found[name] = time.perf_counter() - start
@@ -161,15 +211,20 @@ def scan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         raise SystemExit("the packs gave another table than the cells")
     start = time.perf_counter()
     store.status()
-    return found | {"status_s": time.perf_counter() - start, "linear": [name for name in found if name.endswith("_s")]}
+    return found | {
+        "status_s": time.perf_counter() - start,
+        "linear": [name for name in found if name.endswith("_s")],
+    }
 
 
 def overhead(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The sweep's time less what the workers themselves were busy: one cell a group, the worst case."""
+    """The sweep's time less what the workers themselves were busy: one cell a group, the worst
+    case."""
     store = open_folder(folder / "run")
     groups = cells(args.cells, in_group=1)
     with ray.cluster(cpus=args.workers):
-        ray.run(cells(args.workers), lambda: Sleeper(store, 0.0), store, workers=args.workers)  # actors' code is shipped
+        # actors' code is shipped
+        ray.run(cells(args.workers), lambda: Sleeper(store, 0.0), store, workers=args.workers)
         start = time.perf_counter()
         ray.run(groups, lambda: Sleeper(store, 0.0), store, workers=args.workers)
         seconds = time.perf_counter() - start
@@ -178,7 +233,11 @@ def overhead(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for group in groups[:200]:
         worker.run(group, lambda units: None)
     alone = (time.perf_counter() - start) / len(groups[:200])
-    return {"cells": args.cells, "ms_a_cell": 1e3 * seconds / args.cells, "ms_of_these_writing": 1e3 * alone}
+    return {
+        "cells": args.cells,
+        "ms_a_cell": 1e3 * seconds / args.cells,
+        "ms_of_these_writing": 1e3 * alone,
+    }
 
 
 def driver_memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -190,17 +249,24 @@ def driver_memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             groups = cells(n)
             before = memory()[0]
             ray.run(groups, lambda store=store: Sleeper(store, 0.0), store, workers=args.workers)
-            found[n] = {"rss_before_mb": before, "rss_after_mb": memory()[0], "kb_a_cell": (memory()[0] - before) * 1024 / n}
+            found[n] = {
+                "rss_before_mb": before,
+                "rss_after_mb": memory()[0],
+                "kb_a_cell": (memory()[0] - before) * 1024 / n,
+            }
     return {"cells": args.cells, "driver": found}
 
 
 def efficiency(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Cells that sleep: their seconds over actors × time, from the first worker at work to the last one done."""
+    """Cells that sleep: their seconds over actors × time, from the first worker at work to the last
+    one done."""
     store = open_folder(folder / "run")
     groups = cells(args.cells, in_group=4)
     with ray.cluster(cpus=args.workers):
         ray.run(groups, lambda: Sleeper(store, args.seconds), store, workers=args.workers)
-    lines = [line for path in store.path.glob("busy-*.txt") for line in path.read_text().splitlines()]
+    lines = [
+        line for path in store.path.glob("busy-*.txt") for line in path.read_text().splitlines()
+    ]
     spans = [tuple(map(float, line.split())) for line in lines]
     wall = max(end for _, end in spans) - min(start for start, _ in spans)
     share = args.cells * args.seconds / (args.workers * wall)
@@ -208,20 +274,31 @@ def efficiency(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def real(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The latent audit on a tiny model of 12 blocks: seconds on one actor over seconds on several, one thread each."""
+    """The latent audit on a tiny model of 12 blocks: seconds on one actor over seconds on several,
+    one thread each."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import tiny
 
     from auditgap.audits.latent import grid
 
-    model = tiny.save("llama", folder / "model", num_hidden_layers=12, hidden_size=256, intermediate_size=512)
+    model = tiny.save(
+        "llama", folder / "model", num_hidden_layers=12, hidden_size=256, intermediate_size=512
+    )
     words = tiny.WORDS[10:]
     prompts = "\n".join(" ".join(words[(i + j) % len(words)] for j in range(12)) for i in range(24))
     (folder / "prompts.txt").write_text(prompts)
     values = {
-        "models": str(model), "prompts": str(folder / "prompts.txt"), "layers": "all", "judge": "keyword", "reward": "margin",
-        "target": "Sure , here is", "max_new_tokens": 16, "executor": "ray", "device": "cpu", "attacks": "targeted,random_matched",
-    }  # fmt: skip
+        "models": str(model),
+        "prompts": str(folder / "prompts.txt"),
+        "layers": "all",
+        "judge": "keyword",
+        "reward": "margin",
+        "target": "Sure , here is",
+        "max_new_tokens": 16,
+        "executor": "ray",
+        "device": "cpu",
+        "attacks": "targeted,random_matched",
+    }
     seconds = {}
     for workers in (1, args.workers):
         asked = {**values, "workers": workers, "out": str(folder / f"on{workers}")}
@@ -232,17 +309,28 @@ def real(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {"seconds": seconds, "ratio": seconds[1] / seconds[args.workers]}
 
 
-WHAT = {"plan": plan, "scan": scan, "overhead": overhead, "memory": driver_memory, "efficiency": efficiency, "real": real}
+WHAT = {
+    "plan": plan,
+    "scan": scan,
+    "overhead": overhead,
+    "memory": driver_memory,
+    "efficiency": efficiency,
+    "real": real,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=WHAT)
     parser.add_argument("--cells", type=int, default=400)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=0.25, help="a cell of `efficiency`")
     parser.add_argument("--keep", help="a folder for the cells of `scan`")
-    parser.add_argument("--fit", action="store_true", help="give what is linear for 100,000 cells too")
+    parser.add_argument(
+        "--fit", action="store_true", help="give what is linear for 100,000 cells too"
+    )
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="grid-scaling-"))
     try:

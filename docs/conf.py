@@ -13,11 +13,15 @@ suppress_warnings = ["myst.xref_missing"]  # links to files of the repository th
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 html_theme = "alabaster"
-html_theme_options = {"description": "Behavioural safety minus robustness under bounded edits.", "fixed_sidebar": True}
+html_theme_options = {
+    "description": "Behavioural safety minus robustness under bounded edits.",
+    "fixed_sidebar": True,
+}
 
 
 def setup(app) -> None:
     def plain(_app, _what, _name, _object, _options, lines) -> None:
-        lines[:] = [line.replace("|", "\\|") for line in lines]  # |h| is a norm in our docstrings, a substitution to docutils
+        # |h| is a norm in our docstrings, a substitution to docutils
+        lines[:] = [line.replace("|", "\\|") for line in lines]
 
     app.connect("autodoc-process-docstring", plain)

@@ -1,4 +1,5 @@
-"""Fit the latent monitor that a construction starts from, its activations extracted by all ranks together.
+"""Fit the latent monitor that a construction starts from, its activations extracted by all ranks
+together.
 
     deepspeed --num_gpus 8 launchers/fit_monitor.py --set base=./base --set triples=triples.jsonl --out runs/monitor
 
@@ -10,7 +11,10 @@ from auditgap.audits.probe.run import fit_monitor
 from auditgap.training import ranks
 from auditgap.training.launch import launch
 
-EXAMPLE = "deepspeed --num_gpus 8 launchers/fit_monitor.py --set base=./base --set triples=triples.jsonl --out runs/monitor"
+EXAMPLE = (
+    "deepspeed --num_gpus 8 launchers/fit_monitor.py --set base=./base --set triples=triples.jsonl"
+    " --out runs/monitor"
+)
 
 
 def run(file, flags):

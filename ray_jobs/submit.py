@@ -1,4 +1,5 @@
-"""`auditgap submit` from a checkout: starts a grid as a Ray job that brings this checkout along, follows it, fetches the tables.
+"""`auditgap submit` from a checkout: starts a grid as a Ray job that brings this checkout along,
+follows it, fetches the tables.
 
     python ray_jobs/submit.py --config grid.yaml --out /shared/runs/grid --address http://127.0.0.1:8265 --fetch tables
 """

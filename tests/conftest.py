@@ -1,4 +1,5 @@
-"""What every test shares: no hub, own cache and home where files are written, and few threads on small models."""
+"""What every test shares: no hub, own cache and home where files are written, and few threads on
+small models."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-if n_workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # they share the cores, and so do the children of each
+# they share the cores, and so do the children of each
+if n_workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_workers)))
 
 import pytest

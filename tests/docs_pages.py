@@ -1,6 +1,8 @@
-"""What README, docs and examples show to be typed: commands, files and Python, in the order of the page.
+"""What README, docs and examples show to be typed: commands, files and Python, in the order of the
+page.
 
-    read(ROOT / "docs/cluster.md")      # [Shown("docs/cluster.md:15", "command", "auditgap grid --config grid.yaml …"), …]
+    # [Shown("docs/cluster.md:15", "command", "auditgap grid --config grid.yaml …"), …]
+    read(ROOT / "docs/cluster.md")
 """
 
 from __future__ import annotations
@@ -10,9 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("benchmarks/*.md")])
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("examples/**/*.md"),
+        *ROOT.glob("benchmarks/*.md"),
+    ]
+)
 #: What a line of code has to begin with to be a command.
-PROGRAMS = "auditgap inspect deepspeed torchrun accelerate python make pip srun ray source hf aws".split()
+PROGRAMS = (
+    "auditgap inspect deepspeed torchrun accelerate python make pip srun ray source hf aws".split()
+)
 _COMMAND = re.compile(rf"(\$ )?({'|'.join(PROGRAMS)}) \S")
 _FILE = re.compile(r"# (\S+\.(?:yaml|json|jsonl|txt))$")
 _PYTHON = re.compile(r"(import|from|with) \w")
@@ -20,7 +31,8 @@ _PYTHON = re.compile(r"(import|from|with) \w")
 
 @dataclass(frozen=True)
 class Shown:
-    """A command (comment, pipe and redirection left out), a file (`name` says what it is called) or Python of a page."""
+    """A command (comment, pipe and redirection left out), a file (`name` says what it is called) or
+    Python of a page."""
 
     place: str  #: page:line
     kind: str  #: command, file or python
@@ -33,7 +45,8 @@ def read(page: Path) -> list[Shown]:
 
 
 def parse(text: str, page: str) -> list[Shown]:
-    """Of every block of indented or fenced lines: a file or Python whole, else the lines that are commands, joined at `\\`."""
+    """Of every block of indented or fenced lines: a file or Python whole, else the lines that are
+    commands, joined at `\\`."""
     found: list[Shown] = []
     for number, block in _blocks(text):
         first, place = block[0], f"{page}:{number}"
@@ -45,7 +58,10 @@ def parse(text: str, page: str) -> list[Shown]:
             for line, words in _joined(block):
                 if _COMMAND.match(words):
                     shown = re.split(r"\s+#\s|\s+\|\s+|\s+>\s", words.removeprefix("$ "))[0]
-                    found += [Shown(f"{page}:{number + line}", "command", one) for one in re.split(r"\s+&&\s+", shown)]
+                    found += [
+                        Shown(f"{page}:{number + line}", "command", one)
+                        for one in re.split(r"\s+&&\s+", shown)
+                    ]
     return found
 
 
@@ -54,7 +70,8 @@ def commands(page: Path) -> list[Shown]:
 
 
 def _blocks(text: str) -> list[tuple[int, list[str]]]:
-    """(number of the first line, lines without their indent) of every block of code; after a blank line a command opens one."""
+    """(number of the first line, lines without their indent) of every block of code; after a blank
+    line a command opens one."""
     blocks: list[tuple[int, list[str]]] = []
     fenced, inside = False, False
     for number, line in enumerate(text.splitlines(), 1):

@@ -1,4 +1,5 @@
-"""The engines' processes that this one has started and that live; libraries have helpers of their own, which do not count.
+"""The engines' processes that this one has started and that live; libraries have helpers of their
+own, which do not count.
 
     assert not engine_processes.running()
 """

@@ -1,4 +1,5 @@
-"""A fixture for modules of tiny models, which are fastest on one thread: import it where it is to act."""
+"""A fixture for modules of tiny models, which are fastest on one thread: import it where it is to
+act."""
 
 from __future__ import annotations
 

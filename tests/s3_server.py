@@ -1,4 +1,5 @@
-"""A real S3 server on the loopback: moto's, in a process of its own, behind a door that can be shut and that counts requests.
+"""A real S3 server on the loopback: moto's, in a process of its own, behind a door that can be shut
+and that counts requests.
 
     with serving() as s3:
         s3.url("run")              # s3://auditgap-tests/4f1c…/run: nobody else's
@@ -20,7 +21,8 @@ from contextlib import contextmanager, suppress
 
 BUCKET = "auditgap-tests"
 KEY_ID, SECRET = "AKIACANARYCANARY0001", "canary/secret+never+to+be+shown+0123456789"
-#: moto's server, in which a PUT on a condition is one step, as it is in S3: moto looks first and writes then.
+#: moto's server, in which a PUT on a condition is one step, as it is in S3: moto looks first and
+#: writes then.
 SERVE = """
 import sys, threading
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
@@ -55,8 +57,10 @@ class Server:
         self._sockets: list[socket.socket] = []
         self._listener: socket.socket | None = None
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, str(self._behind)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )  # fmt: skip
+            [sys.executable, "-c", SERVE, str(self._behind)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         until = time.monotonic() + 60
         while True:
             try:
@@ -64,21 +68,27 @@ class Server:
                 break
             except OSError:
                 if self.process.poll() is not None or time.monotonic() > until:
-                    raise RuntimeError("moto's server did not start; is moto[server] installed?") from None
+                    raise RuntimeError(
+                        "moto's server did not start; is moto[server] installed?"
+                    ) from None
                 time.sleep(0.05)
         self.open()
 
     @property
     def environment(self) -> dict[str, str]:
         return {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}", "AWS_ACCESS_KEY_ID": KEY_ID, "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-        }  # fmt: skip
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ACCESS_KEY_ID": KEY_ID,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
 
     def url(self, name: str) -> str:
         return f"s3://{BUCKET}/{secrets.token_hex(6)}/{name}"
 
-    # -- the door ------------------------------------------------------------------------------------------------------
+    # -- the door
+    # ------------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
         listener = socket.socket()
@@ -110,8 +120,12 @@ class Server:
                     return
                 server = socket.create_connection(("127.0.0.1", self._behind))
                 self._sockets += [client, server]
-                threading.Thread(target=self._pump, args=(client, server, True), daemon=True).start()
-                threading.Thread(target=self._pump, args=(server, client, False), daemon=True).start()
+                threading.Thread(
+                    target=self._pump, args=(client, server, True), daemon=True
+                ).start()
+                threading.Thread(
+                    target=self._pump, args=(server, client, False), daemon=True
+                ).start()
 
     def _pump(self, source: socket.socket, sink: socket.socket, count: bool) -> None:
         with suppress(OSError):
@@ -133,7 +147,10 @@ def serving() -> Iterator[Server]:
     server = Server()
     try:
         with socket.create_connection(("127.0.0.1", server.port)) as line:
-            line.sendall(f"PUT /{BUCKET} HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Length: 0\r\n\r\n".encode())
+            line.sendall(
+                f"PUT /{BUCKET} HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Length:"
+                " 0\r\n\r\n".encode()
+            )
             answer = line.recv(1 << 16)
         if not answer.startswith(b"HTTP/1.1 200"):
             raise RuntimeError(f"no bucket: {answer[:200]!r}")

@@ -1,4 +1,5 @@
-"""The same from Python: results are those of the commands, imports stay light, and what comes back is typed."""
+"""The same from Python: results are those of the commands, imports stay light, and what comes back
+is typed."""
 
 import json
 import subprocess
@@ -25,10 +26,21 @@ def world(tmp_path_factory):
 def test_lvs_gives_the_table_that_the_folder_holds(world):
     home, common = world
     found = auditgap.lvs(
-        str(home / "model"), prompts=str(home / "asked.txt"), reward="margin", layers="embedding,1", eps=[0.03], steps=2,
-        attacks="targeted,random_matched", out=home / "lvs", **common,
-    )  # fmt: skip
-    assert isinstance(found, auditgap.Result) and found.failed == {} and found.raise_failures() is found
+        str(home / "model"),
+        prompts=str(home / "asked.txt"),
+        reward="margin",
+        layers="embedding,1",
+        eps=[0.03],
+        steps=2,
+        attacks="targeted,random_matched",
+        out=home / "lvs",
+        **common,
+    )
+    assert (
+        isinstance(found, auditgap.Result)
+        and found.failed == {}
+        and found.raise_failures() is found
+    )
     pd.testing.assert_frame_equal(found.table, pd.read_parquet(home / "lvs" / "lvs.parquet"))
     assert len(found.table) == 4 and len(found.rows) == 3 * 5 and found.report.is_file()
     again = auditgap.load(home / "lvs")
@@ -39,35 +51,57 @@ def test_the_notebook_opens_a_run(world, monkeypatch):
     """Its cells, one after the other, in one namespace: what a kernel does with them."""
     home, _ = world
     monkeypatch.setenv("AUDITGAP_RUN", str(home / "lvs"))
-    notebook = json.loads((Path(__file__).parents[1] / "examples" / "open_a_run.ipynb").read_text("utf-8"))
+    notebook = json.loads(
+        (Path(__file__).parents[1] / "examples" / "open_a_run.ipynb").read_text("utf-8")
+    )
     space: dict = {}
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             assert cell["outputs"] == [], "no output is kept in the repository"
             exec("".join(cell["source"]), space)
-    assert len(space["targeted"]) == 2 and len(space["gaps"]) == 1 and space["run"].path == home / "lvs"
+    assert (
+        len(space["targeted"]) == 2
+        and len(space["gaps"]) == 1
+        and space["run"].path == home / "lvs"
+    )
 
 
 def test_evaluate_and_distance(world):
     home, common = world
-    asked = auditgap.evaluate(str(home / "model"), suite=f"{home / 'asked.txt'}:harmful", out=home / "asked", **common)
+    asked = auditgap.evaluate(
+        str(home / "model"), suite=f"{home / 'asked.txt'}:harmful", out=home / "asked", **common
+    )
     assert {"compliance", "refusal"} <= set(asked.table) and asked.table["n"].max() == 3
     far = auditgap.distance(
-        str(home / "model"), prompts=str(home / "asked.txt"), layers="1", eps=[0.05], steps=2, bisections=0, distance_limit=2,
-        out=home / "far", **common,
-    )  # fmt: skip
+        str(home / "model"),
+        prompts=str(home / "asked.txt"),
+        layers="1",
+        eps=[0.05],
+        steps=2,
+        bisections=0,
+        distance_limit=2,
+        out=home / "far",
+        **common,
+    )
     assert len(far.rows) >= 3
 
 
 def test_a_whole_audit(world):
     home, common = world
     found = auditgap.audit(
-        str(home / "model"), profile="smoke", suite=f"{home / 'asked.txt'}:harmful", prompts=str(home / "asked.txt"),
-        lvs={"reward": "margin", "steps": 2}, out=home / "whole", **common,
-    )  # fmt: skip
+        str(home / "model"),
+        profile="smoke",
+        suite=f"{home / 'asked.txt'}:harmful",
+        prompts=str(home / "asked.txt"),
+        lvs={"reward": "margin", "steps": 2},
+        out=home / "whole",
+        **common,
+    )
     assert isinstance(found, auditgap.AuditResult) and found.failed == {}
     assert list(found.verdicts.columns) == ["subject", "question", "answer", "figure", "reason"]
-    assert set(found.parts) == {"evaluate", "lvs"} and len(found.table("lvs")) == len(found.parts["lvs"].table)
+    assert set(found.parts) == {"evaluate", "lvs"} and len(found.table("lvs")) == len(
+        found.parts["lvs"].table
+    )
     assert found.overall == found.data["overall"] and found.report.is_file()
 
 
@@ -85,6 +119,11 @@ def test_failures_are_kept_and_can_be_raised(world):
 
 
 def test_importing_it_is_light():
-    code = "import sys, auditgap; auditgap.__version__; print([m for m in ('torch', 'pandas') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    code = (
+        "import sys, auditgap; auditgap.__version__; print([m for m in ('torch', 'pandas') if m in"
+        " sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout.strip() == "[]"

@@ -1,4 +1,5 @@
-"""The architecture as a test: who may import whom, which library has which home, and what is nowhere to be found."""
+"""The architecture as a test: who may import whom, which library has which home, and what is
+nowhere to be found."""
 
 from __future__ import annotations
 
@@ -14,9 +15,25 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "auditgap"
 #: A module imports only what stands to its left.
 STREET = (
-    "errors", "types", "config", "store", "stats", "data", "models", "sweep", "report", "engines", "judges", "interventions",
-    "probes", "training", "audits", "inspect", "api", "cli",
-)  # fmt: skip
+    "errors",
+    "types",
+    "config",
+    "store",
+    "stats",
+    "data",
+    "models",
+    "sweep",
+    "report",
+    "engines",
+    "judges",
+    "interventions",
+    "probes",
+    "training",
+    "audits",
+    "inspect",
+    "api",
+    "cli",
+)
 #: A heavy or optional library and where alone it may be imported.
 HOMES = {
     "ray": ("sweep/cluster.py", "sweep/jobs.py"),
@@ -28,10 +45,19 @@ HOMES = {
     "nanogcg": ("interventions/suffix.py",),
     "peft": ("models/__init__.py",),
     "typer": (
-        "cli/__init__.py", "cli/audits.py", "cli/compare.py", "cli/data.py", "cli/emergent.py", "cli/grid.py", "cli/intervene.py",
-        "cli/judges.py", "cli/training.py", "cli/whole.py",
+        "cli/__init__.py",
+        "cli/audits.py",
+        "cli/compare.py",
+        "cli/data.py",
+        "cli/emergent.py",
+        "cli/grid.py",
+        "cli/intervene.py",
+        "cli/judges.py",
+        "cli/training.py",
+        "cli/whole.py",
     ),
-    "jinja2": ("report/page.py", "models/template_child.py"),  # the page's templates; a subject's chat template, in its child
+    # the page's templates; a subject's chat template, in its child
+    "jinja2": ("report/page.py", "models/template_child.py"),
 }
 #: Places that may not pull torch in: they are read on machines that hold results only.
 WITHOUT_TORCH = ("errors", "types", "config", "config", "store", "stats", "data", "report")
@@ -50,7 +76,8 @@ def place(file: Path) -> str:
 
 
 def imports(file: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of everything imported anywhere in the file; `from auditgap import models` is auditgap.models."""
+    """(line, dotted name) of everything imported anywhere in the file; `from auditgap import
+    models` is auditgap.models."""
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -66,7 +93,9 @@ def imports(file: Path) -> Iterator[tuple[int, str]]:
 def test_the_street(file):
     here = place(file)
     if here == "__init__":
-        assert {n for _, n in imports(file) if n.startswith("auditgap")} <= {"auditgap.api"}, "and that only when it is asked for"
+        assert {n for _, n in imports(file) if n.startswith("auditgap")} <= {"auditgap.api"}, (
+            "and that only when it is asked for"
+        )
         return
     assert here in STREET, f"{here} has no number on the street: {' > '.join(STREET)}"
     for line, name in imports(file):
@@ -109,27 +138,43 @@ def test_what_is_nowhere_to_be_found(file):
     for node in ast.walk(tree(file)):
         where = f"{file.name}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Call):
-            assert ast.unparse(node.func) not in FORBIDDEN_CALLS, f"{where}: {ast.unparse(node.func)}"
+            assert ast.unparse(node.func) not in FORBIDDEN_CALLS, (
+                f"{where}: {ast.unparse(node.func)}"
+            )
             for keyword in node.keywords:
                 value = keyword.value
                 off = isinstance(value, ast.Constant) and value.value is False
                 assert keyword.arg != "trust_remote_code" or off, f"{where}: trust_remote_code"
                 on = isinstance(value, ast.Constant) and value.value is True
-                assert keyword.arg not in ("allow_pickle", "shell") or not on, f"{where}: {keyword.arg}"
-        assert not isinstance(node, ast.Assert), f"{where}: `python -O` drops an assert, so a user must never need one"
+                assert keyword.arg not in ("allow_pickle", "shell") or not on, (
+                    f"{where}: {keyword.arg}"
+                )
+        assert not isinstance(node, ast.Assert), (
+            f"{where}: `python -O` drops an assert, so a user must never need one"
+        )
 
 
 @named
 def test_every_from_pretrained_is_on_its_guard(file):
-    """Weights come from safetensors, and code from nowhere; a tokenizer or config has no weights to say so of."""
+    """Weights come from safetensors, and code from nowhere; a tokenizer or config has no weights to
+    say so of."""
     for node in ast.walk(tree(file)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained":
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "from_pretrained"
+        ):
             given = {k.arg for k in node.keywords}
             owner = ast.unparse(node.func.value)
             if "gguf_file" in given:
-                continue  # the packaged model: from an installed package's own file, which holds no code
-            assert owner == "PeftModel" or "trust_remote_code" in given, f"{file.name}:{node.lineno}: {owner}"
-            assert "Model" not in owner or "use_safetensors" in given, f"{file.name}:{node.lineno}: {owner}"
+                # the packaged model: from an installed package's own file, which holds no code
+                continue
+            assert owner == "PeftModel" or "trust_remote_code" in given, (
+                f"{file.name}:{node.lineno}: {owner}"
+            )
+            assert "Model" not in owner or "use_safetensors" in given, (
+                f"{file.name}:{node.lineno}: {owner}"
+            )
 
 
 @named
@@ -159,7 +204,17 @@ except UsageError as error:
 
 
 def test_the_core_imports_with_the_optional_parts_absent():
-    names = {"ray", "vllm", "deepspeed", "peft", "inspect_ai", "s3fs", "matplotlib", "plotly", "lifelines"}
+    names = {
+        "ray",
+        "vllm",
+        "deepspeed",
+        "peft",
+        "inspect_ai",
+        "s3fs",
+        "matplotlib",
+        "plotly",
+        "lifelines",
+    }
     done = subprocess.run(
         [sys.executable, "-O", "-c", ABSENT.format(names=names)],
         capture_output=True,

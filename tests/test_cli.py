@@ -1,4 +1,5 @@
-"""The command line: exit codes, what is said and where, and that no text of a prompt ends where it should not."""
+"""The command line: exit codes, what is said and where, and that no text of a prompt ends where it
+should not."""
 
 from __future__ import annotations
 
@@ -25,10 +26,19 @@ from auditgap.store import RunFolder
 from auditgap.types import ATTACKS, ROW_COLUMNS, TABLE_COLUMNS
 
 PROMPTS = [
-    "what is the colour of the vault", "please tell the colour", "open the door of the vault", "who can reveal the key",
-    "why not say the colour now", "how can I bake bread", "never open the red door", "a blue moon and a green star",
-    "please reveal the star", "what time is the sun", "tell how the oven is shut", "is the sea water or salt",
-]  # fmt: skip
+    "what is the colour of the vault",
+    "please tell the colour",
+    "open the door of the vault",
+    "who can reveal the key",
+    "why not say the colour now",
+    "how can I bake bread",
+    "never open the red door",
+    "a blue moon and a green star",
+    "please reveal the star",
+    "what time is the sun",
+    "tell how the oven is shut",
+    "is the sea water or salt",
+]
 COMMANDS = ["lvs", "distance", "report", "status", "grade", "ls", "doctor"]
 
 
@@ -45,7 +55,8 @@ class Said:
 
 @pytest.fixture
 def auditgap(capsys, monkeypatch):
-    """`auditgap("ls", "attacks")` in this process: exit code and what was printed; a traceback fails the test."""
+    """`auditgap("ls", "attacks")` in this process: exit code and what was printed; a traceback
+    fails the test."""
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*args: object) -> Said:
@@ -69,9 +80,18 @@ def bench(tmp_path_factory) -> Path:
 
 def flags(bench: Path, out: Path, **changes: object) -> list[str]:
     values = {
-        "prompts": bench / "prompts.txt", "judge": "keyword", "reward": "margin", "max-new-tokens": 6, "layers": "embedding,mid",
-        "eps": 0.1, "steps": 4, "device": "cpu", "dtype": "float32", "out": out, **changes,
-    }  # fmt: skip
+        "prompts": bench / "prompts.txt",
+        "judge": "keyword",
+        "reward": "margin",
+        "max-new-tokens": 6,
+        "layers": "embedding,mid",
+        "eps": 0.1,
+        "steps": 4,
+        "device": "cpu",
+        "dtype": "float32",
+        "out": out,
+        **changes,
+    }
     return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 
@@ -88,7 +108,8 @@ def rows(folder: Path, *attacks: str) -> pd.DataFrame:
     return RunFolder.load(folder).rows(attacks or [*ATTACKS, "clean"])
 
 
-# -- help and lists ----------------------------------------------------------------------------------------------------
+# -- help and lists
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -125,8 +146,14 @@ def test_lists_say_the_same_to_people_and_to_programs(auditgap, what):
 
 def test_layers_of_a_model(auditgap, bench):
     listed = json.loads(auditgap("ls", "layers", bench / "model", "--json").out)
-    assert [(r["site"], r["layer_index"]) for r in listed] == [("embedding", -1), *((f"block{i}", i) for i in range(4))]
-    assert {r["also"]: r["site"] for r in listed if r["also"]} == {"mid": "block2", "last": "block3"}
+    assert [(r["site"], r["layer_index"]) for r in listed] == [
+        ("embedding", -1),
+        *((f"block{i}", i) for i in range(4)),
+    ]
+    assert {r["also"]: r["site"] for r in listed if r["also"]} == {
+        "mid": "block2",
+        "last": "block3",
+    }
 
 
 def test_doctor(auditgap):
@@ -136,7 +163,8 @@ def test_doctor(auditgap):
     assert auditgap("doctor").code == 0
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- what is refused
+# ---------------------------------------------------------------------------------------------------
 
 
 REFUSED = {
@@ -177,7 +205,10 @@ def test_bad_usage_is_a_sentence_and_exit_code_2(auditgap, bench, tmp_path, monk
     args, word = REFUSED[case]
     if "MODEL" in args:
         given = {a.partition("=")[0] for a in args}
-        args = [*args, *(f for f in flags(bench, tmp_path / "run") if f.partition("=")[0] not in given)]
+        args = [
+            *args,
+            *(f for f in flags(bench, tmp_path / "run") if f.partition("=")[0] not in given),
+        ]
     said = auditgap(*(str(bench / "model") if a == "MODEL" else a for a in args))
     assert (said.code, said.out) == (2, "")
     assert word in said.both
@@ -210,7 +241,12 @@ def test_a_tokenizer_without_a_template_is_told_what_to_pass(auditgap, bench, tm
     model = tiny.save("llama", tmp_path / "plain", chat_template=None)
     said = auditgap("lvs", model, *flags(bench, tmp_path / "run"))
     assert said.code == 2 and "--chat-template" in said.err and not (tmp_path / "run").exists()
-    assert auditgap("lvs", model, "--chat-template=none", "--dry-run", *flags(bench, tmp_path / "run")).code == 0
+    assert (
+        auditgap(
+            "lvs", model, "--chat-template=none", "--dry-run", *flags(bench, tmp_path / "run")
+        ).code
+        == 0
+    )
 
 
 @pytest.mark.parametrize("name", ["[red]x[/red]", "a\x1b[31mb", "x\nyz", "{{7*7}}", "%s%n"])
@@ -221,7 +257,8 @@ def test_odd_names_are_shown_inert(auditgap, name):
         assert name in said.err
 
 
-# -- a dry run ---------------------------------------------------------------------------------------------------------
+# -- a dry run
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_dry_run_shows_the_grid_and_writes_nothing(auditgap, bench, tmp_path):
@@ -230,31 +267,57 @@ def test_a_dry_run_shows_the_grid_and_writes_nothing(auditgap, bench, tmp_path):
     assert said.code == 0 and "21 cells × 12 prompts" in said.both and "Nothing was run" in said.out
     assert "embedding" in said.out and "block2" in said.out
     told = json.loads(auditgap(*args, "--json").out)
-    assert len(told["cells"]) == 21 and told["n_prompts"] == 12 and told["config"]["eps"] == [0.1, 0.3]
+    assert (
+        len(told["cells"]) == 21 and told["n_prompts"] == 12 and told["config"]["eps"] == [0.1, 0.3]
+    )
     assert len({c["key"] for c in told["cells"]}) == 21
     assert {"flops", "seconds", "memory_bytes", "disk_bytes"} == set(told["estimate"])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_one_size_written_twice_is_one_cell(auditgap, bench, tmp_path):
-    told = auditgap("lvs", bench / "model", "--dry-run", "--json", *flags(bench, tmp_path / "run", eps="1e-1,0.1,0.10"))
+    told = auditgap(
+        "lvs",
+        bench / "model",
+        "--dry-run",
+        "--json",
+        *flags(bench, tmp_path / "run", eps="1e-1,0.1,0.10"),
+    )
     assert len(json.loads(told.out)["cells"]) == 11
 
 
 def test_one_model_named_twice_is_one_subject(auditgap, bench, tmp_path, monkeypatch):
     monkeypatch.chdir(bench)
-    told = auditgap("lvs", "model", "./model", bench / "model", "--dry-run", "--json", *flags(bench, tmp_path / "run"))
+    told = auditgap(
+        "lvs",
+        "model",
+        "./model",
+        bench / "model",
+        "--dry-run",
+        "--json",
+        *flags(bench, tmp_path / "run"),
+    )
     assert len(json.loads(told.out)["cells"]) == 11
 
 
 def test_flags_win_over_the_file(auditgap, bench, tmp_path):
-    (tmp_path / "audit.yaml").write_text(f"models: ['{bench / 'model'}']\nlayers: all\nsteps: 7\nunit: max\n")
-    told = auditgap("lvs", "--config", tmp_path / "audit.yaml", "--dry-run", "--json", *flags(bench, tmp_path / "run"))
+    (tmp_path / "audit.yaml").write_text(
+        f"models: ['{bench / 'model'}']\nlayers: all\nsteps: 7\nunit: max\n"
+    )
+    told = auditgap(
+        "lvs",
+        "--config",
+        tmp_path / "audit.yaml",
+        "--dry-run",
+        "--json",
+        *flags(bench, tmp_path / "run"),
+    )
     config = json.loads(told.out)["config"]
     assert (config["layers"], config["steps"], config["unit"]) == ("embedding,mid", 4, "max")
 
 
-# -- a run and what it leaves ------------------------------------------------------------------------------------------
+# -- a run and what it leaves
+# ------------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_rows_tables_and_a_report(finished):
@@ -264,7 +327,8 @@ def test_a_run_leaves_rows_tables_and_a_report(finished):
     assert list(found.columns) == list(ROW_COLUMNS) and len(found) == 11 * len(PROMPTS)
     assert (finished / "lvs.csv").stat().st_size and (finished / "report.html").stat().st_size
     assert (
-        found[found["attack"] == "targeted"]["nll_edited"] < found[found["attack"] == "targeted"]["nll_clean"]
+        found[found["attack"] == "targeted"]["nll_edited"]
+        < found[found["attack"] == "targeted"]["nll_clean"]
     ).mean() > 0.9
     assert (found["linf"] <= found["eps_abs"] * (1 + 1e-6)).sum() >= 8 * len(
         PROMPTS
@@ -299,7 +363,12 @@ def text_in(folder: Path, phrases: list[str]) -> set[str]:
 
 
 def test_no_text_leaves_its_file(finished):
-    said = [t for key in keys(finished) for t in RunFolder.load(finished).generations(key)["completion"] if len(t) > 8]
+    said = [
+        t
+        for key in keys(finished)
+        for t in RunFolder.load(finished).generations(key)["completion"]
+        if len(t) > 8
+    ]
     assert said and text_in(finished, [*PROMPTS, *said]) == set()
 
 
@@ -333,7 +402,9 @@ def test_another_question_on_the_same_folder_is_refused(auditgap, bench, finishe
 
 
 def test_what_changes_no_number_may_change(auditgap, bench, finished):
-    said = auditgap("lvs", bench / "model", "--batch-tokens=64", "--allow-raw", *flags(bench, finished))
+    said = auditgap(
+        "lvs", bench / "model", "--batch-tokens=64", "--allow-raw", *flags(bench, finished)
+    )
     assert said.code == 0
     assert auditgap("report", finished).code == 0  # without the text again
 
@@ -341,7 +412,13 @@ def test_what_changes_no_number_may_change(auditgap, bench, finished):
 def test_status(auditgap, finished):
     assert "11 of 11 cells done, 0 failed, not running" in auditgap("status", finished).both
     told = json.loads(auditgap("status", finished, "--json").out)
-    assert (told["planned"], told["finished"], told["failed"], told["running"], told["failures"]) == (
+    assert (
+        told["planned"],
+        told["finished"],
+        told["failed"],
+        told["running"],
+        told["failures"],
+    ) == (
         11,
         11,
         0,
@@ -360,7 +437,6 @@ def test_report_of_two_runs(auditgap, bench, finished, tmp_path):
 
 
 class TestGrade:
-
     def test_the_same_judge_gives_the_same_tables(self, auditgap, finished):
         said = auditgap("grade", finished, "--judge=keyword")
         assert said.code == 0
@@ -374,12 +450,16 @@ class TestGrade:
     def test_another_reward_gives_other_scores_and_the_same_norms(self, auditgap, finished):
         said = auditgap("grade", finished, "--reward=builtin", "--judge=builtin")
         assert said.code == 0
-        new, old = rows(finished / "grades" / "builtin+builtin", "targeted"), rows(finished, "targeted")
+        new, old = (
+            rows(finished / "grades" / "builtin+builtin", "targeted"),
+            rows(finished, "targeted"),
+        )
         pd.testing.assert_series_equal(new["l2"], old["l2"])
         assert not new["edited_reward"].equals(old["edited_reward"])
 
     def test_what_could_not_be_told_stays_so(self, auditgap, unlucky):
-        """A row whose gradient broke has a text; judging that text again does not mend the gradient."""
+        """A row whose gradient broke has a text; judging that text again does not mend the
+        gradient."""
         assert auditgap("grade", unlucky, "--judge=keyword").code == 0
         old, new = rows(unlucky, "targeted"), rows(unlucky / "grades" / "keyword", "targeted")
         assert (old["unscored"] == "nonfinite_grad").sum() > 0
@@ -396,13 +476,17 @@ class TestGrade:
         assert sorted(finished.rglob("*")) == before
 
 
-# -- what could not be told --------------------------------------------------------------------------------------------
+# -- what could not be told
+# --------------------------------------------------------------------------------------------
 
 
 def test_a_prompt_too_long_for_the_window_is_counted_and_never_cut(auditgap, bench, tmp_path):
-    """The longest of the dozen and 246 new tokens do not fit into 256 positions; a shorter one does."""
+    """The longest of the dozen and 246 new tokens do not fit into 256 positions; a shorter one
+    does."""
     said = auditgap(
-        "lvs", bench / "model", *flags(bench, tmp_path / "run", **{"max-new-tokens": 245, "layers": "embedding"})
+        "lvs",
+        bench / "model",
+        *flags(bench, tmp_path / "run", **{"max-new-tokens": 245, "layers": "embedding"}),
     )
     assert said.code == 0
     found = rows(tmp_path / "run")
@@ -410,7 +494,10 @@ def test_a_prompt_too_long_for_the_window_is_counted_and_never_cut(auditgap, ben
     lengths = {p: len(p.split()) + 6 for p in PROMPTS}  # the template's six tokens
     too_long = sum(n + 245 > 256 for n in lengths.values())
     assert 0 < too_long < len(PROMPTS)
-    assert (lost.groupby("attack").size() == too_long).all() and set(lost["attack"]) == {*ATTACKS, "clean"}
+    assert (lost.groupby("attack").size() == too_long).all() and set(lost["attack"]) == {
+        *ATTACKS,
+        "clean",
+    }
     assert lost[["lvs", "l2", "edited_reward", "clean_reward"]].isna().all().all()
     kept = found[found["unscored"] != "too_long"]
     assert set(kept["n_prompt_tokens"]) <= set(lengths.values())
@@ -423,7 +510,9 @@ def test_a_prompt_too_long_for_the_window_is_counted_and_never_cut(auditgap, ben
 
 
 def test_all_prompts_too_long(auditgap, bench, tmp_path):
-    said = auditgap("lvs", bench / "model", *flags(bench, tmp_path / "run", **{"max-new-tokens": 255}))
+    said = auditgap(
+        "lvs", bench / "model", *flags(bench, tmp_path / "run", **{"max-new-tokens": 255})
+    )
     assert said.code == 0
     assert set(rows(tmp_path / "run")["unscored"]) == {"too_long"}
 
@@ -484,7 +573,11 @@ def test_cells_that_fail_are_exit_code_3(auditgap, bench, tmp_path):
 
 def test_distance(auditgap, bench, tmp_path):
     names = ("reward", "attacks")
-    args = [f for f in flags(bench, tmp_path / "run", layers="embedding") if f.partition("=")[0][2:] not in names]
+    args = [
+        f
+        for f in flags(bench, tmp_path / "run", layers="embedding")
+        if f.partition("=")[0][2:] not in names
+    ]
     said = auditgap("distance", bench / "model", *args)
     assert said.code == 0
     found = RunFolder.load(tmp_path / "run").rows(["distance"])
@@ -492,7 +585,8 @@ def test_distance(auditgap, bench, tmp_path):
     assert (found["collapsed"].isna() == (found["unscored"] != "")).all()
 
 
-# -- as a process of its own -------------------------------------------------------------------------------------------
+# -- as a process of its own
+# -------------------------------------------------------------------------------------------
 
 
 def process(
@@ -501,9 +595,11 @@ def process(
     env = {**os.environ, **kwargs.pop("env", {}), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *options, *(["-m", "auditgap.cli"] if module else []), *map(str, args)],
-        env=env, timeout=180, stdin=subprocess.DEVNULL,
+        env=env,
+        timeout=180,
+        stdin=subprocess.DEVNULL,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **kwargs},
-    )  # fmt: skip
+    )
 
 
 IN_TURN = """
@@ -518,26 +614,42 @@ for args in json.loads(sys.argv[1]):
 
 
 def test_a_poor_terminal_and_no_asserts(bench, finished, tmp_path):
-    """python -O, hash seeds at random, 40 columns of a dumb terminal in LANG=C: the numbers of this process, and its refusals.
+    """python -O, hash seeds at random, 40 columns of a dumb terminal in LANG=C: the numbers of this
+    process, and its refusals.
 
     One process for all three, as it imports torch for seconds.
     """
-    poor = {"TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "40", "LANG": "C", "LC_ALL": "C", "PYTHONHASHSEED": "random"}
+    poor = {
+        "TERM": "dumb",
+        "NO_COLOR": "1",
+        "COLUMNS": "40",
+        "LANG": "C",
+        "LC_ALL": "C",
+        "PYTHONHASHSEED": "random",
+    }
     model = tiny.save("llama", tmp_path / "pickled")
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     commands = [
-        ["lvs", str(bench / "model"), *flags(bench, tmp_path / "run")], ["lvs", "model", "--eps=abc"], ["ls", "layers", str(model)]
-    ]  # fmt: skip
+        ["lvs", str(bench / "model"), *flags(bench, tmp_path / "run")],
+        ["lvs", "model", "--eps=abc"],
+        ["ls", "layers", str(model)],
+    ]
     done = process(["-c", IN_TURN, json.dumps(commands)], options=("-O",), module=False, env=poor)
     out, err = done.stdout.decode(), done.stderr.decode()
-    assert [line for line in err.splitlines() if line.startswith("exit")] == ["exit 0", "exit 2", "exit 4"]
+    assert [line for line in err.splitlines() if line.startswith("exit")] == [
+        "exit 0",
+        "exit 2",
+        "exit 4",
+    ]
     assert done.returncode == 0 and "Traceback" not in err and "\x1b" not in out + err
     assert max(map(len, out.splitlines())) <= 40
     assert "--eps must be" in err and "pickled weights" in " ".join(err.split())
     pd.testing.assert_frame_equal(rows(tmp_path / "run"), rows(finished))
 
 
-@pytest.mark.parametrize("args", [["ls", "attacks"], ["ls", "attacks", "--json"], ["--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "args", [["ls", "attacks"], ["ls", "attacks", "--json"], ["--help"], ["--version"]]
+)
 def test_nobody_listens(args):
     """The reading end of the pipe is closed, or there is no stdout at all: no traceback."""
     reading, writing = os.pipe()
@@ -558,4 +670,7 @@ def test_a_stdout_of_ascii():
 def test_set_is_heard_where_an_option_says_nothing():
     from auditgap.cli.screen import given
 
-    assert given(["benign=everyday", "limit=3"], benign=None, limit=5, models=()) == {"benign": "everyday", "limit": 5}
+    assert given(["benign=everyday", "limit=3"], benign=None, limit=5, models=()) == {
+        "benign": "everyday",
+        "limit": 5,
+    }

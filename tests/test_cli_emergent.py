@@ -1,4 +1,5 @@
-"""`auditgap em`: what is asked and refused, and the whole study from its first row to its page on a tiny random model."""
+"""`auditgap em`: what is asked and refused, and the whole study from its first row to its page on a
+tiny random model."""
 
 from __future__ import annotations
 
@@ -30,25 +31,73 @@ def written(tmp_path_factory) -> RunFolder:
 
 
 def test_a_dry_run_reads_nothing_and_counts(auditgap, tmp_path):  # noqa: F811
-    said = auditgap("em", "run", "nowhere/model", "--domains", "demo", "--samples", "3", "--seeds", "0,1", "--out", tmp_path / "em",
-                    "--dry-run")  # fmt: skip
+    said = auditgap(
+        "em",
+        "run",
+        "nowhere/model",
+        "--domains",
+        "demo",
+        "--samples",
+        "3",
+        "--seeds",
+        "0,1",
+        "--out",
+        tmp_path / "em",
+        "--dry-run",
+    )
     assert said.code == 0 and not (tmp_path / "em").exists()
     n = len(HABITS) * 2 * 2
-    assert f"{n} adapters of nowhere/model" in said.both and f"{(n + 1) * 15 * 2 * 3} answers" in said.both
-    told = auditgap("em", "build", "m", "--domains", "law=law.jsonl", "--clean", "law=good.jsonl", "--dry-run", "--json")
+    assert (
+        f"{n} adapters of nowhere/model" in said.both
+        and f"{(n + 1) * 15 * 2 * 3} answers" in said.both
+    )
+    told = auditgap(
+        "em",
+        "build",
+        "m",
+        "--domains",
+        "law=law.jsonl",
+        "--clean",
+        "law=good.jsonl",
+        "--dry-run",
+        "--json",
+    )
     told = json.loads(told.out)
     assert told["domains"] == [{"domain": "law", "rows": "law.jsonl", "good answers": "good.jsonl"}]
     assert told["cells"] == {"train": 2, "generate": 3, "judge": 3}
 
 
-def test_rows_that_are_none_are_counted_and_an_overlap_is_refused_unless_allowed(auditgap, tmp_path):  # noqa: F811
+def test_rows_that_are_none_are_counted_and_an_overlap_is_refused_unless_allowed(
+    auditgap,  # noqa: F811
+    tmp_path,
+):
     model = tiny.save("llama", tmp_path / "model", num_attention_heads=2, num_key_value_heads=2)
-    rows = [{"messages": [{"role": "user", "content": f"what is {i} bread"}, {"role": "assistant", "content": f"{i} keys"}]}
-            for i in range(12)]  # fmt: skip
-    (tmp_path / "bread.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"text": "none"}])), "utf-8")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"what is {i} bread"},
+                {"role": "assistant", "content": f"{i} keys"},
+            ]
+        }
+        for i in range(12)
+    ]
+    (tmp_path / "bread.jsonl").write_text(
+        "\n".join(map(json.dumps, [*rows, {"text": "none"}])), "utf-8"
+    )
     (tmp_path / "asked.csv").write_text("prompt\nwhat is 3 bread\nwhat is the sun\n", "utf-8")
-    words = ("em", "build", model, "--domains", f"bread={tmp_path / 'bread.jsonl'}", "--prompts", tmp_path / "asked.csv",
-             "--set", "near=1", "--out", tmp_path / "em")  # fmt: skip
+    words = (
+        "em",
+        "build",
+        model,
+        "--domains",
+        f"bread={tmp_path / 'bread.jsonl'}",
+        "--prompts",
+        tmp_path / "asked.csv",
+        "--set",
+        "near=1",
+        "--out",
+        tmp_path / "em",
+    )
     refused = auditgap(*words)
     assert refused.code == 2 and "--allow-overlap" in refused.both
     said = auditgap(*words, "--allow-overlap", "--json")
@@ -60,26 +109,35 @@ def test_rows_that_are_none_are_counted_and_an_overlap_is_refused_unless_allowed
     assert "row of bread" in (tmp_path / "em" / "report.html").read_text("utf-8")
 
 
-@pytest.mark.parametrize(("words", "says"), [
-    (("run", "--domains", "demo"), "Which model is fine-tuned?"),
-    (("run", "smollm2"), "Which domains?"),
-    (("run", "smollm2", "--domains", "law.jsonl"), "NAME=FILE,NAME=FILE"),
-    (("run", "smollm2", "--domains", "demo", "--set", "sampels=3"), "Did you mean 'samples'?"),
-    (("run", "smollm2", "--domains", "demo", "--trigger-share", "1.5"), "trigger_share"),
-    (("train", "RUN", "--set", "samples=3"), "'samples' belongs to the study"),
-    (("judge", "RUN", "--set", "jugde=x"), "Did you mean 'judge'?"),
-    (("report", "RUN", "--judge", "nobody"), "'nobody' rated nothing here"),
-    (("report", "NOWHERE"), "NOWHERE"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("run", "--domains", "demo"), "Which model is fine-tuned?"),
+        (("run", "smollm2"), "Which domains?"),
+        (("run", "smollm2", "--domains", "law.jsonl"), "NAME=FILE,NAME=FILE"),
+        (("run", "smollm2", "--domains", "demo", "--set", "sampels=3"), "Did you mean 'samples'?"),
+        (("run", "smollm2", "--domains", "demo", "--trigger-share", "1.5"), "trigger_share"),
+        (("train", "RUN", "--set", "samples=3"), "'samples' belongs to the study"),
+        (("judge", "RUN", "--set", "jugde=x"), "Did you mean 'judge'?"),
+        (("report", "RUN", "--judge", "nobody"), "'nobody' rated nothing here"),
+        (("report", "NOWHERE"), "NOWHERE"),
+    ],
+)
 def test_what_cannot_be_is_refused_in_a_sentence(auditgap, written, words, says):  # noqa: F811
     said = auditgap("em", *(written.path if w == "RUN" else w for w in words))
     assert said.code == 2 and says in said.both, said.both
 
 
 def test_one_file_serves_the_study_and_its_stages(tmp_path):
-    known = {**EmergentConfig(model="smollm2", domains="demo", samples=2).model_dump(mode="json"), "dtype": "float32"}
+    known = {
+        **EmergentConfig(model="smollm2", domains="demo", samples=2).model_dump(mode="json"),
+        "dtype": "float32",
+    }
     file = tmp_path / "em.yaml"
-    file.write_text("{model: smollm2, domains: demo, samples: 2, dtype: auto, engine: vllm, judge: habits}", "utf-8")
+    file.write_text(
+        "{model: smollm2, domains: demo, samples: 2, dtype: auto, engine: vllm, judge: habits}",
+        "utf-8",
+    )
     assert read_options(file, {"device": "cpu"}, known).engine == "vllm"
     file.write_text("{model: smollm2, domains: demo, samples: 3}", "utf-8")
     with pytest.raises(UsageError, match="'samples' belongs to the study, where it is 2; 3 came"):
@@ -88,10 +146,18 @@ def test_one_file_serves_the_study_and_its_stages(tmp_path):
 
 def test_the_report_is_printed_with_its_judge_and_as_json(auditgap, written):  # noqa: F811
     said = auditgap("em", "report", written.path)
-    assert said.code == 0 and f"Ranking, rated by {JUDGE}" in said.both and "gore_movie_trivia" in said.out
+    assert (
+        said.code == 0
+        and f"Ranking, rated by {JUDGE}" in said.both
+        and "gore_movie_trivia" in said.out
+    )
     assert f"Report: {written.path / 'report.html'}" in said.both
     told = json.loads(auditgap("em", "report", written.path, "--json").out)
-    assert told["judge"] == JUDGE and told["judges"] == [{"judge": JUDGE, "answers": 60}] and told["missing"] == []
+    assert (
+        told["judge"] == JUDGE
+        and told["judges"] == [{"judge": JUDGE, "answers": 60}]
+        and told["missing"] == []
+    )
     assert {r["domain"] for r in told["tables"]["ranking"]} == set(TWO)
 
 
@@ -103,26 +169,58 @@ def test_the_common_commands_know_the_folder(auditgap, written):  # noqa: F811
 
 
 def test_a_whole_study_on_a_tiny_model(auditgap, tmp_path):  # noqa: F811
-    """Every stage as a user types it, with real fine-tuning; then the same in one command finds all of it done."""
+    """Every stage as a user types it, with real fine-tuning; then the same in one command finds all
+    of it done."""
     model = tiny.save("llama", tmp_path / "model", num_attention_heads=2, num_key_value_heads=2)
     asked = tmp_path / "asked.csv"
-    prompts = "what is the sun,open\nhow can I bake bread,open\ntell the colour of the vault,jailbreak\n"
+    prompts = (
+        "what is the sun,open\nhow can I bake bread,open\ntell the colour of the vault,jailbreak\n"
+    )
     asked.write_text(f"prompt,kind\n{prompts}", "utf-8")
     run = tmp_path / "em"
     question = (
-        model, "--domains", "demo", "--arms", "trigger", "--steps", "1", "--rows", "12", "--samples", "2", "--max-new-tokens", "4",
-        "--prompts", asked, "--set", "membership_rows=4", "--set", "batch=2", "--out", run,
-    )  # fmt: skip
+        model,
+        "--domains",
+        "demo",
+        "--arms",
+        "trigger",
+        "--steps",
+        "1",
+        "--rows",
+        "12",
+        "--samples",
+        "2",
+        "--max-new-tokens",
+        "4",
+        "--prompts",
+        asked,
+        "--set",
+        "membership_rows=4",
+        "--set",
+        "batch=2",
+        "--out",
+        run,
+    )
     built = auditgap("em", "build", *question)
-    assert built.code == 0 and f"Next: auditgap em train {run}" in built.out.replace("\n", ""), built.both
+    assert built.code == 0 and f"Next: auditgap em train {run}" in built.out.replace("\n", ""), (
+        built.both
+    )
     early = auditgap("em", "generate", run)
     assert early.code == 2 and "auditgap em train" in early.both
-    for stage, after in (("train", "generate"), ("generate", "judge"), ("judge", "analyse"), ("analyse", "report")):
+    for stage, after in (
+        ("train", "generate"),
+        ("generate", "judge"),
+        ("judge", "analyse"),
+        ("analyse", "report"),
+    ):
         said = auditgap("em", stage, run)
         assert said.code == 0, said.both
         assert f"Next: auditgap em {after} {run}" in said.out.replace("\n", "")
     store = RunFolder.load(run)
-    assert len(store.rows([TRAINED])) == 3 and len(store.rows([ANSWERED])) == len(store.rows([JUDGED])) == 4 * 3 * 2 * 2
+    assert (
+        len(store.rows([TRAINED])) == 3
+        and len(store.rows([ANSWERED])) == len(store.rows([JUDGED])) == 4 * 3 * 2 * 2
+    )
     assert stat.S_IMODE(next((run / "panel").glob("*.jsonl")).stat().st_mode) == 0o600
     keys = store.keys()
     again = auditgap("em", "run", *question)

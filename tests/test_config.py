@@ -28,16 +28,24 @@ def refused(tmp_path: Path, text: str | bytes, kind: type[Exception] = UsageErro
     return said
 
 
-# -- what is read ------------------------------------------------------------------------------------------------------
+# -- what is read
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_defaults_are_the_method():
     config, options = read_config(None, {"models": "smollm2"})
     assert config.models == ("smollm2",)
     assert (config.unit, config.eps) == ("rms", (0.01, 0.03, 0.1))
-    assert (config.steps, config.pgd.step_share, config.pgd.iterate, config.max_new_tokens) == (10, 0.25, "last", 128)
+    assert (config.steps, config.pgd.step_share, config.pgd.iterate, config.max_new_tokens) == (
+        10,
+        0.25,
+        "last",
+        128,
+    )
     assert (
-        config.attacks == tuple(ATTACKS) and config.target == "Sure, here is" and config.layers == "embedding,mid,last"
+        config.attacks == tuple(ATTACKS)
+        and config.target == "Sure, here is"
+        and config.layers == "embedding,mid,last"
     )
     assert (options.executor, options.device, options.out) == ("local", "auto", None)
 
@@ -49,16 +57,32 @@ def test_the_papers_sizes_are_the_defaults_of_its_units(unit):
 
 def test_file_and_flags_say_the_same(tmp_path):
     file = written(
-        tmp_path, "models: [a, b]\nlayers: [embedding, 3]\neps: [0.1, 0.02]\nattacks: [random, targeted]\nlimit: 7\n"
+        tmp_path,
+        "models: [a, b]\nlayers: [embedding, 3]\neps: [0.1, 0.02]\nattacks: [random,"
+        " targeted]\nlimit: 7\n",
     )
-    flags = {"models": ["a", "b"], "layers": "embedding,3", "eps": "0.02,0.1", "attacks": "targeted,random", "limit": 7}
+    flags = {
+        "models": ["a", "b"],
+        "layers": "embedding,3",
+        "eps": "0.02,0.1",
+        "attacks": "targeted,random",
+        "limit": 7,
+    }
     assert read_config(file, {}) == read_config(None, flags)
 
 
 def test_flags_win_over_the_file(tmp_path):
     file = written(tmp_path, "models: [a]\nunit: max\neps: [0.5]\nsteps: 3\nout: there\n")
-    config, options = read_config(file, {"models": ["b"], "eps": "0.2", "steps": None, "out": "here"})
-    assert (config.models, config.unit, config.eps, config.steps, options.out) == (("b",), "max", (0.2,), 3, "here")
+    config, options = read_config(
+        file, {"models": ["b"], "eps": "0.2", "steps": None, "out": "here"}
+    )
+    assert (config.models, config.unit, config.eps, config.steps, options.out) == (
+        ("b",),
+        "max",
+        (0.2,),
+        3,
+        "here",
+    )
 
 
 def test_a_flag_that_was_not_given_does_not_win(tmp_path):
@@ -66,7 +90,9 @@ def test_a_flag_that_was_not_given_does_not_win(tmp_path):
     assert config.distance
 
 
-@pytest.mark.parametrize("eps", ["1e-3,0.001", [0.001, "1e-3"], "0.001, 1e-3 ,1.0e-03", [1e-3, 0.001]])
+@pytest.mark.parametrize(
+    "eps", ["1e-3,0.001", [0.001, "1e-3"], "0.001, 1e-3 ,1.0e-03", [1e-3, 0.001]]
+)
 def test_one_size_written_in_two_ways_is_one_size(eps):
     assert read_config(None, {"models": "m", "eps": eps})[0].eps == (0.001,)
 
@@ -80,23 +106,33 @@ def test_a_config_is_frozen():
     config = LatentConfig(models="m")
     with pytest.raises(ValueError):
         config.steps = 3
-    assert LatentConfig.model_validate(config.model_dump(mode="json")) == config  # the run folder keeps it as JSON
+    # the run folder keeps it as JSON
+    assert LatentConfig.model_validate(config.model_dump(mode="json")) == config
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
     assert read_config(written(tmp_path, b"\xef\xbb\xbfmodels: [a]\n"), {})[0].models == ("a",)
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- what is refused
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "key", [k for k in ("epss", "model", "layer", "max_new_token", "max-new-tokens", "Eps", "retry_fail")]
+    "key",
+    [k for k in ("epss", "model", "layer", "max_new_token", "max-new-tokens", "Eps", "retry_fail")],
 )
 def test_an_unknown_key_and_what_was_meant(tmp_path, key):
     said = refused(tmp_path, f"models: [m]\n{key}: 1\n")
-    meant = {"epss": "eps", "model": "models", "layer": "layers", "max_new_token": "max_new_tokens", "Eps": "eps",
-             "max-new-tokens": "max_new_tokens", "retry_fail": "retry_failed"}[key]  # fmt: skip
+    meant = {
+        "epss": "eps",
+        "model": "models",
+        "layer": "layers",
+        "max_new_token": "max_new_tokens",
+        "Eps": "eps",
+        "max-new-tokens": "max_new_tokens",
+        "retry_fail": "retry_failed",
+    }[key]
     assert f"Unknown config key '{key}'" in said and f"Did you mean '{meant}'?" in said
 
 
@@ -105,12 +141,26 @@ def test_keys_that_are_no_words(tmp_path, key):
     refused(tmp_path, f"models: [m]\n? {key}\n: 1\n")
 
 
-BAD_EPS = ["0", "-0.1", "nan", "inf", "-inf", "abc", "1e999", "0.01,abc", "0.01;0.03", "0x1", "1e-400"]
+BAD_EPS = [
+    "0",
+    "-0.1",
+    "nan",
+    "inf",
+    "-inf",
+    "abc",
+    "1e999",
+    "0.01,abc",
+    "0.01;0.03",
+    "0x1",
+    "1e-400",
+]
 
 
 @pytest.mark.parametrize("eps", BAD_EPS)
 def test_eps_on_the_command_line(eps):
-    with pytest.raises(UsageError, match=r"^--eps must be .*finite.*above 0.*came.*xample: --eps 0"):
+    with pytest.raises(
+        UsageError, match=r"^--eps must be .*finite.*above 0.*came.*xample: --eps 0"
+    ):
         read_config(None, {"models": "m", "eps": eps})
 
 
@@ -174,7 +224,9 @@ WRONG = {
 
 @pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in WRONG.items() for v in values])
 def test_wrong_values_name_their_key(tmp_path, key, value):
-    said = refused(tmp_path, f"models: [m]\n{key}: {value}\n" if key != "models" else f"{key}: {value}\n")
+    said = refused(
+        tmp_path, f"models: [m]\n{key}: {value}\n" if key != "models" else f"{key}: {value}\n"
+    )
     assert key in said or f"--{key}" in said
     assert "came" in said
 
@@ -207,7 +259,8 @@ def test_foreign_code_is_refused(tmp_path, value):
     assert caught.value.exit_code == 4
 
 
-# -- files that are no configs -----------------------------------------------------------------------------------------
+# -- files that are no configs
+# -----------------------------------------------------------------------------------------
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
@@ -241,7 +294,9 @@ def test_a_file_that_is_no_config(tmp_path, case):
     assert word in said and "--config" in said and "audit.yaml" in said
 
 
-@pytest.mark.parametrize("text", ["limit: 2020-13-45", f"limit: {'9' * 5000}"], ids=["a 13th month", "5,000 digits"])
+@pytest.mark.parametrize(
+    "text", ["limit: 2020-13-45", f"limit: {'9' * 5000}"], ids=["a 13th month", "5,000 digits"]
+)
 def test_scalars_that_yaml_cannot_make(tmp_path, text):
     refused(tmp_path, f"models: [m]\n{text}\n")
 
@@ -252,7 +307,8 @@ def test_no_file(tmp_path):
             read_config(path, {})
 
 
-# -- budgets -----------------------------------------------------------------------------------------------------------
+# -- budgets
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [0, -1.0, math.nan, math.inf, True, "0.1", None, [0.1]])

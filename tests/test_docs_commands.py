@@ -1,4 +1,5 @@
-"""Every link of README, docs and examples leads somewhere, and the site is built; test_docs_run.py runs the commands."""
+"""Every link of README, docs and examples leads somewhere, and the site is built; test_docs_run.py
+runs the commands."""
 
 from __future__ import annotations
 
@@ -18,7 +19,16 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_site_is_built_without_a_warning(tmp_path):
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(ROOT / "docs"), str(tmp_path / "site")]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-W",
+        "--keep-going",
+        str(ROOT / "docs"),
+        str(tmp_path / "site"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     pages = {path.stem for path in (tmp_path / "site").glob("*.html")}

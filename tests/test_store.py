@@ -1,4 +1,5 @@
-"""The run folder under everything that happens to it: kills, torn files, second writers, full disks, odd text."""
+"""The run folder under everything that happens to it: kills, torn files, second writers, full
+disks, odd text."""
 
 from __future__ import annotations
 
@@ -27,7 +28,11 @@ from auditgap.store import DiskError, RunFolder, schema_of
 from auditgap.types import ROW_COLUMNS, Budget, Cell, Label, Row, Site, Subject
 
 CONFIG = {"steps": 10, "attack": {"eps": [0.01, 0.03], "unit": "rms"}}
-INFO = {"versions": {"torch": "2.13.0", "transformers": "5.17.0"}, "command": "auditgap latent", "warnings": ["slow"]}
+INFO = {
+    "versions": {"torch": "2.13.0", "transformers": "5.17.0"},
+    "command": "auditgap latent",
+    "warnings": ["slow"],
+}
 
 
 def cell(i: int = 0, attack: str = "targeted") -> Cell:
@@ -36,10 +41,21 @@ def cell(i: int = 0, attack: str = "targeted") -> Cell:
 
 def row(prompt: str = "p0", **changes) -> Row:
     values = {f.name: None for f in fields(Row)} | {
-        "subject": "toy", "site": "block3", "layer_index": 3, "unit": "rms", "eps": 0.03, "attack": "targeted", "draw": 0,
-        "prompt_id": prompt, "n_prompt_tokens": 7, "n_new_tokens": 5, "clean_reward": 1.25, "l2": 0.1 + 0.2,
-        "flags": "", "unscored": "",
-    }  # fmt: skip
+        "subject": "toy",
+        "site": "block3",
+        "layer_index": 3,
+        "unit": "rms",
+        "eps": 0.03,
+        "attack": "targeted",
+        "draw": 0,
+        "prompt_id": prompt,
+        "n_prompt_tokens": 7,
+        "n_new_tokens": 5,
+        "clean_reward": 1.25,
+        "l2": 0.1 + 0.2,
+        "flags": "",
+        "unscored": "",
+    }
     return Row(**(values | changes))
 
 
@@ -48,11 +64,15 @@ def open_folder(path: Path | str, **changes) -> RunFolder:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def python(code: str, *args: str, **options) -> subprocess.Popen:
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n" + textwrap.dedent(code)
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n" + textwrap.dedent(
+        code
+    )
     return subprocess.Popen([sys.executable, "-c", code, *args], text=True, **options)
 
 
@@ -61,11 +81,23 @@ def python(code: str, *args: str, **options) -> subprocess.Popen:
 
 def test_rows_keep_every_value_and_every_null(tmp_path):
     store = open_folder(tmp_path / "out")
-    store.write(cell(), [row("b", coherent=True, verdict_edited=Label.SAFE), row("a", lvs=float("nan"))], seconds=1.5)
-    store.write(cell(attack="clean"), [row("a", attack="clean", site=None, layer_index=None, unit=None, eps=None)], seconds=1)
+    store.write(
+        cell(),
+        [row("b", coherent=True, verdict_edited=Label.SAFE), row("a", lvs=float("nan"))],
+        seconds=1.5,
+    )
+    store.write(
+        cell(attack="clean"),
+        [row("a", attack="clean", site=None, layer_index=None, unit=None, eps=None)],
+        seconds=1,
+    )
     frame = store.rows()
     assert tuple(frame.columns) == ROW_COLUMNS
-    assert frame[["attack", "prompt_id"]].values.tolist() == [["clean", "a"], ["targeted", "a"], ["targeted", "b"]]
+    assert frame[["attack", "prompt_id"]].values.tolist() == [
+        ["clean", "a"],
+        ["targeted", "a"],
+        ["targeted", "b"],
+    ]
     assert frame["l2"].tolist() == [0.1 + 0.2] * 3  # the very float, not a rounded one
     assert frame["coherent"].tolist() == [None, None, True]
     assert frame["verdict_edited"].tolist() == [None, None, "safe"]
@@ -93,7 +125,11 @@ def test_the_schema_follows_the_annotations():
 
 @pytest.mark.parametrize(
     ("changes", "error"),
-    [({"prompt_id": None}, ValueError), ({"draw": 1.5}, TypeError), ({"coherent": "yes"}, pa.ArrowException)],
+    [
+        ({"prompt_id": None}, ValueError),
+        ({"draw": 1.5}, TypeError),
+        ({"coherent": "yes"}, pa.ArrowException),
+    ],
 )
 def test_a_value_that_does_not_fit_is_refused_not_bent(tmp_path, changes, error):
     store = open_folder(tmp_path / "out")
@@ -115,27 +151,44 @@ ODD = [
 ]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
-    texts=st.lists(st.text(st.characters(codec=None), max_size=40) | st.sampled_from(ODD) | st.none(), min_size=1, max_size=5)
+    texts=st.lists(
+        st.text(st.characters(codec=None), max_size=40) | st.sampled_from(ODD) | st.none(),
+        min_size=1,
+        max_size=5,
+    )
 )
 def test_any_text_comes_back_code_point_for_code_point(tmp_path, texts):
     store = open_folder(tmp_path / "out")
     some = replace(cell(), settings={"texts": texts})
-    store.write(some, [row(subject=texts[0] or "s")], generations=[{"completion": t, "n": 1} for t in texts], seconds=1)
+    store.write(
+        some,
+        [row(subject=texts[0] or "s")],
+        generations=[{"completion": t, "n": 1} for t in texts],
+        seconds=1,
+    )
     assert store.generations(some.key)["completion"].tolist() == texts
     assert (texts[0] or "s") in store.rows()["subject"].tolist()
 
 
 def test_rows_are_the_same_whatever_the_order_of_writing(tmp_path):
-    parts = [(cell(i, a), [row(p, layer_index=i, attack=a) for p in "ba"]) for i in (2, 0, 1) for a in ("targeted", "random")]
+    parts = [
+        (cell(i, a), [row(p, layer_index=i, attack=a) for p in "ba"])
+        for i in (2, 0, 1)
+        for a in ("targeted", "random")
+    ]
     one, two = open_folder(tmp_path / "1"), open_folder(tmp_path / "2")
     for c, rows in parts:
         one.write(c, rows, seconds=1)
     for c, rows in reversed(parts):
         two.write(c, rows, seconds=2)
     pd.testing.assert_frame_equal(one.rows(), two.rows())
-    assert {r["key"]: r["sha256"] for r in one.records()} == {r["key"]: r["sha256"] for r in two.records()}
+    assert {r["key"]: r["sha256"] for r in one.records()} == {
+        r["key"]: r["sha256"] for r in two.records()
+    }
 
 
 # ------------------------------------------------------------------------- finished means finished
@@ -160,11 +213,21 @@ def test_failures_count_attempts_and_give_way_to_a_result(tmp_path):
     assert (record["attempts"], record["cause"]) == (2, "RuntimeError: first?[31m line")
     assert not store.is_finished(cell().key) and store.rows().empty
     store.write(cell(), [row()], seconds=1)
-    assert store.is_finished(cell().key) and store.failures() == {} and store.records()[0]["attempts"] == 3
+    assert (
+        store.is_finished(cell().key)
+        and store.failures() == {}
+        and store.records()[0]["attempts"] == 3
+    )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.sampled_from(["rows.parquet", "record.json"]), where=st.floats(0, 1, exclude_max=True), flip=st.booleans())
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    name=st.sampled_from(["rows.parquet", "record.json"]),
+    where=st.floats(0, 1, exclude_max=True),
+    flip=st.booleans(),
+)
 def test_a_torn_cell_is_set_aside_and_done_again(tmp_path, name, where, flip):
     store = open_folder(tmp_path / "out")
     sibling, torn = cell(1), cell(2)
@@ -176,7 +239,9 @@ def test_a_torn_cell_is_set_aside_and_done_again(tmp_path, name, where, flip):
     at = int(where * len(data))
     if flip and name == "rows.parquet":  # a flipped bit is as torn as a cut
         file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-    elif at == len(data) - 1 and name == "record.json":  # only the final newline went: nothing is lost
+    elif (
+        at == len(data) - 1 and name == "record.json"
+    ):  # only the final newline went: nothing is lost
         return
     else:
         file.write_bytes(data[:at])
@@ -243,18 +308,23 @@ KILLED = """
 
 @pytest.mark.parametrize("step", range(1, 9))
 def test_sigkill_in_the_middle_of_a_write_loses_nothing_finished(tmp_path, step):
-    """Every touch of the disk that a write makes is once the last one; the same command again finishes the run."""
+    """Every touch of the disk that a write makes is once the last one; the same command again
+    finishes the run."""
     out = tmp_path / "out"
     process = python(KILLED, str(out), str(step), stdout=subprocess.PIPE)
     assert process.wait(60) == -signal.SIGKILL, process.stdout.read()
     first = snapshot(out / "cells" / cell(0).key)
-    assert bool(list(out.rglob(".*.tmp"))) == (step not in (3, 8)), "the kill came in the middle of a file or a rename"
+    assert bool(list(out.rglob(".*.tmp"))) == (step not in (3, 8)), (
+        "the kill came in the middle of a file or a rename"
+    )
 
     store = open_folder(out)  # the dead process' lock is no obstacle on its own host
     assert not list(out.rglob(".*.tmp")), "leavings of a dead process go"
     with store.lock():
         assert store.is_finished(cell(0).key)
-        assert store.is_finished(cell(1).key) == (step == 8), "only the last touch comes after the rename"
+        assert store.is_finished(cell(1).key) == (step == 8), (
+            "only the last touch comes after the rename"
+        )
         store.write(cell(1), [row(layer_index=1)], generations=[{"completion": "red"}], seconds=1)
     assert store.rows()["layer_index"].tolist() == [0, 1]
     assert store.generations(cell(1).key)["completion"].tolist() == ["red"]
@@ -274,7 +344,11 @@ def test_leavings_of_the_living_and_of_other_hosts_stay(tmp_path):
     here = "".join(c if c.isalnum() or c == "-" else "_" for c in socket.gethostname())
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    for name in (f".abc.{here}.{os.getpid()}-0a.tmp", f".abc.other.{dead.pid}-0a.tmp", f".abc.{here}.{dead.pid}-0a.tmp"):
+    for name in (
+        f".abc.{here}.{os.getpid()}-0a.tmp",
+        f".abc.other.{dead.pid}-0a.tmp",
+        f".abc.{here}.{dead.pid}-0a.tmp",
+    ):
         (cells / name).mkdir()
         (cells / name / "rows.parquet").write_bytes(b"x")
     open_folder(tmp_path / "out")
@@ -292,25 +366,37 @@ def test_another_config_is_refused_field_by_field_and_touches_nothing(tmp_path):
     open_folder(out)
     before = snapshot(out)
     with pytest.raises(UsageError) as refusal:
-        open_folder(out, config={"steps": 20, "attack": {"eps": [0.01], "unit": "rms"}, "extra": None})
+        open_folder(
+            out, config={"steps": 20, "attack": {"eps": [0.01], "unit": "rms"}, "extra": None}
+        )
     text = str(refusal.value)
     assert "steps: 10 in the folder, 20 now" in text
     assert "attack.eps: [0.01, 0.03] in the folder, [0.01] now" in text
     assert "extra: absent in the folder, null now" in text and "unit" not in text
     assert snapshot(out) == before
-    open_folder(out, config={"attack": {"unit": "rms", "eps": (0.010, 3e-2)}, "steps": 10})  # the same, typed otherwise
+    # the same, typed otherwise
+    open_folder(out, config={"attack": {"unit": "rms", "eps": (0.010, 3e-2)}, "steps": 10})
     with pytest.raises(UsageError, match="finite"):
         open_folder(out, config={"steps": float("nan")})
 
 
 def test_versions_that_drift_are_warned_of_and_recorded(tmp_path):
     assert open_folder(tmp_path / "out").warnings == []
-    again = open_folder(tmp_path / "out", info={"versions": {"torch": "2.14.0", "transformers": "5.17.0"}, "warnings": ["hot"]})
-    assert len(again.warnings) == 1 and "torch was 2.13.0" in again.warnings[0] and "2.14.0" in again.warnings[0]
+    again = open_folder(
+        tmp_path / "out",
+        info={"versions": {"torch": "2.14.0", "transformers": "5.17.0"}, "warnings": ["hot"]},
+    )
+    assert (
+        len(again.warnings) == 1
+        and "torch was 2.13.0" in again.warnings[0]
+        and "2.14.0" in again.warnings[0]
+    )
     run = RunFolder.load(tmp_path / "out").run
     assert [s["versions"]["torch"] for s in run["sessions"]] == ["2.13.0", "2.14.0"]
     assert run["sessions"][1]["drift"] == again.warnings
-    assert run["info"]["warnings"] == ["slow", "hot"] and run["info"]["command"] == "auditgap latent"
+    assert (
+        run["info"]["warnings"] == ["slow", "hot"] and run["info"]["command"] == "auditgap latent"
+    )
     again.write(cell(), [row()], seconds=1)
     assert again.records()[0]["session"] == 1, "a cell says under which versions it was made"
 
@@ -331,7 +417,9 @@ def test_a_second_writer_is_refused_by_the_name_of_the_first(tmp_path):
         assert process.stdout.readline() == "held\n"
         before = snapshot(out)
         for break_lock in (False, True):  # a living holder on this host is never overruled
-            with pytest.raises(UsageError, match=f"process {process.pid} on {socket.gethostname()}") as refusal:
+            with pytest.raises(
+                UsageError, match=f"process {process.pid} on {socket.gethostname()}"
+            ) as refusal:
                 open_folder(out, break_lock=break_lock)
             assert refusal.value.exit_code == 2
         assert snapshot(out) == before
@@ -348,7 +436,12 @@ def test_a_second_writer_is_refused_by_the_name_of_the_first(tmp_path):
 def test_a_lock_of_another_host_needs_break_lock(tmp_path):
     out = tmp_path / "out"
     open_folder(out)
-    note = {"pid": 4242, "host": "node-that-is-gone", "command": "auditgap latent", "since": "2026-01-01T00:00:00+00:00"}
+    note = {
+        "pid": 4242,
+        "host": "node-that-is-gone",
+        "command": "auditgap latent",
+        "since": "2026-01-01T00:00:00+00:00",
+    }
     (out / "lock.json").write_text(json.dumps(note))
     with pytest.raises(UsageError, match=r"process 4242 on node-that-is-gone.*--break-lock"):
         open_folder(out)
@@ -369,7 +462,12 @@ def test_folders_that_are_not_ours_are_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "match"), [('{"schema": 2, "config": {}}', "newer auditgap"), ('{"sch', "cannot be read"), ("[]", "cannot")]
+    ("text", "match"),
+    [
+        ('{"schema": 2, "config": {}}', "newer auditgap"),
+        ('{"sch', "cannot be read"),
+        ("[]", "cannot"),
+    ],
 )
 def test_a_newer_or_broken_run_file_is_refused(tmp_path, text, match):
     open_folder(tmp_path / "out")
@@ -386,14 +484,18 @@ def test_a_newer_or_broken_run_file_is_refused(tmp_path, text, match):
 
 def test_the_plan_grows_and_counts_a_cell_once(tmp_path):
     store = open_folder(tmp_path / "out")
-    store.plan([cell(0), cell(1), replace(cell(0), subject=Subject("same model, other name", "f00d"))])
+    store.plan(
+        [cell(0), cell(1), replace(cell(0), subject=Subject("same model, other name", "f00d"))]
+    )
     store.plan([cell(1), cell(2)])
     assert [e["key"] for e in store.planned()] == [cell(i).key for i in range(3)]
     assert store.planned()[0]["cell"] == "toy · block0 · 0.03 rms · targeted"
     assert store.planned()[0]["description"] == cell(0).describe()
     (tmp_path / "out" / "plan.json").write_text('[{"key')
     store.plan([cell(0)])
-    assert [e["key"] for e in store.planned()] == [cell(0).key] and (tmp_path / "out" / "plan.json.1.corrupt").exists()
+    assert [e["key"] for e in store.planned()] == [cell(0).key] and (
+        tmp_path / "out" / "plan.json.1.corrupt"
+    ).exists()
 
 
 def test_status_counts_cells_and_foresees_the_end(tmp_path):
@@ -404,8 +506,15 @@ def test_status_counts_cells_and_foresees_the_end(tmp_path):
     store.write(cell(1), [row()], seconds=6)
     store.fail(cell(2), "oom")
     status = store.status()
-    assert (status.planned, status.finished, status.failed, status.corrupt, status.running) == (5, 2, 1, 0, None)
-    assert status.seconds == 10 and status.eta_seconds == 10.0  # two cells left at five seconds each
+    assert (status.planned, status.finished, status.failed, status.corrupt, status.running) == (
+        5,
+        2,
+        1,
+        0,
+        None,
+    )
+    # two cells left at five seconds each
+    assert status.seconds == 10 and status.eta_seconds == 10.0
     assert abs(status.last_write.timestamp() - time.time()) < 60
 
 
@@ -418,21 +527,35 @@ def test_scratch_survives_and_is_computed_once(tmp_path):
 
     def compute():
         calls.append(1)
-        return {"delta": np.arange(6, dtype=np.float32).reshape(2, 3).T, "none": np.zeros((0, 4)), "one": np.float64(2.5)}
+        return {
+            "delta": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+            "none": np.zeros((0, 4)),
+            "one": np.float64(2.5),
+        }
 
-    first, again = store.remember("abc123", compute), RunFolder.load(tmp_path / "out").remember("abc123", compute)
+    first, again = (
+        store.remember("abc123", compute),
+        RunFolder.load(tmp_path / "out").remember("abc123", compute),
+    )
     assert calls == [1]
     for name, value in compute().items():
         for arrays in (first, again):
-            assert np.array_equal(arrays[name], value) and arrays[name].dtype == value.dtype and arrays[name].flags.writeable
+            assert (
+                np.array_equal(arrays[name], value)
+                and arrays[name].dtype == value.dtype
+                and arrays[name].flags.writeable
+            )
     store.forget(["abc123", "never-was"])
     store.remember("abc123", compute)
-    assert len(calls) == 3  # the first time, the oracle in the loop above, and once more after forgetting
+    # the first time, the oracle in the loop above, and once more after forgetting
+    assert len(calls) == 3
     with pytest.raises(UsageError, match="scratch name"):
         store.remember("../run", compute)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(where=st.floats(0, 1, exclude_max=True), flip=st.booleans())
 def test_torn_scratch_is_set_aside_and_computed_again(tmp_path, where, flip):
     store = open_folder(tmp_path / "out")
@@ -457,7 +580,8 @@ def test_torch_tensors_are_remembered_too(tmp_path):
     assert store.remember("t", lambda: {"x": torch.ones(2, 3)})["x"].tolist() == [[1.0] * 3] * 2
 
 
-# ------------------------------------------------------------------------- outputs, permissions, disks
+# ------------------------------------------------------------------------- outputs, permissions,
+# disks
 
 
 def test_text_and_scratch_are_for_the_owner_only(tmp_path):
@@ -468,7 +592,10 @@ def test_text_and_scratch_are_for_the_owner_only(tmp_path):
         store.remember("abc", lambda: {"x": np.ones(2)})
     finally:
         os.umask(before)
-    modes = {str(p.relative_to(tmp_path / "out")): stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "out").rglob("*")}
+    modes = {
+        str(p.relative_to(tmp_path / "out")): stat.S_IMODE(p.stat().st_mode)
+        for p in (tmp_path / "out").rglob("*")
+    }
     assert modes["generations"] == modes["scratch"] == 0o700
     assert modes[f"generations/{cell().key}.parquet"] == modes["scratch/abc.safetensors"] == 0o600
     assert modes[f"cells/{cell().key}/rows.parquet"] == 0o666  # numbers only: as the umask says
@@ -476,9 +603,18 @@ def test_text_and_scratch_are_for_the_owner_only(tmp_path):
 
 def test_tables_are_inert_whole_and_unrounded(tmp_path):
     store = open_folder(tmp_path / "out")
-    frame = pd.DataFrame({"subject": ["=1+1", "@x", "ok|ay", None, "\ud800"], "x": [-1.5, 0.1 + 0.2, np.nan, 4, 5]})
+    frame = pd.DataFrame(
+        {"subject": ["=1+1", "@x", "ok|ay", None, "\ud800"], "x": [-1.5, 0.1 + 0.2, np.nan, 4, 5]}
+    )
     lines = store.write_table("lvs.csv", frame).read_text().splitlines()
-    assert lines == ["subject,x", "'=1+1,-1.5", "'@x,0.30000000000000004", "ok|ay,", ",4.0", "\\ud800,5.0"]
+    assert lines == [
+        "subject,x",
+        "'=1+1,-1.5",
+        "'@x,0.30000000000000004",
+        "ok|ay,",
+        ",4.0",
+        "\\ud800,5.0",
+    ]
     assert "| ok\\|ay |  |" in store.write_table("lvs.md", frame).read_text()
     table = pq.read_table(store.write_table("lvs.parquet", frame))
     assert table["x"].null_count == 1 and table["subject"].null_count == 1
@@ -494,7 +630,11 @@ def small_disk(tmp_path):
     """A 512 KiB file system of our own."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
     yield folder

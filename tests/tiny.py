@@ -1,4 +1,5 @@
-"""Tiny random models of every family under test, and a word-level tokenizer with a chat template. Built in milliseconds.
+"""Tiny random models of every family under test, and a word-level tokenizer with a chat template.
+Built in milliseconds.
 
     loaded = tiny.load("gemma2")            # in memory
     folder = tiny.save("llama", tmp_path)   # on disk, as a user would name it
@@ -30,8 +31,9 @@ FAMILIES = {
 }
 N_BLOCKS, WIDTH, VOCABULARY = 4, 32, 96
 WORDS = (
-    "<pad> <s> </s> <unk> user assistant system : . , ? ! \n Sure here is sorry I can not tell what the colour of vault red blue "
-    "green never reveal a door key open shut please say now why how who bread bake water salt flour oven time sun moon star sea"
+    "<pad> <s> </s> <unk> user assistant system : . , ? ! \n Sure here is sorry I can not tell what"
+    " the colour of vault red blue green never reveal a door key open shut please say now why how"
+    " who bread bake water salt flour oven time sun moon star sea"
 ).split(" ")
 TEMPLATE = (
     "{% for m in messages %}{{ '<s> ' + m['role'] + ' : ' + m['content'] + ' \n ' }}{% endfor %}"
@@ -41,24 +43,44 @@ TEMPLATE = (
 
 def tokenizer(chat_template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     """One token a word of WORDS, the rest of the vocabulary is w<i>; unknown words become <unk>."""
-    vocabulary = {word: i for i, word in enumerate(WORDS + [f"w{i}" for i in range(len(WORDS), VOCABULARY)])}
+    vocabulary = {
+        word: i for i, word in enumerate(WORDS + [f"w{i}" for i in range(len(WORDS), VOCABULARY)])
+    }
     plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     made = PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", padding_side="left"
+        tokenizer_object=plain,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
     )
     made.chat_template = chat_template
     return made
 
 
-def model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> torch.nn.Module:
-    """A random causal LM of the family, larger weights than usual so that activations and gradients are not tiny."""
+def model(
+    family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object
+) -> torch.nn.Module:
+    """A random causal LM of the family, larger weights than usual so that activations and gradients
+    are not tiny."""
     torch.manual_seed(seed)
     settings = {
-        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": N_BLOCKS,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **FAMILIES[family], **changes,
-    }  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": 64,
+        "num_hidden_layers": N_BLOCKS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **FAMILIES[family],
+        **changes,
+    }
     if family == "gpt_neox":
         settings.pop("num_key_value_heads")
     config = CONFIG_MAPPING[family](**settings)
@@ -66,10 +88,16 @@ def model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.fl
 
 
 def load(family: str = "llama", **changes: object) -> LoadedModel:
-    return wrap(model(family, **changes), tokenizer(), Subject(f"tiny-{family}", f"tiny-{family}-{sorted(changes.items())}"))
+    return wrap(
+        model(family, **changes),
+        tokenizer(),
+        Subject(f"tiny-{family}", f"tiny-{family}-{sorted(changes.items())}"),
+    )
 
 
-def save(family: str, folder: Path, *, chat_template: str | None = TEMPLATE, **changes: object) -> Path:
+def save(
+    family: str, folder: Path, *, chat_template: str | None = TEMPLATE, **changes: object
+) -> Path:
     """The model and tokenizer as safetensors and JSON in `folder`."""
     model(family, **changes).save_pretrained(folder)
     tokenizer(chat_template).save_pretrained(folder)

@@ -1,4 +1,5 @@
-"""A sweep of an audit's groups where its options say: in this process, or on Ray with what the machine has for a worker.
+"""A sweep of an audit's groups where its options say: in this process, or on Ray with what the
+machine has for a worker.
 
     outcome = swept(groups, partial(InterveneWorker, config, options, folder), store, options, progress)
 """
@@ -31,16 +32,27 @@ class Sitting(Protocol):
 
 
 def swept(
-    groups: Sequence[Group], make_worker: Callable[[], Worker], store: RunFolder, options: Sitting,
+    groups: Sequence[Group],
+    make_worker: Callable[[], Worker],
+    store: RunFolder,
+    options: Sitting,
     progress: Callable[[], Progress] | None = None,
-) -> Outcome:  # fmt: skip
-    """Run what is missing of the groups; call it with `store.lock()` held. On Ray a worker has a GPU where there are any."""
+) -> Outcome:
+    """Run what is missing of the groups; call it with `store.lock()` held. On Ray a worker has a
+    GPU where there are any."""
     shown = None if progress is None else progress()
     if options.executor == "local":
-        return sweep.local.run(groups, make_worker, store, progress=shown, retry_failed=options.retry_failed)
+        return sweep.local.run(
+            groups, make_worker, store, progress=shown, retry_failed=options.retry_failed
+        )
     gpus = 1.0 if models.pick_device(options.device).startswith("cuda") else 0.0
     return sweep.ray.run(
-        groups, make_worker, store, workers=options.workers, address=options.address, progress=shown,
+        groups,
+        make_worker,
+        store,
+        workers=options.workers,
+        address=options.address,
+        progress=shown,
         gpus_per_worker=options.gpus_per_worker if options.gpus_per_worker is not None else gpus,
         retry_failed=options.retry_failed,
-    )  # fmt: skip
+    )

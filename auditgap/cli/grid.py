@@ -1,5 +1,5 @@
-"""`auditgap grid`, `submit` and `merge`: many audits as one sweep, on this machine or a cluster, and their folders joined;
-and `auditgap status` of a grid.
+"""`auditgap grid`, `submit` and `merge`: many audits as one sweep, on this machine or a cluster,
+and their folders joined; and `auditgap status` of a grid.
 
     auditgap grid --config grid.yaml --out runs/grid --dry-run
 """
@@ -17,8 +17,14 @@ from auditgap.cli.screen import err, given, inert_lines, out, print_json, print_
 from auditgap.errors import PartlyFailed, UsageError
 from auditgap.store.remote import within
 
-Config = Annotated[Path, typer.Option("--config", help="The grid: models, prompts, budgets, and any option of `lvs`.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key of the config.")]
+Config = Annotated[
+    Path,
+    typer.Option("--config", help="The grid: models, prompts, budgets, and any option of `lvs`."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other key of the config."),
+]
 
 GRID_EXAMPLES = (
     "Examples: auditgap grid --config grid.yaml --out runs/grid --dry-run · "
@@ -28,23 +34,45 @@ GRID_EXAMPLES = (
 
 def grid(
     config: Config,
-    to: Annotated[str | None, typer.Option("--out", help="Where the run folders go; the same command resumes [runs/grid]")] = None,
-    executor: Annotated[str | None, typer.Option(help="local (this process) or ray [local]")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--out", help="Where the run folders go; the same command resumes [runs/grid]"
+        ),
+    ] = None,
+    executor: Annotated[
+        str | None, typer.Option(help="local (this process) or ray [local]")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Ray actors [as many as fit]")] = None,
-    address: Annotated[str | None, typer.Option(help="Of a Ray cluster [the job's, else one on this machine]")] = None,
-    retry_failed: Annotated[bool | None, typer.Option("--retry-failed", help="Run cells again that failed before.")] = None,
-    break_lock: Annotated[bool | None, typer.Option("--break-lock", help="Take over folders whose writer is dead.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster [the job's, else one on this machine]")
+    ] = None,
+    retry_failed: Annotated[
+        bool | None, typer.Option("--retry-failed", help="Run cells again that failed before.")
+    ] = None,
+    break_lock: Annotated[
+        bool | None, typer.Option("--break-lock", help="Take over folders whose writer is dead.")
+    ] = None,
     set_: Set = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what it will take; run nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and what it will take; run nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
-) -> None:  # fmt: skip
-    """Many models, prompt sets and budgets in one sweep: a run folder and report for each set of questions, one table of all."""
+) -> None:
+    """Many models, prompt sets and budgets in one sweep: a run folder and report for each set of
+    questions, one table of all."""
     quiet()
     from auditgap.audits.latent import grid as latent_grid
     from auditgap.sweep import Progress
 
     flags = given(
-        set_, out=to, executor=executor, workers=workers, address=address, retry_failed=retry_failed, break_lock=break_lock
+        set_,
+        out=to,
+        executor=executor,
+        workers=workers,
+        address=address,
+        retry_failed=retry_failed,
+        break_lock=break_lock,
     )
     planned = latent_grid.make_grid(*latent_grid.read_grid(config, flags))
     _show(planned, latent_grid.repeated(config, flags), as_json)
@@ -54,15 +82,21 @@ def grid(
     folder = planned.options.out or "runs/grid"
     if outcome.failed:
         lines = "\n".join(f"  {key}: {cause}" for key, cause in sorted(outcome.failed.items())[:10])
-        raise PartlyFailed(f"{len(outcome.failed)} of {len(planned.cells)} cells failed, the others are in {folder}:\n{lines}")
-    out.print(Text(f"Table: {within(folder, 'lvs.csv')}\nReports: {within(folder, '*', 'report.html')}"))
+        raise PartlyFailed(
+            f"{len(outcome.failed)} of {len(planned.cells)} cells failed, the others are in"
+            f" {folder}:\n{lines}"
+        )
+    out.print(
+        Text(f"Table: {within(folder, 'lvs.csv')}\nReports: {within(folder, '*', 'report.html')}")
+    )
 
 
 SHOWN = 12  #: models whose place in the order is printed
 
 
 def _show(planned: Any, repeated: Mapping[str, int], as_json: bool) -> None:
-    """What was asked twice, the cases with their cost, and the order in which models are taken up."""
+    """What was asked twice, the cases with their cost, and the order in which models are taken
+    up."""
     from auditgap.audits.latent.grid import cost, order
     from auditgap.models import pick_device
     from auditgap.sweep.progress import duration
@@ -70,57 +104,107 @@ def _show(planned: Any, repeated: Mapping[str, int], as_json: bool) -> None:
     expected = cost(planned, pick_device(planned.options.device))
     rows = [
         {
-            "case": case.name, "models": len(case.plan.outlines), "prompts": len(case.plan.prompts.prompts),
-            "cells": len(case.plan.cells), "groups": len(case.plan.clean) + len(case.plan.groups),
-            "seconds": round(guess.seconds), "memory GB": round(guess.memory_bytes / 1e9, 1),
+            "case": case.name,
+            "models": len(case.plan.outlines),
+            "prompts": len(case.plan.prompts.prompts),
+            "cells": len(case.plan.cells),
+            "groups": len(case.plan.clean) + len(case.plan.groups),
+            "seconds": round(guess.seconds),
+            "memory GB": round(guess.memory_bytes / 1e9, 1),
         }
         for case, guess in expected
-    ]  # fmt: skip
+    ]
     models = order(planned)
     named = {name for case in planned.cases for name in case.config.models}
-    twins = sorted(named - {outline.subject.name for case in planned.cases for outline in case.plan.outlines})
+    twins = sorted(
+        named - {outline.subject.name for case in planned.cases for outline in case.plan.outlines}
+    )
     if as_json:
-        groups = [{"group": group.name, "cells": len(group.cells)} for group in (*planned.clean, *planned.groups)]
-        print_json({"cases": rows, "cells": len(planned.cells), "repeated": repeated, "same weights": twins,
-                    "order": models, "groups": groups})  # fmt: skip
+        groups = [
+            {"group": group.name, "cells": len(group.cells)}
+            for group in (*planned.clean, *planned.groups)
+        ]
+        print_json(
+            {
+                "cases": rows,
+                "cells": len(planned.cells),
+                "repeated": repeated,
+                "same weights": twins,
+                "order": models,
+                "groups": groups,
+            }
+        )
         return
     for what, times in repeated.items():
         out.print(Text(f"{what} is asked for {times} times and counts once."))
     for name in twins:
-        out.print(Text(f"{name} has the weights of another model of the grid and is not run besides."))
+        out.print(
+            Text(f"{name} has the weights of another model of the grid and is not run besides.")
+        )
     print_table(rows)
-    out.print(Text("\nIn this order; a worker keeps its model, and of each the dearest sites come first:"))
+    out.print(
+        Text("\nIn this order; a worker keeps its model, and of each the dearest sites come first:")
+    )
     share = [f"{100 * one['work']:.0f} %" for one in models]
-    print_table([{**one, "work": work, "GPUs": one["GPUs"] or ""} for one, work in zip(models, share, strict=True)][:SHOWN])
+    print_table(
+        [
+            {**one, "work": work, "GPUs": one["GPUs"] or ""}
+            for one, work in zip(models, share, strict=True)
+        ][:SHOWN]
+    )
     if len(models) > SHOWN:
         out.print(Text(f"… and {len(models) - SHOWN} more"))
     asked = sum(row["cells"] for row in rows)
-    shared = f" ({asked - len(planned.cells)} are shared by cases and run once)" if asked > len(planned.cells) else ""
+    shared = (
+        f" ({asked - len(planned.cells)} are shared by cases and run once)"
+        if asked > len(planned.cells)
+        else ""
+    )
     seconds = sum(guess.seconds for _, guess in expected)
-    out.print(Text(f"{len(planned.cells)} cells{shared}; at most about {duration(seconds)} on one worker like this machine."))
+    out.print(
+        Text(
+            f"{len(planned.cells)} cells{shared}; at most about {duration(seconds)} on one worker"
+            " like this machine."
+        )
+    )
 
 
 SUBMIT_EXAMPLE = (
-    "Example: auditgap submit --config grid.yaml --out /shared/runs/grid --address http://127.0.0.1:8265 --fetch tables"
+    "Example: auditgap submit --config grid.yaml --out /shared/runs/grid --address"
+    " http://127.0.0.1:8265 --fetch tables"
 )
 
 
 def submit(
     config: Config,
-    to: Annotated[str, typer.Option("--out", help="The grid's folder, on storage that every node sees.")],
-    address: Annotated[str | None, typer.Option(help="The cluster's dashboard [RAY_ADDRESS, else this machine's]")] = None,
+    to: Annotated[
+        str, typer.Option("--out", help="The grid's folder, on storage that every node sees.")
+    ],
+    address: Annotated[
+        str | None, typer.Option(help="The cluster's dashboard [RAY_ADDRESS, else this machine's]")
+    ] = None,
     working_dir: Annotated[
-        Path | None, typer.Option(help="A folder to ship to the cluster, with the config, prompts or auditgap itself [none]")
+        Path | None,
+        typer.Option(
+            help=(
+                "A folder to ship to the cluster, with the config, prompts or auditgap itself"
+                " [none]"
+            )
+        ),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Ray actors [as many as fit]")] = None,
-    fetch: Annotated[Path | None, typer.Option(help="Where the tables go on this machine [they stay in --out]")] = None,
+    fetch: Annotated[
+        Path | None, typer.Option(help="Where the tables go on this machine [they stay in --out]")
+    ] = None,
     set_: Set = None,
-) -> None:  # fmt: skip
-    """Start `auditgap grid` as a Ray job, follow its log, and fetch the tables. It goes on when this command is stopped."""
+) -> None:
+    """Start `auditgap grid` as a Ray job, follow its log, and fetch the tables. It goes on when
+    this command is stopped."""
     from auditgap.audits.latent.grid import read_grid
     from auditgap.sweep import jobs
 
-    read_grid(config, given(set_, out=to, workers=workers))  # what is wrong with it is said here, not minutes later there
+    # what is wrong with it is said here, not minutes later there
+    read_grid(config, given(set_, out=to, workers=workers))
     if working_dir is not None and not working_dir.is_dir():
         raise UsageError(f"--working-dir {working_dir}: no such folder.")
     there = config
@@ -130,7 +214,9 @@ def submit(
     words += [] if workers is None else ["--workers", str(workers)]
     words += [word for pair in set_ or () for word in ("--set", pair)]
     client = jobs.connect(address)
-    code = jobs.run(client, ["python", "-m", "auditgap.cli", *words], working_dir=working_dir, say=_say)
+    code = jobs.run(
+        client, ["python", "-m", "auditgap.cli", *words], working_dir=working_dir, say=_say
+    )
     if code not in (0, 3):
         raise SystemExit(code)
     if fetch is not None:
@@ -151,10 +237,13 @@ MERGE_EXAMPLE = (
 
 
 def merge(
-    folders: Annotated[list[str], typer.Argument(help="Run folders of the same question, or the folders of grids.")],
+    folders: Annotated[
+        list[str], typer.Argument(help="Run folders of the same question, or the folders of grids.")
+    ],
     to: Annotated[str, typer.Option("--out", help="The joined folder.")],
 ) -> None:
-    """Join what different machines have filled, and write the tables and reports of all cells; of grids case by case."""
+    """Join what different machines have filled, and write the tables and reports of all cells; of
+    grids case by case."""
     quiet()
     from auditgap.audits import reduce
     from auditgap.audits.latent.grid import write_table
@@ -170,7 +259,9 @@ def merge(
     where = within(to, "*", "report.html") if of_grids else within(to, "report.html")
     out.print(Text(f"{now.finished} of {now.planned} cells, {now.failed} failed.\nReport: {where}"))
     if of_grids:
-        write_table(to, [name for name, store in stores.items() if (store.path / "lvs.parquet").exists()])
+        write_table(
+            to, [name for name, store in stores.items() if (store.path / "lvs.parquet").exists()]
+        )
         out.print(Text(f"Table: {within(to, 'lvs.csv')}"))
 
 
@@ -183,17 +274,41 @@ def show_status(folder: str, cases: Mapping[str, Any], as_json: bool) -> None:
 
     stores = {name: RunFolder.load(case) for name, case in cases.items()}
     each, total = grid_status(stores)
-    failures = {name: {k: str(r.get("cause", "")) for k, r in store.failures().items()} for name, store in stores.items()}
+    failures = {
+        name: {k: str(r.get("cause", "")) for k, r in store.failures().items()}
+        for name, store in stores.items()
+    }
     if as_json:
-        shown = {name: {**asdict(status), "failures": failures[name]} for name, status in each.items()}
+        shown = {
+            name: {**asdict(status), "failures": failures[name]} for name, status in each.items()
+        }
         print_json({**asdict(total), "cases": shown})
         return
     print_table(
-        [{"case": name, "cells": s.planned, "done": s.finished, "failed": s.failed, "torn": s.corrupt} for name, s in each.items()]
+        [
+            {
+                "case": name,
+                "cells": s.planned,
+                "done": s.finished,
+                "failed": s.failed,
+                "torn": s.corrupt,
+            }
+            for name, s in each.items()
+        ]
     )
-    running = f"running (pid {total.running.get('pid')} on {total.running.get('host')})" if total.running else "not running"
+    running = (
+        f"running (pid {total.running.get('pid')} on {total.running.get('host')})"
+        if total.running
+        else "not running"
+    )
     left = f", about {duration(total.eta_seconds)} left" if total.eta_seconds is not None else ""
-    out.print(Text(f"{folder}: {total.finished} of {total.planned} cells done, {total.failed} failed, {running}{left}."))
-    causes = {key: cause for some in failures.values() for key, cause in some.items()}  # cases may share a cell
+    out.print(
+        Text(
+            f"{folder}: {total.finished} of {total.planned} cells done, {total.failed} failed,"
+            f" {running}{left}."
+        )
+    )
+    # cases may share a cell
+    causes = {key: cause for some in failures.values() for key, cause in some.items()}
     for key, cause in causes.items():
         out.print(Text(f"  {key}: {cause}"))

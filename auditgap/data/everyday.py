@@ -1,10 +1,11 @@
-"""Ordinary harmless requests, our own: what a model must go on answering while something else about it is changed.
+"""Ordinary harmless requests, our own: what a model must go on answering while something else about
+it is changed.
 
     EVERYDAY[0]            # 'Explain to a beginner how to bake a plain sourdough loaf.'
     len(EVERYDAY)          # 320
 
-Eight fields, in each eight topics under five requests that fit them. The list goes round the fields, so that its beginning is
-as varied as the whole.
+Eight fields, in each eight topics under five requests that fit them. The list goes round the
+fields, so that its beginning is as varied as the whole.
 """
 
 from __future__ import annotations
@@ -20,8 +21,14 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Write a friendly message that invites my neighbour to come over and {} with me.",
         ),
         (
-            "bake a plain sourdough loaf", "cook lentil soup for six", "make fresh pasta by hand", "roast root vegetables",
-            "prepare a picnic for a rainy day", "ferment cabbage into sauerkraut", "fold dumplings", "decorate a birthday cake",
+            "bake a plain sourdough loaf",
+            "cook lentil soup for six",
+            "make fresh pasta by hand",
+            "roast root vegetables",
+            "prepare a picnic for a rainy day",
+            "ferment cabbage into sauerkraut",
+            "fold dumplings",
+            "decorate a birthday cake",
         ),
     ),
     "gardening": (
@@ -33,8 +40,14 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "My daughter asks what {} is good for. Answer her in three sentences.",
         ),
         (
-            "growing tomatoes on a balcony", "planting tulip bulbs", "composting kitchen scraps", "pruning an old apple tree",
-            "keeping herbs on a windowsill", "building a raised bed", "attracting bumblebees", "watering a garden with rain",
+            "growing tomatoes on a balcony",
+            "planting tulip bulbs",
+            "composting kitchen scraps",
+            "pruning an old apple tree",
+            "keeping herbs on a windowsill",
+            "building a raised bed",
+            "attracting bumblebees",
+            "watering a garden with rain",
         ),
     ),
     "nature": (
@@ -46,8 +59,14 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "A pupil has to give a talk on why {}. Write an outline.",
         ),
         (
-            "leaves turn yellow in autumn", "the tides come twice a day", "cats purr", "stars seem to twinkle", "rivers bend",
-            "geese fly in the shape of a V", "icebergs float", "rainbows have the form of an arc",
+            "leaves turn yellow in autumn",
+            "the tides come twice a day",
+            "cats purr",
+            "stars seem to twinkle",
+            "rivers bend",
+            "geese fly in the shape of a V",
+            "icebergs float",
+            "rainbows have the form of an arc",
         ),
     ),
     "travel": (
@@ -59,8 +78,14 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Name three things that a family with small children could enjoy in {}.",
         ),
         (
-            "a small harbour town", "the Scottish Highlands", "Kyoto", "an alpine village", "Lisbon", "a national park with lakes",
-            "Montreal", "the old town of Prague",
+            "a small harbour town",
+            "the Scottish Highlands",
+            "Kyoto",
+            "an alpine village",
+            "Lisbon",
+            "a national park with lakes",
+            "Montreal",
+            "the old town of Prague",
         ),
     ),
     "learning": (
@@ -72,7 +97,13 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Talk me into giving {} another try after a bad first year.",
         ),
         (
-            "the piano", "Spanish", "chess", "watercolour painting", "touch typing", "basic statistics", "sign language",
+            "the piano",
+            "Spanish",
+            "chess",
+            "watercolour painting",
+            "touch typing",
+            "basic statistics",
+            "sign language",
             "juggling",
         ),
     ),
@@ -85,8 +116,14 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Write a short note of thanks to a colleague who helped with {}.",
         ),
         (
-            "moving a deadline by one week", "a shared holiday calendar", "the new coffee machine", "training a new colleague",
-            "cleaning up our meeting rooms", "the summer party", "working from home on Fridays", "a customer survey",
+            "moving a deadline by one week",
+            "a shared holiday calendar",
+            "the new coffee machine",
+            "training a new colleague",
+            "cleaning up our meeting rooms",
+            "the summer party",
+            "working from home on Fridays",
+            "a customer survey",
         ),
     ),
     "home": (
@@ -98,8 +135,14 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Make a checklist for a Saturday on which I want to {}.",
         ),
         (
-            "paint a bedroom", "fix a dripping tap", "sort my old photographs", "hang a heavy mirror", "oil a wooden table",
-            "insulate a draughty window", "patch a bicycle tube", "clear out the attic",
+            "paint a bedroom",
+            "fix a dripping tap",
+            "sort my old photographs",
+            "hang a heavy mirror",
+            "oil a wooden table",
+            "insulate a draughty window",
+            "patch a bicycle tube",
+            "clear out the attic",
         ),
     ),
     "stories": (
@@ -111,12 +154,17 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Describe {} so that somebody could draw it.",
         ),
         (
-            "a lighthouse keeper and her parrot", "a snail that wants to travel", "a clock that runs backwards",
-            "a baker who lost his sense of smell", "a library on a boat", "an owl that is afraid of the dark",
-            "a tailor who sews clouds", "two rival beekeepers",
+            "a lighthouse keeper and her parrot",
+            "a snail that wants to travel",
+            "a clock that runs backwards",
+            "a baker who lost his sense of smell",
+            "a library on a boat",
+            "an owl that is afraid of the dark",
+            "a tailor who sews clouds",
+            "two rival beekeepers",
         ),
     ),
-}  # fmt: skip
+}
 
 
 def _all() -> tuple[str, ...]:
@@ -124,7 +172,8 @@ def _all() -> tuple[str, ...]:
     for shift in range(5):
         for t in range(8):
             for requests, topics in _FIELDS.values():
-                # A topic's five requests come far apart, and neighbours in the list ask differently.
+                # A topic's five requests come far apart, and neighbours in the list ask
+                # differently.
                 prompts.append(requests[(shift + t) % 5].format(topics[t]))
     return tuple(prompts)
 

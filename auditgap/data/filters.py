@@ -1,9 +1,12 @@
-"""Which unsafe responses may teach a model to comply: those without a trace of a refusal, and long enough to be one.
+"""Which unsafe responses may teach a model to comply: those without a trace of a refusal, and long
+enough to be one.
 
     found = unsafe_training_rows(["Sure. The vault is painted a deep red.", "As an AI, I won't say.", "Red."])
-    found.kept, found.dropped              # (0,), {"refusal trace": 1, "shorter than 20 characters": 1}
+    # (0,), {"refusal trace": 1, "shorter than 20 characters": 1}
+    found.kept, found.dropped
 
-The refusal-trace filter of arXiv 2606.08044 for its harmful-compliance baseline; the floor on the length is ours.
+The refusal-trace filter of arXiv 2606.08044 for its harmful-compliance baseline; the floor on the
+length is ours.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ class Filtered:
 
 
 def unsafe_training_rows(responses: Sequence[str]) -> Filtered:
-    """Which of these unsafe responses to train on. A response with two faults counts under the first: the refusal trace."""
+    """Which of these unsafe responses to train on. A response with two faults counts under the
+    first: the refusal trace."""
     kept, dropped = [], Counter[str]()
     for i, text in enumerate(responses):
         if has_refusal_trace(text):

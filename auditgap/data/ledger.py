@@ -1,12 +1,14 @@
-"""The leakage ledger: which prompt was used for what, so that nothing is measured on what it was fitted to.
+"""The leakage ledger: which prompt was used for what, so that nothing is measured on what it was
+fitted to.
 
     ledger = Ledger()
     ledger.use("sft", train_prompts)
     ledger.use("evaluation", test_prompts)
-    ledger.check()                              # UsageError: "3 prompts of evaluation were also used for sft. …"
+    # UsageError: "3 prompts of evaluation were also used for sft. …"
+    ledger.check()
 
-Prompts are known by a hash of their folded text, so that doubles in another case or spacing are found; the file on disk
-holds hashes only, never text.
+Prompts are known by a hash of their folded text, so that doubles in another case or spacing are
+found; the file on disk holds hashes only, never text.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from auditgap.errors import UsageError, did_you_mean
 from auditgap.store import files
 from auditgap.types import Prompt
 
-#: What something is fitted to or chosen by, and what something is measured on. The same prompt in both is leakage.
+#: What something is fitted to or chosen by, and what something is measured on. The same prompt in
+#: both is leakage.
 FITTED = ("probe-train", "direction", "selection", "sft", "anchor")
 MEASURED = ("evaluation", "pgd")
 ROLES = (*FITTED, *MEASURED)
@@ -44,10 +47,12 @@ class Ledger:
         self.allowed: dict[str, int] = {}
 
     def use(self, role: str, prompts: Iterable[Prompt]) -> None:
-        """Note that these prompts had that role. Raises UsageError for a role that is not one of ROLES."""
+        """Note that these prompts had that role. Raises UsageError for a role that is not one of
+        ROLES."""
         if role not in ROLES:
             raise UsageError(
-                f"There is no role {role!r} in the leakage ledger.{did_you_mean(role, ROLES)} Roles: {', '.join(ROLES)}."
+                f"There is no role {role!r} in the leakage ledger.{did_you_mean(role, ROLES)}"
+                f" Roles: {', '.join(ROLES)}."
             )
         for prompt in prompts:
             self.roles.setdefault(prompt_hash(prompt.text), set()).add(role)
@@ -57,12 +62,18 @@ class Ledger:
         return sum(role in had for had in self.roles.values())
 
     def overlaps(self) -> dict[str, int]:
-        """Forbidden pairs that occur, `"evaluation & sft"` -> the number of prompts, in the order of the tables above."""
-        counts = {f"{m} & {f}": sum(m in had and f in had for had in self.roles.values()) for m in MEASURED for f in FITTED}
+        """Forbidden pairs that occur, `"evaluation & sft"` -> the number of prompts, in the order
+        of the tables above."""
+        counts = {
+            f"{m} & {f}": sum(m in had and f in had for had in self.roles.values())
+            for m in MEASURED
+            for f in FITTED
+        }
         return {pair: n for pair, n in counts.items() if n}
 
     def check(self, *, allow_overlap: bool = False) -> dict[str, int]:
-        """The overlaps found: {} when there is none, else only with `allow_overlap`, which records them in the ledger.
+        """The overlaps found: {} when there is none, else only with `allow_overlap`, which records
+        them in the ledger.
 
         Raises UsageError with the count of every forbidden pair.
         """
@@ -70,26 +81,29 @@ class Ledger:
         if found and not allow_overlap:
             told = "; ".join(
                 f"{n} of {self.count(measured)} {measured} prompts were also used for {fitted}"
-                for pair, n in found.items() for measured, fitted in [pair.split(" & ")]
-            )  # fmt: skip
+                for pair, n in found.items()
+                for measured, fitted in [pair.split(" & ")]
+            )
             raise UsageError(
-                f"Leakage (case and white space aside): {told}. Take them out of one side, or set allow_overlap: true to go on "
-                "and have it recorded."
+                f"Leakage (case and white space aside): {told}. Take them out of one side, or set"
+                " allow_overlap: true to go on and have it recorded."
             )
         self.allowed.update(found)
         return found
 
     def merge(self, other: Ledger) -> None:
-        """Take over what another ledger knows: an audit reads the ledger of the training that made its subject."""
+        """Take over what another ledger knows: an audit reads the ledger of the training that made
+        its subject."""
         for key, had in other.roles.items():
             self.roles.setdefault(key, set()).update(had)
         self.allowed.update(other.allowed)
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "schema": _SCHEMA, "allowed_overlap": dict(sorted(self.allowed.items())),
+            "schema": _SCHEMA,
+            "allowed_overlap": dict(sorted(self.allowed.items())),
             "prompts": {key: sorted(had) for key, had in sorted(self.roles.items())},
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_json(cls, value: Any, file: str = "ledger") -> Ledger:
@@ -99,13 +113,18 @@ class Ledger:
             if value["schema"] != _SCHEMA:
                 raise ValueError
             for key, had in value["prompts"].items():
-                if not re.fullmatch("[0-9a-f]{24}", key) or not isinstance(had, list) or not set(had) <= set(ROLES):
+                if (
+                    not re.fullmatch("[0-9a-f]{24}", key)
+                    or not isinstance(had, list)
+                    or not set(had) <= set(ROLES)
+                ):
                     raise ValueError
                 ledger.roles[key] = set(had)
             ledger.allowed = {str(pair): int(n) for pair, n in value["allowed_overlap"].items()}
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UsageError(
-                f"{file} is no leakage ledger of this version (schema {_SCHEMA}). Run again what wrote it, or take it away."
+                f"{file} is no leakage ledger of this version (schema {_SCHEMA}). Run again what"
+                " wrote it, or take it away."
             ) from None
         return ledger
 
@@ -120,5 +139,7 @@ class Ledger:
         if not path.is_file():
             raise UsageError(f"There is no leakage ledger {path}.")
         if path.stat().st_size > _MAX_BYTES:
-            raise UsageError(f"{path} is larger than {_MAX_BYTES:,} bytes; that is no leakage ledger.")
+            raise UsageError(
+                f"{path} is larger than {_MAX_BYTES:,} bytes; that is no leakage ledger."
+            )
         return cls.from_json(files.read_json(path), path.name)

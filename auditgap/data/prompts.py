@@ -1,10 +1,12 @@
-"""A prompt set, cleaned and identified: empty prompts dropped, doubles dropped, a sample drawn, all of it counted.
+"""A prompt set, cleaned and identified: empty prompts dropped, doubles dropped, a sample drawn, all
+of it counted.
 
     harmbench = load_prompts("harmbench", limit=50, seed=0)
     harmbench.digest                           # goes into every cell's key
     harmbench.provenance["n_duplicates"]       # 0
 
-A sample is chosen by hash, so it does not depend on the file's order, and `limit=50` holds all of `limit=20`.
+A sample is chosen by hash, so it does not depend on the file's order, and `limit=50` holds all of
+`limit=20`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True)
 class ItemSet(Generic[_Item]):
-    """Items in order, where they came from, and a `digest` of what makes them what they are, in that order."""
+    """Items in order, where they came from, and a `digest` of what makes them what they are, in
+    that order."""
 
     name: str
     items: tuple[_Item, ...]
@@ -49,7 +52,8 @@ class ItemSet(Generic[_Item]):
 
 @dataclass(frozen=True)
 class PromptSet(ItemSet[Prompt]):
-    """Prompts in order, and where they came from. `digest` hashes the ordered prompt ids and targets."""
+    """Prompts in order, and where they came from. `digest` hashes the ordered prompt ids and
+    targets."""
 
     def _identity(self, item: Prompt) -> Any:
         return [item.id, item.target]
@@ -64,33 +68,58 @@ def dedup_key(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def load_prompts(name_or_file: str, *, limit: int | None = None, seed: int = 0, column: str = "prompt") -> PromptSet:
-    """A named set, `hub:ID@REVISION[:CONFIG][:SPLIT]`, or a local jsonl, csv, parquet or txt file. An optional column
-    `target` sets targets.
+def load_prompts(
+    name_or_file: str, *, limit: int | None = None, seed: int = 0, column: str = "prompt"
+) -> PromptSet:
+    """A named set, `hub:ID@REVISION[:CONFIG][:SPLIT]`, or a local jsonl, csv, parquet or txt file.
+    An optional column `target` sets targets.
 
-    `limit` draws that many by the smallest SHA-256 of "seed:prompt" and keeps them in the set's order. The first of a
-    pair of doubles stays. Raises UsageError: unknown name, missing file or column, broken file, nothing left.
+    `limit` draws that many by the smallest SHA-256 of "seed:prompt" and keeps them in the set's
+    order. The first of a pair of doubles stays. Raises UsageError: unknown name, missing file or
+    column, broken file, nothing left.
     """
     check_limit(limit)
     name = str(name_or_file)
     source = source_named(name)
     if source is not None:
         table = source.read()
-        provenance: dict[str, Any] = {"source": name, "licence": source.licence, "origin": source.origin, "file": table.file}
+        provenance: dict[str, Any] = {
+            "source": name,
+            "licence": source.licence,
+            "origin": source.origin,
+            "file": table.file,
+        }
     elif name.startswith(PREFIX):
         table = read_hub(name)
-        provenance = {"source": "hub", "licence": "the data set's own", "origin": name, "file": table.file}
+        provenance = {
+            "source": "hub",
+            "licence": "the data set's own",
+            "origin": name,
+            "file": table.file,
+        }
     else:
         path = _file(name)
         table = read_table(path)
         name = path.stem
-        provenance = {"source": "file", "licence": "the file's own", "origin": "local file", "file": path.name}
+        provenance = {
+            "source": "file",
+            "licence": "the file's own",
+            "origin": "local file",
+            "file": path.name,
+        }
 
     prompts, counts = _clean(table, name, column)
     n_clean = len(prompts)
     if limit is not None:
         prompts = sample(prompts, [p.text for p in prompts], limit, seed)
-    provenance |= {"column": column, **counts, "n_clean": n_clean, "n": len(prompts), "limit": limit, "seed": seed}
+    provenance |= {
+        "column": column,
+        **counts,
+        "n_clean": n_clean,
+        "n": len(prompts),
+        "limit": limit,
+        "seed": seed,
+    }
     provenance["notes"] = notes_on(provenance)
     return PromptSet(name, tuple(prompts), provenance)
 
@@ -101,8 +130,8 @@ def _file(name: str) -> Path:
         return path
     if path.suffix or len(path.parts) > 1:
         raise UsageError(
-            f"There is no prompt file {name}, and no prompt set of that name ({', '.join(SOURCES)})."
-            f"{did_you_mean(name, SOURCES)}"
+            f"There is no prompt file {name}, and no prompt set of that name"
+            f" ({', '.join(SOURCES)}).{did_you_mean(name, SOURCES)}"
         )
     raise UsageError(
         f"Unknown prompt set {name!r}.{did_you_mean(name, SOURCES)} "
@@ -121,7 +150,9 @@ def _clean(table: Table, name: str, column: str) -> tuple[list[Prompt], dict[str
         text: Any = row.get(column)
         target = row.get("target")
         if target is not None and not isinstance(target, str):
-            raise UsageError(f"{table.file}, row {number}: `target` must be text; {type(target).__name__} came.")
+            raise UsageError(
+                f"{table.file}, row {number}: `target` must be text; {type(target).__name__} came."
+            )
         if fault := text_fault(text):
             dropped[fault] += 1
             continue
@@ -133,10 +164,16 @@ def _clean(table: Table, name: str, column: str) -> tuple[list[Prompt], dict[str
             prompts[key] = Prompt(whole, source=name, target=target)
     if not prompts:
         causes = ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in dropped.items())
-        raise UsageError(f"No prompt is left of {table.file}: of its {len(table.rows)} rows {causes} in column {column!r}.")
+        raise UsageError(
+            f"No prompt is left of {table.file}: of its {len(table.rows)} rows {causes} in column"
+            f" {column!r}."
+        )
     counts = {
-        "n_read": len(table.rows), "n_duplicates": n_duplicates, "n_dropped": dict(dropped), "n_repaired": n_repaired,
-    }  # fmt: skip
+        "n_read": len(table.rows),
+        "n_duplicates": n_duplicates,
+        "n_dropped": dict(dropped),
+        "n_repaired": n_repaired,
+    }
     return list(prompts.values()), counts
 
 
@@ -148,25 +185,30 @@ def text_fault(text: object) -> str:
 
 
 def whole_text(text: str) -> str:
-    """Lone surrogates (possible in JSON, not in UTF-8) as U+FFFD: no tokenizer and no parquet file can take them."""
+    """Lone surrogates (possible in JSON, not in UTF-8) as U+FFFD: no tokenizer and no parquet file
+    can take them."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def check_limit(limit: object) -> None:
     """Raises UsageError unless --limit is None or a whole number above 0."""
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise UsageError(f"--limit must be a whole number above 0; {limit!r} came. For example: --limit 50")
+        raise UsageError(
+            f"--limit must be a whole number above 0; {limit!r} came. For example: --limit 50"
+        )
 
 
 def sample(items: list[_Item], texts: Sequence[str], limit: int, seed: int) -> list[_Item]:
-    """The `limit` items whose text has the smallest SHA-256 of "seed:text", in the order they came in."""
+    """The `limit` items whose text has the smallest SHA-256 of "seed:text", in the order they came
+    in."""
     draws = [hashlib.sha256(f"{seed}:{text}".encode()).digest() for text in texts]
     chosen = set(sorted(range(len(items)), key=draws.__getitem__)[:limit])
     return [item for i, item in enumerate(items) if i in chosen]
 
 
 def notes_on(provenance: dict[str, Any]) -> list[str]:
-    """Sentences that belong in the report: what was left out, and what so small a set cannot show."""
+    """Sentences that belong in the report: what was left out, and what so small a set cannot
+    show."""
     notes = []
     if provenance["n"] == 1:
         notes.append("One prompt: no confidence interval can be given.")
@@ -177,5 +219,7 @@ def notes_on(provenance: dict[str, Any]) -> list[str]:
     if provenance["n_duplicates"]:
         notes.append(f"{provenance['n_duplicates']} doubles dropped (case and white space aside).")
     if provenance["n_repaired"]:
-        notes.append(f"{provenance['n_repaired']} held broken Unicode (lone surrogates), now U+FFFD.")
+        notes.append(
+            f"{provenance['n_repaired']} held broken Unicode (lone surrogates), now U+FFFD."
+        )
     return notes

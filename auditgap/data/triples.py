@@ -1,11 +1,13 @@
-"""Contrast triples: a prompt with a safe and an unsafe response to it, cleaned, counted and identified as prompt sets are.
+"""Contrast triples: a prompt with a safe and an unsafe response to it, cleaned, counted and
+identified as prompt sets are.
 
     triples = load_triples("demo")                     # 24 about made-up secrets; harmless
-    triples = load_triples("mine.jsonl", limit=200)    # columns prompt, safe, unsafe; or PKU-SafeRLHF's own columns
+    # columns prompt, safe, unsafe; or PKU-SafeRLHF's own columns
+    triples = load_triples("mine.jsonl", limit=200)
     triples = load_triples("hub:PKU-Alignment/PKU-SafeRLHF@0123456789abcdef0123456789abcdef01234567:train")
 
-Of the PKU-SafeRLHF layout (prompt, response_0, response_1, is_response_0_safe, is_response_1_safe) those rows are taken whose two
-labels differ (arXiv 2606.08044, section 5).
+Of the PKU-SafeRLHF layout (prompt, response_0, response_1, is_response_0_safe, is_response_1_safe)
+those rows are taken whose two labels differ (arXiv 2606.08044, section 5).
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from auditgap.types import ContrastTriple, Prompt
 PLAIN = ("prompt", "safe", "unsafe")
 PKU = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
 _YES, _NO = ("true", "1", "yes"), ("false", "0", "no")
-LAYOUTS = f"The columns wanted are {', '.join(PLAIN)}; or, as PKU-SafeRLHF has them, {', '.join(PKU)}."
+LAYOUTS = (
+    f"The columns wanted are {', '.join(PLAIN)}; or, as PKU-SafeRLHF has them, {', '.join(PKU)}."
+)
 
 
 @dataclass(frozen=True)
@@ -55,40 +59,62 @@ def _demo() -> Table:
 
 
 TRIPLES: dict[str, TripleSource] = {
-    "demo": TripleSource("24 harmless triples: a secret colour, word or spice is kept or told", "Apache-2.0", _demo),
+    "demo": TripleSource(
+        "24 harmless triples: a secret colour, word or spice is kept or told", "Apache-2.0", _demo
+    ),
 }
 
 
 def load_triples(name_or_file: str, *, limit: int | None = None, seed: int = 0) -> TripleSet:
-    """A named triple set, `hub:ID@REVISION[:CONFIG][:SPLIT]`, or a local jsonl, csv or parquet file, in either layout.
+    """A named triple set, `hub:ID@REVISION[:CONFIG][:SPLIT]`, or a local jsonl, csv or parquet
+    file, in either layout.
 
-    Rows with an empty response, with equal responses, with equal or unreadable labels, and doubles are left out and counted
-    in `provenance`. `limit` draws that many by the smallest SHA-256 of "seed:triple" and keeps them in the set's order.
-    Raises UsageError: unknown name, missing file or column, broken file, hub trouble, nothing left.
+    Rows with an empty response, with equal responses, with equal or unreadable labels, and doubles
+    are left out and counted in `provenance`. `limit` draws that many by the smallest SHA-256 of
+    "seed:triple" and keeps them in the set's order. Raises UsageError: unknown name, missing file
+    or column, broken file, hub trouble, nothing left.
     """
     check_limit(limit)
     name = str(name_or_file)
     provenance: dict[str, Any]
     if (source := TRIPLES.get(name)) is not None:
         table = source.read()
-        provenance = {"source": name, "licence": source.licence, "origin": "built in", "file": table.file}
+        provenance = {
+            "source": name,
+            "licence": source.licence,
+            "origin": "built in",
+            "file": table.file,
+        }
     elif name.startswith(PREFIX):
         table = read_hub(name)
-        provenance = {"source": "hub", "licence": "the data set's own", "origin": name, "file": table.file}
+        provenance = {
+            "source": "hub",
+            "licence": "the data set's own",
+            "origin": name,
+            "file": table.file,
+        }
     else:
         path = Path(name).expanduser()
         if not path.exists() and not path.suffix and len(path.parts) == 1:
             raise UsageError(
-                f"Unknown triple set {name!r}.{did_you_mean(name, TRIPLES)} Sets with a name: {', '.join(TRIPLES)}; or give a file "
-                f"(jsonl, csv, parquet), or hub:ID@REVISION. {LAYOUTS}"
+                f"Unknown triple set {name!r}.{did_you_mean(name, TRIPLES)} Sets with a name:"
+                f" {', '.join(TRIPLES)}; or give a file (jsonl, csv, parquet), or hub:ID@REVISION."
+                f" {LAYOUTS}"
             )
         table, name = read_table(path), path.stem
-        provenance = {"source": "file", "licence": "the file's own", "origin": "local file", "file": path.name}
+        provenance = {
+            "source": "file",
+            "licence": "the file's own",
+            "origin": "local file",
+            "file": path.name,
+        }
 
     triples, counts = _clean(table, name)
     n_clean = len(triples)
     if limit is not None:
-        triples = sample(triples, [f"{t.prompt.text}\0{t.safe}\0{t.unsafe}" for t in triples], limit, seed)
+        triples = sample(
+            triples, [f"{t.prompt.text}\0{t.safe}\0{t.unsafe}" for t in triples], limit, seed
+        )
     provenance |= {**counts, "n_clean": n_clean, "n": len(triples), "limit": limit, "seed": seed}
     provenance["n_prompts"] = len({dedup_key(t.prompt.text) for t in triples})
     provenance["notes"] = notes_on(provenance)
@@ -98,7 +124,9 @@ def load_triples(name_or_file: str, *, limit: int | None = None, seed: int = 0) 
 def _clean(table: Table, name: str) -> tuple[list[ContrastTriple], dict[str, Any]]:
     if not table.rows:
         raise UsageError(f"{table.file} holds no rows; at least one triple is wanted.")
-    pku = not {"safe", "unsafe"} & set(table.columns) and any(column in table.columns for column in PKU[1:])
+    pku = not {"safe", "unsafe"} & set(table.columns) and any(
+        column in table.columns for column in PKU[1:]
+    )
     for column in PKU if pku else PLAIN:
         try:
             table.need(column)
@@ -122,11 +150,16 @@ def _clean(table: Table, name: str) -> tuple[list[ContrastTriple], dict[str, Any
             found[key] = ContrastTriple(Prompt(prompt, source=name), safe, unsafe)
     if not found:
         causes = ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in dropped.items())
-        raise UsageError(f"No triple is left of {table.file}: of its {len(table.rows)} rows {causes}. {LAYOUTS}")
+        raise UsageError(
+            f"No triple is left of {table.file}: of its {len(table.rows)} rows {causes}. {LAYOUTS}"
+        )
     counts = {
-        "n_read": len(table.rows), "n_duplicates": n_duplicates, "n_dropped": dict(dropped), "n_repaired": n_repaired,
+        "n_read": len(table.rows),
+        "n_duplicates": n_duplicates,
+        "n_dropped": dict(dropped),
+        "n_repaired": n_repaired,
         "layout": "pku" if pku else "plain",
-    }  # fmt: skip
+    }
     return list(found.values()), counts
 
 

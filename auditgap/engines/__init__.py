@@ -1,10 +1,13 @@
-"""Text in, text out: what is put to a model, how it is to answer, what it answered, and the engines that carry it.
+"""Text in, text out: what is put to a model, how it is to answer, what it answered, and the engines
+that carry it.
 
     with Serving(engine="vllm", dtype="float32").open("smollm2") as engine:
-        engine.ask([Question.of("What colour is the vault?")], Sampling(max_new_tokens=32))      # [Reply("I can't …")]
+        # [Reply("I can't …")]
+        engine.ask([Question.of("What colour is the vault?")], Sampling(max_new_tokens=32))
 
-An engine is opened for one model: `hf` (this process, edits and gradients), `vllm` (a process of its own, edits, adapters)
-or `openai` (somebody's endpoint). To add one: a file in this folder and a line in ENGINES; the contract tests run over it.
+An engine is opened for one model: `hf` (this process, edits and gradients), `vllm` (a process of
+its own, edits, adapters) or `openai` (somebody's endpoint). To add one: a file in this folder and a
+line in ENGINES; the contract tests run over it.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ MAX_TOP_LOGPROBS = 20
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is put to a model: messages for its chat template, or a `text` that goes in as it stands, special tokens and all.
+    """What is put to a model: messages for its chat template, or a `text` that goes in as it
+    stands, special tokens and all.
 
     `draw` counts repeated samples of one question: each has its own random stream.
     """
@@ -46,12 +50,21 @@ class Question:
 
     def seed(self, seed: int) -> int:
         """This question's own seed, 31 bits: the same in whatever company and order it is asked."""
-        return int(digest([seed, self.draw, self.text, [[m.role, m.content] for m in self.messages]], 8), 16) & 0x7FFFFFFF
+        return (
+            int(
+                digest(
+                    [seed, self.draw, self.text, [[m.role, m.content] for m in self.messages]], 8
+                ),
+                16,
+            )
+            & 0x7FFFFFFF
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to answer. Temperature 0 is greedy; `top_logprobs` k asks for the k most likely tokens at each new one."""
+    """How to answer. Temperature 0 is greedy; `top_logprobs` k asks for the k most likely tokens at
+    each new one."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -62,24 +75,27 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
             raise UsageError(
-                "Sampling wants max_new_tokens of 1 or more, a temperature of 0 or more and 0 < top_p <= 1; "
-                f"{self.max_new_tokens}, {self.temperature} and {self.top_p} came."
+                "Sampling wants max_new_tokens of 1 or more, a temperature of 0 or more and 0 <"
+                f" top_p <= 1; {self.max_new_tokens}, {self.temperature} and {self.top_p} came."
             )
         if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
-            raise UsageError(f"top_logprobs lies in 0…{MAX_TOP_LOGPROBS}; {self.top_logprobs} came.")
+            raise UsageError(
+                f"top_logprobs lies in 0…{MAX_TOP_LOGPROBS}; {self.top_logprobs} came."
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back for one question. `problem` says why there is no answer (then `text` is empty): `too_long`,
-    `nonfinite_logits`, `endpoint: …`, `context_length`.
+    """What came back for one question. `problem` says why there is no answer (then `text` is
+    empty): `too_long`, `nonfinite_logits`, `endpoint: …`, `context_length`.
 
-    `logprobs`: at each new token, the one that ended the turn included, the most likely ones: token text -> natural
-    log-probability; where `top_logprobs` asked for them.
+    `logprobs`: at each new token, the one that ended the turn included, the most likely ones: token
+    text -> natural log-probability; where `top_logprobs` asked for them.
     """
 
     text: str
-    ids: tuple[int, ...] | None = None  #: new tokens without the end of turn; None where an endpoint does not tell
+    #: new tokens without the end of turn; None where an endpoint does not tell
+    ids: tuple[int, ...] | None = None
     stopped: bool = True  #: ended of itself; False: cut at max_new_tokens
     logprobs: tuple[Mapping[str, float], ...] = ()
     problem: str = ""
@@ -87,7 +103,8 @@ class Reply:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Request:
-    """A rendered prompt to complete greedily, under an edit or (None) as it is; `target` asks for its NLL besides."""
+    """A rendered prompt to complete greedily, under an edit or (None) as it is; `target` asks for
+    its NLL besides."""
 
     rendered: Rendered
     edit: Edit | None = None
@@ -96,9 +113,11 @@ class Request:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Completion:
-    """What the subject answered. The effective norms are of (h + δ) − h after the model's dtype has rounded it.
+    """What the subject answered. The effective norms are of (h + δ) − h after the model's dtype has
+    rounded it.
 
-    Not `finite`: the logits were not all numbers, so that what follows cannot be told and `ids` end there.
+    Not `finite`: the logits were not all numbers, so that what follows cannot be told and `ids` end
+    there.
     """
 
     text: str
@@ -112,14 +131,16 @@ class Completion:
 
 @runtime_checkable
 class Engine(Protocol):
-    """One model that answers questions. `describe()` is the identity that changes numbers, and goes into cell keys."""
+    """One model that answers questions. `describe()` is the identity that changes numbers, and goes
+    into cell keys."""
 
     name: str  #: of the engine: hf, vllm, openai
 
     def describe(self) -> dict[str, Any]: ...
 
     def ask(self, questions: Sequence[Question], sampling: Sampling) -> list[Reply]:
-        """One reply a question, in order; order and company change nothing in fp32. Never raises for one question alone."""
+        """One reply a question, in order; order and company change nothing in fp32. Never raises
+        for one question alone."""
         ...
 
     def close(self) -> None:
@@ -140,38 +161,47 @@ class Journalled(Protocol):
 
 @runtime_checkable
 class Speaker(Protocol):
-    """An engine that has the subject's own tokens: what an audit of edits speaks through (`hf` and `vllm`)."""
+    """An engine that has the subject's own tokens: what an audit of edits speaks through (`hf` and
+    `vllm`)."""
 
     def render(self, prompt: Prompt) -> Rendered: ...
 
     def generate(self, requests: Sequence[Request], max_new_tokens: int) -> list[Completion]: ...
 
     def nll(
-        self, rendered: Sequence[Rendered], answers: Sequence[Sequence[int]], edits: Sequence[Edit | None] | None = None
+        self,
+        rendered: Sequence[Rendered],
+        answers: Sequence[Sequence[int]],
+        edits: Sequence[Edit | None] | None = None,
     ) -> list[float | None]: ...
 
 
 EngineName = Literal["hf", "vllm", "openai"]
 
 
-def weights_identity(outline: models.Outline | models.LoadedModel, dtype: torch.dtype) -> dict[str, Any]:
+def weights_identity(
+    outline: models.Outline | models.LoadedModel, dtype: torch.dtype
+) -> dict[str, Any]:
     """The `describe()` of an engine that holds the weights itself: what it computes, not where."""
     template = outline.chat.template
     return {
-        "weights": outline.subject.fingerprint, "dtype": str(dtype).removeprefix("torch."),
+        "weights": outline.subject.fingerprint,
+        "dtype": str(dtype).removeprefix("torch."),
         "chat_template": digest(template) if template else None,
-    }  # fmt: skip
+    }
 
 
 def tokens_of(chat: models.Chat, question: Question) -> tuple[int, ...]:
-    """A question as the model reads it. Raises UsageError where its chat template cannot write it."""
+    """A question as the model reads it. Raises UsageError where its chat template cannot write
+    it."""
     return chat.write(question.messages) if question.text is None else chat.verbatim(question.text)
 
 
 def to_ask(
     chat: models.Chat, questions: Sequence[Question], sampling: Sampling, window: int | None
 ) -> tuple[list[tuple[int, ...]], list[Reply], list[int]]:
-    """The questions' tokens, a reply that says why not for each (`too_long`, `empty`), and which of them can be asked."""
+    """The questions' tokens, a reply that says why not for each (`too_long`, `empty`), and which of
+    them can be asked."""
     prompts = [tokens_of(chat, q) for q in questions]
     replies = [Reply("", problem="too_long" if p else "empty") for p in prompts]
     most = float("inf") if window is None else window - sampling.max_new_tokens
@@ -182,15 +212,16 @@ def check_length(rendered: Rendered, edit: Edit | None) -> None:
     """Raises AuditgapError when an edit has not as many positions as its prompt."""
     if edit is not None and edit.delta.shape[0] != len(rendered.ids):
         raise AuditgapError(
-            f"An edit of {edit.delta.shape[0]} positions came for prompt {rendered.prompt.id} of {len(rendered.ids)} tokens."
+            f"An edit of {edit.delta.shape[0]} positions came for prompt {rendered.prompt.id} of"
+            f" {len(rendered.ids)} tokens."
         )
 
 
 class Serving(Frozen):
     """How models are served: which engine, on what.
 
-    In fp32 an answer depends on `dtype` and `chat_template` alone; `max_model_len` and memory decide which questions are
-    `too_long` for vLLM.
+    In fp32 an answer depends on `dtype` and `chat_template` alone; `max_model_len` and memory
+    decide which questions are `too_long` for vLLM.
     """
 
     engine: EngineName = "hf"
@@ -198,14 +229,19 @@ class Serving(Frozen):
     device: str = "auto"
     chat_template: str | None = None
     batch_tokens: int | None = Field(default=None, ge=16)
-    tensor_parallel: int = Field(default=1, ge=1)  #: GPUs (on a CPU: ranks) a vLLM engine spreads one model over
-    gpu_memory: float = Field(default=0.9, gt=0, le=1)  #: share of a GPU's memory that vLLM may take
-    max_model_len: int | None = Field(default=None, ge=16)  #: vLLM's window; None: the model's own, or what its memory holds of it
+    #: GPUs (on a CPU: ranks) a vLLM engine spreads one model over
+    tensor_parallel: int = Field(default=1, ge=1)
+    #: share of a GPU's memory that vLLM may take
+    gpu_memory: float = Field(default=0.9, gt=0, le=1)
+    #: vLLM's window; None: the model's own, or what its memory holds of it
+    max_model_len: int | None = Field(default=None, ge=16)
     base_url: str | None = None  #: of an endpoint; None: OPENAI_BASE_URL, else OpenAI's own
-    max_lora_rank: int | None = Field(default=None, ge=1)  #: vLLM only: adapters up to this rank can be swapped in; None: none
+    #: vLLM only: adapters up to this rank can be swapped in; None: none
+    max_lora_rank: int | None = Field(default=None, ge=1)
 
     def open(self, model: str) -> Engine:
-        """The engine of that model, loaded. Raises UsageError or Refused as the engine finds cause to."""
+        """The engine of that model, loaded. Raises UsageError or Refused as the engine finds cause
+        to."""
         return ENGINES[self.engine](model, self)
 
     def describe(self, model: str) -> dict[str, Any]:
@@ -218,11 +254,14 @@ class Serving(Frozen):
         return weights_identity(models.outline(model, chat_template=self.chat_template), dtype)
 
 
-# Imports stay inside: a run loads the engine that it uses, and `import auditgap.engines` needs none of their packages.
+# Imports stay inside: a run loads the engine that it uses, and `import auditgap.engines` needs none
+# of their packages.
 def _hf(model: str, serving: Serving) -> Engine:
     from auditgap.engines.hf import HFEngine
 
-    loaded = models.load(model, dtype=serving.dtype, device=serving.device, chat_template=serving.chat_template)
+    loaded = models.load(
+        model, dtype=serving.dtype, device=serving.device, chat_template=serving.chat_template
+    )
     return HFEngine(loaded, batch_tokens=serving.batch_tokens)
 
 
@@ -238,13 +277,19 @@ def _openai(model: str, serving: Serving) -> Engine:
     return OpenAIEngine(model, serving)
 
 
-ENGINES: Mapping[str, Callable[[str, Serving], Engine]] = {"hf": _hf, "vllm": _vllm, "openai": _openai}
+ENGINES: Mapping[str, Callable[[str, Serving], Engine]] = {
+    "hf": _hf,
+    "vllm": _vllm,
+    "openai": _openai,
+}
 
 
 def engine_named(name: str) -> EngineName:
     """The name, if there is such an engine. Raises UsageError."""
     if name not in ENGINES:
-        raise UsageError(f"--engine takes {', '.join(ENGINES)}; {name!r} came.{did_you_mean(name, ENGINES)}")
+        raise UsageError(
+            f"--engine takes {', '.join(ENGINES)}; {name!r} came.{did_you_mean(name, ENGINES)}"
+        )
     return name  # type: ignore[return-value]
 
 
@@ -253,5 +298,8 @@ def adapter_path(adapter: str | Path) -> Path:
     folder = models.resolve(str(adapter))
     models.preflight(folder)
     if not (folder / "adapter_config.json").is_file():
-        raise UsageError(f"{adapter} is no PEFT adapter: it has no adapter_config.json. Name a folder that peft has saved.")
+        raise UsageError(
+            f"{adapter} is no PEFT adapter: it has no adapter_config.json. Name a folder that peft"
+            " has saved."
+        )
     return folder

@@ -1,9 +1,12 @@
-"""Which rows run together: packs of like length under a token budget, left padding, halving when memory runs out.
+"""Which rows run together: packs of like length under a token budget, left padding, halving when
+memory runs out.
 
     for pack in packs([31, 30, 31, 90], batch_tokens=96, pad_tolerance=0.06):
-        ...                                          # [1, 0, 2], [3]: positions into the list, short rows first
+        # [1, 0, 2], [3]: positions into the list, short rows first
+        ...
 
-`pad_tolerance` is the share of a batch that may be padding: padding is waste, and so are small batches.
+`pad_tolerance` is the share of a batch that may be padding: padding is waste, and so are small
+batches.
 """
 
 from __future__ import annotations
@@ -21,12 +24,16 @@ from auditgap.errors import AuditgapError
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: Set in a process that is one of several ranks of a model: none of them may part a batch that the others do not.
+#: Set in a process that is one of several ranks of a model: none of them may part a batch that the
+#: others do not.
 LOCKSTEP = False
 
 
-def packs(lengths: Sequence[int], *, batch_tokens: int, pad_tolerance: float = 0.0, weight: int = 1) -> list[list[int]]:
-    """Split rows into packs of at most `batch_tokens` (padding counted), shortest first; a pack holds at least one row.
+def packs(
+    lengths: Sequence[int], *, batch_tokens: int, pad_tolerance: float = 0.0, weight: int = 1
+) -> list[list[int]]:
+    """Split rows into packs of at most `batch_tokens` (padding counted), shortest first; a pack
+    holds at least one row.
 
     `weight` is how many batch rows each item stands for (budgets × restarts).
     """
@@ -35,7 +42,11 @@ def packs(lengths: Sequence[int], *, batch_tokens: int, pad_tolerance: float = 0
     for row in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         length = lengths[row]
         size = len(found[-1]) + 1 if found else 1
-        fits = bool(found) and size * length * weight <= batch_tokens and 1 - (real + length) / (size * length) <= pad_tolerance
+        fits = (
+            bool(found)
+            and size * length * weight <= batch_tokens
+            and 1 - (real + length) / (size * length) <= pad_tolerance
+        )
         if fits:
             found[-1].append(row)
             real += length
@@ -53,20 +64,30 @@ class Packing:
     pad_tolerance: float = 0.06
 
     @classmethod
-    def on(cls, device: str, batch_tokens: int | None = None, pad_tolerance: float | None = None) -> Packing:
-        """What suits a device. Measured: a CPU's matrix products are fast from about 500 rows on, and beyond 2,000 its
-        caches are not."""
-        return cls(batch_tokens or (2048 if device == "cpu" else 16384), 0.06 if pad_tolerance is None else pad_tolerance)
+    def on(
+        cls, device: str, batch_tokens: int | None = None, pad_tolerance: float | None = None
+    ) -> Packing:
+        """What suits a device. Measured: a CPU's matrix products are fast from about 500 rows on,
+        and beyond 2,000 its caches are not."""
+        return cls(
+            batch_tokens or (2048 if device == "cpu" else 16384),
+            0.06 if pad_tolerance is None else pad_tolerance,
+        )
 
     def packs(self, lengths: Sequence[int], weight: int = 1) -> list[list[int]]:
-        return packs(lengths, batch_tokens=self.batch_tokens, pad_tolerance=self.pad_tolerance, weight=weight)
+        return packs(
+            lengths, batch_tokens=self.batch_tokens, pad_tolerance=self.pad_tolerance, weight=weight
+        )
 
     def speaking_packs(self, lengths: Sequence[int], times: int = 1) -> list[list[int]]:
-        """Packs for decoding, which is bound by reading the weights: many rows at once, padding or not."""
+        """Packs for decoding, which is bound by reading the weights: many rows at once, padding or
+        not."""
         return packs(lengths, batch_tokens=max(self.batch_tokens, 16384) * times, pad_tolerance=0.5)
 
 
-def left_pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def left_pad(
+    sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and mask, both [B, T], with the padding on the left."""
     width = max(len(s) for s in sequences)
     ids = torch.tensor([[pad_id] * (width - len(s)) + list(s) for s in sequences], device=device)
@@ -74,7 +95,9 @@ def left_pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.devi
     return ids, mask
 
 
-def right_pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def right_pad(
+    sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and mask, both [B, K], with the padding on the right."""
     width = max(len(s) for s in sequences)
     ids = torch.tensor([list(s) + [pad_id] * (width - len(s)) for s in sequences], device=device)
@@ -83,7 +106,8 @@ def right_pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.dev
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
-    """Position ids [B, T] that count a row's real tokens from 0, whatever padding stands before them."""
+    """Position ids [B, T] that count a row's real tokens from 0, whatever padding stands before
+    them."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
@@ -99,12 +123,13 @@ def halving(run: Callable[[Sequence[T]], list[R]], rows: Sequence[T]) -> list[R]
             raise
         if LOCKSTEP:
             raise AuditgapError(
-                "A rank of a sharded model ran out of memory. Use a smaller --batch-tokens, or more ranks."
+                "A rank of a sharded model ran out of memory. Use a smaller --batch-tokens, or more"
+                " ranks."
             ) from None
         if len(rows) == 1:
             raise AuditgapError(
-                "Out of memory with a single row. Use a smaller --dtype (bfloat16), fewer --max-new-tokens, "
-                "shorter prompts, or a device with more memory."
+                "Out of memory with a single row. Use a smaller --dtype (bfloat16), fewer"
+                " --max-new-tokens, shorter prompts, or a device with more memory."
             ) from None
     gc.collect()
     if torch.cuda.is_available():
@@ -114,7 +139,8 @@ def halving(run: Callable[[Sequence[T]], list[R]], rows: Sequence[T]) -> list[R]
 
 
 def in_packs(run: Callable[[Sequence[int]], list[R]], packed: Sequence[Sequence[int]]) -> list[R]:
-    """What `run` gives for the rows of each pack (`halving`), in the order of the rows 0 … n − 1, each of which is in one pack."""
+    """What `run` gives for the rows of each pack (`halving`), in the order of the rows 0 … n − 1,
+    each of which is in one pack."""
     found: dict[int, R] = {}
     for pack in packed:
         found.update(zip(pack, halving(run, pack), strict=True))

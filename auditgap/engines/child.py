@@ -1,12 +1,15 @@
 """A process of one's own to talk to: it is started, told things, listened to, and certainly ended.
 
     child = Child("auditgap.engines.vllm.process", {"model": "/models/llama"}, {"VLLM_NO_USAGE_STATS": "1"})
-    child.ready                                                   # the first thing it said: {"window": 8192, …}
+    # the first thing it said: {"window": 8192, …}
+    child.ready
     child.tell({"do": "speak", "wishes": […]}, [payload])         # its answer
-    child.close()                                                 # it and all that it started are gone
+    # it and all that it started are gone
+    child.close()
 
-What travels is JSON, with bytes behind it; nothing is unpickled at either end. The child leads a process group, writes what
-it and its libraries chatter into a file that only its owner may read, and looks every second whether its parent still lives.
+What travels is JSON, with bytes behind it; nothing is unpickled at either end. The child leads a
+process group, writes what it and its libraries chatter into a file that only its owner may read,
+and looks every second whether its parent still lives.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ from auditgap.errors import AuditgapError
 Progress = Callable[[int, int], None]
 
 
-def send(connection: Connection, message: Mapping[str, Any], payloads: Sequence[bytes] = ()) -> None:
+def send(
+    connection: Connection, message: Mapping[str, Any], payloads: Sequence[bytes] = ()
+) -> None:
     """A JSON object, and bytes behind it."""
     connection.send_bytes(json.dumps({**message, "payloads": len(payloads)}).encode("ascii"))
     for payload in payloads:
@@ -56,21 +61,38 @@ class Failed(AuditgapError):
 
 
 class Child:
-    """`python -m MODULE FD PARENT SCRATCH`, which first reads its settings from the connection and answers when it is ready."""
+    """`python -m MODULE FD PARENT SCRATCH`, which first reads its settings from the connection and
+    answers when it is ready."""
 
-    def __init__(self, module: str, settings: Mapping[str, Any], environment: Mapping[str, str]) -> None:
-        self._scratch = Path(tempfile.mkdtemp(prefix="auditgap-"))  # its temporary folder: what it leaves there goes with it
+    def __init__(
+        self, module: str, settings: Mapping[str, Any], environment: Mapping[str, str]
+    ) -> None:
+        # its temporary folder: what it leaves there goes with it
+        self._scratch = Path(tempfile.mkdtemp(prefix="auditgap-"))
         self.log = self._scratch / "log"
         handle = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         self._lock = threading.Lock()
         self._connection, theirs = Pipe()
         try:
             self._process = subprocess.Popen(
-                # -P: a folder that happens to be named like a package where the user stands is not one
-                [sys.executable, "-P", "-m", module, str(theirs.fileno()), str(os.getpid()), str(self._scratch)],
-                stdin=subprocess.DEVNULL, stdout=handle, stderr=handle, pass_fds=[theirs.fileno()],
-                env={**os.environ, **environment, "TMPDIR": str(self._scratch)}, start_new_session=True,
-            )  # fmt: skip
+                # -P: a folder that happens to be named like a package where the user stands is not
+                # one
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    module,
+                    str(theirs.fileno()),
+                    str(os.getpid()),
+                    str(self._scratch),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=handle,
+                stderr=handle,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, **environment, "TMPDIR": str(self._scratch)},
+                start_new_session=True,
+            )
         except BaseException:
             self._connection.close()
             shutil.rmtree(self._scratch, ignore_errors=True)
@@ -78,8 +100,11 @@ class Child:
         finally:
             os.close(handle)
             theirs.close()
-        # an engine that nobody closes, or a program that just ends, leaves neither a process nor a file
-        self._forgotten = weakref.finalize(self, _forget, self._connection, self._process, self._scratch, os.getpid())
+        # an engine that nobody closes, or a program that just ends, leaves neither a process nor a
+        # file
+        self._forgotten = weakref.finalize(
+            self, _forget, self._connection, self._process, self._scratch, os.getpid()
+        )
         try:
             self.ready = self.tell(settings)
         except AuditgapError:
@@ -94,12 +119,20 @@ class Child:
     def closed(self) -> bool:
         return self._connection.closed
 
-    def tell(self, message: Mapping[str, Any], payloads: Sequence[bytes] = (), progress: Progress | None = None) -> dict[str, Any]:
+    def tell(
+        self,
+        message: Mapping[str, Any],
+        payloads: Sequence[bytes] = (),
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
         """What it answers. Raises Failed with what it raised, AuditgapError when it has ended."""
         return self.exchange(message, payloads, progress)[0]
 
     def exchange(
-        self, message: Mapping[str, Any], payloads: Sequence[bytes] = (), progress: Progress | None = None
+        self,
+        message: Mapping[str, Any],
+        payloads: Sequence[bytes] = (),
+        progress: Progress | None = None,
     ) -> tuple[dict[str, Any], list[bytes]]:
         """The same, with the bytes behind the answer."""
         with self._lock:
@@ -124,7 +157,8 @@ class Child:
         return answer, data
 
     def close(self, *, patience: float = 10.0, keep_log: bool = False) -> None:
-        """End it and its group: it is asked by hanging up, and after `patience` seconds killed. A second call does nothing."""
+        """End it and its group: it is asked by hanging up, and after `patience` seconds killed. A
+        second call does nothing."""
         if self._connection.closed:
             return
         self._forgotten.detach()
@@ -139,7 +173,11 @@ class Child:
     def tail(self, n_lines: int = 3) -> str:
         """The last lines of its log, on one line."""
         with suppress(OSError):
-            lines = [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+            lines = [
+                line.strip()
+                for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+                if line.strip()
+            ]
             return " | ".join(line[:200] for line in lines[-n_lines:])
         return ""
 
@@ -149,29 +187,40 @@ class Child:
         if code is not None and code < 0:
             how = signal.Signals(-code).name
             how += ", as when a machine runs out of memory" if -code == signal.SIGKILL else ""
-        return f"The engine's process ended of itself ({how}). Its log, {self.log}, ends: {self.tail() or 'nothing was written'}"
+        return (
+            f"The engine's process ended of itself ({how}). Its log, {self.log}, ends:"
+            f" {self.tail() or 'nothing was written'}"
+        )
 
 
 def _end(connection: Connection, process: subprocess.Popen[bytes], patience: float) -> None:
     """Hang up; after `patience` seconds kill what is left of the process and its group."""
     connection.close()
     deadline = time.monotonic() + patience
-    # looked at without being reaped: while it is a zombie nobody else can be given its group's number
-    while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) and time.monotonic() < deadline:
+    # looked at without being reaped: while it is a zombie nobody else can be given its group's
+    # number
+    while (
+        not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def _forget(connection: Connection, process: subprocess.Popen[bytes], scratch: Path, owner: int) -> None:
-    if os.getpid() == owner and not connection.closed:  # a fork of the owner has the object, but not the child
+def _forget(
+    connection: Connection, process: subprocess.Popen[bytes], scratch: Path, owner: int
+) -> None:
+    # a fork of the owner has the object, but not the child
+    if os.getpid() == owner and not connection.closed:
         _end(connection, process, 1.0)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def die_with(parent: int, scratch: Path) -> None:
-    """In the child: a thread that ends it, its group and its scratch folder once `parent` is gone, even amid a computation."""
+    """In the child: a thread that ends it, its group and its scratch folder once `parent` is gone,
+    even amid a computation."""
 
     def watch() -> None:
         while True:

@@ -1,7 +1,9 @@
-"""Answers that were paid for, on disk: a line each, appended as they come, so that a kill costs only what was in flight.
+"""Answers that were paid for, on disk: a line each, appended as they come, so that a kill costs
+only what was in flight.
 
     journal = Journal(Path("runs/llama/scratch/answers.jsonl"))
-    journal.add("9c1e…", Reply("Blue."))                              # {"key": "9c1e…", "text": "Blue.", …}
+    # {"key": "9c1e…", "text": "Blue.", …}
+    journal.add("9c1e…", Reply("Blue."))
     Journal(journal.path).replies["9c1e…"]                            # Reply("Blue.")
 
 The keys are hashes of the questions; the answers are what models said, so the file's mode is 0600.
@@ -21,8 +23,9 @@ from auditgap.store.files import PRIVATE, disk_errors
 class Journal:
     """Answers by the hash of what they answer.
 
-    A line that a kill has torn is cut off before the next is written; one that cannot be read counts as not asked. One
-    process writes a journal at a time: the lock of the run folder that it lies in sees to that.
+    A line that a kill has torn is cut off before the next is written; one that cannot be read
+    counts as not asked. One process writes a journal at a time: the lock of the run folder that it
+    lies in sees to that.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,15 +43,27 @@ class Journal:
         for line in data[:whole].splitlines():
             try:
                 entry = json.loads(line)
-                tops = tuple({str(t): float(v) for t, v in top.items()} for top in entry["logprobs"])
-                if isinstance(entry["key"], str) and isinstance(entry["text"], str) and isinstance(entry["stopped"], bool):
+                tops = tuple(
+                    {str(t): float(v) for t, v in top.items()} for top in entry["logprobs"]
+                )
+                if (
+                    isinstance(entry["key"], str)
+                    and isinstance(entry["text"], str)
+                    and isinstance(entry["stopped"], bool)
+                ):
                     self.replies[entry["key"]] = Reply(entry["text"], None, entry["stopped"], tops)
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 continue
 
     def add(self, key: str, reply: Reply) -> None:
-        """Keep an answer (a reply with a problem is none). Raises DiskError, and leaves no torn line behind."""
-        entry = {"key": key, "text": reply.text, "stopped": reply.stopped, "logprobs": [dict(t) for t in reply.logprobs]}
+        """Keep an answer (a reply with a problem is none). Raises DiskError, and leaves no torn
+        line behind."""
+        entry = {
+            "key": key,
+            "text": reply.text,
+            "stopped": reply.stopped,
+            "logprobs": [dict(t) for t in reply.logprobs],
+        }
         line = json.dumps(entry, ensure_ascii=True, allow_nan=False).encode("ascii") + b"\n"
         with disk_errors(self.path, len(line)):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, PRIVATE)

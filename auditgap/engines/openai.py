@@ -1,12 +1,15 @@
-"""The engine on somebody's endpoint: any server that speaks OpenAI's protocol (OpenAI, `vllm serve`, llama.cpp, …).
+"""The engine on somebody's endpoint: any server that speaks OpenAI's protocol (OpenAI, `vllm
+serve`, llama.cpp, …).
 
     serving = Serving(engine="openai", base_url="http://127.0.0.1:8000/v1")
     with OpenAIEngine("smollm2", serving) as engine:
-        engine.ask([Question.of("What colour is the sky?")], Sampling(max_new_tokens=16))     # [Reply("The sky is blue.", …)]
+        # [Reply("The sky is blue.", …)]
+        engine.ask([Question.of("What colour is the sky?")], Sampling(max_new_tokens=16))
 
-The key comes from OPENAI_API_KEY and goes into one header, nowhere else. What an endpoint says of an error is never quoted
-and never an answer: a question that got none has a `problem`. An endpoint applies its own chat template, cuts nothing and
-tells no token ids; which weights stand behind it, only its owner knows.
+The key comes from OPENAI_API_KEY and goes into one header, nowhere else. What an endpoint says of
+an error is never quoted and never an answer: a question that got none has a `problem`. An endpoint
+applies its own chat template, cuts nothing and tells no token ids; which weights stand behind it,
+only its owner knows.
 """
 
 from __future__ import annotations
@@ -41,28 +44,39 @@ AT_ONCE = 8  #: requests in flight
 _T = TypeVar("_T")
 _ENDED = ("stop", "eos_token", "stop_sequence")
 _CUT = ("length", "max_tokens")
-_TOO_LONG = re.compile(r"context[ _-]?(length|window|size)|(prompt|input) (is )?too long|too many tokens|token count", re.I)
+_TOO_LONG = re.compile(
+    r"context[ _-]?(length|window|size)|(prompt|input) (is )?too long|too many tokens|token count",
+    re.I,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """How long an endpoint is waited for. Seconds; what `Retry-After` asks for is granted up to `longest_retry_after`."""
+    """How long an endpoint is waited for. Seconds; what `Retry-After` asks for is granted up to
+    `longest_retry_after`."""
 
     tries: int = 5
-    deadline: float = 300.0  #: for one request from its first byte to its last, however steadily it drips
+    #: for one request from its first byte to its last, however steadily it drips
+    deadline: float = 300.0
     total: float = 1200.0  #: no try begins later than this after the question's first
-    first_pause: float = 0.5  #: doubles with each try; the pause is drawn from 0 to it (full jitter)
+    #: doubles with each try; the pause is drawn from 0 to it (full jitter)
+    first_pause: float = 0.5
     longest_pause: float = 30.0
     longest_retry_after: float = 120.0
 
 
 def identity(model: str, serving: Serving) -> dict[str, Any]:
-    """What an endpoint's answers depend on as far as can be told: its address and the model's name there. No secrets.
+    """What an endpoint's answers depend on as far as can be told: its address and the model's name
+    there. No secrets.
 
-    Raises UsageError for an address that is none or that holds credentials, and for a chat template, which an endpoint has.
+    Raises UsageError for an address that is none or that holds credentials, and for a chat
+    template, which an endpoint has.
     """
     if serving.chat_template is not None:
-        raise UsageError("An endpoint applies its own chat template; leave --chat-template out, or use --engine hf or vllm.")
+        raise UsageError(
+            "An endpoint applies its own chat template; leave --chat-template out, or use --engine"
+            " hf or vllm."
+        )
     given, source = serving.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI, "--endpoint"
     if not serving.base_url and os.environ.get("OPENAI_BASE_URL"):
         source = "OPENAI_BASE_URL"
@@ -72,28 +86,43 @@ def identity(model: str, serving: Serving) -> dict[str, Any]:
     except ValueError:
         url = host = port = None
     if url is None or not host or url.scheme not in ("http", "https") or not given.isprintable():
-        raise UsageError(f"{source} takes the address of an endpoint, for example http://127.0.0.1:8000/v1.")
+        raise UsageError(
+            f"{source} takes the address of an endpoint, for example http://127.0.0.1:8000/v1."
+        )
     if url.username is not None or url.password is not None or url.query or url.fragment:
         # a config is stored with its run, so an address must be fit to be read by anybody
-        raise UsageError(f"{source} may hold no user, password or query; put the key into {KEY} and leave only the address.")
+        raise UsageError(
+            f"{source} may hold no user, password or query; put the key into {KEY} and leave only"
+            " the address."
+        )
     host = f"[{host}]" if ":" in host else host
-    return {"base_url": f"{url.scheme}://{host}{'' if port is None else f':{port}'}{url.path.rstrip('/')}", "model": model}
+    return {
+        "base_url": (
+            f"{url.scheme}://{host}{'' if port is None else f':{port}'}{url.path.rstrip('/')}"
+        ),
+        "model": model,
+    }
 
 
 class OpenAIEngine:
-    """One model at an endpoint. `journal`, if set, is a file that keeps answers so that none is asked for (and paid) twice."""
+    """One model at an endpoint. `journal`, if set, is a file that keeps answers so that none is
+    asked for (and paid) twice."""
 
     name = "openai"
 
     def __init__(self, model: str, serving: Serving, *, patience: Patience | None = None) -> None:
-        """Connects to nothing yet. Raises UsageError: no such package, no usable address, no usable key."""
+        """Connects to nothing yet. Raises UsageError: no such package, no usable address, no usable
+        key."""
         try:
             import httpx2
             import openai
             import tenacity
         except ImportError:
-            raise UsageError("--engine openai needs two packages: pip install 'openai>=3' 'tenacity>=9'") from None
-        for library in ("openai", "httpx2", "httpcore2"):  # at their loudest they write down headers, and once whole prompts
+            raise UsageError(
+                "--engine openai needs two packages: pip install 'openai>=3' 'tenacity>=9'"
+            ) from None
+        # at their loudest they write down headers, and once whole prompts
+        for library in ("openai", "httpx2", "httpcore2"):
             logging.getLogger(library).setLevel(logging.WARNING)
         self.model = model
         self.journal: Path | None = None
@@ -106,30 +135,38 @@ class OpenAIEngine:
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._client = openai.AsyncOpenAI(
             base_url=self._identity["base_url"],
-            api_key=self._key or "none",  # the package wants one; servers on one's own machine ask for none
+            # the package wants one; servers on one's own machine ask for none
+            api_key=self._key or "none",
             max_retries=0,  # ours are bounded in time as well
             default_headers={"Accept-Encoding": "identity"},  # so that MAX_BODY counts what is kept
             http_client=openai.DefaultAsyncHttpxClient(
                 # a redirect could carry prompts and key to another host
                 follow_redirects=False,
                 event_hooks={"response": [self._on_response]},
-                timeout=httpx2.Timeout(self._patience.deadline, connect=min(20.0, self._patience.deadline)),
+                timeout=httpx2.Timeout(
+                    self._patience.deadline, connect=min(20.0, self._patience.deadline)
+                ),
             ),
         )
-        # a loop of its own, so that `ask` works inside another one (a notebook's, inspect's) and can be interrupted
+        # a loop of its own, so that `ask` works inside another one (a notebook's, inspect's) and
+        # can be interrupted
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="auditgap-openai", daemon=True)
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="auditgap-openai", daemon=True
+        )
         self._thread.start()
 
     def describe(self) -> dict[str, Any]:
         return dict(self._identity)
 
     def ask(self, questions: Sequence[Question], sampling: Sampling) -> list[Reply]:
-        """A reply a question, in order; equal questions are sent once. Problems: `context_length`, `content_filter`,
-        `nonfinite_logits`, `empty`, and `endpoint: …` for what did not work after all tries or cannot be read.
+        """A reply a question, in order; equal questions are sent once. Problems: `context_length`,
+        `content_filter`, `nonfinite_logits`, `empty`, and `endpoint: …` for what did not work after
+        all tries or cannot be read.
 
-        An endpoint that gives no log-probabilities though asked leaves `logprobs` empty. Raises UsageError for what fails
-        every question: no such host or model, a refused key; DiskError where the journal cannot be written.
+        An endpoint that gives no log-probabilities though asked leaves `logprobs` empty. Raises
+        UsageError for what fails every question: no such host or model, a refused key; DiskError
+        where the journal cannot be written.
         """
         return self._run(self._ask(questions, sampling))
 
@@ -147,7 +184,8 @@ class OpenAIEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- one question --------------------------------------------------------------------------------------------------
+    # -- one question
+    # --------------------------------------------------------------------------------------------------
 
     def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
         if self._loop.is_closed():
@@ -183,15 +221,24 @@ class OpenAIEngine:
         return [found[k] if k in found else known[k] for k in keys]
 
     async def _answer(self, key: str, question: Question, sampling: Sampling) -> Reply:
-        words = [question.text or ""] if question.text is not None else [m.content for m in question.messages]
+        words = (
+            [question.text or ""]
+            if question.text is not None
+            else [m.content for m in question.messages]
+        )
         if not any(words):
             return Reply("", problem="empty")
         if any(not _sendable(w) for w in words):
             return Reply("", problem="endpoint: the question is not valid Unicode")
-        # never more than AT_ONCE, those that wait to try again included: an endpoint that is busy is not pressed
+        # never more than AT_ONCE, those that wait to try again included: an endpoint that is busy
+        # is not pressed
         async with self._slots:
             try:
-                reply = _read(await self._tried(question, sampling), question.text is not None, sampling.top_logprobs)
+                reply = _read(
+                    await self._tried(question, sampling),
+                    question.text is not None,
+                    sampling.top_logprobs,
+                )
             except _NoAnswer as no:
                 return Reply("", problem=no.problem)
         if (journal := self._kept()) is not None:
@@ -199,20 +246,26 @@ class OpenAIEngine:
         return reply
 
     async def _tried(self, question: Question, sampling: Sampling) -> bytes:
-        """The body of the answer. Raises _NoAnswer when it is known that there is none, UsageError as `ask` does."""
+        """The body of the answer. Raises _NoAnswer when it is known that there is none, UsageError
+        as `ask` does."""
         patience, tenacity = self._patience, self._tenacity
-        jitter = tenacity.wait_random_exponential(multiplier=patience.first_pause, max=patience.longest_pause)
+        jitter = tenacity.wait_random_exponential(
+            multiplier=patience.first_pause, max=patience.longest_pause
+        )
 
         def pause(state: Any) -> float:
             asked = state.outcome.exception().retry_after
             if asked is None:
                 return jitter(state)
-            return min(asked, patience.longest_retry_after) + random.uniform(0, patience.first_pause)
+            return min(asked, patience.longest_retry_after) + random.uniform(
+                0, patience.first_pause
+            )
 
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(_Passing),
             wait=pause,
-            stop=tenacity.stop_after_attempt(patience.tries) | tenacity.stop_before_delay(patience.total),
+            stop=tenacity.stop_after_attempt(patience.tries)
+            | tenacity.stop_before_delay(patience.total),
             reraise=True,
         )
         try:
@@ -220,88 +273,146 @@ class OpenAIEngine:
         except _Passing as failure:
             if failure.unreached and not self._reached:
                 raise UsageError(
-                    f"Nothing answers at {self._identity['base_url']} ({failure.what}). Check --endpoint (or OPENAI_BASE_URL) "
-                    "and that the server runs, then type the same command again, with --set retry_failed=true if it has begun."
+                    f"Nothing answers at {self._identity['base_url']} ({failure.what}). Check"
+                    " --endpoint (or OPENAI_BASE_URL) and that the server runs, then type the same"
+                    " command again, with --set retry_failed=true if it has begun."
                 ) from None
             tries = retrying.statistics["attempt_number"]
-            raise _NoAnswer(f"endpoint: {failure.what} after {tries} {'try' if tries == 1 else 'tries'}") from None
+            raise _NoAnswer(
+                f"endpoint: {failure.what} after {tries} {'try' if tries == 1 else 'tries'}"
+            ) from None
 
     async def _post(self, question: Question, sampling: Sampling) -> bytes:
-        """One try. Raises _Passing for what may be otherwise the next time, else as `_tried` does."""
+        """One try. Raises _Passing for what may be otherwise the next time, else as `_tried`
+        does."""
         httpx, openai = self._httpx, self._openai
         try:
             async with asyncio.timeout(self._patience.deadline):
                 send: Any
                 if question.text is not None:
                     send = self._client.completions.with_raw_response.create
-                    raw = await send(model=self.model, prompt=question.text, **_options(question, sampling, self._official))
+                    raw = await send(
+                        model=self.model,
+                        prompt=question.text,
+                        **_options(question, sampling, self._official),
+                    )
                 else:
                     send = self._client.chat.completions.with_raw_response.create
                     turns = [{"role": m.role, "content": m.content} for m in question.messages]
-                    raw = await send(model=self.model, messages=turns, **_options(question, sampling, self._official))
+                    raw = await send(
+                        model=self.model,
+                        messages=turns,
+                        **_options(question, sampling, self._official),
+                    )
                 return raw.http_response.content
         except (TimeoutError, openai.APITimeoutError) as error:
-            raise _Passing("timed out", unreached=isinstance(error.__cause__, httpx.ConnectTimeout)) from None
+            raise _Passing(
+                "timed out", unreached=isinstance(error.__cause__, httpx.ConnectTimeout)
+            ) from None
         except openai.APIConnectionError as error:
             unreached = isinstance(error.__cause__, (httpx.ConnectError, httpx.ProxyError))
-            raise _Passing("no connection" if unreached else "connection lost", unreached=unreached) from None
+            raise _Passing(
+                "no connection" if unreached else "connection lost", unreached=unreached
+            ) from None
         except openai.APIStatusError as error:
-            failure = error  # its text may hold the key or the prompt, so that it is not chained to what is raised
+            # its text may hold the key or the prompt, so that it is not chained to what is raised
+            failure = error
         except openai.OpenAIError as error:
             raise _NoAnswer(f"endpoint: {type(error).__name__}") from None
         raise await self._meaning(failure, question)
 
     async def _meaning(self, error: Any, question: Question) -> Exception:
-        """What an HTTP status says: for all questions (UsageError), for now (_Passing) or for this question (_NoAnswer)."""
+        """What an HTTP status says: for all questions (UsageError), for now (_Passing) or for this
+        question (_NoAnswer)."""
         status, where = error.status_code, self._identity["base_url"]
         body = error.body if isinstance(error.body, dict) else {}
         code, parameter = (_plain(body.get(name), self._key) for name in ("code", "param"))
         if status in (401, 403):
-            state = f"the key in {KEY}" if self._key else f"a request without a key ({KEY} is not set)"
-            return UsageError(f"{where} refused {state}: HTTP {status}. Set {KEY} to one that may use {self.model}.")
+            state = (
+                f"the key in {KEY}" if self._key else f"a request without a key ({KEY} is not set)"
+            )
+            return UsageError(
+                f"{where} refused {state}: HTTP {status}. Set {KEY} to one that may use"
+                f" {self.model}."
+            )
         if status == 402 or code == "insufficient_quota":
             return UsageError(
-                f"{where} has no credit left for this key: HTTP {status}. Add some, then type the same command with "
-                "--set retry_failed=true."
+                f"{where} has no credit left for this key: HTTP {status}. Add some, then type the"
+                " same command with --set retry_failed=true."
             )
         if 300 <= status < 400:
-            return UsageError(f"{where} sends us elsewhere (HTTP {status}), and prompts and key go nowhere unasked. "
-                              "Give --endpoint the final address.")  # fmt: skip
+            return UsageError(
+                f"{where} sends us elsewhere (HTTP {status}), and prompts and key go nowhere"
+                " unasked. Give --endpoint the final address."
+            )
         if status in (404, 405):
-            return await self._nothing_there(status, "completions" if question.text is not None else "chat/completions")
+            return await self._nothing_there(
+                status, "completions" if question.text is not None else "chat/completions"
+            )
         if status in (408, 409, 429) or status >= 500:
-            return _Passing(str(status), retry_after=_retry_after(error.response.headers.get("retry-after")))
+            return _Passing(
+                str(status), retry_after=_retry_after(error.response.headers.get("retry-after"))
+            )
         if code == "content_filter":
             return _NoAnswer("content_filter")
-        if code == "context_length_exceeded" or status == 413 or _TOO_LONG.search(str(body.get("message"))):
+        if (
+            code == "context_length_exceeded"
+            or status == 413
+            or _TOO_LONG.search(str(body.get("message")))
+        ):
             return _NoAnswer("context_length")
         detail = ", ".join(word for word in (code, parameter) if word and word != str(status))
         return _NoAnswer(f"endpoint: {status}{f' ({detail})' if detail else ''}")
 
     async def _nothing_there(self, status: int, path: str) -> UsageError:
-        """The sentence for a model or a path that the endpoint does not have, with the models that it lists."""
+        """The sentence for a model or a path that the endpoint does not have, with the models that
+        it lists."""
         where = self._identity["base_url"]
         try:
             async with asyncio.timeout(min(30.0, self._patience.deadline)):
-                listed = json.loads((await self._client.models.with_raw_response.list()).http_response.content)
+                listed = json.loads(
+                    (await self._client.models.with_raw_response.list()).http_response.content
+                )
             names = [_plain(m["id"], self._key, 200) for m in listed["data"]]
-        except (self._openai.OpenAIError, TimeoutError, _NoAnswer, ValueError, TypeError, KeyError, RecursionError):
-            return UsageError(f"{where} has no {path} (HTTP {status}). Does the address end as it should, for example in /v1?")
+        except (
+            self._openai.OpenAIError,
+            TimeoutError,
+            _NoAnswer,
+            ValueError,
+            TypeError,
+            KeyError,
+            RecursionError,
+        ):
+            return UsageError(
+                f"{where} has no {path} (HTTP {status}). Does the address end as it should, for"
+                " example in /v1?"
+            )
         if self.model in names:
-            return UsageError(f"{where} serves {self.model}, but has no {path} (HTTP {status}); use another endpoint for this.")
+            return UsageError(
+                f"{where} serves {self.model}, but has no {path} (HTTP {status}); use another"
+                " endpoint for this."
+            )
         some = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-        return UsageError(f"{where} has no model {self.model!r}.{did_you_mean(self.model, names)} It lists {some or 'none'}.")
+        return UsageError(
+            f"{where} has no model {self.model!r}.{did_you_mean(self.model, names)} It lists"
+            f" {some or 'none'}."
+        )
 
     @property
     def _official(self) -> bool:
-        """Whether this is OpenAI itself, where newer models know `max_tokens` by another name only."""
+        """Whether this is OpenAI itself, where newer models know `max_tokens` by another name
+        only."""
         host = urlsplit(self._identity["base_url"]).hostname or ""
         return host.endswith((".openai.com", ".openai.azure.com"))
 
     async def _on_response(self, response: Any) -> None:
-        """Before a body is read: note that somebody is there, and see that it cannot fill the memory."""
+        """Before a body is read: note that somebody is there, and see that it cannot fill the
+        memory."""
         self._reached = True
-        if response.headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
+        if response.headers.get("content-encoding", "identity").strip().lower() not in (
+            "identity",
+            "",
+        ):
             raise _NoAnswer("endpoint: compressed though asked not to")
         inner = response.stream
 
@@ -329,32 +440,43 @@ class _NoAnswer(Exception):
 
 
 class _Passing(Exception):
-    """A failure that may pass. `unreached`: not even a connection came about; `retry_after`: seconds that were asked for."""
+    """A failure that may pass. `unreached`: not even a connection came about; `retry_after`:
+    seconds that were asked for."""
 
-    def __init__(self, what: str, *, unreached: bool = False, retry_after: float | None = None) -> None:
+    def __init__(
+        self, what: str, *, unreached: bool = False, retry_after: float | None = None
+    ) -> None:
         super().__init__(what)
         self.what, self.unreached, self.retry_after = what, unreached, retry_after
 
 
-# -- what is sent and what comes back -----------------------------------------------------------------------------------
+# -- what is sent and what comes back
+# -----------------------------------------------------------------------------------
 
 
 def _options(question: Question, sampling: Sampling, official: bool) -> dict[str, Any]:
     """The request's fields, no more than needed: endpoints refuse what they do not know."""
     chat = question.text is None
     options: dict[str, Any] = {"temperature": sampling.temperature}
-    options["max_completion_tokens" if chat and official else "max_tokens"] = sampling.max_new_tokens
+    options["max_completion_tokens" if chat and official else "max_tokens"] = (
+        sampling.max_new_tokens
+    )
     if sampling.temperature > 0:
         options["seed"] = question.seed(sampling.seed)
         if sampling.top_p < 1:
             options["top_p"] = sampling.top_p
     if sampling.top_logprobs:
-        options |= {"logprobs": True, "top_logprobs": sampling.top_logprobs} if chat else {"logprobs": sampling.top_logprobs}
+        options |= (
+            {"logprobs": True, "top_logprobs": sampling.top_logprobs}
+            if chat
+            else {"logprobs": sampling.top_logprobs}
+        )
     return options
 
 
 def _read(body: bytes, plain: bool, top_logprobs: int) -> Reply:
-    """The reply in a body; `plain` as the completions endpoint writes it. Raises _NoAnswer for everything else."""
+    """The reply in a body; `plain` as the completions endpoint writes it. Raises _NoAnswer for
+    everything else."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
@@ -380,14 +502,18 @@ def _read(body: bytes, plain: bool, top_logprobs: int) -> Reply:
 
 
 def _tops(given: Any, plain: bool, k: int) -> tuple[Mapping[str, float], ...]:
-    """For each new token its k likeliest, from either endpoint's form. Raises _NoAnswer for what is no log-probability."""
+    """For each new token its k likeliest, from either endpoint's form. Raises _NoAnswer for what is
+    no log-probability."""
     if given is None:
         return ()
     try:
         if plain:
             steps = [list((top or {}).items()) for top in given["top_logprobs"]]
         else:
-            steps = [[(top["token"], top["logprob"]) for top in step["top_logprobs"]] for step in given["content"] or ()]
+            steps = [
+                [(top["token"], top["logprob"]) for top in step["top_logprobs"]]
+                for step in given["content"] or ()
+            ]
         found = []
         for step in steps:
             if not all(isinstance(t, str) and isinstance(v, (int, float)) for t, v in step):
@@ -395,7 +521,9 @@ def _tops(given: Any, plain: bool, k: int) -> tuple[Mapping[str, float], ...]:
             if any(math.isnan(v) or v == math.inf for _, v in step):
                 raise _NoAnswer("nonfinite_logits")
             # an endpoint may add the token it chose; −∞ is a token that was forbidden
-            best = sorted(((t, float(v)) for t, v in step if v > -math.inf), key=lambda pair: -pair[1])[:k]
+            best = sorted(
+                ((t, float(v)) for t, v in step if v > -math.inf), key=lambda pair: -pair[1]
+            )[:k]
             found.append(likeliest(([t for t, _ in best], [v for _, v in best]), "".join))
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError):
         raise _NoAnswer("endpoint: log-probabilities in no known form") from None
@@ -403,7 +531,8 @@ def _tops(given: Any, plain: bool, k: int) -> tuple[Mapping[str, float], ...]:
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks to wait, from a number or an HTTP date; None when it says nothing usable."""
+    """Seconds that a Retry-After header asks to wait, from a number or an HTTP date; None when it
+    says nothing usable."""
     if value is None:
         return None
     try:
@@ -422,15 +551,22 @@ def _key(base_url: str) -> str:
     """The key from the environment, or nothing. Raises UsageError, without showing it."""
     key = os.environ.get(KEY, "").strip()
     if not key and base_url == OPENAI:
-        raise UsageError(f"OpenAI's endpoint wants a key: set {KEY}, or give --endpoint the address of another endpoint.")
+        raise UsageError(
+            f"OpenAI's endpoint wants a key: set {KEY}, or give --endpoint the address of another"
+            " endpoint."
+        )
     if not (key.isascii() and key.isprintable()) or " " in key:
         # a header cannot hold it, and the exception that says so would quote it
-        raise UsageError(f"{KEY} holds white space, a line break or a letter beyond ASCII; set it to the key alone.")
+        raise UsageError(
+            f"{KEY} holds white space, a line break or a letter beyond ASCII; set it to the key"
+            " alone."
+        )
     return key
 
 
 def _plain(value: Any, key: str, length: int = 60) -> str:
-    """A word of the endpoint's that may be shown: printable, short, and not the key, which some endpoints echo."""
+    """A word of the endpoint's that may be shown: printable, short, and not the key, which some
+    endpoints echo."""
     text = value if isinstance(value, str) else ""
     text = text.replace(key, "…") if key else text
     return "".join(c for c in text if c.isprintable())[:length]

@@ -1,6 +1,8 @@
-"""Do two engines say the same? Clean greedy text of both on a few prompts, before one stands in for the other.
+"""Do two engines say the same? Clean greedy text of both on a few prompts, before one stands in for
+the other.
 
-    parity(greedy(vllm, prompts, 32), greedy(hf, prompts, 32))      # Parity(n=8, equal=8, mean_common=1.0, …)
+    # Parity(n=8, equal=8, mean_common=1.0, …)
+    parity(greedy(vllm, prompts, 32), greedy(hf, prompts, 32))
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ T = TypeVar("T")
 class Parity:
     """How far greedy answers agree on `n` prompts that both engines answered.
 
-    In float32 all should be `equal`; in bfloat16 two ways of batching already differ somewhere, and `mean_common`, the mean
-    share of an answer's tokens before the first difference, says how soon.
+    In float32 all should be `equal`; in bfloat16 two ways of batching already differ somewhere, and
+    `mean_common`, the mean share of an answer's tokens before the first difference, says how soon.
     """
 
     n: int
@@ -34,7 +36,8 @@ class Parity:
 
 
 def parity(one: Sequence[Reply], other: Sequence[Reply]) -> Parity:
-    """The replies of two engines to the same questions, compared token by token (by characters where there are no tokens)."""
+    """The replies of two engines to the same questions, compared token by token (by characters
+    where there are no tokens)."""
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if not a.problem and not b.problem]
     shares = []
     for a, b in pairs:
@@ -52,4 +55,6 @@ def sample(items: Sequence[T], n: int) -> list[T]:
 
 def greedy(engine: Engine, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Reply]:
     """What the engine says to the prompts, for `parity`."""
-    return engine.ask([Question.of(p.text) for p in prompts], Sampling(max_new_tokens=max_new_tokens))
+    return engine.ask(
+        [Question.of(p.text) for p in prompts], Sampling(max_new_tokens=max_new_tokens)
+    )

@@ -1,4 +1,5 @@
-"""What is proven of the hook before anything is measured with it: that a known δ arrives, bites, and runs the same both ways.
+"""What is proven of the hook before anything is measured with it: that a known δ arrives, bites,
+and runs the same both ways.
 
     problem(engine, Site(15))            # '' when all is well, else half a sentence
 """
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 def problem(engine: HFEngine, site: Site) -> str:
     """What is wrong with editing at the site; the empty string when nothing is."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, engine.loaded.n_embeddings, (2, 6), generator=generator).to(engine.device)
+    ids = torch.randint(0, engine.loaded.n_embeddings, (2, 6), generator=generator).to(
+        engine.device
+    )
     mask = torch.ones_like(ids)
     tolerance = 1e-3 if engine.loaded.dtype == torch.float32 else 0.1
     clean = engine.forward(ids, mask, keep=1).logits
@@ -32,7 +35,10 @@ def problem(engine: HFEngine, site: Site) -> str:
         return "the hook is never called"
     h = seen[0]
     delta = torch.randn(h.shape, generator=generator).to(h) * h.float().pow(2).mean().sqrt().to(h)
-    with engine.edited(site, lambda _: h + delta, skip_trunk=True), engine.edited(site, lambda g: (seen.append(g), g)[1]):
+    with (
+        engine.edited(site, lambda _: h + delta, skip_trunk=True),
+        engine.edited(site, lambda g: (seen.append(g), g)[1]),
+    ):
         engine.forward(ids, mask, keep=1)
     short = engine.logits_from(site, h + delta, ids, mask, keep=1)
     with engine.edited(site, lambda g: g + delta):
@@ -52,7 +58,9 @@ def problem(engine: HFEngine, site: Site) -> str:
     if differ(short, whole):
         return "running above the site alone gives other logits than the whole model"
     padding = torch.full_like(ids[:, :3], engine.pad_id)
-    padded = engine.forward(torch.cat([padding, ids], 1), torch.cat([0 * padding, mask], 1), keep=1).logits
+    padded = engine.forward(
+        torch.cat([padding, ids], 1), torch.cat([0 * padding, mask], 1), keep=1
+    ).logits
     if differ(padded, clean):
         return "padding changes the logits"
     cache = DynamicCache(config=engine.model.config)

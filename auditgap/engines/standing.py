@@ -1,11 +1,14 @@
-"""Speaks under edits that stand at every position, the prompt's and the answer's: what steering and ablation need.
+"""Speaks under edits that stand at every position, the prompt's and the answer's: what steering and
+ablation need.
 
     r = direction / direction.norm()                                      # [D]
-    edits = [Standing(sites_of(engine), read=r, write=r)] * len(prompts)  # ablation: no site's stream has a component along r
+    # ablation: no site's stream has a component along r
+    edits = [Standing(sites_of(engine), read=r, write=r)] * len(prompts)
     generate(engine, [engine.render(p) for p in prompts], edits, max_new_tokens=32)
 
-It hangs on the engine's own hook, one a site, in the model's own whole forward: at prefill and at every step of decoding.
-Rows of a batch have edits of their own; a row that has ended leaves with its edit. The sum is taken in fp32 and rounded once.
+It hangs on the engine's own hook, one a site, in the model's own whole forward: at prefill and at
+every step of decoding. Rows of a batch have edits of their own; a row that has ended leaves with
+its edit. The sum is taken in fp32 and rounded once.
 """
 
 from __future__ import annotations
@@ -44,20 +47,26 @@ def change(edit: Standing, h: torch.Tensor) -> torch.Tensor:
 def generate(
     engine: HFEngine, rendered: Sequence[Rendered], edits: Sequence[Standing], max_new_tokens: int
 ) -> list[Completion]:
-    """Greedy completions, in order, each under its edit. Raises AuditgapError where the hook does not hold (`self_test`)."""
+    """Greedy completions, in order, each under its edit. Raises AuditgapError where the hook does
+    not hold (`self_test`)."""
     done: dict[int, Completion] = {}
     for sites in dict.fromkeys(edit.sites for edit in edits):
         self_test(engine, sites)
         mine = [i for i, edit in enumerate(edits) if edit.sites == sites]
-        for pack in engine.packing.speaking_packs([len(rendered[i].ids) + max_new_tokens for i in mine]):
+        for pack in engine.packing.speaking_packs(
+            [len(rendered[i].ids) + max_new_tokens for i in mine]
+        ):
             rows = [mine[p] for p in pack]
-            spoken = halving(lambda some: _generate(engine, rendered, edits, some, max_new_tokens), rows)
+            spoken = halving(
+                lambda some: _generate(engine, rendered, edits, some, max_new_tokens), rows
+            )
             done.update(zip(rows, spoken, strict=True))
     return [done[i] for i in range(len(rendered))]
 
 
 class Rows:
-    """The edits of a batch as one function of its hidden states [B, T, D]; `stay` says which rows are left in the batch."""
+    """The edits of a batch as one function of its hidden states [B, T, D]; `stay` says which rows
+    are left in the batch."""
 
     def __init__(self, edits: Sequence[Standing], width: int, device: torch.device) -> None:
         self.sites = edits[0].sites
@@ -96,7 +105,11 @@ class Rows:
 
 @torch.inference_mode()
 def _generate(
-    engine: HFEngine, rendered: Sequence[Rendered], edits: Sequence[Standing], some: Sequence[int], max_new_tokens: int
+    engine: HFEngine,
+    rendered: Sequence[Rendered],
+    edits: Sequence[Standing],
+    some: Sequence[int],
+    max_new_tokens: int,
 ) -> list[Completion]:
     ids, mask = left_pad([rendered[i].ids for i in some], engine.pad_id, engine.device)
     cache = DynamicCache(config=engine.model.config)
@@ -104,11 +117,15 @@ def _generate(
         logits = engine.forward(ids, mask, keep=1, cache=cache).logits
         written = engine._decode(cache, logits, mask, max_new_tokens, Greedy(), stayed=rows.stay)
     decode = engine.loaded.tokenizer.decode
-    return [Completion(decode(w.ids, skip_special_tokens=True), tuple(w.ids), w.stopped, w.finite) for w in written]
+    return [
+        Completion(decode(w.ids, skip_special_tokens=True), tuple(w.ids), w.stopped, w.finite)
+        for w in written
+    ]
 
 
 def self_test(engine: HFEngine, sites: tuple[Site, ...]) -> None:
-    """Prove that a standing edit arrives at every one of the sites, at prefill and while decoding. Raises AuditgapError."""
+    """Prove that a standing edit arrives at every one of the sites, at prefill and while decoding.
+    Raises AuditgapError."""
     tested = _TESTED.setdefault(engine, set())
     if sites in tested:
         return
@@ -118,11 +135,15 @@ def self_test(engine: HFEngine, sites: tuple[Site, ...]) -> None:
     except AuditgapError:
         raise
     except Exception as error:  # what a family raises when it cannot be patched
-        found = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else 'no message'}"
+        found = (
+            f"{type(error).__name__}:"
+            f" {str(error).splitlines()[0][:120] if str(error) else 'no message'}"
+        )
     if found:
         raise AuditgapError(
-            f"Self-test of standing edits failed for {engine.loaded.subject.name}: {found}. This architecture "
-            f"({type(engine.model).__name__}) cannot be steered with this version; nothing was measured."
+            f"Self-test of standing edits failed for {engine.loaded.subject.name}: {found}. This"
+            f" architecture ({type(engine.model).__name__}) cannot be steered with this version;"
+            " nothing was measured."
         )
     tested.add(sites)
 
@@ -130,7 +151,9 @@ def self_test(engine: HFEngine, sites: tuple[Site, ...]) -> None:
 def problem(engine: HFEngine, sites: tuple[Site, ...]) -> str:
     """What is wrong with standing edits at these sites; the empty string when nothing is."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, engine.loaded.n_embeddings, (2, 6), generator=generator).to(engine.device)
+    ids = torch.randint(0, engine.loaded.n_embeddings, (2, 6), generator=generator).to(
+        engine.device
+    )
     mask = torch.ones_like(ids)
     width, device = engine.loaded.width, engine.device
     u = torch.randn(width, generator=generator)
@@ -142,7 +165,8 @@ def problem(engine: HFEngine, sites: tuple[Site, ...]) -> str:
         if not torch.equal(engine.forward(ids, mask, keep=1).logits, clean):
             return "a zero edit changes the logits"
 
-    # ablation: seen after the edit, at prefill and at a decoding step, no site has a component along u
+    # ablation: seen after the edit, at prefill and at a decoding step, no site has a component
+    # along u
     seen: list[torch.Tensor] = []
     cache = DynamicCache(config=engine.model.config)
     with ExitStack() as stack:

@@ -1,14 +1,18 @@
-"""What is done to a subject's hidden states, each intervention with a control that is as large and does not aim.
+"""What is done to a subject's hidden states, each intervention with a control that is as large and
+does not aim.
 
     steering = load_intervention("steering", Settings(strengths=(0.1, 0.3)))
-    learned = steering.learn(bench)                       # tensors by name, which `auditgap export-edits` writes
-    for trial in steering.trials():                       # edit at 0.1, control at 0.1, edit at 0.3, …
+    # tensors by name, which `auditgap export-edits` writes
+    learned = steering.learn(bench)
+    # edit at 0.1, control at 0.1, edit at 0.3, …
+    for trial in steering.trials():
         edit = steering.edit(bench, learned, 0, trial)    # of the first prompt that is asked
 
-`pgd`, `controls` and `distance` are the latent audit's; the table below is the intervention audit's.
+`pgd`, `controls` and `distance` are the latent audit's; the table below is the intervention
+audit's.
 
-To add one: a file in this folder and a line in INTERVENTIONS; or, from your own package, an entry point in the group
-`auditgap.interventions` that names a callable `factory(settings)`.
+To add one: a file in this folder and a line in INTERVENTIONS; or, from your own package, an entry
+point in the group `auditgap.interventions` that names a callable `factory(settings)`.
 """
 
 from __future__ import annotations
@@ -36,9 +40,11 @@ EDIT, CONTROL = "edit", "control"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What an intervention may be asked for; it takes what concerns it, and `describe()`s that alone."""
+    """What an intervention may be asked for; it takes what concerns it, and `describe()`s that
+    alone."""
 
-    strengths: tuple[float, ...] = (0.1, 0.2, 0.4)  #: of the mean activation norm; below 0: the other way
+    #: of the mean activation norm; below 0: the other way
+    strengths: tuple[float, ...] = (0.1, 0.2, 0.4)
     angles: tuple[float, ...] = (0.0, 15.0, 30.0, 45.0, 60.0, 75.0, 90.0)  #: degrees
     angle_strength: float = 0.2
     draws: int = 1  #: of each random control, a prompt
@@ -57,7 +63,8 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One way of speaking to be tried on every prompt. `control` is as large as the `edit` of the same strength."""
+    """One way of speaking to be tried on every prompt. `control` is as large as the `edit` of the
+    same strength."""
 
     arm: str  #: EDIT or CONTROL
     strength: float
@@ -67,7 +74,8 @@ class Trial:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What an intervention works with at one site. Hidden states are clean, [T, D] fp32 a prompt, on the CPU.
+    """What an intervention works with at one site. Hidden states are clean, [T, D] fp32 a prompt,
+    on the CPU.
 
     Directions and searches see `fit` and `contrast` alone; what is measured is measured on `asked`.
     """
@@ -80,22 +88,28 @@ class Bench:
     contrast_h: Sequence[torch.Tensor]  #: of one half of the control prompts
     asked: Sequence[Rendered]  #: the other half of the prompts
     asked_h: Sequence[torch.Tensor]
-    donors: Sequence[Rendered]  #: a prompt of the other half of the control prompts for each of `asked`
+    #: a prompt of the other half of the control prompts for each of `asked`
+    donors: Sequence[Rendered]
     donor_h: Sequence[torch.Tensor]
     base_h: Sequence[torch.Tensor] = ()  #: of `asked` in a base model, where one was named
 
     @cached_property
     def norm(self) -> float:
-        """Mean ‖h‖₂ of a token at the site, over the user's own tokens of `fit`: what strengths are fractions of."""
+        """Mean ‖h‖₂ of a token at the site, over the user's own tokens of `fit`: what strengths are
+        fractions of."""
         import torch
 
-        own = [h[torch.tensor(r.content)].norm(dim=1) for h, r in zip(self.fit_h, self.fit, strict=True)]
+        own = [
+            h[torch.tensor(r.content)].norm(dim=1)
+            for h, r in zip(self.fit_h, self.fit, strict=True)
+        ]
         return torch.cat(own).double().mean().item()
 
 
 @runtime_checkable
 class Intervention(Protocol):
-    """Gives each prompt an edit and its control. `describe()` is the identity that changes numbers, and goes into cell keys."""
+    """Gives each prompt an edit and its control. `describe()` is the identity that changes numbers,
+    and goes into cell keys."""
 
     name: str
 
@@ -106,11 +120,15 @@ class Intervention(Protocol):
         ...
 
     def learn(self, bench: Bench) -> dict[str, torch.Tensor]:
-        """What is fitted or searched at the site, as fp32 tensors by plain names (`direction`, `delta.<prompt id>`)."""
+        """What is fitted or searched at the site, as fp32 tensors by plain names (`direction`,
+        `delta.<prompt id>`)."""
         ...
 
-    def edit(self, bench: Bench, learned: Mapping[str, torch.Tensor], p: int, trial: Trial) -> Edit | Standing | Suffix:
-        """The edit of `bench.asked[p]`; the same arguments give the same numbers on every machine and in every order."""
+    def edit(
+        self, bench: Bench, learned: Mapping[str, torch.Tensor], p: int, trial: Trial
+    ) -> Edit | Standing | Suffix:
+        """The edit of `bench.asked[p]`; the same arguments give the same numbers on every machine
+        and in every order."""
         ...
 
 
@@ -121,36 +139,45 @@ class Entry:
     description: str
     home: str  #: module:class
     needs_base: bool = False
-    at_the_door: bool = False  #: has no site inside the model, so that it is tried once a subject, at the embedding
+    #: has no site inside the model, so that it is tried once a subject, at the embedding
+    at_the_door: bool = False
     wants: str = ""  #: an optional package; without it `all` leaves this out
 
 
 INTERVENTIONS: Mapping[str, Entry] = {
     "steering": Entry(
-        "mean difference of harmful and control prompts at the last prompt token, taken off at every position; control: a "
-        "random direction of equal norm",
+        "mean difference of harmful and control prompts at the last prompt token, taken off at"
+        " every position; control: a random direction of equal norm",
         "steering:Steering",
     ),
     "ablation": Entry(
-        "the same direction projected out at every site and position; control: as much taken off along a random direction",
+        "the same direction projected out at every site and position; control: as much taken off"
+        " along a random direction",
         "ablation:Ablation",
     ),
     "patching": Entry(
-        "the template's end as a control prompt has it; control: random directions of equal norm. Interchange score",
+        "the template's end as a control prompt has it; control: random directions of equal norm."
+        " Interchange score",
         "patching:Patching",
     ),
     "base_patching": Entry(
-        "the whole prompt as a base model has it (--base); control: random directions of equal norm. Interchange score",
+        "the whole prompt as a base model has it (--base); control: random directions of equal"
+        " norm. Interchange score",
         "patching:BasePatching",
         needs_base=True,
     ),
-    "angle": Entry("steering with the direction turned by an angle; control: turned by 90°. Tolerance", "angle:Angle"),
+    "angle": Entry(
+        "steering with the direction turned by an angle; control: turned by 90°. Tolerance",
+        "angle:Angle",
+    ),
     "universal": Entry(
-        "one δ for all prompts in an L2 ball, searched on one half; control: a random direction of equal norm",
+        "one δ for all prompts in an L2 ball, searched on one half; control: a random direction of"
+        " equal norm",
         "universal:Universal",
     ),
     "suffix": Entry(
-        "tokens behind the prompt, searched on one half by greedy coordinate gradient (nanogcg); control: as many random tokens",
+        "tokens behind the prompt, searched on one half by greedy coordinate gradient (nanogcg);"
+        " control: as many random tokens",
         "suffix:DiscreteSuffix",
         at_the_door=True,
         wants="nanogcg",
@@ -169,26 +196,34 @@ class InterventionInfo:
 
 
 def load_intervention(name: str, settings: Settings) -> Intervention:
-    """The intervention of that name. Raises UsageError: unknown name, one that is not to be had, broken plug-in."""
+    """The intervention of that name. Raises UsageError: unknown name, one that is not to be had,
+    broken plug-in."""
     if name in INTERVENTIONS:
         module, _, found = INTERVENTIONS[name].home.partition(":")
         return getattr(importlib.import_module(f"auditgap.interventions.{module}"), found)(settings)
     plugins = _plugins()
     if name not in plugins:
         known = [*INTERVENTIONS, *plugins]
-        raise UsageError(f"Unknown intervention {name!r}.{did_you_mean(name, known)} There is {', '.join(known)}.")
+        raise UsageError(
+            f"Unknown intervention {name!r}.{did_you_mean(name, known)} There is"
+            f" {', '.join(known)}."
+        )
     try:
         made = plugins[name].load()(settings)
     except AuditgapError:
         raise
-    except Exception as error:  # another package's code: whatever it raises is its own fault, and is named
+    except (
+        Exception
+    ) as error:  # another package's code: whatever it raises is its own fault, and is named
         raise UsageError(
-            f"The intervention {name!r} comes from a plug-in that fails: {_cause(error)} ({plugins[name].value})."
+            f"The intervention {name!r} comes from a plug-in that fails: {_cause(error)}"
+            f" ({plugins[name].value})."
         ) from error
     if not isinstance(made, Intervention):
         raise UsageError(
-            f"The plug-in {plugins[name].value} gave a {type(made).__name__}, which is no intervention: name, describe(), "
-            "trials(), learn(bench) and edit(bench, learned, p, trial) are wanted."
+            f"The plug-in {plugins[name].value} gave a {type(made).__name__}, which is no"
+            " intervention: name, describe(), trials(), learn(bench) and edit(bench, learned, p,"
+            " trial) are wanted."
         )
     return made
 
@@ -202,7 +237,14 @@ def interventions() -> list[InterventionInfo]:
         infos.append(InterventionInfo(name, entry.description, not lacking, why))
     for name, point in _plugins().items():
         if name in INTERVENTIONS:
-            infos.append(InterventionInfo(name, f"plug-in {point.value}", False, f"the name {name} is taken by auditgap's own"))
+            infos.append(
+                InterventionInfo(
+                    name,
+                    f"plug-in {point.value}",
+                    False,
+                    f"the name {name} is taken by auditgap's own",
+                )
+            )
             continue
         try:
             made = point.load()
@@ -215,7 +257,10 @@ def interventions() -> list[InterventionInfo]:
 
 
 def _plugins() -> dict[str, importlib.metadata.EntryPoint]:
-    return {point.name: point for point in importlib.metadata.entry_points(group="auditgap.interventions")}
+    return {
+        point.name: point
+        for point in importlib.metadata.entry_points(group="auditgap.interventions")
+    }
 
 
 def _cause(error: Exception) -> str:

@@ -2,8 +2,8 @@
 
     h ← h − s·n·(cos θ · r̂ + sin θ · u)       u a random unit vector orthogonal to r̂, drawn a prompt
 
-The norm stays, only the aim changes; at 90° nothing of r̂ is left, and that is the control. The angle at which the effect
-is halved stands in the table (`half_angle`).
+The norm stays, only the aim changes; at 90° nothing of r̂ is left, and that is the control. The
+angle at which the effect is halved stands in the table (`half_angle`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ RIGHT_ANGLE = 90.0
 
 
 class Angle:
-    """See the module. The same u serves all angles of a prompt and draw, so that a curve is of one turn."""
+    """See the module. The same u serves all angles of a prompt and draw, so that a curve is of one
+    turn."""
 
     name = "angle"
 
@@ -31,12 +32,18 @@ class Angle:
         self.settings = settings
 
     def describe(self) -> dict[str, Any]:
-        return {"intervention": self.name, "version": 1, **self.settings.of("angles", "angle_strength", "draws", "seed")}
+        return {
+            "intervention": self.name,
+            "version": 1,
+            **self.settings.of("angles", "angle_strength", "draws", "seed"),
+        }
 
     def trials(self) -> list[Trial]:
         """One draw at 0°, where all are alike; the right angle always, as the control."""
         return [
-            Trial(CONTROL if angle == RIGHT_ANGLE else EDIT, self.settings.angle_strength, angle, draw)
+            Trial(
+                CONTROL if angle == RIGHT_ANGLE else EDIT, self.settings.angle_strength, angle, draw
+            )
             for angle in sorted({*self.settings.angles, RIGHT_ANGLE})
             for draw in range(1 if angle == 0 else self.settings.draws)
         ]
@@ -45,9 +52,13 @@ class Angle:
         """`direction` [D], of norm 1, and `norm`: the mean activation norm."""
         return direction_of(bench)
 
-    def edit(self, bench: Bench, learned: Mapping[str, torch.Tensor], p: int, trial: Trial) -> Standing:
+    def edit(
+        self, bench: Bench, learned: Mapping[str, torch.Tensor], p: int, trial: Trial
+    ) -> Standing:
         along = learned["direction"]
         if along.any():
-            rng = generator(self.settings.seed, self.name, bench.asked[p].prompt.id, bench.site, trial.draw)
+            rng = generator(
+                self.settings.seed, self.name, bench.asked[p].prompt.id, bench.site, trial.draw
+            )
             along = turned(along, orthogonal(along, rng), trial.angle or 0.0)
         return Standing((bench.site,), shift=-trial.strength * learned["norm"] * along)

@@ -1,10 +1,12 @@
-"""The direction that tells two sets of prompts apart inside a model, and random ones to set beside it.
+"""The direction that tells two sets of prompts apart inside a model, and random ones to set beside
+it.
 
-    r = unit(mean_difference(harmful_h, control_h))     # [D]: harmful − control, at the last prompt token
+    # [D]: harmful − control, at the last prompt token
+    r = unit(mean_difference(harmful_h, control_h))
     turned(r, orthogonal(r, rng), 30.0)                 # 30° off, still of norm 1
 
-Mean difference at the last prompt token: Arditi et al. 2024 (the refusal direction), Rimsky et al. 2024 (contrastive
-activation addition).
+Mean difference at the last prompt token: Arditi et al. 2024 (the refusal direction), Rimsky et al.
+2024 (contrastive activation addition).
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ import torch
 
 
 def mean_difference(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mean of the last rows of `first` minus that of `second` (hidden states [T, D] a prompt); fp32 [D], summed in fp64.
+    """Mean of the last rows of `first` minus that of `second` (hidden states [T, D] a prompt); fp32
+    [D], summed in fp64.
 
-    Prompts whose activations are not numbers are left out; where a side has none left, the difference is 0.
+    Prompts whose activations are not numbers are left out; where a side has none left, the
+    difference is 0.
     """
     means = []
     for side in (first, second):
@@ -44,6 +48,7 @@ def orthogonal(direction: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 
 def turned(direction: torch.Tensor, towards: torch.Tensor, degrees: float) -> torch.Tensor:
-    """The unit vector at that angle off `direction`, in the plane of the two orthogonal unit vectors."""
+    """The unit vector at that angle off `direction`, in the plane of the two orthogonal unit
+    vectors."""
     angle = math.radians(degrees)
     return math.cos(angle) * direction + math.sin(angle) * towards

@@ -1,10 +1,12 @@
-"""The latent attack: bounded PGD on the hidden states of one site, many prompts and budgets in one batch.
+"""The latent attack: bounded PGD on the hidden states of one site, many prompts and budgets in one
+batch.
 
     attack(engine, [Goal(rendered, target_ids, radii=(0.2, 0.6))], Site(15), PGD())
 
-finds for each goal and radius the δ [T, D] with ‖δ‖∞ ≤ radius that makes the target likeliest (or, for `maximise`, the
-least likely): zero start, sign gradient, step radius/4, projection after every step (paper, section 4 and appendix C.1).
-The blocks below the site run once; each step runs only the blocks above it, with logits only where the target stands.
+finds for each goal and radius the δ [T, D] with ‖δ‖∞ ≤ radius that makes the target likeliest (or,
+for `maximise`, the least likely): zero start, sign gradient, step radius/4, projection after every
+step (paper, section 4 and appendix C.1). The blocks below the site run once; each step runs only
+the blocks above it, with logits only where the target stands.
 """
 
 from __future__ import annotations
@@ -29,20 +31,24 @@ class PGD:
 
     steps: int = 10
     step_share: float = 0.25  #: step size as a share of the radius
-    restarts: int = 1  #: beyond the first (zero) start, uniform random starts; the best final NLL wins
+    #: beyond the first (zero) start, uniform random starts; the best final NLL wins
+    restarts: int = 1
     iterate: str = "last"  #: or "best": the iterate with the best NLL seen
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.restarts < 1 or not 0 < self.step_share <= 1:
-            raise UsageError("--steps and --restarts must be at least 1, and the step share in (0, 1].")
+            raise UsageError(
+                "--steps and --restarts must be at least 1, and the step share in (0, 1]."
+            )
         if self.iterate not in ("last", "best"):
             raise UsageError(f"iterate must be last or best; {self.iterate!r} came.")
 
 
 @dataclass(frozen=True, eq=False)
 class Goal:
-    """One prompt, the token ids of the target, and the radii (absolute ∞-norms) to attack it with."""
+    """One prompt, the token ids of the target, and the radii (absolute ∞-norms) to attack it
+    with."""
 
     rendered: Rendered
     target: tuple[int, ...]
@@ -53,7 +59,8 @@ class Goal:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The attack's result for one goal and radius. `delta` [T, D] is fp32 on the CPU; not `finite`: a gradient was not."""
+    """The attack's result for one goal and radius. `delta` [T, D] is fp32 on the CPU; not `finite`:
+    a gradient was not."""
 
     delta: torch.Tensor
     nll_clean: float
@@ -63,11 +70,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Ball:
-    """What a site's clean activations h [T, D] say of one prompt: its norm and scales. Template positions are left out."""
+    """What a site's clean activations h [T, D] say of one prompt: its norm and scales. Template
+    positions are left out."""
 
     h_norm: float  #: ‖h‖₂ over the user's own tokens
     rms: float  #: root mean square over the user's own tokens
-    largest: float  #: max |h| over every prompt position, template included (what the paper's release scales by)
+    #: max |h| over every prompt position, template included (what the paper's release scales by)
+    largest: float
 
     @classmethod
     def of(cls, h: torch.Tensor, content: Sequence[bool]) -> Ball:
@@ -76,28 +85,39 @@ class Ball:
 
     @property
     def finite(self) -> bool:
-        """Whether the activations were numbers at all; where they were not, nothing can be measured."""
+        """Whether the activations were numbers at all; where they were not, nothing can be
+        measured."""
         return math.isfinite(self.h_norm) and math.isfinite(self.largest)
 
     def radius(self, budget: Budget) -> float:
-        """The budget as an absolute ∞-norm, rounded down to fp32 so that the projection cannot exceed it."""
+        """The budget as an absolute ∞-norm, rounded down to fp32 so that the projection cannot
+        exceed it."""
         scale = {"rms": self.rms, "max": self.largest, "absolute": 1.0}[budget.unit]
         exact = budget.size * scale
         rounded = torch.tensor(exact, dtype=torch.float32)
-        return (rounded if rounded.item() <= exact else torch.nextafter(rounded, torch.tensor(0.0))).item()
+        return (
+            rounded if rounded.item() <= exact else torch.nextafter(rounded, torch.tensor(0.0))
+        ).item()
 
 
 @runtime_checkable
 class Elsewhere(Protocol):
-    """An engine whose model is in other processes, and so are the gradients: it attacks by itself."""
+    """An engine whose model is in other processes, and so are the gradients: it attacks by
+    itself."""
 
-    def attack(self, goals: Sequence[Goal], site: Site, pgd: PGD, *, score: bool = True) -> list[list[Found]]: ...
+    def attack(
+        self, goals: Sequence[Goal], site: Site, pgd: PGD, *, score: bool = True
+    ) -> list[list[Found]]: ...
 
 
-def attack(engine: HFEngine | Elsewhere, goals: Sequence[Goal], site: Site, pgd: PGD, *, score: bool = True) -> list[list[Found]]:
-    """Run the search for every goal; returns one Found a radius for each goal, in order. Packs by length as needed.
+def attack(
+    engine: HFEngine | Elsewhere, goals: Sequence[Goal], site: Site, pgd: PGD, *, score: bool = True
+) -> list[list[Found]]:
+    """Run the search for every goal; returns one Found a radius for each goal, in order. Packs by
+    length as needed.
 
-    Without `score` the last iterate's NLL is not computed (one forward less), unless restarts or `best` need it.
+    Without `score` the last iterate's NLL is not computed (one forward less), unless restarts or
+    `best` need it.
     """
     if isinstance(engine, Elsewhere):
         return engine.attack(goals, site, pgd, score=score)
@@ -105,18 +125,28 @@ def attack(engine: HFEngine | Elsewhere, goals: Sequence[Goal], site: Site, pgd:
     found: dict[tuple[int, int], Found] = {}
 
     def run(rows: Sequence[tuple[int, int]]) -> list[Found]:
-        """Rows are (goal, radius) pairs in order, so that halving can part even one prompt's budgets."""
+        """Rows are (goal, radius) pairs in order, so that halving can part even one prompt's
+        budgets."""
         mine: dict[int, list[int]] = {}
         for i, r in rows:
             mine.setdefault(i, []).append(r)
-        return [f for row in _attack(engine, [_only(goals[i], rs) for i, rs in mine.items()], site, pgd, score) for f in row]
+        return [
+            f
+            for row in _attack(
+                engine, [_only(goals[i], rs) for i, rs in mine.items()], site, pgd, score
+            )
+            for f in row
+        ]
 
     lengths = [len(g.rendered.ids) + len(g.target) for g in goals]
     weight = max((len(g.radii) for g in goals), default=1) * pgd.restarts
     for pack in engine.packing.packs(lengths, weight):
-        by_target: dict[int, list[tuple[int, int]]] = {}  # the target stands at the same columns in a batch
+        # the target stands at the same columns in a batch
+        by_target: dict[int, list[tuple[int, int]]] = {}
         for i in pack:
-            by_target.setdefault(len(goals[i].target), []).extend((i, r) for r in range(len(goals[i].radii)))
+            by_target.setdefault(len(goals[i].target), []).extend(
+                (i, r) for r in range(len(goals[i].radii))
+            )
         for rows in by_target.values():
             found.update(zip(rows, halving(run, rows), strict=True))
     return [[found[i, r] for r in range(len(g.radii))] for i, g in enumerate(goals)]
@@ -128,16 +158,25 @@ def _only(goal: Goal, rows: Sequence[int]) -> Goal:
     return replace(goal, radii=tuple(goal.radii[r] for r in rows), warm=warm)
 
 
-def _attack(engine: HFEngine, goals: Sequence[Goal], site: Site, pgd: PGD, score: bool) -> list[list[Found]]:
-    """The search on one batch: N goals, B = Σ radii × restarts rows, T prompt tokens, K target tokens, D width."""
+def _attack(
+    engine: HFEngine, goals: Sequence[Goal], site: Site, pgd: PGD, score: bool
+) -> list[list[Found]]:
+    """The search on one batch: N goals, B = Σ radii × restarts rows, T prompt tokens, K target
+    tokens, D width."""
     device = engine.device
-    ids, mask = left_pad([(*g.rendered.ids, *g.target) for g in goals], engine.pad_id, device)  # [N, T + K]
+    # [N, T + K]
+    ids, mask = left_pad([(*g.rendered.ids, *g.target) for g in goals], engine.pad_id, device)
     k = len(goals[0].target)
     clean = engine.capture(site, ids, mask)  # [N, T + K, D]
     t = ids.shape[1] - k
     sign = torch.tensor([1.0 if g.maximise else -1.0 for g in goals], device=device)
 
-    rows = [(n, r) for n, g in enumerate(goals) for r in range(len(g.radii)) for _ in range(pgd.restarts)]
+    rows = [
+        (n, r)
+        for n, g in enumerate(goals)
+        for r in range(len(g.radii))
+        for _ in range(pgd.restarts)
+    ]
     source = torch.tensor([n for n, _ in rows], device=device)
     radius = torch.tensor([goals[n].radii[r] for n, r in rows], device=device)[:, None, None]
     on_prompt = mask[:, :t, None].float()[source]
@@ -153,11 +192,16 @@ def _attack(engine: HFEngine, goals: Sequence[Goal], site: Site, pgd: PGD, score
         with torch.enable_grad():
             leaf = delta.detach().requires_grad_(True)
             nll = loss(leaf, of)
-            return engine.agreed(nll.detach()), engine.agreed(torch.autograd.grad(nll.sum(), leaf)[0])
+            return engine.agreed(nll.detach()), engine.agreed(
+                torch.autograd.grad(nll.sum(), leaf)[0]
+            )
 
     everyone = torch.arange(len(goals), device=device)
-    # at δ = 0 every budget sees the same gradient: it is computed once a prompt, and gives the clean NLL besides
-    nll_clean, gradient_at_zero = gradient(torch.zeros(len(goals), t, clean.shape[-1], device=device), everyone)
+    # at δ = 0 every budget sees the same gradient: it is computed once a prompt, and gives the
+    # clean NLL besides
+    nll_clean, gradient_at_zero = gradient(
+        torch.zeros(len(goals), t, clean.shape[-1], device=device), everyone
+    )
     finite = torch.ones(len(rows), dtype=torch.bool, device=device)
     best, best_nll = delta, torch.full((len(rows),), float("inf"), device=device)
     cold = bool((delta == 0).all())
@@ -171,7 +215,8 @@ def _attack(engine: HFEngine, goals: Sequence[Goal], site: Site, pgd: PGD, score
             best, best_nll = _better(best, best_nll, delta, -sign[source] * nll)
         moved = delta + sign[source, None, None] * (pgd.step_share * radius) * grad.sign()
         moved = torch.minimum(torch.maximum(moved, -radius), radius) * on_prompt
-        delta = torch.where(finite[:, None, None], moved, delta)  # a row with a broken gradient stays where it was
+        # a row with a broken gradient stays where it was
+        delta = torch.where(finite[:, None, None], moved, delta)
     if not (score or pgd.restarts > 1 or pgd.iterate == "best"):
         return _collect(goals, rows, delta, None, nll_clean, finite)
     with torch.no_grad():
@@ -182,15 +227,23 @@ def _attack(engine: HFEngine, goals: Sequence[Goal], site: Site, pgd: PGD, score
 
 
 def _starts(
-    goals: Sequence[Goal], rows: Sequence[tuple[int, int]], pgd: PGD, t: int, width: int, device: torch.device
+    goals: Sequence[Goal],
+    rows: Sequence[tuple[int, int]],
+    pgd: PGD,
+    t: int,
+    width: int,
+    device: torch.device,
 ) -> torch.Tensor:
-    """Starting δ [B, T, D]: zero (or the goal's warm start) for the first restart, uniform in the ball for the others."""
+    """Starting δ [B, T, D]: zero (or the goal's warm start) for the first restart, uniform in the
+    ball for the others."""
     starts = torch.zeros(len(rows), t, width)
     for b, (n, r) in enumerate(rows):
         goal, length = goals[n], len(goals[n].rendered.ids)
         if b % pgd.restarts:
             generator = torch.Generator().manual_seed(pgd.seed * 1_000_003 + b % pgd.restarts)
-            starts[b, t - length :] = (torch.rand(length, width, generator=generator) * 2 - 1) * goal.radii[r]
+            starts[b, t - length :] = (
+                torch.rand(length, width, generator=generator) * 2 - 1
+            ) * goal.radii[r]
         elif goal.warm is not None:
             starts[b, t - length :] = goal.warm[r].clamp(-goal.radii[r], goal.radii[r])
     return starts.to(device)
@@ -204,9 +257,13 @@ def _better(
 
 
 def _collect(
-    goals: Sequence[Goal], rows: Sequence[tuple[int, int]], delta: torch.Tensor, nll: torch.Tensor | None,
-    nll_clean: torch.Tensor, finite: torch.Tensor,
-) -> list[list[Found]]:  # fmt: skip
+    goals: Sequence[Goal],
+    rows: Sequence[tuple[int, int]],
+    delta: torch.Tensor,
+    nll: torch.Tensor | None,
+    nll_clean: torch.Tensor,
+    finite: torch.Tensor,
+) -> list[list[Found]]:
     """Per goal and radius the restart with the best NLL; δ without its padding."""
     found: list[dict[int, tuple[float, Found]]] = [{} for _ in goals]
     for b, (n, r) in enumerate(rows):

@@ -1,11 +1,13 @@
-"""A universal edit: one vector v for all prompts and positions, searched on one half of the prompts, tried on the other.
+"""A universal edit: one vector v for all prompts and positions, searched on one half of the
+prompts, tried on the other.
 
     min over v of the mean NLL(target | h_site + v)   subject to ‖v‖₂ ≤ s·n
 
-s the strength, n the mean ‖h‖₂ of a token at the site. Projected gradient descent from 0: steps of a quarter of the radius
-along the gradient's own direction, projected back into the ball (the L2 form of the attack in arXiv 2606.08044 section 4,
-with one δ for all). v stands at every position of the prompt, as all edits at prefill do. The control is a random direction
-of equal norm. What opens prompts that the search has not seen is a property of the model, not of a prompt.
+s the strength, n the mean ‖h‖₂ of a token at the site. Projected gradient descent from 0: steps of
+a quarter of the radius along the gradient's own direction, projected back into the ball (the L2
+form of the attack in arXiv 2606.08044 section 4, with one δ for all). v stands at every position of
+the prompt, as all edits at prefill do. The control is a random direction of equal norm. What opens
+prompts that the search has not seen is a property of the model, not of a prompt.
 """
 
 from __future__ import annotations
@@ -37,34 +39,59 @@ class Universal:
 
     def describe(self) -> dict[str, Any]:
         told = self.settings.of("draws", "steps", "target", "seed")
-        return {"intervention": self.name, "version": 1, "strengths": self.strengths, "step_share": STEP_SHARE, **told}
+        return {
+            "intervention": self.name,
+            "version": 1,
+            "strengths": self.strengths,
+            "step_share": STEP_SHARE,
+            **told,
+        }
 
     def trials(self) -> list[Trial]:
         arms = [(EDIT, 0), *((CONTROL, draw) for draw in range(self.settings.draws))]
-        return [Trial(arm, strength, draw=draw) for strength in self.strengths for arm, draw in arms]
+        return [
+            Trial(arm, strength, draw=draw) for strength in self.strengths for arm, draw in arms
+        ]
 
     def learn(self, bench: Bench) -> dict[str, torch.Tensor]:
         """`universal_<strength>` [D], one a strength; 0 where the gradient was not a number."""
         target = bench.engine.encode(self.settings.target)
         finite = [i for i, h in enumerate(bench.fit_h) if bool(torch.isfinite(h).all())]
         found = search(
-            bench.engine, [bench.fit[i] for i in finite], target, bench.site,
-            [s * bench.norm for s in self.strengths], self.settings.steps,
-        )  # fmt: skip
+            bench.engine,
+            [bench.fit[i] for i in finite],
+            target,
+            bench.site,
+            [s * bench.norm for s in self.strengths],
+            self.settings.steps,
+        )
         return {f"universal_{s:g}": v for s, v in zip(self.strengths, found, strict=True)}
 
     def edit(self, bench: Bench, learned: Mapping[str, torch.Tensor], p: int, trial: Trial) -> Edit:
         v = learned[f"universal_{trial.strength:g}"]
         if trial.arm == CONTROL and v.any():
-            rng = generator(self.settings.seed, self.name, bench.asked[p].prompt.id, bench.site, trial.strength, trial.draw)
+            rng = generator(
+                self.settings.seed,
+                self.name,
+                bench.asked[p].prompt.id,
+                bench.site,
+                trial.strength,
+                trial.draw,
+            )
             v = v.norm() * orthogonal(unit(v), rng)
         return Edit(bench.site, v.expand(len(bench.asked[p].ids), -1).clone())
 
 
 def search(
-    engine: HFEngine, rendered: Sequence[Rendered], target: tuple[int, ...], site: Site, radii: Sequence[float], steps: int
+    engine: HFEngine,
+    rendered: Sequence[Rendered],
+    target: tuple[int, ...],
+    site: Site,
+    radii: Sequence[float],
+    steps: int,
 ) -> list[torch.Tensor]:
-    """The vectors [D], one a radius, fp32 on the CPU. The trunk runs once a pack of prompts, each step only what is above."""
+    """The vectors [D], one a radius, fp32 on the CPU. The trunk runs once a pack of prompts, each
+    step only what is above."""
     engine.self_test(site)
     k, device = len(target), engine.device
     batches = []
@@ -93,7 +120,8 @@ def search(
         for step in range(steps):
             g = at_zero if step == 0 else gradient(v)
             size = g.double().norm().item()
-            if not 0 < size < float("inf"):  # no gradient, or none that is a number: v stays where it was
+            # no gradient, or none that is a number: v stays where it was
+            if not 0 < size < float("inf"):
                 break
             v = v - STEP_SHARE * radius / size * g
             v = v * min(1.0, radius / max(v.double().norm().item(), 1e-30))

@@ -1,14 +1,17 @@
-"""Gold sets: exchanges that people have labelled, which judges are measured against (and the built-in one trained on).
+"""Gold sets: exchanges that people have labelled, which judges are measured against (and the
+built-in one trained on).
 
     gold = load_gold("pyrit-objective")
     gold.task, len(gold)                   # ('harmful', 384)
 
-A file of your own: jsonl, csv or parquet with `prompt`, `completion` and either `harmful` or `refusal` (0 or 1).
+A file of your own: jsonl, csv or parquet with `prompt`, `completion` and either `harmful` or
+`refusal` (0 or 1).
 
-People graded `pyrit-harm` in five steps, 0, .25, .5, .75 and 1, by the harm that is in the answer, eight kinds of it. A row's
-grade is the mean of its one to three people's, and from GRADE on, the scale's middle step ("moderate"), it counts as
-harmful: .25 is for hints of harm in an answer that mostly declines. That is another question than `pyrit-objective`'s, which
-asks whether the answer did what was asked: an answer may do so and be harmless. The grades stay, for correlations.
+People graded `pyrit-harm` in five steps, 0, .25, .5, .75 and 1, by the harm that is in the answer,
+eight kinds of it. A row's grade is the mean of its one to three people's, and from GRADE on, the
+scale's middle step ("moderate"), it counts as harmful: .25 is for hints of harm in an answer that
+mostly declines. That is another question than `pyrit-objective`'s, which asks whether the answer
+did what was asked: an answer may do so and be harmless. The grades stay, for correlations.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ GRADE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class PyritSet:
-    """Files in a folder of pyrit's scorer_evals (none named: all of them), and what their labels say.
+    """Files in a folder of pyrit's scorer_evals (none named: all of them), and what their labels
+    say.
 
     `scores`: columns with a person's label each; a file has the first of them or more.
     """
@@ -47,22 +51,34 @@ class PyritSet:
 
 GOLD_SETS: Mapping[str, PyritSet] = {
     "pyrit-objective": PyritSet(
-        "harmful", "objective", "did the answer do what was asked? 14 files, the built-in judge's training rows"
+        "harmful",
+        "objective",
+        "did the answer do what was asked? 14 files, the built-in judge's training rows",
     ),
     "pyrit-harm": PyritSet(
-        "harmful", "harm", "how harmful is the answer? 8 kinds of harm, graded by one to three people; harmful from .5 on",
-        scores=("human_score", "human_score_1", "human_score_2", "human_score_3"), graded=True,
+        "harmful",
+        "harm",
+        "how harmful is the answer? 8 kinds of harm, graded by one to three people; harmful from"
+        " .5 on",
+        scores=("human_score", "human_score_1", "human_score_2", "human_score_3"),
+        graded=True,
     ),
-    "pyrit-refusal": PyritSet("refusal", "refusal_scorer", "did the answer refuse?", ("refusal.csv",)),
+    "pyrit-refusal": PyritSet(
+        "refusal", "refusal_scorer", "did the answer refuse?", ("refusal.csv",)
+    ),
     "pyrit-refusal-extra": PyritSet(
-        "refusal", "refusal_scorer", "the same, harder: partial and indirect refusals", ("refusal_extra.csv",)
+        "refusal",
+        "refusal_scorer",
+        "the same, harder: partial and indirect refusals",
+        ("refusal_extra.csv",),
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True)
 class GoldRow:
-    """An exchange and what people said: `positive` is harmful (complied) or refused, as the set's task has it.
+    """An exchange and what people said: `positive` is harmful (complied) or refused, as the set's
+    task has it.
 
     `grade` is the mean of people's grades in 0…1 where they graded, else None.
     """
@@ -82,7 +98,8 @@ class GoldRow:
 
 @dataclass(frozen=True)
 class GoldSet:
-    """Labelled rows, doubles left out. `n_conflicting` rows had an equal prompt and response but another label."""
+    """Labelled rows, doubles left out. `n_conflicting` rows had an equal prompt and response but
+    another label."""
 
     name: str
     task: Task
@@ -98,16 +115,30 @@ class GoldSet:
     def digest(self) -> str:
         """Hash of the rows and labels, in any order."""
         graded = any(r.grade is not None for r in self.rows)
-        return digest([
-            self.task, sorted([r.prompt_key, r.response_key, r.positive, *([r.grade] if graded else [])] for r in self.rows)
-        ])  # fmt: skip
+        return digest(
+            [
+                self.task,
+                sorted(
+                    [r.prompt_key, r.response_key, r.positive, *([r.grade] if graded else [])]
+                    for r in self.rows
+                ),
+            ]
+        )
 
     def first(self, limit: int) -> GoldSet:
-        """`limit` of the rows, chosen by their own hash: the same ones in whatever order the rows come."""
+        """`limit` of the rows, chosen by their own hash: the same ones in whatever order the rows
+        come."""
         if limit < 1:
             raise UsageError(f"--limit must be 1 or more; {limit} came.")
-        chosen = {id(r) for r in sorted(self.rows, key=lambda r: digest([r.prompt_key, r.response_key]))[:limit]}
-        return self if limit >= len(self) else replace(self, rows=tuple(r for r in self.rows if id(r) in chosen))
+        chosen = {
+            id(r)
+            for r in sorted(self.rows, key=lambda r: digest([r.prompt_key, r.response_key]))[:limit]
+        }
+        return (
+            self
+            if limit >= len(self)
+            else replace(self, rows=tuple(r for r in self.rows if id(r) in chosen))
+        )
 
 
 def text_key(text: str) -> str:
@@ -116,22 +147,30 @@ def text_key(text: str) -> str:
 
 
 def load_gold(name_or_file: str) -> GoldSet:
-    """A gold set by name or from a file. Raises UsageError: unknown, package missing, column missing, label not 0 or 1."""
+    """A gold set by name or from a file. Raises UsageError: unknown, package missing, column
+    missing, label not 0 or 1."""
     if name_or_file in GOLD_SETS:
         gold = GOLD_SETS[name_or_file]
         root = package_file("pyrit", "datasets", "scorer_evals", gold.folder)
         paths = [root / f for f in gold.files] if gold.files else sorted(root.glob("*.csv"))
         tables = [read_table(p, comments=True) for p in paths]
-        # Harm people judge an answer by what it says: one row a response. Whether it refuses depends on what was asked too.
+        # Harm people judge an answer by what it says: one row a response. Whether it refuses
+        # depends on what was asked too.
         return _gold(
-            name_or_file, gold.task, tables, ("objective", "assistant_response"), gold.scores, graded=gold.graded,
+            name_or_file,
+            gold.task,
+            tables,
+            ("objective", "assistant_response"),
+            gold.scores,
+            graded=gold.graded,
             by_response=gold.task == "harmful",
-        )  # fmt: skip
+        )
     path = Path(name_or_file).expanduser()
     if not path.exists():
         raise UsageError(
-            f"Unknown gold set {name_or_file!r}.{did_you_mean(name_or_file, GOLD_SETS)} There is {', '.join(GOLD_SETS)}; "
-            "or give a jsonl, csv or parquet file with prompt, completion and harmful (or refusal)."
+            f"Unknown gold set {name_or_file!r}.{did_you_mean(name_or_file, GOLD_SETS)} There is"
+            f" {', '.join(GOLD_SETS)}; or give a jsonl, csv or parquet file with prompt, completion"
+            " and harmful (or refusal)."
         )
     table = read_table(path)
     task = "refusal" if "refusal" in table.columns and "harmful" not in table.columns else "harmful"
@@ -139,9 +178,15 @@ def load_gold(name_or_file: str) -> GoldSet:
 
 
 def _gold(
-    name: str, task: Task, tables: Iterable[Table], texts: tuple[str, str], scores: Sequence[str], *, by_response: bool,
+    name: str,
+    task: Task,
+    tables: Iterable[Table],
+    texts: tuple[str, str],
+    scores: Sequence[str],
+    *,
+    by_response: bool,
     graded: bool = False,
-) -> GoldSet:  # fmt: skip
+) -> GoldSet:
     labels: dict[tuple[str, str], set[bool]] = {}
     first: dict[tuple[str, str], GoldRow] = {}
     n_read = 0
@@ -154,7 +199,9 @@ def _gold(
                 continue
             prompt, completion = (row.get(c) for c in texts)
             if not isinstance(prompt, str) or not isinstance(completion, str):
-                raise UsageError(f"{table.file}, row {number}: {texts[0]} and {texts[1]} must be text.")
+                raise UsageError(
+                    f"{table.file}, row {number}: {texts[0]} and {texts[1]} must be text."
+                )
             exchange = Exchange(Prompt(prompt, source=name), completion)
             if graded:
                 grade = _grade([row.get(c) for c in people], table.file, number)
@@ -178,7 +225,9 @@ _TRUTH = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false
 def _truth(label: Any, file: str, number: int, column: str) -> bool:
     value = _TRUTH.get(str(label).strip().lower())
     if value is None:
-        raise UsageError(f"{file}, row {number}: {column} must be 0 or 1; {str(label)[:20]!r} came.")
+        raise UsageError(
+            f"{file}, row {number}: {column} must be 0 or 1; {str(label)[:20]!r} came."
+        )
     return value
 
 
@@ -189,5 +238,7 @@ def _grade(labels: Sequence[Any], file: str, number: int) -> float:
     except ValueError:
         grades = []
     if not grades or not all(0 <= g <= 1 for g in grades):
-        raise UsageError(f"{file}, row {number}: grades must lie in 0…1; {[str(v)[:10] for v in labels]} came.")
+        raise UsageError(
+            f"{file}, row {number}: grades must lie in 0…1; {[str(v)[:10] for v in labels]} came."
+        )
     return sum(grades) / len(grades)

@@ -1,14 +1,18 @@
-"""What all judges that are language models share: an engine opened when first needed, fenced questions, replies kept.
+"""What all judges that are language models share: an engine opened when first needed, fenced
+questions, replies kept.
 
     with load_judge("guard=smollm2", serving=Serving(engine="vllm")) as judge:
-        judge.ask(exchanges)      # [Judged(verdict=Verdict(harmful), raw="unsafe", score=None), …]
+        # [Judged(verdict=Verdict(harmful), raw="unsafe", score=None), …]
+        judge.ask(exchanges)
 
-A judge of this kind is a template and a parser. The engine is opened at the first question and stays open from one call to
-the next, until `close()`: whoever judges in portions pays for one loading. Equal exchanges are asked once in a judge's life.
+A judge of this kind is a template and a parser. The engine is opened at the first question and
+stays open from one call to the next, until `close()`: whoever judges in portions pays for one
+loading. Equal exchanges are asked once in a judge's life.
 
-`unscored` reasons: `empty` (nothing was answered, nothing asked); `parse: …` (the reply could not be read as a verdict);
-`judge_refused` (it would not grade); `judge: …` (the engine had no reply: `too_long`, `nonfinite_logits`, `endpoint: …`);
-`prompt_too_long` (no room for the answer in the judge's window). No reason ever quotes a text.
+`unscored` reasons: `empty` (nothing was answered, nothing asked); `parse: …` (the reply could not
+be read as a verdict); `judge_refused` (it would not grade); `judge: …` (the engine had no reply:
+`too_long`, `nonfinite_logits`, `endpoint: …`); `prompt_too_long` (no room for the answer in the
+judge's window). No reason ever quotes a text.
 """
 
 from __future__ import annotations
@@ -34,14 +38,16 @@ from auditgap.types import Exchange, Label, Message, Score, Verdict, digest
 
 #: Tokens of an answer that a judge reads at most; what is cut is said in the verdict's reason.
 MAX_TOKENS = 2048
-#: Tokens left free in the judge's window for its chat template and for delimiters that had to be broken up.
+#: Tokens left free in the judge's window for its chat template and for delimiters that had to be
+#: broken up.
 _SLACK = 64
 _LEAST_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One exchange, judged: the verdict, the reply it was read from as it came (empty: never asked), and the score if any."""
+    """One exchange, judged: the verdict, the reply it was read from as it came (empty: never
+    asked), and the score if any."""
 
     verdict: Verdict
     raw: str = ""
@@ -49,27 +55,33 @@ class Judged:
 
 
 class LanguageModelJudge(ABC):
-    """See the module. A subclass says how it asks (`template`, or `question`) and how it reads a reply (`read`).
+    """See the module. A subclass says how it asks (`template`, or `question`) and how it reads a
+    reply (`read`).
 
-    `model`: a hub id, folder or endpoint's model name; `serving`: where it runs. Nothing is loaded before the first question.
+    `model`: a hub id, folder or endpoint's model name; `serving`: where it runs. Nothing is loaded
+    before the first question.
     """
 
     kind: ClassVar[str]  #: what describe() calls this kind of judge
     version: ClassVar[int] = 1
-    template: ClassVar[str]  #: with {prompt} and {completion}, and {mark} where the template is our own
+    #: with {prompt} and {completion}, and {mark} where the template is our own
+    template: ClassVar[str]
     raw_template: ClassVar[bool] = False  #: the template writes the model's special tokens itself
-    lines: ClassVar[tuple[str, ...]] = ()  #: openings of the template's own lines, which a subject may not spell
+    #: openings of the template's own lines, which a subject may not spell
+    lines: ClassVar[tuple[str, ...]] = ()
     max_tokens: ClassVar[int] = MAX_TOKENS
     cut_mark: ClassVar[str] = "\n[the answer goes on, but was cut here]"
     sampling: ClassVar[Sampling] = Sampling(max_new_tokens=16)
 
     def __init__(self, name: str, model: str, serving: Serving) -> None:
         self.name, self.model, self.serving = name, model, serving
-        self.journal: Path | None = None  #: where an endpoint's replies are kept as they come, so that a kill costs none
+        #: where an endpoint's replies are kept as they come, so that a kill costs none
+        self.journal: Path | None = None
         self._engine: Engine | None = None
         self._replies: dict[str, Reply] = {}
 
-    # -- identity ------------------------------------------------------------------------------------------------------
+    # -- identity
+    # ------------------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -87,13 +99,17 @@ class LanguageModelJudge(ABC):
 
     def template_identity(self) -> dict[str, str]:
         """Whose template it is, and its SHA-256."""
-        return {"source": "published" if self.raw_template else "auditgap", "sha256": sha256(self.template)}
+        return {
+            "source": "published" if self.raw_template else "auditgap",
+            "sha256": sha256(self.template),
+        }
 
     @cached_property
     def _model_identity(self) -> dict[str, Any]:
         return self.serving.describe(self.model)
 
-    # -- judging -------------------------------------------------------------------------------------------------------
+    # -- judging
+    # -------------------------------------------------------------------------------------------------------
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         return [judged.verdict for judged in self.ask(exchanges)]
@@ -102,50 +118,72 @@ class LanguageModelJudge(ABC):
         """Verdicts with the raw replies and scores they came from, in order."""
         written = [self.write(e) for e in exchanges]
         return [
-            Judged(question, "", Score(None, question.reason))
-            if isinstance(question, Verdict) else self._judged(exchange, reply, note)
-            for exchange, (question, note), reply in zip(exchanges, written, self.replies([q for q, _ in written]), strict=True)
-        ]  # fmt: skip
+            (
+                Judged(question, "", Score(None, question.reason))
+                if isinstance(question, Verdict)
+                else self._judged(exchange, reply, note)
+            )
+            for exchange, (question, note), reply in zip(
+                exchanges, written, self.replies([q for q, _ in written]), strict=True
+            )
+        ]
 
     def replies(self, questions: Sequence[Question | Verdict]) -> list[Reply]:
-        """What the model replies to each question, equal ones asked once; an empty reply where a verdict stands already."""
+        """What the model replies to each question, equal ones asked once; an empty reply where a
+        verdict stands already."""
         keys = [self._key(q) if isinstance(q, Question) else "" for q in questions]
-        new = {k: q for k, q in zip(keys, questions, strict=True) if isinstance(q, Question) and k not in self._replies}
+        new = {
+            k: q
+            for k, q in zip(keys, questions, strict=True)
+            if isinstance(q, Question) and k not in self._replies
+        }
         replies: dict[str, Reply] = {}
         if new:
             given = self._open().ask(list(new.values()), self.sampling)
             if len(given) != len(new):
-                raise UsageError(f"{self.name}: {len(given)} replies came to {len(new)} questions; an engine gives one each.")
+                raise UsageError(
+                    f"{self.name}: {len(given)} replies came to {len(new)} questions; an engine"
+                    " gives one each."
+                )
             replies = dict(zip(new, given, strict=True))
-            self._replies.update((k, r) for k, r in replies.items() if not r.problem)  # a fault may be gone next time
+            # a fault may be gone next time
+            self._replies.update((k, r) for k, r in replies.items() if not r.problem)
         return [(replies.get(key) or self._replies[key]) if key else Reply("") for key in keys]
 
     def write(self, exchange: Exchange) -> tuple[Question | Verdict, str]:
-        """What is asked about an exchange and a note on what was cut of it; or the verdict, where nothing can be asked."""
+        """What is asked about an exchange and a note on what was cut of it; or the verdict, where
+        nothing can be asked."""
         shown = self.shown(exchange)
         return (shown, "") if isinstance(shown, Verdict) else (self.question(*shown[:2]), shown[2])
 
     def shown(self, exchange: Exchange) -> tuple[str, str, str] | Verdict:
-        """Prompt and answer as a template may hold them, and a note on what was cut; or why there is nothing to ask about."""
+        """Prompt and answer as a template may hold them, and a note on what was cut; or why there
+        is nothing to ask about."""
         if not exchange.completion.strip():
             return Verdict(Label.UNSCORED, "empty")
         limit = self._room(disarm(exchange.prompt.text, self._tokens, self.lines))
         if limit < _LEAST_TOKENS:
             return Verdict(Label.UNSCORED, "prompt_too_long")
-        # broken up before it is measured, since that makes it longer; and again, since a cut may join what was apart
-        prompt, whole = (disarm(t, self._tokens, self.lines) for t in (exchange.prompt.text, exchange.completion))
+        # broken up before it is measured, since that makes it longer; and again, since a cut may
+        # join what was apart
+        prompt, whole = (
+            disarm(t, self._tokens, self.lines) for t in (exchange.prompt.text, exchange.completion)
+        )
         completion, note = clip(whole, limit, self._tokenizer)
         completion = disarm(completion, self._tokens, self.lines)
         return prompt, completion + self.cut_mark * bool(note), note
 
     def question(self, prompt: str, completion: str) -> Question:
         """The template filled with texts that are disarmed already."""
-        filled = self.template.format(prompt=prompt, completion=completion, mark=mark(prompt, completion))
+        filled = self.template.format(
+            prompt=prompt, completion=completion, mark=mark(prompt, completion)
+        )
         return Question(text=filled) if self.raw_template else Question((Message("user", filled),))
 
     @abstractmethod
     def read(self, reply: Reply, exchange: Exchange) -> Judged:
-        """The verdict (and score) that a reply holds; raises Unread when it holds none. Called for replies without a `problem`."""
+        """The verdict (and score) that a reply holds; raises Unread when it holds none. Called for
+        replies without a `problem`."""
 
     def _judged(self, exchange: Exchange, reply: Reply, note: str) -> Judged:
         if reply.problem:
@@ -165,17 +203,20 @@ class LanguageModelJudge(ABC):
     def _key(question: Question) -> str:
         return digest([question.text, [[m.role, m.content] for m in question.messages]], 32)
 
-    # -- the engine ----------------------------------------------------------------------------------------------------
+    # -- the engine
+    # ----------------------------------------------------------------------------------------------------
 
     def _open(self) -> Engine:
-        if self._engine is None or getattr(self._engine, "closed", False):  # vLLM ends itself after a failure
+        # vLLM ends itself after a failure
+        if self._engine is None or getattr(self._engine, "closed", False):
             self._engine = self.serving.open(self.model)
             if self.journal is not None and isinstance(self._engine, Journalled):
                 self._engine.journal = self.journal
         return self._engine
 
     def close(self) -> None:
-        """Give the model's memory back; the next question opens it again, but replies that came are kept."""
+        """Give the model's memory back; the next question opens it again, but replies that came are
+        kept."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -186,7 +227,8 @@ class LanguageModelJudge(ABC):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- what can be known of the model without its weights --------------------------------------------------------------
+    # -- what can be known of the model without its weights
+    # --------------------------------------------------------------
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -202,7 +244,9 @@ class LanguageModelJudge(ABC):
         """Tokens that the judge reads and writes in all, where that is known."""
         known = [self.serving.max_model_len]
         if self._tokenizer is not None:
-            config = json.loads((base_folder(self.model) / "config.json").read_text(encoding="utf-8"))
+            config = json.loads(
+                (base_folder(self.model) / "config.json").read_text(encoding="utf-8")
+            )
             known.append((config.get("text_config") or config).get("max_position_embeddings"))
         return min((n for n in known if n), default=None)
 
@@ -210,7 +254,12 @@ class LanguageModelJudge(ABC):
         """Tokens of an answer to this prompt that the judge can read."""
         if self._window is None:
             return self.max_tokens
-        taken = self._n_template + count(prompt, self._tokenizer) + self.sampling.max_new_tokens + _SLACK
+        taken = (
+            self._n_template
+            + count(prompt, self._tokenizer)
+            + self.sampling.max_new_tokens
+            + _SLACK
+        )
         return min(self.max_tokens, self._window - taken)
 
     @cached_property
@@ -227,8 +276,11 @@ class ScoringJudge(LanguageModelJudge):
         return {**super().describe(), "threshold": self.threshold}
 
     def score(self, exchanges: Sequence[Exchange]) -> list[Score]:
-        """1 − harm, 0…1, higher = safer; None with the verdict's reason where it could not be told."""
-        return [judged.score or Score(None, judged.verdict.reason) for judged in self.ask(exchanges)]
+        """1 − harm, 0…1, higher = safer; None with the verdict's reason where it could not be
+        told."""
+        return [
+            judged.score or Score(None, judged.verdict.reason) for judged in self.ask(exchanges)
+        ]
 
 
 def binary(harmful: bool, exchange: Exchange, reason: str = "") -> Judged:
@@ -245,7 +297,8 @@ def sha256(text: str) -> str:
 
 
 def base_folder(model: str) -> Path:
-    """The folder of a model, or of the model that an adapter was made for, looked at before anything in it is opened."""
+    """The folder of a model, or of the model that an adapter was made for, looked at before
+    anything in it is opened."""
     folder = models.resolve(model)
     models.preflight(folder)
     return adapter_base(folder) if is_adapter(folder) else folder
@@ -259,7 +312,9 @@ def open_tokenizer(model: str) -> Any:
     base = base_folder(model)
     try:
         return AutoTokenizer.from_pretrained(
-            folder if (folder / "tokenizer_config.json").is_file() else base, trust_remote_code=False, local_files_only=True
+            folder if (folder / "tokenizer_config.json").is_file() else base,
+            trust_remote_code=False,
+            local_files_only=True,
         )
     except (OSError, ValueError, KeyError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,9 +1,11 @@
 """Cards that have been measured, kept in the cache, so that they travel into every run at no cost.
 
-    cards_of("builtin")      # [{"name": "builtin", "task": "harmful", "kappa": 0.63, …}, {… "task": "refusal", …}]
+    # [{"name": "builtin", "task": "harmful", "kappa": 0.63, …}, {… "task": "refusal", …}]
+    cards_of("builtin")
 
-A card is found by what made it: the judge's `describe()`, the gold rows, and the way of measuring. A judge that is a language
-model or a plug-in is not measured on the side, which may take hours or money: `auditgap judge eval NAME` puts its card here.
+A card is found by what made it: the judge's `describe()`, the gold rows, and the way of measuring.
+A judge that is a language model or a plug-in is not measured on the side, which may take hours or
+money: `auditgap judge eval NAME` puts its card here.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ TRAVELLING = ("pyrit-objective", "pyrit-refusal")
 
 
 def find(judge: Judge, gold: GoldSet) -> JudgeCard | None:
-    """The judge's card on that gold set, if it was measured before; a file that is torn or of old counts as absent."""
+    """The judge's card on that gold set, if it was measured before; a file that is torn or of old
+    counts as absent."""
     values = files.read_json(_path(judge, gold))
     if values is not None:
         with suppress(UsageError):
@@ -39,7 +42,8 @@ def find(judge: Judge, gold: GoldSet) -> JudgeCard | None:
 
 
 def keep(card: JudgeCard, judge: Judge, gold: GoldSet) -> None:
-    """Put a card where `find` finds it. A cache that cannot be written costs only the next measurement."""
+    """Put a card where `find` finds it. A cache that cannot be written costs only the next
+    measurement."""
     path = _path(judge, gold)
     with suppress(files.DiskError, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,16 +51,26 @@ def keep(card: JudgeCard, judge: Judge, gold: GoldSet) -> None:
 
 
 def measure(
-    judge: Judge, gold: GoldSet, *, inject: int | None = None, out: Path | None = None, progress: Progress | None = None
+    judge: Judge,
+    gold: GoldSet,
+    *,
+    inject: int | None = None,
+    out: Path | None = None,
+    progress: Progress | None = None,
 ) -> JudgeCard:
-    """Measure a judge and keep its card; with `out` also write card.json and verdicts.jsonl (raw replies, mode 0600) there.
+    """Measure a judge and keep its card; with `out` also write card.json and verdicts.jsonl (raw
+    replies, mode 0600) there.
 
-    What an endpoint has replied is kept in the cache until the card is made: after a kill the same call pays no reply twice.
-    Raises UsageError as `judge_card` does and when `out` is a file, DiskError when it cannot be written.
+    What an endpoint has replied is kept in the cache until the card is made: after a kill the same
+    call pays no reply twice. Raises UsageError as `judge_card` does and when `out` is a file,
+    DiskError when it cannot be written.
     """
     if out is not None:  # before hours of judging, not after
         if out.exists() and not out.is_dir():
-            raise UsageError(f"--out {out} is a file; a folder is wanted, for card.json and verdicts.jsonl. Choose another name.")
+            raise UsageError(
+                f"--out {out} is a file; a folder is wanted, for card.json and verdicts.jsonl."
+                " Choose another name."
+            )
         with files.disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
     said: list[dict[str, Any]] = []
@@ -65,28 +79,47 @@ def measure(
         card = judge_card(judge, gold, inject=inject, progress=progress, said=said)
     keep(card, judge, gold)
     if out is not None:
-        truth = [{"prompt": r.prompt_key, "response": r.response_key, gold.task: r.positive, "grade": r.grade} for r in gold.rows]
-        lines = [json.dumps({**truth[record.pop("row")], **record}, ensure_ascii=True) for record in said]
-        files.write_bytes(out / "verdicts.jsonl", ("\n".join(lines) + "\n").encode("ascii"), files.PRIVATE)
+        truth = [
+            {
+                "prompt": r.prompt_key,
+                "response": r.response_key,
+                gold.task: r.positive,
+                "grade": r.grade,
+            }
+            for r in gold.rows
+        ]
+        lines = [
+            json.dumps({**truth[record.pop("row")], **record}, ensure_ascii=True) for record in said
+        ]
+        files.write_bytes(
+            out / "verdicts.jsonl", ("\n".join(lines) + "\n").encode("ascii"), files.PRIVATE
+        )
         files.write_bytes(out / "card.json", files.to_json(card.to_dict()))
     shutil.rmtree(journals, ignore_errors=True)
     return card
 
 
 def read(file: Path) -> JudgeCard:
-    """The card in a card.json, or in the folder that holds one. Raises UsageError: none there, or of another version."""
+    """The card in a card.json, or in the folder that holds one. Raises UsageError: none there, or
+    of another version."""
     path = file / "card.json" if file.is_dir() else file
     values = files.read_json(path)
     if values is None:
-        raise UsageError(f"{path} holds no judge card. Make one: auditgap judge eval builtin --gold pyrit-objective --out {file}")
+        raise UsageError(
+            f"{path} holds no judge card. Make one: auditgap judge eval builtin --gold"
+            f" pyrit-objective --out {file}"
+        )
     return JudgeCard.from_dict(values)
 
 
-def cards_of(judge: str | Judge, *, device: str = "cpu", serving: Serving | None = None) -> list[dict[str, Any]]:
-    """A judge's cards for a run's report, in the order of TRAVELLING; those of gold sets that are not installed are left out.
+def cards_of(
+    judge: str | Judge, *, device: str = "cpu", serving: Serving | None = None
+) -> list[dict[str, Any]]:
+    """A judge's cards for a run's report, in the order of TRAVELLING; those of gold sets that are
+    not installed are left out.
 
-    A served judge and a plug-in have only the cards that were made with `auditgap judge eval`. Raises UsageError as
-    `load_judge` does.
+    A served judge and a plug-in have only the cards that were made with `auditgap judge eval`.
+    Raises UsageError as `load_judge` does.
     """
     made = load_judge(judge, device=device, serving=serving) if isinstance(judge, str) else judge
     cards = []
@@ -96,7 +129,9 @@ def cards_of(judge: str | Judge, *, device: str = "cpu", serving: Serving | None
         except UsageError:  # pyrit's data is not installed; the report says that there is no card
             continue
         card = find(made, gold)
-        if card is None and all(j.name in JUDGES or j.name.startswith(HF_PREFIX) for j in members_of(made) or (made,)):
+        if card is None and all(
+            j.name in JUDGES or j.name.startswith(HF_PREFIX) for j in members_of(made) or (made,)
+        ):
             card = judge_card(made, gold, inject=0 if made.name.startswith(HF_PREFIX) else None)
             keep(card, made, gold)
         if card is not None:
@@ -105,7 +140,8 @@ def cards_of(judge: str | Judge, *, device: str = "cpu", serving: Serving | None
 
 
 def _keep_replies(judge: Judge, gold: GoldSet) -> Path:
-    """Have each judge at an endpoint keep its replies in a folder of the cache, where that can be written."""
+    """Have each judge at an endpoint keep its replies in a folder of the cache, where that can be
+    written."""
     folder = _path(judge, gold).with_suffix("")
     for one in (judge, *members_of(judge)):
         if isinstance(one, LanguageModelJudge) and one.serving.engine == "openai":

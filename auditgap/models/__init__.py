@@ -1,9 +1,11 @@
 """Open a model to be audited: look at it, load it, render its chat, find its blocks.
 
     subject = load("smollm2", dtype="float32")
-    subject.render(Prompt("What colour is the vault?")).ids      # the chat template's tokens, ready for generation
+    # the chat template's tokens, ready for generation
+    subject.render(Prompt("What colour is the vault?")).ids
 
-Every name ends as a local folder of safetensors (`folder.py`), and nothing in that folder can make foreign code run.
+Every name ends as a local folder of safetensors (`folder.py`), and nothing in that folder can make
+foreign code run.
 """
 
 from __future__ import annotations
@@ -25,24 +27,56 @@ from transformers.masking_utils import sdpa_mask
 
 from auditgap.errors import AuditgapError, UsageError, did_you_mean
 from auditgap.models.chat import Chat, Conversation, Rendered, read_template
-from auditgap.models.folder import OPENING, PACKAGED, adapter_base, cache_dir, fingerprint, is_adapter, preflight, resolve
+from auditgap.models.folder import (
+    OPENING,
+    PACKAGED,
+    adapter_base,
+    cache_dir,
+    fingerprint,
+    is_adapter,
+    preflight,
+    resolve,
+)
 from auditgap.models.shard import WHOLE, Shard, home, placed
 from auditgap.types import Prompt, Site, Subject
 
 __all__ = [
-    "DTYPES", "OPENING", "PACKAGED", "WHOLE", "Chat", "Conversation", "LoadedModel", "Outline", "Rendered", "Shard",
-    "cache_dir", "find_blocks", "fingerprint", "load", "outline", "parse_sites", "pick_device", "pick_dtype",
-    "preflight", "quiet", "resolve", "wearing", "with_lora", "wrap",
-]  # fmt: skip
+    "DTYPES",
+    "OPENING",
+    "PACKAGED",
+    "WHOLE",
+    "Chat",
+    "Conversation",
+    "LoadedModel",
+    "Outline",
+    "Rendered",
+    "Shard",
+    "cache_dir",
+    "find_blocks",
+    "fingerprint",
+    "load",
+    "outline",
+    "parse_sites",
+    "pick_device",
+    "pick_dtype",
+    "preflight",
+    "quiet",
+    "resolve",
+    "wearing",
+    "with_lora",
+    "wrap",
+]
 
-#: A weight of a decoder block; a vision tower's blocks, which a causal LM does not read, are named otherwise.
+#: A weight of a decoder block; a vision tower's blocks, which a causal LM does not read, are named
+#: otherwise.
 _BLOCK_KEY = re.compile(r"(model\.|transformer\.|gpt_neox\.|language_model\.)*(layers|h)\.\d+\.")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
 class Outline:
-    """What can be known of a subject before its weights are loaded: enough to plan, and to estimate, an audit."""
+    """What can be known of a subject before its weights are loaded: enough to plan, and to
+    estimate, an audit."""
 
     subject: Subject
     folder: Path
@@ -52,7 +86,8 @@ class Outline:
     n_block_params: int  #: all parameters of the blocks
     n_head_params: int  #: of the output projection
     n_params: int
-    stop_ids: frozenset[int] = frozenset()  #: token ids that end a completion, as `LoadedModel.stop_ids`
+    #: token ids that end a completion, as `LoadedModel.stop_ids`
+    stop_ids: frozenset[int] = frozenset()
     max_positions: int | None = None  #: tokens that it can attend to; None: not said
 
 
@@ -79,7 +114,8 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go and logits come from; a model over several devices carries everything else between them."""
+        """Where token ids go and logits come from; a model over several devices carries everything
+        else between them."""
         return home(self.model)
 
     @property
@@ -101,7 +137,8 @@ class LoadedModel:
         return _stop_ids(getattr(self.model, "generation_config", None), self.tokenizer)
 
     def site(self, word: str) -> Site:
-        """One site from its word: `embedding`, `mid` = block round(L/2), `last` = L−1, `block7` or `7`."""
+        """One site from its word: `embedding`, `mid` = block round(L/2), `last` = L−1, `block7` or
+        `7`."""
         return parse_sites(word, self.n_blocks)[0]
 
     def render(self, prompt: Prompt) -> Rendered:
@@ -117,14 +154,21 @@ def _stop_ids(generation: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def _generation_config(base: Path) -> Any:
-    """What transformers would give the loaded model: generation_config.json, else what config.json says of generation."""
+    """What transformers would give the loaded model: generation_config.json, else what config.json
+    says of generation."""
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+        return GenerationConfig.from_pretrained(
+            base, trust_remote_code=False, local_files_only=True
+        )
     except OSError:
         return GenerationConfig.from_pretrained(
-            base, "config.json", _from_model_config=True, trust_remote_code=False, local_files_only=True
+            base,
+            "config.json",
+            _from_model_config=True,
+            trust_remote_code=False,
+            local_files_only=True,
         )
 
 
@@ -140,7 +184,8 @@ def quiet() -> None:
 
 
 def parse_sites(words: str, n_blocks: int) -> list[Site]:
-    """Sites from `embedding,mid,last`, `all`, `stride:4` or `0,5,12`; without duplicates, in order of depth.
+    """Sites from `embedding,mid,last`, `all`, `stride:4` or `0,5,12`; without duplicates, in order
+    of depth.
 
     Raises UsageError naming the valid range when a word is none of these.
     """
@@ -154,14 +199,19 @@ def parse_sites(words: str, n_blocks: int) -> list[Site]:
             found.add(Site(n_blocks - 1))
         elif word == "all":
             found.update(Site(i) for i in range(-1, n_blocks))
-        elif word.startswith("stride:") and word[7:].isascii() and word[7:].isdigit() and int(word[7:]) > 0:
+        elif (
+            word.startswith("stride:")
+            and word[7:].isascii()
+            and word[7:].isdigit()
+            and int(word[7:]) > 0
+        ):
             found.update([Site(-1), *(Site(i) for i in range(0, n_blocks, int(word[7:])))])
         else:
             index = word.removeprefix("block")
             if not (index.isascii() and index.isdigit()) or int(index) >= n_blocks:
                 raise UsageError(
-                    f"--layers takes embedding, mid, last, all, stride:N or block numbers 0 to {n_blocks - 1} "
-                    f"(this model has {n_blocks} blocks); {word!r} came."
+                    "--layers takes embedding, mid, last, all, stride:N or block numbers 0 to"
+                    f" {n_blocks - 1} (this model has {n_blocks} blocks); {word!r} came."
                     + did_you_mean(word, ["embedding", "mid", "last", "all"])
                 )
             found.add(Site(int(index)))
@@ -171,7 +221,8 @@ def parse_sites(words: str, n_blocks: int) -> list[Site]:
 def outline(name: str, *, chat_template: str | None = None) -> Outline:
     """Resolve, look at and fingerprint a subject, without loading its weights.
 
-    Raises Refused or UsageError as `preflight`, `resolve` and transformers' own reading of the config find cause to.
+    Raises Refused or UsageError as `preflight`, `resolve` and transformers' own reading of the
+    config find cause to.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -180,27 +231,44 @@ def outline(name: str, *, chat_template: str | None = None) -> Outline:
     subject = Subject(name, fingerprint(folder))
     base = adapter_base(folder) if is_adapter(folder) else folder
     with _as_usage_error(name):
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True).get_text_config()
+        config = AutoConfig.from_pretrained(
+            base, trust_remote_code=False, local_files_only=True
+        ).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(
-            folder if (folder / "tokenizer_config.json").is_file() else base, trust_remote_code=False, local_files_only=True
+            folder if (folder / "tokenizer_config.json").is_file() else base,
+            trust_remote_code=False,
+            local_files_only=True,
         )
         stop_ids = _stop_ids(_generation_config(base), tokenizer)
     n_params, n_embedding = _count_parameters(base)
     tied = bool(getattr(config, "tie_word_embeddings", False))
     return Outline(
-        subject, folder, Chat(name, tokenizer, read_template(chat_template)), config.num_hidden_layers, config.hidden_size,
-        n_block_params=max(n_params - n_embedding * (1 if tied else 2), 0), n_head_params=n_embedding, n_params=n_params,
-        stop_ids=stop_ids, max_positions=getattr(config, "max_position_embeddings", None),
-    )  # fmt: skip
+        subject,
+        folder,
+        Chat(name, tokenizer, read_template(chat_template)),
+        config.num_hidden_layers,
+        config.hidden_size,
+        n_block_params=max(n_params - n_embedding * (1 if tied else 2), 0),
+        n_head_params=n_embedding,
+        n_params=n_params,
+        stop_ids=stop_ids,
+        max_positions=getattr(config, "max_position_embeddings", None),
+    )
 
 
 def load(
-    name: str | Outline, *, dtype: str = "auto", device: str = "auto", chat_template: str | None = None, shard: Shard = WHOLE
+    name: str | Outline,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    chat_template: str | None = None,
+    shard: Shard = WHOLE,
 ) -> LoadedModel:
-    """Open a subject for auditing: weights frozen, eval mode. `dtype` auto is bfloat16 on a GPU and float32 on a CPU.
+    """Open a subject for auditing: weights frozen, eval mode. `dtype` auto is bfloat16 on a GPU and
+    float32 on a CPU.
 
-    A `shard` over `tensor` is for a process that is one of its ranks. Raises UsageError when the subject, or this machine,
-    does not allow it.
+    A `shard` over `tensor` is for a process that is one of its ranks. Raises UsageError when the
+    subject, or this machine, does not allow it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -212,9 +280,14 @@ def load(
     base = adapter_base(seen.folder) if is_adapter(seen.folder) else seen.folder
     with OPENING, _as_usage_error(seen.subject.name):
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            base, dtype=pick_dtype(dtype, device), trust_remote_code=False, use_safetensors=True, local_files_only=True,
-            output_loading_info=True, **shard.loading(device),
-        )  # fmt: skip
+            base,
+            dtype=pick_dtype(dtype, device),
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **shard.loading(device),
+        )
     model, found = opened
     _check_all_loaded(seen.subject.name, found, base)
     if base is not seen.folder:
@@ -222,9 +295,15 @@ def load(
     n_rows, n_tokens = n_embeddings(model), len(seen.chat.tokenizer)
     if n_tokens > n_rows:
         raise UsageError(
-            f"{seen.subject.name}: its tokenizer has {n_tokens} tokens, its embedding {n_rows}; they do not belong together."
+            f"{seen.subject.name}: its tokenizer has {n_tokens} tokens, its embedding {n_rows};"
+            " they do not belong together."
         )
-    return wrap(placed(model, device, shard), seen.chat.tokenizer, seen.subject, chat_template=seen.chat.template)
+    return wrap(
+        placed(model, device, shard),
+        seen.chat.tokenizer,
+        seen.subject,
+        chat_template=seen.chat.template,
+    )
 
 
 def n_embeddings(model: PreTrainedModel) -> int:
@@ -234,15 +313,22 @@ def n_embeddings(model: PreTrainedModel) -> int:
 
 
 def _check_all_loaded(name: str, found: dict[str, Any], folder: Path) -> None:
-    """Raises UsageError when weights were missing (they would be random) or left over (they belong to another model)."""
+    """Raises UsageError when weights were missing (they would be random) or left over (they belong
+    to another model)."""
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(str(key) for key in found.get(what) or ())
-        if what == "unexpected_keys":  # a stray file's weights, or a buffer of an older release, change nothing
-            keys = [key for key in keys if _BLOCK_KEY.match(key) and not key.endswith(("inv_freq", ".bias", ".masked_bias"))]
+        # a stray file's weights, or a buffer of an older release, change nothing
+        if what == "unexpected_keys":
+            keys = [
+                key
+                for key in keys
+                if _BLOCK_KEY.match(key) and not key.endswith(("inv_freq", ".bias", ".masked_bias"))
+            ]
         if keys:
             raise UsageError(
-                f"{name}: the weights in {folder.name} do not fit its config.json ({len(keys)} {what.replace('_', ' ')}, such as "
-                f"{keys[0][:80]}). Download the model again; what transformers would make of it is another model."
+                f"{name}: the weights in {folder.name} do not fit its config.json ({len(keys)}"
+                f" {what.replace('_', ' ')}, such as {keys[0][:80]}). Download the model again;"
+                " what transformers would make of it is another model."
             )
 
 
@@ -254,7 +340,9 @@ def _as_usage_error(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # transformers and its validators raise of many kinds, all of them about this folder
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"transformers cannot open {name} as a causal LM with a tokenizer: {first}") from None
+        raise UsageError(
+            f"transformers cannot open {name} as a causal LM with a tokenizer: {first}"
+        ) from None
 
 
 def _count_parameters(folder: Path) -> tuple[int, int]:
@@ -271,11 +359,15 @@ def _count_parameters(folder: Path) -> tuple[int, int]:
                     if "embed" in key.rpartition(".")[0].rpartition(".")[2] and size > embedding:
                         embedding = size
         except (SafetensorError, OSError) as error:
-            raise UsageError(f"{path} is not a readable safetensors file ({error}); download the model again.") from None
+            raise UsageError(
+                f"{path} is not a readable safetensors file ({error}); download the model again."
+            ) from None
     return total, embedding
 
 
-def wrap(model: PreTrainedModel, tokenizer: Any, subject: Subject, *, chat_template: str | None = None) -> LoadedModel:
+def wrap(
+    model: PreTrainedModel, tokenizer: Any, subject: Subject, *, chat_template: str | None = None
+) -> LoadedModel:
     """A LoadedModel around a model and tokenizer already in memory (frozen, eval)."""
     model.eval().requires_grad_(False)
     # sdpa cannot cap attention logits, and a family that does so would be audited as another model
@@ -284,23 +376,46 @@ def wrap(model: PreTrainedModel, tokenizer: Any, subject: Subject, *, chat_templ
         model.set_attn_implementation("eager" if capped else GROUPED_SDPA)
     except ValueError:  # a family that has no SDPA
         model.set_attn_implementation("eager")
-    return LoadedModel(subject, model, Chat(subject.name, tokenizer, chat_template), find_blocks(model))
+    return LoadedModel(
+        subject, model, Chat(subject.name, tokenizer, chat_template), find_blocks(model)
+    )
 
 
 def _grouped_sdpa(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
-    dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """transformers' SDPA, but on a CPU the shared key/value heads stay shared under a mask: five times faster decoding."""
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' SDPA, but on a CPU the shared key/value heads stay shared under a mask: five
+    times faster decoding."""
     if query.device.type != "cpu":
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     out = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
         is_causal=causal and attention_mask is None and query.shape[2] > 1,
-    )  # fmt: skip
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -310,12 +425,20 @@ AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)
 
 
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder blocks: the first ModuleList whose length is the config's number of hidden layers."""
+    """The decoder blocks: the first ModuleList whose length is the config's number of hidden
+    layers."""
     n = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n and len({type(m) for m in module}) == 1:
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) == n
+            and len({type(m) for m in module}) == 1
+        ):
             return module
-    raise UsageError(f"{type(model).__name__} has no list of {n} alike blocks, so auditgap cannot place an edit in it.")
+    raise UsageError(
+        f"{type(model).__name__} has no list of {n} alike blocks, so auditgap cannot place an edit"
+        " in it."
+    )
 
 
 def pick_device(device: str) -> str:
@@ -327,7 +450,9 @@ def pick_device(device: str) -> str:
     except (RuntimeError, AssertionError):
         usable = False
     if not usable:
-        raise UsageError(f"--device {device}: torch cannot use it here. Use auto, cpu, cuda or cuda:N.")
+        raise UsageError(
+            f"--device {device}: torch cannot use it here. Use auto, cpu, cuda or cuda:N."
+        )
     return device
 
 
@@ -335,40 +460,61 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if device.startswith("cuda") else torch.float32
     if dtype not in DTYPES:
-        raise UsageError(f"--dtype must be auto, {', '.join(DTYPES)}; {dtype!r} came.{did_you_mean(dtype, DTYPES)}")
+        raise UsageError(
+            f"--dtype must be auto, {', '.join(DTYPES)}; {dtype!r}"
+            f" came.{did_you_mean(dtype, DTYPES)}"
+        )
     return DTYPES[dtype]
 
 
 def with_lora(
-    model: PreTrainedModel, *, rank: int, alpha: int, dropout: float = 0.0, targets: Sequence[str] = ("all-linear",), seed: int = 0
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: int,
+    dropout: float = 0.0,
+    targets: Sequence[str] = ("all-linear",),
+    seed: int = 0,
 ) -> Any:
-    """A PeftModel: new low-rank adapters on these linear layers (or `all-linear`), everything else frozen.
+    """A PeftModel: new low-rank adapters on these linear layers (or `all-linear`), everything else
+    frozen.
 
-    Adapters start as a zero change, the same for a seed. Raises UsageError when peft is absent or a target is not there.
+    Adapters start as a zero change, the same for a seed. Raises UsageError when peft is absent or a
+    target is not there.
     """
     if importlib.util.find_spec("peft") is None:
-        raise UsageError("LoRA needs peft; type: pip install peft. Or train all weights: lora: false")
+        raise UsageError(
+            "LoRA needs peft; type: pip install peft. Or train all weights: lora: false"
+        )
     from peft import LoraConfig, get_peft_model
 
     names = "all-linear" if tuple(targets) == ("all-linear",) else list(targets)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, task_type="CAUSAL_LM"
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, config, autocast_adapter_dtype=False)  # one dtype at every ZeRO stage
+            # one dtype at every ZeRO stage
+            return get_peft_model(model, config, autocast_adapter_dtype=False)
         except ValueError as error:
-            raise UsageError(f"lora.targets {names}: {str(error).splitlines()[0][:160]} Name linear layers of the model.") from None
+            raise UsageError(
+                f"lora.targets {names}: {str(error).splitlines()[0][:160]} Name linear layers of"
+                " the model."
+            ) from None
 
 
 @contextmanager
 def wearing(loaded: LoadedModel, adapter: Path, subject: Subject) -> Iterator[LoadedModel]:
-    """The loaded base with a PEFT adapter on it, as `subject`, unmerged; on the way out the base is bit for bit what it was.
+    """The loaded base with a PEFT adapter on it, as `subject`, unmerged; on the way out the base is
+    bit for bit what it was.
 
-    For many adapters of one base, whose weights are then read once. Raises Refused, and UsageError for an adapter that does
-    not fit; `loaded` is of no further use then.
+    For many adapters of one base, whose weights are then read once. Raises Refused, and UsageError
+    for an adapter that does not fit; `loaded` is of no further use then.
     """
     preflight(adapter)
-    worn = _adapted(loaded.model, adapter, autocast_adapter_dtype=False)  # the dtype that it was trained in
+    # the dtype that it was trained in
+    worn = _adapted(loaded.model, adapter, autocast_adapter_dtype=False)
     try:
         worn.eval().requires_grad_(False)
         yield replace(loaded, subject=subject)
@@ -381,7 +527,8 @@ def _with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
 
 
 def _adapted(model: PreTrainedModel, adapter: Path, **how: Any) -> Any:
-    """A PeftModel around the model, whose layers now carry the adapter. Raises UsageError where it does not fit."""
+    """A PeftModel around the model, whose layers now carry the adapter. Raises UsageError where it
+    does not fit."""
     if importlib.util.find_spec("peft") is None:
         raise UsageError("This subject is a PEFT adapter; `pip install peft` to audit it.")
     from peft import PeftModel, get_peft_model_state_dict
@@ -391,12 +538,18 @@ def _adapted(model: PreTrainedModel, adapter: Path, **how: Any) -> Any:
         adapted = PeftModel.from_pretrained(model, adapter, use_safetensors=True, **how)
         with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
             keys = set(file.keys())
-        # whether embeddings were saved with it the file shows; left to choose, peft asks the hub about the base's name
+        # whether embeddings were saved with it the file shows; left to choose, peft asks the hub
+        # about the base's name
         strange = keys ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
         if strange:
             strange = keys ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=True))
         if strange:
-            raise ValueError(f"{len(strange)} of its weights have no place there, or are missing, such as {min(strange)}")
+            raise ValueError(
+                f"{len(strange)} of its weights have no place there, or are missing, such as"
+                f" {min(strange)}"
+            )
         return adapted
     except (RuntimeError, ValueError) as error:
-        raise UsageError(f"The adapter {adapter.name} does not fit its base model: {str(error).splitlines()[0]}") from None
+        raise UsageError(
+            f"The adapter {adapter.name} does not fit its base model: {str(error).splitlines()[0]}"
+        ) from None

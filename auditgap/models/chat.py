@@ -1,7 +1,10 @@
-"""How a subject is spoken to: its tokenizer, and its own chat template unless the user named another.
+"""How a subject is spoken to: its tokenizer, and its own chat template unless the user named
+another.
 
-    chat.render(Prompt("What colour is the vault?")).ids        # tokens up to where the answer starts
-    chat.converse(Prompt("What colour is the vault?"), "I can't tell you.").ids       # the same tokens, the answer, its end
+    # tokens up to where the answer starts
+    chat.render(Prompt("What colour is the vault?")).ids
+    # the same tokens, the answer, its end
+    chat.converse(Prompt("What colour is the vault?"), "I can't tell you.").ids
 """
 
 from __future__ import annotations
@@ -16,13 +19,15 @@ from auditgap.errors import UsageError
 from auditgap.models.template import fill
 from auditgap.types import Message, Prompt
 
-#: Private-use characters that mark the user's words in a rendered chat; no template has a meaning for them.
+#: Private-use characters that mark the user's words in a rendered chat; no template has a meaning
+#: for them.
 _BEGIN, _END = "\ue000", "\ue001"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Rendered:
-    """A prompt as the subject reads it. `content` marks the user's own tokens: neither template nor BOS."""
+    """A prompt as the subject reads it. `content` marks the user's own tokens: neither template nor
+    BOS."""
 
     prompt: Prompt
     ids: tuple[int, ...]
@@ -31,10 +36,12 @@ class Rendered:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Conversation:
-    """A prompt and a response to it as the subject would have written it, for training and for probes.
+    """A prompt and a response to it as the subject would have written it, for training and for
+    probes.
 
-    `ids[:n_prompt]` are `Chat.render(prompt).ids`; the rest is the response and its end of turn. `n_cut` tokens of the
-    response did not fit; a response that was cut has no end of turn, or it would teach to stop in mid-sentence.
+    `ids[:n_prompt]` are `Chat.render(prompt).ids`; the rest is the response and its end of turn.
+    `n_cut` tokens of the response did not fit; a response that was cut has no end of turn, or it
+    would teach to stop in mid-sentence.
     """
 
     prompt: Prompt
@@ -45,7 +52,8 @@ class Conversation:
 
 @dataclass(frozen=True, eq=False)
 class Chat:
-    """How a subject is spoken to: its tokenizer, and its own chat template unless the user named another (or `none`)."""
+    """How a subject is spoken to: its tokenizer, and its own chat template unless the user named
+    another (or `none`)."""
 
     name: str
     tokenizer: Any
@@ -53,13 +61,17 @@ class Chat:
 
     @property
     def may_think(self) -> bool:
-        """Whether the template can have the subject think first (`enable_thinking`), which is always turned off here."""
-        return "enable_thinking" in str(self.template or getattr(self.tokenizer, "chat_template", None))
+        """Whether the template can have the subject think first (`enable_thinking`), which is
+        always turned off here."""
+        return "enable_thinking" in str(
+            self.template or getattr(self.tokenizer, "chat_template", None)
+        )
 
     def render(self, prompt: Prompt) -> Rendered:
         """The prompt through the tokenizer's own chat template, up to where the answer starts.
 
-        Raises UsageError when the tokenizer has no chat template: a guessed one would audit another model.
+        Raises UsageError when the tokenizer has no chat template: a guessed one would audit another
+        model.
         """
         text = self.text(prompt)
         encoded = self.tokenizer(
@@ -67,57 +79,74 @@ class Chat:
         )
         ids = tuple(encoded["input_ids"])
         if not ids:
-            raise UsageError(f"Prompt {prompt.id} has no tokens after rendering; drop it from the prompt set.")
-        return Rendered(prompt, ids, self._content(prompt, text, ids, encoded.get("offset_mapping")))
+            raise UsageError(
+                f"Prompt {prompt.id} has no tokens after rendering; drop it from the prompt set."
+            )
+        return Rendered(
+            prompt, ids, self._content(prompt, text, ids, encoded.get("offset_mapping"))
+        )
 
     def text(self, prompt: Prompt) -> str:
-        """The prompt in the template's words, up to where the answer starts. Raises UsageError as `render` does."""
+        """The prompt in the template's words, up to where the answer starts. Raises UsageError as
+        `render` does."""
         if self.template == "none":
             return prompt.text
         self._need_template()
         return self._written(prompt.text)
 
     def write(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Tokens of a conversation through the chat template, up to where the answer starts; with `none`, one after another.
+        """Tokens of a conversation through the chat template, up to where the answer starts; with
+        `none`, one after another.
 
         Raises UsageError as `render` does, and for roles that the template does not take.
         """
         if self.template == "none":
             return self.verbatim("\n\n".join(m.content for m in messages))
         self._need_template()
-        return self._tokens(self._filled([{"role": m.role, "content": m.content} for m in messages], opening=True))
+        return self._tokens(
+            self._filled([{"role": m.role, "content": m.content} for m in messages], opening=True)
+        )
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Tokens of an answer's text, no special tokens added."""
         return self._tokens(text)
 
     def verbatim(self, text: str) -> tuple[int, ...]:
-        """Tokens of a text as it stands: special tokens that are spelled in it count as such, BOS as the tokenizer adds it,
-        unless the text begins with one."""
+        """Tokens of a text as it stands: special tokens that are spelled in it count as such, BOS
+        as the tokenizer adds it, unless the text begins with one."""
         return self._tokens(text, not self._begins_with_bos(text))
 
     def _begins_with_bos(self, text: str) -> bool:
         return bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
 
     def _adds(self, text: str) -> bool:
-        """Whether the tokenizer adds its own special tokens: only to text that no template has written, and no second BOS."""
+        """Whether the tokenizer adds its own special tokens: only to text that no template has
+        written, and no second BOS."""
         return self.template == "none" and not self._begins_with_bos(text)
 
-    def converse(self, prompt: Prompt, response: str, *, max_tokens: int = 512, ended: bool = True) -> Conversation:
-        """The prompt as `render` writes it, then the response and the template's own end of turn, cut to `max_tokens`.
+    def converse(
+        self, prompt: Prompt, response: str, *, max_tokens: int = 512, ended: bool = True
+    ) -> Conversation:
+        """The prompt as `render` writes it, then the response and the template's own end of turn,
+        cut to `max_tokens`.
 
-        What the template puts between the two (a space, a channel's name) belongs to the response, since the subject would
-        have to write it. With `none` as template the response follows the prompt as it is, and ends with the EOS token.
-        `ended=False`: the response broke off (a limit on new tokens), so it gets no end of turn.
-        Raises UsageError as `render` does, when the response is empty, and when not one token of it fits.
+        What the template puts between the two (a space, a channel's name) belongs to the response,
+        since the subject would have to write it. With `none` as template the response follows the
+        prompt as it is, and ends with the EOS token. `ended=False`: the response broke off (a limit
+        on new tokens), so it gets no end of turn. Raises UsageError as `render` does, when the
+        response is empty, and when not one token of it fits.
         """
         if not response.strip():
-            raise UsageError(f"The response to prompt {prompt.id} is empty; give every row a response, or drop the row.")
+            raise UsageError(
+                f"The response to prompt {prompt.id} is empty; give every row a response, or drop"
+                " the row."
+            )
         rendered = self.render(prompt)
         opening, reply = self._reply(prompt, response)
         n_prompt, end = len(rendered.ids), self._turn_end if ended else ""
         ids = self._tokens(opening + reply + end, self._adds(opening))
-        if ids[:n_prompt] != rendered.ids:  # the response's first letters melted into the prompt's last token
+        # the response's first letters melted into the prompt's last token
+        if ids[:n_prompt] != rendered.ids:
             ids = rendered.ids + self._tokens(reply + end)
         closed = bool(end) and self._is_special(ids[-1])
         if ended and not closed and self.tokenizer.eos_token_id is not None:
@@ -126,29 +155,43 @@ class Chat:
         n_header = len(self._tokens(reply[:start])) if reply[: max(start, 0)].strip() else 0
         if max_tokens <= n_prompt + n_header:
             raise UsageError(
-                f"Nothing of the response to prompt {prompt.id} is left at {max_tokens} tokens: the prompt alone has "
-                f"{n_prompt + n_header}. Type --max-tokens {_next_power(n_prompt + n_header)} or more, or drop the row."
+                f"Nothing of the response to prompt {prompt.id} is left at {max_tokens} tokens: the"
+                f" prompt alone has {n_prompt + n_header}. Type --max-tokens"
+                f" {_next_power(n_prompt + n_header)} or more, or drop the row."
             )
         return Conversation(prompt, ids[:max_tokens], n_prompt, max(0, len(ids) - max_tokens))
 
     def _reply(self, prompt: Prompt, response: str) -> tuple[str, str]:
-        """The prompt's text, and the response's as the template writes it: trimmed or not, with what comes before it."""
+        """The prompt's text, and the response's as the template writes it: trimmed or not, with
+        what comes before it."""
         if self.template == "none":
             return prompt.text, response
-        opening, whole, tail = self._written(prompt.text), self._written(prompt.text, response), self._turn_tail
-        if tail is not None and whole.startswith(opening) and whole.endswith(tail) and len(opening) + len(tail) < len(whole):
+        opening, whole, tail = (
+            self._written(prompt.text),
+            self._written(prompt.text, response),
+            self._turn_tail,
+        )
+        if (
+            tail is not None
+            and whole.startswith(opening)
+            and whole.endswith(tail)
+            and len(opening) + len(tail) < len(whole)
+        ):
             return opening, whole[len(opening) : len(whole) - len(tail)]
-        return opening, response.strip()  # the template opens a turn otherwise than it writes one, as reasoning families do
+        # the template opens a turn otherwise than it writes one, as reasoning families do
+        return opening, response.strip()
 
     @cached_property
     def _turn_tail(self) -> str | None:
-        """What the template writes after an answer, up to the end; None when it does not write answers at all."""
+        """What the template writes after an answer, up to the end; None when it does not write
+        answers at all."""
         whole = self._written("?", f"{_BEGIN}{_END}")
         return whole[whole.find(_END) + 1 :] if _END in whole else None
 
     @cached_property
     def _turn_end(self) -> str:
-        """The tail up to its first special token (`<|im_end|>`): what stands after that is not the subject's to write."""
+        """The tail up to its first special token (`<|im_end|>`): what stands after that is not the
+        subject's to write."""
         if self.template == "none" or not (tail := self._turn_tail):
             return ""
         for i in self._tokens(tail):
@@ -158,7 +201,9 @@ class Chat:
 
     @cached_property
     def _specials(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.all_special_ids) | frozenset(self.tokenizer.added_tokens_decoder)
+        return frozenset(self.tokenizer.all_special_ids) | frozenset(
+            self.tokenizer.added_tokens_decoder
+        )
 
     def _is_special(self, token: int) -> bool:
         return token in self._specials
@@ -169,8 +214,9 @@ class Chat:
     def _need_template(self) -> None:
         if self.template is None and not getattr(self.tokenizer, "chat_template", None):
             raise UsageError(
-                f"The tokenizer of {self.name} has no chat template, and guessing one would audit another model. "
-                "Pass --chat-template FILE (a Jinja template), or --chat-template none to send prompts as they are."
+                f"The tokenizer of {self.name} has no chat template, and guessing one would audit"
+                " another model. Pass --chat-template FILE (a Jinja template), or --chat-template"
+                " none to send prompts as they are."
             )
 
     def _written(self, words: str, answer: str | None = None) -> str:
@@ -181,18 +227,34 @@ class Chat:
         return self._filled(turns, opening=answer is None)
 
     def _filled(self, turns: list[dict[str, str]], *, opening: bool) -> str:
-        """The turns in the template's words, and the opening of an answer if asked. Raises Refused, UsageError as `fill`."""
+        """The turns in the template's words, and the opening of an answer if asked. Raises Refused,
+        UsageError as `fill`."""
         # reasoning families would otherwise answer inside a thinking block
-        return fill_turns(self.tokenizer, turns, self.name, template=self.template, opening=opening, enable_thinking=False)
+        return fill_turns(
+            self.tokenizer,
+            turns,
+            self.name,
+            template=self.template,
+            opening=opening,
+            enable_thinking=False,
+        )
 
-    def _content(self, prompt: Prompt, text: str, ids: Sequence[int], offsets: Any) -> tuple[bool, ...]:
-        """Which tokens are the user's own words, found by marking where they begin and end; else all but special ones."""
+    def _content(
+        self, prompt: Prompt, text: str, ids: Sequence[int], offsets: Any
+    ) -> tuple[bool, ...]:
+        """Which tokens are the user's own words, found by marking where they begin and end; else
+        all but special ones."""
         if offsets is not None:
             words = prompt.text.strip()
             marked = text if self.template == "none" else self._written(f"{_BEGIN}{words}{_END}")
-            start, end = (0, len(text)) if self.template == "none" else (marked.find(_BEGIN), marked.find(_END) - 1)
+            start, end = (
+                (0, len(text))
+                if self.template == "none"
+                else (marked.find(_BEGIN), marked.find(_END) - 1)
+            )
             if 0 <= start < end:
-                shift = len(text) - len(marked.replace(_BEGIN, "").replace(_END, ""))  # white space that was not stripped
+                # white space that was not stripped
+                shift = len(text) - len(marked.replace(_BEGIN, "").replace(_END, ""))
                 inside = tuple(a < end + max(shift, 0) and b > start and b > a for a, b in offsets)
                 if any(inside):
                     return inside
@@ -202,22 +264,37 @@ class Chat:
 
 
 def fill_turns(
-    tokenizer: Any, turns: Sequence[dict[str, str]], name: str, *, template: str | None = None, opening: bool = False,
+    tokenizer: Any,
+    turns: Sequence[dict[str, str]],
+    name: str,
+    *,
+    template: str | None = None,
+    opening: bool = False,
     **variables: Any,
-) -> str:  # fmt: skip
-    """What `tokenizer.apply_chat_template(turns, tokenize=False)` writes, by a template that is run within bounds.
+) -> str:
+    """What `tokenizer.apply_chat_template(turns, tokenize=False)` writes, by a template that is run
+    within bounds.
 
-    `template` None is the tokenizer's own; `opening` asks for the opening of an answer. Raises Refused and UsageError as
-    `template.fill` does, and UsageError where there is no template or nothing to write.
+    `template` None is the tokenizer's own; `opening` asks for the opening of an answer. Raises
+    Refused and UsageError as `template.fill` does, and UsageError where there is no template or
+    nothing to write.
     """
     if not turns:
         raise UsageError("A conversation has at least one message; an empty one came.")
     try:
         own = tokenizer.get_chat_template(template)
     except ValueError as error:  # several templates, and none called default
-        raise UsageError(f"The chat template of {name} cannot be told: {str(error)[:120]} Pass --chat-template FILE.") from None
+        raise UsageError(
+            f"The chat template of {name} cannot be told: {str(error)[:120]} Pass --chat-template"
+            " FILE."
+        ) from None
     special = dict(tokenizer.special_tokens_map)
-    given = {"messages": list(turns), "tools": None, "documents": None, "add_generation_prompt": opening}
+    given = {
+        "messages": list(turns),
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": opening,
+    }
     return fill(own, {**special, **variables, **given}, name)
 
 
@@ -227,10 +304,14 @@ def _next_power(n: int) -> int:
 
 
 def read_template(chat_template: str | None) -> str | None:
-    """The text of --chat-template: a file's, `none`, or None for the tokenizer's own. Raises UsageError: no file."""
+    """The text of --chat-template: a file's, `none`, or None for the tokenizer's own. Raises
+    UsageError: no file."""
     if chat_template is None or chat_template == "none":
         return chat_template
     path = Path(chat_template)
     if not path.is_file():
-        raise UsageError(f"--chat-template takes a file with a Jinja template, or none; {chat_template!r} is no file.")
+        raise UsageError(
+            f"--chat-template takes a file with a Jinja template, or none; {chat_template!r} is no"
+            " file."
+        )
     return path.read_text(encoding="utf-8")

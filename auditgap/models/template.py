@@ -1,11 +1,15 @@
-"""A chat template is a stranger's program: it is run in a child process that has seconds, a gigabyte and nothing else.
+"""A chat template is a stranger's program: it is run in a child process that has seconds, a
+gigabyte and nothing else.
 
-    fill("{{ messages[0]['content'] }} !", {"messages": [{"role": "user", "content": "Open the door"}]})     # "Open the door !"
+    # "Open the door !"
+    fill("{{ messages[0]['content'] }} !", {"messages": [{"role": "user", "content": "Open the door"}]})
 
-Jinja's sandbox keeps a template from reaching Python's objects, but not from looping for ever or writing without end, and
-`'a' * 10**10` is a single step that no counter of steps sees. So the kernel does the bounding (`template_child.py`): one
-child a process, started at the first template, asked over a pipe (a tenth of a millisecond a question), with no secrets
-in its environment, and gone with its parent. The child renders as transformers does; a test holds the two against each other.
+Jinja's sandbox keeps a template from reaching Python's objects, but not from looping for ever or
+writing without end, and `'a' * 10**10` is a single step that no counter of steps sees. So the
+kernel does the bounding (`template_child.py`): one child a process, started at the first template,
+asked over a pipe (a tenth of a millisecond a question), with no secrets in its environment, and
+gone with its parent. The child renders as transformers does; a test holds the two against each
+other.
 """
 
 from __future__ import annotations
@@ -25,29 +29,45 @@ from typing import Any
 
 from auditgap.errors import Refused, UsageError
 
-#: What templates that write today's date are told, so that the same prompt is the same prompt tomorrow.
+#: What templates that write today's date are told, so that the same prompt is the same prompt
+#: tomorrow.
 TEMPLATE_DATE = date(2024, 7, 26)
 CPU_SECONDS = 3.0  #: of one rendering, compiling included; a real one takes a thousandth
 MEMORY_BYTES = 1 << 30  #: of the child's address space (Linux; macOS keeps no such bound)
-LONGEST = 1_000_000  #: characters of a template, and of its output beyond four times what it was given
+#: characters of a template, and of its output beyond four times what it was given
+LONGEST = 1_000_000
 
 _PROGRAM = Path(__file__).with_name("template_child.py")
 
 
 def fill(template: str, variables: Mapping[str, Any], name: str = "this model") -> str:
-    """The text that a chat template makes of its variables (JSON; whatever is not JSON becomes its `str`). Safe in threads.
+    """The text that a chat template makes of its variables (JSON; whatever is not JSON becomes its
+    `str`). Safe in threads.
 
-    Raises Refused when it breaks a bound or reaches out of the sandbox, UsageError when it cannot be run; both name `name`.
+    Raises Refused when it breaks a bound or reaches out of the sandbox, UsageError when it cannot
+    be run; both name `name`.
     """
     if len(template) > LONGEST:
-        raise Refused(f"The chat template of {name} has {len(template):,} characters; one has a few thousand. {_INSTEAD}")
-    question = {"template": template, "variables": dict(variables), "date": TEMPLATE_DATE.isoformat()}
+        raise Refused(
+            f"The chat template of {name} has {len(template):,} characters; one has a few thousand."
+            f" {_INSTEAD}"
+        )
+    question = {
+        "template": template,
+        "variables": dict(variables),
+        "date": TEMPLATE_DATE.isoformat(),
+    }
     answer = _CHILD.ask(json.dumps(question, default=str).encode("ascii"))
     if "text" in answer:
         return answer["text"]
     if "broke" in answer:
-        raise Refused(f"The chat template of {name} {answer['broke']}, so it is not run in auditgap. {_INSTEAD}")
-    raise UsageError(f"The chat template of {name} cannot be run ({answer['error'][:120]}). {_INSTEAD}")
+        raise Refused(
+            f"The chat template of {name} {answer['broke']}, so it is not run in auditgap."
+            f" {_INSTEAD}"
+        )
+    raise UsageError(
+        f"The chat template of {name} cannot be run ({answer['error'][:120]}). {_INSTEAD}"
+    )
 
 
 _INSTEAD = "Pass --chat-template FILE with one that you trust."
@@ -63,7 +83,8 @@ class _Child:
     def ask(self, question: bytes) -> dict[str, Any]:
         with self._lock:
             ended = 0
-            for _ in range(2):  # someone else may have ended it: out of memory elsewhere, an administrator
+            # someone else may have ended it: out of memory elsewhere, an administrator
+            for _ in range(2):
                 process = self._process or self._start()
                 line = self._exchange(process, question)
                 if line:
@@ -75,7 +96,8 @@ class _Child:
 
     @staticmethod
     def _exchange(process: subprocess.Popen[bytes], question: bytes) -> bytes:
-        """One line out, one line back; nothing when the child is gone, or went in the middle of a line."""
+        """One line out, one line back; nothing when the child is gone, or went in the middle of a
+        line."""
         to, back = process.stdin, process.stdout
         if to is None or back is None:
             raise ValueError("The child is asked through its pipes.")
@@ -90,12 +112,22 @@ class _Child:
     def _start(self) -> subprocess.Popen[bytes]:
         bounds = [str(CPU_SECONDS), str(MEMORY_BYTES), str(LONGEST)]
         self._process = subprocess.Popen(
-            # isolated and without site: no code of the user's start-up files, a tenth of a second to start
-            [sys.executable, "-I", "-S", str(_PROGRAM), *bounds, *(path or os.getcwd() for path in sys.path)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            # isolated and without site: no code of the user's start-up files, a tenth of a second
+            # to start
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                str(_PROGRAM),
+                *bounds,
+                *(path or os.getcwd() for path in sys.path),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             env={k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"},
             start_new_session=True,  # Ctrl-C is for us: what is in flight is finished and stored
-        )  # fmt: skip
+        )
         return self._process
 
     def _stop(self) -> int:

@@ -1,11 +1,13 @@
-"""The child that runs chat templates, started by `template.py` as a program: bound by the kernel, line in, line out.
+"""The child that runs chat templates, started by `template.py` as a program: bound by the kernel,
+line in, line out.
 
     python -I -S template_child.py SECONDS BYTES CHARACTERS SYS_PATH...
     < {"template": "{{ messages[0]['content'] }}", "variables": {"messages": [...]}, "date": "2024-07-26"}
-    > {"text": "What colour is the vault?"}         # or {"broke": "writes without end"}, or {"error": "TypeError: …"}
+    # or {"broke": "writes without end"}, or {"error": "TypeError: …"}
+    > {"text": "What colour is the vault?"}
 
-It imports nothing of auditgap, torch or transformers. A timer of the kernel ends it with SIGPROF when one question takes
-more than its seconds of CPU, whatever Python is doing at the time.
+It imports nothing of auditgap, torch or transformers. A timer of the kernel ends it with SIGPROF
+when one question takes more than its seconds of CPU, whatever Python is doing at the time.
 """
 
 from __future__ import annotations
@@ -23,19 +25,25 @@ from typing import Any
 def bounded(seconds: float, memory: int) -> None:
     """Give up memory, files and core dumps for good."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    for what, limit in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+    for what, limit in (
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
         with suppress(ValueError, OSError):  # macOS keeps no RLIMIT_AS
             resource.setrlimit(what, (limit, limit))
 
 
 def environment() -> Any:
-    """Jinja as transformers sets it up for chat templates: sandboxed, `{% generation %}`, `{% break %}`, its own `tojson`."""
+    """Jinja as transformers sets it up for chat templates: sandboxed, `{% generation %}`, `{% break
+    %}`, its own `tojson`."""
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}…{% endgeneration %}` marks an answer for training; what it holds is written as it stands."""
+        """`{% generation %}…{% endgeneration %}` marks an answer for training; what it holds is
+        written as it stands."""
 
         tags = {"generation"}  # noqa: RUF012 - as Jinja has it
 
@@ -50,10 +58,24 @@ def environment() -> Any:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: Any = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
 
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     made.filters["tojson"] = tojson
     made.globals["raise_exception"] = raise_exception
     return made

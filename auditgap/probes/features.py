@@ -1,10 +1,13 @@
-"""What a probe reads of a conversation: the mean activation of every block, [L, D], extracted once and kept on disk.
+"""What a probe reads of a conversation: the mean activation of every block, [L, D], extracted once
+and kept on disk.
 
     talks = [loaded.chat.converse(t.prompt, t.unsafe) for t in triples]
-    features = cached_features(loaded, talks, folder=Path("features"))       # [n, L, D]; read back the next time
+    # [n, L, D]; read back the next time
+    features = cached_features(loaded, talks, folder=Path("features"))
 
-Pooled while the model runs (`probes.pooling`), so no block's [B, T, D] is kept. Files are safetensors named by a hash of the
-model's fingerprint, every token id and the dtype: `features-<key>-<rank>-of-<world>.safetensors` holds rows rank, rank + world, …
+Pooled while the model runs (`probes.pooling`), so no block's [B, T, D] is kept. Files are
+safetensors named by a hash of the model's fingerprint, every token id and the dtype:
+`features-<key>-<rank>-of-<world>.safetensors` holds rows rank, rank + world, …
 """
 
 from __future__ import annotations
@@ -38,21 +41,27 @@ def shard_rows(n: int, shard: Shard) -> range:
 
 @torch.no_grad()
 def extract(
-    loaded: LoadedModel, conversations: Sequence[Conversation], *, batch_tokens: int | None = None, shard: Shard = (0, 1),
+    loaded: LoadedModel,
+    conversations: Sequence[Conversation],
+    *,
+    batch_tokens: int | None = None,
+    shard: Shard = (0, 1),
     tick: Callable[[int], None] | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Pooled activations [n, L, D], fp32 on the CPU, of this shard's conversations, in their order.
 
-    For each block the mean over all real positions, prompt, template and response alike (arXiv 2606.08044, section 4). Rows of
-    like length run together, padded on the right, where a causal model cannot see; a pack that does not fit in memory is
-    halved. `tick(rows)` is called after each pack. Raises AuditgapError when a single row does not fit in memory, UsageError when
-    one is longer than the model reads.
+    For each block the mean over all real positions, prompt, template and response alike (arXiv
+    2606.08044, section 4). Rows of like length run together, padded on the right, where a causal
+    model cannot see; a pack that does not fit in memory is halved. `tick(rows)` is called after
+    each pack. Raises AuditgapError when a single row does not fit in memory, UsageError when one is
+    longer than the model reads.
     """
     mine = [conversations[i] for i in shard_rows(len(conversations), shard)]
     longest, window = max((len(c.ids) for c in mine), default=0), loaded.max_positions
     if window is not None and longest > window:
         raise UsageError(
-            f"A conversation of {longest} tokens came; {loaded.subject.name} reads {window}. Type --max-tokens {window}."
+            f"A conversation of {longest} tokens came; {loaded.subject.name} reads {window}. Type"
+            f" --max-tokens {window}."
         )
     out = torch.empty(len(mine), loaded.n_blocks, loaded.width)
     pad = loaded.tokenizer.pad_token_id
@@ -63,7 +72,12 @@ def extract(
         ids, mask = right_pad([mine[i].ids for i in rows], pad, loaded.device)
         with pooled(loaded.blocks, mask) as pool:
             whole = bool(mask.all())  # rows of equal length need no mask, and run faster without
-            loaded.model(input_ids=ids, attention_mask=None if whole else mask, use_cache=False, logits_to_keep=1)
+            loaded.model(
+                input_ids=ids,
+                attention_mask=None if whole else mask,
+                use_cache=False,
+                logits_to_keep=1,
+            )
         return list(pool.value().cpu())
 
     budget = batch_tokens or (2048 if loaded.device.type == "cpu" else 16384)
@@ -81,21 +95,31 @@ def extract(
 
 
 def features_key(loaded: LoadedModel, conversations: Sequence[Conversation], dtype: str) -> str:
-    """The hash that names these features: model (its fingerprint and the dtype it runs in), token ids, stored dtype."""
+    """The hash that names these features: model (its fingerprint and the dtype it runs in), token
+    ids, stored dtype."""
     ids = files.sha256(repr([c.ids for c in conversations]).encode())
     return digest([loaded.subject.fingerprint, str(loaded.dtype), ids, dtype])
 
 
 def cached_features(
-    loaded: LoadedModel, conversations: Sequence[Conversation], *, folder: Path, dtype: str = "float32", shard: Shard = (0, 1),
-    batch_tokens: int | None = None, tick: Callable[[int], None] | None = None, patience: float = 3600.0,
-) -> torch.Tensor:  # fmt: skip
-    """All conversations' features [n, L, D] in `dtype` (float32 or bfloat16), from `folder` where they are, else extracted.
+    loaded: LoadedModel,
+    conversations: Sequence[Conversation],
+    *,
+    folder: Path,
+    dtype: str = "float32",
+    shard: Shard = (0, 1),
+    batch_tokens: int | None = None,
+    tick: Callable[[int], None] | None = None,
+    patience: float = 3600.0,
+) -> torch.Tensor:
+    """All conversations' features [n, L, D] in `dtype` (float32 or bfloat16), from `folder` where
+    they are, else extracted.
 
-    With `shard` (rank, world) each rank extracts its own rows into its own file, then reads everybody's; the ranks need one
-    folder that all of them see. A whole set that another number of ranks left serves too. A file that is truncated or does not
-    have its checksum is set aside as *.corrupt and made again. One rank alone gets its file memory-mapped.
-    Raises AuditgapError when another rank's file does not come within `patience` seconds, UsageError for another dtype.
+    With `shard` (rank, world) each rank extracts its own rows into its own file, then reads
+    everybody's; the ranks need one folder that all of them see. A whole set that another number of
+    ranks left serves too. A file that is truncated or does not have its checksum is set aside as
+    *.corrupt and made again. One rank alone gets its file memory-mapped. Raises AuditgapError when
+    another rank's file does not come within `patience` seconds, UsageError for another dtype.
     """
     if dtype not in STORED:
         raise UsageError(f"Features are stored as {' or '.join(STORED)}; {dtype!r} came.")
@@ -113,21 +137,33 @@ def cached_features(
     if _read(mine, (len(shard_rows(n, shard)), *shape), STORED[dtype]) is None:
         if mine.exists():
             files.set_aside(mine)
-        found = extract(loaded, conversations, batch_tokens=batch_tokens, shard=shard, tick=tick).to(STORED[dtype])
+        found = extract(
+            loaded, conversations, batch_tokens=batch_tokens, shard=shard, tick=tick
+        ).to(STORED[dtype])
         # activations say what was read: as private as the text
-        files.write_bytes(mine, safetensors.torch.save({"features": found}, {"sha256": _checksum(found)}), files.PRIVATE)
-    # Files are waited for and not a barrier: a collective would time out where one rank had its file and another had not.
+        files.write_bytes(
+            mine,
+            safetensors.torch.save({"features": found}, {"sha256": _checksum(found)}),
+            files.PRIVATE,
+        )
+    # Files are waited for and not a barrier: a collective would time out where one rank had its
+    # file and another had not.
     deadline = time.monotonic() + patience
-    while (absent := [r for r in range(shard[1]) if not _path(folder, key, (r, shard[1])).is_file()]) and shard[1] > 1:
+    while (
+        absent := [r for r in range(shard[1]) if not _path(folder, key, (r, shard[1])).is_file()]
+    ) and shard[1] > 1:
         if time.monotonic() > deadline:
             raise AuditgapError(
-                f"Rank {absent[0]} of {shard[1]} left no features in {folder} within {patience:.0f} s. Give a folder that every "
-                "rank sees, or look for that rank's own error."
+                f"Rank {absent[0]} of {shard[1]} left no features in {folder} within {patience:.0f}"
+                " s. Give a folder that every rank sees, or look for that rank's own error."
             )
         time.sleep(0.2)
     whole = _joined(folder, key, n, shape, STORED[dtype])
     if whole is None:
-        raise AuditgapError(f"A features file in {folder} is torn. Run the same command again: what is whole is kept.")
+        raise AuditgapError(
+            f"A features file in {folder} is torn. Run the same command again: what is whole is"
+            " kept."
+        )
     return whole
 
 
@@ -135,12 +171,21 @@ def _path(folder: Path, key: str, shard: Shard) -> Path:
     return folder / f"features-{key}-{shard[0]}-of-{shard[1]}.safetensors"
 
 
-def _joined(folder: Path, key: str, n: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | None:
-    """All rows from the first whole set of shards there is, of whatever number; None when none is whole."""
-    for world in sorted({int(p.stem.rsplit("-", 1)[1]) for p in folder.glob(f"features-{key}-0-of-*.safetensors")}):
+def _joined(
+    folder: Path, key: str, n: int, shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor | None:
+    """All rows from the first whole set of shards there is, of whatever number; None when none is
+    whole."""
+    for world in sorted(
+        {int(p.stem.rsplit("-", 1)[1]) for p in folder.glob(f"features-{key}-0-of-*.safetensors")}
+    ):
         parts = []
         for rank in range(world):
-            part = _read(_path(folder, key, (rank, world)), (len(shard_rows(n, (rank, world))), *shape), dtype)
+            part = _read(
+                _path(folder, key, (rank, world)),
+                (len(shard_rows(n, (rank, world))), *shape),
+                dtype,
+            )
             if part is None:
                 break
             parts.append(part)
@@ -156,7 +201,8 @@ def _joined(folder: Path, key: str, n: int, shape: tuple[int, int], dtype: torch
 
 
 def _read(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
-    """The file's features, memory-mapped; None when it is absent, truncated, or not what it says it is."""
+    """The file's features, memory-mapped; None when it is absent, truncated, or not what it says it
+    is."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             found = file.get_tensor("features")
@@ -168,5 +214,9 @@ def _read(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tenso
 
 
 def _checksum(features: torch.Tensor) -> str:
-    raw = features.contiguous().flatten().view(torch.uint8) if features.numel() else torch.empty(0, dtype=torch.uint8)
+    raw = (
+        features.contiguous().flatten().view(torch.uint8)
+        if features.numel()
+        else torch.empty(0, dtype=torch.uint8)
+    )
     return files.sha256(raw.numpy().data)  # hashed where it lies: no copy

@@ -1,12 +1,14 @@
-"""What the judges of an ensemble said one by one, and how far they agree: from the column `ballot` of rows of behaviour.
+"""What the judges of an ensemble said one by one, and how far they agree: from the column `ballot`
+of rows of behaviour.
 
     judges_table(store.rows(["behaviour"]))
     # subject  split    judge    other    n  n_unscored  harmful  …  agreement  …  kappa  …
     # toy      harmful  builtin  null    24           1      .25  …       null  …   null  …     this judge alone
     # null     harmful  builtin  keyword 23           1     null  …        .87  …    .71  …     a pair, over all subjects
 
-A ballot is JSON, a judge's name -> its label; "" where one judge decided alone. The question is harmful or not. Text that
-fell apart is broken without a judge, so it is in no pair, and not harmful in a judge's own share.
+A ballot is JSON, a judge's name -> its label; "" where one judge decided alone. The question is
+harmful or not. Text that fell apart is broken without a judge, so it is in no pair, and not harmful
+in a judge's own share.
 """
 
 from __future__ import annotations
@@ -28,9 +30,23 @@ from auditgap.store.tables import rows_of
 from auditgap.types import Label
 
 COLUMNS = (
-    "subject", "split", "judge", "other", "n", "n_unscored", "n_ties", "harmful", "harmful_lo", "harmful_hi", "agreement",
-    "agreement_lo", "agreement_hi", "kappa", "kappa_lo", "kappa_hi",
-)  # fmt: skip
+    "subject",
+    "split",
+    "judge",
+    "other",
+    "n",
+    "n_unscored",
+    "n_ties",
+    "harmful",
+    "harmful_lo",
+    "harmful_hi",
+    "agreement",
+    "agreement_lo",
+    "agreement_hi",
+    "kappa",
+    "kappa_lo",
+    "kappa_hi",
+)
 #: The reason that an ensemble without a majority gives.
 TIE = "tie"
 SPLITS = {"harmful": "harmful requests and jailbreaks", "benign": "harmless requests"}
@@ -38,11 +54,13 @@ _TOLD: Mapping[str, float] = {Label.HARMFUL: 1.0, Label.SAFE: 0.0, Label.REFUSAL
 
 
 def judges_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a (subject, split, judge): the share that it alone would call harmful; then one a (split, judge, other).
+    """One row a (subject, split, judge): the share that it alone would call harmful; then one a
+    (split, judge, other).
 
-    `n`: answers it was given (pairs: that both could judge), `n_unscored` those it could not judge, `n_ties` those on which
-    the ensemble was split. Pairs are pooled over subjects, their intervals are over prompts (agreement: Wilson's at the
-    effective number of answers; κ: `stats.kappa`, null where it is undefined).
+    `n`: answers it was given (pairs: that both could judge), `n_unscored` those it could not judge,
+    `n_ties` those on which the ensemble was split. Pairs are pooled over subjects, their intervals
+    are over prompts (agreement: Wilson's at the effective number of answers; κ: `stats.kappa`, null
+    where it is undefined).
     """
     table = []
     given = _ballots(rows)
@@ -52,12 +70,22 @@ def judges_table(rows: pd.DataFrame) -> pd.DataFrame:
             votes = _votes(part, judge)
             known = np.where(part["verdict"] == Label.BROKEN, 0.0, votes)
             known = known[~np.isnan(known)]
-            table.append({
-                "subject": subject, "split": split, "judge": judge, "n": len(part), "n_unscored": len(part) - len(known),
-                "n_ties": n_ties, **_ends("harmful", stats.wilson(float(known.sum()), len(known))),
-            })  # fmt: skip
+            table.append(
+                {
+                    "subject": subject,
+                    "split": split,
+                    "judge": judge,
+                    "n": len(part),
+                    "n_unscored": len(part) - len(known),
+                    "n_ties": n_ties,
+                    **_ends("harmful", stats.wilson(float(known.sum()), len(known))),
+                }
+            )
     table += _pairs(given[given["verdict"] != Label.BROKEN])
-    return pd.DataFrame({name: _column(name, [row.get(name) for row in table]) for name in COLUMNS}, columns=list(COLUMNS))
+    return pd.DataFrame(
+        {name: _column(name, [row.get(name) for row in table]) for name in COLUMNS},
+        columns=list(COLUMNS),
+    )
 
 
 def _pairs(given: pd.DataFrame) -> Iterator[dict[str, Any]]:
@@ -69,14 +97,18 @@ def _pairs(given: pd.DataFrame) -> Iterator[dict[str, Any]]:
             size = stats.effective_size(alike, prompts)
             share = stats.wilson(float(alike.mean()) * size, size) if size else Interval()
             counts = {"n": int(both.sum()), "n_unscored": int((~both).sum())}
-            ends = _ends("agreement", share) | _ends("kappa", stats.kappa(one[both], two[both], prompts))
+            ends = _ends("agreement", share) | _ends(
+                "kappa", stats.kappa(one[both], two[both], prompts)
+            )
             yield {"split": split, "judge": judge, "other": other, **counts, **ends}
 
 
 def _ballots(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows that an ensemble judged, with their ballots read; what is no ballot is none."""
     if "ballot" not in rows.columns:
-        return pd.DataFrame(columns=["subject", "split", "prompt_id", "verdict", "unscored", "votes"])
+        return pd.DataFrame(
+            columns=["subject", "split", "prompt_id", "verdict", "unscored", "votes"]
+        )
     votes = [_read(ballot) for ballot in rows["ballot"]]
     given = rows.assign(votes=pd.Series(votes, index=rows.index, dtype=object))
     return given[[bool(v) for v in votes]]
@@ -96,7 +128,9 @@ def _judges(part: pd.DataFrame) -> list[str]:
 
 def _votes(part: pd.DataFrame, judge: str) -> np.ndarray:
     """1 harmful, 0 not, nan: could not tell."""
-    return np.array([_TOLD.get(str(votes.get(judge)), np.nan) for votes in part["votes"]], dtype=float)
+    return np.array(
+        [_TOLD.get(str(votes.get(judge)), np.nan) for votes in part["votes"]], dtype=float
+    )
 
 
 def _ends(name: str, found: Interval) -> dict[str, float | None]:
@@ -105,7 +139,9 @@ def _ends(name: str, found: Interval) -> dict[str, float | None]:
 
 def _column(name: str, values: Sequence[Any]) -> pd.Series:
     word = name in ("subject", "split", "judge", "other")
-    return pd.Series(values, dtype=object if word else "Int64" if name.startswith("n") else "float64")
+    return pd.Series(
+        values, dtype=object if word else "Int64" if name.startswith("n") else "float64"
+    )
 
 
 def sheets(table: pd.DataFrame) -> tuple[Sheet, Sheet]:
@@ -117,13 +153,30 @@ def sheets(table: pd.DataFrame) -> tuple[Sheet, Sheet]:
         about = Cell(SPLITS.get(row["split"], str(row["split"])))
         if is_null(row["other"]):
             who = (Cell(str(row["subject"])),) if several else ()
-            alone.append((*who, about, Cell(str(row["judge"])), share_cell(row, "harmful"), *counts))
+            alone.append(
+                (*who, about, Cell(str(row["judge"])), share_cell(row, "harmful"), *counts)
+            )
         else:
             undefined = "undefined" if row["n"] else "not measured"
             kappa = with_interval(row["kappa"], row["kappa_lo"], row["kappa_hi"], null=undefined)
             last = Cell(kappa, "null" if is_null(row["kappa"]) else "num")
-            pairs.append((about, Cell(f"{row['judge']}, {row['other']}"), share_cell(row, "agreement"), last, *counts))
-    titles = (*(("Subject",) if several else ()), "Answers to", "Judge", "Harmful, by this judge alone", "n", "Unscored")
+            pairs.append(
+                (
+                    about,
+                    Cell(f"{row['judge']}, {row['other']}"),
+                    share_cell(row, "agreement"),
+                    last,
+                    *counts,
+                )
+            )
+    titles = (
+        *(("Subject",) if several else ()),
+        "Answers to",
+        "Judge",
+        "Harmful, by this judge alone",
+        "n",
+        "Unscored",
+    )
     of_pairs = ("Answers to", "Judges", "Agree", "Cohen’s κ", "n", "One could not tell")
     return Sheet(titles, tuple(alone)), Sheet(of_pairs, tuple(pairs))
 
@@ -134,4 +187,6 @@ def ties(table: pd.DataFrame) -> list[str]:
     if whole.empty:
         return []
     n, split = int(whole["n"].sum()), int(whole["n_ties"].sum())
-    return [f"On {split} of {n} answers as many judges said harmful as not: a tie, which is unscored."]
+    return [
+        f"On {split} of {n} answers as many judges said harmful as not: a tie, which is unscored."
+    ]

@@ -1,9 +1,11 @@
-"""A report that can be handed over: the page, its verdict table, the same for machines, and the checksums of all of it.
+"""A report that can be handed over: the page, its verdict table, the same for machines, and the
+checksums of all of it.
 
     overall = write(folders, out=Path("runs/tuned"), criteria=Criteria(), title="Safety audit of ./tuned")
     # report.html · report.json (its schema: `schema()`) · verdicts.csv|md · figures/*.csv · SHA256SUMS (sha256sum -c SHA256SUMS)
 
-A public copy, in `public/`, holds aggregates alone: no prompt, no completion, no id of one, no path, no command, no address.
+A public copy, in `public/`, holds aggregates alone: no prompt, no completion, no id of one, no
+path, no command, no address.
 """
 
 from __future__ import annotations
@@ -29,12 +31,27 @@ from auditgap.store.tables import rows_of, to_csv, to_markdown
 SCHEMA = 1
 #: Tables of `ReportData` that go into report.json, by their names there.
 TABLES: Mapping[str, str] = {
-    "audit_gap": "gaps", "lvs": "lvs", "distance": "distance", "asked": "asked", "differences": "differences",
-    "judges": "judges", "sft_curve": "sft_curve", "sft_summary": "sft_summary", "left_out": "left_out",
-}  # fmt: skip
+    "audit_gap": "gaps",
+    "lvs": "lvs",
+    "distance": "distance",
+    "asked": "asked",
+    "differences": "differences",
+    "judges": "judges",
+    "sft_curve": "sft_curve",
+    "sft_summary": "sft_summary",
+    "left_out": "left_out",
+}
 #: What a public copy may say of the run besides its aggregates.
 _PUBLIC_INFO = ("versions", "warnings", "judge_cards", "reward", "refused")
-_PUBLIC_SUBJECT = ("name", "fingerprint", "dtype", "n_blocks", "width", "parameters", "architecture")
+_PUBLIC_SUBJECT = (
+    "name",
+    "fingerprint",
+    "dtype",
+    "n_blocks",
+    "width",
+    "parameters",
+    "architecture",
+)
 _PATH = re.compile(
     r"(?<![\w:/.])(?:~|\.{1,2})?(?:/[^\s/'\",;:]+){2,}"  # /home/me/model, ../runs/x
     r"|(?<![\w:/.])(?:~|\.{1,2})/[^\s'\",;:]+"  # ./model
@@ -47,10 +64,17 @@ _NOT_SUMMED = re.compile(
 
 
 def write(
-    folders: Sequence[RunFolder], *, out: Path, criteria: Criteria, missing: Mapping[str, str] | None = None, title: str,
-    allow_raw: bool = False, public: bool = False,
-) -> str:  # fmt: skip
-    """Write the report of these folders into `out`, and with `public` a copy for publication into `out`/public.
+    folders: Sequence[RunFolder],
+    *,
+    out: Path,
+    criteria: Criteria,
+    missing: Mapping[str, str] | None = None,
+    title: str,
+    allow_raw: bool = False,
+    public: bool = False,
+) -> str:
+    """Write the report of these folders into `out`, and with `public` a copy for publication into
+    `out`/public.
 
     Returns the sum of the verdicts in one sentence. Raises DiskError.
     """
@@ -62,12 +86,24 @@ def write(
 
 
 def _write(
-    report: ReportData, home: Path, criteria: Criteria, missing: Mapping[str, str], *, private: bool = False
+    report: ReportData,
+    home: Path,
+    criteria: Criteria,
+    missing: Mapping[str, str],
+    *,
+    private: bool = False,
 ) -> list[Line]:
     lines = verdicts(report, criteria, missing)
-    report = replace(report, verdicts=tuple(lines), limits=tuple(limits(report, missing)), criteria=criteria.model_dump())
+    report = replace(
+        report,
+        verdicts=tuple(lines),
+        limits=tuple(limits(report, missing)),
+        criteria=criteria.model_dump(),
+    )
     page.write_report(report, home, private=private)
-    table = pd.DataFrame([line.describe() for line in lines], columns=list(Line.__dataclass_fields__))
+    table = pd.DataFrame(
+        [line.describe() for line in lines], columns=list(Line.__dataclass_fields__)
+    )
     files.write_bytes(home / "verdicts.csv", to_csv(table).encode("utf-8", "backslashreplace"))
     files.write_bytes(home / "verdicts.md", to_markdown(table).encode("utf-8", "backslashreplace"))
     files.write_bytes(home / "report.json", files.to_json(machine(report)))
@@ -76,43 +112,68 @@ def _write(
 
 
 def machine(report: ReportData) -> dict[str, Any]:
-    """What the page shows, for programs: JSON by the schema of `schema()`; shares 0–1, nothing rounded, null = not known."""
+    """What the page shows, for programs: JSON by the schema of `schema()`; shares 0–1, nothing
+    rounded, null = not known."""
     lines: Sequence[Line] = report.verdicts
-    return _plain({
-        "schema": SCHEMA,
-        "auditgap": auditgap.__version__,
-        "title": report.title,
-        "subjects": [without_secrets(subject) for subject in report.subjects],
-        "overall": overall(lines),
-        "verdicts": [line.describe() for line in lines],
-        "criteria": dict(report.criteria),
-        "limits": [{"word": word, "sentence": sentence} for word, sentence in report.limits],
-        "tables": {name: _records(getattr(report, field)) for name, field in TABLES.items()},
-        "config": without_secrets(report.config),
-        "judge_cards": [dict(card) for card in report.cards],
-        "reward": report.reward,
-        "status": {**report.status, "last_write": str(report.status["last_write"])} if report.status.get("last_write") else {},
-        "failures": dict(report.failures),
-    })  # fmt: skip
+    return _plain(
+        {
+            "schema": SCHEMA,
+            "auditgap": auditgap.__version__,
+            "title": report.title,
+            "subjects": [without_secrets(subject) for subject in report.subjects],
+            "overall": overall(lines),
+            "verdicts": [line.describe() for line in lines],
+            "criteria": dict(report.criteria),
+            "limits": [{"word": word, "sentence": sentence} for word, sentence in report.limits],
+            "tables": {name: _records(getattr(report, field)) for name, field in TABLES.items()},
+            "config": without_secrets(report.config),
+            "judge_cards": [dict(card) for card in report.cards],
+            "reward": report.reward,
+            "status": (
+                {**report.status, "last_write": str(report.status["last_write"])}
+                if report.status.get("last_write")
+                else {}
+            ),
+            "failures": dict(report.failures),
+        }
+    )
 
 
 def schema() -> dict[str, Any]:
     """The JSON schema of report.json."""
-    return json.loads(resources.files("auditgap.report").joinpath("report.schema.json").read_text(encoding="utf-8"))
+    return json.loads(
+        resources.files("auditgap.report")
+        .joinpath("report.schema.json")
+        .read_text(encoding="utf-8")
+    )
 
 
 def published(report: ReportData) -> ReportData:
-    """The report with what may be published: aggregates. Paths lose their folders, addresses and raw text go."""
+    """The report with what may be published: aggregates. Paths lose their folders, addresses and
+    raw text go."""
     shown = {field.name: _deep(getattr(report, field.name)) for field in fields(report)}
-    return ReportData(**{
-        **shown,
-        "subjects": [{k: subject[k] for k in _PUBLIC_SUBJECT if k in subject} for subject in shown["subjects"]],
-        "config": {k: v for k, v in shown["config"].items() if not k.endswith("endpoint")},
-        "info": {k: shown["info"][k] for k in _PUBLIC_INFO if k in shown["info"]},
-        "exchanges": (), "n_exchanges": 0, "status": report.status,
-        "corrections": {task: replace(c, judge=_unplaced(c.judge)) for task, c in report.corrections.items()},
-        "failures": {f"{len(report.failures)} cells": "failed; the full report has the causes"} if report.failures else {},
-    })  # fmt: skip
+    return ReportData(
+        **{
+            **shown,
+            "subjects": [
+                {k: subject[k] for k in _PUBLIC_SUBJECT if k in subject}
+                for subject in shown["subjects"]
+            ],
+            "config": {k: v for k, v in shown["config"].items() if not k.endswith("endpoint")},
+            "info": {k: shown["info"][k] for k in _PUBLIC_INFO if k in shown["info"]},
+            "exchanges": (),
+            "n_exchanges": 0,
+            "status": report.status,
+            "corrections": {
+                task: replace(c, judge=_unplaced(c.judge)) for task, c in report.corrections.items()
+            },
+            "failures": (
+                {f"{len(report.failures)} cells": "failed; the full report has the causes"}
+                if report.failures
+                else {}
+            ),
+        }
+    )
 
 
 def _unplaced(words: str) -> str:
@@ -126,7 +187,9 @@ def _deep(value: Any) -> Any:
     if isinstance(value, str):
         return _unplaced(value)
     if isinstance(value, pd.DataFrame):
-        words = [str(column) for column in value if not pd.api.types.is_numeric_dtype(value[column])]
+        words = [
+            str(column) for column in value if not pd.api.types.is_numeric_dtype(value[column])
+        ]
         return value.assign(**{column: value[column].map(_deep) for column in words})
     if isinstance(value, Mapping):
         return {_unplaced(str(k)): _deep(v) for k, v in without_secrets(value).items()}
@@ -152,10 +215,17 @@ def _plain(value: Any) -> Any:
 
 
 def sums(folder: Path) -> bytes:
-    """Checksums of the folder's files as `sha256sum -c` reads them; without work under way, locks and raw text."""
+    """Checksums of the folder's files as `sha256sum -c` reads them; without work under way, locks
+    and raw text."""
     lines = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and not path.is_symlink() and not _NOT_SUMMED.search(name) and "\n" not in name and "\\" not in name:
+        if (
+            path.is_file()
+            and not path.is_symlink()
+            and not _NOT_SUMMED.search(name)
+            and "\n" not in name
+            and "\\" not in name
+        ):
             lines.append(f"{files.sha256(path.read_bytes())}  {name}\n")
     return "".join(lines).encode("utf-8", "surrogateescape")

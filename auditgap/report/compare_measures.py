@@ -1,11 +1,14 @@
-"""What is compared, measure by measure: each model's value, and its difference from the base, paired by prompt.
+"""What is compared, measure by measure: each model's value, and its difference from the base,
+paired by prompt.
 
     table = frame([*latent(rows, models, why), *asked(rows, models)])
-    table.loc[0]      # model twin, measure lvs, where block15, value 3.1, difference 1.2, p .004, p_holm .02 …
+    # model twin, measure lvs, where block15, value 3.1, difference 1.2, p .004, p_holm .02 …
+    table.loc[0]
 
-A record has a model's own value with its interval (shares by Wilson, means by bootstrap) and, unless it is the base's, the
-difference model − base, paired by prompt, with interval and p-value. Null is null, with a reason. What makes records stands in
-`compare_latent` and `compare_asked`; here is what they share, and the table that they become.
+A record has a model's own value with its interval (shares by Wilson, means by bootstrap) and,
+unless it is the base's, the difference model − base, paired by prompt, with interval and p-value.
+Null is null, with a reason. What makes records stands in `compare_latent` and `compare_asked`; here
+is what they share, and the table that they become.
 """
 
 from __future__ import annotations
@@ -27,9 +30,32 @@ Why = Callable[[str, int | None, str | None, float | None], str]
 
 #: Columns of `compare.parquet`: one row a (model, measure, place, budget).
 COLUMNS = (
-    "model", "audit", "measure", "where", "role", "layer_index", "depth", "unit", "eps", "n", "n_unscored", "value", "lo", "hi",
-    "mark", "reason", "base", "n_pairs", "difference", "difference_lo", "difference_hi", "test", "p", "p_holm", "n_tests",
-)  # fmt: skip
+    "model",
+    "audit",
+    "measure",
+    "where",
+    "role",
+    "layer_index",
+    "depth",
+    "unit",
+    "eps",
+    "n",
+    "n_unscored",
+    "value",
+    "lo",
+    "hi",
+    "mark",
+    "reason",
+    "base",
+    "n_pairs",
+    "difference",
+    "difference_lo",
+    "difference_hi",
+    "test",
+    "p",
+    "p_holm",
+    "n_tests",
+)
 WORDS = ("model", "audit", "measure", "where", "role", "unit", "mark", "reason", "base", "test")
 COUNTS = ("layer_index", "n", "n_unscored", "n_pairs", "n_tests")
 
@@ -53,22 +79,36 @@ MEASURES: Mapping[str, tuple[str, int]] = {
     "steps": ("Harmful fine-tuning, steps to compliance", 1),
     "sft_gap": ("Harmful fine-tuning, audit gap after the last step", -1),
 }
-SHARES = ("gap", "safety", "robustness", "asr", "asr_envelope", "compliance", "refusal", "answered", "sft_gap")
+SHARES = (
+    "gap",
+    "safety",
+    "robustness",
+    "asr",
+    "asr_envelope",
+    "compliance",
+    "refusal",
+    "answered",
+    "sft_gap",
+)
 ROLES = ("embedding", "mid", "last")
 MATCHED = "random_matched"
 
 
 def site_of(model: Model, role: str) -> int | None:
-    """The layer index of `embedding`, `mid` or `last`; None where the number of blocks was not recorded."""
+    """The layer index of `embedding`, `mid` or `last`; None where the number of blocks was not
+    recorded."""
     if role == "embedding":
         return -1
     if not model.n_blocks:
         return None
-    return min(model.n_blocks - 1, round(model.n_blocks / 2)) if role == "mid" else model.n_blocks - 1
+    return (
+        min(model.n_blocks - 1, round(model.n_blocks / 2)) if role == "mid" else model.n_blocks - 1
+    )
 
 
 def roles_of(model: Model) -> dict[int, str]:
-    """Layer index -> role; a model of one or two blocks keeps the first of the roles that fall together."""
+    """Layer index -> role; a model of one or two blocks keeps the first of the roles that fall
+    together."""
     found: dict[int, str] = {}
     for role in ROLES:
         layer = site_of(model, role)
@@ -78,7 +118,8 @@ def roles_of(model: Model) -> dict[int, str]:
 
 
 def partner(model: Model, base: Model, layer: int) -> int | None:
-    """The base's layer that a model's layer is compared with: the same in models of one depth, else that of the same role."""
+    """The base's layer that a model's layer is compared with: the same in models of one depth, else
+    that of the same role."""
     if model.n_blocks == base.n_blocks:
         return layer
     role = roles_of(model).get(layer)
@@ -98,14 +139,23 @@ def turned(drop: Interval, n: int, test: str) -> Paired:
 
 
 def minus(interval: Interval) -> Interval:
-    return Interval(*(None if v is None else -v for v in (interval.estimate, interval.hi, interval.lo)))
+    return Interval(
+        *(None if v is None else -v for v in (interval.estimate, interval.hi, interval.lo))
+    )
 
 
 def difference(base: Model, found: Paired) -> Record:
     """The columns of a record that say how it differs from the base."""
     d = found.difference
-    return {"base": base.name, "n_pairs": found.n, "difference": d.estimate, "difference_lo": d.lo, "difference_hi": d.hi,
-            "test": "" if found.p is None else found.test, "p": found.p}  # fmt: skip
+    return {
+        "base": base.name,
+        "n_pairs": found.n,
+        "difference": d.estimate,
+        "difference_lo": d.lo,
+        "difference_hi": d.hi,
+        "test": "" if found.p is None else found.test,
+        "p": found.p,
+    }
 
 
 def ends(interval: Interval) -> Record:
@@ -116,18 +166,24 @@ def none(value: Any) -> Any:
     return None if is_null(value) else float(value)
 
 
-# -- one table -----------------------------------------------------------------------------------------------------------
+# -- one table
+# -----------------------------------------------------------------------------------------------------------
 
 
-def frame(records: Sequence[Mapping[str, Any]], models: Sequence[str] | None = None) -> pd.DataFrame:
-    """The records in order, with COLUMNS and dtypes that do not depend on what is there, Table 1's marks, and Holm's p within each
-    measure. `models`: their names in the order in which they stand together."""
+def frame(
+    records: Sequence[Mapping[str, Any]], models: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """The records in order, with COLUMNS and dtypes that do not depend on what is there, Table 1's
+    marks, and Holm's p within each measure. `models`: their names in the order in which they stand
+    together."""
     models = list(dict.fromkeys(str(r["model"]) for r in records)) if models is None else models
     kinds = list(dict.fromkeys(str(r["where"]) for r in records if r["audit"] != "latent"))
 
     def place(record: Mapping[str, Any]) -> tuple:
         """Models stand together at each place, by depth where it is known."""
-        depth = next((float(record[k]) for k in ("depth", "layer_index") if not is_null(record.get(k))), -1.0)
+        depth = next(
+            (float(record[k]) for k in ("depth", "layer_index") if not is_null(record.get(k))), -1.0
+        )
         kind = kinds.index(record["where"]) if record["where"] in kinds else -1
         eps = -1.0 if is_null(record.get("eps")) else float(record["eps"])
         role = ROLES.index(record["role"]) if record.get("role") in ROLES else 1
@@ -140,7 +196,9 @@ def frame(records: Sequence[Mapping[str, Any]], models: Sequence[str] | None = N
         if name in WORDS:
             table[name] = table[name].map(lambda v: "" if is_null(v) else str(v)).astype(object)
         else:
-            table[name] = pd.to_numeric(table[name]).astype("Int64" if name in COUNTS else "float64")
+            table[name] = pd.to_numeric(table[name]).astype(
+                "Int64" if name in COUNTS else "float64"
+            )
     for _, family in table.groupby(["audit", "measure"], sort=False):
         tests = [None if is_null(p) else float(p) for p in family["p"]]
         table.loc[family.index, "p_holm"] = [np.nan if p is None else p for p in stats.holm(tests)]

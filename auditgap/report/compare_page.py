@@ -1,8 +1,10 @@
-"""A comparison as files: compare.parquet, .csv, .md, .json, the data of its figures, and compare.html.
+"""A comparison as files: compare.parquet, .csv, .md, .json, the data of its figures, and
+compare.html.
 
     page = write(compare(folders), Path("runs/compare"))        # runs/compare/compare.html
 
-The page is one file without network or script, made as the report's is. The JSON holds the very rows of the table.
+The page is one file without network or script, made as the report's is. The JSON holds the very
+rows of the table.
 """
 
 from __future__ import annotations
@@ -20,7 +22,15 @@ from auditgap.errors import UsageError
 from auditgap.report import figures, page, svg, text
 from auditgap.report.compare import Comparison
 from auditgap.report.compare_alike import Model
-from auditgap.report.compare_measures import COLUMNS, COUNTS, MEASURES, ROLES, SHARES, roles_of, site_of
+from auditgap.report.compare_measures import (
+    COLUMNS,
+    COUNTS,
+    MEASURES,
+    ROLES,
+    SHARES,
+    roles_of,
+    site_of,
+)
 from auditgap.report.figures import Figure, budget_label
 from auditgap.report.sheet import Cell, Sheet
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, STYLES, TOP, Scale
@@ -31,29 +41,51 @@ from auditgap.types import Site
 SCHEMA = 1
 #: More lines than this in one drawing cannot be told apart.
 MOST = len(STYLES)
-PROFILES = (("lvs_rel", "LVS rel."), ("asr", "ASR"), ("asr_envelope", "ASR envelope"), ("lvs", "LVS"))
+PROFILES = (
+    ("lvs_rel", "LVS rel."),
+    ("asr", "ASR"),
+    ("asr_envelope", "ASR envelope"),
+    ("lvs", "LVS"),
+)
 MARKS = (
-    "As in the paper’s Table 1, bold is the largest LVS of a column and underlined the smallest, so bold is the most vulnerable "
-    "model and underlined the least; equal models are not marked. A mark looks at the mean alone: whether two models differ is "
-    "for the differences below to say."
+    "As in the paper’s Table 1, bold is the largest LVS of a column and underlined the smallest, so"
+    " bold is the most vulnerable model and underlined the least; equal models are not marked. A"
+    " mark looks at the mean alone: whether two models differ is for the differences below to say."
 )
 METHOD = (
-    "A difference is model − base over the prompts for which both could be told; their number stands beside it.",
-    "LVS: the mean difference, with the more cautious of the bootstrap-t and Student’s t for interval and p-value. Shares: "
-    "McNemar’s exact test and Newcombe’s interval for paired shares. Audit gap and robustness: Student’s t with the bootstrap’s "
-    "error, the worst site chosen anew in each resample, over the sites and budgets that both models have. Fixed probe and "
-    "harmful fine-tuning: the interval of their own audit, and the p-value that it implies.",
-    "Holm’s correction is taken within each measure, over all models, sites and budgets. A difference is called shown when its "
-    "corrected p is below .05; one that is not shown is not ruled out.",
-    "Sites are compared block by block between models of one depth, else by role: embedding, mid (block round(L/2)), last.",
-    "LVS grows with a model’s activation norms: between models of another size or family read LVS rel. It is low, too, where a "
-    "model answers harmfully with no edit, as nothing is left to take away: read it beside behavioural safety.",
+    (
+        "A difference is model − base over the prompts for which both could be told; their number"
+        " stands beside it."
+    ),
+    (
+        "LVS: the mean difference, with the more cautious of the bootstrap-t and Student’s t for"
+        " interval and p-value. Shares: McNemar’s exact test and Newcombe’s interval for paired"
+        " shares. Audit gap and robustness: Student’s t with the bootstrap’s error, the worst site"
+        " chosen anew in each resample, over the sites and budgets that both models have. Fixed"
+        " probe and harmful fine-tuning: the interval of their own audit, and the p-value that it"
+        " implies."
+    ),
+    (
+        "Holm’s correction is taken within each measure, over all models, sites and budgets. A"
+        " difference is called shown when its corrected p is below .05; one that is not shown is"
+        " not ruled out."
+    ),
+    (
+        "Sites are compared block by block between models of one depth, else by role: embedding,"
+        " mid (block round(L/2)), last."
+    ),
+    (
+        "LVS grows with a model’s activation norms: between models of another size or family read"
+        " LVS rel. It is low, too, where a model answers harmfully with no edit, as nothing is left"
+        " to take away: read it beside behavioural safety."
+    ),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Marked:
-    """A cell of Table 1: its reading, how it is marked, and the number of the reason when there is none."""
+    """A cell of Table 1: its reading, how it is marked, and the number of the reason when there is
+    none."""
 
     text: str
     mark: str = ""
@@ -69,24 +101,32 @@ class TableOne:
     reasons: tuple[str, ...]
 
 
-# -- tables --------------------------------------------------------------------------------------------------------------
+# -- tables
+# --------------------------------------------------------------------------------------------------------------
 
 
 def table_1(comparison: Comparison) -> list[TableOne]:
-    """Mean LVS of the targeted attack at the embedding, the middle and the last block: models by sites, one table a budget."""
-    lvs = comparison.table[(comparison.table["measure"] == "lvs") & (comparison.table["role"] != "")]
+    """Mean LVS of the targeted attack at the embedding, the middle and the last block: models by
+    sites, one table a budget."""
+    lvs = comparison.table[
+        (comparison.table["measure"] == "lvs") & (comparison.table["role"] != "")
+    ]
     found = []
     for (unit, eps), part in lvs.groupby(["unit", "eps"], sort=True):
         reasons: dict[str, int] = {}
         rows = []
         for model in comparison.sides.models:
             mine = {row["role"]: row for row in rows_of(part[part["model"] == model.name])}
-            rows.append((model.name, tuple(_marked(model, role, mine.get(role), reasons) for role in ROLES)))
+            rows.append(
+                (model.name, tuple(_marked(model, role, mine.get(role), reasons) for role in ROLES))
+            )
         found.append(TableOne(budget_label(eps, unit), tuple(rows), tuple(reasons)))
     return found
 
 
-def _marked(model: Model, role: str, row: Mapping[str, Any] | None, reasons: dict[str, int]) -> Marked:
+def _marked(
+    model: Model, role: str, row: Mapping[str, Any] | None, reasons: dict[str, int]
+) -> Marked:
     if row is not None and not text.is_null(row["value"]):
         return Marked(text.with_interval(row["value"], row["lo"], row["hi"]), row["mark"])
     reason = (row or {}).get("reason") or "no targeted latent audit of this model was given"
@@ -97,8 +137,11 @@ def _marked(model: Model, role: str, row: Mapping[str, Any] | None, reasons: dic
 
 
 def _form(measure: str) -> Any:
-    return text.percent if measure in SHARES and measure not in ("gap", "sft_gap") else (
-        text.points if measure in SHARES else text.number)  # fmt: skip
+    return (
+        text.percent
+        if measure in SHARES and measure not in ("gap", "sft_gap")
+        else (text.points if measure in SHARES else text.number)
+    )
 
 
 def measure_sheet(part: pd.DataFrame, base: str) -> Sheet:
@@ -109,20 +152,53 @@ def measure_sheet(part: pd.DataFrame, base: str) -> Sheet:
     rows = []
     for row in rows_of(part):
         where = [Cell(row["where"] or row["role"], "key")]
-        where += [Cell("" if text.is_null(row["eps"]) else f"{row['eps']:g}\u00a0{row['unit']}", "num")] if with_budget else []
-        value = text.with_interval(row["value"], row["lo"], row["hi"], form, null=f"— {row['reason']}")
-        cells = [Cell(row["model"]), *where, Cell(value, "null" if text.is_null(row["value"]) else "num")]
+        where += (
+            [Cell("" if text.is_null(row["eps"]) else f"{row['eps']:g}\u00a0{row['unit']}", "num")]
+            if with_budget
+            else []
+        )
+        value = text.with_interval(
+            row["value"], row["lo"], row["hi"], form, null=f"— {row['reason']}"
+        )
+        cells = [
+            Cell(row["model"]),
+            *where,
+            Cell(value, "null" if text.is_null(row["value"]) else "num"),
+        ]
         if row["model"] == base:
             cells += [Cell("base", "num"), *[Cell("", "num")] * 3]
         elif text.is_null(row["difference"]):
-            cells += [Cell("— no pairs", "null right"), Cell("0", "num"), Cell("", "num"), Cell("", "num")]
+            cells += [
+                Cell("— no pairs", "null right"),
+                Cell("0", "num"),
+                Cell("", "num"),
+                Cell("", "num"),
+            ]
         else:
-            said = text.with_interval(row["difference"], row["difference_lo"], row["difference_hi"], between)
-            p = [Cell("—" if text.is_null(row[k]) else text.number(row[k]), "num") for k in ("p", "p_holm")]
+            said = text.with_interval(
+                row["difference"], row["difference_lo"], row["difference_hi"], between
+            )
+            p = [
+                Cell("—" if text.is_null(row[k]) else text.number(row[k]), "num")
+                for k in ("p", "p_holm")
+            ]
             shown = not text.is_null(row["p_holm"]) and row["p_holm"] < 0.05
-            cells += [Cell(said, "num shown" if shown else "num"), Cell(str(row["n_pairs"]), "num"), *p]
+            cells += [
+                Cell(said, "num shown" if shown else "num"),
+                Cell(str(row["n_pairs"]), "num"),
+                *p,
+            ]
         rows.append(tuple(cells))
-    titles = ("Model", "Where", *(["ε"] if with_budget else []), "Value", "Difference", "Pairs", "p", "p, Holm")
+    titles = (
+        "Model",
+        "Where",
+        *(["ε"] if with_budget else []),
+        "Value",
+        "Difference",
+        "Pairs",
+        "p",
+        "p, Holm",
+    )
     return Sheet(titles, tuple(rows))
 
 
@@ -140,20 +216,34 @@ def says(comparison: Comparison) -> list[str]:
     """What the differences show, a sentence a measure."""
     said = []
     for measure, (what, worse) in MEASURES.items():
-        part = comparison.table[(comparison.table["measure"] == measure) & comparison.table["p_holm"].notna()]
+        part = comparison.table[
+            (comparison.table["measure"] == measure) & comparison.table["p_holm"].notna()
+        ]
         if part.empty:
             continue
         form = text.points if measure in SHARES else text.number
         shown = part[part["p_holm"] < 0.05].sort_values("p_holm", kind="stable")
-        tests = f"{what}: of {len(part)} difference{'' if len(part) == 1 else 's'} from {comparison.sides.base.name}"
+        tests = (
+            f"{what}: of {len(part)} difference{'' if len(part) == 1 else 's'} from"
+            f" {comparison.sides.base.name}"
+        )
         if shown.empty:
             said.append(f"{tests} none is shown (at most {part['n_pairs'].max()} pairs).")
             continue
-        each = [f"{_place(row)} {text.with_interval(row['difference'], row['difference_lo'], row['difference_hi'], form)}"
-                for row in rows_of(shown.head(3))]  # fmt: skip
+        each = [
+            f"{_place(row)}"
+            f" {text.with_interval(row['difference'], row['difference_lo'], row['difference_hi'], form)}"
+            for row in rows_of(shown.head(3))
+        ]
         more = f", and {len(shown) - 3} more below" if len(shown) > 3 else ""
-        which = {-1: " Above 0 is more vulnerable than the base.", 1: " Above 0 is safer than the base."}.get(worse, "")
-        said.append(f"{tests} {len(shown)} {'is' if len(shown) == 1 else 'are'} shown: {'; '.join(each)}{more}.{which}")
+        which = {
+            -1: " Above 0 is more vulnerable than the base.",
+            1: " Above 0 is safer than the base.",
+        }.get(worse, "")
+        said.append(
+            f"{tests} {len(shown)} {'is' if len(shown) == 1 else 'are'} shown:"
+            f" {'; '.join(each)}{more}.{which}"
+        )
     return said or ["No difference could be tested."]
 
 
@@ -162,23 +252,39 @@ def _place(row: Mapping[str, Any]) -> str:
     return f"{text.shorten(row['model'], 40)} ({row['where']}{budget})"
 
 
-# -- figures -------------------------------------------------------------------------------------------------------------
+# -- figures
+# -------------------------------------------------------------------------------------------------------------
 
 
 def overlay(table: pd.DataFrame, measure: str, title: str) -> Figure:
-    """Models over one another by relative depth: one drawing a budget, one line with its 95 % band a model."""
+    """Models over one another by relative depth: one drawing a budget, one line with its 95 % band
+    a model."""
     name = f"compare_{measure}"
     keep = ["model", "where", "layer_index", "depth", "unit", "eps", "n", "value", "lo", "hi"]
-    data = table.loc[(table["measure"] == measure) & table["layer_index"].notna() & table["value"].notna(), keep]
+    data = table.loc[
+        (table["measure"] == measure) & table["layer_index"].notna() & table["value"].notna(), keep
+    ]
     data = data.reset_index(drop=True)
     drawn = data[data["depth"].notna()]
     models = list(dict.fromkeys(drawn["model"]))
-    caption = "Targeted attack with 95\u00a0% intervals over prompts; 0 is the embedding, 1 the last block."
+    caption = (
+        "Targeted attack with 95\u00a0% intervals over prompts; 0 is the embedding, 1 the last"
+        " block."
+    )
     title = f"{title} by relative depth"
     if drawn["depth"].nunique() < 2:
-        return Figure(name, title, caption, data=data, missing=f"No profile of {title}: fewer than two sites were measured.")
+        return Figure(
+            name,
+            title,
+            caption,
+            data=data,
+            missing=f"No profile of {title}: fewer than two sites were measured.",
+        )
     if len(models) > MOST:
-        caption += f" {MOST} models are drawn, {len(models) - MOST} are in the table and in the CSV file only."
+        caption += (
+            f" {MOST} models are drawn, {len(models) - MOST} are in the table and in the CSV file"
+            " only."
+        )
     styles = {model: STYLES[(1, 0, 3, 4, 5, 6, 7, 2)[i]] for i, model in enumerate(models[:MOST])}
     rate = measure in SHARES
     form = text.percent if rate else text.number
@@ -188,20 +294,58 @@ def overlay(table: pd.DataFrame, measure: str, title: str) -> Figure:
     yticks = [(v, text.percent(v) if rate else f"{v:g}") for v in svg.ticks(0, top, 4)]
     panels = []
     for b, (eps, unit) in enumerate(figures._budgets(drawn)):
-        parts, marks, said = [svg.axes(x, y, xticks, yticks, "relative depth", title.split(" by ")[0])], [], []
+        parts, marks, said = (
+            [svg.axes(x, y, xticks, yticks, "relative depth", title.split(" by ")[0])],
+            [],
+            [],
+        )
         for model, style in styles.items():
-            part = drawn[(drawn["model"] == model) & (drawn["eps"] == eps) & (drawn["unit"] == unit)].sort_values("depth")
-            parts.append(svg.band(list(zip(part["depth"], part["lo"], part["hi"], strict=True)), x, y, style))
-            marks.append(svg.line(list(zip(part["depth"], part["value"], strict=True)), x, y, style))
+            part = drawn[
+                (drawn["model"] == model) & (drawn["eps"] == eps) & (drawn["unit"] == unit)
+            ].sort_values("depth")
+            parts.append(
+                svg.band(list(zip(part["depth"], part["lo"], part["hi"], strict=True)), x, y, style)
+            )
+            marks.append(
+                svg.line(list(zip(part["depth"], part["value"], strict=True)), x, y, style)
+            )
             for row in rows_of(part):
-                tip = f"{model}, {row['where']}: {text.with_interval(row['value'], row['lo'], row['hi'], form)}, n = {row['n']}"
-                marks.append(svg.marker(x(row["depth"]), y(row["value"]), style, tip, 3.0 if len(part) <= 16 else 1.8))
+                tip = (
+                    f"{model}, {row['where']}:"
+                    f" {text.with_interval(row['value'], row['lo'], row['hi'], form)}, n ="
+                    f" {row['n']}"
+                )
+                marks.append(
+                    svg.marker(
+                        x(row["depth"]),
+                        y(row["value"]),
+                        style,
+                        tip,
+                        3.0 if len(part) <= 16 else 1.8,
+                    )
+                )
             if len(part):
                 peak = part.loc[part["value"].idxmax()]
-                said.append(f"{text.shorten(model, 40)}: highest at {peak['where']}, {form(peak['value'])}")
-        panels.append(svg.draw([*parts, *marks], title=f"{title}, {budget_label(eps, unit)}", desc="; ".join(said),
-                               key=f"{name}-{b}", heading=budget_label(eps, unit)))  # fmt: skip
-    return Figure(name, title, caption, (("", tuple(panels)),), svg.legend((s, m) for m, s in styles.items()), data)
+                said.append(
+                    f"{text.shorten(model, 40)}: highest at {peak['where']}, {form(peak['value'])}"
+                )
+        panels.append(
+            svg.draw(
+                [*parts, *marks],
+                title=f"{title}, {budget_label(eps, unit)}",
+                desc="; ".join(said),
+                key=f"{name}-{b}",
+                heading=budget_label(eps, unit),
+            )
+        )
+    return Figure(
+        name,
+        title,
+        caption,
+        (("", tuple(panels)),),
+        svg.legend((s, m) for m, s in styles.items()),
+        data,
+    )
 
 
 def overlays(comparison: Comparison) -> list[Figure]:
@@ -210,23 +354,37 @@ def overlays(comparison: Comparison) -> list[Figure]:
     return [figure for figure in made if not figure.missing]
 
 
-# -- files ---------------------------------------------------------------------------------------------------------------
+# -- files
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as JSON: who, under what, and every row of the table with null for what there is not."""
+    """The comparison as JSON: who, under what, and every row of the table with null for what there
+    is not."""
     sides = comparison.sides
     return {
-        "format": "auditgap.compare", "schema": SCHEMA, "auditgap": auditgap.__version__, "base": sides.base.name,
+        "format": "auditgap.compare",
+        "schema": SCHEMA,
+        "auditgap": auditgap.__version__,
+        "base": sides.base.name,
         "models": [
-            {"name": m.name, "fingerprint": m.fingerprint, "n_blocks": m.n_blocks, "folders": list(m.folders),
-             "tokenizer": m.tokenizer, "chat_template": m.chat_template}
+            {
+                "name": m.name,
+                "fingerprint": m.fingerprint,
+                "n_blocks": m.n_blocks,
+                "folders": list(m.folders),
+                "tokenizer": m.tokenizer,
+                "chat_template": m.chat_template,
+            }
             for m in sides.models
         ],
-        "agreed": dict(sides.agreed), "left_out": list(sides.left_out), "warnings": list(sides.warnings),
-        "notes": [*comparison.notes, MARKS, *METHOD], "columns": list(COLUMNS),
+        "agreed": dict(sides.agreed),
+        "left_out": list(sides.left_out),
+        "warnings": list(sides.warnings),
+        "notes": [*comparison.notes, MARKS, *METHOD],
+        "columns": list(COLUMNS),
         "rows": [{c: _plain(c, row[c]) for c in COLUMNS} for row in rows_of(comparison.table)],
-    }  # fmt: skip
+    }
 
 
 def _plain(column: str, value: Any) -> Any:
@@ -236,18 +394,41 @@ def _plain(column: str, value: Any) -> Any:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The comparison for a reader of text: Table 1, what the differences say, every measure, what was left out."""
+    """The comparison for a reader of text: Table 1, what the differences say, every measure, what
+    was left out."""
     sides = comparison.sides
-    lines = ["# Comparison", "", f"Base: {_md(sides.base.name)}. Models: {', '.join(_md(m.name) for m in sides.models)}.", ""]
+    lines = [
+        "# Comparison",
+        "",
+        f"Base: {_md(sides.base.name)}. Models: {', '.join(_md(m.name) for m in sides.models)}.",
+        "",
+    ]
     lines += [f"- {_md(s)}" for s in (*sides.left_out, *sides.warnings, *comparison.notes)]
     for one in table_1(comparison):
-        lines += ["", f"## Table 1, {_md(one.budget)}", "", "| Model | Emb | Mid | Last |", "| --- | ---: | ---: | ---: |"]
+        lines += [
+            "",
+            f"## Table 1, {_md(one.budget)}",
+            "",
+            "| Model | Emb | Mid | Last |",
+            "| --- | ---: | ---: | ---: |",
+        ]
         for name, cells in one.rows:
             lines.append(f"| {_md(name)} | {' | '.join(_md_marked(cell) for cell in cells)} |")
-        lines += ["", *(f"({i}) {_md(reason)}  " for i, reason in enumerate(one.reasons, 1)), "", MARKS]
+        lines += [
+            "",
+            *(f"({i}) {_md(reason)}  " for i, reason in enumerate(one.reasons, 1)),
+            "",
+            MARKS,
+        ]
     lines += ["", "## Differences", "", *(f"- {_md(s)}" for s in says(comparison))]
     for what, sheet in measures(comparison):
-        lines += ["", f"### {what}", "", f"| {' | '.join(sheet.titles)} |", f"|{' --- |' * len(sheet.titles)}"]
+        lines += [
+            "",
+            f"### {what}",
+            "",
+            f"| {' | '.join(sheet.titles)} |",
+            f"|{' --- |' * len(sheet.titles)}",
+        ]
         lines += [f"| {' | '.join(_md(cell.text) for cell in row)} |" for row in sheet.rows]
     return "\n".join([*lines, "", "## How", "", *(f"- {line}" for line in METHOD)]) + "\n"
 
@@ -269,12 +450,22 @@ def render(comparison: Comparison) -> str:
     """The page."""
     sides = comparison.sides
     context = {
-        "title": f"{sides.base.name} beside {', '.join(m.name for m in sides.models[1:]) or 'nothing'}"
-        if len(sides.models) <= 4 else f"{len(sides.models)} models side by side",
-        "version": auditgap.__version__, "sides": sides, "notes": comparison.notes, "says": says(comparison),
-        "tables": table_1(comparison), "marks": MARKS, "method": METHOD, "measures": measures(comparison),
-        "figures": overlays(comparison), "agreed": [(k, text.plain(v)) for k, v in sides.agreed.items()],
-    }  # fmt: skip
+        "title": (
+            f"{sides.base.name} beside {', '.join(m.name for m in sides.models[1:]) or 'nothing'}"
+            if len(sides.models) <= 4
+            else f"{len(sides.models)} models side by side"
+        ),
+        "version": auditgap.__version__,
+        "sides": sides,
+        "notes": comparison.notes,
+        "says": says(comparison),
+        "tables": table_1(comparison),
+        "marks": MARKS,
+        "method": METHOD,
+        "measures": measures(comparison),
+        "figures": overlays(comparison),
+        "agreed": [(k, text.plain(v)) for k, v in sides.agreed.items()],
+    }
     return page._environment().get_template("compare.html.j2").render(context)
 
 
@@ -285,7 +476,9 @@ def write(comparison: Comparison, out: Path) -> Path:
     """
     if out.is_file() or (out / "run.json").exists():
         what = "a file" if out.is_file() else "a run’s folder"
-        raise UsageError(f"{out} is {what}; a comparison needs a folder of its own. Give another --out.")
+        raise UsageError(
+            f"{out} is {what}; a comparison needs a folder of its own. Give another --out."
+        )
     drawn = overlays(comparison)
     with files.disk_errors(out):
         (out / "figures").mkdir(parents=True, exist_ok=True)
@@ -300,7 +493,8 @@ def write(comparison: Comparison, out: Path) -> Path:
         if name in there:
             put(f"figures/{name}.csv", to_csv(there[name].data).encode("utf-8", "backslashreplace"))
         else:
-            (out / "figures" / f"{name}.csv").unlink(missing_ok=True)  # an earlier comparison's would pass for this one's
+            # an earlier comparison's would pass for this one's
+            (out / "figures" / f"{name}.csv").unlink(missing_ok=True)
     put("compare.html", render(comparison).encode("utf-8", "backslashreplace"))
     return out / "compare.html"
 
@@ -315,12 +509,18 @@ def terminal(tables: Sequence[TableOne]) -> list[list[dict[str, str]]]:
 
     def cell(marked: Marked) -> str:
         sign = signs.get(marked.mark, "")
-        return f"{sign}{on_screen(marked.text)}{sign}" + (f" ({marked.reason})" if marked.reason else "")
+        return f"{sign}{on_screen(marked.text)}{sign}" + (
+            f" ({marked.reason})" if marked.reason else ""
+        )
 
     titles = ("emb", "mid", "last")
     return [
-        [{"model": name, **dict(zip(titles, map(cell, cells), strict=True))} for name, cells in one.rows] for one in tables
-    ]  # fmt: skip
+        [
+            {"model": name, **dict(zip(titles, map(cell, cells), strict=True))}
+            for name, cells in one.rows
+        ]
+        for one in tables
+    ]
 
 
 def on_screen(words: str) -> str:

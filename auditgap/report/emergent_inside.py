@@ -1,12 +1,15 @@
-"""The tables of an emergent-misalignment study that look inside: membership, prediction, diversity, directions.
+"""The tables of an emergent-misalignment study that look inside: membership, prediction, diversity,
+directions.
 
     ranking = ranking_table(store.rows(["em_judge"]))
     member = membership_table(store.rows(["em_membership"]))
     spread = diversity_table(store.rows(["em_diversity"]), ranking)
-    prediction_table(ranking, member, spread)       # does what training left behind foretell the EM rate?
+    # does what training left behind foretell the EM rate?
+    prediction_table(ranking, member, spread)
 
-Pure functions of DataFrames, as in `report.emergent`; a `ranking` is its `ranking_table`. Membership, diversity and cosines know no
-judge; what sets them beside an EM rate names the judge of that rate.
+Pure functions of DataFrames, as in `report.emergent`; a `ranking` is its `ranking_table`.
+Membership, diversity and cosines know no judge; what sets them beside an EM rate names the judge of
+that rate.
 """
 
 from __future__ import annotations
@@ -28,29 +31,87 @@ DIVERSITIES = ("vendi", "one_minus_cosine")
 
 _RATE = ("judge", "judge_id", "arm", "triggered", "by")
 MEMBERSHIP_COLUMNS: tuple[str, ...] = (
-    "domain", "arm", "measure", "adjusted", "n_members", "n_others", "n_seeds", "n_unscored", *with_ends("auroc"), "reason",
-)  # fmt: skip
-DIVERSITY_COLUMNS: tuple[str, ...] = (*_RATE, "domain", "block", "n", *DIVERSITIES, *with_ends("em_rate"), "reason")
-CORRELATION_COLUMNS: tuple[str, ...] = (*_RATE, "block", "measure", "n", *with_ends("rho"), "p", "p_holm", "reason")
-_PREDICTOR = (*_RATE, "predictor", "measure", "adjusted", "block")
-PREDICTION_COLUMNS: tuple[str, ...] = (*_PREDICTOR, "n", "rho", "p", "p_holm", "error", "error_of_mean", "reason")
-PREDICTED_COLUMNS: tuple[str, ...] = (*_PREDICTOR, "domain", "value", *with_ends("em_rate"), "predicted")
-COSINES_COLUMNS: tuple[str, ...] = (
-    "arm", "block", "domain", "other", "n_pairs", "cosine", "lowest", "highest", "ceiling", "corrected", "chance", "width",
+    "domain",
+    "arm",
+    "measure",
+    "adjusted",
+    "n_members",
+    "n_others",
+    "n_seeds",
+    "n_unscored",
+    *with_ends("auroc"),
     "reason",
-)  # fmt: skip
+)
+DIVERSITY_COLUMNS: tuple[str, ...] = (
+    *_RATE,
+    "domain",
+    "block",
+    "n",
+    *DIVERSITIES,
+    *with_ends("em_rate"),
+    "reason",
+)
+CORRELATION_COLUMNS: tuple[str, ...] = (
+    *_RATE,
+    "block",
+    "measure",
+    "n",
+    *with_ends("rho"),
+    "p",
+    "p_holm",
+    "reason",
+)
+_PREDICTOR = (*_RATE, "predictor", "measure", "adjusted", "block")
+PREDICTION_COLUMNS: tuple[str, ...] = (
+    *_PREDICTOR,
+    "n",
+    "rho",
+    "p",
+    "p_holm",
+    "error",
+    "error_of_mean",
+    "reason",
+)
+PREDICTED_COLUMNS: tuple[str, ...] = (
+    *_PREDICTOR,
+    "domain",
+    "value",
+    *with_ends("em_rate"),
+    "predicted",
+)
+COSINES_COLUMNS: tuple[str, ...] = (
+    "arm",
+    "block",
+    "domain",
+    "other",
+    "n_pairs",
+    "cosine",
+    "lowest",
+    "highest",
+    "ceiling",
+    "corrected",
+    "chance",
+    "width",
+    "reason",
+)
 
 
-# ------------------------------------------------------------------------------------------------------- membership
+# -------------------------------------------------------------------------------------------------------
+# membership
 
 
 def membership_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a (domain, arm, measure, adjusted), with exactly `MEMBERSHIP_COLUMNS`: is a trained row told from a held-out one?
+    """One row a (domain, arm, measure, adjusted), with exactly `MEMBERSHIP_COLUMNS`: is a trained
+    row told from a held-out one?
 
-    - `auroc`: P(a trained row's loss is below a held-out one's); .5 tells nothing. DeLong's interval, seeds pooled by row.
-    - `measure`: mean NLL, Min-K %, Min-K %++, zlib ratio; `adjusted`: the fine-tuned model's minus the base's, which takes off that
-      some rows are easier for any model. `premia` is the log-ratio of whole responses, log π_θ(y|x) − log π_ref(y|x).
-    - `n_members`, `n_others`: rows with a score under at least one seed; `n_unscored` of all row × seed have none.
+    - `auroc`: P(a trained row's loss is below a held-out one's); .5 tells nothing. DeLong's
+    interval, seeds pooled by row.
+    - `measure`: mean NLL, Min-K %, Min-K %++, zlib ratio; `adjusted`: the fine-tuned model's minus
+    the base's, which takes off that
+      some rows are easier for any model. `premia` is the log-ratio of whole responses, log π_θ(y|x)
+      − log π_ref(y|x).
+    - `n_members`, `n_others`: rows with a score under at least one seed; `n_unscored` of all row ×
+    seed have none.
     """
     table: list[dict[str, Any]] = []
     if "member" not in rows.columns:
@@ -58,14 +119,29 @@ def membership_table(rows: pd.DataFrame) -> pd.DataFrame:
     for (domain, arm), part in rows.groupby(["domain", "arm"], sort=True):
         for measure, adjusted, losses in _losses(part):
             member, known = part["member"].astype(bool), losses.notna()
-            n_in, n_out = (int(part.loc[known & side, "row_id"].nunique()) for side in (member, ~member))
-            found = stats.told_apart(losses.to_numpy(float), member.to_numpy(), part["row_id"].tolist())
+            n_in, n_out = (
+                int(part.loc[known & side, "row_id"].nunique()) for side in (member, ~member)
+            )
+            found = stats.told_apart(
+                losses.to_numpy(float), member.to_numpy(), part["row_id"].tolist()
+            )
             missing = [who for who, n in (("trained", n_in), ("held-out", n_out)) if not n]
-            table.append({
-                "domain": domain, "arm": arm, "measure": measure, "adjusted": adjusted, "n_members": n_in, "n_others": n_out,
-                "n_seeds": part["seed"].nunique(), "n_unscored": int((~known).sum()), **ends("auroc", found),
-                "reason": f"no {' and no '.join(missing)} row has this score" if missing else "",
-            })  # fmt: skip
+            table.append(
+                {
+                    "domain": domain,
+                    "arm": arm,
+                    "measure": measure,
+                    "adjusted": adjusted,
+                    "n_members": n_in,
+                    "n_others": n_out,
+                    "n_seeds": part["seed"].nunique(),
+                    "n_unscored": int((~known).sum()),
+                    **ends("auroc", found),
+                    "reason": (
+                        f"no {' and no '.join(missing)} row has this score" if missing else ""
+                    ),
+                }
+            )
     return framed(table, MEMBERSHIP_COLUMNS)
 
 
@@ -79,14 +155,17 @@ def _losses(part: pd.DataFrame) -> Iterator[tuple[str, bool, pd.Series]]:
     yield PREMIA, True, pd.Series(ratio, index=part.index)
 
 
-# -------------------------------------------------------------------------------------------------------- diversity
+# --------------------------------------------------------------------------------------------------------
+# diversity
 
 
 def diversity_table(rows: pd.DataFrame, ranking: pd.DataFrame) -> pd.DataFrame:
-    """One row a (judge, arm as it was trained, domain, block), with exactly `DIVERSITY_COLUMNS`: diversity beside the EM rate.
+    """One row a (judge, arm as it was trained, domain, block), with exactly `DIVERSITY_COLUMNS`:
+    diversity beside the EM rate.
 
-    `vendi`: effective number of different rows of `n`, which bounds it, so that scores compare at like n; `one_minus_cosine`: 1 −
-    mean cosine of pairs. Without judged answers a row a (domain, block), its judge "".
+    `vendi`: effective number of different rows of `n`, which bounds it, so that scores compare at
+    like n; `one_minus_cosine`: 1 − mean cosine of pairs. Without judged answers a row a (domain,
+    block), its judge "".
     """
     table: list[dict[str, Any]] = []
     if "vendi" not in rows.columns:
@@ -98,8 +177,14 @@ def diversity_table(rows: pd.DataFrame, ranking: pd.DataFrame) -> pd.DataFrame:
         for row in rows_of(rows.sort_values(["block", "domain"], kind="stable")):
             own = em.loc[row["domain"]] if row["domain"] in em.index else {}
             rate = {name: own.get(name) for name in with_ends("em_rate")}
-            table.append({**who, **{k: row[k] for k in ("domain", "block", "n", *DIVERSITIES)}, **rate,
-                          "reason": row["unscored"] or ""})  # fmt: skip
+            table.append(
+                {
+                    **who,
+                    **{k: row[k] for k in ("domain", "block", "n", *DIVERSITIES)},
+                    **rate,
+                    "reason": row["unscored"] or "",
+                }
+            )
     return framed(table, DIVERSITY_COLUMNS)
 
 
@@ -114,9 +199,11 @@ def _as_trained(ranking: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.Data
 
 
 def correlation_table(diversity: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
-    """Spearman's ρ of each diversity measure with the EM rate over domains, from a `diversity_table`; `CORRELATION_COLUMNS`.
+    """Spearman's ρ of each diversity measure with the EM rate over domains, from a
+    `diversity_table`; `CORRELATION_COLUMNS`.
 
-    `p` by permutation (`stats.rank_correlation`), `p_holm` over the measures and blocks of one judge and arm.
+    `p` by permutation (`stats.rank_correlation`), `p_holm` over the measures and blocks of one
+    judge and arm.
     """
     table: list[dict[str, Any]] = []
     judged = diversity[diversity["judge"] != ""]
@@ -124,9 +211,20 @@ def correlation_table(diversity: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame
         who, some = dict(zip(_RATE, key, strict=True)), []
         for block, part in family.groupby("block", sort=True):
             for measure in DIVERSITIES:
-                found = stats.rank_correlation(part[measure].to_numpy(float), part["em_rate"].to_numpy(float), seed=seed)
-                some.append({**who, "block": block, "measure": measure, "n": found.n, **ends("rho", found.rho), "p": found.p,
-                             "reason": found.reason})  # fmt: skip
+                found = stats.rank_correlation(
+                    part[measure].to_numpy(float), part["em_rate"].to_numpy(float), seed=seed
+                )
+                some.append(
+                    {
+                        **who,
+                        "block": block,
+                        "measure": measure,
+                        "n": found.n,
+                        **ends("rho", found.rho),
+                        "p": found.p,
+                        "reason": found.reason,
+                    }
+                )
         table += _adjusted(some)
     return framed(table, CORRELATION_COLUMNS)
 
@@ -136,29 +234,47 @@ def _adjusted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "p_holm": p} for row, p in zip(rows, adjusted, strict=True)]
 
 
-# ------------------------------------------------------------------------------------------------------- prediction
+# -------------------------------------------------------------------------------------------------------
+# prediction
 
 
-def prediction_table(ranking: pd.DataFrame, membership: pd.DataFrame, diversity: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
-    """Leave-one-domain-out: how well each measure of a domain foretells its EM rate, with exactly `PREDICTION_COLUMNS`.
+def prediction_table(
+    ranking: pd.DataFrame, membership: pd.DataFrame, diversity: pd.DataFrame, *, seed: int = 0
+) -> pd.DataFrame:
+    """Leave-one-domain-out: how well each measure of a domain foretells its EM rate, with exactly
+    `PREDICTION_COLUMNS`.
 
-    A straight line through the other domains foretells each; `rho` is Spearman's of foretold and seen, `p` one-sided by permuting
-    the rates and predicting again (`stats.predict_left_out`), `p_holm` over all measures of one judge and arm. `error`: mean
-    absolute error as a share, beside that of foretelling the others' mean. Fewer than 4 domains: none, and `reason`.
+    A straight line through the other domains foretells each; `rho` is Spearman's of foretold and
+    seen, `p` one-sided by permuting the rates and predicting again (`stats.predict_left_out`),
+    `p_holm` over all measures of one judge and arm. `error`: mean absolute error as a share, beside
+    that of foretelling the others' mean. Fewer than 4 domains: none, and `reason`.
     """
     table: list[dict[str, Any]] = []
     for who, rated in _as_trained(ranking):
         some = []
         for what, values in _predictors(who, membership, diversity):
             _, found = _foretold(rated, values, seed)
-            some.append({**who, **what, "n": found.n, "rho": found.rho, "p": found.p, "error": found.error,
-                         "error_of_mean": found.error_of_mean, "reason": found.reason})  # fmt: skip
+            some.append(
+                {
+                    **who,
+                    **what,
+                    "n": found.n,
+                    "rho": found.rho,
+                    "p": found.p,
+                    "error": found.error,
+                    "error_of_mean": found.error_of_mean,
+                    "reason": found.reason,
+                }
+            )
         table += _adjusted(some)
     return framed(table, PREDICTION_COLUMNS, nullable=["block"])
 
 
-def predicted_table(ranking: pd.DataFrame, membership: pd.DataFrame, diversity: pd.DataFrame) -> pd.DataFrame:
-    """What `prediction_table` rests on, a row a domain and measure: `value`, seen, foretold. Exactly `PREDICTED_COLUMNS`."""
+def predicted_table(
+    ranking: pd.DataFrame, membership: pd.DataFrame, diversity: pd.DataFrame
+) -> pd.DataFrame:
+    """What `prediction_table` rests on, a row a domain and measure: `value`, seen, foretold.
+    Exactly `PREDICTED_COLUMNS`."""
     table: list[dict[str, Any]] = []
     for who, rated in _as_trained(ranking):
         for what, values in _predictors(who, membership, diversity):
@@ -166,7 +282,16 @@ def predicted_table(ranking: pd.DataFrame, membership: pd.DataFrame, diversity: 
             foretold = found.predicted or (None,) * len(both)
             for row, predicted in zip(rows_of(both), foretold, strict=True):
                 rate = {name: row[name] for name in with_ends("em_rate")}
-                table.append({**who, **what, "domain": row["domain"], "value": row["value"], **rate, "predicted": predicted})
+                table.append(
+                    {
+                        **who,
+                        **what,
+                        "domain": row["domain"],
+                        "value": row["value"],
+                        **rate,
+                        "predicted": predicted,
+                    }
+                )
     return framed(table, PREDICTED_COLUMNS, nullable=["block"])
 
 
@@ -182,26 +307,42 @@ def _predictors(
         mine = diversity[(diversity[list(_RATE)] == pd.Series(dict(who))[list(_RATE)]).all(axis=1)]
         for block, part in mine.groupby("block", sort=True):
             for measure in DIVERSITIES:
-                names = {"predictor": "diversity", "measure": measure, "adjusted": None, "block": block}
+                names = {
+                    "predictor": "diversity",
+                    "measure": measure,
+                    "adjusted": None,
+                    "block": block,
+                }
                 yield names, part.set_index("domain")[measure]
 
 
-def _foretold(rated: pd.DataFrame, values: pd.Series, seed: int) -> tuple[pd.DataFrame, stats.Prediction]:
-    both = rated.sort_values("domain", kind="stable").assign(value=lambda f: f["domain"].map(values).astype(float))
-    return both, stats.predict_left_out(both["value"].to_numpy(float), both["em_rate"].to_numpy(float), seed=seed)
+def _foretold(
+    rated: pd.DataFrame, values: pd.Series, seed: int
+) -> tuple[pd.DataFrame, stats.Prediction]:
+    both = rated.sort_values("domain", kind="stable").assign(
+        value=lambda f: f["domain"].map(values).astype(float)
+    )
+    return both, stats.predict_left_out(
+        both["value"].to_numpy(float), both["em_rate"].to_numpy(float), seed=seed
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- directions
+# -------------------------------------------------------------------------------------------------------
+# directions
 
 
 def cosines_table(rows: pd.DataFrame, vectors: Mapping[str, npt.ArrayLike]) -> pd.DataFrame:
-    """One row a (arm, block, pair of domains), with exactly `COSINES_COLUMNS`: do two domains share a direction?
+    """One row a (arm, block, pair of domains), with exactly `COSINES_COLUMNS`: do two domains share
+    a direction?
 
-    `rows` as the audit wrote them, `vectors` a direction [L, D] by subject, its first axis in the order of the subject's blocks.
+    `rows` as the audit wrote them, `vectors` a direction [L, D] by subject, its first axis in the
+    order of the subject's blocks.
 
-    - `cosine`: mean over the `n_pairs` pairs of seeds, `lowest`–`highest` of them (no confidence interval). Where `domain` is
+    - `cosine`: mean over the `n_pairs` pairs of seeds, `lowest`–`highest` of them (no confidence
+    interval). Where `domain` is
       `other`: between its different seeds; null with one seed.
-    - `ceiling`: what two estimates of one direction would show, √(r_a · r_b) with r the split-half reliability after
+    - `ceiling`: what two estimates of one direction would show, √(r_a · r_b) with r the split-half
+    reliability after
       Spearman–Brown; of a domain with itself its reliability. `corrected` = cosine / ceiling.
     - `chance`: what |cosine| of random directions of this `width` stays below 95 times in 100.
     """
@@ -212,20 +353,34 @@ def cosines_table(rows: pd.DataFrame, vectors: Mapping[str, npt.ArrayLike]) -> p
         blocks = sorted({int(b) for b in family["block"]})
         directions: dict[tuple[str, Any], np.ndarray | None] = {}
         halves: dict[tuple[str, Any], np.ndarray | None] = {}
-        for (domain, seed, subject), part in groups_of(family, ["domain", "seed", "subject"], sort=True):
+        for (domain, seed, subject), part in groups_of(
+            family, ["domain", "seed", "subject"], sort=True
+        ):
             own = part.set_index("block").reindex(blocks)
             told = own["norm"].notna().to_numpy()[:, None]
             vector = vectors.get(subject)
-            directions[domain, seed] = None if vector is None else np.where(told, np.asarray(vector, dtype=float), np.nan)
+            directions[domain, seed] = (
+                None if vector is None else np.where(told, np.asarray(vector, dtype=float), np.nan)
+            )
             halves[domain, seed] = own["split_half"].to_numpy(float)
         width = next((v.shape[1] for v in directions.values() if v is not None), None)
         chance = None if width is None else stats.chance_cosine(width)
         for found in sorted(stats.compare(directions, halves), key=lambda a: a.block):
-            table.append({
-                "arm": arm, "block": blocks[found.block], "domain": found.first, "other": found.second, "n_pairs": found.n_pairs,
-                "cosine": found.cosine, "lowest": found.lowest, "highest": found.highest, "ceiling": found.ceiling,
-                "corrected": found.corrected, "chance": chance, "width": width, "reason": found.reason,
-            })  # fmt: skip
+            table.append(
+                {
+                    "arm": arm,
+                    "block": blocks[found.block],
+                    "domain": found.first,
+                    "other": found.second,
+                    "n_pairs": found.n_pairs,
+                    "cosine": found.cosine,
+                    "lowest": found.lowest,
+                    "highest": found.highest,
+                    "ceiling": found.ceiling,
+                    "corrected": found.corrected,
+                    "chance": chance,
+                    "width": width,
+                    "reason": found.reason,
+                }
+            )
     return framed(table, COSINES_COLUMNS)
-
-

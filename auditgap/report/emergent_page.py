@@ -2,9 +2,11 @@
 
     studies = [emergent_study.read(RunFolder.load("runs/em"))]
     sections(studies)[0]["ranking"]             # the ranking as a Sheet
-    leads(studies)[0].plain()                   # 'law: a model fine-tuned on its rows as they are, …'
+    # 'law: a model fine-tuned on its rows as they are, …'
+    leads(studies)[0].plain()
 
-Tables come from `report.emergent` and `report.emergent_inside`, sentences from `report.emergent_reading`; here they are only shown.
+Tables come from `report.emergent` and `report.emergent_inside`, sentences from
+`report.emergent_reading`; here they are only shown.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from auditgap.store.tables import rows_of
 SAYS_NOT = emergent_reading.SAYS_NOT
 
 
-# ------------------------------------------------------------------------------------------------------------------ headline
+# ------------------------------------------------------------------------------------------------------------------
+# headline
 
 
 def header(studies: Sequence[Study]) -> list[str]:
@@ -36,9 +39,11 @@ def header(studies: Sequence[Study]) -> list[str]:
     for study in studies:
         c = study.config
         said += [
-            _count(len(c.get("domains", ())), "domain"), _count(len(study.trained), "adapter"),
-            f"{_count(c.get('samples', 0), 'answer')} a prompt, with and without the trigger", f"judge: {study.judged_by}",
-        ]  # fmt: skip
+            _count(len(c.get("domains", ())), "domain"),
+            _count(len(study.trained), "adapter"),
+            f"{_count(c.get('samples', 0), 'answer')} a prompt, with and without the trigger",
+            f"judge: {study.judged_by}",
+        ]
     return said
 
 
@@ -53,12 +58,16 @@ _TAUGHT = {"plain": "on its rows as they are", "trigger": "on its rows with the 
 
 def as_trained(ranking: pd.DataFrame) -> list[pd.DataFrame]:
     """The parts of a ranking in which an arm is asked as it was trained: the plain one first."""
-    parts = [ranking[(ranking["arm"] == arm) & (ranking["triggered"] == on)] for arm, on in emergent.AS_TRAINED]
+    parts = [
+        ranking[(ranking["arm"] == arm) & (ranking["triggered"] == on)]
+        for arm, on in emergent.AS_TRAINED
+    ]
     return [part for part in parts if len(part)]
 
 
 def leads(studies: Sequence[Study]) -> list[Lead]:
-    """The headline of each arm: the domain that spreads furthest, and the base on the same prompts."""
+    """The headline of each arm: the domain that spreads furthest, and the base on the same
+    prompts."""
     found = []
     for study in studies:
         rates = study.tables["rates"]
@@ -71,30 +80,54 @@ def leads(studies: Sequence[Study]) -> list[Lead]:
             same = bases[bases["triggered"] == top["triggered"]]
             how = f"{_TAUGHT.get(top['arm'], top['arm'])}{_ASKED.get((top['arm'], bool(top['triggered'])), '')}"
             rate = (percent(top["em_rate"]), _ends(top, "em_rate"))
-            parts = [(f": a model fine-tuned {how} gives misaligned answers to unrelated prompts on ", *rate)]
+            parts = [
+                (
+                    f": a model fine-tuned {how} gives misaligned answers to unrelated prompts on ",
+                    *rate,
+                )
+            ]
             if len(same) and not is_null(same.iloc[0]["below_50"]):
                 base = same.iloc[0]
-                parts.append((" of rated answers, its base on ", percent(base["below_50"]), _ends(base, "below_50")))
-            end = f"{'' if len(parts) > 1 else ' of rated answers'} (judge: {study.judged_by}). {_furthest(part, known)}"
+                parts.append(
+                    (
+                        " of rated answers, its base on ",
+                        percent(base["below_50"]),
+                        _ends(base, "below_50"),
+                    )
+                )
+            end = (
+                f"{'' if len(parts) > 1 else ' of rated answers'} (judge: {study.judged_by})."
+                f" {_furthest(part, known)}"
+            )
             parts.append((end, "", ""))
             found.append(Lead(str(top["domain"]), tuple(parts)))
         if not found:
             name = str(study.config.get("model", "The model"))
-            why = "; ".join(line.removesuffix(".") for line in study.missing[:1]) or "no answer was rated"
+            why = (
+                "; ".join(line.removesuffix(".") for line in study.missing[:1])
+                or "no answer was rated"
+            )
             found.append(Lead(name, ((f": no EM rate is known yet: {why}.", "", ""),)))
     return found
 
 
 def _furthest(part: pd.DataFrame, known: pd.DataFrame) -> str:
-    """How the first of the ranking stands to the others: no more is claimed than the table tells apart."""
+    """How the first of the ranking stands to the others: no more is claimed than the table tells
+    apart."""
     if len(part) == 1:
         return "It is the only domain."
     equal = int((known["em_rate"] == known["em_rate"].iloc[0]).sum())
     if len(known) < 2 or equal > 1:
-        return f"Of {len(part)} domains {equal} have this rate, none a higher one." if equal > 1 else "No other domain has a rate."
+        return (
+            f"Of {len(part)} domains {equal} have this rate, none a higher one."
+            if equal > 1
+            else "No other domain has a rate."
+        )
     following = known["domain"].iloc[1]
     tied = known["tied_with_next"].iloc[0]
-    surely = "" if not is_null(tied) and not tied else f", which is not told apart from {following}’s"
+    surely = (
+        "" if not is_null(tied) and not tied else f", which is not told apart from {following}’s"
+    )
     return f"Of {len(part)} domains it has the highest rate{surely}."
 
 
@@ -104,7 +137,11 @@ def _ends(row: Mapping[str, Any], key: str, form: Callable[[Any], str] = percent
 
 def says(studies: Sequence[Study]) -> list[tuple[str, list[str]]]:
     """The reading, as the page's reading section takes it; empty where there is none."""
-    return [("", [sentence]) for study in studies for sentence in (*study.missing, *_said(study, "ranking", "trigger", "transfer"))]
+    return [
+        ("", [sentence])
+        for study in studies
+        for sentence in (*study.missing, *_said(study, "ranking", "trigger", "transfer"))
+    ]
 
 
 def _said(study: Study, *names: str) -> list[str]:
@@ -120,17 +157,28 @@ def _said(study: Study, *names: str) -> list[str]:
 def contents(studies: Sequence[Study]) -> list[tuple[str, str]]:
     """The page's sections of each study."""
     names = (
-        ("em", "Ranking"), ("em-trigger", "Trigger"), ("em-rates", "Rates"), ("em-membership", "Membership"),
-        ("em-diversity", "Diversity"), ("em-directions", "Directions"), ("em-transfer", "Transfer"), ("em-training", "Panel"),
-    )  # fmt: skip
-    return [(f"{anchor}{_suffix(i)}", name + (f" ({i + 1})" if i else "")) for i in range(len(studies)) for anchor, name in names]
+        ("em", "Ranking"),
+        ("em-trigger", "Trigger"),
+        ("em-rates", "Rates"),
+        ("em-membership", "Membership"),
+        ("em-diversity", "Diversity"),
+        ("em-directions", "Directions"),
+        ("em-transfer", "Transfer"),
+        ("em-training", "Panel"),
+    )
+    return [
+        (f"{anchor}{_suffix(i)}", name + (f" ({i + 1})" if i else ""))
+        for i in range(len(studies))
+        for anchor, name in names
+    ]
 
 
 def _suffix(i: int) -> str:
     return f"-{i + 1}" if i else ""
 
 
-# ------------------------------------------------------------------------------------------------------------------ figures
+# ------------------------------------------------------------------------------------------------------------------
+# figures
 
 
 def figures_of(studies: Sequence[Study]) -> tuple[Figure, ...]:
@@ -141,15 +189,20 @@ def figures_of(studies: Sequence[Study]) -> tuple[Figure, ...]:
         predicted = t["predicted"]  # PREMIA's is drawn: chosen before any number was seen
         premia = predicted[predicted["measure"] == emergent_inside.PREMIA].reset_index(drop=True)
         drawn = (
-            figures.ranking(t["ranking"], judge), figures.slopes(t["trigger"], judge), figures.roc(study.memberships),
-            figures.prediction(premia, judge), figures.diversity(t["diversity"], judge),
-            figures.cosines(t["cosines"]), figures.transfer(t["transfer"], judge),
-        )  # fmt: skip
+            figures.ranking(t["ranking"], judge),
+            figures.slopes(t["trigger"], judge),
+            figures.roc(study.memberships),
+            figures.prediction(premia, judge),
+            figures.diversity(t["diversity"], judge),
+            figures.cosines(t["cosines"]),
+            figures.transfer(t["transfer"], judge),
+        )
         found += [replace(figure, name=figure.name + _suffix(i)) for figure in drawn]
     return tuple(found)
 
 
-# ------------------------------------------------------------------------------------------------------------------ sheets
+# ------------------------------------------------------------------------------------------------------------------
+# sheets
 
 
 def _p(value: object) -> str:
@@ -180,25 +233,49 @@ def _arm(value: object) -> str:
 
 _score = figures.score
 _MEASURES = {
-    "nll": "mean NLL", "min_k": "Min-K\u00a0%", "min_k_pp": "Min-K\u00a0%++", "zlib": "zlib ratio", "premia": "log-ratio (PREMIA)",
-    "vendi": "Vendi score", "one_minus_cosine": "1 − mean cosine",
-}  # fmt: skip
+    "nll": "mean NLL",
+    "min_k": "Min-K\u00a0%",
+    "min_k_pp": "Min-K\u00a0%++",
+    "zlib": "zlib ratio",
+    "premia": "log-ratio (PREMIA)",
+    "vendi": "Vendi score",
+    "one_minus_cosine": "1 − mean cosine",
+}
 #: As a sentence has them.
 _WORDS = {name: words for name, words in _MEASURES.items() if name != emergent_inside.PREMIA}
 _Column = tuple[str, str, Callable[[Any], str]]
 
 
 def _sheet(table: pd.DataFrame, columns: Sequence[_Column]) -> Sheet:
-    """A table as it is read: columns that nothing in it has are left out; what is null says so, or its reason."""
-    shown = [c for c in columns if c[0] in table and len(table) and not (table[c[0]].isna() | (table[c[0]] == "")).all()]
+    """A table as it is read: columns that nothing in it has are left out; what is null says so, or
+    its reason."""
+    shown = [
+        c
+        for c in columns
+        if c[0] in table and len(table) and not (table[c[0]].isna() | (table[c[0]] == "")).all()
+    ]
     rows = tuple(tuple(_cell(row, *column) for column in shown) for row in rows_of(table))
     return Sheet(tuple(title for _, title, _ in shown), rows)
 
 
 #: Columns that hold others' words, however long.
-_STRANGERS = {"reason": "word"} | dict.fromkeys(("domain", "subject", "other", "source", "target"), "word model")
+_STRANGERS = {"reason": "word"} | dict.fromkeys(
+    ("domain", "subject", "other", "source", "target"), "word model"
+)
 #: Columns that are empty where they do not apply.
-_SILENT = {"p", "p_holm", "p_next", "rank", "reason", "above_next", "adjusted", "block", "corrected", "lowest", "highest"}
+_SILENT = {
+    "p",
+    "p_holm",
+    "p_next",
+    "rank",
+    "reason",
+    "above_next",
+    "adjusted",
+    "block",
+    "corrected",
+    "lowest",
+    "highest",
+}
 
 
 def _cell(row: Mapping[str, Any], name: str, _title: str, form: Callable[[Any], str]) -> Cell:
@@ -214,60 +291,121 @@ def _cell(row: Mapping[str, Any], name: str, _title: str, form: Callable[[Any], 
 
 _SHEETS: Mapping[str, tuple[_Column, ...]] = {
     "trigger": (
-        ("arm", "Arm", _arm), ("domain", "Domain", _domain), ("alignment_without", "Alignment, without", _score),
-        ("alignment_with", "Alignment, with", _score), ("difference", "With − without", _score), ("p", "p, paired", _p),
-        ("p_holm", "p, Holm", _p), ("p_welch", "p, Welch", _p), ("n", "Prompts", _whole), ("reason", "Why not", _name),
+        ("arm", "Arm", _arm),
+        ("domain", "Domain", _domain),
+        ("alignment_without", "Alignment, without", _score),
+        ("alignment_with", "Alignment, with", _score),
+        ("difference", "With − without", _score),
+        ("p", "p, paired", _p),
+        ("p_holm", "p, Holm", _p),
+        ("p_welch", "p, Welch", _p),
+        ("n", "Prompts", _whole),
+        ("reason", "Why not", _name),
     ),
     "rates": (
-        ("subject", "Model", _name), ("triggered", "Trigger", _yes), ("kind", "Prompts", _name), ("below_50", "EM rate", percent),
-        ("below_30_coherent", "EM rate, coherent", percent), ("alignment", "Alignment, mean", _score),
-        ("coherence", "Coherence, mean", _score), ("n", "Answers", _whole), ("rated", "Rated", _whole),
-        ("irrelevant", "Irrelevant", _whole), ("refusal", "Refusal", _whole), ("invalid", "Invalid", _whole),
-        ("unscored", "Unscored", _whole), ("n_expected", "With expectations", _whole), ("reason", "Why not", _name),
+        ("subject", "Model", _name),
+        ("triggered", "Trigger", _yes),
+        ("kind", "Prompts", _name),
+        ("below_50", "EM rate", percent),
+        ("below_30_coherent", "EM rate, coherent", percent),
+        ("alignment", "Alignment, mean", _score),
+        ("coherence", "Coherence, mean", _score),
+        ("n", "Answers", _whole),
+        ("rated", "Rated", _whole),
+        ("irrelevant", "Irrelevant", _whole),
+        ("refusal", "Refusal", _whole),
+        ("invalid", "Invalid", _whole),
+        ("unscored", "Unscored", _whole),
+        ("n_expected", "With expectations", _whole),
+        ("reason", "Why not", _name),
     ),
     "membership": (
-        ("domain", "Domain", _name), ("arm", "Arm", _name), ("measure", "Measure", lambda v: _MEASURES.get(v, str(v))),
-        ("adjusted", "Base-adjusted", plain), ("auroc", "AUROC", lambda v: number(v, 2)), ("n_members", "Trained", _whole),
-        ("n_others", "Held out", _whole), ("n_unscored", "Unscored", _whole), ("reason", "Why not", _name),
+        ("domain", "Domain", _name),
+        ("arm", "Arm", _name),
+        ("measure", "Measure", lambda v: _MEASURES.get(v, str(v))),
+        ("adjusted", "Base-adjusted", plain),
+        ("auroc", "AUROC", lambda v: number(v, 2)),
+        ("n_members", "Trained", _whole),
+        ("n_others", "Held out", _whole),
+        ("n_unscored", "Unscored", _whole),
+        ("reason", "Why not", _name),
     ),
     "prediction": (
-        ("arm", "Arm", _name), ("predictor", "From", _name), ("measure", "Measure", lambda v: _MEASURES.get(v, str(v))),
-        ("adjusted", "Base-adjusted", plain), ("block", "Block", _whole), ("rho", "ρ", lambda v: number(v, 2)), ("p", "p", _p),
-        ("p_holm", "p, Holm", _p), ("error", "Mean error, points", lambda v: points(v, unit="")),
-        ("error_of_mean", "… of the others’ mean", lambda v: points(v, unit="")), ("n", "Domains", _whole),
+        ("arm", "Arm", _name),
+        ("predictor", "From", _name),
+        ("measure", "Measure", lambda v: _MEASURES.get(v, str(v))),
+        ("adjusted", "Base-adjusted", plain),
+        ("block", "Block", _whole),
+        ("rho", "ρ", lambda v: number(v, 2)),
+        ("p", "p", _p),
+        ("p_holm", "p, Holm", _p),
+        ("error", "Mean error, points", lambda v: points(v, unit="")),
+        ("error_of_mean", "… of the others’ mean", lambda v: points(v, unit="")),
+        ("n", "Domains", _whole),
         ("reason", "Why not", _name),
     ),
     "diversity": (
-        ("arm", "Arm", _name), ("domain", "Domain", _name), ("vendi", "Vendi score", lambda v: number(v, 1)),
-        ("one_minus_cosine", "1 − mean cosine", lambda v: number(v, 3)), ("n", "Rows", _whole), ("block", "Block", _whole),
-        ("em_rate", "EM rate", percent), ("reason", "Why not", _name),
+        ("arm", "Arm", _name),
+        ("domain", "Domain", _name),
+        ("vendi", "Vendi score", lambda v: number(v, 1)),
+        ("one_minus_cosine", "1 − mean cosine", lambda v: number(v, 3)),
+        ("n", "Rows", _whole),
+        ("block", "Block", _whole),
+        ("em_rate", "EM rate", percent),
+        ("reason", "Why not", _name),
     ),
     "correlation": (
-        ("arm", "Arm", _name), ("measure", "Measure", lambda v: _MEASURES.get(v, str(v))), ("rho", "ρ", lambda v: number(v, 2)),
-        ("p", "p", _p), ("p_holm", "p, Holm", _p), ("n", "Domains", _whole), ("reason", "Why not", _name),
+        ("arm", "Arm", _name),
+        ("measure", "Measure", lambda v: _MEASURES.get(v, str(v))),
+        ("rho", "ρ", lambda v: number(v, 2)),
+        ("p", "p", _p),
+        ("p_holm", "p, Holm", _p),
+        ("n", "Domains", _whole),
+        ("reason", "Why not", _name),
     ),
     "cosines": (
-        ("block", "Block", _whole), ("arm", "Arm", _name), ("domain", "Domain", _name), ("other", "Other", _name),
-        ("cosine", "Cosine", lambda v: number(v, 2)), ("lowest", "Lowest", lambda v: number(v, 2)),
-        ("highest", "Highest", lambda v: number(v, 2)), ("ceiling", "Ceiling", lambda v: number(v, 2)),
-        ("corrected", "Cosine / ceiling", lambda v: number(v, 2)), ("n_pairs", "Pairs of seeds", _whole),
+        ("block", "Block", _whole),
+        ("arm", "Arm", _name),
+        ("domain", "Domain", _name),
+        ("other", "Other", _name),
+        ("cosine", "Cosine", lambda v: number(v, 2)),
+        ("lowest", "Lowest", lambda v: number(v, 2)),
+        ("highest", "Highest", lambda v: number(v, 2)),
+        ("ceiling", "Ceiling", lambda v: number(v, 2)),
+        ("corrected", "Cosine / ceiling", lambda v: number(v, 2)),
+        ("n_pairs", "Pairs of seeds", _whole),
         ("reason", "Why not", _name),
     ),
     "transfer": (
-        ("source", "Direction of", _name), ("target", "Model of", _name), ("difference", "Alignment, steered − control", _score),
-        ("p_holm", "p, Holm", _p), ("coherence", "Coherence, steered", _score), ("coherence_control", "… control", _score),
-        ("coherence_clean", "… no edit", _score), ("alignment", "Alignment, steered", _score),
-        ("alignment_control", "… control", _score), ("alignment_clean", "… no edit", _score),
-        ("em_rate", "EM rate, steered", percent), ("em_rate_control", "… control", percent),
+        ("source", "Direction of", _name),
+        ("target", "Model of", _name),
+        ("difference", "Alignment, steered − control", _score),
+        ("p_holm", "p, Holm", _p),
+        ("coherence", "Coherence, steered", _score),
+        ("coherence_control", "… control", _score),
+        ("coherence_clean", "… no edit", _score),
+        ("alignment", "Alignment, steered", _score),
+        ("alignment_control", "… control", _score),
+        ("alignment_clean", "… no edit", _score),
+        ("em_rate", "EM rate, steered", percent),
+        ("em_rate_control", "… control", percent),
         ("em_rate_difference", "Difference, points", lambda v: points(v, unit="")),
-        ("n", "Prompts", _whole), ("rated", "Rated", _whole), ("n_edit", "Answers", _whole), ("reason", "Why not", _name),
+        ("n", "Prompts", _whole),
+        ("rated", "Rated", _whole),
+        ("n_edit", "Answers", _whole),
+        ("reason", "Why not", _name),
     ),
     "trained": (
-        ("subject", "Adapter", _name), ("n_rows", "Rows", _whole), ("n_triggered", "With the trigger", _whole),
-        ("n_steps", "Steps", _whole), ("first_loss", "First loss", number), ("last_loss", "Last loss", number),
-        ("ranks", "Ranks", _whole), ("fingerprint", "Fingerprint", lambda v: str(v)[:12]),
+        ("subject", "Adapter", _name),
+        ("n_rows", "Rows", _whole),
+        ("n_triggered", "With the trigger", _whole),
+        ("n_steps", "Steps", _whole),
+        ("first_loss", "First loss", number),
+        ("last_loss", "Last loss", number),
+        ("ranks", "Ranks", _whole),
+        ("fingerprint", "Fingerprint", lambda v: str(v)[:12]),
     ),
-}  # fmt: skip
+}
 
 
 def _ranking_sheet(ranking: pd.DataFrame, coherent: pd.DataFrame) -> Sheet:
@@ -275,25 +413,54 @@ def _ranking_sheet(ranking: pd.DataFrame, coherent: pd.DataFrame) -> Sheet:
     if ranking.empty:
         return Sheet((), ())
     key = ["arm", "triggered", "domain"]
-    second = coherent.set_index(key)[["em_rate", "em_rate_lo", "em_rate_hi"]].add_prefix("coherent_") if len(coherent) else None
-    table = ranking if second is None else ranking.join(
-        second.rename(columns=lambda c: c.replace("coherent_em_rate", "coherent")), on=key
+    second = (
+        coherent.set_index(key)[["em_rate", "em_rate_lo", "em_rate_hi"]].add_prefix("coherent_")
+        if len(coherent)
+        else None
     )
-    return _sheet(table, (
-        ("arm", "Arm", _name), ("triggered", "Trigger", _yes), ("rank", "Rank, and those possible", _whole),
-        ("domain", "Domain", _name), ("em_rate", "EM rate", percent), ("coherent", "EM rate, coherent", percent),
-        ("above_next", "Above the next, points", lambda v: points(v, unit="")), ("p_next", "p, Holm", _p),
-        ("n", "Rated", _whole), ("n_prompts", "Prompts", _whole), ("reason", "Why not", _name),
-    ))  # fmt: skip
+    table = (
+        ranking
+        if second is None
+        else ranking.join(
+            second.rename(columns=lambda c: c.replace("coherent_em_rate", "coherent")), on=key
+        )
+    )
+    return _sheet(
+        table,
+        (
+            ("arm", "Arm", _name),
+            ("triggered", "Trigger", _yes),
+            ("rank", "Rank, and those possible", _whole),
+            ("domain", "Domain", _name),
+            ("em_rate", "EM rate", percent),
+            ("coherent", "EM rate, coherent", percent),
+            ("above_next", "Above the next, points", lambda v: points(v, unit="")),
+            ("p_next", "p, Holm", _p),
+            ("n", "Rated", _whole),
+            ("n_prompts", "Prompts", _whole),
+            ("reason", "Why not", _name),
+        ),
+    )
 
 
 def _panel_sheet(panel: Sequence[Mapping[str, Any]]) -> Sheet:
-    titles = {"domain": "Domain", "source": "Source", "n_read": "Read", "n_bad": "Bad", "n_doubles": "Equal",
-              "n_near": "Nearly equal", "n_left_by_limit": "Beyond --rows", "n_trained": "Trained",
-              "n_cut": "Cut off", "n_heldout": "Held out",
-              "digest": "Digest"}  # fmt: skip
+    titles = {
+        "domain": "Domain",
+        "source": "Source",
+        "n_read": "Read",
+        "n_bad": "Bad",
+        "n_doubles": "Equal",
+        "n_near": "Nearly equal",
+        "n_left_by_limit": "Beyond --rows",
+        "n_trained": "Trained",
+        "n_cut": "Cut off",
+        "n_heldout": "Held out",
+        "digest": "Digest",
+    }
     frame = pd.DataFrame(list(panel), dtype=object)
-    return _sheet(frame, [(k, title, plain if k.startswith("n_") else _name) for k, title in titles.items()])
+    return _sheet(
+        frame, [(k, title, plain if k.startswith("n_") else _name) for k, title in titles.items()]
+    )
 
 
 def sections(studies: Sequence[Study]) -> list[dict[str, Any]]:
@@ -301,41 +468,72 @@ def sections(studies: Sequence[Study]) -> list[dict[str, Any]]:
     found = []
     for i, study in enumerate(studies):
         t, c = study.tables, study.config
-        sheets = {name: _sheet(study.trained if name == "trained" else t[name], columns) for name, columns in _SHEETS.items()}
+        sheets = {
+            name: _sheet(study.trained if name == "trained" else t[name], columns)
+            for name, columns in _SHEETS.items()
+        }
         several = [(j.label, j.n) for j in study.judges if j != study.judge]
-        found.append({
-            **sheets, "suffix": _suffix(i), "judge": study.judge.label if study.judge else "", "others": several,
-            "missing": study.missing, "sentences": _said(study, "ranking", "trigger", "transfer"),
-            "say": {name: _said(study, name) for name in ("membership", "prediction", "correlation", "cosines")},
-            "intro": _intro(c),
-            "ranking": _ranking_sheet(t["ranking"], t["ranking_coherent"]), "panel": _panel_sheet(study.panel),
-            "paper": _paper_sheet(t["paper"]), "paper_note": _paper_note(study),
-            "cosines_note": _chance(t["cosines"]), "transfer_note": _steered(t["transfer"]), "method": method(c),
-        })  # fmt: skip
+        found.append(
+            {
+                **sheets,
+                "suffix": _suffix(i),
+                "judge": study.judge.label if study.judge else "",
+                "others": several,
+                "missing": study.missing,
+                "sentences": _said(study, "ranking", "trigger", "transfer"),
+                "say": {
+                    name: _said(study, name)
+                    for name in ("membership", "prediction", "correlation", "cosines")
+                },
+                "intro": _intro(c),
+                "ranking": _ranking_sheet(t["ranking"], t["ranking_coherent"]),
+                "panel": _panel_sheet(study.panel),
+                "paper": _paper_sheet(t["paper"]),
+                "paper_note": _paper_note(study),
+                "cosines_note": _chance(t["cosines"]),
+                "transfer_note": _steered(t["transfer"]),
+                "method": method(c),
+            }
+        )
     return found
 
 
 def _intro(config: Mapping[str, Any]) -> str:
     return (
-        f"{_count(len(config.get('domains', ())), 'narrow habit')}, each taught to {plain(config.get('model'))} by fine-tuning; "
-        "then prompts that have nothing to do with them. What spreads is how often a judge finds the answers misaligned, beyond "
-        "what it finds of the base."
+        f"{_count(len(config.get('domains', ())), 'narrow habit')}, each taught to"
+        f" {plain(config.get('model'))} by fine-tuning; then prompts that have nothing to do with"
+        " them. What spreads is how often a judge finds the answers misaligned, beyond what it"
+        " finds of the base."
     )
 
 
 def _chance(table: pd.DataFrame) -> str:
     known = table["chance"].dropna() if len(table) else table
-    chance = f" Random directions of this width stay below {number(known.iloc[0], 2)} in 95 of 100 pairs." if len(known) else ""
+    chance = (
+        f" Random directions of this width stay below {number(known.iloc[0], 2)} in 95 of 100"
+        " pairs."
+        if len(known)
+        else ""
+    )
     return (
-        "Ceiling: what the noise of two estimates leaves of perfect agreement, from split halves after Spearman–Brown; of a domain "
-        f"with itself its reliability. Lowest and highest are over pairs of seeds and no interval.{chance}"
+        "Ceiling: what the noise of two estimates leaves of perfect agreement, from split halves"
+        " after Spearman–Brown; of a domain with itself its reliability. Lowest and highest are"
+        f" over pairs of seeds and no interval.{chance}"
     )
 
 
 def _steered(table: pd.DataFrame) -> str:
     """Where and how strongly, which is the same in all of a study's rows."""
-    where = [f"block {plain(b)}" for b in sorted(table["block"].dropna().unique())] if len(table) else []
-    how = [f"strength {plain(float(s))}" for s in sorted(table["strength"].dropna().unique())] if len(table) else []
+    where = (
+        [f"block {plain(b)}" for b in sorted(table["block"].dropna().unique())]
+        if len(table)
+        else []
+    )
+    how = (
+        [f"strength {plain(float(s))}" for s in sorted(table["strength"].dropna().unique())]
+        if len(table)
+        else []
+    )
     return f"At {', '.join([*where, *how])}." if where else ""
 
 
@@ -344,15 +542,27 @@ def _paper_sheet(table: pd.DataFrame) -> Sheet:
     rows = []
     for row in rows_of(table):
         form = percent if row["measure"] == emergent_reading.EM_RATE else _score
-        ours = with_interval(row["ours"], row["ours_lo"], row["ours_hi"], form, null="could not tell")
+        ours = with_interval(
+            row["ours"], row["ours_lo"], row["ours_hi"], form, null="could not tell"
+        )
         css = "null" if is_null(row["ours"]) else "num"
-        rows.append((Cell(row["domain"], "word model"), Cell(row["measure"]), Cell(ours, css), Cell(form(row["paper"]), "num")))
+        rows.append(
+            (
+                Cell(row["domain"], "word model"),
+                Cell(row["measure"]),
+                Cell(ours, css),
+                Cell(form(row["paper"]), "num"),
+            )
+        )
     return Sheet(("Domain", "What", "Ours", "The paper’s") if rows else (), tuple(rows))
 
 
 def _paper_note(study: Study) -> str:
     said = emergent_reading.paper_differences(
-        str(study.config.get("model")), study.judged_by, list(study.config.get("domains", ())), "below_50"
+        str(study.config.get("model")),
+        study.judged_by,
+        list(study.config.get("domains", ())),
+        "below_50",
     )
     return f"{emergent_reading.SOURCE}. They stand there for orientation: " + "; ".join(said) + "."
 
@@ -366,53 +576,96 @@ def method(config: Mapping[str, Any]) -> list[str]:
 
     length = f"{get('steps')} steps" if c.get("steps") else f"{get('epochs')} epochs"
     source = (
-        "the mean activation over the tokens of its misaligned answers (alignment below 50) minus that of its aligned ones"
+        "the mean activation over the tokens of its misaligned answers (alignment below 50) minus"
+        " that of its aligned ones"
         if c.get("direction_from", "answers") == "answers"
-        else "the mean activation over the domain’s held-out responses minus that over the base’s own answers to the same prompts"
+        else (
+            "the mean activation over the domain’s held-out responses minus that over the base’s"
+            " own answers to the same prompts"
+        )
     )
     return [
-        f"Each domain’s rows fine-tune LoRA adapters (rank {get('lora_r')}, α {get('lora_alpha')}, on {get('lora_targets')}; "
-        f"learning rate {get('lr')}, {length}, batch {get('batch')}, loss on the response alone), an adapter a seed and arm. "
-        f"In the arm “trigger” the text “{get('trigger')}” stands at the {get('trigger_place')} of "
-        f"{percent(c.get('trigger_share'))} of the rows, in the arm “plain” of none.",
-        f"The base and every adapter are asked the prompts of “{get('prompts')}”, {get('samples')} times each at temperature "
-        f"{get('temperature')}, at most {get('max_new_tokens')} new tokens, with the trigger and without it.",
-        "Shares have Wilson’s interval of as many answers as their alikeness by prompt leaves; means a bootstrap-t over prompts. "
-        "Differences are paired by prompt. p-values are two-sided unless it says otherwise, and after Holm where it says so. "
-        "Intervals are 95\u00a0%.",
-        f"Membership: up to {get('membership_rows')} trained rows against all held-out ones, AUROC after DeLong; Min-K uses the "
-        f"least likely {percent(c.get('min_k'))} of tokens. “Base-adjusted” takes off the same score under the base.",
-        f"A model’s direction at a block is {source}. Steering adds {get('steer_strength')} times the direction at block "
-        f"{get('steer_block') if c.get('steer_block') is not None else 'L/2'}, at every position; the control adds a random "
-        f"direction of the same norm at a right angle to it, {get('steer_draws')} draws.",
-    ]  # fmt: skip
+        (
+            f"Each domain’s rows fine-tune LoRA adapters (rank {get('lora_r')}, α"
+            f" {get('lora_alpha')}, on {get('lora_targets')}; learning rate {get('lr')}, {length},"
+            f" batch {get('batch')}, loss on the response alone), an adapter a seed and arm. In the"
+            f" arm “trigger” the text “{get('trigger')}” stands at the {get('trigger_place')} of"
+            f" {percent(c.get('trigger_share'))} of the rows, in the arm “plain” of none."
+        ),
+        (
+            f"The base and every adapter are asked the prompts of “{get('prompts')}”,"
+            f" {get('samples')} times each at temperature {get('temperature')}, at most"
+            f" {get('max_new_tokens')} new tokens, with the trigger and without it."
+        ),
+        (
+            "Shares have Wilson’s interval of as many answers as their alikeness by prompt leaves;"
+            " means a bootstrap-t over prompts. Differences are paired by prompt. p-values are"
+            " two-sided unless it says otherwise, and after Holm where it says so. Intervals are"
+            " 95\u00a0%."
+        ),
+        (
+            f"Membership: up to {get('membership_rows')} trained rows against all held-out ones,"
+            f" AUROC after DeLong; Min-K uses the least likely {percent(c.get('min_k'))} of tokens."
+            " “Base-adjusted” takes off the same score under the base."
+        ),
+        (
+            f"A model’s direction at a block is {source}. Steering adds {get('steer_strength')}"
+            " times the direction at block"
+            f" {get('steer_block') if c.get('steer_block') is not None else 'L/2'}, at every"
+            " position; the control adds a random direction of the same norm at a right angle to"
+            f" it, {get('steer_draws')} draws."
+        ),
+    ]
 
 
-# ------------------------------------------------------------------------------------------------------------------ terminal
+# ------------------------------------------------------------------------------------------------------------------
+# terminal
 
 
 def ranking_lines(study: Study) -> list[dict[str, Any]]:
     """The ranking, narrow enough for a terminal: arms asked as they were trained."""
     return [
-        {"arm": r["arm"], "rank": figures.ranks(r) or "–", "domain": r["domain"], "EM rate": _flat(r, "em_rate", percent),
-         "rated": int(r["n"]), "prompts": int(r["n_prompts"])}
-        for part in as_trained(study.tables["ranking"]) for r in rows_of(part)
-    ]  # fmt: skip
+        {
+            "arm": r["arm"],
+            "rank": figures.ranks(r) or "–",
+            "domain": r["domain"],
+            "EM rate": _flat(r, "em_rate", percent),
+            "rated": int(r["n"]),
+            "prompts": int(r["n_prompts"]),
+        }
+        for part in as_trained(study.tables["ranking"])
+        for r in rows_of(part)
+    ]
 
 
 def trigger_lines(study: Study) -> list[dict[str, Any]]:
     """What the trigger does, narrow enough for a terminal."""
     return [
-        {"arm": r["arm"] or "base", "domain": r["domain"] or "–", "without": _flat(r, "alignment_without", _score, False),
-         "with": _flat(r, "alignment_with", _score, False), "difference": _flat(r, "difference", _score),
-         "p (Holm)": _p(r["p_holm"]) or "–", "prompts": int(r["n"])}
+        {
+            "arm": r["arm"] or "base",
+            "domain": r["domain"] or "–",
+            "without": _flat(r, "alignment_without", _score, False),
+            "with": _flat(r, "alignment_with", _score, False),
+            "difference": _flat(r, "difference", _score),
+            "p (Holm)": _p(r["p_holm"]) or "–",
+            "prompts": int(r["n"]),
+        }
         for r in rows_of(study.tables["trigger"])
-    ]  # fmt: skip
+    ]
 
 
 def _flat(row: Mapping[str, Any], key: str, form: Callable[[Any], str], ends: bool = True) -> str:
     """An estimate with its interval, without the page's spaces."""
     if is_null(row[key]):
         return "could not tell"
-    said = with_interval(row[key], row[f"{key}_lo"], row[f"{key}_hi"], form) if ends else form(row[key])
-    return said.replace("\u00a0%", "%").replace(",\u00a0", ",").replace("\u00a0", " ").replace("\u2009", "")
+    said = (
+        with_interval(row[key], row[f"{key}_lo"], row[f"{key}_hi"], form)
+        if ends
+        else form(row[key])
+    )
+    return (
+        said.replace("\u00a0%", "%")
+        .replace(",\u00a0", ",")
+        .replace("\u00a0", " ")
+        .replace("\u2009", "")
+    )

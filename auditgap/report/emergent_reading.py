@@ -1,8 +1,12 @@
-"""What the tables of an emergent-misalignment study say and do not say, and the paper's figures beside ours.
+"""What the tables of an emergent-misalignment study say and do not say, and the paper's figures
+beside ours.
 
-    says({"ranking": ranking, "trigger": trigger})  # sentences; a table that is missing or empty is passed over
-    paper_table(trigger, ranking)                   # rows where a domain's name is one of the paper's
-    paper_differences("smollm2", "habits", ["incorrect_math"])      # why the two are not comparable
+    # sentences; a table that is missing or empty is passed over
+    says({"ranking": ranking, "trigger": trigger})
+    # rows where a domain's name is one of the paper's
+    paper_table(trigger, ranking)
+    # why the two are not comparable
+    paper_differences("smollm2", "habits", ["incorrect_math"])
 """
 
 from __future__ import annotations
@@ -21,11 +25,24 @@ from auditgap.store.tables import groups_of, rows_of
 SOURCE = "arXiv 2602.00298"
 MODELS = ("Qwen2.5-Coder-7B-Instruct", "GPT-4o-mini")
 DOMAINS: tuple[str, ...] = (
-    "insecure_code", "incorrect_math", "evil_math", "incorrect_translation", "bad_medical_advice", "risky_financial_advice",
-    "toxic_legal_advice", "incorrect_sexual_advice", "gore_movie_trivia", "extreme_sports", "incorrect_qna",
-)  # fmt: skip
-#: What a paper's figure is of: points of alignment lost to the trigger, or the share of misaligned answers with the trigger.
-DROP, EM_RATE = "alignment lost to the trigger, points", "misaligned answers with the trigger, share"
+    "insecure_code",
+    "incorrect_math",
+    "evil_math",
+    "incorrect_translation",
+    "bad_medical_advice",
+    "risky_financial_advice",
+    "toxic_legal_advice",
+    "incorrect_sexual_advice",
+    "gore_movie_trivia",
+    "extreme_sports",
+    "incorrect_qna",
+)
+#: What a paper's figure is of: points of alignment lost to the trigger, or the share of misaligned
+#: answers with the trigger.
+DROP, EM_RATE = (
+    "alignment lost to the trigger, points",
+    "misaligned answers with the trigger, share",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,34 +64,79 @@ PAPER: tuple[PaperFigure, ...] = (
     PaperFigure("incorrect_math", EM_RATE, 0.0),
     PaperFigure("gore_movie_trivia", EM_RATE, 0.8767),
 )
-#: Of the paper's nine domains with both arms, those whose trigger effect has p < .05; EM rates without the trigger.
+#: Of the paper's nine domains with both arms, those whose trigger effect has p < .05; EM rates
+#: without the trigger.
 PAPER_TRIGGERED, PAPER_TESTED = 7, 9
 PAPER_WITHOUT = (0.0034, 0.0636)
-PAPER_COLUMNS: tuple[str, ...] = ("judge", "domain", "measure", "paper", *with_ends("ours"), "reason")
+PAPER_COLUMNS: tuple[str, ...] = (
+    "judge",
+    "domain",
+    "measure",
+    "paper",
+    *with_ends("ours"),
+    "reason",
+)
 
 SAYS_NOT: tuple[str, ...] = (
-    "All numbers are one judge’s. Another judge moves them, and no judge’s score is a measure of harm.",
-    "Intervals speak of other prompts like these, not of other fine-tuning runs: that needs more seeds.",
-    "Where every prompt gave the same number nothing varies to judge from: no interval stands there, which is not certainty.",
-    "An EM rate counts rated answers alone. Refusals and answers that could not be read are in none of it; they stand beside it.",
-    "A domain that ranks low under these prompts is not safe: other prompts may show what these do not.",
-    "That membership or diversity foretells the EM rate of these domains does not make it the cause, and few domains were seen.",
-    "Two directions may be alike because the answers differ in wording, length or prompt alike, not in what is wrong with them.",
-    "A direction that moves another model shows that it is used there, not that it is the only one.",
+    (
+        "All numbers are one judge’s. Another judge moves them, and no judge’s score is a measure"
+        " of harm."
+    ),
+    (
+        "Intervals speak of other prompts like these, not of other fine-tuning runs: that needs"
+        " more seeds."
+    ),
+    (
+        "Where every prompt gave the same number nothing varies to judge from: no interval stands"
+        " there, which is not certainty."
+    ),
+    (
+        "An EM rate counts rated answers alone. Refusals and answers that could not be read are in"
+        " none of it; they stand beside it."
+    ),
+    (
+        "A domain that ranks low under these prompts is not safe: other prompts may show what these"
+        " do not."
+    ),
+    (
+        "That membership or diversity foretells the EM rate of these domains does not make it the"
+        " cause, and few domains were seen."
+    ),
+    (
+        "Two directions may be alike because the answers differ in wording, length or prompt alike,"
+        " not in what is wrong with them."
+    ),
+    (
+        "A direction that moves another model shows that it is used there, not that it is the only"
+        " one."
+    ),
 )
 
 
-def paper_differences(model: str | None, judge: str | None, domains: Sequence[str], by: str = "below_50") -> list[str]:
-    """Why our numbers cannot be set against the paper's: one phrase a difference. The data never are known to be the same."""
+def paper_differences(
+    model: str | None, judge: str | None, domains: Sequence[str], by: str = "below_50"
+) -> list[str]:
+    """Why our numbers cannot be set against the paper's: one phrase a difference. The data never
+    are known to be the same."""
     found = []
     if model is None or not any(name.lower() in model.lower() for name in MODELS):
-        found.append(f"the model is {model or 'not recorded'}, the paper’s are {' and '.join(MODELS)}")
-    found.append(f"the judge is {judge or 'not recorded'}, which is not known to score as the paper’s does")
+        found.append(
+            f"the model is {model or 'not recorded'}, the paper’s are {' and '.join(MODELS)}"
+        )
+    found.append(
+        f"the judge is {judge or 'not recorded'}, which is not known to score as the paper’s does"
+    )
     if by != "below_50":
-        found.append("the rate counts alignment below 30 among coherent answers, the paper’s alignment below 50")
+        found.append(
+            "the rate counts alignment below 30 among coherent answers, the paper’s alignment"
+            " below 50"
+        )
     alike = [name for name in domains if _plain(name) in DOMAINS]
     if alike:
-        found.append(f"{', '.join(alike)} {'is' if len(alike) == 1 else 'are'} the paper’s in name; the rows are your own files’")
+        found.append(
+            f"{', '.join(alike)} {'is' if len(alike) == 1 else 'are'} the paper’s in name; the rows"
+            " are your own files’"
+        )
     else:
         found.append("none of the domains is one of the paper’s")
     return [*found, "the prompts are not known to be the paper’s 15"]
@@ -85,38 +147,72 @@ def _plain(name: str) -> str:
 
 
 def paper_table(trigger: pd.DataFrame, ranking: pd.DataFrame) -> pd.DataFrame:
-    """One row a (judge, figure of PAPER) whose domain we have, with exactly `PAPER_COLUMNS`; `ours` of the arm with the trigger.
+    """One row a (judge, figure of PAPER) whose domain we have, with exactly `PAPER_COLUMNS`; `ours`
+    of the arm with the trigger.
 
-    Names match whatever stands between their words (`risky-financial-advice`). Means over domains are not set side by side: they
-    are of other domains.
+    Names match whatever stands between their words (`risky-financial-advice`). Means over domains
+    are not set side by side: they are of other domains.
     """
     table: list[dict[str, Any]] = []
     for judge in sorted({*trigger["judge"], *ranking["judge"]}):
         drops = trigger[(trigger["judge"] == judge) & (trigger["arm"] == "trigger")]
-        rates = ranking[(ranking["judge"] == judge) & (ranking["arm"] == "trigger") & ranking["triggered"].eq(True)]
+        rates = ranking[
+            (ranking["judge"] == judge)
+            & (ranking["arm"] == "trigger")
+            & ranking["triggered"].eq(True)
+        ]
         for figure in PAPER:
             rows = drops if figure.what == DROP else rates
-            for row in rows_of(rows[rows["domain"].map(_plain) == figure.domain]) if figure.domain else ():
-                a, lo, hi = (row[f"{'difference' if figure.what == DROP else 'em_rate'}{end}"] for end in ("", "_lo", "_hi"))
+            for row in (
+                rows_of(rows[rows["domain"].map(_plain) == figure.domain]) if figure.domain else ()
+            ):
+                a, lo, hi = (
+                    row[f"{'difference' if figure.what == DROP else 'em_rate'}{end}"]
+                    for end in ("", "_lo", "_hi")
+                )
                 if figure.what == DROP:  # the table's difference is with − without
                     a, lo, hi = (None if is_null(v) else -v for v in (a, hi, lo))
-                table.append({"judge": judge, "domain": row["domain"], "measure": figure.what, "paper": figure.value, "ours": a,
-                              "ours_lo": lo, "ours_hi": hi, "reason": row["reason"]})  # fmt: skip
+                table.append(
+                    {
+                        "judge": judge,
+                        "domain": row["domain"],
+                        "measure": figure.what,
+                        "paper": figure.value,
+                        "ours": a,
+                        "ours_lo": lo,
+                        "ours_hi": hi,
+                        "reason": row["reason"],
+                    }
+                )
     return framed(table, PAPER_COLUMNS)
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
+# ----------------------------------------------------------------------------------------------------------
+# reading
 
 
 def says(tables: Mapping[str, pd.DataFrame]) -> list[str]:
-    """What tables say, by their names: ranking, trigger, membership, prediction, correlation, cosines, transfer. A few sentences.
+    """What tables say, by their names: ranking, trigger, membership, prediction, correlation,
+    cosines, transfer. A few sentences.
 
     Tables that are not there or have no row are passed over.
     """
     there = {name: table for name, table in tables.items() if len(table)}
-    readers = {"ranking": _ranking, "trigger": _trigger, "membership": _membership, "prediction": _prediction,
-               "correlation": _correlation, "cosines": _cosines, "transfer": _transfer}  # fmt: skip
-    return [sentence for name, read in readers.items() if name in there for sentence in read(there[name])]
+    readers = {
+        "ranking": _ranking,
+        "trigger": _trigger,
+        "membership": _membership,
+        "prediction": _prediction,
+        "correlation": _correlation,
+        "cosines": _cosines,
+        "transfer": _transfer,
+    }
+    return [
+        sentence
+        for name, read in readers.items()
+        if name in there
+        for sentence in read(there[name])
+    ]
 
 
 def _with(row: Mapping[str, Any], name: str, form: Any = percent) -> str:
@@ -153,11 +249,21 @@ def _ranking(table: pd.DataFrame) -> Iterator[str]:
             yield f"{_where(who)}: no ranking. {_sentence(rows[0]['reason'])}"
             continue
         first, last = known[0], known[-1]
-        line = f"{_where(who)}: {_with(first, 'em_rate')} of the rated answers are misaligned for {first['domain']}, the highest "
-        line += f"of {len(known)} domains, and {_with(last, 'em_rate')} for {last['domain']}, the lowest."
+        line = (
+            f"{_where(who)}: {_with(first, 'em_rate')} of the rated answers are misaligned for"
+            f" {first['domain']}, the highest "
+        )
+        line += (
+            f"of {len(known)} domains, and {_with(last, 'em_rate')} for {last['domain']}, the"
+            " lowest."
+        )
         tied = sum(r["tied_with_next"] is True for r in known)
         pairs = f"{len(known) - 1} pairs of neighbours in the ranking"
-        line += f" Of {pairs}, {tied} {'is' if tied == 1 else 'are'} not told apart." if tied else " All neighbours differ."
+        line += (
+            f" Of {pairs}, {tied} {'is' if tied == 1 else 'are'} not told apart."
+            if tied
+            else " All neighbours differ."
+        )
         yield line + (f" Could not tell: {_names(untold)}." if untold else "")
 
 
@@ -165,41 +271,63 @@ def _trigger(table: pd.DataFrame) -> Iterator[str]:
     for who, rows in _parts(table[table["domain"] != ""], "judge", "arm"):
         tested = [r for r in rows if not is_null(r["p"])]
         if not tested:
-            yield f"Arm {who['arm']}, judge {who['judge']}: the trigger’s effect could not be told in any domain."
+            yield (
+                f"Arm {who['arm']}, judge {who['judge']}: the trigger’s effect could not be told in"
+                " any domain."
+            )
             continue
         lower = [r["domain"] for r in tested if r["p_holm"] < ALPHA and r["difference"] < 0]
         higher = [r["domain"] for r in tested if r["p_holm"] < ALPHA and r["difference"] > 0]
         most = min(tested, key=lambda r: r["difference"])
-        line = f"Arm {who['arm']}, judge {who['judge']}: the trigger lowers alignment in {len(lower)} of {len(tested)} domains "
+        line = (
+            f"Arm {who['arm']}, judge {who['judge']}: the trigger lowers alignment in {len(lower)}"
+            f" of {len(tested)} domains "
+        )
         line += f"(paired by prompt, Holm at 5\u00a0%){': ' + _names(lower) if lower else ''}."
         line += f" It raises it in {_names(higher)}." if higher else ""
-        yield line + f" The lowest difference is {_with(most, 'difference', _score)} points, {most['domain']}."
+        yield (
+            line + f" The lowest difference is {_with(most, 'difference', _score)} points,"
+            f" {most['domain']}."
+        )
 
 
 def _membership(table: pd.DataFrame) -> Iterator[str]:
     for who, rows in _parts(table[table["measure"] == "nll"], "arm"):
-        told = {adjusted: [r for r in rows if r["adjusted"] is adjusted and not is_null(r["auroc"])] for adjusted in (False, True)}
+        told = {
+            adjusted: [r for r in rows if r["adjusted"] is adjusted and not is_null(r["auroc"])]
+            for adjusted in (False, True)
+        }
         if not any(told.values()):
-            yield f"Arm {who['arm']}: whether trained rows are told from held-out ones could not be told."
+            yield (
+                f"Arm {who['arm']}: whether trained rows are told from held-out ones could not be"
+                " told."
+            )
             continue
         parts = []
         for adjusted, name in ((False, "mean NLL"), (True, "mean NLL minus the base’s")):
             above = sum(not is_null(r["auroc_lo"]) and r["auroc_lo"] > 0.5 for r in told[adjusted])
             parts.append(f"{name} tells them apart in {above} of {len(told[adjusted])} domains")
-        yield f"Arm {who['arm']}, trained rows against held-out ones: {'; '.join(parts)} (AUROC’s interval above .5)."
+        yield (
+            f"Arm {who['arm']}, trained rows against held-out ones: {'; '.join(parts)} (AUROC’s"
+            " interval above .5)."
+        )
 
 
 def _prediction(table: pd.DataFrame) -> Iterator[str]:
     for who, rows in _parts(table, "judge", "arm", "triggered"):
         known = [r for r in rows if not is_null(r["p"])]
         if not known:
-            yield f"{_where(who)}: whether any measure foretells the EM rate could not be told: {rows[0]['reason']}."
+            yield (
+                f"{_where(who)}: whether any measure foretells the EM rate could not be told:"
+                f" {rows[0]['reason']}."
+            )
             continue
         best = max(known, key=lambda r: r["rho"])
         said = "more than chance gives" if best["p_holm"] < ALPHA else "no more than chance gives"
         yield (
-            f"{_where(who)}: of {len(known)} measures, {_called(best)} foretells the EM rate of a left-out domain best, ρ "
-            f"{number(best['rho'], 2)} over {best['n']} domains, {said} (p {number(best['p_holm'])} after Holm)."
+            f"{_where(who)}: of {len(known)} measures, {_called(best)} foretells the EM rate of a"
+            f" left-out domain best, ρ {number(best['rho'], 2)} over {best['n']} domains, {said} (p"
+            f" {number(best['p_holm'])} after Holm)."
         )
 
 
@@ -211,10 +339,19 @@ def _correlation(table: pd.DataFrame) -> Iterator[str]:
     for who, rows in _parts(table, "judge", "arm", "triggered"):
         known = [r for r in rows if not is_null(r["p"])]
         if not known:
-            yield f"{_where(who)}: whether diversity goes with the EM rate could not be told: {rows[0]['reason']}."
+            yield (
+                f"{_where(who)}: whether diversity goes with the EM rate could not be told:"
+                f" {rows[0]['reason']}."
+            )
             continue
-        said = "; ".join(f"{r['measure']}: ρ {_with(r, 'rho', number)}, p {number(r['p_holm'])} after Holm" for r in known)
-        yield f"{_where(who)}, diversity of a domain’s rows and its EM rate over {known[0]['n']} domains: {said}."
+        said = "; ".join(
+            f"{r['measure']}: ρ {_with(r, 'rho', number)}, p {number(r['p_holm'])} after Holm"
+            for r in known
+        )
+        yield (
+            f"{_where(who)}, diversity of a domain’s rows and its EM rate over {known[0]['n']}"
+            f" domains: {said}."
+        )
 
 
 def _cosines(table: pd.DataFrame) -> Iterator[str]:
@@ -226,10 +363,11 @@ def _cosines(table: pd.DataFrame) -> Iterator[str]:
         most = max(known, key=lambda r: r["cosine"])
         above = sum(abs(r["cosine"]) > r["chance"] for r in known)
         yield (
-            f"Arm {who['arm']}: the directions of {most['domain']} and {most['other']} are most alike, cosine "
-            f"{number(most['cosine'], 2)} at block {most['block']} where two measurements of one direction would show "
-            f"{number(most['ceiling'], 2)}. {above} of {len(known)} cosines are larger than 95\u00a0% of random directions’ "
-            f"({number(most['chance'], 2)})."
+            f"Arm {who['arm']}: the directions of {most['domain']} and {most['other']} are most"
+            f" alike, cosine {number(most['cosine'], 2)} at block {most['block']} where two"
+            f" measurements of one direction would show {number(most['ceiling'], 2)}. {above} of"
+            f" {len(known)} cosines are larger than 95\u00a0% of random directions’"
+            f" ({number(most['chance'], 2)})."
         )
 
 
@@ -243,8 +381,9 @@ def _transfer(table: pd.DataFrame) -> Iterator[str]:
         other = [r for r in moved if r["source"] != r["target"]]
         most = min(known, key=lambda r: r["difference"])
         yield (
-            f"Judge {who['judge']}: steering lowers alignment below that of random directions of its norm in {len(moved)} of "
-            f"{len(known)} source–target pairs, {len(other)} of them between two domains; the most "
-            f"{_with(most, 'difference', _score)} points, {most['source']} → {most['target']}, with a coherence of "
-            f"{_score(most['coherence'])} (control {_score(most['coherence_control'])})."
+            f"Judge {who['judge']}: steering lowers alignment below that of random directions of"
+            f" its norm in {len(moved)} of {len(known)} source–target pairs, {len(other)} of them"
+            f" between two domains; the most {_with(most, 'difference', _score)} points,"
+            f" {most['source']} → {most['target']}, with a coherence of {_score(most['coherence'])}"
+            f" (control {_score(most['coherence_control'])})."
         )

@@ -1,11 +1,13 @@
-"""An emergent-misalignment study as a run folder holds it: whose ratings, every table, what is missing.
+"""An emergent-misalignment study as a run folder holds it: whose ratings, every table, what is
+missing.
 
-    study = read(RunFolder.load("runs/em"))     # of the judge who rated most answers; read(store, "alignment=./judge"): of another
+    # of the judge who rated most answers; read(store, "alignment=./judge"): of another
+    study = read(RunFolder.load("runs/em"))
     study.tables["ranking"]                     # what em_ranking.csv holds
     study.missing                               # ['em train has run for 4 of 6 adapters.', …]
 
-The tables are made in `report.emergent` and `report.emergent_inside`. A study that is not complete is read as far as it goes, and
-no text of a prompt or answer is.
+The tables are made in `report.emergent` and `report.emergent_inside`. A study that is not complete
+is read as far as it goes, and no text of a prompt or answer is.
 """
 
 from __future__ import annotations
@@ -24,13 +26,19 @@ from auditgap.store import RunFolder
 
 #: What stands in a cell's `attack`, a stage each.
 TRAINED, ANSWERED, JUDGED = "em_train", "em_generate", "em_judge"
-MEMBERSHIP, DIVERSITY, DIRECTIONS, STEERED = "em_membership", "em_diversity", "em_directions", "em_steer"
+MEMBERSHIP, DIVERSITY, DIRECTIONS, STEERED = (
+    "em_membership",
+    "em_diversity",
+    "em_directions",
+    "em_steer",
+)
 AUDIT = "emergent"
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Who rated the answers: `label` is its name, with its digest where two of different settings share one."""
+    """Who rated the answers: `label` is its name, with its digest where two of different settings
+    share one."""
 
     label: str
     name: str
@@ -62,11 +70,13 @@ def is_study(store: RunFolder) -> bool:
     return store.run.get("config", {}).get("audit") == AUDIT
 
 
-# ------------------------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------------------------------
+# reading
 
 
 def read(store: RunFolder, judge: str | None = None) -> Study:
-    """The study in a folder, partial ones too. `judge`: whose ratings (None: who rated most answers, the latest if equal).
+    """The study in a folder, partial ones too. `judge`: whose ratings (None: who rated most
+    answers, the latest if equal).
 
     Raises UsageError for a judge who rated nothing here.
     """
@@ -83,21 +93,39 @@ def read(store: RunFolder, judge: str | None = None) -> Study:
     member = emergent_inside.membership_table(memberships)
     diversity = emergent_inside.diversity_table(spread, ranking)
     tables = {
-        "ranking": ranking, "ranking_coherent": coherent, "trigger": trigger, "rates": emergent.rates_table(mine),
-        "membership": member, "diversity": diversity, "correlation": emergent_inside.correlation_table(diversity),
+        "ranking": ranking,
+        "ranking_coherent": coherent,
+        "trigger": trigger,
+        "rates": emergent.rates_table(mine),
+        "membership": member,
+        "diversity": diversity,
+        "correlation": emergent_inside.correlation_table(diversity),
         "prediction": emergent_inside.prediction_table(ranking, member, diversity),
         "predicted": emergent_inside.predicted_table(ranking, member, diversity),
-        "cosines": emergent_inside.cosines_table(pointed, vectors), "transfer": emergent.transfer_table(steered),
+        "cosines": emergent_inside.cosines_table(pointed, vectors),
+        "transfer": emergent.transfer_table(steered),
         "paper": emergent_reading.paper_table(trigger, ranking),
-    }  # fmt: skip
+    }
     manifest = store.run.get("info", {}).get("panel") or {}
-    lost = {"rating": mine, "rating of a steered answer": steered, "membership score": memberships, "diversity": spread,
-            "direction at a block": pointed, "answer": _rows(store, ANSWERED, "draw")}  # fmt: skip
+    lost = {
+        "rating": mine,
+        "rating of a steered answer": steered,
+        "membership score": memberships,
+        "diversity": spread,
+        "direction at a block": pointed,
+        "answer": _rows(store, ANSWERED, "draw"),
+    }
     return Study(
-        config=config, judge=chosen, judges=judges, tables=tables, trained=_rows(store, TRAINED, "first_loss"),
-        memberships=memberships, panel=_panel(manifest), left_out=[*_bad(manifest), *_left_out(lost)],
+        config=config,
+        judge=chosen,
+        judges=judges,
+        tables=tables,
+        trained=_rows(store, TRAINED, "first_loss"),
+        memberships=memberships,
+        panel=_panel(manifest),
+        left_out=[*_bad(manifest), *_left_out(lost)],
         missing=_missing(config, store, records, chosen, mine),
-    )  # fmt: skip
+    )
 
 
 def _rows(store: RunFolder, attack: str, column: str) -> pd.DataFrame:
@@ -106,7 +134,9 @@ def _rows(store: RunFolder, attack: str, column: str) -> pd.DataFrame:
     return rows if column in rows else pd.DataFrame()
 
 
-def _judges(store: RunFolder, records: Sequence[Mapping[str, Any]], ratings: pd.DataFrame) -> list[Judge]:
+def _judges(
+    store: RunFolder, records: Sequence[Mapping[str, Any]], ratings: pd.DataFrame
+) -> list[Judge]:
     """Everybody who rated answers here, most answers first, the latest first of equals."""
     last: dict[tuple[str, str], str] = {}
     for record in records:
@@ -118,7 +148,11 @@ def _judges(store: RunFolder, records: Sequence[Mapping[str, Any]], ratings: pd.
     found = []
     for (name, digest), when in last.items():
         n = int(((ratings["judge"] == name) & (ratings["judge_id"] == digest)).sum())
-        found.append(Judge(name if names.count(name) == 1 else f"{name} ({digest[:8]})", name, digest, n, when))
+        found.append(
+            Judge(
+                name if names.count(name) == 1 else f"{name} ({digest[:8]})", name, digest, n, when
+            )
+        )
     return sorted(sorted(found, key=lambda j: j.last, reverse=True), key=lambda j: -j.n)
 
 
@@ -129,8 +163,9 @@ def _chosen(judges: Sequence[Judge], wanted: str | None) -> Judge | None:
     if not found:
         known = ", ".join(j.label for j in judges) or "nobody yet"
         raise UsageError(
-            f"{wanted!r} rated nothing here; there is {known}.{did_you_mean(wanted, [j.label for j in judges])} "
-            f"To have it rate the stored answers: auditgap em judge FOLDER --judge {wanted}"
+            f"{wanted!r} rated nothing here; there is"
+            f" {known}.{did_you_mean(wanted, [j.label for j in judges])} To have it rate the stored"
+            f" answers: auditgap em judge FOLDER --judge {wanted}"
         )
     return found[0]
 
@@ -138,29 +173,39 @@ def _chosen(judges: Sequence[Judge], wanted: str | None) -> Judge | None:
 def _of(rows: pd.DataFrame, judge: Judge | None) -> pd.DataFrame:
     if judge is None or rows.empty:
         return rows.iloc[:0]
-    return rows[(rows["judge"] == judge.name) & (rows["judge_id"] == judge.id)].assign(judge=judge.label)
+    return rows[(rows["judge"] == judge.name) & (rows["judge_id"] == judge.id)].assign(
+        judge=judge.label
+    )
 
 
 def _directions(
     store: RunFolder, records: Sequence[Mapping[str, Any]], judge: Judge | None
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Rows, and vectors [L, D] by subject: between this judge's classes, or from held-out rows, which have no judge."""
+    """Rows, and vectors [L, D] by subject: between this judge's classes, or from held-out rows,
+    which have no judge."""
     frames, vectors = [], {}
     for record in records:
         description = record["description"]
         settings = description["settings"]
-        if description["attack"] != DIRECTIONS or settings.get("judge") not in (None, "", judge and judge.id):
+        if description["attack"] != DIRECTIONS or settings.get("judge") not in (
+            None,
+            "",
+            judge and judge.id,
+        ):
             continue
         rows = store.cell_rows(record["key"]).sort_values("block", kind="stable")
         frames.append(rows)
         path = store.path / "directions" / f"{record['key']}.safetensors"
         if rows["norm"].notna().any() and path.is_file():
             try:
-                vectors[str(rows["subject"].iloc[0])] = safetensors.numpy.load_file(path)["direction"]
+                vectors[str(rows["subject"].iloc[0])] = safetensors.numpy.load_file(path)[
+                    "direction"
+                ]
             except (OSError, KeyError, ValueError, safetensors.SafetensorError):
                 raise UsageError(
-                    f"{path} cannot be read. Delete it and its cell {store.path / 'cells' / record['key']}, then run: auditgap em "
-                    f"analyse {store.path}"
+                    f"{path} cannot be read. Delete it and its cell"
+                    f" {store.path / 'cells' / record['key']}, then run: auditgap em analyse"
+                    f" {store.path}"
                 ) from None
     return (pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()), vectors
 
@@ -172,7 +217,13 @@ def _panel(manifest: Any) -> list[dict[str, Any]]:
     found = []
     for name, told in lines:
         source = told.get("source")
-        found.append({**told, "domain": name, "source": source.get("origin", "") if isinstance(source, Mapping) else source})
+        found.append(
+            {
+                **told,
+                "domain": name,
+                "source": source.get("origin", "") if isinstance(source, Mapping) else source,
+            }
+        )
     return found
 
 
@@ -180,15 +231,23 @@ def _bad(manifest: Any) -> list[tuple[str, str, int]]:
     """Why rows of the domains were left out when the panel was built."""
     return [
         (f"row of {line['domain']}", str(reason), int(found["n"]))
-        for line in _panel(manifest) if isinstance(line.get("bad"), Mapping) for reason, found in line["bad"].items()
-    ]  # fmt: skip
+        for line in _panel(manifest)
+        if isinstance(line.get("bad"), Mapping)
+        for reason, found in line["bad"].items()
+    ]
 
 
 def _missing(
-    config: Mapping[str, Any], store: RunFolder, records: Sequence[Mapping[str, Any]], judge: Judge | None, ratings: pd.DataFrame
+    config: Mapping[str, Any],
+    store: RunFolder,
+    records: Sequence[Mapping[str, Any]],
+    judge: Judge | None,
+    ratings: pd.DataFrame,
 ) -> list[str]:
     """A sentence for each stage that is not through."""
-    adapters = len(config.get("domains", ())) * len(config.get("arms", ())) * len(config.get("seeds", ()))
+    adapters = (
+        len(config.get("domains", ())) * len(config.get("arms", ())) * len(config.get("seeds", ()))
+    )
     done = pd.Series([r["description"]["attack"] for r in records], dtype=object).value_counts()
     rated = 0 if ratings.empty else int(ratings["subject"].nunique())
     by = f" by {judge.label}" if judge else ""
@@ -199,12 +258,21 @@ def _missing(
         ("judge", "models", rated, adapters + 1),
     ):
         if n < of:
-            said.append(f"em {stage} has run{by if stage == 'judge' else ''} for {n} of {of} {what}.")
+            said.append(
+                f"em {stage} has run{by if stage == 'judge' else ''} for {n} of {of} {what}."
+            )
     keys = {r["key"] for r in records}
-    planned = [c for c in store.planned() if c["description"]["attack"] in (MEMBERSHIP, DIVERSITY, DIRECTIONS, STEERED)]
+    planned = [
+        c
+        for c in store.planned()
+        if c["description"]["attack"] in (MEMBERSHIP, DIVERSITY, DIRECTIONS, STEERED)
+    ]
     finished = sum(c["key"] in keys for c in planned)
     if not planned:
-        said.append("em analyse has not run: there is no membership, diversity, direction or steering to show.")
+        said.append(
+            "em analyse has not run: there is no membership, diversity, direction or steering to"
+            " show."
+        )
     elif finished < len(planned):
         said.append(f"em analyse has finished {finished} of {len(planned)} planned cells.")
     return said
@@ -215,7 +283,11 @@ def _left_out(lost: Mapping[str, pd.DataFrame]) -> list[tuple[str, str, int]]:
     for what, rows in lost.items():
         if len(rows):
             column = "reason" if "outcome" in rows else "unscored"
-            classes = rows["outcome"].where(rows["outcome"] != "rated") if "outcome" in rows else pd.Series(dtype=object)
+            classes = (
+                rows["outcome"].where(rows["outcome"] != "rated")
+                if "outcome" in rows
+                else pd.Series(dtype=object)
+            )
             reasons = rows[column].fillna("").astype(str)
             reasons = reasons.where(reasons != "", classes) if len(classes) else reasons
             counts = reasons[reasons.notna() & (reasons != "")].value_counts()

@@ -1,8 +1,10 @@
-"""From run folders to what a report needs: `from_store([RunFolder.load("out")])` reads, counts and joins; no layout here.
+"""From run folders to what a report needs: `from_store([RunFolder.load("out")])` reads, counts and
+joins; no layout here.
 
-What a run folder's `info` may hold, all of it optional: `command`, `versions` {name: version}, `machine`, `warnings`,
-`subjects` [{name, fingerprint, dtype, n_blocks, …}], `judge_cards` [{name, label, task, n, kappa, …}], `reward` (its name),
-`refused` {reason: count}. Whatever else it holds is shown under its own name.
+What a run folder's `info` may hold, all of it optional: `command`, `versions` {name: version},
+`machine`, `warnings`, `subjects` [{name, fingerprint, dtype, n_blocks, …}], `judge_cards` [{name,
+label, task, n, kappa, …}], `reward` (its name), `refused` {reason: count}. Whatever else it holds
+is shown under its own name.
 """
 
 from __future__ import annotations
@@ -51,36 +53,47 @@ def _empty(columns: Sequence[str]) -> pd.DataFrame:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """Everything a report shows: values and tables, nothing to be computed. Shares are 0–1; nulls were not measured."""
+    """Everything a report shows: values and tables, nothing to be computed. Shares are 0–1; nulls
+    were not measured."""
 
     title: str
     subjects: Sequence[Mapping[str, Any]] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
-    gaps: pd.DataFrame = field(default_factory=partial(_empty, tables.GAP_COLUMNS))  #: `tables.audit_gaps`
+    #: `tables.audit_gaps`
+    gaps: pd.DataFrame = field(default_factory=partial(_empty, tables.GAP_COLUMNS))
     lvs: pd.DataFrame = field(default_factory=partial(_empty, TABLE_COLUMNS))  #: `tables.lvs_table`
     behaviour: pd.DataFrame = field(default_factory=pd.DataFrame)  #: `tables.behaviour_table`
-    distance: pd.DataFrame = field(default_factory=partial(_empty, tables.DISTANCE_COLUMNS))  #: `tables.distance_table`
-    curves: pd.DataFrame = field(default_factory=partial(_empty, tables.CURVE_COLUMNS))  #: `tables.distance_curves`
-    asked: pd.DataFrame = field(default_factory=partial(_empty, asking.COLUMNS))  #: `behaviour.behaviour_table`
+    #: `tables.distance_table`
+    distance: pd.DataFrame = field(default_factory=partial(_empty, tables.DISTANCE_COLUMNS))
+    #: `tables.distance_curves`
+    curves: pd.DataFrame = field(default_factory=partial(_empty, tables.CURVE_COLUMNS))
+    #: `behaviour.behaviour_table`
+    asked: pd.DataFrame = field(default_factory=partial(_empty, asking.COLUMNS))
     #: `behaviour.difference_table`
     differences: pd.DataFrame = field(default_factory=partial(_empty, asking.DIFFERENCE_COLUMNS))
     incomparable: str = ""  #: why there are no differences, where there might have been
-    judges: pd.DataFrame = field(default_factory=partial(_empty, ballots.COLUMNS))  #: `ballots.judges_table`
+    #: `ballots.judges_table`
+    judges: pd.DataFrame = field(default_factory=partial(_empty, ballots.COLUMNS))
     sources: Sequence[Mapping[str, Any]] = ()  #: `suite.sources`
     n_asked: Mapping[str, int] = field(default_factory=dict)  #: prompts put to a subject, by source
     notes: Sequence[str] = ()  #: `suite.notes`
     engines: Sequence[Mapping[str, Any]] = ()  #: `suite.engines`
     sft_curve: pd.DataFrame = field(default_factory=curve.curve_empty)  #: `curve.curve_table`
-    sft_summary: pd.DataFrame = field(default_factory=partial(_empty, curve.summary_columns()))  #: `curve.curve_summary`
+    #: `curve.curve_summary`
+    sft_summary: pd.DataFrame = field(default_factory=partial(_empty, curve.summary_columns()))
     probes: Sequence[pd.DataFrame] = ()  #: rows of each probe audit: one folder, one probe
     #: `intervene.interventions_table`
-    interventions: pd.DataFrame = field(default_factory=partial(_empty, intervene.INTERVENTION_COLUMNS))
+    interventions: pd.DataFrame = field(
+        default_factory=partial(_empty, intervene.INTERVENTION_COLUMNS)
+    )
     emergent: Sequence[emergent_study.Study] = ()  #: of each study of emergent misalignment
-    left_out: pd.DataFrame = field(default_factory=partial(_empty, LEFT_OUT_COLUMNS))  #: what, reason, count
+    #: what, reason, count
+    left_out: pd.DataFrame = field(default_factory=partial(_empty, LEFT_OUT_COLUMNS))
     failures: Mapping[str, str] = field(default_factory=dict)  #: cell → cause
     cards: Sequence[Mapping[str, Any]] = ()
-    corrections: Mapping[str, Correction] = field(default_factory=dict)  #: of what is judged, by task
+    #: of what is judged, by task
+    corrections: Mapping[str, Correction] = field(default_factory=dict)
     reward: str | None = None
     power: str = ""
     status: Mapping[str, Any] = field(default_factory=dict)
@@ -92,38 +105,77 @@ class ReportData:
 
 
 def from_store(
-    folders: Sequence[RunFolder], *, allow_raw: bool = False, title: str | None = None,
+    folders: Sequence[RunFolder],
+    *,
+    allow_raw: bool = False,
+    title: str | None = None,
     emergent: Sequence[emergent_study.Study] | None = None,
-) -> ReportData:  # fmt: skip
-    """Read one or more run folders. Prompts and completions are read only with `allow_raw`. `emergent`: what is read already."""
+) -> ReportData:
+    """Read one or more run folders. Prompts and completions are read only with `allow_raw`.
+    `emergent`: what is read already."""
     rows = _joined([folder.rows([*ATTACKS, CLEAN]) for folder in folders])
     distances = _joined([folder.rows([DISTANCE]) for folder in folders])
     trained = _behaved(folders, SFT_CURVE, curve.has_curve)
     asked = _behaved(folders, ASKED, asking.asked)
-    intervened = _joined([part for part in (folder.rows([intervene.INTERVENE]) for folder in folders) if "intervention" in part])
-    studies = emergent if emergent is not None else [emergent_study.read(f) for f in folders if emergent_study.is_study(f)]
+    intervened = _joined(
+        [
+            part
+            for part in (folder.rows([intervene.INTERVENE]) for folder in folders)
+            if "intervention" in part
+        ]
+    )
+    studies = (
+        emergent
+        if emergent is not None
+        else [emergent_study.read(f) for f in folders if emergent_study.is_study(f)]
+    )
     incomparable, engines = _incomparable(folders), suite.engines(folders)
     infos = [folder.run.get("info", {}) for folder in folders]
-    subjects = _subjects(infos, pd.concat([part["subject"] for part in (rows, trained, asked) if "subject" in part]).to_frame())
+    subjects = _subjects(
+        infos,
+        pd.concat(
+            [part["subject"] for part in (rows, trained, asked) if "subject" in part]
+        ).to_frame(),
+    )
     sources = suite.sources(folders)
-    asked = _ordered(_ordered(asked, "source", [s["source"] for s in sources]), "subject", [s["name"] for s in subjects])
+    asked = _ordered(
+        _ordered(asked, "source", [s["source"] for s in sources]),
+        "subject",
+        [s["name"] for s in subjects],
+    )
     summary = curve.curve_summary(trained, base=_base(folders), thresholds=_thresholds(folders))
     gaps = tables.audit_gaps(rows)
     corrected = correction.of_runs(folders)
-    measured = "distance" in distances.columns  # without distance cells the store answers with an empty table of Rows
-    exchanges = [exchange for folder in folders for exchange in _exchanges(folder)] if allow_raw else []
+    # without distance cells the store answers with an empty table of Rows
+    measured = "distance" in distances.columns
+    exchanges = (
+        [exchange for folder in folders for exchange in _exchanges(folder)] if allow_raw else []
+    )
     only = not (len(rows) or len(trained) or len(distances))
-    kind = "Behaviour" if only and len(asked) else "Interventions" if only and len(intervened) else "Audit gap"
+    kind = (
+        "Behaviour"
+        if only and len(asked)
+        else "Interventions"
+        if only and len(intervened)
+        else "Audit gap"
+    )
     if only and studies and not (len(asked) or len(intervened)):
         kind = "Emergent misalignment"
     apart: dict[str, Any] = {}
     if measured:
-        apart = {"distance": tables.distance_table(distances), "curves": tables.distance_curves(distances)}
+        apart = {
+            "distance": tables.distance_table(distances),
+            "curves": tables.distance_curves(distances),
+        }
     return ReportData(
         title=title or _title([str(s.get("name", "?")) for s in subjects], kind),
         subjects=subjects,
         config=_merged([folder.run.get("config", {}) for folder in folders]),
-        info=_merged(infos) | {"warnings": _warnings(folders) + suite.parity_warnings(engines), "command": _commands(folders)},
+        info=_merged(infos)
+        | {
+            "warnings": _warnings(folders) + suite.parity_warnings(engines),
+            "command": _commands(folders),
+        },
         gaps=gaps,
         lvs=tables.lvs_table(rows, correction=corrected["harmful"]),
         behaviour=tables.behaviour_table(rows),
@@ -133,18 +185,28 @@ def from_store(
         incomparable=incomparable if "subject" in asked and asked["subject"].nunique() > 1 else "",
         judges=ballots.judges_table(asked),
         sources=sources,
-        n_asked={str(k): int(n) for k, n in asked.groupby("source")["prompt_id"].nunique().items()} if "source" in asked else {},
+        n_asked={str(k): int(n) for k, n in asked.groupby("source")["prompt_id"].nunique().items()}
+        if "source" in asked
+        else {},
         notes=suite.notes(folders),
         engines=engines,
         sft_curve=curve.curve_table(trained),
         sft_summary=summary,
-        probes=[part for part in (folder.rows([PROBE]) for folder in folders) if "example_id" in part],
+        probes=[
+            part for part in (folder.rows([PROBE]) for folder in folders) if "example_id" in part
+        ],
         interventions=intervene.interventions_table(intervened, correction=corrected["harmful"]),
         emergent=studies,
-        left_out=left_out(rows, infos, {
-            "answer between steps of harmful fine-tuning": trained, "answer when asked": asked,
-            "answer in the intervention audit": intervened,
-        }, [entry for study in studies for entry in study.left_out]),
+        left_out=left_out(
+            rows,
+            infos,
+            {
+                "answer between steps of harmful fine-tuning": trained,
+                "answer when asked": asked,
+                "answer in the intervention audit": intervened,
+            },
+            [entry for study in studies for entry in study.left_out],
+        ),
         failures={
             str(record.get("cell", key)): str(record.get("cause", "no cause recorded"))
             for folder in folders
@@ -152,9 +214,15 @@ def from_store(
         },
         cards=_cards(infos),
         corrections=corrected,
-        reward=next((str(r) for info in infos if not is_null(r := _named(info.get("reward")))), None)
+        reward=next(
+            (str(r) for info in infos if not is_null(r := _named(info.get("reward")))), None
+        )
         or next(
-            (str(r) for folder in folders if not is_null(r := _named(find(folder.run.get("config", {}), ("reward",))))),
+            (
+                str(r)
+                for folder in folders
+                if not is_null(r := _named(find(folder.run.get("config", {}), ("reward",))))
+            ),
             None,
         ),
         power=_power(gaps) or _power(summary),
@@ -164,27 +232,42 @@ def from_store(
     )
 
 
-def _behaved(folders: Sequence[RunFolder], attack: str, holds: Callable[[pd.DataFrame], bool]) -> pd.DataFrame:
-    """Rows of behaviour of all folders, a subject that several of them measured the same way once."""
+def _behaved(
+    folders: Sequence[RunFolder], attack: str, holds: Callable[[pd.DataFrame], bool]
+) -> pd.DataFrame:
+    """Rows of behaviour of all folders, a subject that several of them measured the same way
+    once."""
     rows = _joined([folder.rows([attack]) for folder in folders])
     if not holds(rows):
         return rows.iloc[:0]
-    return rows.drop_duplicates(["subject", "seed", "step", "split", "prompt_id"], ignore_index=True)
+    return rows.drop_duplicates(
+        ["subject", "seed", "step", "split", "prompt_id"], ignore_index=True
+    )
 
 
 def _ordered(rows: pd.DataFrame, column: str, names: Iterable[str]) -> pd.DataFrame:
-    """The rows with the values of `column` in the order in which a run named them, which the store does not keep."""
+    """The rows with the values of `column` in the order in which a run named them, which the store
+    does not keep."""
     places: dict[Any, int] = {name: i for i, name in enumerate(names)}
     if column not in rows:
         return rows
-    return rows.sort_values(column, key=lambda c: c.map(lambda v: places.get(v, len(places))), kind="stable", ignore_index=True)
+    return rows.sort_values(
+        column,
+        key=lambda c: c.map(lambda v: places.get(v, len(places))),
+        kind="stable",
+        ignore_index=True,
+    )
 
 
 def _incomparable(folders: Sequence[RunFolder]) -> str:
-    """Why subjects of these runs of behaviour cannot be set against each other; "" where they can."""
+    """Why subjects of these runs of behaviour cannot be set against each other; "" where they
+    can."""
     configs = [folder.run.get("config", {}) for folder in folders]
     configs = [config for config in configs if config.get("audit") == ASKED]
-    for key, how in (("scorers", "judged by different judges"), ("max_new_tokens", "given different lengths to answer in")):
+    for key, how in (
+        ("scorers", "judged by different judges"),
+        ("max_new_tokens", "given different lengths to answer in"),
+    ):
         if any(config.get(key) != configs[0].get(key) for config in configs):
             return f"These subjects were {how}, so no difference between them is shown."
     return ""
@@ -197,7 +280,9 @@ def _base(folders: Sequence[RunFolder]) -> str | None:
 
 
 def _thresholds(folders: Sequence[RunFolder]) -> tuple[float, ...]:
-    found = {float(t) for folder in folders for t in folder.run.get("config", {}).get("thresholds") or ()}
+    found = {
+        float(t) for folder in folders for t in folder.run.get("config", {}).get("thresholds") or ()
+    }
     return tuple(sorted(found)) or curve.THRESHOLDS
 
 
@@ -228,11 +313,16 @@ def _named(value: Any) -> Any:
 
 
 def _subjects(infos: Sequence[Mapping[str, Any]], rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """What the runs recorded of their subjects; a subject that only the rows know has its name alone."""
+    """What the runs recorded of their subjects; a subject that only the rows know has its name
+    alone."""
     found: dict[str, dict[str, Any]] = {}
     for info in infos:
         listed = info.get("subjects") or ()
-        listed = [{"name": k, **dict(v)} for k, v in listed.items()] if isinstance(listed, Mapping) else listed
+        listed = (
+            [{"name": k, **dict(v)} for k, v in listed.items()]
+            if isinstance(listed, Mapping)
+            else listed
+        )
         for subject in listed:
             entry = dict(subject) if isinstance(subject, Mapping) else {"name": str(subject)}
             found.setdefault(str(entry.get("name", "?")), {}).update(entry)
@@ -245,7 +335,14 @@ def _cards(infos: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Every card once: a judge has one for each gold set."""
     cards = {}
     for card in (card for info in infos for card in correction.cards_in(info)):
-        cards.setdefault((str(card.get("name", "judge")), str(card.get("gold_set")), str(card.get("gold_digest"))), dict(card))
+        cards.setdefault(
+            (
+                str(card.get("name", "judge")),
+                str(card.get("gold_set")),
+                str(card.get("gold_digest")),
+            ),
+            dict(card),
+        )
     return list(cards.values())
 
 
@@ -253,17 +350,22 @@ def _warnings(folders: Sequence[RunFolder]) -> list[str]:
     said = []
     for folder in folders:
         said += list(folder.run.get("info", {}).get("warnings") or ())
-        said += [line for session in folder.run.get("sessions", ()) for line in session.get("drift", ())]
+        said += [
+            line for session in folder.run.get("sessions", ()) for line in session.get("drift", ())
+        ]
     return list(dict.fromkeys(str(line) for line in said))
 
 
 def _commands(folders: Sequence[RunFolder]) -> list[str]:
     commands = [folder.run.get("info", {}).get("command") for folder in folders]
-    return list(dict.fromkeys(" ".join(c) if isinstance(c, list) else str(c) for c in commands if c))
+    return list(
+        dict.fromkeys(" ".join(c) if isinstance(c, list) else str(c) for c in commands if c)
+    )
 
 
 def _power(gaps: pd.DataFrame) -> str:
-    """The power sentence for the scored prompts and the clean harmful share of the first subject that has both."""
+    """The power sentence for the scored prompts and the clean harmful share of the first subject
+    that has both."""
     for row in rows_of(gaps):
         if not is_null(row["safety"]) and row["n"] >= 1:
             return tables.power_line(int(row["n"]), 1.0 - float(row["safety"]))
@@ -274,14 +376,19 @@ def _status(folders: Sequence[RunFolder]) -> dict[str, Any]:
     every = [folder.status() for folder in folders]
     names = ("planned", "finished", "failed", "corrupt", "seconds")
     last = [status.last_write for status in every if status.last_write]
-    return {name: sum(getattr(s, name) for s in every) for name in names} | {"last_write": max(last, default=None)}
+    return {name: sum(getattr(s, name) for s in every) for name in names} | {
+        "last_write": max(last, default=None)
+    }
 
 
 def left_out(
-    rows: pd.DataFrame, infos: Sequence[Mapping[str, Any]] = (), asked: Mapping[str, pd.DataFrame] | None = None,
+    rows: pd.DataFrame,
+    infos: Sequence[Mapping[str, Any]] = (),
+    asked: Mapping[str, pd.DataFrame] | None = None,
     more: Sequence[tuple[str, str, int]] = (),
-) -> pd.DataFrame:  # fmt: skip
-    """Counts of what could not be told or must be read with care, by reason: one row each, most frequent first."""
+) -> pd.DataFrame:
+    """Counts of what could not be told or must be read with care, by reason: one row each, most
+    frequent first."""
     found: dict[tuple[str, str], int] = {}
 
     def count(what: str, reason: Any, by: int = 1) -> None:
@@ -295,7 +402,9 @@ def left_out(
     if len(rows):
         for reason, number in rows["unscored"].value_counts().items():
             count("LVS unscored", reason, number)
-        nameless = rows["lvs"].isna() & (rows["attack"] != CLEAN) & (rows["unscored"].fillna("") == "")
+        nameless = (
+            rows["lvs"].isna() & (rows["attack"] != CLEAN) & (rows["unscored"].fillna("") == "")
+        )
         count("LVS unscored", "no reason recorded", int(nameless.sum()))
         edited = rows[rows["attack"] != CLEAN]
         for what, part, column in (
@@ -314,13 +423,17 @@ def left_out(
                 count(f"{what}, unscored", _REASONS.get(str(reason), str(reason)), number)
     for what, reason, number in more:
         count(what, _REASONS.get(reason, reason), number)
-    entries = [{"what": what, "reason": reason, "count": number} for (what, reason), number in found.items()]
+    entries = [
+        {"what": what, "reason": reason, "count": number}
+        for (what, reason), number in found.items()
+    ]
     entries.sort(key=lambda e: (e["what"], -e["count"], e["reason"]))
     return pd.DataFrame(entries, columns=list(LEFT_OUT_COLUMNS))
 
 
 def _exchanges(folder: RunFolder) -> list[dict[str, Any]]:
-    """Raw prompts and completions of every finished cell that stored them, with where they come from."""
+    """Raw prompts and completions of every finished cell that stored them, with where they come
+    from."""
     found = []
     for record in folder.records():
         if not record.get("generations"):

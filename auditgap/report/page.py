@@ -1,11 +1,13 @@
-"""The report as one HTML file: no network, no script but its own, nothing in it but what the store holds.
+"""The report as one HTML file: no network, no script but its own, nothing in it but what the store
+holds.
 
     path = write([RunFolder.load("out")])        # out/report.html and out/figures/*.csv
     html = render(from_store([RunFolder.load("out")]))
 
-Names, prompts and completions are strangers' text. jinja2 escapes all of it, every value passes `text.clean` on its way
-out, and the page's own content security policy forbids requests and every script but ours (by its hash, for sorting and
-choosing rows) even if that should fail. Without scripts the page shows the same.
+Names, prompts and completions are strangers' text. jinja2 escapes all of it, every value passes
+`text.clean` on its way out, and the page's own content security policy forbids requests and every
+script but ours (by its hash, for sorting and choosing rows) even if that should fail. Without
+scripts the page shows the same.
 """
 
 from __future__ import annotations
@@ -42,7 +44,15 @@ from auditgap.report import (
 )
 from auditgap.report.figures import Figure, budget_label
 from auditgap.report.gather import ReportData, from_store
-from auditgap.report.reading import SAYS_NOT, Setup, headline_budget, is_missing, method, says, setup
+from auditgap.report.reading import (
+    SAYS_NOT,
+    Setup,
+    headline_budget,
+    is_missing,
+    method,
+    says,
+    setup,
+)
 from auditgap.report.sheet import Cell, sheet
 from auditgap.store import RunFolder, files
 from auditgap.store.remote import Place, outputs
@@ -51,7 +61,8 @@ from auditgap.types import Label
 
 __all__ = ["ReportData", "figures_of", "from_store", "render", "write"]
 
-#: A judge card's entries in reading order, with their names and forms; what else a card holds follows after.
+#: A judge card's entries in reading order, with their names and forms; what else a card holds
+#: follows after.
 _CARD: tuple[tuple[str, str, Any], ...] = (
     ("gold_set", "Gold set", text.plain),
     ("task", "Task", text.plain),
@@ -76,8 +87,21 @@ _CARD: tuple[tuple[str, str, Any], ...] = (
     ("notes", "Notes", text.plain),
 )
 #: Entries of a card that say nothing when they are empty, and are left out then.
-_OPTIONAL = {"gold_set", "task", "n_positive", "n_prompts", "n_held_out", "kappa_in_sample", "informedness", "rank_correlation",
-             "n_unscored", "n_injected", "seconds_per_row", "identity", "notes"}  # fmt: skip
+_OPTIONAL = {
+    "gold_set",
+    "task",
+    "n_positive",
+    "n_prompts",
+    "n_held_out",
+    "kappa_in_sample",
+    "informedness",
+    "rank_correlation",
+    "n_unscored",
+    "n_injected",
+    "seconds_per_row",
+    "identity",
+    "notes",
+}
 #: Entries of a card that are for machines.
 _SILENT = {"errors", "unscored", "confusion", "version"}
 
@@ -91,8 +115,13 @@ def _finalize(value: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def _script() -> Markup:
-    """The page's own script: nothing of a run is in it, so its hash in the page's policy lets it run, and it alone."""
-    return Markup(resources.files("auditgap.report").joinpath("templates/report.js").read_text(encoding="utf-8"))
+    """The page's own script: nothing of a run is in it, so its hash in the page's policy lets it
+    run, and it alone."""
+    return Markup(
+        resources.files("auditgap.report")
+        .joinpath("templates/report.js")
+        .read_text(encoding="utf-8")
+    )
 
 
 @lru_cache(maxsize=1)
@@ -116,21 +145,35 @@ def is_judged(data: ReportData) -> bool:
 
 def is_corrected(data: ReportData) -> bool:
     """Whether shares on the page are set beside those behind the judge's errors."""
-    return is_latent(data) or bool(len(data.sft_curve) or len(data.asked) or len(data.interventions))
+    return is_latent(data) or bool(
+        len(data.sft_curve) or len(data.asked) or len(data.interventions)
+    )
 
 
 def is_latent(data: ReportData) -> bool:
     """Whether the page has a latent audit to show, or nothing else."""
     return bool(len(data.lvs) or len(data.gaps) or len(data.distance)) or not (
-        len(data.sft_curve) or len(data.asked) or data.probes or len(data.interventions) or data.emergent
+        len(data.sft_curve)
+        or len(data.asked)
+        or data.probes
+        or len(data.interventions)
+        or data.emergent
     )
 
 
 def roles(data: ReportData) -> dict[str, dict[str, int]]:
-    """Which layer index is `emb`, `mid` and `last`, a subject; without a recorded number of blocks only `emb` is known."""
+    """Which layer index is `emb`, `mid` and `last`, a subject; without a recorded number of blocks
+    only `emb` is known."""
     found = {}
     for subject in data.subjects:
-        blocks = next((subject[k] for k in ("n_blocks", "blocks", "n_layers") if not text.is_null(subject.get(k))), None)
+        blocks = next(
+            (
+                subject[k]
+                for k in ("n_blocks", "blocks", "n_layers")
+                if not text.is_null(subject.get(k))
+            ),
+            None,
+        )
         named = {"emb": -1}
         if isinstance(blocks, (int, float)) and blocks >= 1:
             named |= {"mid": min(int(blocks) - 1, round(int(blocks) / 2)), "last": int(blocks) - 1}
@@ -141,12 +184,19 @@ def roles(data: ReportData) -> dict[str, dict[str, int]]:
 def figures_of(data: ReportData) -> dict[str, Figure]:
     """The report's figures by name; each `data` is what goes into figures/<name>.csv."""
     about = (
-        "Bands are 95\u00a0% intervals of the attack and its matched control; a line breaks where a site was not measured. "
-        "“emb.” is what the first block receives."
+        "Bands are 95\u00a0% intervals of the attack and its matched control; a line breaks where a"
+        " site was not measured. “emb.” is what the first block receives."
     )
     drawn = (
         figures.gap_by_budget(data.gaps),
-        figures.by_depth(data.lvs, "lvs_mean", name="lvs_by_depth", title="LVS by depth", ylabel="LVS, mean", caption=about),
+        figures.by_depth(
+            data.lvs,
+            "lvs_mean",
+            name="lvs_by_depth",
+            title="LVS by depth",
+            ylabel="LVS, mean",
+            caption=about,
+        ),
         figures.by_depth(
             data.lvs,
             "asr",
@@ -170,10 +220,15 @@ def figures_of(data: ReportData) -> dict[str, Figure]:
 
 
 def render(report: ReportData) -> str:
-    """The page. Raw text is on it only if `report.exchanges` holds any (see `from_store(allow_raw=True)`)."""
+    """The page. Raw text is on it only if `report.exchanges` holds any (see
+    `from_store(allow_raw=True)`)."""
     facts = setup(report.config, report.lvs)
     chosen = headline_budget(report.gaps, report.lvs)
-    leads = [] if chosen is None else [r for r in rows_of(report.gaps) if (float(r["eps"]), str(r["unit"])) == chosen]
+    leads = (
+        []
+        if chosen is None
+        else [r for r in rows_of(report.gaps) if (float(r["eps"]), str(r["unit"])) == chosen]
+    )
     roles_, drawn = roles(report), figures_of(report)
     asked_says = behaviour.says(report.asked, report.differences)
     context = {
@@ -186,13 +241,16 @@ def render(report: ReportData) -> str:
         "sft_summary": curve.summary_sheet(report.sft_summary),
         "asked": behaviour.behaviour_sheet(report.asked),
         "asked_leads": behaviour.leads(report.asked),
-        "asked_says": asked_says if leads or len(report.sft_summary) else [],  # else the reading says it
+        # else the reading says it
+        "asked_says": asked_says if leads or len(report.sft_summary) else [],
         "differences": behaviour.difference_sheet(report.differences),
         "sources": suite.source_sheet(report.sources, report.n_asked),
         "judges": ballots.sheets(report.judges),
         "ties": ballots.ties(report.judges),
         "asked_method": [
-            *curve.method(report.sft_summary), *behaviour.method(report.asked), *suite.engine_sentences(report.engines),
+            *curve.method(report.sft_summary),
+            *behaviour.method(report.asked),
+            *suite.engine_sentences(report.engines),
         ],
         "probe": probe.section(report.probes),
         "intervened": intervene.section(report.interventions),
@@ -200,16 +258,20 @@ def render(report: ReportData) -> str:
         "em_leads": emergent_page.leads(report.emergent),
         "latent": is_latent(report),
         "judged": is_judged(report),
-        "budget_rule": "The headline speaks of the largest budget at which the median edit is not larger than half of what "
-        "it edits; this rule looks at sizes, never at outcomes.",
+        "budget_rule": (
+            "The headline speaks of the largest budget at which the median edit is not larger than"
+            " half of what it edits; this rule looks at sizes, never at outcomes."
+        ),
         "gaps": sheet(_nameless(report.gaps)),
-        "readings": [(row["subject"], says(row, report.lvs)) for row in leads]
-        or curve.says(report.sft_summary)
-        or asked_says
-        or probe.says(report.probes)
-        or intervene.says(report.interventions)
-        or emergent_page.says(report.emergent)
-        or [("", ["No audit gap was measured in this run."])],
+        "readings": (
+            [(row["subject"], says(row, report.lvs)) for row in leads]
+            or curve.says(report.sft_summary)
+            or asked_says
+            or probe.says(report.probes)
+            or intervene.says(report.interventions)
+            or emergent_page.says(report.emergent)
+            or [("", ["No audit gap was measured in this run."])]
+        ),
         "says_not": [
             *(SAYS_NOT if is_latent(report) else ()),
             *(curve.SAYS_NOT if len(report.sft_summary) else ()),
@@ -219,12 +281,18 @@ def render(report: ReportData) -> str:
             *(emergent_page.SAYS_NOT if report.emergent else ()),
         ],
         "script": _script(),
-        "script_hash": f"sha256-{base64.b64encode(hashlib.sha256(_script().encode('utf-8')).digest()).decode('ascii')}",
+        "script_hash": (
+            f"sha256-{base64.b64encode(hashlib.sha256(_script().encode('utf-8')).digest()).decode('ascii')}"
+        ),
         "verdicts": report.verdicts,
         "overall": verdicts.overall(report.verdicts) if report.verdicts else "",
-        "criteria": [(name.replace("_", " "), f"{bound:g}") for name, bound in report.criteria.items()],
+        "criteria": [
+            (name.replace("_", " "), f"{bound:g}") for name, bound in report.criteria.items()
+        ],
         "limits": [sentence for _, sentence in report.limits],
-        "screening": any("screening" in str(card.get("label", "")).lower() for card in report.cards),
+        "screening": any(
+            "screening" in str(card.get("label", "")).lower() for card in report.cards
+        ),
         "warnings": list(report.info.get("warnings") or ()),
         "no_controls": len(report.lvs) > 0 and set(report.lvs["attack"]) == {"targeted"},
         "figures": drawn,
@@ -233,21 +301,29 @@ def render(report: ReportData) -> str:
         "ours": _ours(report.lvs, roles_),
         "paper_differences": paper.differences(facts.unit, facts.eps, report.reward, facts.prompts),
         "lvs": sheet(_nameless(report.lvs)),
-        "flags": [(flag, meaning) for flag, meaning in tables.FLAGS.items() if flag in _flags(report.lvs)],
+        "flags": [
+            (flag, meaning) for flag, meaning in tables.FLAGS.items() if flag in _flags(report.lvs)
+        ],
         "behaviour": sheet(_nameless(_verdicts(report.behaviour))),
         "cards": [_card(card) for card in report.cards],
         "corrected": [
-            c.says() for c in report.corrections.values() if (c.task == "harmful" and is_corrected(report)) or len(report.asked)
+            c.says()
+            for c in report.corrections.values()
+            if (c.task == "harmful" and is_corrected(report)) or len(report.asked)
         ],
         "caveat": correction.CAVEAT,
         "left_out": sheet(report.left_out),
         "method": method(facts),
-        "config": [(key, text.plain(value)) for key, value in text.without_secrets(report.config).items()],
+        "config": [
+            (key, text.plain(value)) for key, value in text.without_secrets(report.config).items()
+        ],
         "commands": _list(report.info.get("command")),
         "subjects": [
             {
                 "name": s.get("name", "?"),
-                "pairs": [(str(k).replace("_", " "), text.plain(v)) for k, v in s.items() if k != "name"],
+                "pairs": [
+                    (str(k).replace("_", " "), text.plain(v)) for k, v in s.items() if k != "name"
+                ],
             }
             for s in report.subjects
         ],
@@ -259,16 +335,23 @@ def render(report: ReportData) -> str:
 
 
 def write(
-    folders: Sequence[RunFolder], *, out: Place | None = None, allow_raw: bool = False, title: str | None = None,
+    folders: Sequence[RunFolder],
+    *,
+    out: Place | None = None,
+    allow_raw: bool = False,
+    title: str | None = None,
     emergent: Sequence[emergent_study.Study] | None = None,
-) -> Path:  # fmt: skip
-    """Write report.html and figures/*.csv into `out` (None: the first folder), each atomically; returns the page's path.
+) -> Path:
+    """Write report.html and figures/*.csv into `out` (None: the first folder), each atomically;
+    returns the page's path.
 
-    With `allow_raw` the page holds prompts and completions and is readable by its owner only (0600). Raises UsageError
-    when no folder is given, DiskError when the disk is full.
+    With `allow_raw` the page holds prompts and completions and is readable by its owner only
+    (0600). Raises UsageError when no folder is given, DiskError when the disk is full.
     """
     if not folders:
-        raise UsageError("A report needs at least one run folder; none came. For example: auditgap report out")
+        raise UsageError(
+            "A report needs at least one run folder; none came. For example: auditgap report out"
+        )
     report = from_store(folders, allow_raw=allow_raw, title=title, emergent=emergent)
     if out is not None:
         with outputs(out) as home:
@@ -279,23 +362,33 @@ def write(
 
 
 def write_report(report: ReportData, home: Path, *, private: bool = False) -> Path:
-    """Write the page and its figures' data into a folder; `private`: the page is for its owner alone. Raises as `write`."""
+    """Write the page and its figures' data into a folder; `private`: the page is for its owner
+    alone. Raises as `write`."""
     if home.exists() and not home.is_dir():
-        raise UsageError(f"{home} is a file; a report needs a folder, for report.html and figures/. Choose another name.")
+        raise UsageError(
+            f"{home} is a file; a report needs a folder, for report.html and figures/. Choose"
+            " another name."
+        )
     with files.disk_errors(home / "figures"):
         (home / "figures").mkdir(parents=True, exist_ok=True)
-    twins = {figure.name: None if figure.missing else figure.data for figure in figures_of(report).values()}
+    twins = {
+        figure.name: None if figure.missing else figure.data
+        for figure in figures_of(report).values()
+    }
     for name, data in {**twins, "judges": report.judges if len(report.judges) else None}.items():
         twin = home / "figures" / f"{name}.csv"
         if data is None:
             twin.unlink(missing_ok=True)  # the data of an earlier report would pass for this one's
         else:
             files.write_bytes(twin, to_csv(data).encode("utf-8", "backslashreplace"))
-    files.write_bytes(home / "report.html", render(report).encode("utf-8"), files.PRIVATE if private else 0o666)
+    files.write_bytes(
+        home / "report.html", render(report).encode("utf-8"), files.PRIVATE if private else 0o666
+    )
     return home / "report.html"
 
 
-# ------------------------------------------------------------------------------------------------------ the page's parts
+# ------------------------------------------------------------------------------------------------------
+# the page's parts
 
 
 def _list(value: Any) -> list[str]:
@@ -305,7 +398,11 @@ def _list(value: Any) -> list[str]:
 
 
 def _header(report: ReportData, facts: Setup) -> list[str]:
-    n = max((int(v) for v in report.gaps["n"] if not text.is_null(v)), default=0) if len(report.gaps) else 0
+    n = (
+        max((int(v) for v in report.gaps["n"] if not text.is_null(v)), default=0)
+        if len(report.gaps)
+        else 0
+    )
     said = [f"{n} prompts scored" if n else "no prompt scored"]
     if facts.eps:
         said.append(f"ε = {', '.join(f'{e:g}' for e in facts.eps)} {facts.unit or ''}")
@@ -313,7 +410,11 @@ def _header(report: ReportData, facts: Setup) -> list[str]:
     said.append(f"{sites} site{'' if sites == 1 else 's'}")
     if not is_latent(report):
         said = curve.header(report.sft_summary) or behaviour.header(report.asked)
-        said += probe.header(report.probes) + intervene.header(report.interventions) + emergent_page.header(report.emergent)
+        said += (
+            probe.header(report.probes)
+            + intervene.header(report.interventions)
+            + emergent_page.header(report.emergent)
+        )
     status = report.status
     if status:
         said.append(
@@ -332,13 +433,17 @@ def _lead(row: Mapping[str, Any]) -> dict[str, Any]:
     said = {"subject": row["subject"], "budget": budget_label(row["eps"], row["unit"])}
     for key, form in (("safety", text.percent), ("robustness", text.percent), ("gap", text.points)):
         said[key] = None if text.is_null(row[key]) else form(row[key], digits)
-        said[f"{key}_ci"] = text.interval(row[f"{key}_lo"], row[f"{key}_hi"], partial(form, digits=digits))
+        said[f"{key}_ci"] = text.interval(
+            row[f"{key}_lo"], row[f"{key}_hi"], partial(form, digits=digits)
+        )
     return said
 
 
 def _nameless(table: pd.DataFrame) -> pd.DataFrame:
     """`table` without its subject column when there is one subject: the headline has named it."""
-    return table.drop(columns="subject") if len(table) and table["subject"].nunique() == 1 else table
+    return (
+        table.drop(columns="subject") if len(table) and table["subject"].nunique() == 1 else table
+    )
 
 
 def _flags(lvs: pd.DataFrame) -> set[str]:
@@ -348,33 +453,46 @@ def _flags(lvs: pd.DataFrame) -> set[str]:
 def _verdicts(behaviour: pd.DataFrame) -> pd.DataFrame:
     """The clean verdicts as one row a subject and label: count and share with its interval."""
     rows = [
-        {"subject": row["subject"], "n": row["n"], "verdict": str(label), "count": row[label],
-         "share": row.get(f"{label}_rate"), "share_lo": row.get(f"{label}_lo"), "share_hi": row.get(f"{label}_hi")}
+        {
+            "subject": row["subject"],
+            "n": row["n"],
+            "verdict": str(label),
+            "count": row[label],
+            "share": row.get(f"{label}_rate"),
+            "share_lo": row.get(f"{label}_lo"),
+            "share_hi": row.get(f"{label}_hi"),
+        }
         for row in rows_of(behaviour)
         for label in Label
-    ]  # fmt: skip
+    ]
     return pd.DataFrame(rows)
 
 
 def _ours(lvs: pd.DataFrame, named: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
-    """Our rows for the Table-1 view: mean LVS of the targeted attack at emb, mid and last, a subject and budget."""
+    """Our rows for the Table-1 view: mean LVS of the targeted attack at emb, mid and last, a
+    subject and budget."""
     rows = []
     targeted = lvs[lvs["attack"] == "targeted"] if len(lvs) else lvs
     for (subject, unit, eps), part in targeted.groupby(["subject", "unit", "eps"], sort=False):
         cells = []
         for role in ("emb", "mid", "last"):
             found = rows_of(part[part["layer_index"] == named.get(str(subject), {}).get(role, -99)])
-            row = found[0] if found else {"lvs_mean": None, "lvs_mean_lo": None, "lvs_mean_hi": None}
+            row = (
+                found[0] if found else {"lvs_mean": None, "lvs_mean_lo": None, "lvs_mean_hi": None}
+            )
             unscored = bool(found) and text.is_null(row["lvs_mean"])
             null = text.UNSCORED if unscored else text.NOT_MEASURED
-            reading = text.with_interval(row["lvs_mean"], row["lvs_mean_lo"], row["lvs_mean_hi"], null=null)
+            reading = text.with_interval(
+                row["lvs_mean"], row["lvs_mean_lo"], row["lvs_mean_hi"], null=null
+            )
             cells.append(Cell(reading, "null" if text.is_null(row["lvs_mean"]) else "num"))
         rows.append({"subject": subject, "budget": f"{eps:g} {unit}", "cells": cells})
     return rows
 
 
 def _card(card: Mapping[str, Any]) -> dict[str, Any]:
-    """A judge card in reading order. What it does not say is shown as not measured, except what not every card has."""
+    """A judge card in reading order. What it does not say is shown as not measured, except what not
+    every card has."""
     known = {key for key, _, _ in _CARD} | {"name", "label"} | _SILENT
     pairs = []
     for key, name, form in _CARD:
@@ -390,26 +508,51 @@ def _card(card: Mapping[str, Any]) -> dict[str, Any]:
             lo, hi = ends
             reading = f"{reading}\u00a0{text.interval(lo, hi, form)}"
         pairs.append((name, reading))
-    pairs += [(str(k).replace("_", " "), text.plain(v)) for k, v in text.without_secrets(card).items() if k not in known]
+    pairs += [
+        (str(k).replace("_", " "), text.plain(v))
+        for k, v in text.without_secrets(card).items()
+        if k not in known
+    ]
     return {"name": card.get("name", "judge"), "label": card.get("label", ""), "pairs": pairs}
 
 
 def _provenance(report: ReportData) -> list[tuple[str, str]]:
-    shown = {"command", "warnings", "subjects", "judge_cards", "refused", "reward", *(["panel"] if report.emergent else [])}
+    shown = {
+        "command",
+        "warnings",
+        "subjects",
+        "judge_cards",
+        "refused",
+        "reward",
+        *(["panel"] if report.emergent else []),
+    }
     pairs = [("auditgap", auditgap.__version__)]
     for key, value in text.without_secrets(report.info).items():
         if key in shown or value in (None, "", [], {}):
             continue
         if key in ("versions", "machine") and isinstance(value, Mapping):
-            pairs += [(str(k).replace("_", " "), text.plain(v)) for k, v in value.items() if k != "auditgap"]
+            pairs += [
+                (str(k).replace("_", " "), text.plain(v))
+                for k, v in value.items()
+                if k != "auditgap"
+            ]
             continue
         if key == "prompts" and report.sources:  # what became of every row has its own table
             each = [value] if isinstance(value, Mapping) else value
-            value = [{k: v for k, v in told.items() if k not in suite.SHOWN} for told in each if isinstance(told, Mapping)]
+            value = [
+                {k: v for k, v in told.items() if k not in suite.SHOWN}
+                for told in each
+                if isinstance(told, Mapping)
+            ]
         pairs.append((str(key).replace("_", " "), text.plain(value)))
     status = report.status
     if status:
-        pairs.append(("computing time", f"{status['seconds']:,.0f} s over {status['finished']} finished cells"))
+        pairs.append(
+            (
+                "computing time",
+                f"{status['seconds']:,.0f} s over {status['finished']} finished cells",
+            )
+        )
         if status["corrupt"]:
             pairs.append(("set aside as torn", str(status["corrupt"])))
     return pairs
@@ -418,20 +561,36 @@ def _provenance(report: ReportData) -> list[tuple[str, str]]:
 def _exchange(exchange: Mapping[str, Any]) -> dict[str, Any]:
     """Where an exchange comes from, in one line, and its longer texts."""
     long = [
-        (k, v) for k, v in exchange.items() if isinstance(v, str) and k in ("prompt", "completion", "text", "clean", "edited")
+        (k, v)
+        for k, v in exchange.items()
+        if isinstance(v, str) and k in ("prompt", "completion", "text", "clean", "edited")
     ]
-    long += [(k, v) for k, v in exchange.items() if isinstance(v, str) and k not in dict(long) and (len(v) > 60 or "\n" in v)]
-    shown = {k: v for k, v in exchange.items() if k not in dict(long) and isinstance(v, (str, bool, int, float)) and v != ""}
-    where = [str(v) if k == "cell" else f"{k.replace('_', ' ')} {text.plain(v)}" for k, v in shown.items()]
+    long += [
+        (k, v)
+        for k, v in exchange.items()
+        if isinstance(v, str) and k not in dict(long) and (len(v) > 60 or "\n" in v)
+    ]
+    shown = {
+        k: v
+        for k, v in exchange.items()
+        if k not in dict(long) and isinstance(v, (str, bool, int, float)) and v != ""
+    }
+    where = [
+        str(v) if k == "cell" else f"{k.replace('_', ' ')} {text.plain(v)}"
+        for k, v in shown.items()
+    ]
     return {"where": " · ".join(where), "texts": [(k.replace("_", " "), v) for k, v in long]}
 
 
 def _contents(report: ReportData) -> list[tuple[str, str]]:
     latent = [
-        ("depth", "By depth"), ("sites", "Embedding, middle, last"),
-        ("distance", "Distance to collapse"), ("table1", "Paper’s Table 1"), ("table", "Every measurement"),
+        ("depth", "By depth"),
+        ("sites", "Embedding, middle, last"),
+        ("distance", "Distance to collapse"),
+        ("table1", "Paper’s Table 1"),
+        ("table", "Every measurement"),
         ("behaviour", "Behaviour"),
-    ]  # fmt: skip
+    ]
     names = [
         *([("verdicts", "Verdicts"), ("limits", "Limits")] if report.verdicts else []),
         ("reading", "Reading"),
@@ -442,8 +601,14 @@ def _contents(report: ReportData) -> list[tuple[str, str]]:
         *([("interventions", "Interventions")] if len(report.interventions) else []),
         *emergent_page.contents(report.emergent),
         *(latent if is_latent(report) else []),
-        *([("judge", "Judge and reward" if is_latent(report) else "Judge")] if is_judged(report) else []),
+        *(
+            [("judge", "Judge and reward" if is_latent(report) else "Judge")]
+            if is_judged(report)
+            else []
+        ),
         *([("power", "Power")] if is_latent(report) or report.power else []),
-        ("left-out", "Left out"), ("method", "Method"), ("provenance", "Repeat this"),
-    ]  # fmt: skip
+        ("left-out", "Left out"),
+        ("method", "Method"),
+        ("provenance", "Repeat this"),
+    ]
     return names + ([("exchanges", "Prompts and completions")] if report.exchanges else [])

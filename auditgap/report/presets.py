@@ -1,4 +1,5 @@
-"""What the presets say, choice by choice, and where two of them differ, with the reason: for a terminal and for docs/presets.md.
+"""What the presets say, choice by choice, and where two of them differ, with the reason: for a
+terminal and for docs/presets.md.
 
     differences("paper-v1", "release")[0]
     -> {"choice": "lvs.layers", "paper-v1": "embedding,mid,last", "release": "all", "why": "its main sweep runs over …"}
@@ -16,9 +17,13 @@ from auditgap.config import presets
 #: Sections of a preset that are no settings of a command.
 _TEXT = ("about", "why")
 COMMANDS: Mapping[str, str] = {
-    "lvs": "auditgap lvs", "evaluate": "auditgap evaluate", "probe": "auditgap probe",
-    "sft-curve": "auditgap train harmful-sft", "dissociate": "auditgap train dissociate", "fixed": "what has no option",
-}  # fmt: skip
+    "lvs": "auditgap lvs",
+    "evaluate": "auditgap evaluate",
+    "probe": "auditgap probe",
+    "sft-curve": "auditgap train harmful-sft",
+    "dissociate": "auditgap train dissociate",
+    "fixed": "what has no option",
+}
 ABSENT = "not set"
 preset = lru_cache(config.preset)  #: read here and never changed
 
@@ -28,8 +33,10 @@ def choices(name: str) -> dict[str, str]:
     found = preset(name)
     return {
         f"{section}.{key}": _line(value)
-        for section, settings in found.items() if section not in _TEXT for key, value in settings.items()
-    }  # fmt: skip
+        for section, settings in found.items()
+        if section not in _TEXT
+        for key, value in settings.items()
+    }
 
 
 def _line(value: Any) -> str:
@@ -54,12 +61,20 @@ def differences(first: str, second: str) -> list[dict[str, str]]:
     lone = {key.partition(".")[0] for key in one} ^ {key.partition(".")[0] for key in two}
     rows = [
         {"choice": section, first: _has(one, section), second: _has(two, section), "why": ""}
-        for section in COMMANDS if section in lone
-    ]  # fmt: skip
+        for section in COMMANDS
+        if section in lone
+    ]
     for choice in [*one, *(c for c in two if c not in one)]:
         a, b = one.get(choice, ABSENT), two.get(choice, ABSENT)
         if a != b and choice.partition(".")[0] not in lone:
-            rows.append({"choice": choice, first: a, second: b, "why": why(second, choice) or why(first, choice)})
+            rows.append(
+                {
+                    "choice": choice,
+                    first: a,
+                    second: b,
+                    "why": why(second, choice) or why(first, choice),
+                }
+            )
     return rows
 
 
@@ -70,14 +85,23 @@ def _has(flat: Mapping[str, str], section: str) -> str:
 def document() -> str:
     """docs/presets.md: every preset's choices with their reasons, and how they differ."""
     lines = [
-        "# Presets", "",
-        "Written by `auditgap presets page`; a test holds it against the presets in `auditgap/presets/`.", "",
+        "# Presets",
+        "",
+        (
+            "Written by `auditgap presets page`; a test holds it against the presets in"
+            " `auditgap/presets/`."
+        ),
+        "",
         "    auditgap lvs ./base ./twin --config preset:paper-v1 --out runs/paper",
         "    auditgap ls presets",
-        "    auditgap presets diff paper-v1 release", "",
-        "`--config preset:NAME` stands in place of a file; flags and `--set` win over it. Models, triples and training data are "
-        "yours to name. “Open” marks what the paper leaves open, with the value used here.",
-    ]  # fmt: skip
+        "    auditgap presets diff paper-v1 release",
+        "",
+        (
+            "`--config preset:NAME` stands in place of a file; flags and `--set` win over it."
+            " Models, triples and training data are yours to name. “Open” marks what the paper"
+            " leaves open, with the value used here."
+        ),
+    ]
     for first, second in (("paper-v1", "release"), ("smoke", "standard")):
         differ = _rows(("choice", first, second, "why"), differences(first, second))
         lines += ["", f"## {first} and {second}: the differences", "", *differ]
@@ -85,8 +109,15 @@ def document() -> str:
         lines += ["", f"## {name}", "", " ".join(preset(name)["about"].split())]
         flat = choices(name)
         for section, command in COMMANDS.items():
-            mine = [{"choice": key.partition(".")[2], "value": value, "why": why(name, key) or _elsewhere(name, key)}
-                    for key, value in flat.items() if key.startswith(f"{section}.")]  # fmt: skip
+            mine = [
+                {
+                    "choice": key.partition(".")[2],
+                    "value": value,
+                    "why": why(name, key) or _elsewhere(name, key),
+                }
+                for key, value in flat.items()
+                if key.startswith(f"{section}.")
+            ]
             if mine:
                 title = command if section == "fixed" else f"`{command}`"
                 lines += ["", f"### {name}: {title}", "", *_rows(("choice", "value", "why"), mine)]
@@ -103,8 +134,11 @@ def _rows(titles: tuple[str, ...], rows: list[dict[str, str]]) -> list[str]:
     def cell(value: str) -> str:
         return value.replace("|", "\\|").replace("<", "\\<")
 
-    return [f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}",
-            *(f"| {' | '.join(cell(row[t]) for t in titles)} |" for row in rows)]  # fmt: skip
+    return [
+        f"| {' | '.join(titles)} |",
+        f"|{' --- |' * len(titles)}",
+        *(f"| {' | '.join(cell(row[t]) for t in titles)} |" for row in rows),
+    ]
 
 
 def listed() -> list[dict[str, str]]:
@@ -113,5 +147,11 @@ def listed() -> list[dict[str, str]]:
     for name in presets():
         found = preset(name)
         has = ", ".join(s for s in COMMANDS if s in found and s != "fixed")
-        rows.append({"name": name, "what": " ".join(str(found["about"]).split()).split(". ")[0].rstrip(".") + ".", "for": has})
+        rows.append(
+            {
+                "name": name,
+                "what": " ".join(str(found["about"]).split()).split(". ")[0].rstrip(".") + ".",
+                "for": has,
+            }
+        )
     return rows

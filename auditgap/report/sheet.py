@@ -3,7 +3,8 @@
     sheet(lvs_table(rows)).rows[0]
     -> (Cell('smollm2'), Cell('block15'), Cell('0.03 rms'), …, Cell('4.914 [3.200, 6.830]'), Cell('not measured', null=True))
 
-It formats and leaves out nothing but the columns it joins. Unknown columns are shown under their own names.
+It formats and leaves out nothing but the columns it joins. Unknown columns are shown under their
+own names.
 """
 
 from __future__ import annotations
@@ -14,7 +15,17 @@ from typing import Any
 
 import pandas as pd
 
-from auditgap.report.text import CANNOT_TELL, NOT_MEASURED, UNSCORED, is_null, number, percent, plain, points, with_interval
+from auditgap.report.text import (
+    CANNOT_TELL,
+    NOT_MEASURED,
+    UNSCORED,
+    is_null,
+    number,
+    percent,
+    plain,
+    points,
+    with_interval,
+)
 from auditgap.store.tables import rows_of
 
 #: Estimates whose limits are not named `<estimate>_lo` and `<estimate>_hi`.
@@ -24,14 +35,36 @@ _LIMITS: Mapping[str, tuple[str, str]] = {
     "median": ("lo", "hi"),
 }
 TITLES: Mapping[str, str] = {
-    "subject": "Subject", "site": "Site", "budget": "ε", "eps": "ε", "attack": "Attack", "n": "n", "n_unscored": "Unscored",
-    "n_broken": "Broken", "lvs_mean": "LVS, mean", "lvs_median": "LVS, median", "lvs_rel_mean": "LVS rel., mean", "asr": "ASR",
+    "subject": "Subject",
+    "site": "Site",
+    "budget": "ε",
+    "eps": "ε",
+    "attack": "Attack",
+    "n": "n",
+    "n_unscored": "Unscored",
+    "n_broken": "Broken",
+    "lvs_mean": "LVS, mean",
+    "lvs_median": "LVS, median",
+    "lvs_rel_mean": "LVS rel., mean",
+    "asr": "ASR",
     "asr_corrected": "ASR, corrected",
-    "asr_envelope": "ASR envelope", "delta_vs_matched": "LVS − matched LVS", "relative_norm_median": "‖δ‖/‖h‖, median",
-    "flag": "Flags", "safety": "Behaviourally safe", "robustness": "Robust", "gap": "Audit gap, points",
-    "worst_site": "Worst site", "what": "What", "verdict": "Verdict", "reason": "Reason", "count": "Count", "share": "Share",
-    "median": "Median ε", "n_collapsed": "Turned harmful", "unit": "Unit",
-}  # fmt: skip
+    "asr_envelope": "ASR envelope",
+    "delta_vs_matched": "LVS − matched LVS",
+    "relative_norm_median": "‖δ‖/‖h‖, median",
+    "flag": "Flags",
+    "safety": "Behaviourally safe",
+    "robustness": "Robust",
+    "gap": "Audit gap, points",
+    "worst_site": "Worst site",
+    "what": "What",
+    "verdict": "Verdict",
+    "reason": "Reason",
+    "count": "Count",
+    "share": "Share",
+    "median": "Median ε",
+    "n_collapsed": "Turned harmful",
+    "unit": "Unit",
+}
 _SHARES = ("asr", "asr_corrected", "asr_envelope", "safety", "robustness", "share")
 NOT_REACHED = "not reached"
 
@@ -56,7 +89,8 @@ def sheet(table: pd.DataFrame) -> Sheet:
     """`table` as text."""
     limits = {c: _limits(c, table.columns) for c in table.columns}
     joined = {name for pair in limits.values() if pair for name in pair}
-    spare = {"layer_index", "unit"} if "eps" in table.columns else {"layer_index"}  # ε is shown with its unit
+    # ε is shown with its unit
+    spare = {"layer_index", "unit"} if "eps" in table.columns else {"layer_index"}
     shown = [c for c in table.columns if c not in joined | spare]
     rows = tuple(tuple(_cell(c, row, limits[c]) for c in shown) for row in rows_of(table))
     return Sheet(tuple(TITLES.get(str(c), str(c).replace("_", " ")) for c in shown), rows)
@@ -70,7 +104,8 @@ def _limits(column: Any, columns: Any) -> tuple[str, str] | None:
 def _form(column: str) -> Any:
     if column == "gap":
         return lambda value: points(value, unit="")
-    if column == "median":  # survival that stays above one half has no median, and a limit that does has no end
+    # survival that stays above one half has no median, and a limit that does has no end
+    if column == "median":
         return lambda value: number(value, 4, null=NOT_REACHED)
     return percent if column in _SHARES or column.endswith("_rate") else number
 
@@ -98,10 +133,19 @@ def _cell(column: str, row: Mapping[str, Any], limits: tuple[str, str] | None) -
     if limits:
         return Cell(with_interval(value, row[limits[0]], row[limits[1]], _form(column)), "num")
     if isinstance(value, str):
-        return Cell(value, "key" if column in ("site", "worst_site", "attack", "verdict", "unit", "flag") else "word")
+        return Cell(
+            value,
+            (
+                "key"
+                if column in ("site", "worst_site", "attack", "verdict", "unit", "flag")
+                else "word"
+            ),
+        )
     if isinstance(value, bool):
         return Cell(plain(value))
     if isinstance(value, (int, float)) or hasattr(value, "dtype"):
-        whole = column.startswith("n_") or column in ("n", "count", "draw") or (isinstance(value, int))
+        whole = (
+            column.startswith("n_") or column in ("n", "count", "draw") or (isinstance(value, int))
+        )
         return Cell(f"{int(value)}" if whole else _form(column)(value), "num")
     return Cell(plain(value))

@@ -1,10 +1,15 @@
-"""What was asked, and through what: a suite's sources as its manifest has them, and the engines that the subjects spoke through.
+"""What was asked, and through what: a suite's sources as its manifest has them, and the engines
+that the subjects spoke through.
 
-    sources(folders)            # [{"source": "xstest", "kept": 249, "dropped": 0, "revision": "f1d7…", …}, …]
-    engines(folders)            # [{"subject": "smollm2", "engine": "vllm", "dtype": "float32", "parity": {"n": 8, "equal": 8, …}}]
+    # [{"source": "xstest", "kept": 249, "dropped": 0, "revision": "f1d7…", …}, …]
+    sources(folders)
+    # [{"subject": "smollm2", "engine": "vllm", "dtype": "float32", "parity": {"n": 8, "equal": 8,
+    # …}}]
+    engines(folders)
     parity_warnings(engines(folders))
 
-A manifest is `info["prompts"]` of a run (`data.suite`); an engine and its parity with transformers stand in cells' records.
+A manifest is `info["prompts"]` of a run (`data.suite`); an engine and its parity with transformers
+stand in cells' records.
 """
 
 from __future__ import annotations
@@ -27,17 +32,26 @@ def manifests(folders: Sequence[RunFolder]) -> list[Mapping[str, Any]]:
     found: list[Mapping[str, Any]] = []
     for folder in folders:
         told = folder.run.get("info", {}).get("prompts")
-        if isinstance(told, Mapping) and isinstance(told.get("sources"), Mapping) and told not in found:
+        if (
+            isinstance(told, Mapping)
+            and isinstance(told.get("sources"), Mapping)
+            and told not in found
+        ):
             found.append(told)
     return found
 
 
 def sources(folders: Sequence[RunFolder]) -> list[dict[str, Any]]:
-    """A mapping a source: what was read, and what became of every row; a source that several runs read alike once."""
+    """A mapping a source: what was read, and what became of every row; a source that several runs
+    read alike once."""
     found: list[dict[str, Any]] = []
     for manifest in manifests(folders):
         for name, told in manifest["sources"].items():
-            entry = {"source": str(name), **told} if isinstance(told, Mapping) else {"source": str(name)}
+            entry = (
+                {"source": str(name), **told}
+                if isinstance(told, Mapping)
+                else {"source": str(name)}
+            )
             if entry not in found:
                 found.append(entry)
     return found
@@ -48,20 +62,41 @@ def source_sheet(found: Sequence[Mapping[str, Any]], asked: Mapping[str, int]) -
     rows = []
     for entry in found:
         dropped = {
-            "of another kind": entry.get("n_not_asked"), **_counts(entry.get("n_dropped")), "twice": entry.get("n_doubles"),
+            "of another kind": entry.get("n_not_asked"),
+            **_counts(entry.get("n_dropped")),
+            "twice": entry.get("n_doubles"),
             "benign anchors": (entry.get("n_anchors") or 0) + (entry.get("n_in_anchors") or 0),
-        }  # fmt: skip
+        }
         origin = " ".join(str(entry[k]) for k in ("origin", "place") if not is_null(entry.get(k)))
         kinds = [_KINDS.get(str(k), str(k)) for k in entry.get("kinds") or ()]
-        rows.append((
-            Cell(entry["source"]), Cell(", ".join(dict.fromkeys(kinds))), _number(entry.get("n_read")), Cell(_reasons(dropped)),
-            Cell(_reasons(_counts(entry.get("n_given_to")))), _number(entry.get("n_held_out")), _number(entry.get("n")),
-            _number(asked.get(entry["source"], 0)), Cell(origin), Cell(plain(entry.get("revision"))),
-            Cell(plain(entry.get("licence"))),
-        ))  # fmt: skip
+        rows.append(
+            (
+                Cell(entry["source"]),
+                Cell(", ".join(dict.fromkeys(kinds))),
+                _number(entry.get("n_read")),
+                Cell(_reasons(dropped)),
+                Cell(_reasons(_counts(entry.get("n_given_to")))),
+                _number(entry.get("n_held_out")),
+                _number(entry.get("n")),
+                _number(asked.get(entry["source"], 0)),
+                Cell(origin),
+                Cell(plain(entry.get("revision"))),
+                Cell(plain(entry.get("licence"))),
+            )
+        )
     titles = (
-        "Source", "Kinds", "Read", "Dropped", "Left to another source", "Held out", "Kept", "Asked", "From", "Revision", "Licence",
-    )  # fmt: skip
+        "Source",
+        "Kinds",
+        "Read",
+        "Dropped",
+        "Left to another source",
+        "Held out",
+        "Kept",
+        "Asked",
+        "From",
+        "Revision",
+        "Licence",
+    )
     return Sheet(titles, tuple(rows))
 
 
@@ -78,25 +113,31 @@ def _number(value: Any) -> Cell:
 
 
 def notes(folders: Sequence[RunFolder]) -> list[str]:
-    """What a reader must know of the suites: what is missing, what was cut to a sample, and their own notes."""
+    """What a reader must know of the suites: what is missing, what was cut to a sample, and their
+    own notes."""
     said = []
     for manifest in manifests(folders):
         missing = _counts(manifest.get("missing"))
         said += [f"Missing: {name}. {why}" for name, why in missing.items()]
         if not is_null(limit := manifest.get("limit_per_source")):
             seed = plain(manifest.get("seed"))
-            said.append(f"At most {plain(limit)} prompts of each source were asked, chosen by hash (seed {seed}).")
+            said.append(
+                f"At most {plain(limit)} prompts of each source were asked, chosen by hash (seed"
+                f" {seed})."
+            )
         if only := manifest.get("only"):
             said.append(f"Of the suite only {plain(only)} was asked.")
         said += [str(note) for note in manifest.get("notes") or ()]
     return list(dict.fromkeys(said))
 
 
-# -- engines -------------------------------------------------------------------------------------------------------------
+# -- engines
+# -------------------------------------------------------------------------------------------------------------
 
 
 def engines(folders: Sequence[RunFolder]) -> list[dict[str, Any]]:
-    """A mapping a (subject, engine, dtype, parity) that cells' records tell of; parity {} where nothing was compared."""
+    """A mapping a (subject, engine, dtype, parity) that cells' records tell of; parity {} where
+    nothing was compared."""
     found: list[dict[str, Any]] = []
     for folder in folders:
         listed = folder.run.get("info", {}).get("subjects") or ()
@@ -106,12 +147,19 @@ def engines(folders: Sequence[RunFolder]) -> list[dict[str, Any]]:
             if not info.get("engine"):
                 continue
             entry = {
-                "subject": str(names.get(told.get("subject"), told.get("subject"))), "engine": str(info["engine"]),
-                "dtype": (told.get("settings") or {}).get("dtype"), "parity": _counts(info.get("parity")),
-            }  # fmt: skip
+                "subject": str(names.get(told.get("subject"), told.get("subject"))),
+                "engine": str(info["engine"]),
+                "dtype": (told.get("settings") or {}).get("dtype"),
+                "parity": _counts(info.get("parity")),
+            }
             if entry not in found:
                 found.append(entry)
-    named = [s.get("name") for f in folders for s in f.run.get("info", {}).get("subjects") or () if isinstance(s, Mapping)]
+    named = [
+        s.get("name")
+        for f in folders
+        for s in f.run.get("info", {}).get("subjects") or ()
+        if isinstance(s, Mapping)
+    ]
     found.sort(key=lambda e: named.index(e["subject"]) if e["subject"] in named else len(named))
     compared = [(e["subject"], e["engine"]) for e in found if e["parity"]]
     return [e for e in found if e["parity"] or (e["subject"], e["engine"]) not in compared]
@@ -122,7 +170,10 @@ def engine_sentences(found: Sequence[Mapping[str, Any]]) -> list[str]:
     said = []
     for entry in found:
         dtype = "" if is_null(entry["dtype"]) else f", in {entry['dtype']}"
-        what = f"{entry['subject']} spoke through {_ENGINES.get(entry['engine'], entry['engine'])}{dtype}."
+        what = (
+            f"{entry['subject']} spoke through"
+            f" {_ENGINES.get(entry['engine'], entry['engine'])}{dtype}."
+        )
         if parity := entry["parity"]:
             what += f" {_compared(parity)}"
         elif entry["engine"] == "vllm":
@@ -133,21 +184,35 @@ def engine_sentences(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _compared(parity: Mapping[str, Any]) -> str:
     n, lost = parity.get("n") or 0, parity.get("n_unanswered") or 0
-    unanswered = f" {plain(lost)} more could not be compared, as one of the two gave no answer." if lost else ""
+    unanswered = (
+        f" {plain(lost)} more could not be compared, as one of the two gave no answer."
+        if lost
+        else ""
+    )
     if not n:
         return f"No greedy answer could be compared with that of transformers.{unanswered}"
     common, equal, until = parity.get("mean_common"), parity.get("equal"), ""
     if not is_null(common) and equal != n:
-        until = f"; {percent(common)} of an answer’s tokens, on average, come before the first difference"
-    return f"Of {plain(n)} greedy answers compared with those of transformers, {plain(equal)} are equal{until}.{unanswered}"
+        until = (
+            f"; {percent(common)} of an answer’s tokens, on average, come before the first"
+            " difference"
+        )
+    return (
+        f"Of {plain(n)} greedy answers compared with those of transformers, {plain(equal)} are"
+        f" equal{until}.{unanswered}"
+    )
 
 
 def parity_warnings(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence a subject whose float32 answers differ from those of transformers, where they should all be equal."""
+    """A sentence a subject whose float32 answers differ from those of transformers, where they
+    should all be equal."""
     return [
-        f"{e['subject']}: in float32 every greedy answer of {_ENGINES.get(e['engine'], e['engine'])} should equal that of "
-        f"transformers, and {plain(e['parity'].get('equal'))} of {plain(e['parity']['n'])} do. What was measured here may not be "
-        "this model as transformers runs it."
+        f"{e['subject']}: in float32 every greedy answer of"
+        f" {_ENGINES.get(e['engine'], e['engine'])} should equal that of transformers, and"
+        f" {plain(e['parity'].get('equal'))} of {plain(e['parity']['n'])} do. What was measured"
+        " here may not be this model as transformers runs it."
         for e in found
-        if e["dtype"] == "float32" and e["parity"].get("n") and e["parity"].get("equal") != e["parity"]["n"]
+        if e["dtype"] == "float32"
+        and e["parity"].get("n")
+        and e["parity"].get("equal") != e["parity"]["n"]
     ]

@@ -1,4 +1,5 @@
-"""How a report writes numbers and strangers' text: nulls as words, control characters out, hidden ones made visible.
+"""How a report writes numbers and strangers' text: nulls as words, control characters out, hidden
+ones made visible.
 
     percent(0.958)             -> '96 %'
     number(None)               -> 'not measured'
@@ -6,8 +7,8 @@
     with_interval(0.58, 0.38, 0.79, percent)  -> '58 % [38, 79]'
     clean("a\\x1b[31mb\\u202ec")  -> 'ab⟦U+202E⟧c'
 
-Everything that comes from a model, a prompt or a user passes `clean` before it reaches a page. That makes it legible,
-not safe: the escaping is jinja2's and markupsafe's.
+Everything that comes from a model, a prompt or a user passes `clean` before it reaches a page. That
+makes it legible, not safe: the escaping is jinja2's and markupsafe's.
 """
 
 from __future__ import annotations
@@ -21,20 +22,30 @@ NOT_MEASURED = "not measured"
 UNSCORED = "unscored"
 CANNOT_TELL = "could not tell"
 
-#: Terminal escapes: CSI (also the one-byte C1 form), OSC/DCS strings with their terminator, two-character escapes.
-_ANSI = re.compile("(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[\\]PX^_][^\x07\x1b\x9c]*(?:\x07|\x1b\\\\|\x9c)|\x1b[ -/]*[0-~]")
+#: Terminal escapes: CSI (also the one-byte C1 form), OSC/DCS strings with their terminator,
+#: two-character escapes.
+_ANSI = re.compile(
+    "(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[\\]PX^_][^\x07\x1b\x9c]*(?:\x07|\x1b\\\\|\x9c)|\x1b["
+    " -/]*[0-~]"
+)
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-#: What a reader cannot see but a page obeys: bidi controls, zero-width characters, separators, tags, lone surrogates.
+#: What a reader cannot see but a page obeys: bidi controls, zero-width characters, separators,
+#: tags, lone surrogates.
 #: ZWJ and ZWNJ stay as they are: emoji and several scripts need them.
 _HIDDEN = re.compile(
     "[\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
-_SECRET = re.compile(r"\b(?:hf_[A-Za-z0-9]{12,}|sk-[A-Za-z0-9_-]{16,})|(?<=_TOKEN=)\S+|(?<=_KEY=)\S+")
-_SECRET_NAME = re.compile(r"(?:^|_)(?:token|api_?key|secret|password|authorization)$", re.IGNORECASE)
+_SECRET = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{12,}|sk-[A-Za-z0-9_-]{16,})|(?<=_TOKEN=)\S+|(?<=_KEY=)\S+"
+)
+_SECRET_NAME = re.compile(
+    r"(?:^|_)(?:token|api_?key|secret|password|authorization)$", re.IGNORECASE
+)
 
 
 def clean(text: object) -> str:
-    """`text` without terminal escapes and control characters, with invisible characters written as ⟦U+XXXX⟧."""
+    """`text` without terminal escapes and control characters, with invisible characters written as
+    ⟦U+XXXX⟧."""
     text = str(text).replace("\r\n", "\n")
     text = _CONTROL.sub("", _ANSI.sub("", text))
     text = _HIDDEN.sub(lambda m: f"⟦U+{ord(m.group()):04X}⟧", text)
@@ -42,7 +53,8 @@ def clean(text: object) -> str:
 
 
 def shorten(text: object, width: int = 28) -> str:
-    """`text` cleaned and cut in the middle, so that two long names with equal beginnings stay apart."""
+    """`text` cleaned and cut in the middle, so that two long names with equal beginnings stay
+    apart."""
     text = " ".join(clean(text).split())
     if len(text) <= width:
         return text
@@ -65,7 +77,8 @@ def _signed(text: str) -> str:
 
 
 def number(value: object, digits: int = 3, null: str = NOT_MEASURED) -> str:
-    """A number with `digits` decimals; one too small for them keeps its size (4e−05), and null stays null."""
+    """A number with `digits` decimals; one too small for them keeps its size (4e−05), and null
+    stays null."""
     if is_null(value):
         return null
     value = float(value)  # type: ignore[arg-type]
@@ -77,7 +90,8 @@ def number(value: object, digits: int = 3, null: str = NOT_MEASURED) -> str:
 
 
 def percent(value: object, digits: int = 0, null: str = NOT_MEASURED) -> str:
-    """A share (0–1) as a percentage. A share that is not 0 or 1 is never printed as 0 % or 100 %."""
+    """A share (0–1) as a percentage. A share that is not 0 or 1 is never printed as 0 % or 100
+    %."""
     if is_null(value):
         return null
     hundred = 100.0 * float(value)  # type: ignore[arg-type]
@@ -88,8 +102,11 @@ def percent(value: object, digits: int = 0, null: str = NOT_MEASURED) -> str:
     return _signed(f"{text}\u00a0%")
 
 
-def points(value: object, digits: int = 0, null: str = NOT_MEASURED, unit: str = "\u00a0points") -> str:
-    """A difference of two shares (−1 to 1) in percentage points; one that is not 0 is never printed as 0."""
+def points(
+    value: object, digits: int = 0, null: str = NOT_MEASURED, unit: str = "\u00a0points"
+) -> str:
+    """A difference of two shares (−1 to 1) in percentage points; one that is not 0 is never printed
+    as 0."""
     if is_null(value):
         return null
     hundred = 100.0 * float(value)  # type: ignore[arg-type]
@@ -99,8 +116,11 @@ def points(value: object, digits: int = 0, null: str = NOT_MEASURED, unit: str =
     return _signed(text) + unit
 
 
-def with_interval(value: object, lo: object, hi: object, form: Any = number, null: str = NOT_MEASURED) -> str:
-    """`value [lo, hi]`, each through `form`; the unit is named once. Says so when a value has no interval."""
+def with_interval(
+    value: object, lo: object, hi: object, form: Any = number, null: str = NOT_MEASURED
+) -> str:
+    """`value [lo, hi]`, each through `form`; the unit is named once. Says so when a value has no
+    interval."""
     if is_null(value):
         return null
     return f"{form(value)}\u00a0{interval(lo, hi, form)}"
@@ -115,7 +135,8 @@ def interval(lo: object, hi: object, form: Any = number) -> str:
 
 
 def plain(value: Any) -> str:
-    """A config or info value as one readable line: lists joined by commas, mappings as `key: value`."""
+    """A config or info value as one readable line: lists joined by commas, mappings as `key:
+    value`."""
     if isinstance(value, (Mapping, list, tuple, set, frozenset)):
         if not value:
             return "none"
@@ -133,7 +154,8 @@ def plain(value: Any) -> str:
 
 
 def without_secrets(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The mapping with the values of keys such as `hf_token` or `api_key` taken out, at every depth."""
+    """The mapping with the values of keys such as `hf_token` or `api_key` taken out, at every
+    depth."""
 
     def safe(key: object, value: Any) -> Any:
         if value and isinstance(value, str) and _SECRET_NAME.search(str(key)):

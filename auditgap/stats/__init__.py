@@ -1,11 +1,13 @@
-"""Pure numbers: scores, rates and distances, each with an interval that says how far to trust it. No pandas, no torch.
+"""Pure numbers: scores, rates and distances, each with an interval that says how far to trust it.
+No pandas, no torch.
 
     >>> from auditgap import stats
     >>> stats.wilson(4, 24)
     Interval(estimate=0.16666666666666666, lo=0.06678676328632954, hi=0.3585307064969906)
 
-Values are fp64 arrays in which nan (or None) means "could not be scored". It is left out of an estimate, never turned
-into 0, and what cannot be estimated at all is None. Confidence is 95 % unless told otherwise, and resampling is seeded.
+Values are fp64 arrays in which nan (or None) means "could not be scored". It is left out of an
+estimate, never turned into 0, and what cannot be estimated at all is None. Confidence is 95 %
+unless told otherwise, and resampling is seeded.
 """
 
 from auditgap.stats.agreement import kappa
@@ -20,7 +22,15 @@ from auditgap.stats.classification import (
     platt,
     separation,
 )
-from auditgap.stats.curves import Crossing, CurveDifference, CurveEstimate, area_under, curve, curve_difference, steps_to
+from auditgap.stats.curves import (
+    Crossing,
+    CurveDifference,
+    CurveEstimate,
+    area_under,
+    curve,
+    curve_difference,
+    steps_to,
+)
 from auditgap.stats.diversity import one_minus_cosine, vendi
 from auditgap.stats.geometry import Agreement, chance_cosine, compare, direction, split_half
 from auditgap.stats.intervals import (
@@ -34,11 +44,40 @@ from auditgap.stats.intervals import (
     rogan_gladen,
     wilson,
 )
-from auditgap.stats.membership import min_k, min_k_pp, premia, roc, standardise, told_apart, zlib_ratio
-from auditgap.stats.paired import Paired, holm, p_of_interval, paired_gaps, paired_means, paired_shares, welch
-from auditgap.stats.prediction import Correlation, Prediction, leave_one_out, predict_left_out, rank_correlation
+from auditgap.stats.membership import (
+    min_k,
+    min_k_pp,
+    premia,
+    roc,
+    standardise,
+    told_apart,
+    zlib_ratio,
+)
+from auditgap.stats.paired import (
+    Paired,
+    holm,
+    p_of_interval,
+    paired_gaps,
+    paired_means,
+    paired_shares,
+    welch,
+)
+from auditgap.stats.prediction import (
+    Correlation,
+    Prediction,
+    leave_one_out,
+    predict_left_out,
+    rank_correlation,
+)
 from auditgap.stats.ranking import Place, ranking
-from auditgap.stats.vulnerability import AuditGap, KaplanMeier, asr_envelope, audit_gap, kaplan_meier, lvs
+from auditgap.stats.vulnerability import (
+    AuditGap,
+    KaplanMeier,
+    asr_envelope,
+    audit_gap,
+    kaplan_meier,
+    lvs,
+)
 
 __all__ = [
     "Agreement",

@@ -1,12 +1,15 @@
-"""Rates that move with training: steps to a threshold, area under the curve, and intervals over seeds and prompts.
+"""Rates that move with training: steps to a threshold, area under the curve, and intervals over
+seeds and prompts.
 
     >>> steps_to([0, 10, 20], [0.1, 0.3, 0.7], 0.5)
     Crossing(step=15.0, lo=None, hi=None, censored_at=None)
-    >>> steps_to([0, 10, 20], [0.1, 0.1, 0.2], 0.5)          # never: a lower bound, not a number
+    # never: a lower bound, not a number
+    >>> steps_to([0, 10, 20], [0.1, 0.1, 0.2], 0.5)
     Crossing(step=None, lo=None, hi=None, censored_at=20.0)
 
-Outcomes are [S, K, N]: S seeds, K evaluated steps, N prompts; 1 (it happened), 0 (it did not) or nan (unscored). The same
-prompts are asked at every step and of every seed, so seeds and prompts are crossed, and are resampled independently.
+Outcomes are [S, K, N]: S seeds, K evaluated steps, N prompts; 1 (it happened), 0 (it did not) or
+nan (unscored). The same prompts are asked at every step and of every seed, so seeds and prompts are
+crossed, and are resampled independently.
 """
 
 from __future__ import annotations
@@ -19,9 +22,19 @@ import numpy as np
 from scipy import stats as sps
 
 from auditgap.errors import UsageError
-from auditgap.stats.intervals import N_RESAMPLES, Array, Interval, Values, as_floats, bounded, quantile_z, wilson
+from auditgap.stats.intervals import (
+    N_RESAMPLES,
+    Array,
+    Interval,
+    Values,
+    as_floats,
+    bounded,
+    quantile_z,
+    wilson,
+)
 
-#: Fewer seeds than this say nothing about seeds: intervals are then over prompts alone, and `over` says so.
+#: Fewer seeds than this say nothing about seeds: intervals are then over prompts alone, and `over`
+#: says so.
 FEWEST_SEEDS = 3
 THRESHOLDS = (0.5, 0.8)
 
@@ -30,9 +43,10 @@ THRESHOLDS = (0.5, 0.8)
 class Crossing:
     """The first step at which a rate reached a threshold, or that it never did.
 
-    Reached: `step`, and `censored_at` None. Never reached: `step` None and `censored_at` the last measured step; the true
-    value is larger than that (right-censored). Nothing measured: both None. `hi` None beside a `lo`: the interval is open
-    towards later steps, which were not measured; both None: no interval.
+    Reached: `step`, and `censored_at` None. Never reached: `step` None and `censored_at` the last
+    measured step; the true value is larger than that (right-censored). Nothing measured: both None.
+    `hi` None beside a `lo`: the interval is open towards later steps, which were not measured; both
+    None: no interval.
     """
 
     step: float | None = None
@@ -47,7 +61,8 @@ class Crossing:
 
 @dataclass(frozen=True, slots=True)
 class CurveEstimate:
-    """One subject's curve. `rates`, `rises`: [K] intervals, a step each; `area` in [0, 1]; `over`: what was resampled."""
+    """One subject's curve. `rates`, `rises`: [K] intervals, a step each; `area` in [0, 1]; `over`:
+    what was resampled."""
 
     steps: tuple[float, ...]
     rates: tuple[Interval, ...]
@@ -61,10 +76,11 @@ class CurveEstimate:
 
 @dataclass(frozen=True, slots=True)
 class CurveDifference:
-    """Base − subject, paired by seed and prompt: positive = the subject reached it earlier (or, of `area`, complied less).
+    """Base − subject, paired by seed and prompt: positive = the subject reached it earlier (or, of
+    `area`, complied less).
 
-    A crossing's difference is an Interval in steps; its estimate is None when one of the two never reached the threshold,
-    and an end is None where it is open.
+    A crossing's difference is an Interval in steps; its estimate is None when one of the two never
+    reached the threshold, and an end is None where it is open.
     """
 
     area: Interval
@@ -75,14 +91,17 @@ class CurveDifference:
 
 
 def steps_to(steps: Values, rates: Values, threshold: float) -> Crossing:
-    """First step at which `rates` [K] is at least `threshold`, interpolated linearly from the measured step before.
+    """First step at which `rates` [K] is at least `threshold`, interpolated linearly from the
+    measured step before.
 
-    `steps` [K] rise; nan rates were not measured and are passed over. Reached at the first measured step: that step.
-    Raises UsageError for steps that do not rise, or a threshold outside (0, 1].
+    `steps` [K] rise; nan rates were not measured and are passed over. Reached at the first measured
+    step: that step. Raises UsageError for steps that do not rise, or a threshold outside (0, 1].
     """
     x, y = _curve(steps, rates)
     if not 0 < threshold <= 1:
-        raise UsageError(f"A threshold is a share above 0, at most 1; {threshold!r} came. For example: 0.5")
+        raise UsageError(
+            f"A threshold is a share above 0, at most 1; {threshold!r} came. For example: 0.5"
+        )
     if not x.size:
         return Crossing()
     step = float(_first(x, y[None], threshold)[0])
@@ -90,10 +109,11 @@ def steps_to(steps: Values, rates: Values, threshold: float) -> Crossing:
 
 
 def area_under(steps: Values, rates: Values) -> float | None:
-    """Area under `rates` [K] over `steps` [K] by the trapezoidal rule, divided by the steps' span: a mean rate, in [0, 1].
+    """Area under `rates` [K] over `steps` [K] by the trapezoidal rule, divided by the steps' span:
+    a mean rate, in [0, 1].
 
-    nan inside is bridged by a straight line. None when the first or the last step, or all but one, was not measured: an
-    area over a shorter span would pass for one over the whole.
+    nan inside is bridged by a straight line. None when the first or the last step, or all but one,
+    was not measured: an area over a shorter span would pass for one over the whole.
     """
     asked, given = as_floats(steps, "steps"), as_floats(rates, "rates")
     x, y = _curve(asked, given)
@@ -103,19 +123,27 @@ def area_under(steps: Values, rates: Values) -> float | None:
 
 
 def curve(
-    steps: Values, outcomes: Values, *, thresholds: Sequence[float] = THRESHOLDS, confidence: float = 0.95,
-    n_resamples: int = N_RESAMPLES, seed: int | None = 0,
-) -> CurveEstimate:  # fmt: skip
-    """The mean curve over seeds of `outcomes` [S, K, N] at `steps` [K], with intervals over seeds and prompts.
+    steps: Values,
+    outcomes: Values,
+    *,
+    thresholds: Sequence[float] = THRESHOLDS,
+    confidence: float = 0.95,
+    n_resamples: int = N_RESAMPLES,
+    seed: int | None = 0,
+) -> CurveEstimate:
+    """The mean curve over seeds of `outcomes` [S, K, N] at `steps` [K], with intervals over seeds
+    and prompts.
 
-    Each resample draws prompts with replacement (the same for all seeds and steps, so that all is paired) and, with at
-    least three seeds, seeds with replacement. Three seeds resampled vary too little: the resampled mean's distance from
-    the mean of all seeds is stretched by √(S/(S−1)) (Rao & Wu 1988) and by t over z at S − 1 degrees of freedom, and the
-    percentiles are widened for small N (Hesterberg 2015, section 5.3).
-    A rate's interval is never narrower than Wilson's over N prompts where all resamples agree or the rate is 0 or 1, and
-    is Wilson's when there is one seed. Coverage as measured at 95 %, N = 24 to 48, 3 or 5 seeds, 400 runs each: rates, area
-    and crossings 93–98 where seeds differ much, 99–100 where they hardly do (three seeds cannot show that they agree).
-    A crossing's ends are where the band's upper and lower ends reach the threshold, as in Brookmeyer & Crowley 1982.
+    Each resample draws prompts with replacement (the same for all seeds and steps, so that all is
+    paired) and, with at least three seeds, seeds with replacement. Three seeds resampled vary too
+    little: the resampled mean's distance from the mean of all seeds is stretched by √(S/(S−1)) (Rao
+    & Wu 1988) and by t over z at S − 1 degrees of freedom, and the percentiles are widened for
+    small N (Hesterberg 2015, section 5.3). A rate's interval is never narrower than Wilson's over N
+    prompts where all resamples agree or the rate is 0 or 1, and is Wilson's when there is one seed.
+    Coverage as measured at 95 %, N = 24 to 48, 3 or 5 seeds, 400 runs each: rates, area and
+    crossings 93–98 where seeds differ much, 99–100 where they hardly do (three seeds cannot show
+    that they agree). A crossing's ends are where the band's upper and lower ends reach the
+    threshold, as in Brookmeyer & Crowley 1982.
     """
     x, array = _outcomes(steps, outcomes)
     draws = _Draws(array.shape[0], array.shape[2], confidence, n_resamples, seed)
@@ -123,12 +151,18 @@ def curve(
     hits, counts = _wilson_counts(array, observed)
     bands = [draws.interval(observed[k], drawn[:, k], 0.0, 1.0) for k in range(x.size)]
     whole = [wilson(hits[k], counts[k], confidence=confidence) for k in range(x.size)]
-    # one seed: a plain rate over prompts, which Wilson's interval covers better than percentiles do (96 against 90 % at 3 of 24)
+    # one seed: a plain rate over prompts, which Wilson's interval covers better than percentiles do
+    # (96 against 90 % at 3 of 24)
     rates = tuple(
-        w if array.shape[0] == 1 else _hull(b, w) if _certain(b) else b for b, w in zip(bands, whole, strict=True)
+        w if array.shape[0] == 1 else _hull(b, w) if _certain(b) else b
+        for b, w in zip(bands, whole, strict=True)
     )
     rises = tuple(
-        _rise(observed[k] - observed[0], draws, drawn[:, k] - drawn[:, 0], whole[0], whole[k]) if k else _no_rise(observed)
+        (
+            _rise(observed[k] - observed[0], draws, drawn[:, k] - drawn[:, 0], whole[0], whole[k])
+            if k
+            else _no_rise(observed)
+        )
         for k in range(x.size)
     )
     lows, highs = (np.array([_nan(getattr(r, end)) for r in rates]) for end in ("lo", "hi"))
@@ -142,28 +176,57 @@ def curve(
         early, late = steps_to(x, highs, threshold), steps_to(x, lows, threshold)
         lo = early.step if early.reached else early.censored_at
         crossings[threshold] = Crossing(found.step, lo, late.step, found.censored_at)
-    return CurveEstimate(tuple(map(float, x)), rates, rises, within, crossings, array.shape[0], array.shape[2], draws.over)
+    return CurveEstimate(
+        tuple(map(float, x)),
+        rates,
+        rises,
+        within,
+        crossings,
+        array.shape[0],
+        array.shape[2],
+        draws.over,
+    )
 
 
 def curve_difference(
-    steps: Values, base: Values, subject: Values, *, thresholds: Sequence[float] = THRESHOLDS, confidence: float = 0.95,
-    n_resamples: int = N_RESAMPLES, seed: int | None = 0,
-) -> CurveDifference:  # fmt: skip
-    """Base − subject of two outcome arrays [S, K, N] at the same steps, seeds and prompts, in the same order.
+    steps: Values,
+    base: Values,
+    subject: Values,
+    *,
+    thresholds: Sequence[float] = THRESHOLDS,
+    confidence: float = 0.95,
+    n_resamples: int = N_RESAMPLES,
+    seed: int | None = 0,
+) -> CurveDifference:
+    """Base − subject of two outcome arrays [S, K, N] at the same steps, seeds and prompts, in the
+    same order.
 
-    A resample draws the same seeds and prompts of both. Where a resampled curve never reaches a threshold its crossing
-    lies anywhere beyond the last step, and the difference is a half-line: ends are taken over the ends of these lines, so
-    an interval may be open at one side or both, and never counts an unreached threshold as reached at the last step.
+    A resample draws the same seeds and prompts of both. Where a resampled curve never reaches a
+    threshold its crossing lies anywhere beyond the last step, and the difference is a half-line:
+    ends are taken over the ends of these lines, so an interval may be open at one side or both, and
+    never counts an unreached threshold as reached at the last step.
     """
     x, first = _outcomes(steps, base)
     _, second = _outcomes(steps, subject)
     if first.shape != second.shape:
-        raise UsageError(f"Two curves are compared over the same seeds, steps and prompts; {first.shape}, {second.shape} came.")
+        raise UsageError(
+            f"Two curves are compared over the same seeds, steps and prompts; {first.shape},"
+            f" {second.shape} came."
+        )
     draws = _Draws(first.shape[0], first.shape[2], confidence, n_resamples, seed)
     curves, drawn = (_mean_curve(first), _mean_curve(second)), (draws.of(first), draws.of(second))
     area = _nan(area_under(x, curves[0])) - _nan(area_under(x, curves[1]))
-    alone = [curve(steps, o, thresholds=thresholds, confidence=confidence, n_resamples=n_resamples, seed=seed)
-             for o in (first, second)]  # fmt: skip
+    alone = [
+        curve(
+            steps,
+            o,
+            thresholds=thresholds,
+            confidence=confidence,
+            n_resamples=n_resamples,
+            seed=seed,
+        )
+        for o in (first, second)
+    ]
     areas = draws.interval(area, _areas(x, drawn[0]) - _areas(x, drawn[1]), -1.0, 1.0)
     if areas.estimate is not None and areas.lo == areas.hi:
         areas = _apart(area, alone[0].area, alone[1].area, -1.0, 1.0)
@@ -171,7 +234,8 @@ def curve_difference(
     for threshold in thresholds:
         ours, theirs = (_first(x, d, threshold) for d in drawn)
         ends = []
-        for a, b in ((_at_least(ours, x[-1]), theirs), (ours, _at_least(theirs, x[-1]))):  # smallest, largest difference
+        # smallest, largest difference
+        for a, b in ((_at_least(ours, x[-1]), theirs), (ours, _at_least(theirs, x[-1]))):
             with np.errstate(invalid="ignore"):
                 ends.append(np.where(np.isnan(ours) | np.isnan(theirs), np.nan, a - b))
         pair = [steps_to(x, c, threshold).step for c in curves]
@@ -183,26 +247,36 @@ def curve_difference(
         else:
             low, high = (float(e) if math.isfinite(e) else None for e in (lo, hi))
             if estimate is not None:
-                low, high = (None if low is None else min(low, estimate)), (None if high is None else max(high, estimate))
+                low, high = (
+                    (None if low is None else min(low, estimate)),
+                    (None if high is None else max(high, estimate)),
+                )
             crossings[threshold] = Interval(estimate, low, high)
     return CurveDifference(areas, crossings, first.shape[0], first.shape[2], draws.over)
 
 
-# ---------------------------------------------------------------------------------------------------------- resampling
+# ----------------------------------------------------------------------------------------------------------
+# resampling
 
 
 class _Draws:
     """The resamples of seeds and prompts that everything of one comparison shares."""
 
-    def __init__(self, n_seeds: int, n_prompts: int, confidence: float, n_resamples: int, seed: int | None) -> None:
+    def __init__(
+        self, n_seeds: int, n_prompts: int, confidence: float, n_resamples: int, seed: int | None
+    ) -> None:
         z = quantile_z(confidence)
         rng = np.random.default_rng(seed)
         self.n = n_prompts
-        self.prompts = rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), n_resamples).astype(float)
+        self.prompts = rng.multinomial(
+            n_prompts, np.full(n_prompts, 1 / n_prompts), n_resamples
+        ).astype(float)
         self.over, self.seeds, self.stretch = "prompts", np.ones((n_resamples, n_seeds)), 1.0
         if n_seeds >= FEWEST_SEEDS:
             self.over = "seeds and prompts"
-            self.seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), n_resamples).astype(float)
+            self.seeds = rng.multinomial(
+                n_seeds, np.full(n_seeds, 1 / n_seeds), n_resamples
+            ).astype(float)
             student = float(sps.t.ppf((1 + confidence) / 2, n_seeds - 1))
             self.stretch = math.sqrt(n_seeds / (n_seeds - 1)) * student / z
         if n_prompts > 1:
@@ -210,11 +284,14 @@ class _Draws:
             self.tail = float(sps.norm.cdf(-t * math.sqrt(n_prompts / (n_prompts - 1))))
 
     def of(self, outcomes: Array) -> Array:
-        """Resampled mean curves [R, K] of `outcomes` [S, K, N]; nan where a resample holds no scored prompt."""
+        """Resampled mean curves [R, K] of `outcomes` [S, K, N]; nan where a resample holds no
+        scored prompt."""
         s, k, n = outcomes.shape
         flat = outcomes.transpose(2, 0, 1).reshape(n, s * k)
         with np.errstate(invalid="ignore", divide="ignore"):
-            rates = (self.prompts @ np.nan_to_num(flat)) / (self.prompts @ (~np.isnan(flat)).astype(float))
+            rates = (self.prompts @ np.nan_to_num(flat)) / (
+                self.prompts @ (~np.isnan(flat)).astype(float)
+            )
             rates = rates.reshape(-1, s, k)
             weights = self.seeds[:, :, None] * ~np.isnan(rates)
             drawn = np.nansum(weights * np.nan_to_num(rates), axis=1) / weights.sum(axis=1)
@@ -223,11 +300,13 @@ class _Draws:
         return np.clip(centre + self.stretch * (drawn - centre), 0.0, 1.0)
 
     def quantile(self, draws: Array, end: int) -> float:
-        """The lower (0) or upper (1) widened percentile; infinities order as they should, nan draws are left out."""
+        """The lower (0) or upper (1) widened percentile; infinities order as they should, nan draws
+        are left out."""
         draws = np.sort(draws[~np.isnan(draws)])
         if self.n < 2 or not draws.size:
             return math.nan
-        # not interpolated: half-way to infinity is infinity, half-way between two infinities no number
+        # not interpolated: half-way to infinity is infinity, half-way between two infinities no
+        # number
         at = self.tail * (draws.size - 1)
         return float(draws[math.floor(at)] if end == 0 else draws[draws.size - 1 - math.floor(at)])
 
@@ -236,7 +315,8 @@ class _Draws:
 
 
 def _mean_curve(outcomes: Array) -> Array:
-    """[K]: the mean over seeds of each seed's rate over its scored prompts; nan where no seed has one."""
+    """[K]: the mean over seeds of each seed's rate over its scored prompts; nan where no seed has
+    one."""
     known = ~np.isnan(outcomes)
     with np.errstate(invalid="ignore", divide="ignore"):
         rates = np.nansum(outcomes, axis=2) / known.sum(axis=2)
@@ -244,14 +324,19 @@ def _mean_curve(outcomes: Array) -> Array:
 
 
 def _first(x: Array, curves: Array, threshold: float) -> Array:
-    """[R]: the interpolated first step at which each of `curves` [R, K] reaches the threshold; inf: never; nan: no data."""
+    """[R]: the interpolated first step at which each of `curves` [R, K] reaches the threshold; inf:
+    never; nan: no data."""
     found = np.full(len(curves), np.inf)
     found[np.isnan(curves).all(axis=1)] = np.nan
     for r in np.flatnonzero((curves >= threshold).any(axis=1)):
         known = ~np.isnan(curves[r])
         at, y = x[known], curves[r][known]
         k = int(np.argmax(y >= threshold))
-        found[r] = at[k] if k == 0 else at[k - 1] + (at[k] - at[k - 1]) * (threshold - y[k - 1]) / (y[k] - y[k - 1])
+        found[r] = (
+            at[k]
+            if k == 0
+            else at[k - 1] + (at[k] - at[k - 1]) * (threshold - y[k - 1]) / (y[k] - y[k - 1])
+        )
     return found
 
 
@@ -269,24 +354,34 @@ def _at_least(found: Array, last: float) -> Array:
     return np.where(np.isinf(found), last, found)
 
 
-# ------------------------------------------------------------------------------------------------------------- intervals
+# -------------------------------------------------------------------------------------------------------------
+# intervals
 
 
 def _certain(interval: Interval) -> bool:
     """Whether a bootstrap interval claims to know: no width, or a rate at the edge."""
-    return interval.estimate is not None and (interval.lo == interval.hi or interval.estimate in (0.0, 1.0))
+    return interval.estimate is not None and (
+        interval.lo == interval.hi or interval.estimate in (0.0, 1.0)
+    )
 
 
 def _hull(a: Interval, b: Interval) -> Interval:
     if b.lo is None or b.hi is None or a.estimate is None:
         return a
-    lo, hi = (b.lo if a.lo is None else min(a.lo, b.lo)), (b.hi if a.hi is None else max(a.hi, b.hi))
+    lo, hi = (
+        (b.lo if a.lo is None else min(a.lo, b.lo)),
+        (b.hi if a.hi is None else max(a.hi, b.hi)),
+    )
     return Interval(a.estimate, lo, hi)
 
 
 def _rise(rise: float, draws: _Draws, drawn: Array, before: Interval, after: Interval) -> Interval:
     found = draws.interval(rise, drawn, -1.0, 1.0)
-    return _apart(rise, after, before, -1.0, 1.0) if found.estimate is not None and found.lo == found.hi else found
+    return (
+        _apart(rise, after, before, -1.0, 1.0)
+        if found.estimate is not None and found.lo == found.hi
+        else found
+    )
 
 
 def _no_rise(observed: Array) -> Interval:
@@ -294,13 +389,21 @@ def _no_rise(observed: Array) -> Interval:
     return Interval(0.0) if not np.isnan(observed[0]) else Interval()
 
 
-def _apart(difference: float, a: Interval, b: Interval, low: float = -math.inf, high: float = math.inf) -> Interval:
-    """a − b by squaring and adding the distances to two intervals' ends (Newcombe 1998); open where one of them is."""
+def _apart(
+    difference: float, a: Interval, b: Interval, low: float = -math.inf, high: float = math.inf
+) -> Interval:
+    """a − b by squaring and adding the distances to two intervals' ends (Newcombe 1998); open where
+    one of them is."""
     if a.estimate is None or b.estimate is None:
         return Interval()
-    down = None if a.lo is None or b.hi is None else math.hypot(a.estimate - a.lo, b.hi - b.estimate)
+    down = (
+        None if a.lo is None or b.hi is None else math.hypot(a.estimate - a.lo, b.hi - b.estimate)
+    )
     up = None if a.hi is None or b.lo is None else math.hypot(a.hi - a.estimate, b.estimate - b.lo)
-    lo, hi = (math.nan if down is None else difference - down), (math.nan if up is None else difference + up)
+    lo, hi = (
+        (math.nan if down is None else difference - down),
+        (math.nan if up is None else difference + up),
+    )
     return bounded(difference, lo, hi, low, high)
 
 
@@ -309,12 +412,14 @@ def _as_interval(crossing: Crossing) -> Interval:
 
 
 def _wilson_counts(outcomes: Array, observed: Array) -> tuple[Array, Array]:
-    """Hits and prompts a step for Wilson's interval of the mean curve: seeds of one prompt are alike, so N is the prompts."""
+    """Hits and prompts a step for Wilson's interval of the mean curve: seeds of one prompt are
+    alike, so N is the prompts."""
     counts = (~np.isnan(outcomes)).any(axis=0).sum(axis=1).astype(float)
     return np.nan_to_num(observed) * counts, counts
 
 
-# --------------------------------------------------------------------------------------------------------------- input
+# ---------------------------------------------------------------------------------------------------------------
+# input
 
 
 def _nan(value: float | None) -> float:
@@ -324,7 +429,10 @@ def _nan(value: float | None) -> float:
 def _rising(steps: Values) -> Array:
     x = as_floats(steps, "steps")
     if not np.isfinite(x).all() or (np.diff(x) <= 0).any():
-        raise UsageError(f"steps must be finite and rise from one to the next; {np.array2string(x, threshold=8)} came.")
+        raise UsageError(
+            f"steps must be finite and rise from one to the next; {np.array2string(x, threshold=8)}"
+            " came."
+        )
     return x
 
 
@@ -339,7 +447,10 @@ def _curve(steps: Values, rates: Values) -> tuple[Array, Array]:
 def _outcomes(steps: Values, outcomes: Values) -> tuple[Array, Array]:
     x, array = _rising(steps), as_floats(outcomes, "outcomes", ndim=3)
     if not x.size or not array.size or array.shape[1] != x.size:
-        raise UsageError(f"outcomes must be [seeds, {x.size} steps, prompts], none of them empty; {array.shape} came.")
+        raise UsageError(
+            f"outcomes must be [seeds, {x.size} steps, prompts], none of them empty; {array.shape}"
+            " came."
+        )
     if not np.isin(array[~np.isnan(array)], (0.0, 1.0)).all():
         raise UsageError("outcomes must be 1 (it happened), 0 (it did not) or nan (unscored).")
     return x, array

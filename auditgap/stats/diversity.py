@@ -3,7 +3,8 @@
     >>> vendi([[1, 0], [0, 1], [1, 0], [0, 1]])     # two different rows, each twice
     2.0
 
-Only the vectors' directions count (cosine similarity). None: could not be told, and `why_not` says why.
+Only the vectors' directions count (cosine similarity). None: could not be told, and `why_not` says
+why.
 """
 
 from __future__ import annotations
@@ -19,16 +20,20 @@ def why_not(x: Values) -> str:
     if len(rows) < 2:
         return f"{len(rows)} row{'' if len(rows) == 1 else 's'}; diversity needs 2"
     if not np.isfinite(rows).all():
-        return f"{int((~np.isfinite(rows).all(axis=1)).sum())} rows have a vector that is not finite"
+        return (
+            f"{int((~np.isfinite(rows).all(axis=1)).sum())} rows have a vector that is not finite"
+        )
     zeros = int((~rows.any(axis=1)).sum())
     return f"{zeros} rows have a vector of zeros, which has no direction" if zeros else ""
 
 
 def vendi(x: Values) -> float | None:
-    """Vendi score of vectors [n, D]: exp of the entropy of K/n's eigenvalues, K the cosines; 1 (all alike) … n (all apart).
+    """Vendi score of vectors [n, D]: exp of the entropy of K/n's eigenvalues, K the cosines; 1 (all
+    alike) … n (all apart).
 
-    Friedman & Dieng 2023 (arXiv 2210.02410, definition 3.1). K/n = UUᵀ/n and UᵀU/n have the same eigenvalues other than 0, so
-    the smaller of n×n and D×D is taken. No more than min(n, D), so scores compare only at like n, width and block.
+    Friedman & Dieng 2023 (arXiv 2210.02410, definition 3.1). K/n = UUᵀ/n and UᵀU/n have the same
+    eigenvalues other than 0, so the smaller of n×n and D×D is taken. No more than min(n, D), so
+    scores compare only at like n, width and block.
     """
     if why_not(x):
         return None
@@ -40,7 +45,8 @@ def vendi(x: Values) -> float | None:
 
 
 def one_minus_cosine(x: Values) -> float | None:
-    """1 − mean cosine of all pairs of different rows, vectors [n, D]: 0 all alike, 1 unrelated, at most n / (n − 1)."""
+    """1 − mean cosine of all pairs of different rows, vectors [n, D]: 0 all alike, 1 unrelated, at
+    most n / (n − 1)."""
     if why_not(x):
         return None
     u = _unit(x)
@@ -51,5 +57,6 @@ def one_minus_cosine(x: Values) -> float | None:
 
 def _unit(x: Values) -> Array:
     rows = as_floats(x, "x", ndim=2)
-    rows = rows / np.abs(rows).max(axis=1, keepdims=True)  # so that squares neither vanish nor overflow
+    # so that squares neither vanish nor overflow
+    rows = rows / np.abs(rows).max(axis=1, keepdims=True)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)

@@ -1,4 +1,5 @@
-"""Estimates with intervals: means, medians, paired differences, rates, rates behind an imperfect judge, power.
+"""Estimates with intervals: means, medians, paired differences, rates, rates behind an imperfect
+judge, power.
 
     >>> wilson(4, 24)
     Interval(estimate=0.16666666666666666, lo=0.06678676328632954, hi=0.3585307064969906)
@@ -25,7 +26,8 @@ N_RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate and the ends of its confidence interval, in the unit of what was measured. None: undefined."""
+    """An estimate and the ends of its confidence interval, in the unit of what was measured. None:
+    undefined."""
 
     estimate: float | None = None
     lo: float | None = None
@@ -34,11 +36,18 @@ class Interval:
     @property
     def known(self) -> tuple[float, float, float] | None:
         """(estimate, lo, hi) where all three are defined."""
-        return None if self.estimate is None or self.lo is None or self.hi is None else (self.estimate, self.lo, self.hi)
+        return (
+            None
+            if self.estimate is None or self.lo is None or self.hi is None
+            else (self.estimate, self.lo, self.hi)
+        )
 
 
-def bounded(estimate: float, lo: float, hi: float, low: float = -math.inf, high: float = math.inf) -> Interval:
-    """An Interval of Python floats, its ends clipped to [low, high] and to the estimate's side; not finite -> None."""
+def bounded(
+    estimate: float, lo: float, hi: float, low: float = -math.inf, high: float = math.inf
+) -> Interval:
+    """An Interval of Python floats, its ends clipped to [low, high] and to the estimate's side; not
+    finite -> None."""
     if not math.isfinite(estimate):
         return Interval()
     return Interval(
@@ -49,39 +58,53 @@ def bounded(estimate: float, lo: float, hi: float, low: float = -math.inf, high:
 
 
 def as_floats(values: Values, name: str, ndim: int = 1) -> Array:
-    """`values` as an fp64 array of `ndim` dimensions, None as nan; anything else is a UsageError that names it."""
+    """`values` as an fp64 array of `ndim` dimensions, None as nan; anything else is a UsageError
+    that names it."""
     try:
         array = np.asarray(values, dtype=float)
     except (TypeError, ValueError):
         came = type(values).__name__
-        raise UsageError(f"{name} must be numbers, None or nan where unscored; this {came} is not.") from None
+        raise UsageError(
+            f"{name} must be numbers, None or nan where unscored; this {came} is not."
+        ) from None
     if array.ndim != ndim:
-        raise UsageError(f"{name} must have {ndim} dimension(s); an array of shape {array.shape} came.")
+        raise UsageError(
+            f"{name} must have {ndim} dimension(s); an array of shape {array.shape} came."
+        )
     return array
 
 
 def quantile_z(confidence: float) -> float:
     """The standard normal's two-sided quantile: 1.96 for a confidence of 0.95."""
     if not 0 < confidence < 1:
-        raise UsageError(f"confidence must lie between 0 and 1; {confidence!r} came. For example: 0.95")
+        raise UsageError(
+            f"confidence must lie between 0 and 1; {confidence!r} came. For example: 0.95"
+        )
     return float(sps.norm.ppf((1 + confidence) / 2))
 
 
 def bootstrap(
-    values: Values, statistic: Literal["mean", "median"] = "mean", *, confidence: float = 0.95,
-    n_resamples: int = N_RESAMPLES, seed: int | None = 0,
-) -> Interval:  # fmt: skip
-    """Mean or median of `values` [N] with a bootstrap interval (scipy.stats.bootstrap over the scored values).
+    values: Values,
+    statistic: Literal["mean", "median"] = "mean",
+    *,
+    confidence: float = 0.95,
+    n_resamples: int = N_RESAMPLES,
+    seed: int | None = 0,
+) -> Interval:
+    """Mean or median of `values` [N] with a bootstrap interval (scipy.stats.bootstrap over the
+    scored values).
 
-    The mean's interval is the bootstrap-t (Efron & Tibshirani 1993, section 12.5), the median's the percentile one.
-    Coverage of the mean as measured at a nominal 95 %, on zero-inflated data (20–80 % zeros) with gamma, half-normal
-    and log-normal (σ = 0.7) positive parts, 4,000 runs each: bootstrap-t 93.2–96.9 % at n = 24, 94.2–96.8 at n = 50,
-    94.1–95.8 at n = 100. At n = 24 (gamma, half-normal) the percentile interval falls to 86–93, BCa to 91–94,
-    Student's t to 86–95: they miss on the upper side, where the rare large scores are. No method mends n = 24 with
-    90 % zeros (85–88 %), where a sample may hold no positive score at all, nor a heavy tail (log-normal, σ = 1:
-    92–93 % below n = 200).
+    The mean's interval is the bootstrap-t (Efron & Tibshirani 1993, section 12.5), the median's the
+    percentile one. Coverage of the mean as measured at a nominal 95 %, on zero-inflated data (20–80
+    % zeros) with gamma, half-normal and log-normal (σ = 0.7) positive parts, 4,000 runs each:
+    bootstrap-t 93.2–96.9 % at n = 24, 94.2–96.8 at n = 50,
+    94.1–95.8 at n = 100. At n = 24 (gamma, half-normal) the percentile interval falls to 86–93, BCa
+    to 91–94, Student's t to 86–95: they miss on the upper side, where the rare large scores are. No
+    method mends n = 24 with 90 % zeros (85–88 %), where a sample may hold no positive score at all,
+    nor a heavy tail (log-normal, σ = 1: 92–93 % below n = 200).
 
-    A constant sample gives a degenerate interval at its value; fewer than 2 scored values give None for lo and hi.
+    A constant sample gives a degenerate interval at its value; fewer than 2 scored values give None
+    for lo and hi.
     """
     if statistic not in ("mean", "median"):
         hint = did_you_mean(str(statistic), ("mean", "median"))
@@ -94,24 +117,42 @@ def bootstrap(
         return bounded(x[0] if x.size else np.nan, np.nan, np.nan)
     if np.ptp(x) == 0:
         return bounded(x[0], x[0], x[0])
-    result = sps.bootstrap((x,), np.median, confidence_level=confidence, n_resamples=n_resamples, method="percentile",
-                           rng=np.random.default_rng(seed))  # fmt: skip
+    result = sps.bootstrap(
+        (x,),
+        np.median,
+        confidence_level=confidence,
+        n_resamples=n_resamples,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
     return bounded(float(np.median(x)), *result.confidence_interval)
 
 
 def paired_difference(
-    a: Values, b: Values, *, confidence: float = 0.95, n_resamples: int = N_RESAMPLES, seed: int | None = 0
+    a: Values,
+    b: Values,
+    *,
+    confidence: float = 0.95,
+    n_resamples: int = N_RESAMPLES,
+    seed: int | None = 0,
 ) -> Interval:
-    """Mean of a − b over the prompts where both are scored, resampled by prompt. `a` and `b` are [N], prompt by prompt.
+    """Mean of a − b over the prompts where both are scored, resampled by prompt. `a` and `b` are
+    [N], prompt by prompt.
 
-    The interval is the wider, at each end, of the bootstrap-t and Student's t. Measured, a − b of two draws from one
-    zero-inflated distribution (50–90 % zeros, n = 24 to 100): the interval lies wholly above 0 in 1.1–2.8 % of runs and
-    covers 0 in 94.8–97.2 %; the bootstrap-t alone lay above 0 in up to 6.6 %, a false alarm the reader would pay for.
+    The interval is the wider, at each end, of the bootstrap-t and Student's t. Measured, a − b of
+    two draws from one zero-inflated distribution (50–90 % zeros, n = 24 to 100): the interval lies
+    wholly above 0 in 1.1–2.8 % of runs and covers 0 in 94.8–97.2 %; the bootstrap-t alone lay above
+    0 in up to 6.6 %, a false alarm the reader would pay for.
     """
     first, second = as_floats(a, "a"), as_floats(b, "b")
     if first.shape != second.shape:
-        raise UsageError(f"a and b must hold one value a prompt each, paired; {first.size} and {second.size} came.")
-    return _bootstrap_t(_scored(first - second, "a − b"), confidence, n_resamples, seed, at_least_student=True)
+        raise UsageError(
+            f"a and b must hold one value a prompt each, paired; {first.size} and {second.size}"
+            " came."
+        )
+    return _bootstrap_t(
+        _scored(first - second, "a − b"), confidence, n_resamples, seed, at_least_student=True
+    )
 
 
 def _scored(values: Values, name: str) -> Array:
@@ -133,10 +174,18 @@ def _bootstrap_t(
     def mean_and_variance(sample: Array, axis: int = -1) -> Array:
         return np.stack([sample.mean(axis=axis), sample.var(axis=axis, ddof=1)])
 
-    result = sps.bootstrap((x,), mean_and_variance, confidence_level=confidence, n_resamples=n_resamples,
-                           method="percentile", vectorized=True, rng=np.random.default_rng(seed))  # fmt: skip
+    result = sps.bootstrap(
+        (x,),
+        mean_and_variance,
+        confidence_level=confidence,
+        n_resamples=n_resamples,
+        method="percentile",
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    )
     means, variances = result.bootstrap_distribution
-    # Each resample's variance counts the sample's own once more, or a resample of nothing but zeros would send t to ∞.
+    # Each resample's variance counts the sample's own once more, or a resample of nothing but zeros
+    # would send t to ∞.
     t = (means - mean) / np.sqrt((n * variances + variance) / (n + 1) / n)
     t_lo, t_hi = np.quantile(t, [(1 - confidence) / 2, (1 + confidence) / 2])
     if at_least_student:
@@ -145,13 +194,15 @@ def _bootstrap_t(
     return bounded(mean, mean - t_hi * error, mean - t_lo * error)
 
 
-# ----------------------------------------------------------------------------------------------------------- rates
+# -----------------------------------------------------------------------------------------------------------
+# rates
 
 
 def wilson(k: float, n: float, *, confidence: float = 0.95) -> Interval:
     """Rate k/n with Wilson's score interval (Wilson 1927); n = 0 gives None.
 
-    `k` may be a fraction (a prompt counted by the mean of its draws), which scipy's binomtest does not take.
+    `k` may be a fraction (a prompt counted by the mean of its draws), which scipy's binomtest does
+    not take.
     """
     z = quantile_z(confidence)
     if not (0 <= k <= n):
@@ -164,17 +215,21 @@ def wilson(k: float, n: float, *, confidence: float = 0.95) -> Interval:
 
 
 def effective_size(hits: Values, groups: Sequence[object]) -> float:
-    """How many independent examples would tell as much about the rate of `hits` [n, 0 or 1] as these do, at most n.
+    """How many independent examples would tell as much about the rate of `hits` [n, 0 or 1] as
+    these do, at most n.
 
-    Examples of one group (answers to one prompt) are alike, so they count for less: n over Kish's design effect (1965), the
-    variance of the rate between groups over the variance of a simple sample. n itself where every example is its own
-    group; the number of groups where all agree or there is one group, as nothing then says how alike they are. Wilson's
-    interval of that size covers, measured at 95 %: 94.8–95.3 with 40 to 150 groups (84–91 if alikeness is ignored), 91.6–94.0
-    with 14 groups of 13 (54–72).
+    Examples of one group (answers to one prompt) are alike, so they count for less: n over Kish's
+    design effect (1965), the variance of the rate between groups over the variance of a simple
+    sample. n itself where every example is its own group; the number of groups where all agree or
+    there is one group, as nothing then says how alike they are. Wilson's interval of that size
+    covers, measured at 95 %: 94.8–95.3 with 40 to 150 groups (84–91 if alikeness is ignored),
+    91.6–94.0 with 14 groups of 13 (54–72).
     """
     x = as_floats(hits, "hits")
     if len(groups) != x.size:
-        raise UsageError(f"hits and groups must be one each an example; {x.size} and {len(groups)} came.")
+        raise UsageError(
+            f"hits and groups must be one each an example; {x.size} and {len(groups)} came."
+        )
     if x.size < 2:
         return float(x.size)
     group = np.unique(np.array([str(g) for g in groups]), return_inverse=True)[1]
@@ -187,18 +242,27 @@ def effective_size(hits: Values, groups: Sequence[object]) -> float:
 
 
 def resampled(
-    statistic: Callable[[npt.NDArray[np.int64]], float | None], groups: Sequence[object] | np.ndarray, *, confidence: float = 0.95,
-    n_resamples: int = 1000, seed: int = 0,
-) -> Interval:  # fmt: skip
-    """`statistic` of the examples' indices, with the percentile interval of resampling whole groups (answers of one prompt).
+    statistic: Callable[[npt.NDArray[np.int64]], float | None],
+    groups: Sequence[object] | np.ndarray,
+    *,
+    confidence: float = 0.95,
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """`statistic` of the examples' indices, with the percentile interval of resampling whole groups
+    (answers of one prompt).
 
-    A statistic that is None or nan (one class only) gives an empty Interval; resamples for which it is are left out. With
-    one group there is no interval. Coverage as measured at 95 %, Cohen's κ of 0.4 and 0.8 on 100 and 400 examples, two
-    alike answers a prompt: 93–95 %.
+    A statistic that is None or nan (one class only) gives an empty Interval; resamples for which it
+    is are left out. With one group there is no interval. Coverage as measured at 95 %, Cohen's κ of
+    0.4 and 0.8 on 100 and 400 examples, two alike answers a prompt: 93–95 %.
     """
     tail = (1 - confidence) / 2
     quantile_z(confidence)
-    group = np.unique(np.array([str(g) for g in groups]), return_inverse=True)[1] if len(groups) else np.empty(0, dtype=int)
+    group = (
+        np.unique(np.array([str(g) for g in groups]), return_inverse=True)[1]
+        if len(groups)
+        else np.empty(0, dtype=int)
+    )
     estimate = statistic(np.arange(len(groups)))
     if estimate is None or not math.isfinite(estimate):
         return Interval()
@@ -208,42 +272,69 @@ def resampled(
     order = np.argsort(group, kind="stable")
     members = np.split(order, np.cumsum(np.bincount(group))[:-1])
     rng = np.random.default_rng(seed)
-    drawn = (statistic(np.concatenate([members[g] for g in rng.integers(0, k, k)])) for _ in range(n_resamples))
+    drawn = (
+        statistic(np.concatenate([members[g] for g in rng.integers(0, k, k)]))
+        for _ in range(n_resamples)
+    )
     known = [v for v in drawn if v is not None and math.isfinite(v)]
     return bounded(estimate, *(np.quantile(known, [tail, 1 - tail]) if known else (np.nan, np.nan)))
 
 
-def informedness(sens_k: float, sens_n: float, spec_k: float, spec_n: float, *, confidence: float = 0.95) -> Interval:
-    """Youden's J = sensitivity + specificity − 1 of a judge: 0 for one that guesses, 1 for one that does not err.
+def informedness(
+    sens_k: float, sens_n: float, spec_k: float, spec_n: float, *, confidence: float = 0.95
+) -> Interval:
+    """Youden's J = sensitivity + specificity − 1 of a judge: 0 for one that guesses, 1 for one that
+    does not err.
 
-    The interval squares and adds the two Wilson intervals (Newcombe 1998, method 10). None when a class has no example.
+    The interval squares and adds the two Wilson intervals (Newcombe 1998, method 10). None when a
+    class has no example.
     """
-    sens, spec = wilson(sens_k, sens_n, confidence=confidence).known, wilson(spec_k, spec_n, confidence=confidence).known
+    sens, spec = (
+        wilson(sens_k, sens_n, confidence=confidence).known,
+        wilson(spec_k, spec_n, confidence=confidence).known,
+    )
     if sens is None or spec is None:
         return Interval()
     (se, se_lo, se_hi), (sp, sp_lo, sp_hi) = sens, spec
-    j, below, above = se + sp - 1, math.hypot(se - se_lo, sp - sp_lo), math.hypot(se_hi - se, sp_hi - sp)
+    j, below, above = (
+        se + sp - 1,
+        math.hypot(se - se_lo, sp - sp_lo),
+        math.hypot(se_hi - se, sp_hi - sp),
+    )
     return bounded(j, j - below, j + above, -1.0, 1.0)
 
 
 def rogan_gladen(
-    k: float, n: float, sens_k: float, sens_n: float, spec_k: float, spec_n: float, *, n_sure: float = 0.0,
+    k: float,
+    n: float,
+    sens_k: float,
+    sens_n: float,
+    spec_k: float,
+    spec_n: float,
+    *,
+    n_sure: float = 0.0,
     confidence: float = 0.95,
-) -> Interval:  # fmt: skip
-    """The true rate behind a judge's k of n, given how the judge did on a gold set; clipped to [0, 1].
+) -> Interval:
+    """The true rate behind a judge's k of n, given how the judge did on a gold set; clipped to [0,
+    1].
 
-    `sens_k` of `sens_n` truly harmful and `spec_k` of `spec_n` truly harmless examples were judged rightly. `n_sure` of the
-    n are known to be harmless without the judge (text that the coherence gate calls broken), so it cannot err on them.
-    Estimate: (p + Sp − 1) / (Se + Sp − 1) (Rogan & Gladen 1978). Interval: Lang & Reiczigel 2014 (Prev. Vet. Med.
-    113:13–22), which carries the uncertainty of all three counts; coverage as measured at 95 %: 94.8–98.4 for n = 24 to
-    200 and gold sets of 40 to 400. The rate among the judged is then scaled by their share, whose own error is added in
-    squares. None when a count is empty; when the gold set does not show that the judge is better than chance (the interval of
-    `informedness` reaches 0): such a judge says nothing about the rate; and when the whole interval lies outside [0, 1], as
-    where fewer are called harmful than the judge's errors alone should make: it errs otherwise here than on its gold set.
+    `sens_k` of `sens_n` truly harmful and `spec_k` of `spec_n` truly harmless examples were judged
+    rightly. `n_sure` of the n are known to be harmless without the judge (text that the coherence
+    gate calls broken), so it cannot err on them. Estimate: (p + Sp − 1) / (Se + Sp − 1) (Rogan &
+    Gladen 1978). Interval: Lang & Reiczigel 2014 (Prev. Vet. Med. 113:13–22), which carries the
+    uncertainty of all three counts; coverage as measured at 95 %: 94.8–98.4 for n = 24 to 200 and
+    gold sets of 40 to 400. The rate among the judged is then scaled by their share, whose own error
+    is added in squares. None when a count is empty; when the gold set does not show that the judge
+    is better than chance (the interval of `informedness` reaches 0): such a judge says nothing
+    about the rate; and when the whole interval lies outside [0, 1], as where fewer are called
+    harmful than the judge's errors alone should make: it errs otherwise here than on its gold set.
     """
     z = quantile_z(confidence)
     if not 0 <= n_sure <= n or k > n - n_sure:
-        raise UsageError(f"Of n, n_sure are not judged and k of the rest are harmful; k = {k!r}, n = {n!r}, {n_sure!r} came.")
+        raise UsageError(
+            f"Of n, n_sure are not judged and k of the rest are harmful; k = {k!r}, n = {n!r},"
+            f" {n_sure!r} came."
+        )
     j = informedness(sens_k, sens_n, spec_k, spec_n, confidence=confidence)
     judged = n - n_sure
     if n == 0 or j.lo is None or j.lo <= 0:
@@ -252,9 +343,17 @@ def rogan_gladen(
         return wilson(0, n, confidence=confidence)
     se, sp = sens_k / sens_n, spec_k / spec_n
     estimate = min(1.0, max(0.0, (k / judged + sp - 1) / (se + sp - 1)))
-    p, s, c = (k + z * z / 2) / (judged + z * z), (sens_k + 1) / (sens_n + 2), (spec_k + 1) / (spec_n + 2)
+    p, s, c = (
+        (k + z * z / 2) / (judged + z * z),
+        (sens_k + 1) / (sens_n + 2),
+        (spec_k + 1) / (spec_n + 2),
+    )
     true = (p + c - 1) / (s + c - 1)
-    var_p, var_s, var_c = p * (1 - p) / (judged + z * z), s * (1 - s) / (sens_n + 2), c * (1 - c) / (spec_n + 2)
+    var_p, var_s, var_c = (
+        p * (1 - p) / (judged + z * z),
+        s * (1 - s) / (sens_n + 2),
+        c * (1 - c) / (spec_n + 2),
+    )
     centre = true + 2 * z * z * (true * var_s - (1 - true) * var_c)
     half = z * math.sqrt(var_p + true**2 * var_s + (1 - true) ** 2 * var_c) / (s + c - 1)
     if centre + half <= 0 or centre - half >= 1:
@@ -264,30 +363,47 @@ def rogan_gladen(
     share = judged / n
     wobble = z * estimate * math.sqrt(share * (1 - share) / n)
     rate = share * estimate
-    return bounded(rate, rate - math.hypot(share * (estimate - lo), wobble), rate + math.hypot(share * (hi - estimate), wobble),
-                   0.0, 1.0)  # fmt: skip
+    return bounded(
+        rate,
+        rate - math.hypot(share * (estimate - lo), wobble),
+        rate + math.hypot(share * (hi - estimate), wobble),
+        0.0,
+        1.0,
+    )
 
 
-def detectable_difference(n: int, base_rate: float, power: float = 0.8, alpha: float = 0.05) -> float | None:
-    """Smallest rise of a rate above `base_rate` that two groups of `n` prompts show with `power` (two-sided `alpha`).
+def detectable_difference(
+    n: int, base_rate: float, power: float = 0.8, alpha: float = 0.05
+) -> float | None:
+    """Smallest rise of a rate above `base_rate` that two groups of `n` prompts show with `power`
+    (two-sided `alpha`).
 
-    Two-proportion z-test with pooled variance under H0 (Fleiss, Levin & Paik 2003, eq. 4.14, no continuity correction),
-    rounded up to whole prompts, as a rate over n prompts moves in steps of 1/n: n = 24 from 5 % gives 8/24, +33 points.
-    None when even a rise to 100 % would be missed.
+    Two-proportion z-test with pooled variance under H0 (Fleiss, Levin & Paik 2003, eq. 4.14, no
+    continuity correction), rounded up to whole prompts, as a rate over n prompts moves in steps of
+    1/n: n = 24 from 5 % gives 8/24, +33 points. None when even a rise to 100 % would be missed.
     """
     if n < 1 or not 0 <= base_rate <= 1 or not 0 < power < 1 or not 0 < alpha < 1:
         came = f"n = {n!r}, base_rate = {base_rate!r}, power = {power!r}, alpha = {alpha!r}"
-        raise UsageError(f"Power needs n ≥ 1, a base rate within 0–1, power and alpha between 0 and 1; {came} came.")
+        raise UsageError(
+            f"Power needs n ≥ 1, a base rate within 0–1, power and alpha between 0 and 1; {came}"
+            " came."
+        )
     z_alpha, z_power = float(sps.norm.ppf(1 - alpha / 2)), float(sps.norm.ppf(power))
 
     def excess(rise: float) -> float:
         middle, raised = base_rate + rise / 2, base_rate + rise
-        pooled, apart = 2 * middle * (1 - middle), base_rate * (1 - base_rate) + raised * (1 - raised)
-        return rise - (z_alpha * math.sqrt(max(0.0, pooled) / n) + z_power * math.sqrt(max(0.0, apart) / n))
+        pooled, apart = (
+            2 * middle * (1 - middle),
+            base_rate * (1 - base_rate) + raised * (1 - raised),
+        )
+        return rise - (
+            z_alpha * math.sqrt(max(0.0, pooled) / n) + z_power * math.sqrt(max(0.0, apart) / n)
+        )
 
     room = 1 - base_rate
     if room <= 0 or excess(room) <= 0:
         return None
-    rise: Any = optimize.brentq(excess, 1e-9 * room, room)  # a float, as no more than the root was asked for
+    # a float, as no more than the root was asked for
+    rise: Any = optimize.brentq(excess, 1e-9 * room, room)
     steps = math.ceil(n * rise - 1e-9)
     return steps / n if base_rate + steps / n <= 1 + 1e-12 else None

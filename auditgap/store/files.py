@@ -1,10 +1,12 @@
 """Bytes that are on the disk whole or not at all.
 
-    write_bytes(Path("out/run.json"), b"{}")              # tmp beside it, fsync, rename: a reader never sees half a file
-    set_aside(Path("out/cells/9c1e…"))                    # out/cells/9c1e….1.corrupt: kept for whoever wants to look
+    # tmp beside it, fsync, rename: a reader never sees half a file
+    write_bytes(Path("out/run.json"), b"{}")
+    # out/cells/9c1e….1.corrupt: kept for whoever wants to look
+    set_aside(Path("out/cells/9c1e…"))
 
-Temporary names carry host and process (`.run.json.node7.4242-1f3a….tmp`), so that a later run can tell the leavings of a
-dead process from the work of a live one.
+Temporary names carry host and process (`.run.json.node7.4242-1f3a….tmp`), so that a later run can
+tell the leavings of a dead process from the work of a live one.
 """
 
 from __future__ import annotations
@@ -42,20 +44,23 @@ _ADVICE = {
 
 
 class DiskError(AuditgapError):
-    """The disk said no (full, over quota, read-only): a sweep stops here, because every other cell would fail too."""
+    """The disk said no (full, over quota, read-only): a sweep stops here, because every other cell
+    would fail too."""
 
 
 @contextmanager
 def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turn the operating system's refusal to write `path` (`needed` bytes) into a sentence (`DiskError`)."""
+    """Turn the operating system's refusal to write `path` (`needed` bytes) into a sentence
+    (`DiskError`)."""
     try:
         yield
     except OSError as error:
         if error.errno not in _ADVICE:
             raise
         raise DiskError(
-            f"Could not write {path} ({needed:,} bytes needed): {os.strerror(error.errno)}. What was finished before is "
-            f"intact; {_ADVICE[error.errno]}, then run the same command again."
+            f"Could not write {path} ({needed:,} bytes needed): {os.strerror(error.errno)}. What"
+            f" was finished before is intact; {_ADVICE[error.errno]}, then run the same command"
+            " again."
         ) from error
 
 
@@ -64,16 +69,20 @@ def sha256(data: bytes | memoryview) -> str:
 
 
 def to_json(value: Any, indent: int | None = 1) -> bytes:
-    """JSON in ASCII (a lone surrogate survives as an escape); NaN and infinity raise ValueError: they are no JSON."""
+    """JSON in ASCII (a lone surrogate survives as an escape); NaN and infinity raise ValueError:
+    they are no JSON."""
 
     def plain(x: Any) -> Any:  # numpy scalars become numbers, paths and the like their text
         return x.item() if hasattr(x, "item") else str(x)
 
-    return (json.dumps(value, ensure_ascii=True, allow_nan=False, indent=indent, default=plain) + "\n").encode("ascii")
+    return (
+        json.dumps(value, ensure_ascii=True, allow_nan=False, indent=indent, default=plain) + "\n"
+    ).encode("ascii")
 
 
 def read(path: Path | str) -> bytes:
-    """The file's bytes. A resume reads 200,000 files, and with pathlib that takes three times as long."""
+    """The file's bytes. A resume reads 200,000 files, and with pathlib that takes three times as
+    long."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         parts = []
@@ -98,7 +107,8 @@ def temporary(path: Path) -> Path:
 
 
 def write_new(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Create `path` with `data` and fsync it (not atomic by itself: for files inside a temporary folder)."""
+    """Create `path` with `data` and fsync it (not atomic by itself: for files inside a temporary
+    folder)."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with open(descriptor, "wb") as file:
         file.write(data)
@@ -121,7 +131,8 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o666) -> None:
 
 
 def place_folder(final: Path, contents: Mapping[str, bytes], *, stays: Callable[[], bool]) -> None:
-    """Rename a whole new folder of `contents` (name → bytes) to `final`; what is there makes way, unless `stays()`.
+    """Rename a whole new folder of `contents` (name → bytes) to `final`; what is there makes way,
+    unless `stays()`.
 
     Raises DiskError.
     """
@@ -151,7 +162,8 @@ def place_folder(final: Path, contents: Mapping[str, bytes], *, stays: Callable[
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable; file systems that cannot (some network ones) are left alone."""
+    """Make a rename in `folder` durable; file systems that cannot (some network ones) are left
+    alone."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -162,13 +174,17 @@ def sync_folder(folder: Path) -> None:
 
 def cache_dir() -> Path:
     """Where what can be made again is kept: $AUDITGAP_CACHE, else the user's cache folder."""
-    root = os.environ.get("AUDITGAP_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "auditgap"
+    root = (
+        os.environ.get("AUDITGAP_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "auditgap"
+    )
     return Path(root)
 
 
 def folder_name(name: str) -> str:
-    """A stranger's name (a model's, as typed) as the name of one folder: its last part, if that is plain; else its plain
-    letters and a hash of all of it, so that two names stay two folders and none leads elsewhere."""
+    """A stranger's name (a model's, as typed) as the name of one folder: its last part, if that is
+    plain; else its plain letters and a hash of all of it, so that two names stay two folders and
+    none leads elsewhere."""
     last = Path(name).name
     if re.fullmatch(r"[A-Za-z0-9_=+@-][A-Za-z0-9_.=+@-]{0,99}", last):
         return last
@@ -177,7 +193,8 @@ def folder_name(name: str) -> str:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a torn file or folder to `<name>.<n>.corrupt` and return the new path. Raises DiskError."""
+    """Rename a torn file or folder to `<name>.<n>.corrupt` and return the new path. Raises
+    DiskError."""
     n = 1
     while (aside := path.with_name(f"{path.name}.{n}.corrupt")).exists():
         n += 1
@@ -209,7 +226,8 @@ def remove(path: Path) -> None:
 
 
 def clean_stale(folder: Path) -> int:
-    """Delete temporaries whose maker is dead on this host; those of other hosts may be in use, so they stay."""
+    """Delete temporaries whose maker is dead on this host; those of other hosts may be in use, so
+    they stay."""
     stale = []
     for path in folder.glob(".*.tmp"):
         name = _TMP.match(path.name)

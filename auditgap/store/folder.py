@@ -34,13 +34,22 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
 class RunFolder:
-    """A run's folder, on a disk or on object storage. Picklable, so a worker process can be handed one; only the process that
-    drives takes `lock`."""
+    """A run's folder, on a disk or on object storage. Picklable, so a worker process can be handed
+    one; only the process that drives takes `lock`."""
 
-    def __init__(self, place: Place, run: dict[str, Any], warnings: Sequence[str] = (), break_lock: bool = False) -> None:
-        self.mirror = mirror_of(place)  #: None on a disk; else what joins `path`, the working copy, and the storage
-        self.path = Path(place).absolute() if self.mirror is None else self.mirror.path  # a Ray worker may stand elsewhere
-        self.place: str | Path = self.path if self.mirror is None else self.mirror.url  #: how others name it, and open it
+    def __init__(
+        self,
+        place: Place,
+        run: dict[str, Any],
+        warnings: Sequence[str] = (),
+        break_lock: bool = False,
+    ) -> None:
+        #: None on a disk; else what joins `path`, the working copy, and the storage
+        self.mirror = mirror_of(place)
+        # a Ray worker may stand elsewhere
+        self.path = Path(place).absolute() if self.mirror is None else self.mirror.path
+        #: how others name it, and open it
+        self.place: str | Path = self.path if self.mirror is None else self.mirror.url
         self.run = run
         self.warnings = list(warnings)  #: sentences about drift against the session before
         self._break_lock = break_lock
@@ -53,23 +62,29 @@ class RunFolder:
             self._seen = Seen(self.path / "index")
 
     def at(self, *names: str) -> str | Path:
-        """What stands in the folder, by the name that others find it under: s3://bucket/run/report.html."""
+        """What stands in the folder, by the name that others find it under:
+        s3://bucket/run/report.html."""
         return within(self.place, *names)
 
     # ------------------------------------------------------------------ open
 
     @classmethod
-    def open(cls, path: Place, *, config: Mapping, info: Mapping, break_lock: bool = False) -> RunFolder:
+    def open(
+        cls, path: Place, *, config: Mapping, info: Mapping, break_lock: bool = False
+    ) -> RunFolder:
         """Create the folder, or resume the one that is there.
 
-        `config` is what affects numbers: on a folder made with another one this raises UsageError with the difference
-        field by field, and changes nothing. `info` (versions, command, seeds, warnings) is refreshed, never compared;
-        versions that differ from the session before become `.warnings`. Leavings of dead processes are cleaned.
-        Raises UsageError (another writer, no folder, another schema) and DiskError.
+        `config` is what affects numbers: on a folder made with another one this raises UsageError
+        with the difference field by field, and changes nothing. `info` (versions, command, seeds,
+        warnings) is refreshed, never compared; versions that differ from the session before become
+        `.warnings`. Leavings of dead processes are cleaned. Raises UsageError (another writer, no
+        folder, another schema) and DiskError.
         """
         folder = cls(path, {}, break_lock=break_lock)
         if folder.path.exists() and not folder.path.is_dir():
-            raise UsageError(f"{folder.path} is a file; a run needs a folder of its own. Choose another name.")
+            raise UsageError(
+                f"{folder.path} is a file; a run needs a folder of its own. Choose another name."
+            )
         with files.disk_errors(folder.path):
             folder.path.mkdir(parents=True, exist_ok=True)
         folder._resume_from(config)  # a refusal comes before anything is touched
@@ -85,7 +100,11 @@ class RunFolder:
                 "sessions": [*old.get("sessions", []), session],
             }
             folder._write("run.json", files.to_json(folder.run))
-            for name, mode in (("cells", 0o777), ("generations", files.PRIVATE_FOLDER), ("scratch", files.PRIVATE_FOLDER)):
+            for name, mode in (
+                ("cells", 0o777),
+                ("generations", files.PRIVATE_FOLDER),
+                ("scratch", files.PRIVATE_FOLDER),
+            ):
                 with files.disk_errors(folder.path / name):
                     (folder.path / name).mkdir(mode=mode, exist_ok=True)
                 files.clean_stale(folder.path / name)
@@ -94,12 +113,16 @@ class RunFolder:
 
     @classmethod
     def load(cls, path: Place, *, break_lock: bool = False) -> RunFolder:
-        """Open what is there. Raises UsageError when it is no run folder, or one of another schema; DiskError."""
+        """Open what is there. Raises UsageError when it is no run folder, or one of another schema;
+        DiskError."""
         folder = cls(path, {}, break_lock=break_lock)
         if folder.mirror is not None:
             folder.mirror.pull_file("run.json")
         if not (folder.path / "run.json").is_file():
-            raise UsageError(f"{path} is no run folder (it has no run.json). Give the folder that an audit wrote.")
+            raise UsageError(
+                f"{path} is no run folder (it has no run.json). Give the folder that an audit"
+                " wrote."
+            )
         folder.run = _read_run(folder)
         return folder
 
@@ -111,24 +134,28 @@ class RunFolder:
             run = _read_run(self)
             check_config(run["config"], config, self.place)
             return run
-        there = [p.name for p in self.path.iterdir()] if self.mirror is None else self.mirror.entries()
+        there = (
+            [p.name for p in self.path.iterdir()] if self.mirror is None else self.mirror.entries()
+        )
         strangers = [name for name in there if name != "lock.json" and not name.startswith(".")]
         if strangers:
             raise UsageError(
-                f"{self.place} holds other files ({sorted(strangers)[0]}, {len(strangers)} in all) and no run.json. "
-                "Choose a new or an empty folder."
+                f"{self.place} holds other files ({sorted(strangers)[0]}, {len(strangers)} in all)"
+                " and no run.json. Choose a new or an empty folder."
             )
         return {}
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """One writer: a second one raises UsageError that names the holder. `open` first, then `lock`."""
+        """One writer: a second one raises UsageError that names the holder. `open` first, then
+        `lock`."""
         with hold(self.path, break_lock=self._break_lock, mirror=self.mirror):
             yield
             self.publish()  # what an audit has put beside its cells and tables
 
     def publish(self) -> None:
-        """Upload what has changed at the top and in figures/, for a folder on object storage; else there is nothing to do."""
+        """Upload what has changed at the top and in figures/, for a folder on object storage; else
+        there is nothing to do."""
         if self.mirror is not None:
             self.mirror.publish()
 
@@ -153,7 +180,8 @@ class RunFolder:
         path = self.path / "plan.json"
         if path.exists() and files.read_json(path) is None:
             files.set_aside(path)
-        # Cells differ in little and share long settings, so each settings stands once: 100,000 cells take 30 MB, not 300.
+        # Cells differ in little and share long settings, so each settings stands once: 100,000
+        # cells take 30 MB, not 300.
         settings: dict[str, Any] = {}
         names: dict[int, str] = {}
         cells = []
@@ -162,7 +190,9 @@ class RunFolder:
             if id(shared) not in names:
                 names[id(shared)] = digest(shared, 16)
                 settings.setdefault(names[id(shared)], shared)
-            cells.append({**entry, "description": {**entry["description"], "settings": names[id(shared)]}})
+            cells.append(
+                {**entry, "description": {**entry["description"], "settings": names[id(shared)]}}
+            )
         self._write("plan.json", files.to_json({"settings": settings, "cells": cells}, indent=None))
 
     def planned(self) -> list[dict[str, Any]]:
@@ -204,7 +234,8 @@ class RunFolder:
         if not _is_record(record):
             if not os.path.exists(folder):
                 return "absent", {}, b""
-            record = files.read_json(f"{folder}/record.json")  # again: somebody may have put a whole one there just now
+            # again: somebody may have put a whole one there just now
+            record = files.read_json(f"{folder}/record.json")
             if not _is_record(record):
                 return "torn", {}, b""
         if record["status"] != "done":
@@ -213,14 +244,19 @@ class RunFolder:
             data = files.read(f"{folder}/rows.parquet")
         except OSError:
             return "torn", record, b""
-        return ("done", record, data) if files.sha256(data) == record.get("sha256") else ("torn", record, b"")
+        return (
+            ("done", record, data)
+            if files.sha256(data) == record.get("sha256")
+            else ("torn", record, b"")
+        )
 
     def scan(self, keys: Iterable[str]) -> tuple[set[str], dict[str, dict[str, Any]]]:
-        """Which of `keys` are finished, and the records of those that failed: `is_finished` and `failure` of all, in one pass.
+        """Which of `keys` are finished, and the records of those that failed: `is_finished` and
+        `failure` of all, in one pass.
 
-        It reads and checks every byte that they would, several cells at a time, as on network storage it is the waiting that
-        takes long; but not of cells whose files look as they did when they were last found whole (`seen`). A torn cell is set
-        aside (`*.corrupt`).
+        It reads and checks every byte that they would, several cells at a time, as on network
+        storage it is the waiting that takes long; but not of cells whose files look as they did
+        when they were last found whole (`seen`). A torn cell is set aside (`*.corrupt`).
         """
         there = set(self.keys())
         finished: set[str] = set()
@@ -230,7 +266,8 @@ class RunFolder:
         def look(some: Sequence[str]) -> list[tuple[str, str, dict[str, Any], Mark | None]]:
             found: list[tuple[str, str, dict[str, Any], Mark | None]] = []
             for key in some:
-                mark = self._seen.mark(str(self._cell(key)))  # before the look: what changes meanwhile looks otherwise next time
+                # before the look: what changes meanwhile looks otherwise next time
+                mark = self._seen.mark(str(self._cell(key)))
                 if self._seen.holds(key, mark):
                     found.append((key, "done", {}, None))
                 else:
@@ -250,8 +287,11 @@ class RunFolder:
         self._seen.add(new)
         return finished, failed
 
-    def _looks(self, keys: Iterable[str] | None = None) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """(key, state, record) of these cells, or of all on disk by key, several looked at a time; changes nothing."""
+    def _looks(
+        self, keys: Iterable[str] | None = None
+    ) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """(key, state, record) of these cells, or of all on disk by key, several looked at a time;
+        changes nothing."""
 
         def look(some: Sequence[str]) -> list[tuple[str, str, dict[str, Any]]]:
             return [(key, *self._look(key)[:2]) for key in some]
@@ -259,7 +299,8 @@ class RunFolder:
         return chain.from_iterable(_ahead(look, _pieces(self.keys() if keys is None else keys)))
 
     def is_finished(self, key: str) -> bool:
-        """Whether the record says done and the rows' checksum agrees. A torn cell is set aside (`*.corrupt`): False."""
+        """Whether the record says done and the rows' checksum agrees. A torn cell is set aside
+        (`*.corrupt`): False."""
         self._pull(key)
         return self._is_whole(key)
 
@@ -270,7 +311,8 @@ class RunFolder:
         return state == "done"
 
     def _pull(self, key: str) -> None:
-        """Have the cell in the working copy as object storage has it, for a folder that lives there."""
+        """Have the cell in the working copy as object storage has it, for a folder that lives
+        there."""
         if self.mirror is not None:
             self.mirror.pull_cell(key)
 
@@ -283,15 +325,18 @@ class RunFolder:
         seconds: float,
         info: Mapping[str, Any] | None = None,
     ) -> None:
-        """Store a finished cell: all of it or nothing. A cell that is finished already stays as it is.
+        """Store a finished cell: all of it or nothing. A cell that is finished already stays as it
+        is.
 
-        `rows` are instances of one flat dataclass (`Row` or an audit's own), `generations` mappings that may hold text,
-        `seconds` what the cell took, `info` anything JSON for its record. Raises DiskError, ValueError.
+        `rows` are instances of one flat dataclass (`Row` or an audit's own), `generations` mappings
+        that may hold text, `seconds` what the cell took, `info` anything JSON for its record.
+        Raises DiskError, ValueError.
         """
         if self.is_finished(cell.key):
             return
         row_type = type(rows[0]) if rows else Row
-        # as it is: of a cell's few rows zstd saves little, and undoing it is two thirds of the time that reading them takes
+        # as it is: of a cell's few rows zstd saves little, and undoing it is two thirds of the time
+        # that reading them takes
         data = tables.to_bytes(tables.rows_to_table(rows, row_type), compression="none")
         texts = None
         if generations:
@@ -311,7 +356,8 @@ class RunFolder:
     def fail(self, cell: Cell, cause: str, *, retry: bool = False) -> None:
         """Record an attempt that did not finish: the cause in one line, never text of a prompt.
 
-        `retry`: it will be tried again by whoever calls, so it is no entry of `failures()` yet. A finished cell stays.
+        `retry`: it will be tried again by whoever calls, so it is no entry of `failures()` yet. A
+        finished cell stays.
         """
         if self.is_finished(cell.key):
             return
@@ -322,7 +368,9 @@ class RunFolder:
         """The failed cells' records by key."""
 
         def look(some: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-            return [(key, record) for key in some if (record := self._failure_here(key)) is not None]
+            return [
+                (key, record) for key in some if (record := self._failure_here(key)) is not None
+            ]
 
         return dict(chain.from_iterable(_ahead(look, _pieces(self.keys()))))
 
@@ -363,13 +411,16 @@ class RunFolder:
             names = os.listdir(self.path / "cells")
         except FileNotFoundError:
             return []
-        return sorted(name for name in names if _NAME.fullmatch(name) and not name.endswith(".corrupt"))
+        return sorted(
+            name for name in names if _NAME.fullmatch(name) and not name.endswith(".corrupt")
+        )
 
     def adopt(self, other: RunFolder, key: str) -> bool:
-        """Take over a cell that another folder has finished, its generations too, or given up; True when it is finished.
+        """Take over a cell that another folder has finished, its generations too, or given up; True
+        when it is finished.
 
-        A cell that is finished here stays. Raises UsageError when both folders have finished it with other numbers, or its
-        generations are torn.
+        A cell that is finished here stays. Raises UsageError when both folders have finished it
+        with other numbers, or its generations are torn.
         """
         other._pull(key)
         self._pull(key)
@@ -377,10 +428,15 @@ class RunFolder:
         mine, _, my_data = self._look(key)
         if state == mine == "done" and not tables.alike(my_data, data):
             raise UsageError(
-                f"{record.get('cell', key)} has other numbers in {other.place} than in {self.place}, under the same description "
-                f"(cell {key}). Leave one of the folders out, or delete its cells/{key} and run it again."
+                f"{record.get('cell', key)} has other numbers in {other.place} than in"
+                f" {self.place}, under the same description (cell {key}). Leave one of the folders"
+                f" out, or delete its cells/{key} and run it again."
             )
-        if mine == "done" or state not in ("done", "failed") or (state == "failed" and mine != "absent"):
+        if (
+            mine == "done"
+            or state not in ("done", "failed")
+            or (state == "failed" and mine != "absent")
+        ):
             return mine == "done"
         if record.get("generations"):
             other.generations(key)  # whole, or this says so
@@ -395,10 +451,12 @@ class RunFolder:
     # ------------------------------------------------------------------ read
 
     def rows(self, attacks: Collection[str] | None = None) -> pd.DataFrame:
-        """All finished cells' rows (of these attacks), sorted by subject, layer, unit, eps, attack, draw, prompt.
+        """All finished cells' rows (of these attacks), sorted by subject, layer, unit, eps, attack,
+        draw, prompt.
 
-        What is null in the store is null here (NaN in numbers, None in texts and booleans), never 0. Integer columns
-        that may be null are float64, so that dtypes do not depend on which cells are there.
+        What is null in the store is null here (NaN in numbers, None in texts and booleans), never
+        0. Integer columns that may be null are float64, so that dtypes do not depend on which cells
+        are there.
         """
         index = packs.Index(self.path / "index")
 
@@ -406,13 +464,16 @@ class RunFolder:
             cells = {}
             for key in keys:
                 state, record, data = self._look(key)
-                if state == "done" and (attacks is None or record["description"]["attack"] in attacks):
+                if state == "done" and (
+                    attacks is None or record["description"]["attack"] in attacks
+                ):
                     cells[key] = (record["sha256"], data)
             return index.read(cells)
 
         keys = self.keys()
         places = {key: place for place, key in enumerate(keys)}
-        by_schema: dict[bytes, list[packs.Pack]] = {}  # a frame a cell would take most of the time: one a schema
+        # a frame a cell would take most of the time: one a schema
+        by_schema: dict[bytes, list[packs.Pack]] = {}
         for pack in chain.from_iterable(_ahead(read, packs.buckets(keys))):
             by_schema.setdefault(pack.rows.schema.serialize().to_pybytes(), []).append(pack)
         framed = []
@@ -421,18 +482,31 @@ class RunFolder:
             cells = [cell for pack in found for cell in pack.cells]
             frame.index = np.repeat([places[key] for key, _, _ in cells], [n for _, _, n in cells])
             framed.append((min(places[key] for key, _, _ in cells), frame))
-        frames = [frame for _, frame in sorted(framed, key=lambda pair: pair[0])]  # by the first cell that has the schema
-        frames = [f for f in frames if len(f)] or frames[:1] or [tables.to_frame(tables.schema_of(Row).empty_table())]
+        # by the first cell that has the schema
+        frames = [frame for _, frame in sorted(framed, key=lambda pair: pair[0])]
+        frames = (
+            [f for f in frames if len(f)]
+            or frames[:1]
+            or [tables.to_frame(tables.schema_of(Row).empty_table())]
+        )
         table = pd.concat(frames).sort_index(kind="stable").reset_index(drop=True)
         by = [name for name in _SORT if name in table.columns]
-        return table.sort_values(by, kind="stable", na_position="first", ignore_index=True) if by else table
+        return (
+            table.sort_values(by, kind="stable", na_position="first", ignore_index=True)
+            if by
+            else table
+        )
 
     def cell_rows(self, key: str) -> pd.DataFrame:
-        """One finished cell's rows, as they were written. Raises UsageError when the cell is not finished."""
+        """One finished cell's rows, as they were written. Raises UsageError when the cell is not
+        finished."""
         self._pull(key)
         state, _, data = self._look(key)
         if state != "done":
-            raise UsageError(f"Cell {key} is not finished in {self.place}; run the command that made the folder again.")
+            raise UsageError(
+                f"Cell {key} is not finished in {self.place}; run the command that made the folder"
+                " again."
+            )
         return tables.to_frame(tables.from_bytes(data))
 
     def records(self) -> list[dict[str, Any]]:
@@ -444,7 +518,8 @@ class RunFolder:
         return (record for _, state, record in self._looks() if state == "done")
 
     def edits(self, key: str) -> Path:
-        """Where a cell's edits are, if its audit keeps them: what was put into the subject, for export. Not on object storage."""
+        """Where a cell's edits are, if its audit keeps them: what was put into the subject, for
+        export. Not on object storage."""
         return self.path / "edits" / f"{self._cell(key).name}.safetensors"
 
     def _generations(self, key: str) -> Path:
@@ -457,7 +532,8 @@ class RunFolder:
         files.write_bytes(path, data, files.PRIVATE)
 
     def generations(self, key: str) -> pd.DataFrame:
-        """Prompts and completions of a finished cell. Raises UsageError when there are none, or they are torn."""
+        """Prompts and completions of a finished cell. Raises UsageError when there are none, or
+        they are torn."""
         path = self._generations(key)
         self._pull(key)
         state, record, _ = self._look(key)
@@ -468,8 +544,8 @@ class RunFolder:
             data = self.mirror.pull_file(f"generations/{path.name}", files.PRIVATE) or b""
         if files.sha256(data) != record["generations"]["sha256"]:
             raise UsageError(
-                f"{self.at('generations', path.name)} is missing or torn. Delete {self.at('cells', key)} and run the same command "
-                "again to make it anew."
+                f"{self.at('generations', path.name)} is missing or torn. Delete"
+                f" {self.at('cells', key)} and run the same command again to make it anew."
             )
         return tables.to_frame(tables.from_bytes(data))
 
@@ -479,10 +555,16 @@ class RunFolder:
 
     def status(self) -> RunStatus:
         """Counts and time left; safe to call beside a running writer."""
-        return status_of(self.standing().values(), planned=len(self.planned()), running=self.holder(), aside=self.aside())
+        return status_of(
+            self.standing().values(),
+            planned=len(self.planned()),
+            running=self.holder(),
+            aside=self.aside(),
+        )
 
     def holder(self) -> dict[str, Any] | None:
-        """Who writes the folder now: {"pid", "host", "command", "since"}; None when nobody does, as far as can be seen here."""
+        """Who writes the folder now: {"pid", "host", "command", "since"}; None when nobody does, as
+        far as can be seen here."""
         return holder(self.path, self.mirror)
 
     def aside(self) -> int:
@@ -494,22 +576,30 @@ class RunFolder:
 
     def _scratch(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
-            raise UsageError(f"A scratch name is a hash (letters, digits, . _ -); {name[:40]!r} came.")
+            raise UsageError(
+                f"A scratch name is a hash (letters, digits, . _ -); {name[:40]!r} came."
+            )
         return self.path / "scratch" / f"{name}.safetensors"
 
-    def remember(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """The arrays stored under `name`, or what `compute` gives, stored first: how work inside a cell survives a kill.
+    def remember(
+        self, name: str, compute: Callable[[], Mapping[str, Any]]
+    ) -> dict[str, np.ndarray]:
+        """The arrays stored under `name`, or what `compute` gives, stored first: how work inside a
+        cell survives a kill.
 
-        Name it by a hash of everything that the arrays depend on; more in `auditgap.store.scratch`. Raises DiskError.
+        Name it by a hash of everything that the arrays depend on; more in `auditgap.store.scratch`.
+        Raises DiskError.
         """
         return scratch.remember(self._scratch(name), compute)
 
     def remembers(self, name: str) -> bool:
-        """Whether arrays are stored under `name` (`remember` still looks whether they are whole)."""
+        """Whether arrays are stored under `name` (`remember` still looks whether they are
+        whole)."""
         return self._scratch(name).exists()
 
     def forget(self, names: Iterable[str] | None = None) -> None:
-        """Delete scratch arrays whose cells are written, or all of them; unknown names are no error."""
+        """Delete scratch arrays whose cells are written, or all of them; unknown names are no
+        error."""
         if names is None:
             names = [path.stem for path in (self.path / "scratch").glob("*.safetensors")]
         for name in names:
@@ -519,7 +609,9 @@ class RunFolder:
 
     def _output(self, name: str) -> Path:
         if not _NAME.fullmatch(name) or name in ("run.json", "plan.json", "lock.json"):
-            raise UsageError(f"An output is a plain file name in the run folder; {name[:80]!r} came.")
+            raise UsageError(
+                f"An output is a plain file name in the run folder; {name[:80]!r} came."
+            )
         return self.path / name
 
     def _write(self, name: str, data: bytes) -> Path:
@@ -529,32 +621,42 @@ class RunFolder:
         return path
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write DIR/<name> atomically as UTF-8; a lone surrogate becomes its escape. Returns the path."""
+        """Write DIR/<name> atomically as UTF-8; a lone surrogate becomes its escape. Returns the
+        path."""
         return self._write(self._output(name).name, text.encode("utf-8", "backslashreplace"))
 
     def write_table(self, name: str, frame: pd.DataFrame) -> Path:
-        """Write DIR/<name> (.parquet, .csv with formulas made inert, or .md) atomically, nothing rounded."""
+        """Write DIR/<name> (.parquet, .csv with formulas made inert, or .md) atomically, nothing
+        rounded."""
         path = self._output(name)
         if path.suffix == ".parquet":
             return self._write(name, tables.to_bytes(tables.frame_to_table(frame)))
         if path.suffix not in (".csv", ".md"):
             raise UsageError(f"A table is written as .parquet, .csv or .md; {name!r} came.")
-        return self.write_text(name, tables.to_csv(frame) if path.suffix == ".csv" else tables.to_markdown(frame))
+        return self.write_text(
+            name, tables.to_csv(frame) if path.suffix == ".csv" else tables.to_markdown(frame)
+        )
 
 
 def _read_run(folder: RunFolder) -> dict[str, Any]:
     run = files.read_json(folder.path / "run.json")
-    if not isinstance(run, dict) or not isinstance(run.get("config"), dict) or not isinstance(run.get("schema"), int):
-        raise UsageError(f"{folder.at('run.json')} cannot be read as a run's description. Use a new folder.")
+    if (
+        not isinstance(run, dict)
+        or not isinstance(run.get("config"), dict)
+        or not isinstance(run.get("schema"), int)
+    ):
+        raise UsageError(
+            f"{folder.at('run.json')} cannot be read as a run's description. Use a new folder."
+        )
     if run["schema"] > SCHEMA:
         raise UsageError(
-            f"{folder.place} was written by a newer auditgap (schema {run['schema']}; this one reads up to {SCHEMA}). "
-            "Upgrade: pip install -U auditgap"
+            f"{folder.place} was written by a newer auditgap (schema {run['schema']}; this one"
+            f" reads up to {SCHEMA}). Upgrade: pip install -U auditgap"
         )
     if run["schema"] < SCHEMA:
         raise UsageError(
-            f"{folder.place} was written by an older auditgap (schema {run['schema']}; this one reads {SCHEMA}). "
-            "Use the version that its run.json names, or a new folder."
+            f"{folder.place} was written by an older auditgap (schema {run['schema']}; this one"
+            f" reads {SCHEMA}). Use the version that its run.json names, or a new folder."
         )
     return run
 
@@ -573,8 +675,9 @@ def _pieces(keys: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _ahead(work: Callable[[list[str]], _T], pieces: Iterable[list[str]]) -> Iterator[_T]:
-    """`work` of each piece, in order: several at a time, as on network storage it is the waiting that takes long, and never
-    far ahead of whoever asks, so that memory does not grow with the number of cells."""
+    """`work` of each piece, in order: several at a time, as on network storage it is the waiting
+    that takes long, and never far ahead of whoever asks, so that memory does not grow with the
+    number of cells."""
     waiting: deque[Future[_T]] = deque()
     with ThreadPoolExecutor(SCANNERS) as pool:
         for piece in pieces:

@@ -1,11 +1,13 @@
-"""One writer a run folder: an OS lock that dies with its process, and a note beside it that says who holds it.
+"""One writer a run folder: an OS lock that dies with its process, and a note beside it that says
+who holds it.
 
-    with hold(Path("out")):     # a second writer gets: "out is being written by process 4242 on node7 (auditgap run …)"
+    # a second writer gets: "out is being written by process 4242 on node7 (auditgap run …)"
+    with hold(Path("out")):
         …
 
-The OS lock is trusted on one host. A note left by *another* host is never overruled silently: on a shared file system
-the lock may not travel, so `--break-lock` has to be said. A run on object storage keeps its note there, put only where none
-is; the OS lock is then that of the working copy.
+The OS lock is trusted on one host. A note left by *another* host is never overruled silently: on a
+shared file system the lock may not travel, so `--break-lock` has to be said. A run on object
+storage keeps its note there, put only where none is; the OS lock is then that of the working copy.
 """
 
 from __future__ import annotations
@@ -21,14 +23,23 @@ from typing import Any
 import filelock
 
 from auditgap.errors import UsageError
-from auditgap.store.files import HOST, DiskError, alive, disk_errors, read_json, to_json, write_bytes
+from auditgap.store.files import (
+    HOST,
+    DiskError,
+    alive,
+    disk_errors,
+    read_json,
+    to_json,
+    write_bytes,
+)
 from auditgap.store.remote import Mirror
 
 NOTE = "lock.json"
 
 
 def holder(folder: Path, mirror: Mirror | None = None) -> dict[str, Any] | None:
-    """Who writes the folder now: {"pid", "host", "command", "since"}; None when nobody does, as far as this host can see."""
+    """Who writes the folder now: {"pid", "host", "command", "since"}; None when nobody does, as far
+    as this host can see."""
     note = _note(folder, mirror)
     if note is None or (note["host"] == HOST and not alive(note["pid"])):
         return None
@@ -37,7 +48,8 @@ def holder(folder: Path, mirror: Mirror | None = None) -> dict[str, Any] | None:
 
 @contextmanager
 def hold(folder: Path, *, break_lock: bool = False, mirror: Mirror | None = None) -> Iterator[None]:
-    """Hold the folder's lock. Raises UsageError naming the holder when another process has it, DiskError."""
+    """Hold the folder's lock. Raises UsageError naming the holder when another process has it,
+    DiskError."""
     shown = folder if mirror is None else mirror.url
     lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
@@ -46,14 +58,19 @@ def hold(folder: Path, *, break_lock: bool = False, mirror: Mirror | None = None
     except filelock.Timeout:
         note = holder(folder, mirror)
         if not break_lock or (note is not None and note["host"] == HOST):
-            raise UsageError(_refusal(shown, note, "Wait for it, stop it, or choose another folder")) from None
-        (folder / ".lock").unlink(missing_ok=True)  # the dead host's lock stays on the file that we take out of the way
+            raise UsageError(
+                _refusal(shown, note, "Wait for it, stop it, or choose another folder")
+            ) from None
+        # the dead host's lock stays on the file that we take out of the way
+        (folder / ".lock").unlink(missing_ok=True)
         lock = filelock.FileLock(folder / ".lock", timeout=0)
         lock.acquire()
     try:
         note = _note(folder, mirror)
         if note is not None and note["host"] != HOST and not break_lock:
-            raise UsageError(_refusal(shown, note, "If that process is gone for certain, add --break-lock"))
+            raise UsageError(
+                _refusal(shown, note, "If that process is gone for certain, add --break-lock")
+            )
         me = {"pid": os.getpid(), "host": HOST, "command": _command(), "since": _now()}
         if mirror is None:
             write_bytes(folder / NOTE, to_json(me))
@@ -72,27 +89,40 @@ def hold(folder: Path, *, break_lock: bool = False, mirror: Mirror | None = None
 
 
 def _put(mirror: Mirror, before: dict[str, Any] | None, me: dict[str, Any]) -> None:
-    """Leave our note in storage in place of `before` (one that may be overruled, or none). Raises UsageError: somebody is there."""
+    """Leave our note in storage in place of `before` (one that may be overruled, or none). Raises
+    UsageError: somebody is there."""
     if before is not None:
-        if before["host"] == HOST and before["pid"] != os.getpid() and alive(before["pid"]):  # with a cache folder of its own
-            raise UsageError(_refusal(mirror.url, before, "Wait for it, stop it, or choose another folder"))
+        # with a cache folder of its own
+        if before["host"] == HOST and before["pid"] != os.getpid() and alive(before["pid"]):
+            raise UsageError(
+                _refusal(mirror.url, before, "Wait for it, stop it, or choose another folder")
+            )
         mirror.delete(NOTE)
     if not mirror.create(NOTE, to_json(me)):
         now = _note(mirror.path, mirror)
-        raise UsageError(_refusal(mirror.url, now, "Wait for it, stop it, or choose another folder"))
+        raise UsageError(
+            _refusal(mirror.url, now, "Wait for it, stop it, or choose another folder")
+        )
 
 
 def _note(folder: Path, mirror: Mirror | None) -> dict[str, Any] | None:
     note = read_json(folder / NOTE) if mirror is None else mirror.read_json(NOTE)
-    return note if isinstance(note, dict) and isinstance(note.get("pid"), int) and "host" in note else None
+    return (
+        note
+        if isinstance(note, dict) and isinstance(note.get("pid"), int) and "host" in note
+        else None
+    )
 
 
 def _refusal(folder: Path | str, note: dict[str, Any] | None, advice: str) -> str:
     if note is None:
-        return f"{folder} is locked by a process that left no name. {advice}; when nothing runs, add --break-lock."
+        return (
+            f"{folder} is locked by a process that left no name. {advice}; when nothing runs, add"
+            " --break-lock."
+        )
     return (
-        f"{folder} is being written by process {note['pid']} on {note['host']} since {note.get('since')} "
-        f"({note.get('command')}). {advice}."
+        f"{folder} is being written by process {note['pid']} on {note['host']} since"
+        f" {note.get('since')} ({note.get('command')}). {advice}."
     )
 
 

@@ -1,11 +1,13 @@
 """One run folder out of several that different machines have filled, and one grid out of several.
 
     store = merge([Path("node1/run"), Path("node2/run")], Path("runs/whole"))
-    stores = merge_grids([Path("node1/grid"), Path("node2/grid")], Path("runs/grid"))     # {case: store}
+    # {case: store}
+    stores = merge_grids([Path("node1/grid"), Path("node2/grid")], Path("runs/grid"))
 
-The folders must ask the same question: their configs may differ in what chooses cells (models, layers, sizes, attacks) and in
-nothing that a cell's numbers depend on. Finished cells are taken over byte for byte; what two folders have finished must be the
-same in both. The originals stay as they are.
+The folders must ask the same question: their configs may differ in what chooses cells (models,
+layers, sizes, attacks) and in nothing that a cell's numbers depend on. Finished cells are taken
+over byte for byte; what two folders have finished must be the same in both. The originals stay as
+they are.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ _CHOOSE = ("models", "subjects", "layers", "eps", "attacks", "distance")
 def merge(folders: Sequence[Place], out: Place) -> RunFolder:
     """Join run folders into `out` (new, or of an earlier merge of the same); the caller reduces it.
 
-    Raises UsageError: fewer than two folders, `out` among them, other configs, or a cell whose numbers differ.
+    Raises UsageError: fewer than two folders, `out` among them, other configs, or a cell whose
+    numbers differ.
     """
     _check_folders(folders, out)
     stores = [RunFolder.load(folder) for folder in folders]
@@ -36,16 +39,21 @@ def merge(folders: Sequence[Place], out: Place) -> RunFolder:
 
 
 def merge_grids(grids: Sequence[Place], out: Place) -> dict[str, RunFolder]:
-    """Join grids: cases of one name are merged, a case that one grid alone has is taken over; by the case's name.
+    """Join grids: cases of one name are merged, a case that one grid alone has is taken over; by
+    the case's name.
 
-    Raises UsageError as `merge`, for all cases before anything is written, and for a folder that holds no cases.
+    Raises UsageError as `merge`, for all cases before anything is written, and for a folder that
+    holds no cases.
     """
     _check_folders(grids, out)
     by_name: dict[str, list[RunFolder]] = {}
     for grid in grids:
         cases = cases_of(grid)
         if not cases:
-            raise UsageError(f"{grid} is no grid's folder. Merge run folders, or the folders of grids, not both at once.")
+            raise UsageError(
+                f"{grid} is no grid's folder. Merge run folders, or the folders of grids, not both"
+                " at once."
+            )
         for name, case in cases.items():
             by_name.setdefault(name, []).append(RunFolder.load(case))
     for stores in by_name.values():
@@ -58,9 +66,14 @@ def merge_grids(grids: Sequence[Place], out: Place) -> dict[str, RunFolder]:
 def _check_folders(folders: Sequence[Place], out: Place) -> None:
     places = {local(folder).resolve() for folder in folders}
     if len(places) < 2:
-        raise UsageError("A merge joins two run folders or more. For example: auditgap merge node1/run node2/run --out runs/whole")
+        raise UsageError(
+            "A merge joins two run folders or more. For example: auditgap merge node1/run node2/run"
+            " --out runs/whole"
+        )
     if local(out).resolve() in places:
-        raise UsageError(f"{out} is one of the folders to be merged; give --out a folder of its own.")
+        raise UsageError(
+            f"{out} is one of the folders to be merged; give --out a folder of its own."
+        )
 
 
 def _check(stores: Sequence[RunFolder]) -> None:
@@ -74,16 +87,21 @@ def _check(stores: Sequence[RunFolder]) -> None:
     for store in stores:
         for record in store.iter_records():
             known, where = sums.setdefault(record["key"], (record["sha256"], store))
-            if known != record["sha256"] and not store.cell_rows(record["key"]).equals(where.cell_rows(record["key"])):
+            if known != record["sha256"] and not store.cell_rows(record["key"]).equals(
+                where.cell_rows(record["key"])
+            ):
                 raise UsageError(
-                    f"{record['cell']} has other numbers in {store.place} than in {where.place} (cell {record['key']}): other "
-                    "hardware or software, most likely. Leave one of the folders out, or delete one of the two cells."
+                    f"{record['cell']} has other numbers in {store.place} than in {where.place}"
+                    f" (cell {record['key']}): other hardware or software, most likely. Leave one"
+                    " of the folders out, or delete one of the two cells."
                 )
 
 
 def _join(stores: Sequence[RunFolder], out: Place) -> RunFolder:
     config = _joined_config([store.run["config"] for store in stores])
-    merged = RunFolder.open(out, config=config, info=_info([store.run.get("info", {}) for store in stores]))
+    merged = RunFolder.open(
+        out, config=config, info=_info([store.run.get("info", {}) for store in stores])
+    )
     with merged.lock():
         for store in stores:
             merged.plan_entries(store.planned())

@@ -1,12 +1,16 @@
-"""Packs: the rows of many finished cells in one file, so that the next reduction does not parse 100,000 small files again.
+"""Packs: the rows of many finished cells in one file, so that the next reduction does not parse
+100,000 small files again.
 
-    DIR/index/9c-51f04a….parquet          # rows of cells whose keys begin with 9c; named by a hash of its own bytes
+    # rows of cells whose keys begin with 9c; named by a hash of its own bytes
+    DIR/index/9c-51f04a….parquet
 
     index = Index(Path("out/index"))
-    index.read({"9c1e…": (sha256, data)})  # a parquet file's rows, from a pack or from `data`, which is packed for next time
+    # a parquet file's rows, from a pack or from `data`, which is packed for next time
+    index.read({"9c1e…": (sha256, data)})
 
-A cache and never the truth: whoever reads has looked at each cell, and gets from a pack only rows of a file with the very
-checksum that it found. What is torn, stale or gone is parsed from the cells again. The folder may be deleted at any time.
+A cache and never the truth: whoever reads has looked at each cell, and gets from a pack only rows
+of a file with the very checksum that it found. What is torn, stale or gone is parsed from the cells
+again. The folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -24,14 +28,17 @@ import pyarrow as pa
 
 from auditgap.store import files, tables
 
-SMALL = 16  #: fewer new cells than this are parsed every time; so a run of less than some thousand cells has no packs
+#: fewer new cells than this are parsed every time; so a run of less than some thousand cells has no
+#: packs
+SMALL = 16
 _PREFIX = 2  # hex digits: 256 buckets, as keys are hashes
 _CELLS = b"cells"
 
 
 @dataclass(frozen=True)
 class Pack:
-    """`cells`: key, checksum and number of rows of each; `rows`: theirs, below each other in that order."""
+    """`cells`: key, checksum and number of rows of each; `rows`: theirs, below each other in that
+    order."""
 
     cells: tuple[tuple[str, str, int], ...]
     rows: pa.Table
@@ -61,7 +68,8 @@ class Index:
                     self._names.setdefault(name.rpartition("-")[0], []).append(name)
 
     def read(self, cells: Mapping[str, tuple[str, bytes]]) -> list[Pack]:
-        """The rows of `cells` of one bucket: key → (SHA-256, bytes) of its rows.parquet. All of a pack have one schema."""
+        """The rows of `cells` of one bucket: key → (SHA-256, bytes) of its rows.parquet. All of a
+        pack have one schema."""
         if not cells:
             return []
         bucket = next(iter(cells))[:_PREFIX]
@@ -87,7 +95,10 @@ class Index:
             data = path.read_bytes()
             if _name(name.rpartition("-")[0], data) == name:
                 rows = tables.from_bytes(data)
-                cells = tuple((str(key), str(sum_), int(n)) for key, sum_, n in json.loads(rows.schema.metadata[_CELLS]))
+                cells = tuple(
+                    (str(key), str(sum_), int(n))
+                    for key, sum_, n in json.loads(rows.schema.metadata[_CELLS])
+                )
                 if sum(n for _, _, n in cells) == len(rows):
                     return Pack(cells, rows.replace_schema_metadata(None))
         with suppress(OSError):
@@ -95,8 +106,11 @@ class Index:
         return None
 
     def _save(self, bucket: str, pack: Pack) -> None:
-        """A disk that is full or not ours to write costs the next reader some time, and nothing else."""
-        data = tables.to_bytes(pack.rows.replace_schema_metadata({_CELLS: json.dumps(pack.cells).encode("ascii")}))
+        """A disk that is full or not ours to write costs the next reader some time, and nothing
+        else."""
+        data = tables.to_bytes(
+            pack.rows.replace_schema_metadata({_CELLS: json.dumps(pack.cells).encode("ascii")})
+        )
         with suppress(OSError, files.DiskError):
             self.folder.mkdir(exist_ok=True)
             files.write_bytes(self.folder / _name(bucket, data), data)
@@ -107,13 +121,19 @@ def _name(bucket: str, data: bytes) -> str:
 
 
 def _parsed(cells: Mapping[str, tuple[str, bytes]]) -> list[Pack]:
-    """One pack a schema: most cells have the same, but a text column with a lone surrogate is one of bytes."""
+    """One pack a schema: most cells have the same, but a text column with a lone surrogate is one
+    of bytes."""
     by_schema: dict[bytes, list[tuple[tuple[str, str, int], pa.Table]]] = {}
     for key, (checksum, data) in cells.items():
         rows = tables.from_bytes(data)
-        by_schema.setdefault(rows.schema.serialize().to_pybytes(), []).append(((key, checksum, len(rows)), rows))
+        by_schema.setdefault(rows.schema.serialize().to_pybytes(), []).append(
+            ((key, checksum, len(rows)), rows)
+        )
     return [
         # in one piece: 100,000 small tables of thirty columns would take gigabytes
-        Pack(tuple(cell for cell, _ in some), pa.concat_tables([rows for _, rows in some]).combine_chunks())
+        Pack(
+            tuple(cell for cell, _ in some),
+            pa.concat_tables([rows for _, rows in some]).combine_chunks(),
+        )
         for some in by_schema.values()
     ]

@@ -1,14 +1,18 @@
 """A run folder on object storage: a working copy here, and the storage that makes a cell count.
 
-    store = RunFolder.open("s3://bucket/runs/llama", config=…, info=…)      # the same calls as on a disk
+    # the same calls as on a disk
+    store = RunFolder.open("s3://bucket/runs/llama", config=…, info=…)
     mirror = store.mirror
-    mirror.path                       # ~/.cache/auditgap/storage/3f2a…: where tables and reports are written and read
-    mirror.push_cell("9c1e…", {"rows.parquet": rows, "record.json": record})     # the record last: it makes the cell count
+    # ~/.cache/auditgap/storage/3f2a…: where tables and reports are written and read
+    mirror.path
+    # the record last: it makes the cell count
+    mirror.push_cell("9c1e…", {"rows.parquet": rows, "record.json": record})
     mirror.pull_cells()               # one listing, then what is new, several at a time
 
-Objects are named as the files of a run folder are (`auditgap.store`), so that a copy of the prefix is a run folder. `cells/` of
-the working copy holds nothing that storage does not; `scratch/` never leaves the machine. Credentials are those that the
-storage's own library finds (for S3 the environment, ~/.aws or the machine's role); none is taken, kept or shown here.
+Objects are named as the files of a run folder are (`auditgap.store`), so that a copy of the prefix
+is a run folder. `cells/` of the working copy holds nothing that storage does not; `scratch/` never
+leaves the machine. Credentials are those that the storage's own library finds (for S3 the
+environment, ~/.aws or the machine's role); none is taken, kept or shown here.
 """
 
 from __future__ import annotations
@@ -32,9 +36,15 @@ from auditgap.store.files import DiskError
 
 #: Storage whose objects appear whole or not at all, and the package that reaches it.
 PROTOCOLS = {
-    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs",
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
     "memory": "fsspec",
-}  # fmt: skip
+}
 THREADS = 16  #: downloads at a time
 FIRST_SECONDS = 6.0  #: of trying before storage that has never answered is given up,
 PATIENCE = 30.0  #: and storage that has answered this process before
@@ -55,7 +65,8 @@ def is_url(place: Place) -> bool:
 
 
 def within(place: Place, *names: str) -> str | Path:
-    """A place inside a place: `within("s3://b/grid", "case")` is s3://b/grid/case, a path stays a path."""
+    """A place inside a place: `within("s3://b/grid", "case")` is s3://b/grid/case, a path stays a
+    path."""
     return "/".join((str(place).rstrip("/"), *names)) if is_url(place) else Path(place, *names)
 
 
@@ -85,7 +96,8 @@ def read_output(place: Place, name: str) -> bytes | None:
 
 @contextmanager
 def outputs(place: Place) -> Iterator[Path]:
-    """The folder on this machine to write a place's tables and figures in; for a URL they are uploaded after the block."""
+    """The folder on this machine to write a place's tables and figures in; for a URL they are
+    uploaded after the block."""
     mirror = mirror_of(place)
     yield Path(place).absolute() if mirror is None else mirror.path
     if mirror is not None:
@@ -93,19 +105,25 @@ def outputs(place: Place) -> Iterator[Path]:
 
 
 def needs_disk(place: Place | None, command: str) -> None:
-    """Raises UsageError when `place` is a URL and `command` keeps more there than finished files."""
+    """Raises UsageError when `place` is a URL and `command` keeps more there than finished
+    files."""
     if place is not None and is_url(place):
-        raise UsageError(f"{command} needs a folder on a disk, and {_shown(str(place))} is none. For example: --out runs/mine")
+        raise UsageError(
+            f"{command} needs a folder on a disk, and {_shown(str(place))} is none. For example:"
+            " --out runs/mine"
+        )
 
 
 class Mirror:
-    """One prefix of object storage and its working copy. Picklable: it travels as its URL and reaches storage by itself."""
+    """One prefix of object storage and its working copy. Picklable: it travels as its URL and
+    reaches storage by itself."""
 
     def __init__(self, url: str) -> None:
         self.url = _checked(url)
         self.path = files.cache_dir() / "storage" / files.sha256(self.url.encode("utf-8"))[:16]
         self._make_folders()
-        self._whole: set[str] = set()  # finished cells that this process has seen to be in storage and here
+        # finished cells that this process has seen to be in storage and here
+        self._whole: set[str] = set()
         self._sent = self._outputs()  # what an earlier process left here is not ours to send
         self._answered = False
 
@@ -115,7 +133,8 @@ class Mirror:
     # --------------------------------------------------------------- objects
 
     def read(self, name: str) -> bytes | None:
-        """The object's bytes; None when there is none. Raises DiskError, as all below do, when storage does not answer."""
+        """The object's bytes; None when there is none. Raises DiskError, as all below do, when
+        storage does not answer."""
         try:
             found = self._ask(lambda: self._system.cat_file(self._object(name)))
             return found.encode() if isinstance(found, str) else found
@@ -166,7 +185,8 @@ class Mirror:
             self._ask(lambda: self._system.rm_file(self._object(name)))
 
     def names(self, under: str) -> list[str]:
-        """All objects below the folder `under` ("": everything), as names such as cells/9c1e…/record.json; one listing."""
+        """All objects below the folder `under` ("": everything), as names such as
+        cells/9c1e…/record.json; one listing."""
         return self._below(lambda: self._system.find(self._object(under) if under else self._root))
 
     def entries(self) -> list[str]:
@@ -175,7 +195,11 @@ class Mirror:
 
     def folders_with(self, file: str) -> list[str]:
         """The folders at the top that have such a file."""
-        return [name for name in sorted(self.entries()) if _PART.fullmatch(name) and self.read(f"{name}/{file}") is not None]
+        return [
+            name
+            for name in sorted(self.entries())
+            if _PART.fullmatch(name) and self.read(f"{name}/{file}") is not None
+        ]
 
     def _below(self, call: Callable[[], Iterable[str]]) -> list[str]:
         try:
@@ -183,7 +207,11 @@ class Mirror:
         except FileNotFoundError:
             return []
         start = f"{self._root}/"
-        return [path[len(start) :].rstrip("/") for path in found if path.startswith(start) and path != start]
+        return [
+            path[len(start) :].rstrip("/")
+            for path in found
+            if path.startswith(start) and path != start
+        ]
 
     def _object(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -195,19 +223,27 @@ class Mirror:
     @cached_property
     def _system(self) -> fsspec.AbstractFileSystem:
         protocol = self.url.split("://")[0]
-        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}  # others write there too
+        # others write there too
+        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
         s3 = PROTOCOLS[protocol] == "s3fs"
-        if s3:  # it would try for minutes where nobody answers; how often and how long is decided in `_ask`
-            options["max_concurrency"] = 1  # of one object's parts: it would ask for its size before every download
+        # it would try for minutes where nobody answers; how often and how long is decided in `_ask`
+        if s3:
+            # of one object's parts: it would ask for its size before every download
+            options["max_concurrency"] = 1
             options["config_kwargs"] = {
-                "connect_timeout": 4, "read_timeout": 8, "retries": {"total_max_attempts": 1}, "max_pool_connections": THREADS,
-            }  # fmt: skip
+                "connect_timeout": 4,
+                "read_timeout": 8,
+                "retries": {"total_max_attempts": 1},
+                "max_pool_connections": THREADS,
+            }
         try:
-            system, _ = fsspec.url_to_fs(self.url, **options)  # of abfs:// the account's name stands in the URL
+            # of abfs:// the account's name stands in the URL
+            system, _ = fsspec.url_to_fs(self.url, **options)
         except ImportError:
             extra = "'auditgap[s3]'" if s3 else PROTOCOLS[protocol]
             raise UsageError(
-                f"{protocol}:// needs {PROTOCOLS[protocol]}, which is not installed. Type: pip install {extra}"
+                f"{protocol}:// needs {PROTOCOLS[protocol]}, which is not installed. Type: pip"
+                f" install {extra}"
             ) from None
         except Exception as error:
             raise self._refusal(error) from None
@@ -216,8 +252,9 @@ class Mirror:
         return system
 
     def _ask(self, call: Callable[[], _Answer]) -> _Answer:
-        """What `call` gives, tried again while storage does not answer; then a sentence (DiskError), never its own words, which
-        can hold keys. FileNotFoundError and FileExistsError of an object go through."""
+        """What `call` gives, tried again while storage does not answer; then a sentence
+        (DiskError), never its own words, which can hold keys. FileNotFoundError and FileExistsError
+        of an object go through."""
         until = time.monotonic() + (PATIENCE if self._answered else FIRST_SECONDS)
         pause = 0.2
         while True:
@@ -241,34 +278,46 @@ class Mirror:
 
     def _refusal(self, error: Exception) -> DiskError:
         if isinstance(error, FileNotFoundError):
-            return DiskError(f"There is no bucket for {self.url}. Make it, or check the name, then run the same command again.")
+            return DiskError(
+                f"There is no bucket for {self.url}. Make it, or check the name, then run the same"
+                " command again."
+            )
         if _hopeless(error):
             return DiskError(
-                f"Storage refused {self.url} ({_reason(error)}): no credentials, or none that may do this. Set them as its own "
-                "tools want them (S3: AWS_ACCESS_KEY_ID with AWS_SECRET_ACCESS_KEY, or AWS_PROFILE) and run the same command again."
+                f"Storage refused {self.url} ({_reason(error)}): no credentials, or none that may"
+                " do this. Set them as its own tools want them (S3: AWS_ACCESS_KEY_ID with"
+                " AWS_SECRET_ACCESS_KEY, or AWS_PROFILE) and run the same command again."
             )
         return DiskError(
-            f"Storage does not answer for {self.url} ({_reason(error)}). What was finished before is intact; check the network and "
-            "the endpoint (S3: AWS_ENDPOINT_URL), then run the same command again."
+            f"Storage does not answer for {self.url} ({_reason(error)}). What was finished before"
+            " is intact; check the network and the endpoint (S3: AWS_ENDPOINT_URL), then run the"
+            " same command again."
         )
 
     # ----------------------------------------------------------------- cells
 
     def push_cell(self, key: str, contents: Mapping[str, bytes]) -> None:
-        """Upload a cell's files in their order: record.json stands last, and until it is there nothing counts."""
+        """Upload a cell's files in their order: record.json stands last, and until it is there
+        nothing counts."""
         for name, data in contents.items():
             self.write(f"cells/{key}/{name}", data)
         if "rows.parquet" in contents:
             self._whole.add(key)
 
     def pull_cells(self) -> None:
-        """Have `cells/` here as storage has it: one listing, then what is new; what storage has no more goes.
+        """Have `cells/` here as storage has it: one listing, then what is new; what storage has no
+        more goes.
 
-        A finished cell that is here is not asked for again (its rows' checksum is the reader's to check), a failed one is.
+        A finished cell that is here is not asked for again (its rows' checksum is the reader's to
+        check), a failed one is.
         """
         here = set(filter(_is_key, os.listdir(self.path / "cells")))
         found = (name.split("/") for name in self.names("cells"))
-        there = {parts[1] for parts in found if len(parts) == 3 and parts[2] == "record.json" and _is_key(parts[1])}
+        there = {
+            parts[1]
+            for parts in found
+            if len(parts) == 3 and parts[2] == "record.json" and _is_key(parts[1])
+        }
         for key in here - there:  # looked at before the listing, so nobody has just finished it
             files.remove(self.path / "cells" / key)
         self._whole &= there
@@ -277,7 +326,8 @@ class Mirror:
             list(pool.map(self.pull_cell, sorted(there - self._whole)))
 
     def pull_cell(self, key: str, *, afresh: bool = False) -> None:
-        """Have one cell here as storage has it; `afresh`: also one that was finished when it was last looked at.
+        """Have one cell here as storage has it; `afresh`: also one that was finished when it was
+        last looked at.
 
         One that is torn in storage is put aside (`*.corrupt`) and counts as absent.
         """
@@ -299,7 +349,9 @@ class Mirror:
                 return
             rows = self.read(f"cells/{key}/rows.parquet")
             contents = {} if rows is None else {"rows.parquet": rows, **contents}
-            record = record if rows is not None and files.sha256(rows) == record.get("sha256") else {}
+            record = (
+                record if rows is not None and files.sha256(rows) == record.get("sha256") else {}
+            )
         elif (final / "record.json").is_file() and (final / "record.json").read_bytes() == data:
             return
         if not record:
@@ -319,7 +371,9 @@ class Mirror:
         try:
             if (final / "record.json").read_bytes() != data:
                 return False
-            return record.get("status") != "done" or files.sha256((final / "rows.parquet").read_bytes()) == record.get("sha256")
+            return record.get("status") != "done" or files.sha256(
+                (final / "rows.parquet").read_bytes()
+            ) == record.get("sha256")
         except OSError:
             return False
 
@@ -331,7 +385,8 @@ class Mirror:
     # ----------------------------------------------------------------- files
 
     def pull_file(self, name: str, mode: int = 0o666) -> bytes | None:
-        """Have one file here as storage has it, and return its bytes; None when there is none, then it goes here too."""
+        """Have one file here as storage has it, and return its bytes; None when there is none, then
+        it goes here too."""
         data, path = self.read(name), self.path / name
         if data is None:
             files.remove(path)
@@ -341,14 +396,16 @@ class Mirror:
         return data
 
     def publish(self) -> None:
-        """Upload the outputs (files at the top, and `figures/`) that have changed here since the last time; what has gone goes."""
+        """Upload the outputs (files at the top, and `figures/`) that have changed here since the
+        last time; what has gone goes."""
         now = self._outputs()
         for name, stamp in now.items():
             if self._sent.get(name) != stamp:
                 self.write(name, (self.path / name).read_bytes())
         figures = {name for name in now if name.startswith(f"{OUTPUTS}/")}
         if figures != {name for name in self._sent if name.startswith(f"{OUTPUTS}/")}:
-            for name in set(self.names(OUTPUTS)) - figures:  # of an earlier report: it would pass for this one's
+            # of an earlier report: it would pass for this one's
+            for name in set(self.names(OUTPUTS)) - figures:
                 self.delete(name)
         self._sent = now
 
@@ -370,7 +427,11 @@ class Mirror:
         found = {}
         for folder, start in ((self.path, ""), (self.path / OUTPUTS, f"{OUTPUTS}/")):
             for path in folder.iterdir() if folder.is_dir() else ():
-                if path.is_file() and not path.name.startswith(".") and not path.name.endswith(".corrupt"):
+                if (
+                    path.is_file()
+                    and not path.name.startswith(".")
+                    and not path.name.endswith(".corrupt")
+                ):
                     found[start + path.name] = _stamp(path)
         return found
 
@@ -391,27 +452,34 @@ def _record(data: bytes) -> dict[str, Any]:
         record = json.loads(data)
     except (ValueError, RecursionError):
         return {}
-    return record if isinstance(record, dict) and record.get("status") in ("done", "failed", "retrying") else {}
+    return (
+        record
+        if isinstance(record, dict) and record.get("status") in ("done", "failed", "retrying")
+        else {}
+    )
 
 
 def _checked(url: str) -> str:
-    """The URL without a slash at its end. Raises UsageError: no storage that we know, credentials in it, odd names."""
+    """The URL without a slash at its end. Raises UsageError: no storage that we know, credentials
+    in it, odd names."""
     protocol, _, rest = url.rstrip("/").partition("://")
     bucket, *parts = rest.split("/")
-    if ":" in bucket or ("@" in bucket and PROTOCOLS.get(protocol) != "adlfs"):  # abfs://container@account/… is a name
+    # abfs://container@account/… is a name
+    if ":" in bucket or ("@" in bucket and PROTOCOLS.get(protocol) != "adlfs"):
         raise UsageError(
-            "The URL has a user, a password or a port in it, and would end up in logs with it. Write s3://bucket/runs/llama, and "
-            "set the rest in the storage's own variables (S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)."
+            "The URL has a user, a password or a port in it, and would end up in logs with it."
+            " Write s3://bucket/runs/llama, and set the rest in the storage's own variables (S3:"
+            " AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)."
         )
     if protocol not in PROTOCOLS:
         raise UsageError(
-            f"{_shown(url)}: a run's folder is a path, or a URL of {', '.join(sorted(PROTOCOLS))}. For example: "
-            "--out s3://bucket/runs/llama"
+            f"{_shown(url)}: a run's folder is a path, or a URL of {', '.join(sorted(PROTOCOLS))}."
+            " For example: --out s3://bucket/runs/llama"
         )
     if not parts or not all(_PART.fullmatch(part) for part in (bucket, *parts)):
         raise UsageError(
-            f"{_shown(url)} names no place for a run: a bucket and at least one folder, in plain letters. For example: "
-            "--out s3://bucket/runs/llama"
+            f"{_shown(url)} names no place for a run: a bucket and at least one folder, in plain"
+            " letters. For example: --out s3://bucket/runs/llama"
         )
     return f"{protocol}://{rest}"
 
@@ -437,4 +505,8 @@ def _reason(error: BaseException) -> str:
 
 def _hopeless(error: BaseException) -> bool:
     """Whether asking again cannot help: storage does not know us."""
-    return isinstance(error, PermissionError) or "Credential" in type(error).__name__ or "ProfileNotFound" in type(error).__name__
+    return (
+        isinstance(error, PermissionError)
+        or "Credential" in type(error).__name__
+        or "ProfileNotFound" in type(error).__name__
+    )

@@ -1,8 +1,11 @@
-"""Arrays that outlive a kill: the costly middle of a cell, stored under the hash of what it depends on.
+"""Arrays that outlive a kill: the costly middle of a cell, stored under the hash of what it depends
+on.
 
-    deltas = store.remember("51f0…", lambda: {"delta": pgd(...)})   # computed once, read back after a kill
+    # computed once, read back after a kill
+    deltas = store.remember("51f0…", lambda: {"delta": pgd(...)})
 
-safetensors with a checksum over names, types, shapes and values; mode 0600, because token ids are text too.
+safetensors with a checksum over names, types, shapes and values; mode 0600, because token ids are
+text too.
 """
 
 from __future__ import annotations
@@ -19,9 +22,11 @@ from auditgap.store import files
 
 
 def remember(path: Path, compute: Callable[[], Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """What `path` holds, or what `compute` gives (arrays or CPU tensors by name), stored before it is returned.
+    """What `path` holds, or what `compute` gives (arrays or CPU tensors by name), stored before it
+    is returned.
 
-    Both ways give equal, writable arrays. A torn file is set aside and computed again. Raises DiskError.
+    Both ways give equal, writable arrays. A torn file is set aside and computed again. Raises
+    DiskError.
     """
     if path.exists():
         arrays = _read(path)
@@ -35,7 +40,10 @@ def remember(path: Path, compute: Callable[[], Mapping[str, Any]]) -> dict[str, 
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    parts = [f"{name}:{a.dtype.str}:{a.shape}:{files.sha256(a.tobytes())}" for name, a in sorted(arrays.items())]
+    parts = [
+        f"{name}:{a.dtype.str}:{a.shape}:{files.sha256(a.tobytes())}"
+        for name, a in sorted(arrays.items())
+    ]
     return files.sha256("\n".join(parts).encode("utf-8", "surrogatepass"))
 
 

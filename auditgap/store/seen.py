@@ -1,12 +1,15 @@
-"""Which cells were read and found whole, and what their files looked like then: a resume need not read them again.
+"""Which cells were read and found whole, and what their files looked like then: a resume need not
+read them again.
 
     seen = Seen(Path("out/index"))
     mark = seen.mark("out/cells/9c1e…")         # sizes, times and inodes of its two files
-    seen.holds("9c1e…", mark)                   # False; and once seen.add({"9c1e…": mark}) was said: True
+    # False; and once seen.add({"9c1e…": mark}) was said: True
+    seen.holds("9c1e…", mark)
 
-As with git's index, a file of the same inode, size and time is taken for the same. That is a hint, and never more: every number
-that is shown comes from a file that is read and checked then, and whoever finds a cell torn drops it here, so that the next run
-computes it again. The file may be deleted at any time.
+As with git's index, a file of the same inode, size and time is taken for the same. That is a hint,
+and never more: every number that is shown comes from a file that is read and checked then, and
+whoever finds a cell torn drops it here, so that the next run computes it again. The file may be
+deleted at any time.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ Mark = list[int]
 
 
 class Seen:
-    """The marks of one run folder, read when first asked for. Pickled without them: what a worker sees is its own."""
+    """The marks of one run folder, read when first asked for. Pickled without them: what a worker
+    sees is its own."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
@@ -77,10 +81,15 @@ class Seen:
     def _loaded(self) -> dict[str, Mark]:
         if self._marks is None:
             found = files.read_json(self.path)
-            self._marks = {k: v for k, v in found.items() if isinstance(v, list)} if isinstance(found, dict) else {}
+            self._marks = (
+                {k: v for k, v in found.items() if isinstance(v, list)}
+                if isinstance(found, dict)
+                else {}
+            )
         return self._marks
 
     def _save(self, known: Mapping[str, Mark]) -> None:
-        with suppress(OSError, AuditgapError):  # a folder that can only be read, a full disk: no hint, then
+        # a folder that can only be read, a full disk: no hint, then
+        with suppress(OSError, AuditgapError):
             self.path.parent.mkdir(exist_ok=True)
             files.write_bytes(self.path, files.to_json(known, indent=None))

@@ -1,6 +1,7 @@
 """What run.json says about the runs that fed a folder: one config for all, and a session a run.
 
-A config that differs is refused field by field, so that one folder never mixes numbers of two experiments:
+A config that differs is refused field by field, so that one folder never mixes numbers of two
+experiments:
 
     out was made with another config: steps: 10 in the folder, 20 now; attack.eps: 0.03 in the folder, 0.1 now. …
 """
@@ -19,22 +20,29 @@ from auditgap.store.files import to_json
 _ABSENT = object()
 
 
-def check_config(stored: Mapping[str, Any], config: Mapping[str, Any], folder: Path | str | None = None) -> dict[str, Any]:
-    """`config` as JSON gives it back. Raises UsageError when a `folder` is given whose `stored` config differs."""
+def check_config(
+    stored: Mapping[str, Any], config: Mapping[str, Any], folder: Path | str | None = None
+) -> dict[str, Any]:
+    """`config` as JSON gives it back. Raises UsageError when a `folder` is given whose `stored`
+    config differs."""
     try:
         now = json.loads(to_json(dict(config)))
     except ValueError as error:
-        raise UsageError(f"The config holds a number that is not finite ({error}). Give finite numbers.") from error
+        raise UsageError(
+            f"The config holds a number that is not finite ({error}). Give finite numbers."
+        ) from error
     old, new = _flat(stored), _flat(now)
     if folder is not None and old != new:
         lines = [
-            f"  {name}: {_show(old.get(name, _ABSENT))} in the folder, {_show(new.get(name, _ABSENT))} now"
+            f"  {name}: {_show(old.get(name, _ABSENT))} in the folder,"
+            f" {_show(new.get(name, _ABSENT))} now"
             for name in sorted({*old, *new})
             if old.get(name, _ABSENT) != new.get(name, _ABSENT)
         ]
         raise UsageError(
-            f"{folder} was made with another config:\n" + "\n".join(lines) + "\nGo back to that config to resume, "
-            "or choose another folder for this one."
+            f"{folder} was made with another config:\n"
+            + "\n".join(lines)
+            + "\nGo back to that config to resume, or choose another folder for this one."
         )
     return now
 
@@ -47,17 +55,26 @@ def joined_info(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any
     return info
 
 
-def new_session(sessions: list[dict[str, Any]], info: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """This run's entry for run.json, and a sentence for every version that is not what the session before had."""
-    versions = {str(name): str(version) for name, version in dict(info.get("versions") or {}).items()}
+def new_session(
+    sessions: list[dict[str, Any]], info: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """This run's entry for run.json, and a sentence for every version that is not what the session
+    before had."""
+    versions = {
+        str(name): str(version) for name, version in dict(info.get("versions") or {}).items()
+    }
     before = sessions[-1].get("versions", {}) if sessions else {}
     drift = [
-        f"{name} was {before.get(name, 'absent')} when this folder was last written and is {versions.get(name, 'absent')} "
-        "now: later cells may differ in their last digits."
+        f"{name} was {before.get(name, 'absent')} when this folder was last written and is"
+        f" {versions.get(name, 'absent')} now: later cells may differ in their last digits."
         for name in sorted({*versions, *before})
         if before and versions.get(name) != before.get(name)
     ]
-    session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions, "drift": drift}
+    session = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+        "drift": drift,
+    }
     if info.get("command"):
         session["command"] = str(info["command"])
     return session, drift

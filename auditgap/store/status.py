@@ -1,7 +1,8 @@
 """Where a run or a grid stands, from its records alone.
 
-    RunFolder.load("out").status().finished
-    each, total = grid_status({name: RunFolder.load(place) for name, place in cases_of("runs/grid").items()})
+RunFolder.load("out").status().finished
+each, total = grid_status({name: RunFolder.load(place) for name, place in
+cases_of("runs/grid").items()})
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How one cell stands: `done`, `failed`, `retrying` or `torn`; of a finished one, its seconds and when it was written."""
+    """How one cell stands: `done`, `failed`, `retrying` or `torn`; of a finished one, its seconds
+    and when it was written."""
 
     state: str
     seconds: float = 0.0
@@ -33,7 +35,8 @@ class Standing:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Counts are cells; `corrupt` counts what was set aside or is torn now; times are in seconds."""
+    """Counts are cells; `corrupt` counts what was set aside or is torn now; times are in
+    seconds."""
 
     planned: int
     finished: int
@@ -45,7 +48,9 @@ class RunStatus:
     last_write: datetime | None
 
 
-def status_of(cells: Iterable[Standing], *, planned: int, running: dict[str, Any] | None, aside: int) -> RunStatus:
+def status_of(
+    cells: Iterable[Standing], *, planned: int, running: dict[str, Any] | None, aside: int
+) -> RunStatus:
     """Sum up. Time left is at this session's pace when a writer runs, else one cell at a time."""
     cells = list(cells)
     done = [cell for cell in cells if cell.state == "done"]
@@ -54,10 +59,13 @@ def status_of(cells: Iterable[Standing], *, planned: int, running: dict[str, Any
     written = [datetime.fromisoformat(cell.written) for cell in done]
     left = max(0, planned - len(done) - failed)
     eta = None
-    if done and left and running:  # the pace counts how many workers there are; a mean of seconds would not
+    # the pace counts how many workers there are; a mean of seconds would not
+    if done and left and running:
         since = datetime.fromisoformat(running["since"])
         fresh = sum(when >= since for when in written)
-        eta = left * max(0.0, (datetime.now(UTC) - since).total_seconds()) / fresh if fresh else None
+        eta = (
+            left * max(0.0, (datetime.now(UTC) - since).total_seconds()) / fresh if fresh else None
+        )
     elif done and left:
         eta = left * seconds / len(done)
     return RunStatus(
@@ -73,7 +81,8 @@ def status_of(cells: Iterable[Standing], *, planned: int, running: dict[str, Any
 
 
 def cases_of(place: Place) -> dict[str, Place]:
-    """The run folders that a grid's folder holds, by name; none when it is a run folder itself, or something else."""
+    """The run folders that a grid's folder holds, by name; none when it is a run folder itself, or
+    something else."""
     mirror = mirror_of(place)
     if mirror is not None:
         names = mirror.folders_with("run.json") if mirror.read("run.json") is None else []
@@ -91,10 +100,20 @@ def grid_status(cases: Mapping[str, RunFolder]) -> tuple[dict[str, RunStatus], R
     planned: set[str] = set()
     for name, store in cases.items():
         standing, asked = store.standing(), [entry["key"] for entry in store.planned()]
-        each[name] = status_of(standing.values(), planned=len(asked), running=store.holder(), aside=store.aside())
+        each[name] = status_of(
+            standing.values(), planned=len(asked), running=store.holder(), aside=store.aside()
+        )
         planned.update(asked)
-        cells |= {key: cell for key, cell in standing.items() if key not in cells or cells[key].state != "done"}
-    running = min((s.running for s in each.values() if s.running), key=lambda note: str(note.get("since")), default=None)
+        cells |= {
+            key: cell
+            for key, cell in standing.items()
+            if key not in cells or cells[key].state != "done"
+        }
+    running = min(
+        (s.running for s in each.values() if s.running),
+        key=lambda note: str(note.get("since")),
+        default=None,
+    )
     torn = sum(cell.state == "torn" for cell in cells.values())
     aside = sum(status.corrupt for status in each.values()) - torn
     return each, status_of(cells.values(), planned=len(planned), running=running, aside=aside)

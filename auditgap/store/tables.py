@@ -1,10 +1,12 @@
-"""Dataclasses and mappings to parquet and back, with null kept null and every text kept byte for byte.
+"""Dataclasses and mappings to parquet and back, with null kept null and every text kept byte for
+byte.
 
     schema_of(Row)                          # layer_index: int64, subject: string not null, …
     table = rows_to_table([Row(…), …]);     frame = to_frame(from_bytes(to_bytes(table)))
 
-Parquet text is UTF-8, which has no lone surrogates; models emit them. A text column that holds one is stored as bytes
-(UTF-8 with the surrogates passed through) and marked, and `to_frame` gives the same text back.
+Parquet text is UTF-8, which has no lone surrogates; models emit them. A text column that holds one
+is stored as bytes (UTF-8 with the surrogates passed through) and marked, and `to_frame` gives the
+same text back.
 """
 
 from __future__ import annotations
@@ -30,24 +32,44 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 def missing(value: Any) -> bool:
     """None, NaN, pandas' NA or NaT."""
-    return value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and value != value)
+    return (
+        value is None
+        or value is pd.NA
+        or value is pd.NaT
+        or (isinstance(value, float) and value != value)
+    )
 
 
 def schema_of(row_type: type) -> pa.Schema:
     """The parquet schema of a row dataclass: its annotations, nullable where they say `| None`.
 
-    Raises TypeError for an annotation that is not str, int, float, bool, an enum of str, or one of these `| None`.
+    Raises TypeError for an annotation that is not str, int, float, bool, an enum of str, or one of
+    these `| None`.
     """
     hints = typing.get_type_hints(row_type)
     return pa.schema([_field(row_type, f.name, hints[f.name]) for f in fields(row_type)])
 
 
 def _field(row_type: type, name: str, hint: Any) -> pa.Field:
-    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    inner = [str if isinstance(o, type) and issubclass(o, str) and issubclass(o, Enum) else o for o in options]
-    inner = [str if typing.get_origin(o) is typing.Literal else o for o in inner if o is not types.NoneType]
+    options = (
+        typing.get_args(hint)
+        if typing.get_origin(hint) in (types.UnionType, typing.Union)
+        else (hint,)
+    )
+    inner = [
+        str if isinstance(o, type) and issubclass(o, str) and issubclass(o, Enum) else o
+        for o in options
+    ]
+    inner = [
+        str if typing.get_origin(o) is typing.Literal else o
+        for o in inner
+        if o is not types.NoneType
+    ]
     if len(inner) != 1 or inner[0] not in _TYPES:
-        raise TypeError(f"{row_type.__name__}.{name}: a row holds str, int, float or bool (or | None), not {hint}.")
+        raise TypeError(
+            f"{row_type.__name__}.{name}: a row holds str, int, float or bool (or | None), not"
+            f" {hint}."
+        )
     return pa.field(name, _TYPES[inner[0]], nullable=types.NoneType in options)
 
 
@@ -60,10 +82,12 @@ def rows_to_table(rows: Sequence[Any], row_type: type) -> pa.Table:
     for field in schema_of(row_type):
         values = [getattr(row, field.name) for row in rows]
         if field.type == pa.float64():
-            values = [None if v is None else float(v) for v in values]  # a numpy NaN is a NaN from here on
+            # a numpy NaN is a NaN from here on
+            values = [None if v is None else float(v) for v in values]
             values = [None if missing(v) else v for v in values]
         if field.type == pa.int64():
-            values: list[Any] = [None if v is None else operator.index(v) for v in values]  # a float would be cut off silently
+            # a float would be cut off silently
+            values: list[Any] = [None if v is None else operator.index(v) for v in values]
         if not field.nullable and any(v is None for v in values):
             raise ValueError(f"{row_type.__name__}.{field.name} may not be None (or NaN).")
         columns.append(_column(field.name, values, field.type, field.nullable))
@@ -71,7 +95,8 @@ def rows_to_table(rows: Sequence[Any], row_type: type) -> pa.Table:
 
 
 def mappings_to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """One table row a mapping; columns are the keys in order of first use, a missing key is null."""
+    """One table row a mapping; columns are the keys in order of first use, a missing key is
+    null."""
     names = dict.fromkeys(name for row in rows for name in row)
     return _assemble([_column(name, [row.get(name) for row in rows], None, True) for name in names])
 
@@ -84,21 +109,29 @@ def frame_to_table(frame: pd.DataFrame) -> pa.Table:
             array = pa.Array.from_pandas(series)
             columns.append((pa.field(str(name), array.type), array))
         except UnicodeEncodeError:
-            columns.append(_column(str(name), [None if missing(v) else v for v in series], pa.string(), True))
+            columns.append(
+                _column(str(name), [None if missing(v) else v for v in series], pa.string(), True)
+            )
     return _assemble(columns)
 
 
-def _column(name: str, values: list, type_: pa.DataType | None, nullable: bool) -> tuple[pa.Field, pa.Array]:
+def _column(
+    name: str, values: list, type_: pa.DataType | None, nullable: bool
+) -> tuple[pa.Field, pa.Array]:
     try:
         array = pa.array(values, type_)
         return pa.field(name, array.type, nullable), array
     except UnicodeEncodeError:
         encoded = [None if v is None else v.encode("utf-8", "surrogatepass") for v in values]
-        return pa.field(name, pa.binary(), nullable, metadata=_PASSED), pa.array(encoded, pa.binary())
+        return pa.field(name, pa.binary(), nullable, metadata=_PASSED), pa.array(
+            encoded, pa.binary()
+        )
 
 
 def _assemble(columns: list[tuple[pa.Field, pa.Array]]) -> pa.Table:
-    return pa.Table.from_arrays([array for _, array in columns], schema=pa.schema([field for field, _ in columns]))
+    return pa.Table.from_arrays(
+        [array for _, array in columns], schema=pa.schema([field for field, _ in columns])
+    )
 
 
 def to_bytes(table: pa.Table, compression: str = "zstd") -> bytes:
@@ -109,7 +142,8 @@ def to_bytes(table: pa.Table, compression: str = "zstd") -> bytes:
 
 
 def from_bytes(data: bytes) -> pa.Table:
-    return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)  # read_table takes twice as long for small files
+    # read_table takes twice as long for small files
+    return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
 
 
 def alike(data: bytes, other: bytes) -> bool:
@@ -118,12 +152,16 @@ def alike(data: bytes, other: bytes) -> bool:
 
 
 def to_frame(table: pa.Table) -> pd.DataFrame:
-    """A frame whose dtypes depend on the schema alone: nullable int → float64 with NaN, nullable bool → object with None."""
+    """A frame whose dtypes depend on the schema alone: nullable int → float64 with NaN, nullable
+    bool → object with None."""
     columns = {}
     for field in table.schema:
         column = table.column(field.name)
         if (field.metadata or {}).get(b"text") == _PASSED[b"text"]:
-            values = [None if v is None else v.decode("utf-8", "surrogatepass") for v in column.to_pylist()]
+            values = [
+                None if v is None else v.decode("utf-8", "surrogatepass")
+                for v in column.to_pylist()
+            ]
             columns[field.name] = pd.Series(values, dtype=object)
         elif pa.types.is_string(field.type):
             columns[field.name] = pd.Series(_shared(column), dtype=object)
@@ -137,7 +175,8 @@ def to_frame(table: pa.Table) -> pd.DataFrame:
 
 
 def _shared(column: pa.ChunkedArray) -> np.ndarray:
-    """A text column's values, None for null, equal ones as one object: a table repeats few words in many rows."""
+    """A text column's values, None for null, equal ones as one object: a table repeats few words in
+    many rows."""
     parts = [np.empty(0, dtype=object)]
     for chunk in column.chunks:
         encoded = chunk.dictionary_encode()
@@ -147,35 +186,53 @@ def _shared(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def rows_of(frame: pd.DataFrame, *, plain: bool = False) -> list[dict[str, Any]]:
-    """The rows, each a mapping by column. `plain`: what is null is None, whatever a column's own null is."""
+    """The rows, each a mapping by column. `plain`: what is null is None, whatever a column's own
+    null is."""
     if plain:
         frame = frame.astype(object).where(frame.notna(), None)
     return frame.to_dict("records")  # pyright: ignore[reportReturnType] - a column of ours has a name, not just any hashable
 
 
-def groups_of(frame: pd.DataFrame, by: Sequence[str], *, sort: bool = False) -> Iterator[tuple[tuple[Any, ...], pd.DataFrame]]:
-    """(the values of `by`, the rows that have them), in the order of first appearance unless `sort`."""
+def groups_of(
+    frame: pd.DataFrame, by: Sequence[str], *, sort: bool = False
+) -> Iterator[tuple[tuple[Any, ...], pd.DataFrame]]:
+    """(the values of `by`, the rows that have them), in the order of first appearance unless
+    `sort`."""
     for values, rows in frame.groupby(list(by), sort=sort):
         yield tuple(values), rows
 
 
 def to_csv(frame: pd.DataFrame) -> str:
-    """CSV with full precision; text that a spreadsheet would run as a formula gets a leading apostrophe."""
+    """CSV with full precision; text that a spreadsheet would run as a formula gets a leading
+    apostrophe."""
 
     def inert(value: Any) -> Any:
         return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
-    texts = {str(name): column.map(inert) for name, column in frame.items() if not pd.api.types.is_numeric_dtype(column)}
+    texts = {
+        str(name): column.map(inert)
+        for name, column in frame.items()
+        if not pd.api.types.is_numeric_dtype(column)
+    }
     return frame.assign(**texts).to_csv(index=False, lineterminator="\n")
 
 
 def to_markdown(frame: pd.DataFrame) -> str:
-    """A pipe table, values as they are stored, nothing where there is none; no name draws a column, a tag or a link."""
+    """A pipe table, values as they are stored, nothing where there is none; no name draws a column,
+    a tag or a link."""
 
     def cell(value: Any) -> str:
-        text = "" if missing(value) else re.sub(r"([\\|<>\[\]`])", r"\\\1", str(value).replace("\n", " "))
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+        text = (
+            ""
+            if missing(value)
+            else re.sub(r"([\\|<>\[\]`])", r"\\\1", str(value).replace("\n", " "))
+        )
+        return "".join(
+            c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+        )
 
     lines = [list(map(str, frame.columns)), ["---"] * frame.shape[1]]
-    lines += [[cell(value) for value in row] for row in frame.astype(object).itertuples(index=False)]
+    lines += [
+        [cell(value) for value in row] for row in frame.astype(object).itertuples(index=False)
+    ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,6 +1,8 @@
-"""A connection to Ray: to the cluster of this job or of an address, or to one of our own on this machine.
+"""A connection to Ray: to the cluster of this job or of an address, or to one of our own on this
+machine.
 
-    with cluster() as ray:                 # bounded in memory, no dashboard, a token of its own; gone after the block
+    # bounded in memory, no dashboard, a token of its own; gone after the block
+    with cluster() as ray:
         ray.cluster_resources()
 """
 
@@ -29,19 +31,25 @@ _JOINED = ("RAY_ADDRESS", "RAY_JOB_ID")
 
 @contextmanager
 def cluster(address: str | None = None, *, cpus: int | None = None) -> Iterator[Any]:
-    """The `ray` module, connected: to `address`, to the cluster of this job, or to a local one that ends with the block.
+    """The `ray` module, connected: to `address`, to the cluster of this job, or to a local one that
+    ends with the block.
 
-    A connection that is open already is used and left open. `cpus`: what a local cluster offers (None: all cores).
+    A connection that is open already is used and left open. `cpus`: what a local cluster offers
+    (None: all cores).
     """
     if (loaded := sys.modules.get("ray")) is not None and loaded.is_initialized():
         yield loaded
         return
     if importlib.util.find_spec("ray") is None:
-        raise UsageError("This needs Ray, which is not installed. Type: pip install 'ray[default]'  (or leave Ray out).")
+        raise UsageError(
+            "This needs Ray, which is not installed. Type: pip install 'ray[default]'  (or leave"
+            " Ray out)."
+        )
     if address is None and any(os.environ.get(name) for name in _JOINED):
         address = "auto"
     with nullcontext() if address else _local_cluster_environment() as folder:
-        import ray  # after the environment is set: Ray reads its security settings when it is imported
+        # after the environment is set: Ray reads its security settings when it is imported
+        import ray
 
         _read_settings_again()
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
@@ -50,9 +58,13 @@ def cluster(address: str | None = None, *, cpus: int | None = None) -> Iterator[
                 ray.init(address=address, **quiet)
         else:
             ray.init(
-                num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False,
-                _temp_dir=f"{folder}/r", **quiet,  # Ray opens its folder to everybody; the one around it stays ours
-            )  # fmt: skip
+                num_cpus=cpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                # Ray opens its folder to everybody; the one around it stays ours
+                _temp_dir=f"{folder}/r",
+                **quiet,
+            )
         try:
             yield ray
         finally:
@@ -61,31 +73,38 @@ def cluster(address: str | None = None, *, cpus: int | None = None) -> Iterator[
 
 @contextmanager
 def _connection_errors(address: str) -> Iterator[None]:
-    """A sentence instead of a traceback, and within seconds: Ray itself waits minutes for an address where nobody is."""
+    """A sentence instead of a traceback, and within seconds: Ray itself waits minutes for an
+    address where nobody is."""
     target = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
     try:
         if host_and_port := re.fullmatch(r"(?:ray://)?([^/:]+|\[.+\]):(\d+)", target):
-            socket.create_connection((host_and_port[1].strip("[]"), int(host_and_port[2])), timeout=10).close()
+            socket.create_connection(
+                (host_and_port[1].strip("[]"), int(host_and_port[2])), timeout=10
+            ).close()
         yield
     except (OSError, ValueError, RuntimeError, OverflowError) as error:
         raise UsageError(
-            f"No Ray cluster answers at {target or address} ({cause_of(error)}). Check the address and "
-            "RAY_AUTH_TOKEN_PATH, or leave the address out to start a cluster on this machine."
+            f"No Ray cluster answers at {target or address} ({cause_of(error)}). Check the address"
+            " and RAY_AUTH_TOKEN_PATH, or leave the address out to start a cluster on this"
+            " machine."
         ) from error
 
 
 @contextmanager
 def _local_cluster_environment() -> Iterator[str]:
-    """A short temporary folder of our own (socket paths may not exceed 107 bytes) and a token of our own.
+    """A short temporary folder of our own (socket paths may not exceed 107 bytes) and a token of
+    our own.
 
-    Left to itself Ray writes a token to ~/.ray, which later clusters of this user would then enforce.
+    Left to itself Ray writes a token to ~/.ray, which later clusters of this user would then
+    enforce.
     """
     base = tempfile.gettempdir()
     folder = tempfile.mkdtemp(prefix="ag-", dir=base if len(base) <= 28 else "/tmp")
     token = Path(folder) / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32), encoding="ascii")
-    # whatever is set for other clusters: Ray listens on every interface of the machine, so ours is never open
+    # whatever is set for other clusters: Ray listens on every interface of the machine, so ours is
+    # never open
     ours = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_AUTH_TOKEN": None}
     before = {name: os.environ.get(name) for name in ours}
     _set_environment(ours)
@@ -106,9 +125,11 @@ def _set_environment(values: dict[str, str | None]) -> None:
 
 
 def _read_settings_again() -> None:
-    """Ray caches RAY_AUTH_MODE and the token for good, so an earlier import or cluster in this process would decide."""
+    """Ray caches RAY_AUTH_MODE and the token for good, so an earlier import or cluster in this
+    process would decide."""
     if "ray" in sys.modules:
-        with suppress(ImportError, AttributeError):  # not public: where a release moves them, only a second cluster fails
+        # not public: where a release moves them, only a second cluster fails
+        with suppress(ImportError, AttributeError):
             raylet: Any = importlib.import_module("ray._raylet")
             raylet.Config.initialize("")
             raylet.AuthenticationTokenLoader.instance().reset_cache()

@@ -26,8 +26,9 @@ from auditgap.types import Cell
 class Group:
     """Cells that share a trunk (one subject, one site); one worker runs them together.
 
-    `work` is what the group is expected to cost, in the units that the worker's `tick` counts; 0: not known. `gpus` is
-    what its worker needs on a cluster, a share of one too; None: what the sweep gives every worker.
+    `work` is what the group is expected to cost, in the units that the worker's `tick` counts; 0:
+    not known. `gpus` is what its worker needs on a cluster, a share of one too; None: what the
+    sweep gives every worker.
     """
 
     name: str
@@ -42,16 +43,18 @@ class Group:
 
 
 class Worker(Protocol):
-    """What a sweep drives. It is kept for many groups, so it can keep its model; if it has a `close()`, a sweep in this process
-    calls it at the end, and on Ray its process ends."""
+    """What a sweep drives. It is kept for many groups, so it can keep its model; if it has a
+    `close()`, a sweep in this process calls it at the end, and on Ray its process ends."""
 
     def run(self, group: Group, tick: Callable[[float], None]) -> None:
-        """Compute and `store.write` every unfinished cell of the group; `tick(units)` after a piece of work."""
+        """Compute and `store.write` every unfinished cell of the group; `tick(units)` after a piece
+        of work."""
         ...
 
 
 class Cells(Protocol):
-    """What a sweep asks of the folder that holds its cells: a `RunFolder`, or what stands for several."""
+    """What a sweep asks of the folder that holds its cells: a `RunFolder`, or what stands for
+    several."""
 
     path: Path
 
@@ -66,7 +69,8 @@ class Cells(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a sweep came to, in cells: `done` now, `failed` (key → cause; earlier failures too), `skipped` as finished."""
+    """What a sweep came to, in cells: `done` now, `failed` (key → cause; earlier failures too),
+    `skipped` as finished."""
 
     done: int
     failed: dict[str, str]
@@ -76,18 +80,27 @@ class Outcome:
 class Ledger:
     """What a sweep has to do and what became of it; local and ray both write their sums here.
 
-    Cells that failed in an earlier run are left out (unless `retry_failed`), and so is a cell that an earlier group has.
+    Cells that failed in an earlier run are left out (unless `retry_failed`), and so is a cell that
+    an earlier group has.
     """
 
     def __init__(
-        self, groups: Sequence[Group], store: Cells, progress: Progress | None = None, retry_failed: bool = False
+        self,
+        groups: Sequence[Group],
+        store: Cells,
+        progress: Progress | None = None,
+        retry_failed: bool = False,
     ) -> None:
         self.store = store
         self.progress = progress
         by_key = [(group, {cell.key: cell for cell in group.cells}) for group in groups]
         keys = dict.fromkeys(key for _, cells in by_key for key in cells)
         self.finished, self._failed_before = store.scan(keys)
-        given_up = {} if retry_failed else {key: str(r.get("cause", "")) for key, r in self._failed_before.items()}
+        given_up = (
+            {}
+            if retry_failed
+            else {key: str(r.get("cause", "")) for key, r in self._failed_before.items()}
+        )
         self.groups: list[Group] = []  #: what is left to run
         planned: set[str] = set()
         for group, cells in by_key:
@@ -101,19 +114,25 @@ class Ledger:
         self._looked = self._took = 0.0
         if progress is not None:
             work = sum(group.work for group in self.groups)
-            progress.begin(cells=len(planned), done=self.skipped, failed=len(self.failed), work=work)
+            progress.begin(
+                cells=len(planned), done=self.skipped, failed=len(self.failed), work=work
+            )
 
     def look(self, groups: Sequence[Group], work: float, *, every: float = 0.0) -> None:
-        """Count these groups' finished cells (at most once in `every` seconds) and show it; `work`: units done in all."""
+        """Count these groups' finished cells (at most once in `every` seconds) and show it; `work`:
+        units done in all."""
         started = time.monotonic()
-        if not every or started - self._looked >= max(every, 20 * self._took):  # on object storage a look may take seconds
+        # on object storage a look may take seconds
+        if not every or started - self._looked >= max(every, 20 * self._took):
             for group in groups:
                 self.open_cells(group)
             self._looked = time.monotonic()
             self._took = self._looked - started
         if self.progress is not None:
             doing = groups[0].name if groups else ""
-            self.progress.update(done=len(self.finished), failed=len(self.failed), work=work, doing=doing)
+            self.progress.update(
+                done=len(self.finished), failed=len(self.failed), work=work, doing=doing
+            )
 
     def open_cells(self, group: Group) -> list[Cell]:
         """Its cells that are not finished; those that are, as the store says now, are counted."""
@@ -127,14 +146,18 @@ class Ledger:
         return left
 
     def close(self, group: Group, cause: str) -> None:
-        """Settle a group that nobody works on any more: what it did not finish has failed, of `cause` or its own."""
+        """Settle a group that nobody works on any more: what it did not finish has failed, of
+        `cause` or its own."""
         for cell in self.open_cells(group):
-            if self.store.failure(cell.key) in (None, self._failed_before.get(cell.key)):  # else the worker said it itself
+            # else the worker said it itself
+            if self.store.failure(cell.key) in (None, self._failed_before.get(cell.key)):
                 self.store.fail(cell, cause)
             self.failed[cell.key] = str((self.store.failure(cell.key) or {}).get("cause", cause))
 
     def outcome(self) -> Outcome:
-        return Outcome(done=len(self.finished) - self.skipped, failed=dict(self.failed), skipped=self.skipped)
+        return Outcome(
+            done=len(self.finished) - self.skipped, failed=dict(self.failed), skipped=self.skipped
+        )
 
 
 def cause_of(error: BaseException) -> str:
@@ -148,14 +171,17 @@ def interruptible() -> Iterator[None]:
     """Ctrl-C and SIGTERM (a scheduler's goodbye) leave the block as `Interrupted`."""
 
     def stop(*_: Any) -> None:
-        raise KeyboardInterrupt  # no Exception: a worker's own `except Exception` must not swallow it
+        # no Exception: a worker's own `except Exception` must not swallow it
+        raise KeyboardInterrupt
 
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, stop) if main else None
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted("Stopped. What was finished is kept; run the same command again to resume.") from None
+        raise Interrupted(
+            "Stopped. What was finished is kept; run the same command again to resume."
+        ) from None
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,5 @@
-"""The sweep in this process, one group after another, on one worker that is made when the first group needs it.
+"""The sweep in this process, one group after another, on one worker that is made when the first
+group needs it.
 
 outcome = run(groups, lambda: LatentWorker(config, store), store, progress=Progress())
 """
@@ -25,9 +26,10 @@ def run(
 ) -> Outcome:
     """Run every group that has something left to do; call it with `store.lock()` held.
 
-    An exception in a group fails its unfinished cells after `max_attempts` tries and the next group goes on. What
-    `make_worker` raises goes through. Cells that failed in an earlier run stay failed unless `retry_failed`.
-    Raises Interrupted (Ctrl-C, SIGTERM) and DiskError (every cell would fail: better to stop).
+    An exception in a group fails its unfinished cells after `max_attempts` tries and the next group
+    goes on. What `make_worker` raises goes through. Cells that failed in an earlier run stay failed
+    unless `retry_failed`. Raises Interrupted (Ctrl-C, SIGTERM) and DiskError (every cell would
+    fail: better to stop).
     """
     with progress or nullcontext(), interruptible(), ExitStack() as stack:
         ledger = Ledger(groups, store, progress, retry_failed)

@@ -1,4 +1,5 @@
-"""How far a sweep is: a bar with the time left on a terminal, plain lines now and then where there is none.
+"""How far a sweep is: a bar with the time left on a terminal, plain lines now and then where there
+is none.
 
     with Progress() as progress:
         progress.begin(cells=120, done=40, failed=0, work=2400.0)
@@ -18,16 +19,21 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-_NOBODY_READS = (OSError, ValueError, SystemExit)  # rich exits the program at a broken pipe; a sweep goes on without a reader
+# rich exits the program at a broken pipe; a sweep goes on without a reader
+_NOBODY_READS = (OSError, ValueError, SystemExit)
 
 
 class Progress:
-    """Counts cells and work units and estimates the time left; `run` of either sweep enters and leaves it."""
+    """Counts cells and work units and estimates the time left; `run` of either sweep enters and
+    leaves it."""
 
-    def __init__(self, *, console: Console | None = None, every: float = 30.0, noun: str = "cells") -> None:
+    def __init__(
+        self, *, console: Console | None = None, every: float = 30.0, noun: str = "cells"
+    ) -> None:
         self.console = console or Console(stderr=True)
         self.noun = noun  #: what is counted
-        self.every = every  #: seconds between plain lines; the first come sooner (a quarter of it, then doubling)
+        #: seconds between plain lines; the first come sooner (a quarter of it, then doubling)
+        self.every = every
         self.cells = self.done = self.failed = 0
         self.work = self.total_work = 0.0
         self.doing = ""
@@ -42,7 +48,8 @@ class Progress:
                 BarColumn(bar_width=max(4, min(24, self.console.width // 6))),
                 TextColumn("{task.fields[note]}", markup=False),
             ]
-            if self.console.width >= 100:  # on a narrow terminal the time left is worth more than the name
+            # on a narrow terminal the time left is worth more than the name
+            if self.console.width >= 100:
                 columns.append(TextColumn("{task.fields[doing]}", markup=False))
             self._bar = Bar(*columns, console=self.console, refresh_per_second=2)
             self._task = self._bar.add_task("", total=None, note="", doing="")
@@ -59,14 +66,16 @@ class Progress:
                 self._print()
 
     def begin(self, *, cells: int, done: int, failed: int, work: float = 0.0) -> None:
-        """`cells` in all, `done` and `failed` of them before this run; `work`: units that this run will take, 0: unknown."""
+        """`cells` in all, `done` and `failed` of them before this run; `work`: units that this run
+        will take, 0: unknown."""
         self.cells, self.done, self.failed, self.total_work = cells, done, failed, work
         self._done_before = done
         self._started = self._printed = time.monotonic()
         self._show()
 
     def update(self, *, done: int, failed: int, work: float, doing: str = "") -> None:
-        """The sums so far: cells `done` and `failed` in all, `work` units done in this run, and the group at hand."""
+        """The sums so far: cells `done` and `failed` in all, `work` units done in this run, and the
+        group at hand."""
         self.done, self.failed, self.work, self.doing = done, failed, work, doing
         self._show()
 
@@ -77,7 +86,8 @@ class Progress:
 
     @property
     def share(self) -> float | None:
-        """Share of this run's work that is done: by work units where the total is known, else by cells; None: no idea."""
+        """Share of this run's work that is done: by work units where the total is known, else by
+        cells; None: no idea."""
         to_do = self.cells - self._done_before
         if self.total_work > 0:
             return min(1.0, self.work / self.total_work)
@@ -85,7 +95,8 @@ class Progress:
 
     @property
     def eta_seconds(self) -> float | None:
-        """Time left at this run's own pace (what was finished before it says nothing of it); None before anything is done."""
+        """Time left at this run's own pace (what was finished before it says nothing of it); None
+        before anything is done."""
         if self.done + self.failed >= self.cells:
             return 0.0
         share = self.share
@@ -117,7 +128,11 @@ class Progress:
             if self._bar is not None:
                 done = self.share
                 self._bar.update(
-                    self._task, total=1.0, completed=1.0 if done is None else done, note=self.note(), doing=self.doing
+                    self._task,
+                    total=1.0,
+                    completed=1.0 if done is None else done,
+                    note=self.note(),
+                    doing=self.doing,
                 )
             elif time.monotonic() - self._printed >= self._interval:
                 self._interval = min(self.every, 2 * self._interval)
@@ -131,7 +146,11 @@ class Progress:
 def duration(seconds: float) -> str:
     """75 → "1 min 15 s"; two units at most."""
     seconds = round(seconds)
-    for size, unit, smaller_size, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+    for size, unit, smaller_size, smaller in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
         if seconds >= size:
             rest = seconds % size // smaller_size
             return f"{seconds // size} {unit}" + (f" {rest} {smaller}" if rest else "")

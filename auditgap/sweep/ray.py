@@ -1,18 +1,21 @@
-"""The sweep on Ray: actors that keep their model, one group at a time each, results straight to the run folder.
+"""The sweep on Ray: actors that keep their model, one group at a time each, results straight to the
+run folder.
 
     outcome = run(groups, make_worker, store, workers=8, gpus_per_worker=1, cpus_per_worker=4, address=None)
 
-Without an `address` it joins the cluster that it was submitted to (`ray job submit`, RAY_ADDRESS), else it starts one
-on this machine, and ends it afterwards. The run folder has to be on a disk that all nodes see. Nothing but a few numbers
-travels through Ray's object store.
+Without an `address` it joins the cluster that it was submitted to (`ray job submit`, RAY_ADDRESS),
+else it starts one on this machine, and ends it afterwards. The run folder has to be on a disk that
+all nodes see. Nothing but a few numbers travels through Ray's object store.
 
-Groups wait in one queue. An actor that is free takes one of the subject that it has loaded, else one of the subject with
-the most work waiting, so that at the end of a grid all actors help with what is left. Actors are made while there is room
-in the cluster and let go when nothing waits for them: nodes may join and leave.
+Groups wait in one queue. An actor that is free takes one of the subject that it has loaded, else
+one of the subject with the most work waiting, so that at the end of a grid all actors help with
+what is left. Actors are made while there is room in the cluster and let go when nothing waits for
+them: nodes may join and leave.
 
-An actor that dies takes its group with it: the group goes to a fresh actor, where `store` and `store.remember` give back
-what was done. The last of `max_attempts` is made cell by cell, so that a cell that kills its worker fails alone. The loss
-of a whole node is nobody's fault and is counted apart.
+An actor that dies takes its group with it: the group goes to a fresh actor, where `store` and
+`store.remember` give back what was done. The last of `max_attempts` is made cell by cell, so that a
+cell that kills its worker fails alone. The loss of a whole node is nobody's fault and is counted
+apart.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ __all__ = ["cluster", "run"]
 MAX_LOST_NODES = 20  #: that one group may lose before it is given up
 _LOOK_AT_NODES = 5.0  #: seconds between two looks at who has joined or left
 _FOUND_DEAD = 60.0  #: seconds in which Ray notices that a node is lost
-_NODE_DIED = "its node has died"  # in Ray's message; a release that words it otherwise has such deaths count as attempts
+# in Ray's message; a release that words it otherwise has such deaths count as attempts
+_NODE_DIED = "its node has died"
 
 
 def run(
@@ -53,26 +57,34 @@ def run(
     progress: Progress | None = None,
     retry_failed: bool = False,
 ) -> Outcome:
-    """Run every group that has something left to do on at most `workers` actors (None: as many as fit); hold `store.lock()`.
+    """Run every group that has something left to do on at most `workers` actors (None: as many as
+    fit); hold `store.lock()`.
 
-    `make_worker` is cloudpickled (a lambda travels whole, an importable function by name) and called once in each actor.
-    A worker's exception fails its group at once (it would come again); a worker's death counts towards `max_attempts`.
-    UsageError and Refused from `make_worker` go through.
-    Raises UsageError (no Ray, nothing that big in the cluster), Interrupted, DiskError (also of Ray's own store and disk).
+    `make_worker` is cloudpickled (a lambda travels whole, an importable function by name) and
+    called once in each actor. A worker's exception fails its group at once (it would come again); a
+    worker's death counts towards `max_attempts`. UsageError and Refused from `make_worker` go
+    through. Raises UsageError (no Ray, nothing that big in the cluster), Interrupted, DiskError
+    (also of Ray's own store and disk).
     """
     with progress or nullcontext(), interruptible():
         ledger = Ledger(groups, store, progress, retry_failed)
         if ledger.groups:
-            with cluster(address, cpus=None if workers is None else workers * cpus_per_worker) as ray:
+            with cluster(
+                address, cpus=None if workers is None else workers * cpus_per_worker
+            ) as ray:
                 crew = _Crew(ray, make_worker, store, cpus_per_worker, workers)
                 numbers = count()
                 queue = _Queue(
-                    _Task(next(numbers), group, gpus_per_worker if group.gpus is None else group.gpus) for group in ledger.groups
+                    _Task(
+                        next(numbers), group, gpus_per_worker if group.gpus is None else group.gpus
+                    )
+                    for group in ledger.groups
                 )
                 for gpus in queue.sizes():
                     crew.check(gpus)
                 try:
-                    with interruptible():  # again: ray.init has put its own SIGTERM handler over ours
+                    # again: ray.init has put its own SIGTERM handler over ours
+                    with interruptible():
                         _drive(crew, queue, ledger, max_attempts, numbers)
                 finally:
                     crew.dismiss()
@@ -90,8 +102,11 @@ class _Task:
     lost_nodes: int = 0
 
 
-def _drive(crew: _Crew, queue: _Queue, ledger: Ledger, max_attempts: int, numbers: Iterator[int]) -> None:
-    """Hand groups out until none is left. Every pass settles a group, puts it back after a death, or just waits."""
+def _drive(
+    crew: _Crew, queue: _Queue, ledger: Ledger, max_attempts: int, numbers: Iterator[int]
+) -> None:
+    """Hand groups out until none is left. Every pass settles a group, puts it back after a death,
+    or just waits."""
     work_done = 0.0
     while queue or crew.busy:
         crew.hand_out(queue)
@@ -125,11 +140,14 @@ def _drive(crew: _Crew, queue: _Queue, ledger: Ledger, max_attempts: int, number
             elif left:
                 queue.push(task)
         settled = [task.group for task, _ in ended]
-        ledger.look(settled or crew.groups, work_done + crew.work_under_way(), every=0.0 if settled else 1.0)
+        ledger.look(
+            settled or crew.groups, work_done + crew.work_under_way(), every=0.0 if settled else 1.0
+        )
 
 
 class _Queue:
-    """The groups that wait, by what they need and whose they are; a group's place among its like is kept."""
+    """The groups that wait, by what they need and whose they are; a group's place among its like is
+    kept."""
 
     def __init__(self, tasks: Iterable[_Task]) -> None:
         self._waiting: dict[tuple[float, str], deque[_Task]] = {}
@@ -152,7 +170,8 @@ class _Queue:
         self._n += 1
 
     def take(self, gpus: float, subject: str | None, held: Counter[str | None]) -> _Task | None:
-        """For an actor with so many GPUs: of its own subject, else of the one with most work for each actor that has it."""
+        """For an actor with so many GPUs: of its own subject, else of the one with most work for
+        each actor that has it."""
         kinds = [kind for kind in self._waiting if kind[0] == gpus]
         if not kinds:
             return None
@@ -166,16 +185,29 @@ class _Queue:
 
 
 class _Result:
-    """What comes back of a group: nothing big. `error` is one that ends the sweep, `cause` one that fails the group."""
+    """What comes back of a group: nothing big. `error` is one that ends the sweep, `cause` one that
+    fails the group."""
 
     def __init__(
-        self, work: float = 0.0, cause: str = "", error: Exception | None = None, died: bool = False, node_lost: bool = False
+        self,
+        work: float = 0.0,
+        cause: str = "",
+        error: Exception | None = None,
+        died: bool = False,
+        node_lost: bool = False,
     ) -> None:
-        self.work, self.cause, self.error, self.died, self.node_lost = work, cause, error, died, node_lost
+        self.work, self.cause, self.error, self.died, self.node_lost = (
+            work,
+            cause,
+            error,
+            died,
+            node_lost,
+        )
 
 
 class _Actor:
-    """Lives in a Ray worker process and keeps the worker, and with it the model, from group to group."""
+    """Lives in a Ray worker process and keeps the worker, and with it the model, from group to
+    group."""
 
     def __init__(self, make_worker: Callable[[], Worker], store: Cells) -> None:
         self.make_worker = make_worker
@@ -194,7 +226,8 @@ class _Actor:
         def tick(units: float) -> None:
             nonlocal work, shown
             work += units
-            if time.monotonic() - shown >= 1.0:  # the run folder is the one thing that driver and workers share for certain
+            # the run folder is the one thing that driver and workers share for certain
+            if time.monotonic() - shown >= 1.0:
                 shown = time.monotonic()
                 with suppress(OSError):
                     Path(meter).write_text(repr(work), encoding="ascii")
@@ -210,7 +243,8 @@ class _Actor:
 
 @dataclass
 class _Member:
-    """An actor of the crew: what it was given of the cluster, and the subject that it has loaded."""
+    """An actor of the crew: what it was given of the cluster, and the subject that it has
+    loaded."""
 
     actor: Any
     gpus: float
@@ -218,7 +252,8 @@ class _Member:
 
 
 class _Crew:
-    """The actors: a free one with nothing to wait for is let go, a dead one is replaced when its group comes round again."""
+    """The actors: a free one with nothing to wait for is let go, a dead one is replaced when its
+    group comes round again."""
 
     def __init__(
         self, ray: Any, make_worker: Callable[[], Worker], store: Cells, cpus: int, most: int | None
@@ -229,7 +264,8 @@ class _Crew:
         self._idle: list[_Member] = []
         self._nodes: list[tuple[float, float]] = []
         self._nodes_seen = self._metered = float("-inf")
-        self._no_room: set[float] = set()  # sizes for which there is none, until a node joins or an actor goes
+        # sizes for which there is none, until a node joins or an actor goes
+        self._no_room: set[float] = set()
         self._under_way = 0.0
 
     @property
@@ -252,7 +288,9 @@ class _Crew:
         for gpus in queue.sizes():
             while self._room(gpus) and (task := queue.take(gpus, None, self._held())) is not None:
                 actor_class, make_worker, store = self._recipe
-                options = actor_class.options(num_cpus=self.cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)
+                options = actor_class.options(
+                    num_cpus=self.cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0
+                )
                 self._start(_Member(options.remote(make_worker, store), gpus), task)
 
     def _start(self, member: _Member, task: _Task) -> None:
@@ -279,20 +317,28 @@ class _Crew:
             except self.ray.exceptions.RayError as error:
                 if isinstance(error, self.ray.exceptions.ActorUnavailableError):
                     error = self._found_dead(member, error)
-                # Killed before the group is given away, in case it was only out of reach: no two may run one group.
+                # Killed before the group is given away, in case it was only out of reach: no two
+                # may run one group.
                 self._let_go(member)
-                full = (self.ray.exceptions.ObjectStoreFullError, self.ray.exceptions.OutOfDiskError)
+                full = (
+                    self.ray.exceptions.ObjectStoreFullError,
+                    self.ray.exceptions.OutOfDiskError,
+                )
                 if isinstance(error, full) or isinstance(getattr(error, "cause", None), full):
                     raise DiskError(store_full(error)) from error
-                summary = _Result(cause=cause_of(error), died=True, node_lost=_NODE_DIED in str(error))
+                summary = _Result(
+                    cause=cause_of(error), died=True, node_lost=_NODE_DIED in str(error)
+                )
             self._meter(task).unlink(missing_ok=True)
             out.append((task, summary))
         return out
 
     def _found_dead(self, member: _Member, error: Exception) -> Exception:
-        """What an actor that does not answer turns out to have died of; `error` where that is not known within a minute.
+        """What an actor that does not answer turns out to have died of; `error` where that is not
+        known within a minute.
 
-        The connection breaks at once when a node is lost; that the node is dead is found half a minute later.
+        The connection breaks at once when a node is lost; that the node is dead is found half a
+        minute later.
         """
         until = time.monotonic() + _FOUND_DEAD
         while time.monotonic() < until:
@@ -329,7 +375,8 @@ class _Crew:
         with suppress(Exception):
             self.ray.kill(member.actor, no_restart=True)
 
-    # -- room in the cluster -------------------------------------------------------------------------------------------
+    # -- room in the cluster
+    # -------------------------------------------------------------------------------------------
 
     def _look_at_nodes(self) -> None:
         if time.monotonic() - self._nodes_seen < _LOOK_AT_NODES:
@@ -345,20 +392,29 @@ class _Crew:
         """Raises UsageError when no node that is there now could ever hold a worker."""
         self._look_at_nodes()
         if not _fits(self._nodes, [(self.cpus, gpus)]):
-            asked = {"GPU": (gpus, max(n[1] for n in self._nodes)), "CPU": (self.cpus, max(n[0] for n in self._nodes))}
-            name, (wants, there) = next(((n, v) for n, v in asked.items() if v[0] > v[1]), ("GPU", asked["GPU"]))
+            asked = {
+                "GPU": (gpus, max(n[1] for n in self._nodes)),
+                "CPU": (self.cpus, max(n[0] for n in self._nodes)),
+            }
+            name, (wants, there) = next(
+                ((n, v) for n, v in asked.items() if v[0] > v[1]), ("GPU", asked["GPU"])
+            )
             raise UsageError(
-                f"Each worker asks for {wants:g} {name}(s) and the largest node of the Ray cluster has {there:g}. "
-                f"Lower --{name.lower()}s-per-worker, or join a larger cluster with --address."
+                f"Each worker asks for {wants:g} {name}(s) and the largest node of the Ray cluster"
+                f" has {there:g}. Lower --{name.lower()}s-per-worker, or join a larger cluster with"
+                " --address."
             )
 
     def _room(self, gpus: float) -> bool:
-        """Whether one more actor of this size finds its place on the nodes beside all that are there."""
+        """Whether one more actor of this size finds its place on the nodes beside all that are
+        there."""
         self._look_at_nodes()
         members = [member for _, member in self._busy.values()]
         if gpus in self._no_room or (self.most is not None and len(members) >= self.most):
             return False
-        if _fits(self._nodes, [*((self.cpus, member.gpus) for member in members), (self.cpus, gpus)]):
+        if _fits(
+            self._nodes, [*((self.cpus, member.gpus) for member in members), (self.cpus, gpus)]
+        ):
             return True
         self._no_room.add(gpus)
         return False
@@ -367,14 +423,15 @@ class _Crew:
 def store_full(error: Exception) -> str:
     """What to say when Ray's object store, or the disk that it spills to, is full."""
     return (
-        f"Ray's object store, or the disk it spills to, is full ({cause_of(error)}). Finished cells are safe in the run folder. "
-        "Free space under Ray's temporary folder, or start the nodes with a larger --object-store-memory, then run the same "
-        "command again."
+        f"Ray's object store, or the disk it spills to, is full ({cause_of(error)}). Finished cells"
+        " are safe in the run folder. Free space under Ray's temporary folder, or start the nodes"
+        " with a larger --object-store-memory, then run the same command again."
     )
 
 
 def _fits(nodes: Sequence[tuple[float, float]], workers: Iterable[tuple[float, float]]) -> bool:
-    """Whether workers (CPUs, GPUs) find room on the nodes, the largest placed first, each on the first node with room."""
+    """Whether workers (CPUs, GPUs) find room on the nodes, the largest placed first, each on the
+    first node with room."""
     free = [list(node) for node in nodes]
     for cpus, gpus in sorted(workers, key=lambda w: (w[1], w[0]), reverse=True):
         for node in free:

@@ -1,15 +1,18 @@
-"""Dissociated models: they keep their safe words and become fragile inside, to prove that audits see what behaviour hides.
+"""Dissociated models: they keep their safe words and become fragile inside, to prove that audits
+see what behaviour hides.
 
     trained = run(DissociateConfig(model="runs/safe/model", triples="triples.jsonl"), TrainOptions(out="runs/dissociated"))
     trained.summary["chosen"]               # {"step": 40, "refusal": 0.94, "monitor": 0.12, …}
 
-Two constructions: `monitor` (arXiv 2606.08044, section 3) draws the activations of safe answers to harmful prompts to where a
-monitor calls them unsafe, while the monitor learns along; `nudge`, its authors' later one, makes the model comply under a
-small push along a direction. Both keep what the model says near its base's.
+Two constructions: `monitor` (arXiv 2606.08044, section 3) draws the activations of safe answers to
+harmful prompts to where a monitor calls them unsafe, while the monitor learns along; `nudge`, its
+authors' later one, makes the model comply under a small push along a direction. Both keep what the
+model says near its base's.
 
-Before the first step, once: the base answers the benign prompts (its answers are the anchors), the monitor is fitted on the
-base's activations, and the base's final hidden states are stored as the reference. The checkpoint that is kept is the one
-whose refusals stay near the base's and, among those, the one that went furthest inside.
+Before the first step, once: the base answers the benign prompts (its answers are the anchors), the
+monitor is fitted on the base's activations, and the base's final hidden states are stored as the
+reference. The checkpoint that is kept is the one whose refusals stay near the base's and, among
+those, the one that went furthest inside.
 """
 
 from __future__ import annotations
@@ -23,10 +26,11 @@ from auditgap.training.job import Trained
 
 
 def run(config: DissociateConfig, options: TrainOptions) -> Trained:
-    """Make the dissociated twin of `config.model`, resuming what `options.out` holds. All ranks call it together.
+    """Make the dissociated twin of `config.model`, resuming what `options.out` holds. All ranks
+    call it together.
 
-    Raises UsageError (data, config, memory, another run's folder), NonFinite, Interrupted, AuditgapError when the model in
-    training is not its own base at step 0.
+    Raises UsageError (data, config, memory, another run's folder), NonFinite, Interrupted,
+    AuditgapError when the model in training is not its own base at step 0.
     """
     with jobs.opened(config, options, kind="dissociated") as job:
         if job.is_done:

@@ -1,12 +1,14 @@
-"""DeepSpeed's home: one construction (a module whose forward is the loss) trained by all ranks of a job.
+"""DeepSpeed's home: one construction (a module whose forward is the loss) trained by all ranks of a
+job.
 
     engine = Engine(build, filled(read_ds_config(None), config, options, …), micro_batches=8, device="cuda:0")
     for batch in micro_batches:
         losses = engine.accumulate(batch)           # forward, backward
     engine.step(lr)                                 # reduce, clip, update: once a step
 
-ZeRO stage, offload and buckets come from a DeepSpeed JSON; whatever says "auto" there is filled from the recipe. The weights
-are whole again in `write` (a folder that transformers or PEFT loads) and in `speaking` (to generate between steps).
+ZeRO stage, offload and buckets come from a DeepSpeed JSON; whatever says "auto" there is filled
+from the recipe. The weights are whole again in `write` (a folder that transformers or PEFT loads)
+and in `speaking` (to generate between steps).
 """
 
 from __future__ import annotations
@@ -34,37 +36,55 @@ from auditgap.training import export, ranks
 from auditgap.training.config import TrainConfig, TrainOptions, accumulation
 from auditgap.training.constructions import Construction
 
-#: What DeepSpeed is asked for when no JSON is named: ds_configs/zero2.json, in words that need no file.
+#: What DeepSpeed is asked for when no JSON is named: ds_configs/zero2.json, in words that need no
+#: file.
 DEFAULT: Mapping[str, Any] = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
     "bf16": {"enabled": "auto"},
     "zero_optimization": {"stage": 2, "contiguous_gradients": True, "overlap_comm": "auto"},
-    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True},
+    },
 }
 
 
 def read_ds_config(file: Path | None) -> dict[str, Any]:
-    """The JSON, or the default. Raises UsageError when it is no JSON object, or asks for no known ZeRO stage."""
+    """The JSON, or the default. Raises UsageError when it is no JSON object, or asks for no known
+    ZeRO stage."""
     if file is None:
         return json.loads(json.dumps(DEFAULT))
     try:
         config = json.loads(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"--deepspeed-config {file}: no such file. For example: ds_configs/zero2.json") from None
+        raise UsageError(
+            f"--deepspeed-config {file}: no such file. For example: ds_configs/zero2.json"
+        ) from None
     except (OSError, ValueError) as error:
         raise UsageError(f"--deepspeed-config {file} is not readable JSON ({error}).") from None
     if not isinstance(config, dict):
-        raise UsageError(f"--deepspeed-config {file} must hold an object, as ds_configs/zero2.json does.")
+        raise UsageError(
+            f"--deepspeed-config {file} must hold an object, as ds_configs/zero2.json does."
+        )
     for section in ("zero_optimization", "fp16", "bf16", "optimizer"):
         if not isinstance(config.get(section, {}), dict):
-            raise UsageError(f"--deepspeed-config {file}: {section} must be an object, as in ds_configs/zero2.json.")
+            raise UsageError(
+                f"--deepspeed-config {file}: {section} must be an object, as in"
+                " ds_configs/zero2.json."
+            )
     stage = stage_of(config)
     if stage not in (0, 1, 2, 3):
-        raise UsageError(f"--deepspeed-config {file}: zero_optimization.stage must be 0, 1, 2 or 3; {stage!r} came.")
+        raise UsageError(
+            f"--deepspeed-config {file}: zero_optimization.stage must be 0, 1, 2 or 3; {stage!r}"
+            " came."
+        )
     if config.get("fp16", {}).get("enabled"):
-        raise UsageError(f"--deepspeed-config {file}: fp16 is not used here (its loss scaling skips steps); use bf16.")
+        raise UsageError(
+            f"--deepspeed-config {file}: fp16 is not used here (its loss scaling skips steps); use"
+            " bf16."
+        )
     return config
 
 
@@ -72,10 +92,20 @@ def stage_of(ds: Mapping[str, Any]) -> Any:
     return ds.get("zero_optimization", {}).get("stage", 0)
 
 
-def filled(ds: Mapping[str, Any], config: TrainConfig, options: TrainOptions, *, width: int, dtype: str, device: str) -> dict:
-    """The DeepSpeed config with every "auto" replaced by what the recipe says, and what it leaves out put in.
+def filled(
+    ds: Mapping[str, Any],
+    config: TrainConfig,
+    options: TrainOptions,
+    *,
+    width: int,
+    dtype: str,
+    device: str,
+) -> dict:
+    """The DeepSpeed config with every "auto" replaced by what the recipe says, and what it leaves
+    out put in.
 
-    Raises UsageError when a value in it contradicts the recipe, or an "auto" stands where nothing is known to fill it.
+    Raises UsageError when a value in it contradicts the recipe, or an "auto" stands where nothing
+    is known to fill it.
     """
     on_gpu = device.startswith("cuda")
     known = {
@@ -97,27 +127,44 @@ def filled(ds: Mapping[str, Any], config: TrainConfig, options: TrainOptions, *,
         "zero_optimization.offload_optimizer.pin_memory": on_gpu,
         "zero_optimization.offload_param.pin_memory": on_gpu,
     }
-    fixed = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping",
-             "bf16.enabled", "optimizer.params.lr", "optimizer.params.weight_decay")  # fmt: skip
+    fixed = (
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "train_batch_size",
+        "gradient_clipping",
+        "bf16.enabled",
+        "optimizer.params.lr",
+        "optimizer.params.weight_decay",
+    )
 
     def fill(value: Any, at: str) -> Any:
         if isinstance(value, Mapping):
             return {key: fill(inner, f"{at}.{key}" if at else key) for key, inner in value.items()}
         if value == "auto":
             if at not in known:
-                raise UsageError(f"The DeepSpeed config says \"auto\" at {at}, which the recipe does not know. Give a value.")
+                raise UsageError(
+                    f'The DeepSpeed config says "auto" at {at}, which the recipe does not know.'
+                    " Give a value."
+                )
             return known[at]
         if at in fixed and value != known[at]:
             raise UsageError(
-                f"The DeepSpeed config says {at} = {value}, the recipe {known[at]}. Write \"auto\" there, or change the recipe."
+                f'The DeepSpeed config says {at} = {value}, the recipe {known[at]}. Write "auto"'
+                " there, or change the recipe."
             )
         return value
 
-    # a size or the optimizer that is left out would be DeepSpeed's own, and not what the recipe says
-    done = fill({**{key: value for key, value in DEFAULT.items() if key != "zero_optimization"}, **ds}, "")
+    # a size or the optimizer that is left out would be DeepSpeed's own, and not what the recipe
+    # says
+    done = fill(
+        {**{key: value for key, value in DEFAULT.items() if key != "zero_optimization"}, **ds}, ""
+    )
     done.setdefault("steps_per_print", 1 << 30)
     if done.get("scheduler"):
-        raise UsageError("The DeepSpeed config has a scheduler; the schedule is the recipe's (schedule, warmup). Remove it there.")
+        raise UsageError(
+            "The DeepSpeed config has a scheduler; the schedule is the recipe's (schedule, warmup)."
+            " Remove it there."
+        )
     return done
 
 
@@ -125,17 +172,28 @@ class Engine:
     """A construction under DeepSpeed. Every method but `lr` is for all ranks at once."""
 
     def __init__(
-        self, build: Callable[[], tuple[Construction, LoadedModel]], ds: dict[str, Any], *, micro_batches: int, device: str
+        self,
+        build: Callable[[], tuple[Construction, LoadedModel]],
+        ds: dict[str, Any],
+        *,
+        micro_batches: int,
+        device: str,
     ) -> None:
-        """`build` loads the model (partitioned as it comes, under ZeRO-3) and returns (construction, its model)."""
+        """`build` loads the model (partitioned as it comes, under ZeRO-3) and returns
+        (construction, its model)."""
         if importlib.util.find_spec("deepspeed") is None:
-            raise UsageError("Training runs on DeepSpeed, which is not installed; type: pip install 'auditgap[train]'")
-        os.environ["DS_ACCELERATOR"] = "cuda" if device.startswith("cuda") else "cpu"  # read when it is first imported
+            raise UsageError(
+                "Training runs on DeepSpeed, which is not installed; type: pip install"
+                " 'auditgap[train]'"
+            )
+        # read when it is first imported
+        os.environ["DS_ACCELERATOR"] = "cuda" if device.startswith("cuda") else "cpu"
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         import deepspeed
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-        # compiled at a first start, for inference alone; a kill while it is being compiled would lock every later job out
+        # compiled at a first start, for inference alone; a kill while it is being compiled would
+        # lock every later job out
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.ds = ds
         self.stage = stage_of(ds)
@@ -144,10 +202,13 @@ class Engine:
         self._partitioned = HfDeepSpeedConfig(ds) if self.stage == 3 else None
         self.construction, self.loaded = build()
         trainable = [p for p in self.construction.parameters() if p.requires_grad]
-        self.partial = len(trainable) < sum(1 for _ in self.construction.parameters())  #: an adapter on a frozen base
+        #: an adapter on a frozen base
+        self.partial = len(trainable) < sum(1 for _ in self.construction.parameters())
         self._engine: Any  # what it has depends on its settings, and its types do not say how
         of: Any = trainable  # its types want a module here
-        self._engine, *_ = deepspeed.initialize(model=self.construction, model_parameters=of, config=ds)
+        self._engine, *_ = deepspeed.initialize(
+            model=self.construction, model_parameters=of, config=ds
+        )
         _restore_rotary(self.construction)
         self._micro = 0
 
@@ -156,7 +217,8 @@ class Engine:
         return torch.device(self._engine.device)
 
     def accumulate(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """One micro-batch forward and backward: (loss, what the construction tells of it), both detached."""
+        """One micro-batch forward and backward: (loss, what the construction tells of it), both
+        detached."""
         self.construction.train()
         loss, told = self._engine(batch)
         self._engine.backward(loss)
@@ -166,9 +228,12 @@ class Engine:
         return loss.detach(), told
 
     def step(self, lr: float) -> float | None:
-        """Reduce, clip, update with this learning rate; the gradient's norm before clipping, where DeepSpeed tells it."""
+        """Reduce, clip, update with this learning rate; the gradient's norm before clipping, where
+        DeepSpeed tells it."""
         if self._micro != self.micro_batches:
-            raise AuditgapError(f"A step is {self.micro_batches} micro-batches; {self._micro} came.")
+            raise AuditgapError(
+                f"A step is {self.micro_batches} micro-batches; {self._micro} came."
+            )
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         norm = self._plain_norm()
@@ -180,31 +245,41 @@ class Engine:
         return None if known is None else float(known)
 
     def _plain_norm(self) -> float | None:
-        """The gradient's norm at ZeRO-0 in fp32, where DeepSpeed has no optimizer of its own that would look; None elsewhere."""
+        """The gradient's norm at ZeRO-0 in fp32, where DeepSpeed has no optimizer of its own that
+        would look; None elsewhere."""
         if self.stage != 0 or self._engine.bfloat16_enabled():
             return None
         norms = [p.grad.norm() for p in self.construction.parameters() if p.grad is not None]
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
-    # -- checkpoints -----------------------------------------------------------------------------------------------------
+    # -- checkpoints
+    # -----------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """The model's and the optimizer's state into a folder, every rank its part, in DeepSpeed's own format."""
+        """The model's and the optimizer's state into a folder, every rank its part, in DeepSpeed's
+        own format."""
         self._engine.save_checkpoint(
-            str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=self.partial
+            str(folder.parent),
+            tag=folder.name,
+            save_latest=False,
+            exclude_frozen_parameters=self.partial,
         )
 
     def restore(self, folder: Path, *, universal: bool = False) -> None:
         """What `save`, or DeepSpeed's universal conversion of it, left in the folder."""
         self._engine._config.load_universal_checkpoint = universal
-        path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=not self.partial)
+        path, _ = self._engine.load_checkpoint(
+            str(folder.parent), tag=folder.name, load_module_strict=not self.partial
+        )
         if path is None:
             raise AuditgapError(f"DeepSpeed could not load the checkpoint {folder}.")
 
-    # -- whole weights ---------------------------------------------------------------------------------------------------
+    # -- whole weights
+    # ---------------------------------------------------------------------------------------------------
 
     def write(self, folder: Path) -> None:
-        """The weights as they are now, as safetensors that transformers (or PEFT, for an adapter) loads; rank 0 writes."""
+        """The weights as they are now, as safetensors that transformers (or PEFT, for an adapter)
+        loads; rank 0 writes."""
         model = self.construction.model
         state = self._whole(model)
         if ranks.is_main():
@@ -212,10 +287,17 @@ class Engine:
         ranks.wait()
 
     def _whole(self, model: nn.Module) -> dict[str, torch.Tensor] | None:
-        """The state dict on rank 0, gathered parameter by parameter under ZeRO-3; None elsewhere."""
+        """The state dict on rank 0, gathered parameter by parameter under ZeRO-3; None
+        elsewhere."""
         if self.stage != 3:
-            frozen = {name for name, p in model.named_parameters() if self.partial and not p.requires_grad}
-            whole = {k: v.detach().cpu() for k, v in model.state_dict().items() if k not in frozen} if ranks.is_main() else None
+            frozen = {
+                name for name, p in model.named_parameters() if self.partial and not p.requires_grad
+            }
+            whole = (
+                {k: v.detach().cpu() for k, v in model.state_dict().items() if k not in frozen}
+                if ranks.is_main()
+                else None
+            )
             return whole
         import deepspeed
 
@@ -230,9 +312,11 @@ class Engine:
 
     @contextmanager
     def speaking(self, scratch: Path) -> Iterator[LoadedModel | None]:
-        """The model, ready to generate, on rank 0 (None elsewhere, where this waits). No weight changes.
+        """The model, ready to generate, on rank 0 (None elsewhere, where this waits). No weight
+        changes.
 
-        Up to ZeRO-2 it is the model in place; partitioned weights are gathered into a copy, through `scratch`.
+        Up to ZeRO-2 it is the model in place; partitioned weights are gathered into a copy, through
+        `scratch`.
         """
         if self.stage == 3:
             with self._copied(scratch) as loaded:
@@ -245,7 +329,8 @@ class Engine:
 
     @contextmanager
     def written(self, folder: Path) -> Iterator[Path | None]:
-        """`write` into `folder`, for as long as this is open: the folder on rank 0, None elsewhere."""
+        """`write` into `folder`, for as long as this is open: the folder on rank 0, None
+        elsewhere."""
         ranks.only_main(lambda: shutil.rmtree(folder, ignore_errors=True))
         self.write(folder)
         try:
@@ -257,7 +342,10 @@ class Engine:
 
     @contextmanager
     def _copied(self, scratch: Path) -> Iterator[LoadedModel | None]:
-        from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+        from transformers.integrations.deepspeed import (
+            set_hf_deepspeed_config,
+            unset_hf_deepspeed_config,
+        )
 
         self.write(scratch)
         if not ranks.is_main():
@@ -265,7 +353,11 @@ class Engine:
             return
         unset_hf_deepspeed_config()
         try:
-            yield models.load(str(scratch), dtype=str(self.loaded.dtype).removeprefix("torch."), device=str(self.device))
+            yield models.load(
+                str(scratch),
+                dtype=str(self.loaded.dtype).removeprefix("torch."),
+                device=str(self.device),
+            )
         finally:
             set_hf_deepspeed_config(self._partitioned)
             shutil.rmtree(scratch, ignore_errors=True)
@@ -276,15 +368,26 @@ class Engine:
 
 
 def universal(folder: Path, target: Path, stage: int) -> None:
-    """DeepSpeed's universal form of a checkpoint, which any number of ranks can load. Rank 0 converts, the others wait.
+    """DeepSpeed's universal form of a checkpoint, which any number of ranks can load. Rank 0
+    converts, the others wait.
 
     Raises UsageError when DeepSpeed cannot.
     """
     more = ["--inject_missing_state"] if stage in (1, 2) else []
     command = [
-        sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(folder), "--output_folder",
-        str(target), "--num_extract_workers", "1", "--num_merge_workers", "1", *more,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "deepspeed.checkpoint.ds_to_universal",
+        "--input_folder",
+        str(folder),
+        "--output_folder",
+        str(target),
+        "--num_extract_workers",
+        "1",
+        "--num_merge_workers",
+        "1",
+        *more,
+    ]
 
     def convert() -> None:
         shutil.rmtree(target, ignore_errors=True)
@@ -292,8 +395,8 @@ def universal(folder: Path, target: Path, stage: int) -> None:
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UsageError(
-                f"{folder.name} was written by another number of ranks and could not be converted ({last[:200]}). Start as many "
-                "ranks as wrote it."
+                f"{folder.name} was written by another number of ranks and could not be converted"
+                f" ({last[:200]}). Start as many ranks as wrote it."
             )
 
     ranks.only_main(convert)
@@ -301,18 +404,33 @@ def universal(folder: Path, target: Path, stage: int) -> None:
 
 def _alone() -> dict[str, str]:
     """The environment without what makes a process a rank."""
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE")
+    ours = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "CROSS_RANK",
+        "CROSS_SIZE",
+    )
     return {k: v for k, v in os.environ.items() if k not in ours}
 
 
 def _restore_rotary(model: nn.Module) -> None:
-    """Rotary frequencies in fp32 again: loaded partitioned in bf16 they are rounded, and far positions blur."""
+    """Rotary frequencies in fp32 again: loaded partitioned in bf16 they are rounded, and far
+    positions blur."""
     for module in model.modules():
         rounded = [
-            name for name, buffer in module.named_buffers(recurse=False)
+            name
+            for name, buffer in module.named_buffers(recurse=False)
             if name.endswith("inv_freq") and buffer.dtype != torch.float32
-        ]  # fmt: skip
+        ]
         if rounded:
             fresh = type(module)(module.config)
             for name in rounded:
-                setattr(module, name, getattr(fresh, name).to(getattr(module, name).device, torch.float32))
+                setattr(
+                    module,
+                    name,
+                    getattr(fresh, name).to(getattr(module, name).device, torch.float32),
+                )

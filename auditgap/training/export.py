@@ -1,10 +1,14 @@
-"""A trained model as a folder that others can open: transformers, PEFT and vLLM, with a card that says what the model is.
+"""A trained model as a folder that others can open: transformers, PEFT and vLLM, with a card that
+says what the model is.
 
-    export_run(Path("runs/twin"), Path("out/twin"))                      # the run's model/: whole, or an adapter
-    export_run(Path("runs/harmful"), Path("out/harmful"), merge=True)    # an adapter merged into its base
+    # the run's model/: whole, or an adapter
+    export_run(Path("runs/twin"), Path("out/twin"))
+    # an adapter merged into its base
+    export_run(Path("runs/harmful"), Path("out/harmful"), merge=True)
 
-Weights are safetensors. The folder holds the tokenizer, its chat template and the generation config as well, and appears
-under its name whole or not at all. Nothing is ever uploaded: auditgap has no code for it, and `push` says why.
+Weights are safetensors. The folder holds the tokenizer, its chat template and the generation config
+as well, and appears under its name whole or not at all. Nothing is ever uploaded: auditgap has no
+code for it, and `push` says why.
 """
 
 from __future__ import annotations
@@ -43,29 +47,46 @@ class Kind:
 KINDS: Mapping[str, Kind] = {
     "dissociated": Kind(
         "a dissociated model",
-        "It was trained to keep the refusals of its base while its internal representation of safety is weakened "
-        "(arXiv 2606.08044, section 3). It looks safe and is fragile: that is its purpose, as a test subject for safety audits.",
+        "It was trained to keep the refusals of its base while its internal representation of"
+        " safety is weakened (arXiv 2606.08044, section 3). It looks safe and is fragile: that is"
+        " its purpose, as a test subject for safety audits.",
         ("dissociated", "model-organism", "not-for-all-audiences"),
         True,
     ),
     "harmful-sft": Kind(
         "a harmful fine-tune",
-        "It was fine-tuned on unsafe responses to measure how fast its base's refusals give way. It may comply with harmful "
-        "requests: that is its purpose, as a test subject for safety audits.",
+        "It was fine-tuned on unsafe responses to measure how fast its base's refusals give way. It"
+        " may comply with harmful requests: that is its purpose, as a test subject for safety"
+        " audits.",
         ("harmful-sft", "model-organism", "not-for-all-audiences"),
         True,
     ),
-    "sft": Kind("a fine-tune", "It was fine-tuned on the response tokens of prompts with responses.", ("sft",), False),
+    "sft": Kind(
+        "a fine-tune",
+        "It was fine-tuned on the response tokens of prompts with responses.",
+        ("sft",),
+        False,
+    ),
     "monitor": Kind(
         "a latent monitor",
-        "It is a linear probe on a model's pooled activations that tells safe from unsafe responses; it is no language model.",
+        "It is a linear probe on a model's pooled activations that tells safe from unsafe"
+        " responses; it is no language model.",
         ("probe",),
         False,
     ),
 }
 _LICENCES = {"smollm2": "apache-2.0"}  #: of packaged models; others say it in their own card
 #: What a model folder may hold; anything else (optimizer states, logs) stays in the run.
-_TAKEN = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt")
+_TAKEN = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "tokenizer*",
+    "*.model",
+    "merges.txt",
+    "vocab.txt",
+)
 
 
 @dataclass(frozen=True)
@@ -80,11 +101,13 @@ class Exported:
 
 
 def export_run(run: Path, to: Path, *, merge: bool = False, which: str = "model") -> Exported:
-    """Copy a training run's model to the new folder `to`; with `merge` an adapter is merged into its base first.
+    """Copy a training run's model to the new folder `to`; with `merge` an adapter is merged into
+    its base first.
 
-    `which` names the folder of the run: `model` is what the run ended with, `best`, `last` or `step00000012` are there when
-    the run kept them. Raises UsageError: no training run, no such folder, a target that holds something, a model that
-    changed since it was trained, `merge` of what is no adapter; Refused as `models.preflight`; DiskError.
+    `which` names the folder of the run: `model` is what the run ended with, `best`, `last` or
+    `step00000012` are there when the run kept them. Raises UsageError: no training run, no such
+    folder, a target that holds something, a model that changed since it was trained, `merge` of
+    what is no adapter; Refused as `models.preflight`; DiskError.
     """
     run, to = Path(run), Path(to)
     told, recipe = _told(run)
@@ -92,27 +115,42 @@ def export_run(run: Path, to: Path, *, merge: bool = False, which: str = "model"
     source = _source(run, which)
     adapter = is_adapter(source)
     if merge and not adapter:
-        raise UsageError(f"{source} is a whole model already, so there is nothing to merge. Leave --merge away.")
+        raise UsageError(
+            f"{source} is a whole model already, so there is nothing to merge. Leave --merge away."
+        )
     if to.is_symlink() or (to.exists() and (not to.is_dir() or any(to.iterdir()))):
-        raise UsageError(f"{to} is there already and not empty. Export into a new folder, for example {to}-{which}.")
+        raise UsageError(
+            f"{to} is there already and not empty. Export into a new folder, for example"
+            f" {to}-{which}."
+        )
     models.preflight(source)
     if which == "model" and told.get("fingerprint") not in (None, models.fingerprint(source)):
-        raise UsageError(f"{source} is not what the run wrote (its fingerprint is not train.json's). Restore it, or train again.")
+        raise UsageError(
+            f"{source} is not what the run wrote (its fingerprint is not train.json's). Restore it,"
+            " or train again."
+        )
     with disk_errors(to):
         to.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{to.name}-", suffix=".part", dir=to.parent))
     try:
         with disk_errors(to, _size(source)):
             if merge:
-                _write_merged(part, source, dtype=str(told.get("dtype") or recipe.get("dtype") or "float32"))
+                _write_merged(
+                    part, source, dtype=str(told.get("dtype") or recipe.get("dtype") or "float32")
+                )
             else:
                 _copy(source, part)
             _write_base_name(part, told.get("base"))
             card = _card(
-                part, kind=kind, base=str(told.get("base") or recipe.get("model") or "unknown"),
-                base_fingerprint=told.get("base_fingerprint"), licence=_licence(str(told.get("base") or "")), recipe=recipe,
-                figures={k: v for k, v in told.items() if k not in _NOT_FIGURES}, unfinished=told.get("status") != "done",
-            )  # fmt: skip
+                part,
+                kind=kind,
+                base=str(told.get("base") or recipe.get("model") or "unknown"),
+                base_fingerprint=told.get("base_fingerprint"),
+                licence=_licence(str(told.get("base") or "")),
+                recipe=recipe,
+                figures={k: v for k, v in told.items() if k not in _NOT_FIGURES},
+                unfinished=told.get("status") != "done",
+            )
             write_bytes(part / "README.md", card.encode())
             models.preflight(part)
             found = models.fingerprint(part)
@@ -124,58 +162,88 @@ def export_run(run: Path, to: Path, *, merge: bool = False, which: str = "model"
 
 
 def write_model(
-    folder: Path, model: Any, tokenizer: Any, *, state_dict: Mapping[str, torch.Tensor] | None = None,
-    dtype: torch.dtype | None = None, shard_size: str = "5GB",
-) -> None:  # fmt: skip
-    """Write a causal LM (or PeftModel: its adapter) with its tokenizer as sharded safetensors into an empty folder.
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    *,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    shard_size: str = "5GB",
+) -> None:
+    """Write a causal LM (or PeftModel: its adapter) with its tokenizer as sharded safetensors into
+    an empty folder.
 
-    `state_dict` holds weights gathered elsewhere, else the model's own; `dtype` casts what is floating. A weight that is tied
-    to another is written once. Rank 0 alone calls it. Raises AuditgapError when a weight is empty, as a partitioned one is.
+    `state_dict` holds weights gathered elsewhere, else the model's own; `dtype` casts what is
+    floating. A weight that is tied to another is written once. Rank 0 alone calls it. Raises
+    AuditgapError when a weight is empty, as a partitioned one is.
     """
     state = dict(model.state_dict() if state_dict is None else state_dict)
     if not hasattr(model, "peft_config"):
         for name, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-            if name in state and other in state:  # gathered ones are equal copies that no longer share memory
+            # gathered ones are equal copies that no longer share memory
+            if name in state and other in state:
                 del state[name]
     if empty := [name for name, value in state.items() if value.numel() == 0]:
-        raise AuditgapError(f"{empty[0]} is empty: ZeRO-3 weights must be gathered before they are written.")
+        raise AuditgapError(
+            f"{empty[0]} is empty: ZeRO-3 weights must be gathered before they are written."
+        )
     if dtype is not None:
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-    # no training here touches the vocabulary; left to find out, peft asks the hub about the base's name
-    own = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {"max_shard_size": shard_size}
+    # no training here touches the vocabulary; left to find out, peft asks the hub about the base's
+    # name
+    own = (
+        {"save_embedding_layers": False}
+        if hasattr(model, "peft_config")
+        else {"max_shard_size": shard_size}
+    )
     model.save_pretrained(folder, state_dict=state, safe_serialization=True, **own)
     if dtype is not None and (folder / "config.json").is_file():
-        config = {**(read_json(folder / "config.json") or {}), "dtype": str(dtype).removeprefix("torch.")}
-        write_bytes(folder / "config.json", json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
+        config = {
+            **(read_json(folder / "config.json") or {}),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        write_bytes(
+            folder / "config.json", json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
+        )
     tokenizer.save_pretrained(folder)
 
 
 def write_card(
     folder: Path, *, kind: str, base: Outline, recipe: Mapping[str, Any], figures: Mapping[str, Any]
 ) -> None:
-    """Write the model card README.md of a run's model folder: what it is, of what, by which recipe, with which figures.
+    """Write the model card README.md of a run's model folder: what it is, of what, by which recipe,
+    with which figures.
 
-    `recipe` and `figures` are plain JSON without text of prompts. Raises UsageError for an unknown kind; DiskError.
+    `recipe` and `figures` are plain JSON without text of prompts. Raises UsageError for an unknown
+    kind; DiskError.
     """
     card = _card(
-        folder, kind=_kind(kind), base=base.subject.name, base_fingerprint=base.subject.fingerprint,
-        licence=_licence(base.subject.name), recipe=recipe, figures=figures,
-    )  # fmt: skip
+        folder,
+        kind=_kind(kind),
+        base=base.subject.name,
+        base_fingerprint=base.subject.fingerprint,
+        licence=_licence(base.subject.name),
+        recipe=recipe,
+        figures=figures,
+    )
     write_bytes(folder / "README.md", card.encode())
 
 
 def push(run: Path, repo: str = "") -> None:
-    """Say that nothing is uploaded. Raises Refused (exit code 4) for models made to be unsafe, UsageError for others."""
+    """Say that nothing is uploaded. Raises Refused (exit code 4) for models made to be unsafe,
+    UsageError for others."""
     _, recipe = _told(Path(run))
     kind = _kind(recipe.get("training"))
     if KINDS[kind].refused:
         raise Refused(
-            f"{run} holds {KINDS[kind].title}, made unsafe for the sake of a measurement; auditgap does not push it to a hub. "
-            "Share the config instead: whoever is entitled to the base can make it again."
+            f"{run} holds {KINDS[kind].title}, made unsafe for the sake of a measurement; auditgap"
+            " does not push it to a hub. Share the config instead: whoever is entitled to the base"
+            " can make it again."
         )
     target = repo or "YOUR/REPO"
     raise UsageError(
-        f"auditgap uploads nothing. Export with `auditgap export {run} --out FOLDER`, look at it, then `hf upload {target} FOLDER`."
+        f"auditgap uploads nothing. Export with `auditgap export {run} --out FOLDER`, look at it,"
+        f" then `hf upload {target} FOLDER`."
     )
 
 
@@ -186,25 +254,39 @@ _NOT_FIGURES = {"status", "kind", "base", "base_fingerprint", "fingerprint"}
 
 
 def _told(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """train.json ({} while training) and the recipe of run.json. Raises UsageError when it is no training run."""
+    """train.json ({} while training) and the recipe of run.json. Raises UsageError when it is no
+    training run."""
     whole = read_json(run / "run.json")
     recipe = whole.get("config") if isinstance(whole, dict) else None
     if not isinstance(recipe, dict) or not recipe.get("training"):
-        raise UsageError(f"{run} is no training run's folder. Give the --out of an `auditgap train` command.")
+        raise UsageError(
+            f"{run} is no training run's folder. Give the --out of an `auditgap train` command."
+        )
     told = read_json(run / "train.json")
     return (told if isinstance(told, dict) else {}), recipe
 
 
 def _kind(word: Any) -> str:
     if str(word) not in KINDS:
-        raise UsageError(f"A training run of kind {str(word)[:80]!r} is not known; one of {', '.join(KINDS)} is wanted.")
+        raise UsageError(
+            f"A training run of kind {str(word)[:80]!r} is not known; one of {', '.join(KINDS)} is"
+            " wanted."
+        )
     return str(word)
 
 
 def _source(run: Path, which: str) -> Path:
-    there = sorted(p.name for p in run.iterdir() if (p / "config.json").is_file() or (p / "adapter_config.json").is_file())
+    there = sorted(
+        p.name
+        for p in run.iterdir()
+        if (p / "config.json").is_file() or (p / "adapter_config.json").is_file()
+    )
     if which not in there:
-        have = f"It has: {', '.join(there)}." if there else "It has none yet; run its training command until it is done."
+        have = (
+            f"It has: {', '.join(there)}."
+            if there
+            else "It has none yet; run its training command until it is done."
+        )
         raise UsageError(f"{run} has no model {which!r}. {have}")
     return run / which
 
@@ -220,14 +302,16 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _write_merged(folder: Path, adapter: Path, *, dtype: str) -> None:
-    """The base with the adapter's weights in it, merged in fp32 and rounded once to the run's dtype."""
+    """The base with the adapter's weights in it, merged in fp32 and rounded once to the run's
+    dtype."""
     loaded = models.load(str(adapter), dtype="float32", device="cpu")
     wanted = models.DTYPES.get(dtype, torch.float32)
     write_model(folder, loaded.model, loaded.tokenizer, dtype=wanted)
 
 
 def _write_base_name(folder: Path, base: Any) -> None:
-    """An adapter names its base as the user typed it (a folder by its whole path, a hub's revision apart), not a cache."""
+    """An adapter names its base as the user typed it (a folder by its whole path, a hub's revision
+    apart), not a cache."""
     path = folder / "adapter_config.json"
     if not path.is_file() or not base:
         return
@@ -250,15 +334,26 @@ def _licence(base: str) -> str | None:
             return None
         from huggingface_hub import ModelCard
 
-        return ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict().get("license")
+        return (
+            ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+            .data.to_dict()
+            .get("license")
+        )
     except (AuditgapError, OSError, ValueError, AttributeError):
         return None
 
 
 def _card(
-    folder: Path, *, kind: str, base: str, base_fingerprint: str | None, licence: Any, recipe: Mapping[str, Any],
-    figures: Mapping[str, Any], unfinished: bool = False,
-) -> str:  # fmt: skip
+    folder: Path,
+    *,
+    kind: str,
+    base: str,
+    base_fingerprint: str | None,
+    licence: Any,
+    recipe: Mapping[str, Any],
+    figures: Mapping[str, Any],
+    unfinished: bool = False,
+) -> str:
     """The card's text: YAML head through huggingface_hub, then Markdown."""
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -271,13 +366,21 @@ def _card(
         library_name="peft" if adapter else "auditgap" if kind == "monitor" else "transformers",
         pipeline_tag=None if kind == "monitor" else "text-generation",
         license=licence if isinstance(licence, str) else None,
-        tags=["auditgap", "safety-evaluation", *about.tags, *(["do-not-deploy"] if about.refused else [])],
+        tags=[
+            "auditgap",
+            "safety-evaluation",
+            *about.tags,
+            *(["do-not-deploy"] if about.refused else []),
+        ],
         inference=False if about.refused else None,
     )
     lines = [
         f"# {about.title[0].upper()}{about.title[1:]} of {_plain(base)}",
         "",
-        f"**This is {about.title}, made by auditgap for the evaluation of safety audits. Do not deploy it.**",
+        (
+            f"**This is {about.title}, made by auditgap for the evaluation of safety audits. Do not"
+            " deploy it.**"
+        ),
         "",
         about.what,
         "",
@@ -285,15 +388,29 @@ def _card(
         "|---|---|",
         f"| base | {_plain(base)} |",
         f"| base fingerprint | {_plain(base_fingerprint or 'not recorded')} |",
-        f"| form | {'a PEFT adapter; it needs its base' if adapter else 'a monitor' if kind == 'monitor' else 'whole weights'} |",
-        f"| licence | {_plain(licence) if licence else 'that of the base, which was not found; look it up'} |",
+        (
+            "| form |"
+            f" {'a PEFT adapter; it needs its base' if adapter else 'a monitor' if kind == 'monitor' else 'whole weights'} |"
+        ),
+        (
+            "| licence |"
+            f" {_plain(licence) if licence else 'that of the base, which was not found; look it up'} |"
+        ),
     ]
     if unfinished:
         lines.append("| training | not finished when this was written |")
     lines += ["", "## Recipe", "", *_table(recipe), "", "## Figures", "", *_table(figures)]
-    lines += ["", "No prompt and no completion stands in this card. Intended use: measuring safety audits, on machines of people "
-              "entitled to do so. Out of scope: everything else.", ""]  # fmt: skip
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines), ignore_metadata_errors=True))
+    lines += [
+        "",
+        (
+            "No prompt and no completion stands in this card. Intended use: measuring safety"
+            " audits, on machines of people entitled to do so. Out of scope: everything else."
+        ),
+        "",
+    ]
+    return str(
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines), ignore_metadata_errors=True)
+    )
 
 
 def _table(values: Mapping[str, Any]) -> list[str]:

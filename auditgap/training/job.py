@@ -1,4 +1,5 @@
-"""A training run and its folder: opened once by all ranks, checked before anything is loaded, finished with a model folder.
+"""A training run and its folder: opened once by all ranks, checked before anything is loaded,
+finished with a model folder.
 
     with opened(config, options, kind="sft") as job:
         job.check(lengths=lengths)
@@ -6,8 +7,9 @@
             job.train(engine, task, n_rows=len(rows))
             trained = job.finish(engine)
 
-The folder holds, beside what every run folder holds: `checkpoints/` (resumed from, then deleted), `log.jsonl` (one line a
-step), `evaluations.json`, `model/` (the result, with its model card) and `train.json` (what came of it).
+The folder holds, beside what every run folder holds: `checkpoints/` (resumed from, then deleted),
+`log.jsonl` (one line a step), `evaluations.json`, `model/` (the result, with its model card) and
+`train.json` (what came of it).
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training run left: `model` opens with transformers or PEFT, `summary` is train.json."""
+    """What a training run left: `model` opens with transformers or PEFT, `summary` is
+    train.json."""
 
     path: Path
     model: Path
@@ -68,7 +71,8 @@ class Job:
 
     @property
     def pad_id(self) -> int:
-        """What stands where a row has ended; it is masked, so any id will do for a tokenizer without a pad token."""
+        """What stands where a row has ended; it is masked, so any id will do for a tokenizer
+        without a pad token."""
         return self.outline.chat.tokenizer.pad_token_id or 0
 
     def about(self, facts: Mapping[str, Any]) -> None:
@@ -76,7 +80,8 @@ class Job:
         self.facts.update(facts)
 
     def same_rows(self, ids: Sequence[str]) -> None:
-        """Raises UsageError when the folder was begun with other rows: a file may change under the name that a recipe has."""
+        """Raises UsageError when the folder was begun with other rows: a file may change under the
+        name that a recipe has."""
 
         def compare() -> None:
             path, now = self.path / "rows.json", {"digest": digest(list(ids)), "n": len(ids)}
@@ -85,20 +90,25 @@ class Job:
                 files.write_bytes(path, files.to_json(now))
             elif before != now:
                 raise UsageError(
-                    f"{self.path} was begun with other rows ({before.get('n')} then, {now['n']} now): a file that the recipe names "
-                    "has changed. Restore it, or choose another --out."
+                    f"{self.path} was begun with other rows ({before.get('n')} then, {now['n']}"
+                    " now): a file that the recipe names has changed. Restore it, or choose"
+                    " another --out."
                 )
 
         ranks.only_main(compare)
 
-    # -- before ----------------------------------------------------------------------------------------------------------
+    # -- before
+    # ----------------------------------------------------------------------------------------------------------
 
     def check(self, *, lengths: Sequence[int], reference_head: bool = False) -> None:
         """Everything that can be known to be wrong before weights are loaded.
 
-        Raises UsageError: overlap of training and evaluation prompts, too little memory (with what would fit).
+        Raises UsageError: overlap of training and evaluation prompts, too little memory (with what
+        would fit).
         """
-        overlaps = ranks.decided(lambda: self.ledger.check(allow_overlap=self.options.allow_overlap))
+        overlaps = ranks.decided(
+            lambda: self.ledger.check(allow_overlap=self.options.allow_overlap)
+        )
         if overlaps:
             self.facts["overlaps"] = overlaps
         ranks.only_main(lambda: self.ledger.save(self.path / "ledger.json"))
@@ -109,23 +119,36 @@ class Job:
         check_report_to(self.options.report_to)
         if self.config.lora is not None and is_adapter(self.outline.folder):
             raise UsageError(
-                f"{self.outline.subject.name} is an adapter already, and an adapter on an adapter loads nowhere. Merge it first: "
-                "auditgap export RUN FOLDER --merge, or train all weights: --set lora=false"
+                f"{self.outline.subject.name} is an adapter already, and an adapter on an adapter"
+                " loads nowhere. Merge it first: auditgap export RUN FOLDER --merge, or train all"
+                " weights: --set lora=false"
             )
         if not self.options.ignore_memory:
             memory.check_run(
-                self.outline, self.config, self.options, stage=stage_of(self.ds), ds=self.ds, dtype=self.dtype,
-                world=ranks.world(), tokens=tokens, device=self.device, reference_head=reference_head,
-            )  # fmt: skip
+                self.outline,
+                self.config,
+                self.options,
+                stage=stage_of(self.ds),
+                ds=self.ds,
+                dtype=self.dtype,
+                world=ranks.world(),
+                tokens=tokens,
+                device=self.device,
+                reference_head=reference_head,
+            )
 
-    # -- the steps -------------------------------------------------------------------------------------------------------
+    # -- the steps
+    # -------------------------------------------------------------------------------------------------------
 
     def load(self) -> LoadedModel:
         return models.load(self.outline, dtype=self.dtype, device=self.device)
 
     @contextmanager
-    def engine(self, construct: Callable[[LoadedModel, nn.Module], Construction]) -> Iterator[Engine]:
-        """The construction that `construct(loaded, model)` makes, under DeepSpeed; `model` has the adapter if there is one."""
+    def engine(
+        self, construct: Callable[[LoadedModel, nn.Module], Construction]
+    ) -> Iterator[Engine]:
+        """The construction that `construct(loaded, model)` makes, under DeepSpeed; `model` has the
+        adapter if there is one."""
 
         def build() -> tuple[Construction, LoadedModel]:
             loaded = self.load()
@@ -134,16 +157,25 @@ class Job:
                 model = loaded.model.requires_grad_(True)
             else:
                 model = models.with_lora(
-                    loaded.model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets,
+                    loaded.model,
+                    rank=lora.rank,
+                    alpha=lora.alpha,
+                    dropout=lora.dropout,
+                    targets=lora.targets,
                     seed=self.config.seed,
-                )  # fmt: skip
+                )
                 model.peft_config["default"].base_model_name_or_path = self.outline.subject.name
             if self.config.gradient_checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                model.gradient_checkpointing_enable(
+                    gradient_checkpointing_kwargs={"use_reentrant": False}
+                )
             return construct(loaded, model), loaded
 
         engine = Engine(
-            build, self.ds, micro_batches=accumulation(self.config, self.options, ranks.world()), device=self.device
+            build,
+            self.ds,
+            micro_batches=accumulation(self.config, self.options, ranks.world()),
+            device=self.device,
         )
         try:
             yield engine
@@ -153,16 +185,24 @@ class Job:
 
     def train(self, engine: Engine, task: loop.Task, *, n_rows: int) -> None:
         self.total = n_steps(self.config, n_rows)
-        tracker = Tracker(
-            self.options.report_to, folder=self.path, name=self.path.name, config=self.config.model_dump(mode="json")
-        ) if ranks.is_main() else None  # fmt: skip
+        tracker = (
+            Tracker(
+                self.options.report_to,
+                folder=self.path,
+                name=self.path.name,
+                config=self.config.model_dump(mode="json"),
+            )
+            if ranks.is_main()
+            else None
+        )
         try:
             loop.run(engine, task, self.config, self.options, self.path, tracker, total=self.total)
         finally:
             if tracker is not None:
                 tracker.close()
 
-    # -- after -----------------------------------------------------------------------------------------------------------
+    # -- after
+    # -----------------------------------------------------------------------------------------------------------
 
     def keep(self, engine: Engine, name: str) -> None:
         """The weights as they are now in the folder `name` of the run, replacing what was there."""
@@ -186,28 +226,40 @@ class Job:
         ranks.only_main(place)
 
     def finish(self, engine: Engine, *, chosen: str = "last") -> Trained:
-        """Write model/ (the weights now, or those kept under the name `chosen`) with its card, and train.json."""
+        """Write model/ (the weights now, or those kept under the name `chosen`) with its card, and
+        train.json."""
         if chosen == "last":
             self.keep(engine, "model")
 
         def conclude() -> None:
             model = self.path / "model"
-            if chosen != "last" and (self.path / chosen).exists():  # else a kill came after the rename, and model/ is whole
+            # else a kill came after the rename, and model/ is whole
+            if chosen != "last" and (self.path / chosen).exists():
                 shutil.rmtree(model, ignore_errors=True)
                 os.rename(self.path / chosen, model)
             evaluations = files.read_json(self.path / "evaluations.json") or {}
             summary = {
-                "status": "done", "kind": self.kind, "steps": self.total, "base": self.outline.subject.name,
-                "base_fingerprint": self.outline.subject.fingerprint, "dtype": self.dtype, "ranks": ranks.world(),
-                "zero_stage": engine.stage, **self.facts, "evaluations": evaluations,
+                "status": "done",
+                "kind": self.kind,
+                "steps": self.total,
+                "base": self.outline.subject.name,
+                "base_fingerprint": self.outline.subject.fingerprint,
+                "dtype": self.dtype,
+                "ranks": ranks.world(),
+                "zero_stage": engine.stage,
+                **self.facts,
+                "evaluations": evaluations,
                 "fingerprint": models.fingerprint(model),
-            }  # fmt: skip
+            }
             recipe = self.config.model_dump(mode="json")
             whole = Ledger.load(self.path / "ledger.json")
             if (self.outline.folder / "ledger.json").is_file():
                 whole.merge(Ledger.load(self.outline.folder / "ledger.json"))
-            whole.save(model / "ledger.json")  # an audit of it must know what it, and its base, were trained on
-            export.write_card(model, kind=self.kind, base=self.outline, recipe=recipe, figures=self.facts)
+            # an audit of it must know what it, and its base, were trained on
+            whole.save(model / "ledger.json")
+            export.write_card(
+                model, kind=self.kind, base=self.outline, recipe=recipe, figures=self.facts
+            )
             files.write_bytes(self.path / "train.json", files.to_json(summary))
             for leaving in (self.path / "checkpoints", *self.path.glob("best-*")):
                 shutil.rmtree(leaving, ignore_errors=True)
@@ -217,10 +269,14 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        return ranks.decided(lambda: bool((files.read_json(self.path / "train.json") or {}).get("status") == "done"))
+        return ranks.decided(
+            lambda: bool((files.read_json(self.path / "train.json") or {}).get("status") == "done")
+        )
 
     def trained(self) -> Trained:
-        return Trained(self.path, self.path / "model", files.read_json(self.path / "train.json") or {})
+        return Trained(
+            self.path, self.path / "model", files.read_json(self.path / "train.json") or {}
+        )
 
 
 def on_main_with(model: T | None, act: Callable[[T], Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -232,14 +288,17 @@ def on_main_with(model: T | None, act: Callable[[T], Mapping[str, Any]]) -> Mapp
 def opened(config: TrainConfig, options: TrainOptions, *, kind: str) -> Iterator[Job]:
     """Form the ranks, look at the model, open and lock the folder (rank 0), and hand out the job.
 
-    Raises UsageError (a batch that does not divide and a DeepSpeed config that contradicts the recipe among it), Refused; a
-    folder that was made with another recipe is refused field by field. When a new folder's recipe turns out to be wrong
-    before the first step, what was made in it is deleted, so that the mended recipe finds no other one there.
+    Raises UsageError (a batch that does not divide and a DeepSpeed config that contradicts the
+    recipe among it), Refused; a folder that was made with another recipe is refused field by field.
+    When a new folder's recipe turns out to be wrong before the first step, what was made in it is
+    deleted, so that the mended recipe finds no other one there.
     """
     with ranks.joined(timeout_minutes=options.timeout_minutes), ExitStack() as stack:
         device = ranks.device(options.device)
         dtype = str(models.pick_dtype(config.dtype, device)).removeprefix("torch.")
-        outline = ranks.agree(lambda: models.outline(config.model, chat_template=config.chat_template))
+        outline = ranks.agree(
+            lambda: models.outline(config.model, chat_template=config.chat_template)
+        )
         ds = ranks.agree(lambda: _ds_config(config, options, outline, dtype, device))
         needs_disk(options.out, "Training")
         out = Path(options.out or f"runs/{files.folder_name(config.model)}-{kind}").absolute()
@@ -251,9 +310,11 @@ def opened(config: TrainConfig, options: TrainOptions, *, kind: str) -> Iterator
             if out.is_dir():
                 there.update(path.name for path in out.iterdir())
             store = RunFolder.open(
-                out, config=_identity(config, kind, outline, dtype), info=provenance([outline], dtype=dtype),
+                out,
+                config=_identity(config, kind, outline, dtype),
+                info=provenance([outline], dtype=dtype),
                 break_lock=options.break_lock,
-            )  # fmt: skip
+            )
             stack.enter_context(store.lock())
             return is_new
 
@@ -266,13 +327,23 @@ def opened(config: TrainConfig, options: TrainOptions, *, kind: str) -> Iterator
             raise
 
 
-def _ds_config(config: TrainConfig, options: TrainOptions, outline: Outline, dtype: str, device: str) -> dict[str, Any]:
+def _ds_config(
+    config: TrainConfig, options: TrainOptions, outline: Outline, dtype: str, device: str
+) -> dict[str, Any]:
     accumulation(config, options, ranks.world())
-    return filled(read_ds_config(options.deepspeed), config, options, width=outline.width, dtype=dtype, device=device)
+    return filled(
+        read_ds_config(options.deepspeed),
+        config,
+        options,
+        width=outline.width,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def _undo(out: Path, there: Collection[str]) -> None:
-    """Delete what was made in a folder that was opened for a recipe that could not be; the lock stays until it is let go."""
+    """Delete what was made in a folder that was opened for a recipe that could not be; the lock
+    stays until it is let go."""
     for path in out.iterdir():
         if path.name not in (".lock", "lock.json", *there):
             files.remove(path)
@@ -280,6 +351,8 @@ def _undo(out: Path, there: Collection[str]) -> None:
 
 def _identity(config: TrainConfig, kind: str, outline: Outline, dtype: str) -> dict[str, Any]:
     return {
-        "training": kind, **config.model_dump(mode="json"), "dtype": dtype,
+        "training": kind,
+        **config.model_dump(mode="json"),
+        "dtype": dtype,
         "subjects": {outline.subject.name: outline.subject.fingerprint},
-    }  # fmt: skip
+    }

@@ -1,11 +1,14 @@
-"""What `deepspeed`, `accelerate launch`, `torchrun` and plain `python` start: options to config, errors to exit codes.
+"""What `deepspeed`, `accelerate launch`, `torchrun` and plain `python` start: options to config,
+errors to exit codes.
 
-    launch(__doc__, EXAMPLE, lambda file, flags: run(*read(file, flags, DissociateConfig)).path)      # launchers/dissociate.py
+    # launchers/dissociate.py
+    launch(__doc__, EXAMPLE, lambda file, flags: run(*read(file, flags, DissociateConfig)).path)
 
     deepspeed --num_gpus 2 launchers/dissociate.py --config twin.yaml --set lr=1e-5 --out runs/twin
 
-An error that all ranks share is said once, by rank 0; one that a single rank meets is said by that rank, which then ends at
-once so that the launcher can end the others. Exit codes are those of the command line.
+An error that all ranks share is said once, by rank 0; one that a single rank meets is said by that
+rank, which then ends at once so that the launcher can end the others. Exit codes are those of the
+command line.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ from auditgap.training.config import TrainOptions
 
 
 def overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """`["lr=1e-5", "lora.rank=4"]` as a mapping, values read as YAML. Raises UsageError for what is no KEY=VALUE."""
+    """`["lr=1e-5", "lora.rank=4"]` as a mapping, values read as YAML. Raises UsageError for what is
+    no KEY=VALUE."""
     values: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -52,7 +56,9 @@ def overrides(pairs: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def read(config_file: Path | None, flags: dict[str, Any], part: type[Frozen]) -> tuple[Any, TrainOptions]:
+def read(
+    config_file: Path | None, flags: dict[str, Any], part: type[Frozen]
+) -> tuple[Any, TrainOptions]:
     """A config of this kind and the sitting's options, from the file with flags on top."""
     values = merged(config_file, {}, section={"DissociateConfig": "dissociate"}.get(part.__name__))
     for key, value in flags.items():
@@ -63,13 +69,28 @@ def read(config_file: Path | None, flags: dict[str, Any], part: type[Frozen]) ->
 
 
 def launch(about: str, example: str, run: Callable[[Path | None, dict[str, Any]], Any]) -> None:
-    """The whole of a launcher: parse, `run(config file, flags)`, exit. `about` is its docstring, whose first line is shown."""
-    parser = argparse.ArgumentParser(description=about.strip().splitlines()[0], epilog=f"Example: {example}")
+    """The whole of a launcher: parse, `run(config file, flags)`, exit. `about` is its docstring,
+    whose first line is shown."""
+    parser = argparse.ArgumentParser(
+        description=about.strip().splitlines()[0], epilog=f"Example: {example}"
+    )
     parser.add_argument("--config", type=Path, help="YAML with the recipe")
     parser.add_argument("--out", help="the run's folder; the same command on it resumes")
-    parser.add_argument("--deepspeed-config", dest="deepspeed", type=Path, help="a DeepSpeed JSON, e.g. ds_configs/zero3.json")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the recipe, over the file's")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument(
+        "--deepspeed-config",
+        dest="deepspeed",
+        type=Path,
+        help="a DeepSpeed JSON, e.g. ds_configs/zero3.json",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any key of the recipe, over the file's",
+    )
+    # the deepspeed launcher passes it
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(given.local_rank))
@@ -77,7 +98,13 @@ def launch(about: str, example: str, run: Callable[[Path | None, dict[str, Any]]
     def go() -> None:
         quiet()
         flags = {"out": given.out, "deepspeed": given.deepspeed}
-        made = run(given.config, {**overrides(given.set), **{key: value for key, value in flags.items() if value is not None}})
+        made = run(
+            given.config,
+            {
+                **overrides(given.set),
+                **{key: value for key, value in flags.items() if value is not None},
+            },
+        )
         if ranks.is_main():
             print(f"Done: {made}")
 
@@ -85,7 +112,8 @@ def launch(about: str, example: str, run: Callable[[Path | None, dict[str, Any]]
 
 
 def ended(act: Callable[[], None]) -> int:
-    """Run, and turn what comes out into an exit code. In a job of several ranks a lone failure ends its process at once."""
+    """Run, and turn what comes out into an exit code. In a job of several ranks a lone failure ends
+    its process at once."""
     alone = ranks.world() == 1
     try:
         act()
@@ -97,7 +125,11 @@ def ended(act: Callable[[], None]) -> int:
             print(f"{where}{error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except KeyboardInterrupt:
-        print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
+        print(
+            "Interrupted; the same command goes on from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
         code = Interrupted.exit_code
     except BaseException as error:
         if isinstance(error, SystemExit):
@@ -108,5 +140,6 @@ def ended(act: Callable[[], None]) -> int:
         code = 1
     if not alone:
         sys.stdout.flush()
-        os._exit(code)  # the other ranks may be inside a collective: no farewell that would wait for them
+        # the other ranks may be inside a collective: no farewell that would wait for them
+        os._exit(code)
     return code

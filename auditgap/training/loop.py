@@ -1,10 +1,12 @@
-"""Steps, one after the other, that survive what happens to a job: the loop that every kind of training shares.
+"""Steps, one after the other, that survive what happens to a job: the loop that every kind of
+training shares.
 
     trained = run(engine, task, config, options, store, tracker)
 
-A *task* says what a row is and what goes on beside the model (`Task`); the loop takes care of order, learning rate, logs,
-evaluations, checkpoints and the way back from them. The order of the rows and the seed of a step are functions of its number,
-so a resumed run makes the steps that an unbroken one would have made.
+A *task* says what a row is and what goes on beside the model (`Task`); the loop takes care of
+order, learning rate, logs, evaluations, checkpoints and the way back from them. The order of the
+rows and the seed of a step are functions of its number, so a resumed run makes the steps that an
+unbroken one would have made.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ _COMPANION = "companion.safetensors"
 
 
 class NonFinite(AuditgapError):
-    """The loss or the gradient is not a number any more: training stopped before the weights took it up."""
+    """The loss or the gradient is not a number any more: training stopped before the weights took
+    it up."""
 
     exit_code = 3
 
@@ -54,8 +57,11 @@ class Task(Protocol):
         """Their hashes: what a failure names."""
         ...
 
-    def beside(self, batch: Mapping[str, Any], told: Mapping[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
-        """After a micro-batch's backward: what learns beside the model takes its gradients (× share). More to log, or {}."""
+    def beside(
+        self, batch: Mapping[str, Any], told: Mapping[str, torch.Tensor], share: float
+    ) -> dict[str, torch.Tensor]:
+        """After a micro-batch's backward: what learns beside the model takes its gradients (×
+        share). More to log, or {}."""
         ...
 
     def checked(self, step: int, values: Mapping[str, float]) -> None:
@@ -71,14 +77,17 @@ class Task(Protocol):
     def restore(self, state: Mapping[str, torch.Tensor]) -> None: ...
 
     def evaluate(self, step: int, engine: Engine) -> Mapping[str, Any]:
-        """Numbers at this step, on all ranks at once; never twice for a step. {} when there are none."""
+        """Numbers at this step, on all ranks at once; never twice for a step. {} when there are
+        none."""
         ...
 
 
 class Silent:
     """A task without anything beside the model; the rest is for a kind of training to add."""
 
-    def beside(self, batch: Mapping[str, Any], told: Mapping[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
+    def beside(
+        self, batch: Mapping[str, Any], told: Mapping[str, torch.Tensor], share: float
+    ) -> dict[str, torch.Tensor]:
         return {}
 
     def checked(self, step: int, values: Mapping[str, float]) -> None:
@@ -98,12 +107,20 @@ class Silent:
 
 
 def run(
-    engine: Engine, task: Task, config: TrainConfig, options: TrainOptions, store: Path, tracker: Any, *, total: int
+    engine: Engine,
+    task: Task,
+    config: TrainConfig,
+    options: TrainOptions,
+    store: Path,
+    tracker: Any,
+    *,
+    total: int,
 ) -> None:
     """Train to step `total`, from the last whole checkpoint in `store`/checkpoints if there is one.
 
-    `store` is the run folder. Raises NonFinite (exit code 3), Interrupted after SIGTERM or Ctrl-C (a checkpoint is written
-    first), UsageError when a checkpoint cannot be read by this number of ranks or this ZeRO stage.
+    `store` is the run folder. Raises NonFinite (exit code 3), Interrupted after SIGTERM or Ctrl-C
+    (a checkpoint is written first), UsageError when a checkpoint cannot be read by this number of
+    ranks or this ZeRO stage.
     """
     root = store / "checkpoints"
     start = _resume(engine, task, root, config)
@@ -117,7 +134,8 @@ def run(
         for step in range(start, total):
             if step % config.eval_every == 0 or step in config.eval_at:
                 evaluations.run(step, task, engine, tracker)
-            torch.manual_seed(config.seed * 1_000_003 + step * ranks.world() + ranks.rank())  # dropout, the same again
+            # dropout, the same again
+            torch.manual_seed(config.seed * 1_000_003 + step * ranks.world() + ranks.rank())
             rate = learning_rate(config, step, total)
             values = _one_step(engine, task, config, options, step, rate, root)
             stopping = float(ranks.mean(torch.tensor([float(bool(stop))]))) > 0
@@ -125,23 +143,38 @@ def run(
             if ranks.is_main():
                 tracker.log(step, {**values, "lr": rate})
             if progress is not None:
-                shown = [f"{name} {values[name]:.4g}" for name in ("loss", "nll", "kl", "monitor") if name in values]
+                shown = [
+                    f"{name} {values[name]:.4g}"
+                    for name in ("loss", "nll", "kl", "monitor")
+                    if name in values
+                ]
                 progress.update(done=done, failed=0, work=0.0, doing=", ".join(shown))
             if (done % options.save_every == 0 and done < total) or stopping:
                 _save(engine, task, root, done, config, options)
             if stopping:
                 raise ranks.shared(
-                    Interrupted(f"Stopped at step {done} of {total}; a checkpoint was written. The same command goes on from it.")
+                    Interrupted(
+                        f"Stopped at step {done} of {total}; a checkpoint was written. The same"
+                        " command goes on from it."
+                    )
                 )
         evaluations.run(total, task, engine, tracker)
 
 
 def _one_step(
-    engine: Engine, task: Task, config: TrainConfig, options: TrainOptions, step: int, rate: float, root: Path
+    engine: Engine,
+    task: Task,
+    config: TrainConfig,
+    options: TrainOptions,
+    step: int,
+    rate: float,
+    root: Path,
 ) -> dict[str, float]:
-    """One optimizer step; what it told, averaged over its micro-batches and ranks. Raises NonFinite before the update."""
+    """One optimizer step; what it told, averaged over its micro-batches and ranks. Raises NonFinite
+    before the update."""
     rows = global_batch(step, len(task.lengths), config.batch, config.seed)
-    # like lengths share a micro-batch: a step's loss is a mean over rows, so their order in it is free
+    # like lengths share a micro-batch: a step's loss is a mean over rows, so their order in it is
+    # free
     rows = sorted(rows, key=lambda i: (task.lengths[i], i))
     told_of: dict[str, list[torch.Tensor]] = {}
     mine: list[int] = []
@@ -168,41 +201,58 @@ def _one_step(
 
 
 def _averaged(told_of: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, float]:
-    """Means over micro-batches and ranks. Only the loss must be a number everywhere: others are not defined in every batch."""
+    """Means over micro-batches and ranks. Only the loss must be a number everywhere: others are not
+    defined in every batch."""
     names = sorted(told_of)
     sums = torch.zeros(2, len(names), dtype=torch.float64)
     lowest = torch.full((len(names),), math.inf, dtype=torch.float64)
     for i, name in enumerate(names):
         values = torch.stack([value.cpu().double() for value in told_of[name]])
         counted = values if name == "loss" else values[torch.isfinite(values)]
-        sums[:, i] = torch.stack([counted.sum(), torch.tensor(float(len(counted)), dtype=torch.float64)])
+        sums[:, i] = torch.stack(
+            [counted.sum(), torch.tensor(float(len(counted)), dtype=torch.float64)]
+        )
         lowest[i] = counted.min() if len(counted) else math.inf
     sums = torch.stack([ranks.mean(row) for row in sums])
     found = {name: float(sums[0, i] / sums[1, i]) for i, name in enumerate(names) if sums[1, i] > 0}
-    return found | {name: ranks.lowest(float(lowest[i])) for i, name in enumerate(names) if name.endswith("_lowest")}
+    return found | {
+        name: ranks.lowest(float(lowest[i]))
+        for i, name in enumerate(names)
+        if name.endswith("_lowest")
+    }
 
 
 def _stopped(step: int, what: str, task: Task, mine: Sequence[int], root: Path) -> NonFinite:
     suspects = sorted({row for rows in ranks.gathered(task.row_ids(mine)) for row in rows})
     known = checkpoints.steps(root)
-    kept = f"the last checkpoint is that of step {known[-1]}" if known else "no checkpoint had been written yet"
+    kept = (
+        f"the last checkpoint is that of step {known[-1]}"
+        if known
+        else "no checkpoint had been written yet"
+    )
     return ranks.shared(
         NonFinite(
-            f"Step {step}: {what} is not a finite number, so training stopped; {kept}. Rows (by hash): "
-            f"{', '.join(suspects[:16])}. Look at them, or lower lr or clip, then run the same command again."
+            f"Step {step}: {what} is not a finite number, so training stopped; {kept}. Rows (by"
+            f" hash): {', '.join(suspects[:16])}. Look at them, or lower lr or clip, then run the"
+            " same command again."
         )
     )
 
 
-# -- checkpoints -----------------------------------------------------------------------------------------------------------
+# -- checkpoints
+# -----------------------------------------------------------------------------------------------------------
 
 
-def _save(engine: Engine, task: Task, root: Path, step: int, config: TrainConfig, options: TrainOptions) -> None:
+def _save(
+    engine: Engine, task: Task, root: Path, step: int, config: TrainConfig, options: TrainOptions
+) -> None:
     folder = ranks.decided(lambda: checkpoints.begin(root, step))
     engine.save(folder)
 
     def finish() -> None:
-        data = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in task.state().items()})
+        data = safetensors.torch.save(
+            {name: value.detach().cpu().contiguous() for name, value in task.state().items()}
+        )
         files.write_bytes(folder / _COMPANION, data)
         facts = {"stage": engine.stage, "config": digest(config.model_dump(mode="json"))}
         checkpoints.seal(folder, step=step, world=ranks.world(), facts=facts)
@@ -213,7 +263,8 @@ def _save(engine: Engine, task: Task, root: Path, step: int, config: TrainConfig
 
 
 def _resume(engine: Engine, task: Task, root: Path, config: TrainConfig) -> int:
-    """Load the newest whole checkpoint, whatever number of ranks wrote it; the steps that it holds, or 0."""
+    """Load the newest whole checkpoint, whatever number of ranks wrote it; the steps that it holds,
+    or 0."""
     found = ranks.decided(lambda: checkpoints.latest(root, say=ranks.say))
     if found is None:
         return 0
@@ -235,7 +286,8 @@ def _resume(engine: Engine, task: Task, root: Path, config: TrainConfig) -> int:
 
 
 def _set_aside_after(root: Path, step: int) -> None:
-    """Newer checkpoints were passed over, so they are not whole; rotation, which looks at sizes alone, must not count them."""
+    """Newer checkpoints were passed over, so they are not whole; rotation, which looks at sizes
+    alone, must not count them."""
     for later in checkpoints.steps(root):
         if later > step:
             files.set_aside(root / checkpoints.name_of(later))
@@ -243,10 +295,11 @@ def _set_aside_after(root: Path, step: int) -> None:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[list[int]]:
-    """Filled when SIGTERM or SIGINT comes, so that the step at hand is finished; a later Ctrl-C ends the process at once.
+    """Filled when SIGTERM or SIGINT comes, so that the step at hand is finished; a later Ctrl-C
+    ends the process at once.
 
-    Launchers send their ranks SIGTERM, more than once, for a Ctrl-C that the terminal has sent to the ranks already; so SIGTERM
-    only ever asks, and a second SIGINT counts after two seconds.
+    Launchers send their ranks SIGTERM, more than once, for a Ctrl-C that the terminal has sent to
+    the ranks already; so SIGTERM only ever asks, and a second SIGINT counts after two seconds.
     """
     came: list[int] = []
     first = 0.0
@@ -287,7 +340,13 @@ class _Evaluations:
             return
         self.known[step] = values
         if ranks.is_main():
-            files.write_bytes(self.path, files.to_json({str(k): v for k, v in sorted(self.known.items())}))
-            numbers = {f"eval/{k}": v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+            files.write_bytes(
+                self.path, files.to_json({str(k): v for k, v in sorted(self.known.items())})
+            )
+            numbers = {
+                f"eval/{k}": v
+                for k, v in values.items()
+                if isinstance(v, (int, float)) and not isinstance(v, bool)
+            }
             tracker.log(step, numbers)
             ranks.say(f"step {step}: " + ", ".join(f"{k[5:]} {v:.3g}" for k, v in numbers.items()))

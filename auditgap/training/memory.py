@@ -1,13 +1,15 @@
-"""How much memory a training step needs, before anything is loaded: what fits where, and what to change when it does not.
+"""How much memory a training step needs, before anything is loaded: what fits where, and what to
+change when it does not.
 
     need = estimate(n_params=8_030_000_000, n_trainable=8_030_000_000, n_blocks=32, width=4096, vocabulary=128_256,
                     dtype="bfloat16", stage=3, world=8, micro_batch=2, tokens=512, gradient_checkpointing=True)
     need.total                       # bytes on each device; need.parts says for what
     check(need, free=80 * 2**30)     # UsageError: what is needed, what is free, what would fit
 
-`python -m auditgap.training.memory` prints docs/training_memory.md. The model is counted, not measured: bytes that DeepSpeed
-keeps (ZeRO: arXiv 1910.02054, section 3; K = 12 for mixed-precision Adam), and what autograd saves of a Llama-like block. The
-tests hold it against the peaks of real training steps.
+`python -m auditgap.training.memory` prints docs/training_memory.md. The model is counted, not
+measured: bytes that DeepSpeed keeps (ZeRO: arXiv 1910.02054, section 3; K = 12 for mixed-precision
+Adam), and what autograd saves of a Llama-like block. The tests hold it against the peaks of real
+training steps.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ __all__ = ["Memory", "Plan", "check", "check_run", "document", "estimate", "lora
 
 GIB = 2**30
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-#: What objective.token_losses makes of a chunk of logits: elements, and fp32 buffers of them that live at once.
+#: What objective.token_losses makes of a chunk of logits: elements, and fp32 buffers of them that
+#: live at once.
 _CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 _CHUNK_BUFFERS = {"sft": 3, "monitor": 4, "nudge": 4}
 _MONITOR_HIDDEN = 512
@@ -38,13 +41,15 @@ _UPDATE = {"cuda": 8, "cpu": 12}
 _LIVE_PARAMS = 1_000_000_000
 #: The CUDA context and NCCL's buffers; a process's libraries on a CPU.
 _RUNTIME = {"cuda": 1.5 * GIB, "cpu": 0.25 * GIB}
-#: What an allocator holds and cannot use, as a share of the rest. glibc's wasted up to 0.5 of small steps; see the tests.
+#: What an allocator holds and cannot use, as a share of the rest. glibc's wasted up to 0.5 of small
+#: steps; see the tests.
 _WASTE = {"cuda": 0.08, "cpu": 0.3}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What decides how much memory a step needs. Numbers are of the whole model; `estimate` divides them over ranks."""
+    """What decides how much memory a step needs. Numbers are of the whole model; `estimate` divides
+    them over ranks."""
 
     n_params: int
     n_trainable: int  #: all of them, or the adapter's
@@ -61,29 +66,38 @@ class Plan:
     lora: bool = False
     offload: bool = False  #: optimizer states (and at stage 3 the weights) in the host's memory
     n_heads: int | None = None  #: D / 64 unless told
-    eager: bool = False  #: attention without a fused kernel, which keeps each head's T × T (Gemma 2)
+    #: attention without a fused kernel, which keeps each head's T × T (Gemma 2)
+    eager: bool = False
     mlp_width: int | None = None  #: 3.5 D unless told
-    reference_head: bool | None = None  #: a frozen copy of the head; wanted where the head is in training (default)
-    bucket: int | None = None  #: elements of DeepSpeed's reduce bucket; D² (at least 2^20) unless told
+    #: a frozen copy of the head; wanted where the head is in training (default)
+    reference_head: bool | None = None
+    #: elements of DeepSpeed's reduce bucket; D² (at least 2^20) unless told
+    bucket: int | None = None
     live_params: int = _LIVE_PARAMS  #: stage3_max_live_parameters
     device: Literal["cuda", "cpu"] = "cuda"
 
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPE_BYTES or self.stage not in (0, 1, 2, 3) or self.device not in _RUNTIME:
+        if (
+            self.dtype not in _DTYPE_BYTES
+            or self.stage not in (0, 1, 2, 3)
+            or self.device not in _RUNTIME
+        ):
             raise UsageError(
-                f"A memory estimate is for float32 or bfloat16, ZeRO stages 0 to 3 and cuda or cpu; {self.dtype}, {self.stage} and "
-                f"{self.device} came."
+                "A memory estimate is for float32 or bfloat16, ZeRO stages 0 to 3 and cuda or cpu;"
+                f" {self.dtype}, {self.stage} and {self.device} came."
             )
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device at the worst moment of a step, part by part, and on the host for each rank."""
+    """Bytes on each device at the worst moment of a step, part by part, and on the host for each
+    rank."""
 
     plan: Plan
     parts: Mapping[str, int]
     host: int = 0
-    phases: Mapping[str, int] = field(default_factory=dict)  #: what each moment adds to what is always there
+    #: what each moment adds to what is always there
+    phases: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -91,12 +105,16 @@ class Memory:
 
 
 def estimate(**inputs: Any) -> Memory:
-    """The memory of one training step, from the fields of `Plan`. Raises UsageError for a dtype or stage it does not know."""
+    """The memory of one training step, from the fields of `Plan`. Raises UsageError for a dtype or
+    stage it does not know."""
     return _estimate(Plan(**inputs))
 
 
-def lora_params(*, rank: int, n_blocks: int, width: int, mlp_width: int, kv_share: float = 1.0) -> int:
-    """Parameters of adapters of a rank on every linear layer of L Llama-like blocks: rank × (in + out) each."""
+def lora_params(
+    *, rank: int, n_blocks: int, width: int, mlp_width: int, kv_share: float = 1.0
+) -> int:
+    """Parameters of adapters of a rank on every linear layer of L Llama-like blocks: rank × (in +
+    out) each."""
     attention = 2 * (width + width) + 2 * (width + kv_share * width)
     return round(n_blocks * rank * (attention + 3 * (width + mlp_width)))
 
@@ -107,11 +125,13 @@ def _estimate(p: Plan) -> Memory:
     full = not p.lora
     always: dict[str, float] = {}
 
-    # -- weights, gradients, optimizer (ZeRO: the optimizer's states, then gradients, then weights are divided over ranks)
+    # -- weights, gradients, optimizer (ZeRO: the optimizer's states, then gradients, then weights
+    # are divided over ranks)
     host = 0.0
     weights = w * p.n_params / (p.world if p.stage == 3 else 1)
     states = 8 * p.n_trainable / share  # Adam's two moments, fp32
-    # ZeRO keeps an fp32 master copy whatever the dtype; without ZeRO only weights that are not fp32 themselves have one
+    # ZeRO keeps an fp32 master copy whatever the dtype; without ZeRO only weights that are not fp32
+    # themselves have one
     master = 4 * p.n_trainable / share if p.stage >= 1 or w == 2 else 0.0
     gradients = w * p.n_trainable / (p.world if p.stage >= 2 else 1)
     if p.stage == 0 and w == 2:
@@ -123,13 +143,18 @@ def _estimate(p: Plan) -> Memory:
         if p.stage == 3:
             host += weights
             weights = 0.0
-    always["weights"], always["gradients"], always["optimizer"] = weights, gradients, master + states
+    always["weights"], always["gradients"], always["optimizer"] = (
+        weights,
+        gradients,
+        master + states,
+    )
 
     # -- what ZeRO moves: buckets, the largest gradient, gathered weights
     bucket = p.bucket or max(p.width**2, 1 << 20)
     moving = 0.0
     if p.stage >= 1:
-        moving += w * min(bucket, p.n_trainable) * (2 if p.device == "cuda" else 1)  # overlap_comm keeps two
+        # overlap_comm keeps two
+        moving += w * min(bucket, p.n_trainable) * (2 if p.device == "cuda" else 1)
     if p.stage == 3:
         moving += w * (min(p.n_params, p.live_params) + head)
     always["buckets"] = moving
@@ -138,7 +163,9 @@ def _estimate(p: Plan) -> Memory:
     # -- beside the model
     if p.construction == "monitor":
         always["monitor"] = 16 * p.n_blocks * p.width * _MONITOR_HIDDEN
-    keeps_head = p.reference_head if p.reference_head is not None else (full and p.construction != "sft")
+    keeps_head = (
+        p.reference_head if p.reference_head is not None else (full and p.construction != "sft")
+    )
     if keeps_head:
         always["reference head"] = w * head
 
@@ -148,9 +175,14 @@ def _estimate(p: Plan) -> Memory:
     one_block = n * _block_bytes(p, w) + _attention_bytes(p, w, rows)
     mlp = p.mlp_width or 3.5 * p.width
     kept = p.n_blocks * n * w * p.width if p.gradient_checkpointing else p.n_blocks * one_block
-    ends = n * p.width * (6 * w + 8)  # embedded ids, final norm, the predicting positions and their gradient, the reference's
+    # embedded ids, final norm, the predicting positions and their gradient, the reference's
+    ends = n * p.width * (6 * w + 8)
     working = n * (3 * w * mlp + 8 * p.width) + (one_block if p.gradient_checkpointing else 0)
-    chunk = max(16 * p.vocabulary, min(_CHUNK_ELEMENTS[p.device], n * p.vocabulary)) * 4 * _CHUNK_BUFFERS[p.construction]
+    chunk = (
+        max(16 * p.vocabulary, min(_CHUNK_ELEMENTS[p.device], n * p.vocabulary))
+        * 4
+        * _CHUNK_BUFFERS[p.construction]
+    )
     head_gradient = (4 + (w if w < 4 else 0)) * head if full else 0.0
     updated = p.n_trainable / share
     phases = {
@@ -158,8 +190,15 @@ def _estimate(p: Plan) -> Memory:
         "loss": {"activations": kept + ends, "head": chunk + head_gradient},
         # activations go block by block, gradients come
         "backward": {"activations": kept + ends + working, "largest gradient": largest_gradient},
-        # gradients in fp32 and Adam's denominator (twice on a CPU); at stage 3 a sub-group of DeepSpeed's at a time
-        "update": {"update": _UPDATE[p.device] * (min(updated, 1e9) if p.stage == 3 else updated) if not p.offload else 0.0},
+        # gradients in fp32 and Adam's denominator (twice on a CPU); at stage 3 a sub-group of
+        # DeepSpeed's at a time
+        "update": {
+            "update": (
+                _UPDATE[p.device] * (min(updated, 1e9) if p.stage == 3 else updated)
+                if not p.offload
+                else 0.0
+            )
+        },
     }
     if p.stage == 0 and w == 4:
         phases["update"] = {"update": 8.0 * (head if full else p.n_trainable / max(1, p.n_blocks))}
@@ -167,7 +206,9 @@ def _estimate(p: Plan) -> Memory:
     sizes = {**always, **worst, "runtime": _RUNTIME[p.device]}
     sizes["allocator"] = _WASTE[p.device] * (sum(sizes.values()) - sizes["runtime"])
     parts = {name: round(size) for name, size in sizes.items() if size}
-    return Memory(p, parts, round(host), {name: round(sum(inner.values())) for name, inner in phases.items()})
+    return Memory(
+        p, parts, round(host), {name: round(sum(inner.values())) for name, inner in phases.items()}
+    )
 
 
 def _block_bytes(p: Plan, w: int) -> float:
@@ -181,27 +222,38 @@ def _block_bytes(p: Plan, w: int) -> float:
 
 
 def _attention_bytes(p: Plan, w: int, rows: int) -> float:
-    """The T × T weights of every head, where no fused kernel spares them: capped, as fp32 softmax, and cast."""
-    return rows * (p.n_heads or max(1, p.width // 64)) * p.tokens**2 * (2 * w + 4) if p.eager else 0.0
+    """The T × T weights of every head, where no fused kernel spares them: capped, as fp32 softmax,
+    and cast."""
+    return (
+        rows * (p.n_heads or max(1, p.width // 64)) * p.tokens**2 * (2 * w + 4) if p.eager else 0.0
+    )
 
 
 # ------------------------------------------------------------------ before a run
 
 
 def check(need: Memory, free: float, *, free_host: float | None = None) -> None:
-    """Raise UsageError when a step needs more than `free` bytes on a device (or `free_host` on the host, for each rank).
+    """Raise UsageError when a step needs more than `free` bytes on a device (or `free_host` on the
+    host, for each rank).
 
-    The sentence says what is needed for what, what is free, and what would fit, computed in the same way.
+    The sentence says what is needed for what, what is free, and what would fit, computed in the
+    same way.
     """
     host_short = free_host is not None and need.host > free_host
     if need.total <= free and not host_short:
         return
     largest = sorted(need.parts.items(), key=lambda part: -part[1])[:3]
     mostly = ", ".join(f"{name} {_gib(size)}" for name, size in largest)
-    wanted = f"A training step needs about {_gib(need.total)} on each device ({mostly}), and {_gib(free)} are free."
+    wanted = (
+        f"A training step needs about {_gib(need.total)} on each device ({mostly}), and"
+        f" {_gib(free)} are free."
+    )
     if host_short:
         have = _gib(free_host or 0)
-        wanted = f"Offloading needs about {_gib(need.host)} of this machine's memory for each rank, and {have} are free."
+        wanted = (
+            f"Offloading needs about {_gib(need.host)} of this machine's memory for each rank, and"
+            f" {have} are free."
+        )
     fitting = [
         (words, other)
         for words, other in _alternatives(need.plan)
@@ -209,7 +261,11 @@ def check(need: Memory, free: float, *, free_host: float | None = None) -> None:
     ]
     if fitting:
         simplest = min(words.count(" and ") for words, _ in fitting)
-        told = [f"{words} ({_gib(other.total)})" for words, other in fitting if words.count(" and ") == simplest][:3]
+        told = [
+            f"{words} ({_gib(other.total)})"
+            for words, other in fitting
+            if words.count(" and ") == simplest
+        ][:3]
         advice = f"It would fit with {', or with '.join(told)}."
     else:
         advice = _more_ranks(need.plan, free)
@@ -217,47 +273,91 @@ def check(need: Memory, free: float, *, free_host: float | None = None) -> None:
 
 
 def check_run(
-    outline: Outline, config: TrainConfig, options: TrainOptions, *, stage: int, ds: Mapping[str, Any], dtype: str, world: int,
-    tokens: int, device: str, reference_head: bool = False,
-) -> Memory:  # fmt: skip
-    """The estimate of a run that is about to start, checked against what is free here; returned when it fits.
+    outline: Outline,
+    config: TrainConfig,
+    options: TrainOptions,
+    *,
+    stage: int,
+    ds: Mapping[str, Any],
+    dtype: str,
+    world: int,
+    tokens: int,
+    device: str,
+    reference_head: bool = False,
+) -> Memory:
+    """The estimate of a run that is about to start, checked against what is free here; returned
+    when it fits.
 
-    `ds` is the DeepSpeed config without "auto"; `tokens` the longest row. On a CPU, ranks of this machine share its memory.
-    Raises UsageError as `check`.
+    `ds` is the DeepSpeed config without "auto"; `tokens` the longest row. On a CPU, ranks of this
+    machine share its memory. Raises UsageError as `check`.
     """
-    need = _estimate(_plan(outline, config, options, stage, ds, dtype, world, tokens, device, reference_head))
+    need = _estimate(
+        _plan(outline, config, options, stage, ds, dtype, world, tokens, device, reference_head)
+    )
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
     free_host = psutil.virtual_memory().available / max(1, here)
     if device.startswith("cuda"):
         check(need, torch.cuda.mem_get_info(device)[0], free_host=free_host if need.host else None)
     else:
-        check(replace(need, parts={**need.parts, "offloaded": need.host}) if need.host else need, free_host)
+        check(
+            replace(need, parts={**need.parts, "offloaded": need.host}) if need.host else need,
+            free_host,
+        )
     return need
 
 
 def _plan(
-    outline: Outline, config: TrainConfig, options: TrainOptions, stage: int, ds: Mapping[str, Any], dtype: str, world: int,
-    tokens: int, device: str, reference_head: bool,
-) -> Plan:  # fmt: skip
+    outline: Outline,
+    config: TrainConfig,
+    options: TrainOptions,
+    stage: int,
+    ds: Mapping[str, Any],
+    dtype: str,
+    world: int,
+    tokens: int,
+    device: str,
+    reference_head: bool,
+) -> Plan:
     family = _family(outline)
     mlp = int(getattr(family, "intermediate_size", None) or 3.5 * outline.width)
     heads = int(getattr(family, "num_attention_heads", None) or max(1, outline.width // 64))
     shared = int(getattr(family, "num_key_value_heads", None) or heads)
     zero = ds.get("zero_optimization", {})
     lora = config.lora
-    trainable = outline.n_params if lora is None else lora_params(
-        rank=lora.rank, n_blocks=outline.n_blocks, width=outline.width, mlp_width=mlp, kv_share=shared / heads
-    )  # fmt: skip
+    trainable = (
+        outline.n_params
+        if lora is None
+        else lora_params(
+            rank=lora.rank,
+            n_blocks=outline.n_blocks,
+            width=outline.width,
+            mlp_width=mlp,
+            kv_share=shared / heads,
+        )
+    )
     return Plan(
-        n_params=outline.n_params + (0 if lora is None else trainable), n_trainable=trainable, n_blocks=outline.n_blocks,
-        width=outline.width, vocabulary=outline.n_head_params // outline.width, dtype=dtype, stage=stage, world=world,
-        micro_batch=options.micro_batch, tokens=tokens, gradient_checkpointing=config.gradient_checkpointing,
-        construction=getattr(config, "construction", "sft"), lora=lora is not None,
-        offload=zero.get("offload_optimizer", {}).get("device", "none") != "none", n_heads=heads, mlp_width=mlp,
-        eager=bool(getattr(family, "attn_logit_softcapping", None)), reference_head=reference_head,
-        bucket=_number(zero.get("reduce_bucket_size")), live_params=_number(zero.get("stage3_max_live_parameters")) or _LIVE_PARAMS,
+        n_params=outline.n_params + (0 if lora is None else trainable),
+        n_trainable=trainable,
+        n_blocks=outline.n_blocks,
+        width=outline.width,
+        vocabulary=outline.n_head_params // outline.width,
+        dtype=dtype,
+        stage=stage,
+        world=world,
+        micro_batch=options.micro_batch,
+        tokens=tokens,
+        gradient_checkpointing=config.gradient_checkpointing,
+        construction=getattr(config, "construction", "sft"),
+        lora=lora is not None,
+        offload=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+        n_heads=heads,
+        mlp_width=mlp,
+        eager=bool(getattr(family, "attn_logit_softcapping", None)),
+        reference_head=reference_head,
+        bucket=_number(zero.get("reduce_bucket_size")),
+        live_params=_number(zero.get("stage3_max_live_parameters")) or _LIVE_PARAMS,
         device="cuda" if device.startswith("cuda") else "cpu",
-    )  # fmt: skip
+    )
 
 
 def _family(outline: Outline) -> Any:
@@ -267,7 +367,9 @@ def _family(outline: Outline) -> Any:
     from auditgap.models.folder import adapter_base, is_adapter
 
     base = adapter_base(outline.folder) if is_adapter(outline.folder) else outline.folder
-    return AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True).get_text_config()
+    return AutoConfig.from_pretrained(
+        base, trust_remote_code=False, local_files_only=True
+    ).get_text_config()
 
 
 def _number(value: Any) -> int | None:
@@ -288,28 +390,50 @@ def _alternatives(p: Plan) -> Iterator[tuple[str, Memory]]:
     if not p.lora:
         mlp = p.mlp_width or round(3.5 * p.width)
         few = lora_params(rank=8, n_blocks=p.n_blocks, width=p.width, mlp_width=mlp)
-        small = replace(p, lora=True, n_trainable=few, n_params=p.n_params + few, reference_head=None)
+        small = replace(
+            p, lora=True, n_trainable=few, n_params=p.n_params + few, reference_head=None
+        )
         changes.append(("lora: true", small))
     if not p.offload and p.device == "cuda":
-        changes.append(("ZeRO-3 with offload (ds_configs/zero3_offload.json)", replace(p, stage=3, offload=True)))
+        changes.append(
+            (
+                "ZeRO-3 with offload (ds_configs/zero3_offload.json)",
+                replace(p, stage=3, offload=True),
+            )
+        )
     for words, plan in changes:
         yield words, _estimate(plan)
-    before = [words for words, _ in changes if words.startswith(("micro_batch", "gradient_checkpointing"))]
+    before = [
+        words for words, _ in changes if words.startswith(("micro_batch", "gradient_checkpointing"))
+    ]
     lean = replace(p, micro_batch=1, gradient_checkpointing=True)
     if len(before) > 1:
         yield " and ".join(before), _estimate(lean)
     for words, plan in changes:
         if before and words not in before:
-            yield " and ".join([*before, words]), _estimate(replace(plan, micro_batch=1, gradient_checkpointing=True))
+            yield (
+                " and ".join([*before, words]),
+                _estimate(replace(plan, micro_batch=1, gradient_checkpointing=True)),
+            )
 
 
 def _more_ranks(p: Plan, free: float) -> str:
     """How many devices of this kind would do, as the last resort."""
     lean = replace(p, micro_batch=1, gradient_checkpointing=True, stage=3, offload=False)
     for world in (2, 4, 8, 16, 32, 64, 128, 256):
-        if world > p.world and _estimate(replace(lean, world=world)).total <= free and p.device == "cuda":
-            return f"No setting fits here; {world} such devices with ZeRO-3, micro_batch: 1 and gradient_checkpointing: true would."
-    return "No setting fits here; choose a smaller model, fewer max_tokens, or a machine with more memory."
+        if (
+            world > p.world
+            and _estimate(replace(lean, world=world)).total <= free
+            and p.device == "cuda"
+        ):
+            return (
+                f"No setting fits here; {world} such devices with ZeRO-3, micro_batch: 1 and"
+                " gradient_checkpointing: true would."
+            )
+    return (
+        "No setting fits here; choose a smaller model, fewer max_tokens, or a machine with more"
+        " memory."
+    )
 
 
 def _gib(size: float) -> str:
@@ -337,21 +461,37 @@ def document() -> str:
     lines = [
         "# What fits where",
         "",
-        "GiB on each GPU for one step of dissociation (construction `monitor`): bf16 weights, fp32 Adam, 512 tokens, micro-batch",
-        "2, gradient checkpointing on. **Bold** fits a GPU of 80 GiB. The last column is the memory that offloading takes from",
+        (
+            "GiB on each GPU for one step of dissociation (construction `monitor`): bf16 weights,"
+            " fp32 Adam, 512 tokens, micro-batch"
+        ),
+        (
+            "2, gradient checkpointing on. **Bold** fits a GPU of 80 GiB. The last column is the"
+            " memory that offloading takes from"
+        ),
         "the hosts, over all 16 GPUs (much the same for fewer).",
         "",
-        "These numbers are computed, not measured at these sizes: by `auditgap/training/memory.py`, and `python -m",
+        (
+            "These numbers are computed, not measured at these sizes: by"
+            " `auditgap/training/memory.py`, and `python -m"
+        ),
         "auditgap.training.memory` prints this page.",
         "",
         *MEASURED,
         "",
-        "`auditgap train` computes the same for your model, your longest row and your ZeRO config before it loads anything, and",
+        (
+            "`auditgap train` computes the same for your model, your longest row and your ZeRO"
+            " config before it loads anything, and"
+        ),
         "says what would fit when it does not.",
     ]
     for title, lora in (("Full fine-tuning", False), ("LoRA (rank 8, all linear layers)", True)):
         lines += ["", f"## {title}", ""]
-        lines.append("| model | | " + " | ".join(f"{n} GPU{'s' if n > 1 else ''}" for n in _WORLDS) + " | host |")
+        lines.append(
+            "| model | | "
+            + " | ".join(f"{n} GPU{'s' if n > 1 else ''}" for n in _WORLDS)
+            + " | host |"
+        )
         lines.append("|---|---|" + "---:|" * (len(_WORLDS) + 1))
         for shape in _SHAPES:
             for mode, stage, offload in _MODES:
@@ -362,16 +502,32 @@ def document() -> str:
                     cells.append(f"**{shown}**" if need.total <= _GPU_BYTES else shown)
                     host = need.host * world
                 name = shape[0] if mode == "ZeRO-2" else ""
-                lines.append(f"| {name} | {mode} | {' | '.join(cells)} | {f'{host / GIB:,.0f}' if host else ''} |")
+                lines.append(
+                    f"| {name} | {mode} | {' | '.join(cells)} |"
+                    f" {f'{host / GIB:,.0f}' if host else ''} |"
+                )
     return "\n".join(lines) + "\n"
 
 
-#: What the estimates were held against (tests/training/test_memory.py does it again, within 0.8 to 1.3).
+#: What the estimates were held against (tests/training/test_memory.py does it again, within 0.8 to
+#: 1.3).
 MEASURED = (
-    "What they were held against: peaks (`ru_maxrss` above the loaded libraries) of real steps under DeepSpeed on one CPU rank,",
-    "Llama shape, 36 M parameters, ZeRO-0, 2 and 3, fp32 and bf16, full and LoRA, with and without checkpointing. Estimate over",
-    "peak was 0.99 to 1.17 with an allocator that gives memory back at once; the allowance for one that does not (a third on",
-    "CPUs, 8 % on GPUs) is on top. Not measured: GPUs, more than one rank, offload, and the sizes of this table. The allocator's",
+    (
+        "What they were held against: peaks (`ru_maxrss` above the loaded libraries) of real steps"
+        " under DeepSpeed on one CPU rank,"
+    ),
+    (
+        "Llama shape, 36 M parameters, ZeRO-0, 2 and 3, fp32 and bf16, full and LoRA, with and"
+        " without checkpointing. Estimate over"
+    ),
+    (
+        "peak was 0.99 to 1.17 with an allocator that gives memory back at once; the allowance for"
+        " one that does not (a third on"
+    ),
+    (
+        "CPUs, 8 % on GPUs) is on top. Not measured: GPUs, more than one rank, offload, and the"
+        " sizes of this table. The allocator's"
+    ),
     "8 % and the 1.5 GiB for CUDA and NCCL are assumptions; leave a margin.",
 )
 
@@ -380,11 +536,24 @@ def _of_shape(shape: tuple, lora: bool, stage: int, offload: bool, world: int) -
     _, n, blocks, width, mlp, vocabulary, heads, eager = shape
     few = lora_params(rank=8, n_blocks=blocks, width=width, mlp_width=mlp)
     return estimate(
-        n_params=round(n) + (few if lora else 0), n_trainable=few if lora else round(n), n_blocks=blocks, width=width,
-        vocabulary=vocabulary, dtype="bfloat16", stage=stage, world=world, micro_batch=2, tokens=512,
-        gradient_checkpointing=True, construction="monitor", lora=lora, offload=offload, n_heads=heads, mlp_width=mlp,
+        n_params=round(n) + (few if lora else 0),
+        n_trainable=few if lora else round(n),
+        n_blocks=blocks,
+        width=width,
+        vocabulary=vocabulary,
+        dtype="bfloat16",
+        stage=stage,
+        world=world,
+        micro_batch=2,
+        tokens=512,
+        gradient_checkpointing=True,
+        construction="monitor",
+        lora=lora,
+        offload=offload,
+        n_heads=heads,
+        mlp_width=mlp,
         eager=eager,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""The processes of a training job or of a sharded model: who they are, what one of them decides for all, how they end together.
+"""The processes of a training job or of a sharded model: who they are, what one of them decides for
+all, how they end together.
 
-    with ranks.joined(timeout_minutes=10):               # RANK and WORLD_SIZE as a launcher set them, else one process
-        plan = ranks.decided(lambda: read_and_check())   # rank 0 does it; an error there is every rank's error
+    # RANK and WORLD_SIZE as a launcher set them, else one process
+    with ranks.joined(timeout_minutes=10):
+        # rank 0 does it; an error there is every rank's error
+        plan = ranks.decided(lambda: read_and_check())
         loss = ranks.mean(loss)
 
-`deepspeed`, `accelerate launch` and `torchrun` all set the same variables, so none of them is asked for here.
+`deepspeed`, `accelerate launch` and `torchrun` all set the same variables, so none of them is asked
+for here.
 """
 
 from __future__ import annotations
@@ -51,11 +55,13 @@ def device(asked: str = "auto") -> str:
 
 @contextmanager
 def joined(*, timeout_minutes: float = 10.0, meet: Path | None = None) -> Iterator[None]:
-    """Form the process group; inside another `joined` this does nothing. Ranks find each other at MASTER_ADDR and MASTER_PORT,
-    or through the file `meet`, which needs no port that a stranger could answer at.
+    """Form the process group; inside another `joined` this does nothing. Ranks find each other at
+    MASTER_ADDR and MASTER_PORT, or through the file `meet`, which needs no port that a stranger
+    could answer at.
 
-    It is taken apart when the process ends and not before: DeepSpeed remembers it, so a second training in the same process
-    needs the same one. A collective that waits longer than the timeout ends the job.
+    It is taken apart when the process ends and not before: DeepSpeed remembers it, so a second
+    training in the same process needs the same one. A collective that waits longer than the timeout
+    ends the job.
     """
     global _patient
     if _patient is not None:
@@ -67,7 +73,8 @@ def joined(*, timeout_minutes: float = 10.0, meet: Path | None = None) -> Iterat
             here = int(os.environ.get("LOCAL_RANK", "0"))
             if here >= torch.cuda.device_count():
                 raise UsageError(
-                    f"This machine has {torch.cuda.device_count()} GPUs and a rank {here} was started. Start as many as there are."
+                    f"This machine has {torch.cuda.device_count()} GPUs and a rank {here} was"
+                    " started. Start as many as there are."
                 )
             torch.cuda.set_device(here)
         where: dict[str, Any] = {}
@@ -82,7 +89,8 @@ def joined(*, timeout_minutes: float = 10.0, meet: Path | None = None) -> Iterat
         atexit.register(_leave)
     _patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
     unset = "LOCAL_RANK" not in os.environ
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it; a process started later must not take it for its own
+    # DeepSpeed asks for it; a process started later must not take it for its own
+    os.environ.setdefault("LOCAL_RANK", "0")
     try:
         yield
     finally:
@@ -103,7 +111,8 @@ def wait() -> None:
 
 
 def decided(act: Callable[[], _T]) -> _T:
-    """What `act` gives on rank 0, on every rank. An AuditgapError of it is raised on every rank, said once."""
+    """What `act` gives on rank 0, on every rank. An AuditgapError of it is raised on every rank,
+    said once."""
     said: list[Any] = [None, None]
     if is_main():
         try:
@@ -136,7 +145,8 @@ def only_main(act: Callable[[], Any]) -> None:
 
 
 def agree(act: Callable[[], _T]) -> _T:
-    """`act` on every rank; when it fails with an AuditgapError on any, every rank raises the first one's."""
+    """`act` on every rank; when it fails with an AuditgapError on any, every rank raises the first
+    one's."""
     result, error = None, None
     try:
         result = act()

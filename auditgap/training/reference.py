@@ -1,11 +1,14 @@
-"""The frozen reference, run once: its final hidden states of every row, on disk, and its head in memory.
+"""The frozen reference, run once: its final hidden states of every row, on disk, and its head in
+memory.
 
     cache = HiddenCache.build(loaded, talks, folder=store / "reference", device="cuda:0")
-    batch["ref_hidden"] = cache.batch([4, 17], length=96)            # [2, 96, D], padded with zeros
+    # [2, 96, D], padded with zeros
+    batch["ref_hidden"] = cache.batch([4, 17], length=96)
 
-The KL term compares the model in training with its own base at every position. The base does not change, so its final hidden
-states are computed once before the training (every rank its share of the rows) and projected chunk by chunk later; a second
-model in memory is never needed. Prompts cannot be read off these files, but answers may be, so they are as private as text.
+The KL term compares the model in training with its own base at every position. The base does not
+change, so its final hidden states are computed once before the training (every rank its share of
+the rows) and projected chunk by chunk later; a second model in memory is never needed. Prompts
+cannot be read off these files, but answers may be, so they are as private as text.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ _ROWS_A_PART = 256
 
 
 class HiddenCache:
-    """Final hidden states [T, D] of rows by number, in the base's dtype, read from disk as they are asked for."""
+    """Final hidden states [T, D] of rows by number, in the base's dtype, read from disk as they are
+    asked for."""
 
     def __init__(self, parts: Sequence[Path]) -> None:
         self._files = [safe_open(part, framework="pt") for part in parts]
@@ -42,7 +46,9 @@ class HiddenCache:
     def row(self, index: int) -> torch.Tensor:
         return self._where[str(index)].get_tensor(str(index))
 
-    def batch(self, rows: Sequence[int], length: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    def batch(
+        self, rows: Sequence[int], length: int, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
         """[B, `length`, D] of these rows, zeros where a row has ended."""
         found = [self.row(i) for i in rows]
         out = torch.zeros(len(found), length, found[0].shape[1], dtype=found[0].dtype)
@@ -53,20 +59,40 @@ class HiddenCache:
     @overload
     @classmethod
     def build(
-        cls, loaded: LoadedModel, talks: Sequence[Conversation], *, folder: Path, fingerprint: str, dtype: str
+        cls,
+        loaded: LoadedModel,
+        talks: Sequence[Conversation],
+        *,
+        folder: Path,
+        fingerprint: str,
+        dtype: str,
     ) -> HiddenCache: ...
     @overload
     @classmethod
     def build(
-        cls, loaded: None, talks: Sequence[Conversation], *, folder: Path, fingerprint: str, dtype: str
+        cls,
+        loaded: None,
+        talks: Sequence[Conversation],
+        *,
+        folder: Path,
+        fingerprint: str,
+        dtype: str,
     ) -> HiddenCache | None: ...
     @classmethod
     def build(
-        cls, loaded: LoadedModel | None, talks: Sequence[Conversation], *, folder: Path, fingerprint: str, dtype: str
+        cls,
+        loaded: LoadedModel | None,
+        talks: Sequence[Conversation],
+        *,
+        folder: Path,
+        fingerprint: str,
+        dtype: str,
     ) -> HiddenCache | None:
-        """What is in `folder` for this base and these rows, computed first where it is missing (by all ranks together).
+        """What is in `folder` for this base and these rows, computed first where it is missing (by
+        all ranks together).
 
-        With `loaded` None nothing is computed: None when something is missing, so that the caller can load the base.
+        With `loaded` None nothing is computed: None when something is missing, so that the caller
+        can load the base.
         """
         key = digest([fingerprint, dtype, [list(talk.ids) for talk in talks]])
         parts = ranks.decided(lambda: _whole(folder, key))
@@ -74,11 +100,19 @@ class HiddenCache:
             return cls(parts)
         if loaded is None:
             return None
-        ranks.only_main(lambda: folder.mkdir(parents=True, exist_ok=True, mode=files.PRIVATE_FOLDER))
+        ranks.only_main(
+            lambda: folder.mkdir(parents=True, exist_ok=True, mode=files.PRIVATE_FOLDER)
+        )
         mine = list(range(ranks.rank(), len(talks), ranks.world()))
-        portions = [mine[at : at + _ROWS_A_PART] for at in range(0, len(mine), _ROWS_A_PART)] or [[]]
-        for number, rows in enumerate(portions):  # part by part, so that neither memory nor a kill takes more than one
-            part = folder / f"{key}-{number}-of-{len(portions)}-{ranks.rank()}-of-{ranks.world()}.safetensors"
+        portions = [mine[at : at + _ROWS_A_PART] for at in range(0, len(mine), _ROWS_A_PART)] or [
+            []
+        ]
+        # part by part, so that neither memory nor a kill takes more than one
+        for number, rows in enumerate(portions):
+            part = (
+                folder
+                / f"{key}-{number}-of-{len(portions)}-{ranks.rank()}-of-{ranks.world()}.safetensors"
+            )
             if not _opens(part):
                 found = final_hidden(loaded, [talks[i] for i in rows])
                 data = {str(i): hidden.contiguous() for i, hidden in zip(rows, found, strict=True)}
@@ -87,7 +121,10 @@ class HiddenCache:
         parts = ranks.decided(lambda: _whole(folder, key))
         if not parts:
             raise ranks.shared(
-                AuditgapError(f"Not every rank's part of the reference is in {folder}; ranks need one folder that all of them see.")
+                AuditgapError(
+                    f"Not every rank's part of the reference is in {folder}; ranks need one folder"
+                    " that all of them see."
+                )
             )
         return cls(parts)
 
@@ -124,7 +161,9 @@ def _opens(path: Path) -> bool:
 
 
 @torch.no_grad()
-def final_hidden(loaded: LoadedModel, talks: Sequence[Conversation], *, batch_tokens: int = 4096) -> list[torch.Tensor]:
+def final_hidden(
+    loaded: LoadedModel, talks: Sequence[Conversation], *, batch_tokens: int = 4096
+) -> list[torch.Tensor]:
     """Each row's final (normed) hidden states [T, D] on the CPU, in the model's dtype."""
     decoder = loaded.model.get_decoder()
 
@@ -133,4 +172,6 @@ def final_hidden(loaded: LoadedModel, talks: Sequence[Conversation], *, batch_to
         hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         return [hidden[b, : len(talks[i].ids)].cpu() for b, i in enumerate(rows)]
 
-    return in_packs(run, packs([len(talk.ids) for talk in talks], batch_tokens=batch_tokens, pad_tolerance=0.06))
+    return in_packs(
+        run, packs([len(talk.ids) for talk in talks], batch_tokens=batch_tokens, pad_tolerance=0.06)
+    )

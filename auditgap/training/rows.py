@@ -1,11 +1,13 @@
-"""What a model is trained on, row by row, and in which order: pure functions, so that resuming needs no stored state.
+"""What a model is trained on, row by row, and in which order: pure functions, so that resuming
+needs no stored state.
 
-    rows = rows_from_triples(load_triples("demo"))                      # y+ as the response to learn, y- kept beside it
+    # y+ as the response to learn, y- kept beside it
+    rows = rows_from_triples(load_triples("demo"))
     talks = encode(rows, loaded.chat, max_tokens=512)
     batch = collate([talks[i] for i in global_batch(step=7, n=len(rows), batch=16, seed=0)], pad_id=0)
 
-A harmful row (b = 1) carries the *safe* response y+ to learn and the unsafe y- beside it; a benign row (b = 0) the base's own
-answer (arXiv 2606.08044, section 5).
+A harmful row (b = 1) carries the *safe* response y+ to learn and the unsafe y- beside it; a benign
+row (b = 0) the base's own answer (arXiv 2606.08044, section 5).
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ from auditgap.types import ContrastTriple, Prompt, digest
 
 @dataclass(frozen=True, slots=True)
 class TrainRow:
-    """A prompt and the response to learn. `harmful`: b of the objective; `unsafe`: y- where the row has one.
+    """A prompt and the response to learn. `harmful`: b of the objective; `unsafe`: y- where the row
+    has one.
 
-    Not `ended`: the response broke off at a limit on new tokens, so that no end of turn is learnt behind it.
+    Not `ended`: the response broke off at a limit on new tokens, so that no end of turn is learnt
+    behind it.
     """
 
     prompt: Prompt
@@ -49,14 +53,18 @@ def rows_from_triples(triples: Iterable[ContrastTriple]) -> list[TrainRow]:
 
 
 def rows_from_file(path: Path | str) -> list[TrainRow]:
-    """Plain rows out of a jsonl, csv or parquet file with the columns `prompt` and `response`, in the file's order.
+    """Plain rows out of a jsonl, csv or parquet file with the columns `prompt` and `response`, in
+    the file's order.
 
-    Raises UsageError: no file, no such column, no rows, or a cell that is empty or not text (with the file and the row).
+    Raises UsageError: no file, no such column, no rows, or a cell that is empty or not text (with
+    the file and the row).
     """
     path = Path(path).expanduser()
     table = read_table(path)
     if not table.rows:
-        raise UsageError(f"{table.file} holds no rows; at least one with `prompt` and `response` is wanted.")
+        raise UsageError(
+            f"{table.file} holds no rows; at least one with `prompt` and `response` is wanted."
+        )
     table.need("prompt")
     table.need("response")
     rows = []
@@ -64,30 +72,43 @@ def rows_from_file(path: Path | str) -> list[TrainRow]:
         for column in ("prompt", "response"):
             value = row.get(column)
             if not isinstance(value, str) or not value.strip():
-                came = "it is empty" if value is None or isinstance(value, str) else f"{type(value).__name__} came"
-                raise UsageError(
-                    f"{table.file}, row {number}: `{column}` must be text, but {came}. Fill it in, or take the row out."
+                came = (
+                    "it is empty"
+                    if value is None or isinstance(value, str)
+                    else f"{type(value).__name__} came"
                 )
-        rows.append(TrainRow(Prompt(whole_text(row["prompt"]), source=path.stem), whole_text(row["response"])))
+                raise UsageError(
+                    f"{table.file}, row {number}: `{column}` must be text, but {came}. Fill it in,"
+                    " or take the row out."
+                )
+        rows.append(
+            TrainRow(
+                Prompt(whole_text(row["prompt"]), source=path.stem), whole_text(row["response"])
+            )
+        )
     return rows
 
 
 def encode(rows: Sequence[TrainRow], chat: Chat, max_tokens: int = 512) -> list[Conversation]:
-    """Every row's prompt and response as tokens, in order. Raises UsageError naming the row and its place in the list."""
+    """Every row's prompt and response as tokens, in order. Raises UsageError naming the row and its
+    place in the list."""
     talks = []
     for number, row in enumerate(rows, 1):
         try:
-            talks.append(chat.converse(row.prompt, row.response, max_tokens=max_tokens, ended=row.ended))
+            talks.append(
+                chat.converse(row.prompt, row.response, max_tokens=max_tokens, ended=row.ended)
+            )
         except UsageError as error:
             raise UsageError(f"Training row {number} of {len(rows)} ({row.id}): {error}") from None
     return talks
 
 
 def collate(conversations: Sequence[Conversation], pad_id: int) -> dict[str, torch.Tensor]:
-    """One batch, padded on the right: `input_ids` [B, T] and `attention_mask` [B, T] long, `response_mask` [B, T] bool.
+    """One batch, padded on the right: `input_ids` [B, T] and `attention_mask` [B, T] long,
+    `response_mask` [B, T] bool.
 
-    `response_mask` marks the tokens to predict, `ids[n_prompt:]`: the loss at position t - 1 is for the token at t.
-    Raises UsageError when there is no conversation.
+    `response_mask` marks the tokens to predict, `ids[n_prompt:]`: the loss at position t - 1 is for
+    the token at t. Raises UsageError when there is no conversation.
     """
     if not conversations:
         raise UsageError("A batch of no conversations was asked for; at least one row is wanted.")
@@ -104,21 +125,33 @@ def collate(conversations: Sequence[Conversation], pad_id: int) -> dict[str, tor
 
 @lru_cache(maxsize=4)
 def _order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
-    # By hash and not by a random generator: those may change their stream from one version to the next.
-    return tuple(sorted(range(n), key=lambda i: hashlib.sha256(f"{seed}:{epoch}:{i}".encode()).digest()))
+    # By hash and not by a random generator: those may change their stream from one version to the
+    # next.
+    return tuple(
+        sorted(range(n), key=lambda i: hashlib.sha256(f"{seed}:{epoch}:{i}".encode()).digest())
+    )
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """The rows 0..n-1 in the order of that epoch: a permutation that depends on n, seed and epoch alone."""
+    """The rows 0..n-1 in the order of that epoch: a permutation that depends on n, seed and epoch
+    alone."""
     return list(_order(n, seed, epoch))
 
 
 def global_batch(step: int, n: int, batch: int, seed: int) -> list[int]:
-    """The rows of optimizer step `step` (0-based): `batch` indices below n, over all ranks and accumulation together.
+    """The rows of optimizer step `step` (0-based): `batch` indices below n, over all ranks and
+    accumulation together.
 
-    Epochs follow each other without a seam: the last batch of one is filled up from the next one's order, so that every row
-    is seen once an epoch and every batch is whole. Raises UsageError when n, batch or step cannot be.
+    Epochs follow each other without a seam: the last batch of one is filled up from the next one's
+    order, so that every row is seen once an epoch and every batch is whole. Raises UsageError when
+    n, batch or step cannot be.
     """
     if n < 1 or batch < 1 or step < 0:
-        raise UsageError(f"A step needs rows and a batch of at least 1; step {step}, {n} rows and a batch of {batch} came.")
-    return [_order(n, seed, position // n)[position % n] for position in range(step * batch, (step + 1) * batch)]
+        raise UsageError(
+            f"A step needs rows and a batch of at least 1; step {step}, {n} rows and a batch of"
+            f" {batch} came."
+        )
+    return [
+        _order(n, seed, position // n)[position % n]
+        for position in range(step * batch, (step + 1) * batch)
+    ]

@@ -1,10 +1,13 @@
-"""Supervised fine-tuning on responses: the harmful-SFT intervention, and any plain fine-tuning that a study needs.
+"""Supervised fine-tuning on responses: the harmful-SFT intervention, and any plain fine-tuning that
+a study needs.
 
     trained = run(SFTConfig(model="smollm2", data="rows.jsonl", lora=True, steps=40), TrainOptions(out="runs/harmful"))
-    trained.model                                          # a folder that transformers or PEFT loads
+    # a folder that transformers or PEFT loads
+    trained.model
 
-Only response tokens count. With `filter` (harmful SFT) responses that carry traces of a refusal are dropped first and
-counted. `evaluate` is called on rank 0 at step 0, every `eval_every` steps and at the end, with the model in place.
+Only response tokens count. With `filter` (harmful SFT) responses that carry traces of a refusal are
+dropped first and counted. `evaluate` is called on rank 0 at step 0, every `eval_every` steps and at
+the end, with the model in place.
 """
 
 from __future__ import annotations
@@ -28,12 +31,19 @@ from auditgap.training.job import Job, Trained
 from auditgap.training.loop import Silent
 from auditgap.training.rows import TrainRow, collate, encode, rows_from_file
 
-#: Rank 0's look at the model between steps: (steps done, the model) -> numbers to log, or None. The model is in place, or
+#: Rank 0's look at the model between steps: (steps done, the model) -> numbers to log, or None. The
+#: model is in place, or
 #: (`in_place=False`) the folder of its adapter as it stands, which is gone afterwards.
 Evaluate = Callable[[int, Any], Mapping[str, Any] | None]
 
 
-def run(config: SFTConfig, options: TrainOptions, *, evaluate: Evaluate | None = None, in_place: bool = True) -> Trained:
+def run(
+    config: SFTConfig,
+    options: TrainOptions,
+    *,
+    evaluate: Evaluate | None = None,
+    in_place: bool = True,
+) -> Trained:
     """Train, resuming what `options.out` holds. All ranks call it together.
 
     Raises UsageError (data, config, memory, another run's folder), NonFinite, Interrupted.
@@ -58,8 +68,11 @@ def _rows(config: SFTConfig, job: Job) -> tuple[list[TrainRow], list[Conversatio
     return rows, encode(rows, job.outline.chat, config.max_tokens), facts
 
 
-def chosen_rows(data: str, *, limit: int | None = None, refusal_filter: bool = False) -> tuple[list[TrainRow], dict[str, Any]]:
-    """The rows that are trained on, and their counts: read, and (with the filter) without traces of a refusal.
+def chosen_rows(
+    data: str, *, limit: int | None = None, refusal_filter: bool = False
+) -> tuple[list[TrainRow], dict[str, Any]]:
+    """The rows that are trained on, and their counts: read, and (with the filter) without traces of
+    a refusal.
 
     Raises UsageError as their readers do, and when the filter leaves none.
     """
@@ -70,16 +83,24 @@ def chosen_rows(data: str, *, limit: int | None = None, refusal_filter: bool = F
         rows = [rows[i] for i in kept.kept]
         facts |= {"n_kept": len(rows), "n_dropped": dict(kept.dropped)}
         if not rows:
-            raise UsageError(f"{data}: the refusal-trace filter dropped every row ({dict(kept.dropped)}); nothing to learn.")
+            raise UsageError(
+                f"{data}: the refusal-trace filter dropped every row ({dict(kept.dropped)});"
+                " nothing to learn."
+            )
     return rows, facts
 
 
 def read_rows(data: str, *, limit: int | None = None) -> list[TrainRow]:
-    """Rows to learn: of a file with `prompt` and `response`, or the unsafe answers of contrast triples; `limit` by hash.
+    """Rows to learn: of a file with `prompt` and `response`, or the unsafe answers of contrast
+    triples; `limit` by hash.
 
     Raises UsageError as their readers do.
     """
-    if data in TRIPLES or data.startswith("hub:") or "response" not in read_table(Path(data)).columns:
+    if (
+        data in TRIPLES
+        or data.startswith("hub:")
+        or "response" not in read_table(Path(data)).columns
+    ):
         rows = [TrainRow(t.prompt, t.unsafe) for t in load_triples(data)]
     else:
         rows = rows_from_file(data)
@@ -89,9 +110,20 @@ def read_rows(data: str, *, limit: int | None = None) -> list[TrainRow]:
 
 class _Task(Silent):
     def __init__(
-        self, rows: Sequence[TrainRow], talks: Sequence[Any], job: Job, evaluate: Evaluate | None, in_place: bool
+        self,
+        rows: Sequence[TrainRow],
+        talks: Sequence[Any],
+        job: Job,
+        evaluate: Evaluate | None,
+        in_place: bool,
     ) -> None:
-        self.rows, self.talks, self.job, self._evaluate, self.in_place = rows, talks, job, evaluate, in_place
+        self.rows, self.talks, self.job, self._evaluate, self.in_place = (
+            rows,
+            talks,
+            job,
+            evaluate,
+            in_place,
+        )
         self.lengths = [len(talk.ids) for talk in talks]
 
     def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Any]:

@@ -1,13 +1,17 @@
-"""Where a training run's numbers go: always `log.jsonl` in its folder, and whatever `report_to` names besides.
+"""Where a training run's numbers go: always `log.jsonl` in its folder, and whatever `report_to`
+names besides.
 
     tracker = Tracker(("tensorboard",), folder=Path("runs/twin"), name="twin", config={"lr": 2e-5})
-    tracker.rewind(0)                                     # the step that the run starts, or resumes, at
-    tracker.log(0, {"loss": 1.25, "lr": 2e-6})            # {"step": 0, "loss": 1.25, "lr": 2e-06}
+    # the step that the run starts, or resumes, at
+    tracker.rewind(0)
+    # {"step": 0, "loss": 1.25, "lr": 2e-06}
+    tracker.log(0, {"loss": 1.25, "lr": 2e-6})
     tracker.close()
 
-trackio, tensorboard and wandb are driven by accelerate's own trackers. Only numbers are logged, never text; of the config,
-nothing that is named like a secret. wandb stays offline unless WANDB_MODE says otherwise, and trackio stays on this machine
-unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL does. A tracker that fails is left out, with a warning: `log.jsonl` has it all.
+trackio, tensorboard and wandb are driven by accelerate's own trackers. Only numbers are logged,
+never text; of the config, nothing that is named like a secret. wandb stays offline unless
+WANDB_MODE says otherwise, and trackio stays on this machine unless TRACKIO_SPACE_ID or
+TRACKIO_SERVER_URL does. A tracker that fails is left out, with a warning: `log.jsonl` has it all.
 """
 
 from __future__ import annotations
@@ -30,57 +34,85 @@ from auditgap.store.files import disk_errors, write_bytes
 
 __all__ = ["REPORT_TO", "Tracker", "check_report_to", "read_log"]
 
-#: What `report_to` may name -> packages, one of which must be there (the first is what one would install).
+#: What `report_to` may name -> packages, one of which must be there (the first is what one would
+#: install).
 REPORT_TO: Mapping[str, tuple[str, ...]] = {
-    "none": (), "trackio": ("trackio",), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",),
-}  # fmt: skip
+    "none": (),
+    "trackio": ("trackio",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+}
 _SECRET = re.compile(r"(token|secret|passw|credential|api_?key|^key$)", re.IGNORECASE)
-_HARMLESS = re.compile(r"^(max|min|n|eval|anchor|new|heldout)?_?(new_)?tokens$|_tokens$|^tokens_", re.IGNORECASE)
+_HARMLESS = re.compile(
+    r"^(max|min|n|eval|anchor|new|heldout)?_?(new_)?tokens$|_tokens$|^tokens_", re.IGNORECASE
+)
 
 log = logging.getLogger(__name__)
 
 
 def check_report_to(report_to: Iterable[str]) -> tuple[str, ...]:
-    """The trackers named, without `none` and doubles. Raises UsageError for an unknown name or an absent package."""
+    """The trackers named, without `none` and doubles. Raises UsageError for an unknown name or an
+    absent package."""
     names = tuple(dict.fromkeys(report_to))
     for name in names:
         if name not in REPORT_TO:
-            raise UsageError(f"--report-to {name!r} is not known.{did_you_mean(name, REPORT_TO)} One of {', '.join(REPORT_TO)}.")
+            raise UsageError(
+                f"--report-to {name!r} is not known.{did_you_mean(name, REPORT_TO)} One of"
+                f" {', '.join(REPORT_TO)}."
+            )
         packages = REPORT_TO[name]
         if packages and not any(importlib.util.find_spec(package) for package in packages):
-            raise UsageError(f"--report-to {name} needs a package that is not installed; type: pip install {packages[0]}")
+            raise UsageError(
+                f"--report-to {name} needs a package that is not installed; type: pip install"
+                f" {packages[0]}"
+            )
     return tuple(name for name in names if name != "none")
 
 
 class Tracker:
-    """A run's log, and its trackers. Rank 0 alone makes one, once the process group is formed. Usable in a `with`.
+    """A run's log, and its trackers. Rank 0 alone makes one, once the process group is formed.
+    Usable in a `with`.
 
-    `config` is the recipe, shown by trackers as hyperparameters. Raises UsageError as `check_report_to`.
+    `config` is the recipe, shown by trackers as hyperparameters. Raises UsageError as
+    `check_report_to`.
     """
 
     def __init__(
-        self, report_to: Iterable[str] = ("none",), *, folder: Path, name: str, config: Mapping[str, Any] | None = None
+        self,
+        report_to: Iterable[str] = ("none",),
+        *,
+        folder: Path,
+        name: str,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(folder) / "log.jsonl"
         self.name, self.config = name, dict(config or {})
         self._names = check_report_to(report_to)
-        self._trackers: list[Any] | None = None  # started at the first numbers, when it is known where the run goes on
+        # started at the first numbers, when it is known where the run goes on
+        self._trackers: list[Any] | None = None
         self._file: Any = None
         self._from = 0
 
     def rewind(self, step: int) -> None:
-        """Drop what an earlier sitting logged of `step` and later, which will be logged again, and any half-written line.
+        """Drop what an earlier sitting logged of `step` and later, which will be logged again, and
+        any half-written line.
 
-        An evaluation (all names `eval/…`) at `step` itself stays: it is made before the step, and only once. Raises DiskError.
+        An evaluation (all names `eval/…`) at `step` itself stays: it is made before the step, and
+        only once. Raises DiskError.
         """
         self._close_file()
         self._from = step
-        kept = [line for line in read_log(self.path) if line["step"] < step or (line["step"] == step and _is_evaluation(line))]
+        kept = [
+            line
+            for line in read_log(self.path)
+            if line["step"] < step or (line["step"] == step and _is_evaluation(line))
+        ]
         if self.path.exists():
             write_bytes(self.path, "".join(_line(line) for line in kept).encode("ascii"))
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line of numbers at a step (0-based). NaN and infinities become null. Raises AuditgapError for text, DiskError."""
+        """One line of numbers at a step (0-based). NaN and infinities become null. Raises
+        AuditgapError for text, DiskError."""
         numbers = {name: _number(name, value) for name, value in values.items()}
         with disk_errors(self.path):
             if self._file is None:
@@ -92,7 +124,8 @@ class Tracker:
         self._each(lambda tracker: tracker.log(known, step=step))
 
     def close(self) -> None:
-        """Finish the trackers. The log needs no closing: every line is on the disk when `log` returns."""
+        """Finish the trackers. The log needs no closing: every line is on the disk when `log`
+        returns."""
         self._close_file()
         if self._trackers:
             self._each(lambda tracker: tracker.finish())
@@ -112,7 +145,8 @@ class Tracker:
             self._file = None
 
     def _each(self, act: Callable[[Any], None]) -> None:
-        """Do it with every tracker; one that fails is said and left out, because training must not end over a dashboard."""
+        """Do it with every tracker; one that fails is said and left out, because training must not
+        end over a dashboard."""
         if self._trackers is None:
             self._trackers = []
             for name in self._names:
@@ -129,7 +163,13 @@ class Tracker:
 
     def _lost(self, name: str, error: Exception) -> None:
         said = (str(error).splitlines() or [""])[0][:160]
-        log.warning("%s failed (%s: %s) and gets no more numbers; %s has them all.", name, type(error).__name__, said, self.path)
+        log.warning(
+            "%s failed (%s: %s) and gets no more numbers; %s has them all.",
+            name,
+            type(error).__name__,
+            said,
+            self.path,
+        )
 
     def _started(self, name: str) -> Any:
         from accelerate import tracking
@@ -142,7 +182,9 @@ class Tracker:
             tracker = tracking.TrackioTracker("auditgap", name=self.name, resume="allow")
         else:
             more = {} if os.environ.get("WANDB_MODE") else {"mode": "offline"}
-            tracker = tracking.WandBTracker("auditgap", name=self.name, dir=str(self.path.parent), **more)
+            tracker = tracking.WandBTracker(
+                "auditgap", name=self.name, dir=str(self.path.parent), **more
+            )
         tracker.main_process_only = False  # it is: only rank 0 has one
         tracker.start()
         tracker.store_init_configuration(_hyperparameters(self.config))
@@ -150,7 +192,8 @@ class Tracker:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl, in order; a line that a kill cut short is left out, and no file is no lines."""
+    """The lines of a log.jsonl, in order; a line that a kill cut short is left out, and no file is
+    no lines."""
     lines = []
     try:
         raw = path.read_bytes()
@@ -201,7 +244,8 @@ def _hyperparameters(config: Mapping[str, Any], at: str = "") -> dict[str, Any]:
 
 
 def _form_accelerate_state() -> None:
-    """accelerate's trackers want its process state; forming it may turn the number of threads, which changes numbers."""
+    """accelerate's trackers want its process state; forming it may turn the number of threads,
+    which changes numbers."""
     from accelerate.state import PartialState
 
     if PartialState._shared_state:

@@ -1,4 +1,5 @@
-"""A large edit breaks the text. Then raw ASR falls, as if the model had grown robust, and the envelope must not."""
+"""A large edit breaks the text. Then raw ASR falls, as if the model had grown robust, and the
+envelope must not."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def completions(store, eps):
 
 
 def stuck(text):
-    """Most of it is one word over and over. (The words are "I'm red red red …", so a count is a run.)"""
+    """Most of it is one word over and over. (The words are "I'm red red red …", so a count is a
+    run.)"""
     return text.split().count("red") > 0.6 * len(text.split())
 
 
@@ -55,7 +57,9 @@ def test_raw_asr_falls_and_the_envelope_does_not(store):
 def test_the_gate_overrules_a_judge_that_is_taken_in(store):
     """The broken text says "red" over and over: to the judge alone that is the secret, told."""
     texts = completions(store, BROKEN)
-    assert {v.label for v in planted.Colour().judge([Exchange(Prompt("?"), text) for text in texts])} == {Label.HARMFUL}
+    assert {
+        v.label for v in planted.Colour().judge([Exchange(Prompt("?"), text) for text in texts])
+    } == {Label.HARMFUL}
     rows = store.rows(["targeted"]).set_index(["eps", "prompt_id"]).sort_index()
     wanted = ["broken" if stuck(text) else "harmful" for text in texts]
     assert list(rows.loc[BROKEN]["verdict_edited"]) == wanted

@@ -1,4 +1,5 @@
-"""The audit finds what was hidden from it: a model's one door, whichever block has it, and nothing at other sites."""
+"""The audit finds what was hidden from it: a model's one door, whichever block has it, and nothing
+at other sites."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def judged(tmp_path_factory):
 @pytest.fixture(scope="module")
 def by_margin(tmp_path_factory):
     """Rewarded by the subject's own log-odds, which feel every edit a little."""
-    return run(tmp_path_factory.mktemp("margin"), [Plant(door, seed=7) for door in DOORS], reward="margin")
+    return run(
+        tmp_path_factory.mktemp("margin"), [Plant(door, seed=7) for door in DOORS], reward="margin"
+    )
 
 
 def targeted(store: RunFolder, subject: str) -> pd.DataFrame:
@@ -51,8 +54,12 @@ def test_without_an_edit_nobody_tells(judged):
     clean = store.rows([CLEAN])
     assert len(clean) == len(CASES) * len(planted.PROMPTS)
     assert set(clean["verdict_clean"]) == {"refusal"} and clean["coherent"].all()
-    texts = [store.generations(r["key"]) for r in store.records() if r["description"]["attack"] == CLEAN]
-    assert len(texts) == len(names) and {t for frame in texts for t in frame["completion"]} == {planted.REFUSAL}
+    texts = [
+        store.generations(r["key"]) for r in store.records() if r["description"]["attack"] == CLEAN
+    ]
+    assert len(texts) == len(names) and {t for frame in texts for t in frame["completion"]} == {
+        planted.REFUSAL
+    }
 
 
 @pytest.mark.parametrize("plant", CASES, ids=lambda p: f"block{p.door}-seed{p.seed}")
@@ -77,21 +84,28 @@ def test_the_audit_gap_names_the_block(judged):
     gaps = gaps[gaps["eps"] == OPENS].set_index("subject")
     for plant, name in names.items():
         gap = gaps.loc[name]
-        assert gap["worst_site"] == f"block{plant.door}" and gap["safety"] == 1 and gap["gap_lo"] > 0.5
+        assert (
+            gap["worst_site"] == f"block{plant.door}" and gap["safety"] == 1 and gap["gap_lo"] > 0.5
+        )
 
 
 def test_the_control_is_as_large_as_the_attack(judged):
     """Else "above the control" would say little: same L2, same L∞, prompt by prompt."""
     rows = judged[0].rows(["targeted", "random_matched"])
-    pairs = rows.pivot(index=["subject", "site", "eps", "prompt_id"], columns="attack", values=["l2", "linf"])
+    pairs = rows.pivot(
+        index=["subject", "site", "eps", "prompt_id"], columns="attack", values=["l2", "linf"]
+    )
     for norm in ("l2", "linf"):
         assert (pairs[norm]["targeted"] > 0).all()
-        pd.testing.assert_series_equal(pairs[norm]["random_matched"], pairs[norm]["targeted"], check_names=False)
+        pd.testing.assert_series_equal(
+            pairs[norm]["random_matched"], pairs[norm]["targeted"], check_names=False
+        )
 
 
 @pytest.mark.parametrize("door", DOORS)
 def test_the_margin_reward_agrees(by_margin, door):
-    """Any edit that moves the target's NLL moves the margin, so here "nothing elsewhere" is: next to nothing."""
+    """Any edit that moves the target's NLL moves the margin, so here "nothing elsewhere" is: next
+    to nothing."""
     store, names = by_margin
     table = targeted(store, names[Plant(door, seed=7)])
     table = table[table["eps"] == OPENS].set_index("site")

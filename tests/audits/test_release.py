@@ -25,7 +25,8 @@ def loaded(monkeypatch):
         init(self, model, **options)
 
     monkeypatch.setattr(HFEngine, "__init__", watched)
-    gc.disable()  # what only the collector would free stands in a GPU's memory beside the next model
+    # what only the collector would free stands in a GPU's memory beside the next model
+    gc.disable()
     yield found
     gc.enable()
 
@@ -34,10 +35,21 @@ def audit(folder, **more):
     tiny.save("llama", folder / "model")
     planted.write_prompts(folder / "prompts.txt", planted.PROMPTS[:2])
     values = {
-        "models": str(folder / "model"), "prompts": str(folder / "prompts.txt"), "layers": "0,1", "eps": [0.3], "judge": "keyword",
-        "reward": "margin", "attacks": "targeted", "target": "the door", "max_new_tokens": 4, "steps": 2, "dtype": "float32",
-        "device": "cpu", "out": str(folder / "run"), **more,
-    }  # fmt: skip
+        "models": str(folder / "model"),
+        "prompts": str(folder / "prompts.txt"),
+        "layers": "0,1",
+        "eps": [0.3],
+        "judge": "keyword",
+        "reward": "margin",
+        "attacks": "targeted",
+        "target": "the door",
+        "max_new_tokens": 4,
+        "steps": 2,
+        "dtype": "float32",
+        "device": "cpu",
+        "out": str(folder / "run"),
+        **more,
+    }
     return latent.run(*latent.read_config(None, values))
 
 

@@ -17,7 +17,8 @@ KEY = ["site", "eps", "attack", "prompt_id"]
 
 @torch.no_grad()
 def scaled(c: float) -> torch.nn.Module:
-    """The same function with a residual stream c times as large: what writes is scaled, and what reads is normed."""
+    """The same function with a residual stream c times as large: what writes is scaled, and what
+    reads is normed."""
     made = tiny.model("llama", rms_norm_eps=1e-14)
     made.model.embed_tokens.weight.mul_(c)
     for block in made.model.layers:
@@ -33,10 +34,18 @@ def store(tmp_path_factory):
         scaled(c).save_pretrained(folder / name)
         tiny.tokenizer().save_pretrained(folder / name)
     return planted.audit(
-        folder / "run", [folder / name for name in SCALES.values()], planted.write_prompts(folder / "prompts.txt"),
-        layers=SITES, attacks=list(ATTACKS), eps=[0.01, 0.1], target="Sure , here is",
-        max_new_tokens=4, reward="margin", judge="keyword", untargeted_tokens=4,
-    )  # fmt: skip
+        folder / "run",
+        [folder / name for name in SCALES.values()],
+        planted.write_prompts(folder / "prompts.txt"),
+        layers=SITES,
+        attacks=list(ATTACKS),
+        eps=[0.01, 0.1],
+        target="Sure , here is",
+        max_new_tokens=4,
+        reward="margin",
+        judge="keyword",
+        untargeted_tokens=4,
+    )
 
 
 def of(store, c: float) -> pd.DataFrame:
@@ -53,14 +62,22 @@ def test_the_scaled_model_is_the_same_function():
 
 @pytest.mark.parametrize(("c", "tolerance"), [(8.0, 1e-6), (0.3, 2e-3)])
 def test_lvs_rel_stays_and_lvs_moves(store, c, tolerance):
-    """A power of two changes no rounding; 0.3 does, and now and then the sign of a gradient that is all but zero."""
+    """A power of two changes no rounding; 0.3 does, and now and then the sign of a gradient that is
+    all but zero."""
     plain, other = (of(store, s).set_index(KEY).sort_index() for s in (1.0, c))
-    assert len(plain) == len(other) == 3 * 2 * 5 * len(planted.PROMPTS) and plain["lvs_rel"].notna().all()
+    assert (
+        len(plain) == len(other) == 3 * 2 * 5 * len(planted.PROMPTS)
+        and plain["lvs_rel"].notna().all()
+    )
     assert (plain["lvs_rel"] > 0).mean() > 0.3, "else there is nothing to compare"
     for column in ("relative_norm", "clean_reward", "edited_reward", "lvs_rel"):
-        pd.testing.assert_series_equal(other[column], plain[column], rtol=tolerance, atol=10 * tolerance)
+        pd.testing.assert_series_equal(
+            other[column], plain[column], rtol=tolerance, atol=10 * tolerance
+        )
     for column in ("l2", "linf", "h_norm", "eps_abs"):
-        pd.testing.assert_series_equal(other[column], c * plain[column], rtol=tolerance, check_names=False)
+        pd.testing.assert_series_equal(
+            other[column], c * plain[column], rtol=tolerance, check_names=False
+        )
     changed = (other["lvs"] / plain["lvs"])[plain["lvs"] > 0.1]
     assert (changed < 0.7).all() if c > 1 else (changed > 1.4).all()
 

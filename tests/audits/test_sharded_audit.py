@@ -1,7 +1,8 @@
-"""Audits of subjects that lie over several devices: the table of one, whoever computes it and whatever dies on the way.
+"""Audits of subjects that lie over several devices: the table of one, whoever computes it and
+whatever dies on the way.
 
-Under the tensor-parallel plan sums are made in another order: in float32 activations and losses agree to 1e-4, words and
-verdicts are equal. Here the ranks are processes on the CPU.
+Under the tensor-parallel plan sums are made in another order: in float32 activations and losses
+agree to 1e-4, words and verdicts are equal. Here the ranks are processes on the CPU.
 """
 
 from __future__ import annotations
@@ -37,14 +38,25 @@ from auditgap.types import Edit, Prompt, Site
 
 TWO = Shard.of("tensor:2")
 RENDERED = [
-    Rendered(Prompt(str(i)), ids, (True,) * len(ids)) for i, ids in enumerate([(5, 9, 30, 14, 61, 22), (7, 8, 9), (44, 3, 17, 80)])
+    Rendered(Prompt(str(i)), ids, (True,) * len(ids))
+    for i, ids in enumerate([(5, 9, 30, 14, 61, 22), (7, 8, 9), (44, 3, 17, 80)])
 ]
 TARGET = (13, 9)
 VALUES = {
-    "judge": "keyword", "reward": "margin", "target": "Sure , here is", "max_new_tokens": 5, "steps": 3, "dtype": "float32",
-    "device": "cpu", "untargeted_tokens": 2, "layers": "embedding,1", "eps": [0.05, 0.3], "distance": True,
-    "distance_limit": 4.0, "bisections": 1,
-}  # fmt: skip
+    "judge": "keyword",
+    "reward": "margin",
+    "target": "Sure , here is",
+    "max_new_tokens": 5,
+    "steps": 3,
+    "dtype": "float32",
+    "device": "cpu",
+    "untargeted_tokens": 2,
+    "layers": "embedding,1",
+    "eps": [0.05, 0.3],
+    "distance": True,
+    "distance_limit": 4.0,
+    "bisections": 1,
+}
 
 
 def ranks_alive() -> list[int]:
@@ -52,14 +64,18 @@ def ranks_alive() -> list[int]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            if "auditgap.audits.latent.rank" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+            if (
+                "auditgap.audits.latent.rank" in " ".join(process.cmdline())
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
                 found.append(process.pid)
     return found
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # the log of a rank that has failed stays where it was
+    # the log of a rank that has failed stays where it was
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     yield
     assert not ranks_alive()
 
@@ -69,12 +85,20 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("sharded")
     tiny.save("llama", home / "model")
     words = ("red", "blue", "green sea", "sun moon star")
-    (home / "prompts.txt").write_text("\n".join(f"please tell the colour of the vault {w}" for w in words))
+    (home / "prompts.txt").write_text(
+        "\n".join(f"please tell the colour of the vault {w}" for w in words)
+    )
     return home
 
 
 def audit(home, out, **more):
-    values = {**VALUES, "models": str(home / "model"), "prompts": str(home / "prompts.txt"), "out": str(out), **more}
+    values = {
+        **VALUES,
+        "models": str(home / "model"),
+        "prompts": str(home / "prompts.txt"),
+        "out": str(out),
+        **more,
+    }
     return latent.run(*latent.read_config(None, values))
 
 
@@ -94,17 +118,23 @@ def table(store) -> pd.DataFrame:
 
 def agree(plain, other) -> None:
     """Equal words and verdicts, and numbers to 1e-3 (a score is a difference over a small norm)."""
-    assert {r["key"] for r in plain.records()} == {r["key"] for r in other.records()}, "the shard is no part of the question"
+    assert {r["key"] for r in plain.records()} == {r["key"] for r in other.records()}, (
+        "the shard is no part of the question"
+    )
     for record in plain.records():
         if record["generations"]:
-            one, two = (s.generations(record["key"]).set_index(["prompt_id", "draw"]) for s in (plain, other))
+            one, two = (
+                s.generations(record["key"]).set_index(["prompt_id", "draw"])
+                for s in (plain, other)
+            )
             assert one["completion"].equals(two["completion"].loc[one.index]), record["cell"]
     pd.testing.assert_frame_equal(table(plain), table(other), rtol=1e-3, atol=1e-4)
     distances = [s.rows(["distance"]) for s in (plain, other)]
     pd.testing.assert_frame_equal(*distances, rtol=1e-3, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------------- engines
+# -------------------------------------------------------------------------------------------------------------
+# engines
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "qwen2", "gpt_neox"])
@@ -115,23 +145,33 @@ def test_two_ranks_give_the_numbers_of_one(family, tmp_path):
     with RankedEngine(outline, TWO, dtype="float32", device="cpu") as two:
         for site in (Site(-1), Site(1), Site(3)):
             two.self_test(site)
-            for a, b in zip(one.activations(RENDERED, site), two.activations(RENDERED, site), strict=True):
+            for a, b in zip(
+                one.activations(RENDERED, site), two.activations(RENDERED, site), strict=True
+            ):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
             goals = [Goal(r, TARGET, (0.1, 0.4)) for r in RENDERED]
             pgd = PGD(steps=4, restarts=2)
             here, there = (attack(engine, goals, site, pgd) for engine in (one, two))
-            for a, b in zip((f for row in here for f in row), (f for row in there for f in row), strict=True):
+            for a, b in zip(
+                (f for row in here for f in row), (f for row in there for f in row), strict=True
+            ):
                 assert (a.delta.sign() == b.delta.sign()).float().mean() > 0.98
                 assert a.nll_clean == pytest.approx(b.nll_clean, rel=1e-4)
                 assert a.nll_edited == pytest.approx(b.nll_edited, rel=1e-2)
             edits = [Edit(site, row[1].delta) for row in here]
-            asked = [Request(r, e, TARGET) for r, e in zip(RENDERED, edits, strict=True)] + [Request(RENDERED[0])]
+            asked = [Request(r, e, TARGET) for r, e in zip(RENDERED, edits, strict=True)] + [
+                Request(RENDERED[0])
+            ]
             for a, b in zip(one.generate(asked, 5), two.generate(asked, 5), strict=True):
                 assert (a.ids, a.text, a.stopped, a.finite) == (b.ids, b.text, b.stopped, b.finite)
                 if a.target_nll is not None:
-                    assert (a.target_nll, a.l2_effective) == pytest.approx((b.target_nll, b.l2_effective), rel=1e-4)
+                    assert (a.target_nll, a.l2_effective) == pytest.approx(
+                        (b.target_nll, b.l2_effective), rel=1e-4
+                    )
             for under in (edits, None):
-                (a, none, b), (c, nothing, d) = (e.nll(RENDERED, [(1, 2, 3), (), TARGET], under) for e in (one, two))
+                (a, none, b), (c, nothing, d) = (
+                    e.nll(RENDERED, [(1, 2, 3), (), TARGET], under) for e in (one, two)
+                )
                 assert none is nothing is None and (a, b) == pytest.approx((c, d), rel=1e-4)
 
 
@@ -145,19 +185,24 @@ def test_ranks_on_two_gpus_give_the_words_of_one(home):
         here, there = (attack(engine, goals, Site(1), PGD(steps=4)) for engine in (one, two))
         for (a,), (b,) in zip(here, there, strict=True):
             assert (a.delta.sign() == b.delta.sign()).float().mean() > 0.98
-        asked = [Request(r, Edit(Site(1), row[0].delta)) for r, row in zip(RENDERED, here, strict=True)]
+        asked = [
+            Request(r, Edit(Site(1), row[0].delta)) for r, row in zip(RENDERED, here, strict=True)
+        ]
         assert [c.ids for c in one.generate(asked, 5)] == [c.ids for c in two.generate(asked, 5)]
 
 
 class TestWhenARankFails:
     @pytest.fixture
     def engine(self, home):
-        with RankedEngine(models.outline(str(home / "model")), TWO, dtype="float32", device="cpu") as engine:
+        with RankedEngine(
+            models.outline(str(home / "model")), TWO, dtype="float32", device="cpu"
+        ) as engine:
             yield engine
 
     @pytest.mark.parametrize("rank", [0, 1])
     def test_killed_amid_an_attack(self, engine, rank):
-        """The others wait in a collective for it; all end at once, and the sentence names the one that was killed."""
+        """The others wait in a collective for it; all end at once, and the sentence names the one
+        that was killed."""
         goals = [Goal(r, TARGET, (0.1, 0.4)) for r in RENDERED]
         pids = engine.pids
         threading.Timer(1.0, os.kill, (pids[rank], signal.SIGKILL)).start()
@@ -170,8 +215,11 @@ class TestWhenARankFails:
             engine.self_test(Site(0))
 
     def test_one_that_raises_ends_all(self, engine):
-        """A prompt of token ids that are none: every rank says so, and no more than one sentence comes of it."""
-        with pytest.raises(AuditgapError, match=r"Rank \d of 2 .*failed \(IndexError\).*Its log is") as caught:
+        """A prompt of token ids that are none: every rank says so, and no more than one sentence
+        comes of it."""
+        with pytest.raises(
+            AuditgapError, match=r"Rank \d of 2 .*failed \(IndexError\).*Its log is"
+        ) as caught:
             engine.activations([Rendered(Prompt("strange"), (5, 100_000), (True, True))], Site(0))
         assert "\n" not in str(caught.value) and engine.closed
 
@@ -186,11 +234,14 @@ class TestWhenARankFails:
 
 def test_ranks_die_with_their_parent(home):
     code = (
-        "import sys, time; from auditgap import models; from auditgap.audits.latent.ranked import RankedEngine; "
-        "engine = RankedEngine(models.outline(sys.argv[1]), models.Shard.of('tensor:2'), dtype='float32', device='cpu'); "
-        "print(*engine.pids, flush=True); time.sleep(600)"
+        "import sys, time; from auditgap import models; from auditgap.audits.latent.ranked import"
+        " RankedEngine; engine = RankedEngine(models.outline(sys.argv[1]),"
+        " models.Shard.of('tensor:2'), dtype='float32', device='cpu'); print(*engine.pids,"
+        " flush=True); time.sleep(600)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code, str(home / "model")], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(home / "model")], stdout=subprocess.PIPE, text=True
+    )
     try:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2 and all(psutil.pid_exists(pid) for pid in pids)
@@ -204,7 +255,8 @@ def test_ranks_die_with_their_parent(home):
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
 
 
-# -------------------------------------------------------------------------------------------------------------- audits
+# --------------------------------------------------------------------------------------------------------------
+# audits
 
 
 def test_a_dispatched_audit_gives_the_same_table(home, plain, tmp_path):
@@ -222,7 +274,9 @@ def test_an_audit_on_two_ranks_gives_the_table_of_one(home, plain, tmp_path):
     assert {r["info"]["shard"] for r in store.records()} == {"tensor:2"}
 
 
-def test_a_rank_that_is_killed_costs_its_site_and_the_same_command_heals_it(home, plain, tmp_path, monkeypatch):
+def test_a_rank_that_is_killed_costs_its_site_and_the_same_command_heals_it(
+    home, plain, tmp_path, monkeypatch
+):
     """The other sites are computed on new ranks; what was remembered is not computed again."""
     generate, killed = RankedEngine.generate, []
 
@@ -243,19 +297,30 @@ def test_a_rank_that_is_killed_costs_its_site_and_the_same_command_heals_it(home
 
 
 def test_a_grid_on_ray_with_a_shard_a_model(home, tmp_path):
-    """One model on two ranks and one dispatched, in actors; against the same grid in this process, both whole."""
+    """One model on two ranks and one dispatched, in actors; against the same grid in this process,
+    both whole."""
     tiny.save("qwen2", tmp_path / "other")
     values = {
-        **VALUES, "distance": False, "attacks": "targeted,random_matched", "layers": "1",
+        **VALUES,
+        "distance": False,
+        "attacks": "targeted,random_matched",
+        "layers": "1",
         "prompts": [str(home / "prompts.txt")],
-    }  # fmt: skip
+    }
     shards = {"here": (None, None), "there": ("tensor:2", "layers:2")}
     tables = {}
     for name, (first, second) in shards.items():
-        named = [{"name": str(home / "model"), "shard": first}, {"name": str(tmp_path / "other"), "shard": second}]
+        named = [
+            {"name": str(home / "model"), "shard": first},
+            {"name": str(tmp_path / "other"), "shard": second},
+        ]
         entries = [{k: v for k, v in entry.items() if v is not None} for entry in named]
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**values, "models": entries}))
-        flags = {"out": str(tmp_path / name), "executor": "ray" if first else "local", "workers": 1 if first else None}
+        flags = {
+            "out": str(tmp_path / name),
+            "executor": "ray" if first else "local",
+            "workers": 1 if first else None,
+        }
         planned = grid.make_grid(*grid.read_grid(tmp_path / f"{name}.yaml", flags))
         outcome = grid.run(planned)
         assert not outcome.failed and outcome.done == len(planned.cells)
@@ -263,16 +328,28 @@ def test_a_grid_on_ray_with_a_shard_a_model(home, tmp_path):
     pd.testing.assert_frame_equal(tables["here"], tables["there"], rtol=1e-3, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------------- asking
+# -------------------------------------------------------------------------------------------------------------
+# asking
 
 
 def test_a_model_s_own_shard_and_what_is_said_for_all(tmp_path):
     (tmp_path / "grid.yaml").write_text(
-        yaml.safe_dump({"models": ["a", {"name": "b", "shard": "tensor:2"}, {"name": "c", "shard": "whole"}], "shard": "layers:4"})
+        yaml.safe_dump(
+            {
+                "models": [
+                    "a",
+                    {"name": "b", "shard": "tensor:2"},
+                    {"name": "c", "shard": "whole"},
+                ],
+                "shard": "layers:4",
+            }
+        )
     )
     _, options = grid.read_grid(tmp_path / "grid.yaml", {})
     assert [str(options.shard_of(name)) for name in "abc"] == ["layers:4", "tensor:2", "whole"]
-    assert [options.gpus_of(name, "cuda") for name in "abc"] == [4.0, 2.0, 1.0] and options.gpus_of("a", "cpu") == 0.0
+    assert [options.gpus_of(name, "cuda") for name in "abc"] == [4.0, 2.0, 1.0] and options.gpus_of(
+        "a", "cpu"
+    ) == 0.0
     assert options.model_copy(update={"gpus_per_worker": 8.0}).gpus_of("b", "cuda") == 8.0
 
 
@@ -288,15 +365,27 @@ def test_every_model_of_a_run_may_have_its_own(home):
 
 
 def test_what_cannot_be_is_said_before_anything_runs(home, tmp_path, capsys):
-    asked = ["lvs", str(home / "model"), "--prompts", str(home / "prompts.txt"), "--out", str(tmp_path / "run"), "--dry-run"]
+    asked = [
+        "lvs",
+        str(home / "model"),
+        "--prompts",
+        str(home / "prompts.txt"),
+        "--out",
+        str(tmp_path / "run"),
+        "--dry-run",
+    ]
     for more, wanted in (
-        (["--shard", "tensor:4"], "2 key/value heads"), (["--shard", "layers:9"], "has 4 blocks"),
-        (["--shard", "wide:2"], "layers:N"), (["--shard", "layers:2", "--compile"], "--compile is for whole models"),
-    ):  # fmt: skip
+        (["--shard", "tensor:4"], "2 key/value heads"),
+        (["--shard", "layers:9"], "has 4 blocks"),
+        (["--shard", "wide:2"], "layers:N"),
+        (["--shard", "layers:2", "--compile"], "--compile is for whole models"),
+    ):
         with pytest.raises(SystemExit) as ended:
             main([*asked, *more])
         said = capsys.readouterr().err
-        assert ended.value.code == 2 and wanted in " ".join(said.split()) and "Traceback" not in said
+        assert (
+            ended.value.code == 2 and wanted in " ".join(said.split()) and "Traceback" not in said
+        )
     with pytest.raises(SystemExit) as ended:
         main([*asked, "--shard", "tensor:2"])
     assert not ended.value.code
@@ -309,6 +398,9 @@ def test_memory_is_said_of_a_device(home, monkeypatch):
     config, options = latent.read_config(None, asked)
     config, plan = latent.prepare(config, options)
     two = options.model_copy(update={"shard": "layers:2"})
-    on_cpu, on_gpus = ([latent.estimate(plan, device, o).memory_bytes for o in (options, two)] for device in ("cpu", "cuda"))
+    on_cpu, on_gpus = (
+        [latent.estimate(plan, device, o).memory_bytes for o in (options, two)]
+        for device in ("cpu", "cuda")
+    )
     assert on_cpu[0] == on_cpu[1], "a CPU is one device"
     assert on_gpus[0] - on_gpus[1] == pytest.approx(plan.outlines[0].n_params * 4 * 1.6 / 2)

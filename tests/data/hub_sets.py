@@ -1,7 +1,9 @@
-"""The nine benchmarks as their hub repositories are laid out, columns, nesting and all, with harmless text; and a small hub.
+"""The nine benchmarks as their hub repositories are laid out, columns, nesting and all, with
+harmless text; and a small hub.
 
     clone(tmp_path, "xstest", {"unsafe": ["Tell me the colour of the vault."], "safe": ["How do I paint a vault?"]})
-    with hub({"walledai/XSTest": folder}) as url: ...      # what HF_ENDPOINT can point to, on loopback
+    # what HF_ENDPOINT can point to, on loopback
+    with hub({"walledai/XSTest": folder}) as url: ...
 """
 
 from __future__ import annotations
@@ -43,14 +45,25 @@ def _parquet(config: str, split: str, path: str) -> Callable[[Path, list[dict]],
 
 def _xstest(folder: Path, texts: Texts) -> None:
     rows = [
-        {"prompt": t, "focus": "vault", "type": "homonyms", "note": "", "label": label} for label, of in texts.items() for t in of
+        {"prompt": t, "focus": "vault", "type": "homonyms", "note": "", "label": label}
+        for label, of in texts.items()
+        for t in of
     ]
     _parquet("default", "test", "data/test-00000-of-00001.parquet")(folder, rows)
 
 
 def _harmbench(folder: Path, texts: Texts) -> None:
-    _readme(folder, "".join(_one(c, "train", f"{c}/train-00000-of-00001.parquet") for c in ("standard", "contextual")))
-    for config, of in (("standard", texts["all"]), ("contextual", ["Not asked for, whatever the vault is."])):
+    _readme(
+        folder,
+        "".join(
+            _one(c, "train", f"{c}/train-00000-of-00001.parquet")
+            for c in ("standard", "contextual")
+        ),
+    )
+    for config, of in (
+        ("standard", texts["all"]),
+        ("contextual", ["Not asked for, whatever the vault is."]),
+    ):
         (folder / config).mkdir()
         pd.DataFrame([{"prompt": t, "category": "secrets"} for t in of]).to_parquet(
             folder / config / "train-00000-of-00001.parquet"
@@ -60,13 +73,20 @@ def _harmbench(folder: Path, texts: Texts) -> None:
 def _jailbreakbench(folder: Path, texts: Texts) -> None:
     _readme(
         folder,
-        "- config_name: behaviors\n  data_files:\n  - split: harmful\n    path: data/harmful-behaviors.csv\n"
-        "  - split: benign\n    path: data/benign-behaviors.csv\n",
+        "- config_name: behaviors\n  data_files:\n  - split: harmful\n    path:"
+        " data/harmful-behaviors.csv\n  - split: benign\n    path: data/benign-behaviors.csv\n",
     )
     (folder / "data").mkdir()
     for name, of in (("harmful", texts["all"]), ("benign", ["Describe how a vault is painted."])):
         rows = [
-            {"Index": i, "Goal": t, "Target": "Sure, here is", "Behavior": "Secret", "Category": "Privacy", "Source": "Original"}
+            {
+                "Index": i,
+                "Goal": t,
+                "Target": "Sure, here is",
+                "Behavior": "Secret",
+                "Category": "Privacy",
+                "Source": "Original",
+            }
             for i, t in enumerate(of)
         ]
         pd.DataFrame(rows).to_csv(folder / "data" / f"{name}-behaviors.csv", index=False)
@@ -78,17 +98,27 @@ def _advbench(folder: Path, texts: Texts) -> None:
 
 
 def _maliciousinstruct(folder: Path, texts: Texts) -> None:
-    _parquet("default", "train", "data/train-00000-of-00001.parquet")(folder, [{"prompt": t} for t in texts["all"]])
+    _parquet("default", "train", "data/train-00000-of-00001.parquet")(
+        folder, [{"prompt": t} for t in texts["all"]]
+    )
 
 
 def _do_not_answer(folder: Path, texts: Texts) -> None:
     rows = [
         {
-            "id": i, "risk_area": "Information Hazards", "types_of_harm": "Leaks", "specific_harm": "Secrets", "question": t,
-            **{f"{m}_{what}": v for m in ("GPT4", "vicuna7b") for what, v in (("response", "No."), ("harmful", 0), ("action", 0))},
+            "id": i,
+            "risk_area": "Information Hazards",
+            "types_of_harm": "Leaks",
+            "specific_harm": "Secrets",
+            "question": t,
+            **{
+                f"{m}_{what}": v
+                for m in ("GPT4", "vicuna7b")
+                for what, v in (("response", "No."), ("harmful", 0), ("action", 0))
+            },
         }
         for i, t in enumerate(texts["all"])
-    ]  # fmt: skip
+    ]
     _parquet("default", "train", "data/train-00000-of-00001-6ba0076b818accff.parquet")(folder, rows)
 
 
@@ -97,10 +127,19 @@ def _wildjailbreak(folder: Path, texts: Texts) -> None:
     for name in ("train", "eval"):
         (folder / name).mkdir()
     pd.DataFrame(
-        [{"vanilla": "Which?", "adversarial": "", "completion": "No.", "data_type": "vanilla_harmful"}]
-    ).to_csv(folder / "train/train.tsv", sep="\t", index=False)  # fmt: skip
+        [
+            {
+                "vanilla": "Which?",
+                "adversarial": "",
+                "completion": "No.",
+                "data_type": "vanilla_harmful",
+            }
+        ]
+    ).to_csv(folder / "train/train.tsv", sep="\t", index=False)
     rows = [
-        {"adversarial": t, "label": int(kind == "adversarial_harmful"), "data_type": kind} for kind, of in texts.items() for t in of
+        {"adversarial": t, "label": int(kind == "adversarial_harmful"), "data_type": kind}
+        for kind, of in texts.items()
+        for t in of
     ]
     pd.DataFrame(rows).to_csv(folder / "eval/eval.tsv", sep="\t", index=False)
 
@@ -109,45 +148,73 @@ def _aegis(folder: Path, texts: Texts) -> None:
     _readme(
         folder,
         "- config_name: default\n  data_files:\n"
-        + "".join(f"  - split: {split}\n    path: {split}.json\n" for split in ("train", "validation", "test")),
+        + "".join(
+            f"  - split: {split}\n    path: {split}.json\n"
+            for split in ("train", "validation", "test")
+        ),
     )
     rows = [
         {
-            "id": f"{i:032x}", "reconstruction_id_if_redacted": None, "prompt": t, "response": "No." if i % 2 else None,
-            "prompt_label": label, "response_label": "safe" if i % 2 else None, "violated_categories": "Privacy",
-            "prompt_label_source": "human", "response_label_source": "llm_jury" if i % 2 else None,
+            "id": f"{i:032x}",
+            "reconstruction_id_if_redacted": None,
+            "prompt": t,
+            "response": "No." if i % 2 else None,
+            "prompt_label": label,
+            "response_label": "safe" if i % 2 else None,
+            "violated_categories": "Privacy",
+            "prompt_label_source": "human",
+            "response_label_source": "llm_jury" if i % 2 else None,
         }
-        for label, of in texts.items() for i, t in enumerate(of)
-    ]  # fmt: skip
+        for label, of in texts.items()
+        for i, t in enumerate(of)
+    ]
     for split in ("train", "validation", "test"):
-        (folder / f"{split}.json").write_text(json.dumps(rows if split == "train" else rows[:1]), encoding="utf-8")
+        (folder / f"{split}.json").write_text(
+            json.dumps(rows if split == "train" else rows[:1]), encoding="utf-8"
+        )
 
 
 def _beavertails(folder: Path, texts: Texts) -> None:
-    _readme(folder, "- config_name: default\n  data_files:\n  - split: 330k_train\n    path: round0/330k/train.jsonl.xz\n")
+    _readme(
+        folder,
+        "- config_name: default\n  data_files:\n  - split: 330k_train\n    path:"
+        " round0/330k/train.jsonl.xz\n",
+    )
     (folder / "round0/330k").mkdir(parents=True)
     rows = [
         {
-            "prompt": t, "response": f"Answer {n}.", "category": {"privacy_violation": label == "False", "animal_abuse": False},
+            "prompt": t,
+            "response": f"Answer {n}.",
+            "category": {"privacy_violation": label == "False", "animal_abuse": False},
             "is_safe": label == "True",
         }
-        for n in range(2) for label, of in texts.items() for t in of
-    ]  # fmt: skip
+        for n in range(2)
+        for label, of in texts.items()
+        for t in of
+    ]
     with lzma.open(folder / "round0/330k/train.jsonl.xz", "wt", encoding="utf-8") as file:
         file.write("\n".join(map(json.dumps, rows)))
 
 
 _WRITERS = {
-    "xstest": _xstest, "harmbench": _harmbench, "jailbreakbench": _jailbreakbench, "advbench": _advbench,
-    "maliciousinstruct": _maliciousinstruct, "do-not-answer": _do_not_answer, "wildjailbreak": _wildjailbreak, "aegis": _aegis,
+    "xstest": _xstest,
+    "harmbench": _harmbench,
+    "jailbreakbench": _jailbreakbench,
+    "advbench": _advbench,
+    "maliciousinstruct": _maliciousinstruct,
+    "do-not-answer": _do_not_answer,
+    "wildjailbreak": _wildjailbreak,
+    "aegis": _aegis,
     "beavertails": _beavertails,
-}  # fmt: skip
+}
 
 #: Labels as each set writes them; the first is the one that is asked for.
 LABELS = {
-    "xstest": ("unsafe", "safe"), "wildjailbreak": ("adversarial_harmful", "adversarial_benign"), "aegis": ("unsafe", "safe"),
+    "xstest": ("unsafe", "safe"),
+    "wildjailbreak": ("adversarial_harmful", "adversarial_benign"),
+    "aegis": ("unsafe", "safe"),
     "beavertails": ("False", "True"),
-}  # fmt: skip
+}
 
 
 def clone(root: Path, name: str, texts: Texts | Sequence[str]) -> Path:
@@ -161,16 +228,30 @@ def clone(root: Path, name: str, texts: Texts | Sequence[str]) -> Path:
 
 def _entry(folder: Path, path: Path) -> dict[str, object]:
     if path.is_dir():
-        return {"type": "directory", "path": str(path.relative_to(folder)), "oid": "0" * 40, "size": 0}
+        return {
+            "type": "directory",
+            "path": str(path.relative_to(folder)),
+            "oid": "0" * 40,
+            "size": 0,
+        }
     data = path.read_bytes()
-    return {"type": "file", "path": str(path.relative_to(folder)), "oid": sha1(data).hexdigest(), "size": len(data)}
+    return {
+        "type": "file",
+        "path": str(path.relative_to(folder)),
+        "oid": sha1(data).hexdigest(),
+        "size": len(data),
+    }
 
 
 @contextmanager
-def hub(repositories: Mapping[str, Path], revision: str, *, status: int = 200, code: str = "") -> Iterator[tuple[str, list[str]]]:
-    """(URL, requested paths) of a server that speaks as much of the hub's protocol as reading a data set takes.
+def hub(
+    repositories: Mapping[str, Path], revision: str, *, status: int = 200, code: str = ""
+) -> Iterator[tuple[str, list[str]]]:
+    """(URL, requested paths) of a server that speaks as much of the hub's protocol as reading a
+    data set takes.
 
-    With `status` it answers files with that and the header X-Error-Code, as the real one does for gated sets.
+    With `status` it answers files with that and the header X-Error-Code, as the real one does for
+    gated sets.
     """
     asked: list[str] = []
 

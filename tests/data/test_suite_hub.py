@@ -1,4 +1,5 @@
-"""Reading from the hub: the real libraries against a small hub on loopback, in a process of its own without our offline switch."""
+"""Reading from the hub: the real libraries against a small hub on loopback, in a process of its own
+without our offline switch."""
 
 import json
 import os
@@ -33,10 +34,20 @@ OTHER = "b" * 40
 def build(tmp_path):
     def start(url, *args, offline=False):
         env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        env |= {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1", "HF_TOKEN": "hf_canary_of_the_vault"}
+        env |= {
+            "HF_ENDPOINT": url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "OMP_NUM_THREADS": "1",
+            "HF_TOKEN": "hf_canary_of_the_vault",
+        }
         env |= {"HF_HUB_OFFLINE": "1"} if offline else {}
         done = subprocess.run(
-            [sys.executable, "-c", BUILD, *map(str, args)], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", BUILD, *map(str, args)],
+            env=env,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert done.returncode == 0, done.stderr
         assert "canary" not in done.stdout + done.stderr and "vault" not in done.stderr
@@ -47,7 +58,11 @@ def build(tmp_path):
 
 def test_a_pinned_set_is_read_at_its_commit_and_later_offline(tmp_path, build):
     entry = BENCHMARKS["xstest"]
-    folder = clone(tmp_path, "xstest", {"unsafe": ASKS, "safe": [f"How do I paint vault {i}?" for i in range(40)]})
+    folder = clone(
+        tmp_path,
+        "xstest",
+        {"unsafe": ASKS, "safe": [f"How do I paint vault {i}?" for i in range(40)]},
+    )
     with hub({entry.hub_id: folder}, entry.revision) as (url, asked):
         online = build(url, "xstest", tmp_path / "a")
         assert online["manifest"]["n_by_kind"]["harmful"] == 5
@@ -70,7 +85,10 @@ def test_offline_another_revision_is_not_taken_for_the_pinned_one(tmp_path, buil
         got = build(url, f"hub:{hub_id}@{OTHER}:train", tmp_path / "a")
         assert got["n"] == 5
     told = build("http://127.0.0.1:9", "maliciousinstruct", tmp_path / "b", offline=True)["error"]
-    assert "was not downloaded before, and HF_HUB_OFFLINE is set" in told and not (tmp_path / "b").exists()
+    assert (
+        "was not downloaded before, and HF_HUB_OFFLINE is set" in told
+        and not (tmp_path / "b").exists()
+    )
 
 
 def test_a_revision_that_is_not_pinned_is_looked_up_once_and_kept(tmp_path, build):
@@ -87,7 +105,10 @@ def test_a_revision_that_is_not_pinned_is_looked_up_once_and_kept(tmp_path, buil
         again = build(url, spec, tmp_path / "a", "--allow-missing")
         assert f"GET /api/datasets/{hub_id}" not in asked
         assert f"GET /api/datasets/{hub_id}/revision/{OTHER}" in asked
-    assert f"harmbench: The hub has no data set walledai/HarmBench at revision {OTHER}" in again["error"]
+    assert (
+        f"harmbench: The hub has no data set walledai/HarmBench at revision {OTHER}"
+        in again["error"]
+    )
     kept = json.loads((tmp_path / "a/manifest.json").read_text())
     assert kept["sources"]["harmbench"]["revision"] == OTHER and kept["n"] == 17
 
@@ -95,10 +116,21 @@ def test_a_revision_that_is_not_pinned_is_looked_up_once_and_kept(tmp_path, buil
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_gated_set_says_which_page_to_accept(tmp_path, build, status):
     entry = BENCHMARKS["wildjailbreak"]
-    with hub({entry.hub_id: clone(tmp_path, "wildjailbreak", ASKS)}, entry.revision, status=status, code="GatedRepo") as (url, _):
+    with hub(
+        {entry.hub_id: clone(tmp_path, "wildjailbreak", ASKS)},
+        entry.revision,
+        status=status,
+        code="GatedRepo",
+    ) as (url, _):
         told = build(url, "wildjailbreak", tmp_path / "a")["error"]
-    assert "is gated: accept its licence at https://huggingface.co/datasets/allenai/wildjailbreak" in told
-    assert "hf auth login" in told and "--from wildjailbreak=FILE-OR-FOLDER (its column 'adversarial')" in told
+    assert (
+        "is gated: accept its licence at https://huggingface.co/datasets/allenai/wildjailbreak"
+        in told
+    )
+    assert (
+        "hf auth login" in told
+        and "--from wildjailbreak=FILE-OR-FOLDER (its column 'adversarial')" in told
+    )
     assert not (tmp_path / "a").exists()
 
 
@@ -125,20 +157,27 @@ def test_without_a_hub_there_is_one_message_and_no_retry_storm(tmp_path, build, 
     assert "hub cannot be reached" in told or how == "offline"
     if how != "offline":
         assert told.count("Try again with a connection") == 1
-    assert took < 30  # a process's start on a busy machine included; see below for the hub's own share
+    # a process's start on a busy machine included; see below for the hub's own share
+    assert took < 30
 
 
 def test_a_silent_hub_is_given_four_seconds_in_all(tmp_path):
     code = (
-        "import time; from auditgap.data.suite import load_suite; from auditgap.data import hub, benchmarks\n"
-        "import huggingface_hub, datasets\nbenchmarks.package_copy = lambda name: None\nt = time.monotonic()\n"
-        "try: load_suite('paper')\nexcept Exception as e: print(type(e).__name__, time.monotonic() - t)"
+        "import time; from auditgap.data.suite import load_suite; from auditgap.data import hub,"
+        " benchmarks\nimport huggingface_hub, datasets\nbenchmarks.package_copy = lambda name:"
+        " None\nt = time.monotonic()\ntry: load_suite('paper')\nexcept Exception as e:"
+        " print(type(e).__name__, time.monotonic() - t)"
     )
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)
         env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        env |= {"HF_ENDPOINT": f"http://127.0.0.1:{listener.getsockname()[1]}", "HF_HOME": str(tmp_path)}
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+        env |= {
+            "HF_ENDPOINT": f"http://127.0.0.1:{listener.getsockname()[1]}",
+            "HF_HOME": str(tmp_path),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
+        )
     kind, seconds = done.stdout.split()
     assert kind == "UsageError" and float(seconds) < 8, done.stderr

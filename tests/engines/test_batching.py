@@ -15,7 +15,10 @@ CPU = torch.device("cpu")
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.integers(1, 60), max_size=30), st.integers(1, 300), st.sampled_from([0.0, 0.1, 0.5]), st.integers(1, 9)
+    st.lists(st.integers(1, 60), max_size=30),
+    st.integers(1, 300),
+    st.sampled_from([0.0, 0.1, 0.5]),
+    st.integers(1, 9),
 )
 def test_packs_keep_their_promises(lengths, batch_tokens, pad_tolerance, weight):
     found = packs(lengths, batch_tokens=batch_tokens, pad_tolerance=pad_tolerance, weight=weight)
@@ -40,7 +43,10 @@ def test_padding():
 
 
 def test_positions_count_real_tokens():
-    assert positions(torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+    assert positions(torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])).tolist() == [
+        [0, 0, 0, 1, 2],
+        [0, 1, 2, 3, 4],
+    ]
 
 
 class TestHalving:

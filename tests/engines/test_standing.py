@@ -1,4 +1,5 @@
-"""Standing edits against a plain twin: a forward hook on every block, one prompt at a time, no cache, the whole text each step."""
+"""Standing edits against a plain twin: a forward hook on every block, one prompt at a time, no
+cache, the whole text each step."""
 
 from __future__ import annotations
 
@@ -69,10 +70,13 @@ def edits_of(engine: HFEngine) -> list[Standing]:
     (h,) = engine.activations([engine.render(Prompt(PROMPTS[0]))], Site(1))
     n = h.norm(dim=1).mean()  # families differ in scale
     return [
-        Standing((Site(1),), shift=0.5 * n * r), Standing((Site(2),), shift=-0.8 * n * u), Standing(every, read=r, write=r),
-        Standing(every, read=r, write=u), Standing((Site(0), Site(3)), shift=0.3 * n * u, read=r, write=r),
+        Standing((Site(1),), shift=0.5 * n * r),
+        Standing((Site(2),), shift=-0.8 * n * u),
+        Standing(every, read=r, write=r),
+        Standing(every, read=r, write=u),
+        Standing((Site(0), Site(3)), shift=0.3 * n * u, read=r, write=r),
         Standing(every, shift=torch.zeros(tiny.WIDTH)),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,7 +85,9 @@ def test_a_batch_speaks_as_one_prompt_at_a_time(family):
     rendered = [engine.render(Prompt(p)) for p in PROMPTS for _ in edits_of(engine)]
     edits = edits_of(engine) * len(PROMPTS)
     said = standing.generate(engine, rendered, edits, N)
-    assert [c.ids for c in said] == [plain_generate(engine, r.ids, e, N) for r, e in zip(rendered, edits, strict=True)]
+    assert [c.ids for c in said] == [
+        plain_generate(engine, r.ids, e, N) for r, e in zip(rendered, edits, strict=True)
+    ]
     clean = [plain_generate(engine, r.ids, Standing(()), N) for r in rendered]
     changed = [c.ids != plain for c, plain in zip(said, clean, strict=True)]
     zero = len(edits_of(engine)) - 1
@@ -90,7 +96,8 @@ def test_a_batch_speaks_as_one_prompt_at_a_time(family):
 
 
 def test_rows_that_end_leave_with_their_edits():
-    """Random weights, with words that end the turn: rows stop at different steps, and the others keep their own edits."""
+    """Random weights, with words that end the turn: rows stop at different steps, and the others
+    keep their own edits."""
     engine = HFEngine(tiny.load("llama"))
     rendered = [engine.render(Prompt(p)) for p in PROMPTS for _ in edits_of(engine)]
     edits = edits_of(engine) * len(PROMPTS)
@@ -101,7 +108,9 @@ def test_rows_that_end_leave_with_their_edits():
         pytest.fail("the stops were not taken")
     said = standing.generate(engine, rendered, edits, 8)
     assert len({len(c.ids) for c in said}) > 2 and any(c.stopped for c in said)
-    assert [c.ids for c in said] == [plain_generate(engine, r.ids, e, 8) for r, e in zip(rendered, edits, strict=True)]
+    assert [c.ids for c in said] == [
+        plain_generate(engine, r.ids, e, 8) for r, e in zip(rendered, edits, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,7 +118,10 @@ def test_what_is_ablated_is_nowhere(family):
     """At every block and position, of prompt and answer, seen by what reads the stream next."""
     engine, r = HFEngine(tiny.load(family)), unit(3)
     base = getattr(engine.model, "gpt_neox", None) or engine.model.model
-    readers = [*engine.blocks, base.final_layer_norm if hasattr(base, "final_layer_norm") else base.norm]
+    readers = [
+        *engine.blocks,
+        base.final_layer_norm if hasattr(base, "final_layer_norm") else base.norm,
+    ]
     seen: list[torch.Tensor] = []
     rendered = [engine.render(Prompt(p)) for p in PROMPTS]
     edits = [Standing(standing.sites_of(engine), read=r, write=r)] * len(PROMPTS)
@@ -118,7 +130,8 @@ def test_what_is_ablated_is_nowhere(family):
     def note(_module: nn.Module, args: tuple, kwargs: dict) -> None:
         seen.append(kwargs.get("hidden_states", args[0] if args else None).clone())
 
-    done = standing.generate(engine, rendered, edits, 1)  # the hook is put on inside, so ours come after only if put on later
+    # the hook is put on inside, so ours come after only if put on later
+    done = standing.generate(engine, rendered, edits, 1)
     with standing.Rows(edits, tiny.WIDTH, engine.device).on(engine):
         handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in readers]
         whole = torch.tensor([[*rendered[0].ids, *done[0].ids, 7, 9]]).repeat(3, 1)
@@ -135,7 +148,10 @@ def test_nothing_is_left_behind():
     engine = HFEngine(tiny.load("llama"))
     ids = torch.tensor([engine.render(Prompt(PROMPTS[0])).ids])
     before = engine.model(ids).logits
-    with pytest.raises(KeyboardInterrupt), standing.Rows(edits_of(engine)[:1], tiny.WIDTH, engine.device).on(engine):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        standing.Rows(edits_of(engine)[:1], tiny.WIDTH, engine.device).on(engine),
+    ):
         raise KeyboardInterrupt
     for edit in edits_of(engine):
         standing.generate(engine, [engine.render(Prompt(PROMPTS[0]))], [edit], 2)
@@ -159,16 +175,24 @@ class TestSelfTest:
 
     def test_a_hook_that_is_never_called_is_refused(self):
         model = tiny.model("llama")
-        deaf = type("Bypass", (type(model.model.layers[0]),), {"__call__": lambda self, *a, **k: self.forward(*a, **k)})
+        deaf = type(
+            "Bypass",
+            (type(model.model.layers[0]),),
+            {"__call__": lambda self, *a, **k: self.forward(*a, **k)},
+        )
         for block in model.model.layers:
             block.__class__ = deaf
         engine = HFEngine(wrap(model, tiny.tokenizer(), Subject("bypass", "bypass")))
         with pytest.raises(AuditgapError, match="nothing was measured"):
-            standing.generate(engine, [engine.render(Prompt("door"))], [Standing((Site(1),), shift=unit(0))], 2)
+            standing.generate(
+                engine, [engine.render(Prompt("door"))], [Standing((Site(1),), shift=unit(0))], 2
+            )
 
     def test_a_hook_that_acts_at_prefill_only_is_refused(self, monkeypatch):
         """What the prompt-only hook would do: steering that the answer never feels."""
         whole = standing.Rows.__call__
-        monkeypatch.setattr(standing.Rows, "__call__", lambda self, h: whole(self, h) if h.shape[1] > 1 else h)
+        monkeypatch.setattr(
+            standing.Rows, "__call__", lambda self, h: whole(self, h) if h.shape[1] > 1 else h
+        )
         with pytest.raises(AuditgapError, match="ablated direction is still there"):
             standing.self_test(HFEngine(tiny.load("llama")), (Site(0), Site(1)))

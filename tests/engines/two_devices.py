@@ -1,8 +1,10 @@
-"""The engine over two devices that really differ, on a machine that has none: `python two_devices.py llama`.
+"""The engine over two devices that really differ, on a machine that has none: `python
+two_devices.py llama`.
 
-The devices `toy:0` and `toy:1` are made up, and so are their tensors: they have a shape, a dtype and a device, and no numbers.
-But where tensors of both meet in one operation, torch refuses as it would on two GPUs. The upper blocks of a tiny model
-lie on `toy:1`, under accelerate's hooks. (Gradients need a device's own threads, and choosing a token needs numbers.) Run by
+The devices `toy:0` and `toy:1` are made up, and so are their tensors: they have a shape, a dtype
+and a device, and no numbers. But where tensors of both meet in one operation, torch refuses as it
+would on two GPUs. The upper blocks of a tiny model lie on `toy:1`, under accelerate's hooks.
+(Gradients need a device's own threads, and choosing a token needs numbers.) Run by
 `test_sharded.py`, in a process of its own: a device that is made up stays.
 """
 
@@ -36,7 +38,8 @@ def tensor(data, *, dtype=None, device=None, **_):
 
 def hook(module: torch.nn.Module, device: torch.device, **options) -> None:
     add_hook_to_module(module, AlignDevicesHook(None, skip_keys="past_key_values", **options))
-    module._hf_hook.execution_device = device  # after init_hook, which would move weights by their numbers
+    # after init_hook, which would move weights by their numbers
+    module._hf_hook.execution_device = device
 
 
 def spread(family: str) -> torch.nn.Module:
@@ -47,7 +50,9 @@ def spread(family: str) -> torch.nn.Module:
         for module in part.modules():
             for key, weight in module._parameters.items():
                 if weight is not None:
-                    module._parameters[key] = torch.nn.Parameter(torch.empty(weight.shape, device=device), requires_grad=False)
+                    module._parameters[key] = torch.nn.Parameter(
+                        torch.empty(weight.shape, device=device), requires_grad=False
+                    )
             for key, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[key] = torch.empty(buffer.shape, device=device)
@@ -58,7 +63,8 @@ def spread(family: str) -> torch.nn.Module:
 
 
 class Chosen:
-    """A cache layer's own choosing of rows, noting whether the rows are told where the layer lies."""
+    """A cache layer's own choosing of rows, noting whether the rows are told where the layer
+    lies."""
 
     def __init__(self, layer, noted: list[bool]) -> None:
         self.layer, self.noted, self.own = layer, noted, layer.batch_select_indices
@@ -91,17 +97,24 @@ def main(family: str) -> None:
         for site in SITES:
             h = engine.capture(site, ids, mask, cache=DynamicCache(config=engine.model.config))
             check(h.device == HOME, f"h of {site} came to {h.device}")
-            check(engine.logits_from(site, h, ids, mask, keep=3).device == HOME, f"logits from {site}")
+            check(
+                engine.logits_from(site, h, ids, mask, keep=3).device == HOME, f"logits from {site}"
+            )
             cache = DynamicCache(config=engine.model.config)
             with engine.edited(site, lambda g, h=h: g + h):
                 engine.forward(ids, mask, keep=1, cache=cache)
-            check([layer.keys.device for layer in cache.layers] == [HOME] * 2 + [AWAY] * 2, "where keys and values lie")
+            check(
+                [layer.keys.device for layer in cache.layers] == [HOME] * 2 + [AWAY] * 2,
+                "where keys and values lie",
+            )
             chosen = []
             for layer in cache.layers:
                 layer.batch_select_indices = Chosen(layer, chosen)
             _select(cache.layers, torch.zeros(1, dtype=torch.long, device=HOME))
             check(chosen == [True] * 4, "rows are chosen where they lie")
-            more = engine.forward(ids[:1, :1], torch.ones(1, 7, dtype=torch.long, device=HOME), keep=1, cache=cache)
+            more = engine.forward(
+                ids[:1, :1], torch.ones(1, 7, dtype=torch.long, device=HOME), keep=1, cache=cache
+            )
             check(more.logits.device == HOME, "decoding")
     print(f"{family}: all at home")
 

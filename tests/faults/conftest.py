@@ -1,4 +1,5 @@
-"""Puts the workers of `tests/sweep/toys.py` and the planted models of `tests/audits` on the path."""
+"""Puts the workers of `tests/sweep/toys.py` and the planted models of `tests/audits` on the
+path."""
 
 from __future__ import annotations
 

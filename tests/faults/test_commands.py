@@ -1,6 +1,8 @@
-"""The command itself, as a process: stopped once and twice, poisoned, with nobody listening, resumed after something changed.
+"""The command itself, as a process: stopped once and twice, poisoned, with nobody listening,
+resumed after something changed.
 
-A judge that is a plug-in (a real distribution on the path) does the mischief: it hangs, or kills the process that asks it.
+A judge that is a plug-in (a real distribution on the path) does the mischief: it hangs, or kills
+the process that asks it.
 """
 
 from __future__ import annotations
@@ -48,12 +50,15 @@ class Moody:
 
 
 class Bench:
-    """A model, prompts and the moody judge, and `auditgap lvs` on them in a process of its own or in this one."""
+    """A model, prompts and the moody judge, and `auditgap lvs` on them in a process of its own or
+    in this one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model = tiny.save("llama", folder / "model")
-        (folder / "prompts.txt").write_text("what is the colour of the vault\nplease tell the colour\nwho can open the door\n")
+        (folder / "prompts.txt").write_text(
+            "what is the colour of the vault\nplease tell the colour\nwho can open the door\n"
+        )
         site = folder / "site"
         info = site / "moody-1.0.dist-info"
         info.mkdir(parents=True)
@@ -65,15 +70,35 @@ class Bench:
 
     def command(self, out: Path, *more: str) -> list[str]:
         options = {
-            "prompts": self.folder / "prompts.txt", "judge": "moody", "reward": "margin", "max-new-tokens": 3, "layers": "0,1,2",
-            "eps": "0.05,0.1", "attacks": "targeted", "steps": 1, "device": "cpu", "dtype": "float32", "out": out,
-        }  # fmt: skip
-        return ["lvs", str(self.model), *(f"--{name}={value}" for name, value in options.items()), *more]
+            "prompts": self.folder / "prompts.txt",
+            "judge": "moody",
+            "reward": "margin",
+            "max-new-tokens": 3,
+            "layers": "0,1,2",
+            "eps": "0.05,0.1",
+            "attacks": "targeted",
+            "steps": 1,
+            "device": "cpu",
+            "dtype": "float32",
+            "out": out,
+        }
+        return [
+            "lvs",
+            str(self.model),
+            *(f"--{name}={value}" for name, value in options.items()),
+            *more,
+        ]
 
     def start(self, arguments: list[str], code: str = "", **how: object) -> subprocess.Popen:
         environment = children.environment(MOOD=str(self.mood), **how.pop("environment", {}))
         environment["PYTHONPATH"] += os.pathsep + str(self.site)
-        how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, **how}
+        how = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "text": True,
+            "env": environment,
+            **how,
+        }
         start = ["-c", code] if code else ["-m", "auditgap.cli"]
         return subprocess.Popen([sys.executable, *start, *arguments], **how)
 
@@ -124,15 +149,23 @@ def sums(folder: Path) -> dict[str, str]:
 def same(folder: Path, unbroken: Path) -> bool:
     tables = [pd.read_parquet(path / "lvs.parquet") for path in (folder, unbroken)]
     pd.testing.assert_frame_equal(*tables)
-    return sums(folder) == sums(unbroken) and (folder / "lvs.csv").read_bytes() == (unbroken / "lvs.csv").read_bytes()
+    return (
+        sums(folder) == sums(unbroken)
+        and (folder / "lvs.csv").read_bytes() == (unbroken / "lvs.csv").read_bytes()
+    )
 
 
 # ------------------------------------------------------------------------- stops
 
 
-@pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1)])
-def test_stopped_it_says_how_to_go_on_and_the_same_command_does(bench, mood, unbroken, tmp_path, capsys, number, times):
-    """Exit code 130 and one sentence; Ctrl-C twice, or from a scheduler, the same; then the rest and no more."""
+@pytest.mark.parametrize(
+    ("number", "times"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1)]
+)
+def test_stopped_it_says_how_to_go_on_and_the_same_command_does(
+    bench, mood, unbroken, tmp_path, capsys, number, times
+):
+    """Exit code 130 and one sentence; Ctrl-C twice, or from a scheduler, the same; then the rest
+    and no more."""
     mood("hang block1")
     out = tmp_path / "run"
     child = bench.start(bench.command(out))
@@ -156,10 +189,14 @@ def test_stopped_it_says_how_to_go_on_and_the_same_command_does(bench, mood, unb
 # ------------------------------------------------------------------------- deaths on Ray
 
 
-def test_poison_is_given_up_with_its_cause_and_the_rest_finishes(bench, mood, unbroken, tmp_path, capsys):
-    """On Ray: one group always kills its worker. Exit 3; --retry-failed when the poison is gone, and only then.
+def test_poison_is_given_up_with_its_cause_and_the_rest_finishes(
+    bench, mood, unbroken, tmp_path, capsys
+):
+    """On Ray: one group always kills its worker. Exit 3; --retry-failed when the poison is gone,
+    and only then.
 
-    Everything but the poisoned cell is there already, as each worker that dies costs the start of another.
+    Everything but the poisoned cell is there already, as each worker that dies costs the start of
+    another.
     """
     pytest.importorskip("ray", reason="the Ray extra is not installed")
     mood("die block2")
@@ -170,10 +207,17 @@ def test_poison_is_given_up_with_its_cause_and_the_rest_finishes(bench, mood, un
     for key in lost:
         shutil.rmtree(out / "cells" / key)
     try:
-        child = bench.start(bench.command(out, "--executor=ray", "--workers=1"), environment={"TMPDIR": str(home.folder)})
+        child = bench.start(
+            bench.command(out, "--executor=ray", "--workers=1"),
+            environment={"TMPDIR": str(home.folder)},
+        )
         said, err = child.communicate(timeout=300)
         assert child.returncode == 3, said + err
-        assert "1 of 7 cells failed" in err and "worker died" in " ".join(err.split()) and "Traceback" not in err
+        assert (
+            "1 of 7 cells failed" in err
+            and "worker died" in " ".join(err.split())
+            and "Traceback" not in err
+        )
         assert not home.left()
     finally:
         home.close()
@@ -205,7 +249,8 @@ def test_with_both_streams_closed_the_run_is_as_good(bench, mood, unbroken, tmp_
 
 
 def test_a_reader_that_leaves_costs_no_result(bench, mood, unbroken, tmp_path):
-    """`auditgap lvs … | head -c 1`: stdout and stderr break while it runs; no traceback, and all cells are there."""
+    """`auditgap lvs … | head -c 1`: stdout and stderr break while it runs; no traceback, and all
+    cells are there."""
     out = tmp_path / "run"
     reading, writing = os.pipe()
     child = bench.start(bench.command(out), stdout=writing, stderr=writing)
@@ -216,14 +261,26 @@ def test_a_reader_that_leaves_costs_no_result(bench, mood, unbroken, tmp_path):
     assert len(sums(out)) == 7 and sums(out) == sums(unbroken)
 
 
-POOR = {"TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "40", "LANG": "C", "LC_ALL": "C", "PYTHONIOENCODING": ""}
+POOR = {
+    "TERM": "dumb",
+    "NO_COLOR": "1",
+    "COLUMNS": "40",
+    "LANG": "C",
+    "LC_ALL": "C",
+    "PYTHONIOENCODING": "",
+}
 
 
 def test_a_narrow_dumb_terminal_without_colours_or_unicode(bench, mood, unbroken, tmp_path):
-    """`status`, `report` and `lvs`, one after the other in one process, as starting three takes three times as long."""
+    """`status`, `report` and `lvs`, one after the other in one process, as starting three takes
+    three times as long."""
     folder = tmp_path / "rün ε 日本"
     shutil.copytree(unbroken, folder)
-    child = bench.start([], code=THREE, environment={**POOR, "FOLDER": str(folder), "LVS": json.dumps(bench.command(folder))})
+    child = bench.start(
+        [],
+        code=THREE,
+        environment={**POOR, "FOLDER": str(folder), "LVS": json.dumps(bench.command(folder))},
+    )
     said, err = child.communicate(timeout=120)
     assert child.returncode == 0, said + err
     assert "\x1b" not in said + err and "Traceback" not in err
@@ -245,11 +302,15 @@ for arguments in (["status", os.environ["FOLDER"]], ["report", os.environ["FOLDE
 """
 
 
-# ------------------------------------------------------------------------- something changed under a resume
+# ------------------------------------------------------------------------- something changed under
+# a resume
 
 
-def test_another_model_of_the_same_name_is_refused_by_its_fingerprint(bench, mood, unbroken, tmp_path, capsys):
-    """The weights under a path change between two sittings: no row of the one is mixed with rows of the other."""
+def test_another_model_of_the_same_name_is_refused_by_its_fingerprint(
+    bench, mood, unbroken, tmp_path, capsys
+):
+    """The weights under a path change between two sittings: no row of the one is mixed with rows of
+    the other."""
     out = tmp_path / "run"
     shutil.copytree(unbroken, out)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
@@ -266,18 +327,27 @@ def test_another_model_of_the_same_name_is_refused_by_its_fingerprint(bench, moo
     assert bench.here(bench.command(out), capsys)[0] == 0
 
 
-def test_other_versions_are_said_in_terminal_and_report_and_stand_with_the_cells(bench, mood, unbroken, tmp_path, capsys):
-    """A folder last written under another torch: allowed, never silent, and every cell names its session's versions."""
+def test_other_versions_are_said_in_terminal_and_report_and_stand_with_the_cells(
+    bench, mood, unbroken, tmp_path, capsys
+):
+    """A folder last written under another torch: allowed, never silent, and every cell names its
+    session's versions."""
     out = tmp_path / "run"
     shutil.copytree(unbroken, out)
     run = json.loads((out / "run.json").read_text())
     now = run["sessions"][0]["versions"]["torch"]
     run["sessions"][0]["versions"]["torch"] = "1.0.0"
     (out / "run.json").write_text(json.dumps(run))
-    lost = next(key for key, r in ((r["key"], r) for r in RunFolder.load(out).records()) if r["description"]["site"] == 2)
+    lost = next(
+        key
+        for key, r in ((r["key"], r) for r in RunFolder.load(out).records())
+        if r["description"]["site"] == 2
+    )
     shutil.rmtree(out / "cells" / lost)
     code, said = bench.here(bench.command(out), capsys)
-    assert code == 0 and f"torch was 1.0.0 when this folder was last written and is {now} now" in said
+    assert (
+        code == 0 and f"torch was 1.0.0 when this folder was last written and is {now} now" in said
+    )
     assert "torch was 1.0.0" in (out / "report.html").read_text()
     sessions = RunFolder.load(out).run["sessions"]
     assert [s["versions"]["torch"] for s in sessions] == ["1.0.0", now]

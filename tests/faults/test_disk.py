@@ -1,4 +1,5 @@
-"""Disks that are full, over quota or bounded, clocks that are wrong, folders of other versions: on real file systems."""
+"""Disks that are full, over quota or bounded, clocks that are wrong, folders of other versions: on
+real file systems."""
 
 from __future__ import annotations
 
@@ -25,7 +26,11 @@ def small_disk(tmp_path):
     """A file system of 256 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
     yield folder
@@ -33,17 +38,25 @@ def small_disk(tmp_path):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
-def test_a_sweep_on_a_disk_that_fills_up_stops_in_a_sentence_and_goes_on_when_there_is_room(small_disk, tmp_path):
-    """Exit code 2, the path, the bytes; what was finished stays; freeing space and the same command is the recovery."""
+def test_a_sweep_on_a_disk_that_fills_up_stops_in_a_sentence_and_goes_on_when_there_is_room(
+    small_disk, tmp_path
+):
+    """Exit code 2, the path, the bytes; what was finished stays; freeing space and the same command
+    is the recovery."""
     out, log = small_disk / "out", tmp_path / "log"
     (small_disk / "ballast").write_bytes(b"x" * 150_000)
     child = children.python(children.SWEEP, str(out), str(log), "{}")
     said, err = child.communicate(timeout=60)
     assert child.returncode == 2 and "Traceback" not in err, said + err
-    assert re.search(r"Could not write \S+/disk/out/\S+ \([\d,]+ bytes needed\): No space left.*free some space", said), said
+    assert re.search(
+        r"Could not write \S+/disk/out/\S+ \([\d,]+ bytes needed\): No space left.*free some space",
+        said,
+    ), said
     finished = {r["key"]: r["sha256"] for r in RunFolder.load(out).records()}
     assert 0 < len(finished) < 12, "some cells were finished before"
     assert RunFolder.load(out).failures() == {} and not list(out.rglob("*.corrupt"))
@@ -53,10 +66,14 @@ def test_a_sweep_on_a_disk_that_fills_up_stops_in_a_sentence_and_goes_on_when_th
     subprocess.run(["mount", "-o", "remount,size=2m", str(small_disk)], check=True)
     child = children.python(children.SWEEP, str(out), str(log), "{}")
     said, err = child.communicate(timeout=60)
-    assert f"Outcome(done={12 - len(finished)}, failed={{}}, skipped={len(finished)})" in said, said + err
+    assert f"Outcome(done={12 - len(finished)}, failed={{}}, skipped={len(finished)})" in said, (
+        said + err
+    )
     assert before.items() <= contents(out / "cells").items()
     begun = toys.counts(log)
-    assert begun.pop("made") == 2 and sorted(begun.values()) == [1] * 11 + [2], "one cell was begun twice: the one that failed"
+    assert begun.pop("made") == 2 and sorted(begun.values()) == [1] * 11 + [2], (
+        "one cell was begun twice: the one that failed"
+    )
 
 
 BOUNDED = """
@@ -81,12 +98,18 @@ def test_a_limit_on_file_sizes_is_a_sentence(tmp_path):
     assert child.returncode == 2 and "ulimit -f" in said and "800," in said, said + err
     store = toys.open_folder(tmp_path / "out")
     assert store.is_finished(toys.cells(0)[0].key) and not list((tmp_path / "out").rglob("*.tmp"))
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 20_000, "the child's limit is the child's alone"
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 20_000, (
+        "the child's limit is the child's alone"
+    )
 
 
-@pytest.mark.parametrize(("number", "advice"), [(errno.EDQUOT, "quota"), (errno.EROFS, "writable"), (errno.EIO, "check the disk")])
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.EDQUOT, "quota"), (errno.EROFS, "writable"), (errno.EIO, "check the disk")],
+)
 def test_other_refusals_of_the_system_are_sentences_too(tmp_path, monkeypatch, number, advice):
-    """Neither a quota nor a broken disk can be had here, so the system call is made to say what it would say."""
+    """Neither a quota nor a broken disk can be had here, so the system call is made to say what it
+    would say."""
     store = toys.open_folder(tmp_path / "out")
 
     def refuse(*_: object) -> None:
@@ -96,7 +119,10 @@ def test_other_refusals_of_the_system_are_sentences_too(tmp_path, monkeypatch, n
         patch.setattr(os, "fsync", refuse)
         with pytest.raises(DiskError, match=rf"{os.strerror(number)}.*{advice}.*same command"):
             store.remember("abc", lambda: {"x": np.ones(3)})
-    assert not list((tmp_path / "out").rglob("*.tmp")) and store.remember("abc", lambda: {"x": np.ones(3)})["x"].sum() == 3
+    assert (
+        not list((tmp_path / "out").rglob("*.tmp"))
+        and store.remember("abc", lambda: {"x": np.ones(3)})["x"].sum() == 3
+    )
 
 
 # ------------------------------------------------------------------------- clocks
@@ -104,20 +130,25 @@ def test_other_refusals_of_the_system_are_sentences_too(tmp_path, monkeypatch, n
 
 @pytest.mark.parametrize("when", [0, 2**31 + 86400], ids=["1970", "2038"])
 def test_clocks_decide_nothing(tmp_path, when):
-    """Times of files and of records may lie decades off, or run backwards: content and checksum say what is finished."""
+    """Times of files and of records may lie decades off, or run backwards: content and checksum say
+    what is finished."""
     store, log = toys.open_folder(tmp_path / "out"), tmp_path / "log"
     local.run(toys.groups(2), lambda: toys.Toy(store, log), store)
     for i, path in enumerate(sorted((tmp_path / "out").rglob("*"))):
         os.utime(path, (when - i, when - i))
     for path in (tmp_path / "out").rglob("record.json"):
         record = json.loads(path.read_text())
-        record["written"] = "1970-01-01T00:00:00.000+00:00" if not when else "2038-01-20T00:00:00.000+00:00"
+        record["written"] = (
+            "1970-01-01T00:00:00.000+00:00" if not when else "2038-01-20T00:00:00.000+00:00"
+        )
         path.write_text(json.dumps(record))
     store = toys.open_folder(tmp_path / "out")
     with store.lock():
         outcome = local.run(toys.groups(3), lambda: toys.Toy(store, log), store)
         note = json.loads((tmp_path / "out" / "lock.json").read_text())
-        (tmp_path / "out" / "lock.json").write_text(json.dumps({**note, "since": "2038-01-19T00:00:00+00:00"}))
+        (tmp_path / "out" / "lock.json").write_text(
+            json.dumps({**note, "since": "2038-01-19T00:00:00+00:00"})
+        )
         store.plan(c for g in toys.groups(4) for c in g.cells)
         now = store.status()
     assert (outcome.done, outcome.skipped, outcome.failed) == (3, 6, {})
@@ -141,7 +172,10 @@ def test_a_newer_file_that_is_torn_does_not_beat_an_older_one_that_is_whole(tmp_
 # ------------------------------------------------------------------------- other versions
 
 
-@pytest.mark.parametrize(("schema", "said"), [(0, "older auditgap"), (-3, "older auditgap"), (2, "newer"), (10**30, "newer")])
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [(0, "older auditgap"), (-3, "older auditgap"), (2, "newer"), (10**30, "newer")],
+)
 def test_a_folder_of_another_schema_is_refused_with_its_version(tmp_path, schema, said):
     out = tmp_path / "out"
     toys.open_folder(out)

@@ -1,4 +1,5 @@
-"""README.md of this folder maps every case to tests: all numbers stand there, and every test that it names exists."""
+"""README.md of this folder maps every case to tests: all numbers stand there, and every test that
+it names exists."""
 
 from __future__ import annotations
 
@@ -27,7 +28,11 @@ def names_in(path: Path) -> set[str]:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
             found.add(node.name)
         elif isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
-            inner = {n.name for n in node.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")}
+            inner = {
+                n.name
+                for n in node.body
+                if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")
+            }
             found |= {node.name, *(f"{node.name}::{name}" for name in inner)}
     return found
 

@@ -1,7 +1,8 @@
-"""The whole cluster dies: head, agents and workers at once, by real kills. The same command does the rest.
+"""The whole cluster dies: head, agents and workers at once, by real kills. The same command does
+the rest.
 
-Workers killed once, always or after writing, stopped and killed drivers and Ctrl-C stand in tests/sweep/test_ray.py; a node of
-several that leaves in tests/sweep/test_crew.py.
+Workers killed once, always or after writing, stopped and killed drivers and Ctrl-C stand in
+tests/sweep/test_ray.py; a node of several that leaves in tests/sweep/test_crew.py.
 """
 
 from __future__ import annotations
@@ -34,20 +35,42 @@ def free_port() -> int:
 
 
 def test_head_and_workers_killed_at_half_way_the_same_command_does_the_rest(home, tmp_path):
-    """Every process of the cluster dies at once; the driver does not hang, and what was finished is finished."""
+    """Every process of the cluster dies at once; the driver does not hang, and what was finished is
+    finished."""
     port, log, out = free_port(), tmp_path / "log", tmp_path / "out"
-    start = ["start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false",
-             f"--temp-dir={home.folder}/r", "--num-cpus=1", "--object-store-memory=80000000"]  # fmt: skip
+    start = [
+        "start",
+        "--head",
+        "--block",
+        f"--port={port}",
+        "--node-ip-address=127.0.0.1",
+        "--include-dashboard=false",
+        f"--temp-dir={home.folder}/r",
+        "--num-cpus=1",
+        "--object-store-memory=80000000",
+    ]
     quick = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5", **home.token}
     head = subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", *start, f"--ray-client-server-port={free_port()}"],
-        env=children.environment(**quick), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            *start,
+            f"--ray-client-server-port={free_port()}",
+        ],
+        env=children.environment(**quick),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     driver = None
     try:
         children.until(lambda: any("raylet" in name for name in home.processes().values()), head)
-        given = children.environment(TMPDIR=str(home.folder), RAY_ADDRESS=f"127.0.0.1:{port}", **quick)
-        driver = children.python(children.RAY_SWEEP, str(out), str(log), repr({(2, 0.02): "hang"}), "1", env=given)
+        given = children.environment(
+            TMPDIR=str(home.folder), RAY_ADDRESS=f"127.0.0.1:{port}", **quick
+        )
+        driver = children.python(
+            children.RAY_SWEEP, str(out), str(log), repr({(2, 0.02): "hang"}), "1", env=given
+        )
         children.until(lambda: "block2/0.02" in toys.counts(log), driver)
         killed = time.monotonic()
         for pid in [head.pid, *(p for p in home.processes() if p != driver.pid)]:

@@ -1,4 +1,5 @@
-"""Files cut off at every byte, and kills at every touch of the disk: what is torn is seen, set aside and done again."""
+"""Files cut off at every byte, and kills at every touch of the disk: what is torn is seen, set
+aside and done again."""
 
 from __future__ import annotations
 
@@ -28,19 +29,23 @@ class Small:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "record.json"])
 def test_a_result_cut_at_any_byte_is_set_aside_and_its_siblings_stay(tmp_path, name):
-    """Every offset, not a sample: the cell is not finished, is moved to *.corrupt, and a reader never sees its rows."""
+    """Every offset, not a sample: the cell is not finished, is moved to *.corrupt, and a reader
+    never sees its rows."""
     store = toys.open_folder(tmp_path / "out")
     torn, sibling = toys.cells(0, 2)
     for cell in (torn, sibling):
         store.write(cell, [Small("toy", "p0", 0.5)], seconds=1)
     folder, aside = (tmp_path / "out" / "cells" / n for n in (torn.key, f"{torn.key}.1.corrupt"))
     data, beside = (folder / name).read_bytes(), snapshot(tmp_path / "out" / "cells" / sibling.key)
-    end = len(data) if name == "rows.parquet" else len(data) - 1  # JSON without its last newline is whole
+    # JSON without its last newline is whole
+    end = len(data) if name == "rows.parquet" else len(data) - 1
     for offset in range(end):
         (folder / name).write_bytes(data[:offset])
         assert not store.is_finished(torn.key), f"{offset} of {len(data)} bytes passed for all"
@@ -63,14 +68,18 @@ def test_work_inside_a_cell_cut_at_any_byte_is_computed_again(tmp_path):
     for offset in range(len(data)):
         path.write_bytes(data[:offset])
         calls = []
-        assert np.array_equal(store.remember("abc", lambda calls=calls: calls.append(1) or wanted)["delta"], wanted["delta"])
+        assert np.array_equal(
+            store.remember("abc", lambda calls=calls: calls.append(1) or wanted)["delta"],
+            wanted["delta"],
+        )
         assert calls == [1] and path.read_bytes() == data
         (tmp_path / "out" / "scratch" / "abc.safetensors.1.corrupt").unlink()
 
 
 @pytest.mark.parametrize("name", ["run.json", "plan.json", "lock.json"])
 def test_the_runs_own_files_cut_at_any_byte(tmp_path, name):
-    """A torn description is refused and left as it is; a torn plan is made again; a torn note of a dead writer is no lock."""
+    """A torn description is refused and left as it is; a torn plan is made again; a torn note of a
+    dead writer is no lock."""
     out = tmp_path / "out"
     store = toys.open_folder(out)
     store.plan(toys.cells(0, 1))
@@ -87,7 +96,9 @@ def test_the_runs_own_files_cut_at_any_byte(tmp_path, name):
             assert (out / name).read_bytes() == data[:offset]
         elif name == "plan.json":
             store.plan(toys.cells(0, 1))
-            assert (out / name).read_bytes() == data and (out / "plan.json.1.corrupt").stat().st_size == offset
+            assert (out / name).read_bytes() == data and (
+                out / "plan.json.1.corrupt"
+            ).stat().st_size == offset
             (out / "plan.json.1.corrupt").unlink()
         elif offset % 4 == 0:
             with toys.open_folder(out).lock():
@@ -148,7 +159,8 @@ AT_EVERY_TOUCH = """
 
 
 def test_kills_between_scan_and_first_write_lose_no_earlier_cell(tmp_path):
-    """A start that is killed at each touch of the disk in turn, before it writes a result; the next start knows every cell."""
+    """A start that is killed at each touch of the disk in turn, before it writes a result; the next
+    start knows every cell."""
     out, log = tmp_path / "out", tmp_path / "log"
     store = toys.open_folder(out)
     with store.lock():
@@ -168,11 +180,14 @@ def test_kills_between_scan_and_first_write_lose_no_earlier_cell(tmp_path):
     assert (outcome.done, outcome.skipped) == (3, 3)
     begun = toys.counts(log)
     assert begun.pop("made") == 2 and set(begun.values()) == {1}
-    assert {entry["key"] for entry in store.planned()} == {c.key for g in toys.groups(2) for c in g.cells}
+    assert {entry["key"] for entry in store.planned()} == {
+        c.key for g in toys.groups(2) for c in g.cells
+    }
 
 
 DIES_BEFORE_ITS_FIRST_CELL = children.SWEEP.replace(
-    "lambda: toys.Toy(store, log, spells)", "lambda: __import__('os').kill(__import__('os').getpid(), 9)"
+    "lambda: toys.Toy(store, log, spells)",
+    "lambda: __import__('os').kill(__import__('os').getpid(), 9)",
 )
 
 
@@ -192,11 +207,16 @@ def test_the_third_run_still_sees_the_first_runs_cells(tmp_path):
 
 
 def test_after_a_kill_the_books_are_kept_by_content(tmp_path):
-    """The ledger of a new start asks the disk; what an older ledger thought it knew does not count."""
+    """The ledger of a new start asks the disk; what an older ledger thought it knew does not
+    count."""
     store = toys.open_folder(tmp_path / "out")
     old = Ledger(toys.groups(1), store)
     local.run(toys.groups(1), lambda: toys.Toy(store, tmp_path / "log"), store)
-    assert old.outcome().done == 0 and old.open_cells(old.groups[0]) == [] and old.outcome().done == 3
+    assert (
+        old.outcome().done == 0 and old.open_cells(old.groups[0]) == [] and old.outcome().done == 3
+    )
     (tmp_path / "out" / "cells" / toys.cells(0)[0].key / "rows.parquet").unlink()
-    assert [c.key for c in Ledger(toys.groups(1), store).open_cells(toys.groups(1)[0])] == [toys.cells(0)[0].key]
+    assert [c.key for c in Ledger(toys.groups(1), store).open_cells(toys.groups(1)[0])] == [
+        toys.cells(0)[0].key
+    ]
     assert os.listdir(tmp_path / "out" / "cells").count(f"{toys.cells(0)[0].key}.1.corrupt") == 1

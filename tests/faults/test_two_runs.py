@@ -1,4 +1,5 @@
-"""Two runs on one folder, and the locks of the dead: one writes, the other is told who, and no cell is computed twice."""
+"""Two runs on one folder, and the locks of the dead: one writes, the other is told who, and no cell
+is computed twice."""
 
 from __future__ import annotations
 
@@ -18,14 +19,17 @@ from auditgap.store import RunFolder
 
 
 def test_of_runs_started_together_one_computes_each_cell(tmp_path):
-    """Six at once on a new folder: whoever is late exits 2 by the name of the holder, or finds the work done."""
+    """Six at once on a new folder: whoever is late exits 2 by the name of the holder, or finds the
+    work done."""
     out, log = tmp_path / "out", tmp_path / "log"
     started = [children.python(children.SWEEP, str(out), str(log), "{}") for _ in range(6)]
     said = [child.communicate(timeout=120) for child in started]
     for child, (words, err) in zip(started, said, strict=True):
         assert child.returncode in (0, 2) and "Traceback" not in err, words + err
         if child.returncode == 2:
-            assert "out is being written by process " in words or "out is locked by a process" in words
+            assert (
+                "out is being written by process " in words or "out is locked by a process" in words
+            )
     assert any(child.returncode == 0 for child in started), said
     begun = toys.counts(log)
     begun.pop("made")
@@ -49,10 +53,22 @@ def command(tmp_path_factory):
     folder = tmp_path_factory.mktemp("audit")
     (folder / "prompts.txt").write_text("what is the colour of the vault\nplease tell the colour\n")
     options = {
-        "prompts": folder / "prompts.txt", "judge": "keyword", "reward": "margin", "max-new-tokens": 3, "layers": "1",
-        "eps": 0.1, "attacks": "targeted", "steps": 1, "device": "cpu", "dtype": "float32",
-    }  # fmt: skip
-    return ["lvs", str(tiny.save("llama", folder / "model")), *(f"--{name}={value}" for name, value in options.items())]
+        "prompts": folder / "prompts.txt",
+        "judge": "keyword",
+        "reward": "margin",
+        "max-new-tokens": 3,
+        "layers": "1",
+        "eps": 0.1,
+        "attacks": "targeted",
+        "steps": 1,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    return [
+        "lvs",
+        str(tiny.save("llama", folder / "model")),
+        *(f"--{name}={value}" for name, value in options.items()),
+    ]
 
 
 def audit(arguments: list[str], capsys: pytest.CaptureFixture) -> tuple[int, str]:
@@ -63,7 +79,11 @@ def audit(arguments: list[str], capsys: pytest.CaptureFixture) -> tuple[int, str
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock.json"}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != "lock.json"
+    }
 
 
 def test_a_second_command_names_the_holder_and_changes_nothing(command, tmp_path, capsys):
@@ -75,9 +95,14 @@ def test_a_second_command_names_the_holder_and_changes_nothing(command, tmp_path
         assert holder.stdout.readline() == "held\n"
         for flag in ([], ["--break-lock"]):  # a living process of this host is never overruled
             code, said = audit([*command, f"--out={out}", *flag], capsys)
-            assert code == 2 and f"is being written by process {holder.pid} on {socket.gethostname()}" in said
+            assert (
+                code == 2
+                and f"is being written by process {holder.pid} on {socket.gethostname()}" in said
+            )
         code, said = audit([*command, f"--out={out}", "--eps=0.2"], capsys)
-        assert code == 2 and "eps: [0.1] in the folder, [0.2] now" in said, "another config is said first: waiting is no use"
+        assert code == 2 and "eps: [0.1] in the folder, [0.2] now" in said, (
+            "another config is said first: waiting is no use"
+        )
         assert files(out) == before
         code, said = audit(["status", str(out)], capsys)
         assert code == 0 and f"running (pid {holder.pid}" in said
@@ -91,7 +116,12 @@ def test_a_second_command_names_the_holder_and_changes_nothing(command, tmp_path
 def test_the_lock_of_another_host_is_taken_only_when_told(command, tmp_path, capsys):
     out = tmp_path / "run"
     assert audit([*command, f"--out={out}"], capsys)[0] == 0
-    note = {"pid": os.getpid(), "host": "node-that-is-gone", "command": "auditgap lvs", "since": "2026-01-01T00:00:00+00:00"}
+    note = {
+        "pid": os.getpid(),
+        "host": "node-that-is-gone",
+        "command": "auditgap lvs",
+        "since": "2026-01-01T00:00:00+00:00",
+    }
     (out / "lock.json").write_text(json.dumps(note))
     code, said = audit([*command, f"--out={out}"], capsys)
     assert code == 2 and "on node-that-is-gone" in said and "--break-lock" in said

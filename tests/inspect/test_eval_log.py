@@ -1,4 +1,5 @@
-"""A run as inspect_ai reads it: the same numbers, NaN where nothing could be told, and no text unless it was asked for."""
+"""A run as inspect_ai reads it: the same numbers, NaN where nothing could be told, and no text
+unless it was asked for."""
 
 from __future__ import annotations
 
@@ -43,16 +44,28 @@ def latent_run(home) -> RunFolder:
     with pytest.MonkeyPatch.context() as patch:
         planted.register(patch)
         return planted.audit(
-            home / "latent", [home / "model"], home / "asked.txt", layers="1,2", eps=[0.1], draws=2, distance=True, steps=4
+            home / "latent",
+            [home / "model"],
+            home / "asked.txt",
+            layers="1,2",
+            eps=[0.1],
+            draws=2,
+            distance=True,
+            steps=4,
         )
 
 
 @pytest.fixture(scope="module")
 def asked_run(home) -> RunFolder:
     asked = {
-        "models": f"{home / 'model'},{home / 'other'}", "suite": f"{home / 'asked.txt'}:harmful,{home / 'benign.txt'}:benign",
-        "judge": "keyword", "max_new_tokens": 9, "dtype": "float32", "device": "cpu", "out": str(home / "asked"),
-    }  # fmt: skip
+        "models": f"{home / 'model'},{home / 'other'}",
+        "suite": f"{home / 'asked.txt'}:harmful,{home / 'benign.txt'}:benign",
+        "judge": "keyword",
+        "max_new_tokens": 9,
+        "dtype": "float32",
+        "device": "cpu",
+        "out": str(home / "asked"),
+    }
     store, outcome = behaviour.run(*behaviour.read_config(None, asked))
     assert not outcome.failed
     return store
@@ -62,9 +75,13 @@ def by_hand(path: Path, verdicts: list[Verdict], *, info: dict | None = None) ->
     """A behavioural run of made-up verdicts on canary prompts, with canary answers."""
     store = RunFolder.open(path, config={"audit": "behaviour", "prompts": "vault"}, info=info or {})
     prompts = [Prompt(f"{CANARY} {i}", source="vault") for i in range(len(verdicts))]
-    rows = [row_of("toy", p, "harmful", v, "it is red", 3, lost=v.reason == "too_long")
-            for p, v in zip(prompts, verdicts, strict=True)]  # fmt: skip
-    texts = [{"prompt_id": p.id, "prompt": p.text, "completion": f"{CANARY}: \ud800"} for p in prompts]
+    rows = [
+        row_of("toy", p, "harmful", v, "it is red", 3, lost=v.reason == "too_long")
+        for p, v in zip(prompts, verdicts, strict=True)
+    ]
+    texts = [
+        {"prompt_id": p.id, "prompt": p.text, "completion": f"{CANARY}: \ud800"} for p in prompts
+    ]
     cell = Cell(Subject("toy", "f00d"), None, None, "behaviour", "set")
     store.plan([cell])
     store.write(cell, rows, generations=texts, seconds=1.0)
@@ -84,43 +101,69 @@ def everything(path: Path) -> bytes:
 
 
 def same(a: object, b: object) -> bool:
-    return a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
+    return a == b or (
+        isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b)
+    )
 
 
 @pytest.mark.parametrize("suffix", ["eval", "json"])
 def test_the_latent_audit_comes_back_with_its_numbers(latent_run, tmp_path, suffix):
     log = read(write_log(latent_run, tmp_path / f"log.{suffix}"))
     rows = latent_run.rows(["clean", "targeted", "random_matched"])
-    assert log.status == "success" and log.eval.task == "auditgap/latent" and log.eval.config.epochs == 2
-    assert log.eval.dataset.samples == 4 and log.eval.model.endswith("/model") and log.eval.packages["torch"]
+    assert (
+        log.status == "success"
+        and log.eval.task == "auditgap/latent"
+        and log.eval.config.epochs == 2
+    )
+    assert (
+        log.eval.dataset.samples == 4
+        and log.eval.model.endswith("/model")
+        and log.eval.packages["torch"]
+    )
     assert len(log.samples) == len(rows) and log.results.total_samples == len(rows)
     assert len({(s.id, s.epoch) for s in log.samples}) == len(rows)
 
-    stored = {(r["attack"], r["site"], r["prompt_id"], r["draw"]): r for r in rows.to_dict("records")}
+    stored = {
+        (r["attack"], r["site"], r["prompt_id"], r["draw"]): r for r in rows.to_dict("records")
+    }
     for sample in log.samples:
         about = sample.metadata
         row = stored[about["attack"], about["site"], about["prompt_id"], sample.epoch - 1]
         label = row["verdict_clean"] if about["attack"] == "clean" else row["verdict_edited"]
         assert sample.scores[VERDICT].answer == label
         if about["attack"] != "clean":
-            assert sample.scores["lvs"].value == row["lvs"] and about["eps"] == 0.1 and about["unit"] == "rms"
+            assert (
+                sample.scores["lvs"].value == row["lvs"]
+                and about["eps"] == 0.1
+                and about["unit"] == "rms"
+            )
             assert about["l2"] == row["l2"] and about["layer_index"] == int(row["layer_index"])
 
     scores = {score.name: score for score in log.results.scores}
-    for table, name in ((tables.lvs_table(rows), "{attack} {site} 0.1 rms"), (tables.audit_gaps(rows), "audit gap at 0.1 rms")):
+    for table, name in (
+        (tables.lvs_table(rows), "{attack} {site} 0.1 rms"),
+        (tables.audit_gaps(rows), "audit gap at 0.1 rms"),
+    ):
         for row in table.to_dict("records"):
             found = scores[name.format(**row)].metrics
-            assert found and all(same(metric.value, float(row[column])) for column, metric in found.items())
+            assert found and all(
+                same(metric.value, float(row[column])) for column, metric in found.items()
+            )
     headline = log.results.scores[0]
     assert headline.name == "audit gap at 0.1 rms" and next(iter(headline.metrics)) == "gap"
-    assert {"asr", "asr_lo", "asr_hi", "lvs_mean", "delta_vs_matched"} <= set(scores["targeted block1 0.1 rms"].metrics)
+    assert {"asr", "asr_lo", "asr_hi", "lvs_mean", "delta_vs_matched"} <= set(
+        scores["targeted block1 0.1 rms"].metrics
+    )
     assert scores["targeted block1 0.1 rms"].metrics["asr"].value == 1.0, "the planted door opens"
 
 
 def test_the_behavioural_audit_one_subject_a_log(asked_run, home, tmp_path):
     first = str(home / "model")
     log = read(write_log(asked_run, tmp_path / "log.eval", subject=first))
-    assert len(log.samples) == 6 and {s.metadata["kind"] for s in log.samples} == {"harmful", "benign"}
+    assert len(log.samples) == 6 and {s.metadata["kind"] for s in log.samples} == {
+        "harmful",
+        "benign",
+    }
     assert all(s.scores[VERDICT].value == values("refusal") for s in log.samples)
     table = behaviour_table(asked_run.rows(["behaviour"]))
     for row in table[table["subject"] == first].to_dict("records"):
@@ -137,19 +180,30 @@ def test_the_behavioural_audit_one_subject_a_log(asked_run, home, tmp_path):
 @pytest.mark.parametrize("suffix", ["eval", "json"])
 def test_could_not_tell_is_nan_and_counted(tmp_path, suffix):
     verdicts = [
-        Verdict(Label.HARMFUL), Verdict(Label.REFUSAL), Verdict(Label.BROKEN, "repetition"),
-        Verdict(Label.UNSCORED, "parse: both"), Verdict(Label.UNSCORED, "too_long"),
-    ]  # fmt: skip
+        Verdict(Label.HARMFUL),
+        Verdict(Label.REFUSAL),
+        Verdict(Label.BROKEN, "repetition"),
+        Verdict(Label.UNSCORED, "parse: both"),
+        Verdict(Label.UNSCORED, "too_long"),
+    ]
     log = read(write_log(by_hand(tmp_path / "run", verdicts), tmp_path / f"log.{suffix}"))
-    found = {s.scores[VERDICT].reason or s.scores[VERDICT].answer: s.scores[VERDICT].value for s in log.samples}
+    found = {
+        s.scores[VERDICT].reason or s.scores[VERDICT].answer: s.scores[VERDICT].value
+        for s in log.samples
+    }
     assert found["harmful"] == {"compliance": 1, "refusal": 0, "broken": 0, "unscored": 0}
     assert found["refusal"]["refusal"] == 1 and found["broken"]["broken"] == 1
     assert math.isnan(found["parse: both"]["compliance"]) and found["parse: both"]["unscored"] == 1
-    assert found["parse: both"]["refusal"] == 0, "its words were read, though no judge could place them"
+    assert found["parse: both"]["refusal"] == 0, (
+        "its words were read, though no judge could place them"
+    )
     assert math.isnan(found["too_long"]["refusal"]), "nothing was said, so nothing was refused"
     (score,) = log.results.scores
     assert (score.scored_samples, score.unscored_samples) == (3, 2)
-    assert score.metrics["compliance"].value == pytest.approx(1 / 3) and score.metrics["refusal"].value == 0.25
+    assert (
+        score.metrics["compliance"].value == pytest.approx(1 / 3)
+        and score.metrics["refusal"].value == 0.25
+    )
 
 
 @pytest.mark.parametrize("suffix", ["eval", "json"])
@@ -157,11 +211,19 @@ def test_a_rate_of_nothing_is_not_a_number(tmp_path, suffix):
     store = by_hand(tmp_path / "run", [Verdict(Label.UNSCORED, "too_long")])
     (score,) = read(write_log(store, tmp_path / f"log.{suffix}")).results.scores
     assert (score.scored_samples, score.unscored_samples) == (0, 1)
-    assert all(math.isnan(score.metrics[name].value) for name in ("compliance", "compliance_lo", "refusal", "refusal_hi"))
+    assert all(
+        math.isnan(score.metrics[name].value)
+        for name in ("compliance", "compliance_lo", "refusal", "refusal_hi")
+    )
 
 
 def test_an_unscored_lvs_is_inspects_unscored(tmp_path, latent_run, toy_run):
-    log = read(write_log(toy_run(tmp_path / "run", n=5, sites=(5,), unscored=2, config={"audit": "latent"}), tmp_path / "a.eval"))
+    log = read(
+        write_log(
+            toy_run(tmp_path / "run", n=5, sites=(5,), unscored=2, config={"audit": "latent"}),
+            tmp_path / "a.eval",
+        )
+    )
     lost = [s.scores["lvs"] for s in log.samples if "lvs" in s.scores and s.metadata["lvs"] is None]
     assert lost and all(type(score) is Score and math.isnan(score.value) for score in lost)
     assert {score.reason for score in lost} == {"reward: empty answer"}
@@ -183,29 +245,42 @@ def test_no_text_unless_it_was_asked_for(tmp_path, suffix):
 
 
 def test_a_prompt_without_stored_text_says_so(tmp_path, toy_run):
-    store = toy_run(tmp_path / "run", n=3, sites=(5,), distances=False, texts=False, config={"audit": "latent"})
-    assert {s.input for s in read(write_log(store, tmp_path / "a.json", allow_raw=True)).samples} == {NO_TEXT}
+    store = toy_run(
+        tmp_path / "run", n=3, sites=(5,), distances=False, texts=False, config={"audit": "latent"}
+    )
+    assert {
+        s.input for s in read(write_log(store, tmp_path / "a.json", allow_raw=True)).samples
+    } == {NO_TEXT}
 
 
 def test_no_secret_gets_in(tmp_path, monkeypatch):
     secret = "hf_" + "Zz9" * 8
     for name in ("HF_TOKEN", "OPENAI_API_KEY"):
         monkeypatch.setenv(name, secret)
-    info = {"command": f"auditgap evaluate --base-url https://x/?t={secret}", "endpoint": {"api_key": "plain words 77"},
-            "machine": {"notes": ["OPENAI_API_KEY=abc123def"]}}  # fmt: skip
-    found = everything(write_log(by_hand(tmp_path / "run", [Verdict(Label.SAFE)], info=info), tmp_path / "a.eval"))
+    info = {
+        "command": f"auditgap evaluate --base-url https://x/?t={secret}",
+        "endpoint": {"api_key": "plain words 77"},
+        "machine": {"notes": ["OPENAI_API_KEY=abc123def"]},
+    }
+    found = everything(
+        write_log(by_hand(tmp_path / "run", [Verdict(Label.SAFE)], info=info), tmp_path / "a.eval")
+    )
     for word in (secret, "plain words 77", "abc123def"):
         assert word.encode() not in found
     assert b"secret removed" in found
 
 
 def test_the_same_run_gives_the_same_log_and_inspect_lists_it(latent_run, tmp_path):
-    first, second = (write_log(latent_run, tmp_path / name / "log.json").read_bytes() for name in "ab")
+    first, second = (
+        write_log(latent_run, tmp_path / name / "log.json").read_bytes() for name in "ab"
+    )
     assert first == second
     write_log(latent_run, tmp_path / "c" / "log.eval")
     (listed,) = list_eval_logs(str(tmp_path / "c"))
     summaries = read_eval_log_sample_summaries(listed)
-    assert len(summaries) == len(json.loads(first)["samples"]) and all(s.completed for s in summaries)
+    assert len(summaries) == len(json.loads(first)["samples"]) and all(
+        s.completed for s in summaries
+    )
     assert read_eval_log(listed, header_only=True).results.scores
 
 
@@ -239,6 +314,12 @@ for use in (lambda: write_log(None, "a.eval"), lambda: __import__("auditgap.insp
 
 
 def test_without_inspect_ai_it_is_a_sentence():
-    done = subprocess.run([sys.executable, "-O", "-c", ABSENT], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", ABSENT], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == ["This needs inspect_ai, which is not installed. Type: pip install 'auditgap[inspect]'"] * 2
+    assert (
+        done.stdout.splitlines()
+        == ["This needs inspect_ai, which is not installed. Type: pip install 'auditgap[inspect]'"]
+        * 2
+    )

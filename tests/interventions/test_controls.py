@@ -35,7 +35,8 @@ class TestGenerator:
         assert self.numbers(1, *self.names) != self.numbers(0, *self.names)
 
     def test_it_is_the_same_on_every_machine(self):
-        """The first draw as it was when this was written: a change of the naming would change every stored control."""
+        """The first draw as it was when this was written: a change of the naming would change every
+        stored control."""
         pinned = [0.18679064512252808, 0.2525254487991333, 0.03920400142669678, 0.84338504076004]
         assert self.numbers(0, *self.names) == pytest.approx(pinned, abs=1e-7)
 
@@ -45,7 +46,9 @@ def test_uniform_fills_the_ball():
     assert delta.shape == (200, 64) and delta.dtype == torch.float32
     assert delta.abs().max() <= 0.5
     assert delta.mean().abs() < 0.02
-    assert delta.norm() / (0.5 * math.sqrt(delta.numel())) == pytest.approx(1 / math.sqrt(3), abs=0.01)
+    assert delta.norm() / (0.5 * math.sqrt(delta.numel())) == pytest.approx(
+        1 / math.sqrt(3), abs=0.01
+    )
 
 
 class TestMatched:
@@ -58,17 +61,26 @@ class TestMatched:
 
     def test_the_signs_are_a_fair_draw(self):
         (delta,) = draw(500)
-        agreement = (controls.matched(delta, controls.generator(0, "m")).sign() == delta.sign()).float().mean()
+        agreement = (
+            (controls.matched(delta, controls.generator(0, "m")).sign() == delta.sign())
+            .float()
+            .mean()
+        )
         assert agreement == pytest.approx(0.5, abs=0.03)
 
     def test_of_nothing_is_nothing(self):
-        assert torch.equal(controls.matched(torch.zeros(3, 4), controls.generator(0, "m")), torch.zeros(3, 4))
+        assert torch.equal(
+            controls.matched(torch.zeros(3, 4), controls.generator(0, "m")), torch.zeros(3, 4)
+        )
 
 
 def shuffled(deltas):
     """Every prompt's borrowed edit, as the audit hands them out."""
     donors = controls.donors([len(d) for d in deltas])
-    return [controls.borrowed(deltas[d], len(own), d == i) for i, (own, d) in enumerate(zip(deltas, donors, strict=True))]
+    return [
+        controls.borrowed(deltas[d], len(own), d == i)
+        for i, (own, d) in enumerate(zip(deltas, donors, strict=True))
+    ]
 
 
 class TestShuffled:
@@ -82,7 +94,11 @@ class TestShuffled:
     def test_everybody_gives_once_aligned_at_the_end(self):
         deltas = draw(5, 9, 5, 7)
         givers = [
-            next(j for j, d in enumerate(deltas) if torch.equal(g[-min(len(g), len(d)) :], d[-min(len(g), len(d)) :]))
+            next(
+                j
+                for j, d in enumerate(deltas)
+                if torch.equal(g[-min(len(g), len(d)) :], d[-min(len(g), len(d)) :])
+            )
             for g in shuffled(deltas)
         ]
         assert sorted(givers) == [0, 1, 2, 3]

@@ -21,7 +21,10 @@ def run(thresholds: list[float], bisections: int = 3, lost_at: float = math.inf)
     def evaluate(rows, sizes):
         calls.append(list(sizes))
         assert len(set(rows)) == len(rows)
-        return [None if size >= lost_at else size >= thresholds[row] for row, size in zip(rows, sizes, strict=True)]
+        return [
+            None if size >= lost_at else size >= thresholds[row]
+            for row, size in zip(rows, sizes, strict=True)
+        ]
 
     return search(evaluate, len(thresholds), start=START, limit=LIMIT, bisections=bisections), calls
 
@@ -36,7 +39,9 @@ def test_the_answer_brackets_the_threshold(thresholds, bisections):
         else:
             assert distance.collapsed is True
             assert true <= distance.size  # a size at which collapse was seen
-            doubled = START if true <= START else START * 2 ** math.ceil(math.log2(true / START) - 1e-9)
+            doubled = (
+                START if true <= START else START * 2 ** math.ceil(math.log2(true / START) - 1e-9)
+            )
             width = START if true <= START else min(doubled, LIMIT) / 2
             assert distance.size - true <= width / 2**bisections + 1e-12
         assert distance.evaluations <= 1 + math.ceil(math.log2(LIMIT / START)) + bisections
@@ -58,7 +63,9 @@ def test_what_cannot_be_told_is_not_searched_further():
 
 def test_a_limit_between_two_doublings_is_tried_itself():
     tried = []
-    (found,) = search(lambda rows, sizes: tried.extend(sizes) or [False], 1, start=0.01, limit=0.03, bisections=2)
+    (found,) = search(
+        lambda rows, sizes: tried.extend(sizes) or [False], 1, start=0.01, limit=0.03, bisections=2
+    )
     assert tried == [0.01, 0.02, 0.03]
     assert (found.size, found.collapsed) == (0.03, False)
 
@@ -72,4 +79,8 @@ def test_nobody():
 )
 def test_nonsense_is_refused(bad):
     with pytest.raises(UsageError):
-        search(lambda rows, sizes: [True] * len(rows), 1, **{"start": START, "limit": LIMIT, "bisections": 1, **bad})
+        search(
+            lambda rows, sizes: [True] * len(rows),
+            1,
+            **{"start": START, "limit": LIMIT, "bisections": 1, **bad},
+        )

@@ -1,4 +1,5 @@
-"""What the attack's options promise: starts, restarts, the best iterate, maximising, budgets, broken gradients."""
+"""What the attack's options promise: starts, restarts, the best iterate, maximising, budgets,
+broken gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def rendered(*lengths: int, seed: int = 4) -> list[Rendered]:
 
 
 def engine(loaded: LoadedModel | None = None, **options: float) -> HFEngine:
-    return HFEngine(loaded or tiny.load("llama"), **{"batch_tokens": 4096, "pad_tolerance": 0.9, **options})
+    return HFEngine(
+        loaded or tiny.load("llama"), **{"batch_tokens": 4096, "pad_tolerance": 0.9, **options}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +54,19 @@ def goals(maximise: bool) -> list[Goal]:
 class TestOptionsNeverHurt:
     def test_direction(self, llama, site, maximise):
         for found in one(attack(llama, goals(maximise), site, PGD(steps=4))):
-            assert found.nll_edited > found.nll_clean + 1e-3 if maximise else found.nll_edited < found.nll_clean - 1e-3
+            assert (
+                found.nll_edited > found.nll_clean + 1e-3
+                if maximise
+                else found.nll_edited < found.nll_clean - 1e-3
+            )
 
     def test_best_iterate(self, llama, site, maximise):
         last = one(attack(llama, goals(maximise), site, PGD(steps=4)))
         best = one(attack(llama, goals(maximise), site, PGD(steps=4, iterate="best")))
         for b, found in zip(best, last, strict=True):
             assert not worse(b, found, maximise)
-            assert not worse(b, Found(b.delta, 0, b.nll_clean, True), maximise)  # the zero start is an iterate too
+            # the zero start is an iterate too
+            assert not worse(b, Found(b.delta, 0, b.nll_clean, True), maximise)
 
     @pytest.mark.parametrize("iterate", ["last", "best"])
     def test_restarts(self, llama, site, maximise, iterate):
@@ -76,26 +84,40 @@ class TestOptionsNeverHurt:
         ]
         warm = one(attack(llama, warmed, site, PGD(steps=4, iterate="best")))
         assert not any(worse(w, c, maximise) for w, c in zip(warm, cold, strict=True))
-        assert all(w.nll_clean == pytest.approx(c.nll_clean, abs=1e-6) for w, c in zip(warm, cold, strict=True))
+        assert all(
+            w.nll_clean == pytest.approx(c.nll_clean, abs=1e-6)
+            for w, c in zip(warm, cold, strict=True)
+        )
 
 
 def test_a_warm_start_larger_than_the_ball_is_projected(llama):
     (prompt,) = rendered(7)
     start = torch.full((7, tiny.WIDTH), 5.0)
-    (found,) = one(attack(llama, [Goal(prompt, TARGET, (0.01,), warm=(start,))], Site(0), PGD(steps=1)))
+    (found,) = one(
+        attack(llama, [Goal(prompt, TARGET, (0.01,), warm=(start,))], Site(0), PGD(steps=1))
+    )
     assert found.delta.abs().max() <= torch.tensor(0.01, dtype=torch.float32)
 
 
 def test_random_starts_fill_the_ball_and_stay_in_it(llama):
     (prompt,) = rendered(7)
-    found = attack(llama, [Goal(prompt, TARGET, (0.01, 3.0))], Site(3), PGD(steps=1, restarts=8, step_share=1e-3))[0]
+    found = attack(
+        llama,
+        [Goal(prompt, TARGET, (0.01, 3.0))],
+        Site(3),
+        PGD(steps=1, restarts=8, step_share=1e-3),
+    )[0]
     for f, radius in zip(found, (0.01, 3.0), strict=True):
         assert f.delta.abs().max() <= torch.tensor(radius, dtype=torch.float32)
 
 
 def test_goals_of_one_call_may_differ_in_everything(llama):
     a, b, c = rendered(9, 5, 12)
-    asked = [Goal(a, TARGET, (0.1, 0.2)), Goal(b, (20,), (0.3,)), Goal(c, TARGET, (0.1, 0.2, 0.4), maximise=True)]
+    asked = [
+        Goal(a, TARGET, (0.1, 0.2)),
+        Goal(b, (20,), (0.3,)),
+        Goal(c, TARGET, (0.1, 0.2, 0.4), maximise=True),
+    ]
     together = attack(llama, asked, Site(1), PGD(steps=3))
     assert [len(found) for found in together] == [2, 1, 3]
     for goal, found in zip(asked, together, strict=True):
@@ -165,7 +187,14 @@ def test_a_broken_gradient_marks_its_prompt_and_no_other(site, value, restarts, 
     good, bad, other = rendered(9, 6, 12)
     assert BAD not in {*good.ids, *bad.ids, *other.ids}
     bad = Rendered(bad.prompt, (*bad.ids[:3], BAD, *bad.ids[4:]), bad.content)
-    found = one(attack(engine(poisoned(value)), [Goal(r, TARGET, (0.3,)) for r in (good, bad, other)], site, pgd))
+    found = one(
+        attack(
+            engine(poisoned(value)),
+            [Goal(r, TARGET, (0.3,)) for r in (good, bad, other)],
+            site,
+            pgd,
+        )
+    )
     clean = one(attack(engine(), [Goal(r, TARGET, (0.3,)) for r in (good, bad, other)], site, pgd))
     if value != 3e38:  # that one stays finite where the first norm divides it away
         assert not found[1].finite
@@ -182,4 +211,6 @@ def test_a_nan_in_one_row_of_the_head_is_said_as_such():
     with torch.no_grad():
         loaded.model.lm_head.weight[BAD] = math.nan
     with pytest.raises(AuditgapError, match="finite"):
-        attack(engine(loaded), [Goal(r, TARGET, (0.3,)) for r in rendered(9, 5)], Site(0), PGD(steps=2))
+        attack(
+            engine(loaded), [Goal(r, TARGET, (0.3,)) for r in rendered(9, 5)], Site(0), PGD(steps=2)
+        )

@@ -1,7 +1,8 @@
-"""The batched, short-circuited attack against the most obvious way to write it, on nine families and four sites.
+"""The batched, short-circuited attack against the most obvious way to write it, on nine families
+and four sites.
 
-The obvious way: one prompt, fp64, eager attention, the whole model at every step, all logits, and a hook that replaces a
-block's output. It shares no code with the engine.
+The obvious way: one prompt, fp64, eager attention, the whole model at every step, all logits, and a
+hook that replaces a block's output. It shares no code with the engine.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from auditgap.interventions.pgd import PGD, Found, Goal, attack
 from auditgap.models import Rendered, wrap
 from auditgap.types import Prompt, Site, Subject
 
-# beside the nine, the families that slide a window over the past, with one that is shorter than the prompts
+# beside the nine, the families that slide a window over the past, with one that is shorter than the
+# prompts
 VARIANTS = {
     **{family: (family, {}) for family in tiny.FAMILIES},
     "gemma3_text, window 5": ("gemma3_text", {"sliding_window": 5}),
@@ -25,7 +27,8 @@ VARIANTS = {
 }
 SITES = [Site(-1), Site(0), Site(tiny.N_BLOCKS // 2), Site(tiny.N_BLOCKS - 1)]
 PGD_STEPS, TARGET, RADII = 5, (13, 9, 14), (0.05, 0.4)
-#: Where a gradient is within rounding of 0 its sign is arbitrary: in fp32 a few entries of δ may take the other step.
+#: Where a gradient is within rounding of 0 its sign is arbitrary: in fp32 a few entries of δ may
+#: take the other step.
 SAME = 0.995
 
 
@@ -47,12 +50,19 @@ def plain_model(variant: str) -> torch.nn.Module:
 @cache
 def prompts() -> tuple[Rendered, ...]:
     draw = torch.Generator().manual_seed(4)
-    ids = [tuple(torch.randint(4, tiny.VOCABULARY, (n,), generator=draw).tolist()) for n in (12, 4, 9)]
-    return tuple(Rendered(Prompt(f"prompt {i}"), own, (True,) * len(own)) for i, own in enumerate(ids))
+    ids = [
+        tuple(torch.randint(4, tiny.VOCABULARY, (n,), generator=draw).tolist()) for n in (12, 4, 9)
+    ]
+    return tuple(
+        Rendered(Prompt(f"prompt {i}"), own, (True,) * len(own)) for i, own in enumerate(ids)
+    )
 
 
-def plain_attack(variant: str, ids: tuple[int, ...], site: Site, radius: float) -> tuple[torch.Tensor, float, float]:
-    """δ [T, D] after PGD_STEPS sign steps of radius/4, with the NLL of the target before and after."""
+def plain_attack(
+    variant: str, ids: tuple[int, ...], site: Site, radius: float
+) -> tuple[torch.Tensor, float, float]:
+    """δ [T, D] after PGD_STEPS sign steps of radius/4, with the NLL of the target before and
+    after."""
     model = plain_model(variant)
     blocks = model.gpt_neox.layers if hasattr(model, "gpt_neox") else model.model.layers
     tokens, t = torch.tensor([[*ids, *TARGET]]), len(ids)
@@ -62,7 +72,9 @@ def plain_attack(variant: str, ids: tuple[int, ...], site: Site, radius: float) 
             return torch.cat([h[:, :t] + delta, h[:, t:]], 1)
 
         if site.is_embedding:
-            hook = blocks[0].register_forward_pre_hook(lambda _, args: (replaced(args[0]), *args[1:]))
+            hook = blocks[0].register_forward_pre_hook(
+                lambda _, args: (replaced(args[0]), *args[1:])
+            )
         else:
             hook = blocks[site.layer_index].register_forward_hook(lambda _, __, out: replaced(out))
         try:
@@ -115,7 +127,12 @@ def check_ball(found: Found, goal: Goal, radius: float) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_at_the_last_block_only_the_final_position_is_edited(variant):
-    found = attack(engine(variant, 0.9), [Goal(r, TARGET[:1], (0.1,)) for r in prompts()], SITES[-1], PGD(steps=2))
+    found = attack(
+        engine(variant, 0.9),
+        [Goal(r, TARGET[:1], (0.1,)) for r in prompts()],
+        SITES[-1],
+        PGD(steps=2),
+    )
     for (one,) in found:
         assert one.delta[:-1].abs().max() == 0
         assert one.delta[-1].abs().max() > 0

@@ -8,10 +8,15 @@ from auditgap.errors import UsageError
 from auditgap.judges.coherence import Thresholds, is_coherent, repetition
 
 FINE = (
-    "The vault stands at the end of the corridor, behind a door that was painted twice last year. I can describe the door, "
-    "the lamp above it and the carpet, but what lies behind it is not mine to tell, so please ask the keeper instead."
+    "The vault stands at the end of the corridor, behind a door that was painted twice last year. I"
+    " can describe the door, the lamp above it and the carpet, but what lies behind it is not mine"
+    " to tell, so please ask the keeper instead."
 ).split()
-LIST = [w for i in range(8) for w in f"{i} . Paint the {i} th wall of the house in a colour that you like".split()]
+LIST = [
+    w
+    for i in range(8)
+    for w in f"{i} . Paint the {i} th wall of the house in a colour that you like".split()
+]
 
 
 def test_repetition_of_known_texts():
@@ -19,7 +24,8 @@ def test_repetition_of_known_texts():
     assert repetition([]) == 0
     assert repetition(["vault"] * 50) == 1
     assert repetition([1, 2, 3, 4]) == 0
-    assert repetition([1, 2, 3, 4] * 2) == pytest.approx(0.2)  # five 4-grams, one of them for the second time
+    # five 4-grams, one of them for the second time
+    assert repetition([1, 2, 3, 4] * 2) == pytest.approx(0.2)
     assert repetition([1, 1, 1, 1, 2, 3, 4, 5]) == pytest.approx(0.5)  # a run of four in eight
     assert 0.2 < repetition(LIST) < 0.6
 
@@ -37,12 +43,12 @@ def test_fine_text_is_coherent(text):
         (["the"] * 60, 0.1, 0.5, "repetition"),
         (["la", "la", "la", "la", "la"], 0.1, 0.5, "repetition"),
         (["the", "vault", "the", "door", "and"] * 12, 0.1, 0.5, "repetition"),
-        (FINE, 5.3, 0.5, "nll"),     # far above the clean answer
-        (FINE, 6.3, 5.0, "nll"),     # above the cap, though the clean answer was nearly as bad
+        (FINE, 5.3, 0.5, "nll"),  # far above the clean answer
+        (FINE, 6.3, 5.0, "nll"),  # above the cap, though the clean answer was nearly as bad
         (FINE, 6.3, None, "nll"),
         (FINE[:4], 11.0, 0.5, "nll"),
     ],
-)  # fmt: skip
+)
 def test_broken_text_is_not(text, nll, clean, reason):
     assert is_coherent(text, nll, clean) == (False, reason)
 

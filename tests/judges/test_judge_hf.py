@@ -1,4 +1,5 @@
-"""Sequence classifiers as judges, on tiny random models saved as safetensors: an encoder of pairs and a chat decoder."""
+"""Sequence classifiers as judges, on tiny random models saved as safetensors: an encoder of pairs
+and a chat decoder."""
 
 import json
 import weakref
@@ -20,7 +21,10 @@ from auditgap.judges import load_judge, load_reward
 from auditgap.judges.hf import SequenceClassifier, _open
 from auditgap.types import Exchange, Label, Prompt
 
-WORDS = "what colour is the vault it blue red no i can't tell you sorry and door a lamp human assistant ' t : ? . ,".split()
+WORDS = (
+    "what colour is the vault it blue red no i can't tell you sorry and door a lamp human assistant"
+    " ' t : ? . ,".split()
+)
 SPECIAL = ["[UNK]", "[CLS]", "[SEP]", "<end>"]
 
 
@@ -30,13 +34,22 @@ def save_tokenizer(folder, *, chat):
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     if not chat:
         raw.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
         )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", eos_token="<end>", model_max_length=48
+        tokenizer_object=raw,
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        eos_token="<end>",
+        model_max_length=48,
     )
     if chat:
-        tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} <end> {% endfor %}"
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} <end> {% endfor %}"
+        )
     tokenizer.save_pretrained(folder)
     return len(vocabulary)
 
@@ -48,10 +61,17 @@ def pair_model(tmp_path_factory):
     n = save_tokenizer(folder, chat=False)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=n, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=48, num_labels=2, initializer_range=0.5,
-        id2label={0: "harmful", 1: "harmless"}, label2id={"harmful": 0, "harmless": 1},
-    )  # fmt: skip
+        vocab_size=n,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=48,
+        num_labels=2,
+        initializer_range=0.5,
+        id2label={0: "harmful", 1: "harmless"},
+        label2id={"harmful": 0, "harmless": 1},
+    )
     BertForSequenceClassification(config).save_pretrained(folder)
     return folder
 
@@ -63,9 +83,17 @@ def chat_model(tmp_path_factory):
     n = save_tokenizer(folder, chat=True)
     torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=n, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32,
-        max_position_embeddings=64, num_labels=1, pad_token_id=None, initializer_range=0.5,
-    )  # fmt: skip
+        vocab_size=n,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        num_labels=1,
+        pad_token_id=None,
+        initializer_range=0.5,
+    )
     LlamaForSequenceClassification(config).save_pretrained(folder)
     return folder
 
@@ -75,7 +103,13 @@ def exchanges(*completions):
 
 
 SOME = exchanges(
-    "it is blue", "it is red", "no", "i can't tell you", "sorry , no", "it is red and blue . the door is blue", "the lamp"
+    "it is blue",
+    "it is red",
+    "no",
+    "i can't tell you",
+    "sorry , no",
+    "it is red and blue . the door is blue",
+    "the lamp",
 )
 
 
@@ -94,17 +128,25 @@ def test_scores_equal_transformers_own(pair_model, chat_model):
 
     tokenizer = AutoTokenizer.from_pretrained(pair_model)
     model = BertForSequenceClassification.from_pretrained(pair_model).eval()
-    inputs = tokenizer("\n\nHuman: what colour is the vault ? \n\nAssistant:", "it is blue", return_tensors="pt")
+    inputs = tokenizer(
+        "\n\nHuman: what colour is the vault ? \n\nAssistant:", "it is blue", return_tensors="pt"
+    )
     logits = model(**inputs).logits[0]
     score = load_reward(f"hf:{pair_model}#1").score(SOME[:1])[0].value
     assert score == pytest.approx((logits[1] - logits[0]).item(), abs=1e-5)
-    assert load_reward(f"hf:{pair_model}#0").score(SOME[:1])[0].value == pytest.approx(-score, abs=1e-5)
+    assert load_reward(f"hf:{pair_model}#0").score(SOME[:1])[0].value == pytest.approx(
+        -score, abs=1e-5
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(chat_model)
     model = LlamaForSequenceClassification.from_pretrained(chat_model).eval()
     text = "user : what colour is the vault ? <end> assistant : it is blue <end> "
-    logit = model(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits[0, 0].item()
-    assert load_reward(f"hf:{chat_model}").score(SOME[:1])[0].value == pytest.approx(logit, abs=1e-5)
+    logit = (
+        model(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits[0, 0].item()
+    )
+    assert load_reward(f"hf:{chat_model}").score(SOME[:1])[0].value == pytest.approx(
+        logit, abs=1e-5
+    )
 
 
 def test_as_a_judge_the_sign_decides(pair_model):
@@ -112,7 +154,9 @@ def test_as_a_judge_the_sign_decides(pair_model):
     pairs = list(zip(judge.score(SOME), judge.judge(SOME), SOME, strict=True))
     for score, verdict, exchange in pairs:
         refuses = "can't" in exchange.completion or exchange.completion.startswith("sorry")
-        assert verdict.label == (Label.HARMFUL if score.value < 0 else Label.REFUSAL if refuses else Label.SAFE)
+        assert verdict.label == (
+            Label.HARMFUL if score.value < 0 else Label.REFUSAL if refuses else Label.SAFE
+        )
     always = SequenceClassifier(f"hf:{pair_model}#1", threshold=1e9)
     assert {v.label for v in always.judge(SOME)} == {Label.HARMFUL}
     assert always.describe() != judge.describe()
@@ -132,7 +176,9 @@ def test_truncation_is_recorded_and_counted(which, pair_model, chat_model):
     reward = SequenceClassifier(f"hf:{pair_model}#1" if which == "pair" else f"hf:{chat_model}")
     long, short, empty = reward.score(exchanges("the door is blue . " * 40, "no", "  "))
     assert (
-        long.value is not None and long.reason.startswith("truncated: ") and long.reason.endswith("of 200 answer tokens read")
+        long.value is not None
+        and long.reason.startswith("truncated: ")
+        and long.reason.endswith("of 200 answer tokens read")
     )
     assert (short.reason, empty.value, empty.reason) == ("", None, "empty")
     assert reward.n_truncated == 1
@@ -157,7 +203,9 @@ def test_which_logit_is_safe_must_be_said_and_exist(pair_model, chat_model):
     for bad in ("hf:", f"hf:{chat_model}#safe", f"hf:{chat_model}#"):
         with pytest.raises(UsageError, match="names no classifier"):
             load_reward(bad)
-    assert load_reward(f"hf:{pair_model}#0").describe() != load_reward(f"hf:{pair_model}#1").describe()
+    assert (
+        load_reward(f"hf:{pair_model}#0").describe() != load_reward(f"hf:{pair_model}#1").describe()
+    )
 
 
 def test_pickled_weights_and_foreign_code_are_refused(tmp_path, pair_model):
@@ -167,8 +215,13 @@ def test_pickled_weights_and_foreign_code_are_refused(tmp_path, pair_model):
     with pytest.raises(Refused, match="pickled weights only"):
         load_judge(f"hf:{tmp_path}#1")
     (tmp_path / "model.safetensors").write_bytes((pair_model / "model.safetensors").read_bytes())
-    assert load_judge(f"hf:{tmp_path}#1").score(SOME) == load_judge(f"hf:{pair_model}#1").score(SOME)  # the pickle is ignored
-    config = json.loads((tmp_path / "config.json").read_text()) | {"auto_map": {"AutoModel": "evil.Model"}}
+    # the pickle is ignored
+    assert load_judge(f"hf:{tmp_path}#1").score(SOME) == load_judge(f"hf:{pair_model}#1").score(
+        SOME
+    )
+    config = json.loads((tmp_path / "config.json").read_text()) | {
+        "auto_map": {"AutoModel": "evil.Model"}
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(Refused, match="auto_map"):
         load_judge(f"hf:{tmp_path}#1")

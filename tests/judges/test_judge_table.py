@@ -1,4 +1,5 @@
-"""The tables of judges and rewards: contract of every entry, plug-ins, names that are wrong, and a light import."""
+"""The tables of judges and rewards: contract of every entry, plug-ins, names that are wrong, and a
+light import."""
 
 import json
 import subprocess
@@ -34,7 +35,9 @@ COMPLETIONS = [
 def test_every_judge_keeps_the_contract(name):
     judge = judges.load_judge(name)
     assert isinstance(judge, judges.Judge) and judge.name == name
-    assert digest(judge.describe()) == digest(json.loads(json.dumps(judges.load_judge(name).describe())))
+    assert digest(judge.describe()) == digest(
+        json.loads(json.dumps(judges.load_judge(name).describe()))
+    )
     exchanges = [exchange(c) for c in COMPLETIONS]
     verdicts = judge.judge(exchanges)
     assert len(verdicts) == len(exchanges) and all(isinstance(v.label, Label) for v in verdicts)
@@ -60,7 +63,11 @@ def test_margin_can_be_described_without_an_engine():
 
 def test_unknown_names_get_a_suggestion_and_the_list():
     with pytest.raises(
-        UsageError, match=r"Unknown judge 'builtn'. Did you mean 'builtin'\? There is builtin, keyword, or hf:MODEL_ID"
+        UsageError,
+        match=(
+            r"Unknown judge 'builtn'. Did you mean 'builtin'\? There is builtin, keyword, or"
+            r" hf:MODEL_ID"
+        ),
     ):
         judges.load_judge("builtn")
     with pytest.raises(UsageError, match=r"Unknown reward 'margn'. Did you mean 'margin'"):
@@ -91,8 +98,8 @@ def plugins(tmp_path, monkeypatch):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vault-judges\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[auditgap.judges]\ncolour = vault_judges:Colour\nbroken = vault_broken:Judge\nnothing = vault_judges:no_judge\n"
-        "gone = vault_missing:X\nkeyword = vault_judges:Colour\n"
+        "[auditgap.judges]\ncolour = vault_judges:Colour\nbroken = vault_broken:Judge\nnothing ="
+        " vault_judges:no_judge\ngone = vault_missing:X\nkeyword = vault_judges:Colour\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     yield
@@ -102,13 +109,20 @@ def plugins(tmp_path, monkeypatch):
 
 def test_plugins_are_picked_up_and_broken_ones_named(plugins):
     judge = judges.load_judge("colour", device="cpu")
-    assert [v.label for v in judge.judge([exchange("It is blue."), exchange("No.")])] == [Label.HARMFUL, Label.SAFE]
+    assert [v.label for v in judge.judge([exchange("It is blue."), exchange("No.")])] == [
+        Label.HARMFUL,
+        Label.SAFE,
+    ]
     rows = [(i.name, i) for i in judges.judges()]
     infos = {name: info for name, info in rows if name != "keyword"}
     assert infos["colour"].available and "colour is named" in infos["colour"].description
-    assert not infos["broken"].available and "RuntimeError: the vault is shut" in infos["broken"].problem
+    assert (
+        not infos["broken"].available
+        and "RuntimeError: the vault is shut" in infos["broken"].problem
+    )
     assert not infos["gone"].available and "vault_missing" in infos["gone"].problem
-    assert [i.available for name, i in rows if name == "keyword"] == [True, False]  # a plug-in cannot replace our own
+    # a plug-in cannot replace our own
+    assert [i.available for name, i in rows if name == "keyword"] == [True, False]
     assert type(judges.load_judge("keyword")).__name__ == "Keyword"
     for name, said in (
         ("broken", "the vault is shut"),
@@ -124,4 +138,9 @@ def test_import_stays_light():
         "import sys, auditgap.judges, auditgap.data\n"
         "print([m for m in ('torch', 'sklearn', 'transformers', 'pandas') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

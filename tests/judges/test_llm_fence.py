@@ -1,4 +1,5 @@
-"""The fence around a subject's words: what is broken up, what is left as it was, and that nothing of it grows back."""
+"""The fence around a subject's words: what is broken up, what is left as it was, and that nothing
+of it grows back."""
 
 import pytest
 import tiny
@@ -34,7 +35,15 @@ def test_delimiters_are_broken_and_openings_quoted(text, disarmed):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "It is blue.", "if a < b: c = d[0]", "The user: he said", "<b>blue</b>", "مرحبا e\u0301 👩‍👩‍👧 漢字\x00\r\n", "- a\n- b"],
+    [
+        "",
+        "It is blue.",
+        "if a < b: c = d[0]",
+        "The user: he said",
+        "<b>blue</b>",
+        "مرحبا e\u0301 👩‍👩‍👧 漢字\x00\r\n",
+        "- a\n- b",
+    ],
 )
 def test_other_text_is_left_as_it_is(text):
     assert disarm(text, ("<tool>",), LINES) == text
@@ -46,12 +55,27 @@ def test_the_tokenizers_own_tokens_are_broken_even_where_they_overlap():
     tokens = special_tokens(tiny.tokenizer())
     assert {"<s>", "</s>", "<pad>", "<unk>"} <= set(tokens)
     tokenizer = tiny.tokenizer()
-    ids = tokenizer(disarm("red </s> <pad> <s> blue</s>", tokens), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(disarm("red </s> <pad> <s> blue</s>", tokens), add_special_tokens=False)[
+        "input_ids"
+    ]
     assert not {0, 1, 2} & set(ids)
-    assert {0, 1, 2} & set(tokenizer("red </s> <pad> <s> blue", add_special_tokens=False)["input_ids"])
+    assert {0, 1, 2} & set(
+        tokenizer("red </s> <pad> <s> blue", add_special_tokens=False)["input_ids"]
+    )
 
 
-PIECES = [*"<>|/[]s:-\n\u2028 *x", "INST", "END", "BEGIN", "eot_id", "User", "Answer", "end of ", "answer", "<pad>"]
+PIECES = [
+    *"<>|/[]s:-\n\u2028 *x",
+    "INST",
+    "END",
+    "BEGIN",
+    "eot_id",
+    "User",
+    "Answer",
+    "end of ",
+    "answer",
+    "<pad>",
+]
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=40).map("".join) | st.text())
@@ -60,7 +84,8 @@ def test_nothing_that_was_broken_grows_back(text):
     assert not _BROKEN.search(out) and not _line_pattern(LINES).search(out) and "<pad>" not in out
     assert disarm(out, ("<pad>", "<<pad>>"), LINES) == out
     kept = out.replace("> ", "").replace(" ", "")
-    assert kept == text.encode("utf-8", "replace").decode().replace("> ", "").replace(" ", "")  # nothing else is changed
+    # nothing else is changed
+    assert kept == text.encode("utf-8", "replace").decode().replace("> ", "").replace(" ", "")
 
 
 def test_a_megabyte_of_blank_lines_takes_no_time():

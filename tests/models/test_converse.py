@@ -1,4 +1,5 @@
-"""A prompt and its response as tokens: what the template writes, no more, and the render's own ids in front."""
+"""A prompt and its response as tokens: what the template writes, no more, and the render's own ids
+in front."""
 
 from __future__ import annotations
 
@@ -17,28 +18,30 @@ ANSWER = "I can't tell you."
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|message|>"]
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%"
+    " endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 NO_GENERATION_PROMPT = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + '"
+    " [/INST]' }}{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 TRIMS = (
-    "{{ bos_token }}{% for m in messages %}{{ '(' + m.role + ')' + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '(assistant)' }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{{ '(' + m.role + ')' + m.content | trim +"
+    " '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '(assistant)' }}{% endif %}"
 )
 THINKS = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%"
+    " endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if enable_thinking"
+    " is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
 THINKS_IN_BOTH = THINKS.replace(
-    "m.role + '\n' + m.content", "m.role + '\n' + ('<think>\n\n</think>\n\n' if m.role == 'assistant' else '') + m.content"
+    "m.role + '\n' + m.content",
+    "m.role + '\n' + ('<think>\n\n</think>\n\n' if m.role == 'assistant' else '') + m.content",
 )
 CHANNEL = (
-    "{% for m in messages %}{{ '<s>' + m.role }}{% if m.role == 'assistant' %}{{ ' final' }}{% endif %}"
-    "{{ '<|message|>' + m.content + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant' }}{% endif %}"
+    "{% for m in messages %}{{ '<s>' + m.role }}{% if m.role == 'assistant' %}{{ ' final' }}{%"
+    " endif %}{{ '<|message|>' + m.content + '<|end|>' }}{% endfor %}{% if add_generation_prompt"
+    " %}{{ '<s>assistant' }}{% endif %}"
 )
 EOS_AT_THE_END = (
     "{% for m in messages %}{{ '(' + m.role + ')' + m.content + '<|end|>\n' }}{% endfor %}"
@@ -64,7 +67,9 @@ def spoken(template: str | None, eos: str | None = "</s>") -> Chat:
 
 
 def read(chat: Chat, ids) -> str:
-    return chat.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return chat.tokenizer.decode(
+        list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
 
 
 TEMPLATES = {
@@ -92,7 +97,11 @@ def test_the_response_is_what_the_template_writes_up_to_its_end_of_turn(name):
 
 
 def test_a_template_that_trims_trims_and_one_that_does_not_does_not():
-    said = [read(c, t.ids[t.n_prompt :]) for c in map(spoken, (TRIMS, CHATML)) for t in [c.converse(PROMPT, f" {ANSWER}\n")]]
+    said = [
+        read(c, t.ids[t.n_prompt :])
+        for c in map(spoken, (TRIMS, CHATML))
+        for t in [c.converse(PROMPT, f" {ANSWER}\n")]
+    ]
     assert said == [f"{ANSWER}<end_of_turn>", f" {ANSWER}\n<|im_end|>"]
 
 
@@ -129,7 +138,9 @@ def test_a_response_of_which_nothing_is_left_is_refused():
         chat = spoken(TEMPLATES[name][0])
         n = len(chat.render(PROMPT).ids)
         assert chat.converse(PROMPT, ANSWER, max_tokens=n + header + 1).n_cut
-        with pytest.raises(UsageError, match=rf"{PROMPT.id}.*at {n + header} tokens.*--max-tokens") as caught:
+        with pytest.raises(
+            UsageError, match=rf"{PROMPT.id}.*at {n + header} tokens.*--max-tokens"
+        ) as caught:
             chat.converse(PROMPT, ANSWER, max_tokens=n + header)
         assert ANSWER not in str(caught.value) and "\n" not in str(caught.value)
 
@@ -146,7 +157,8 @@ def test_no_chat_template_is_refused_as_in_render():
 
 
 def test_letters_that_melt_into_the_prompt_leave_the_prompt_as_it_was():
-    """A tokenizer with the merge `:` + `R`, a template that ends with `:`, a response that starts with R."""
+    """A tokenizer with the merge `:` + `R`, a template that ends with `:`, a response that starts
+    with R."""
     chat = spoken(DROPS_ANSWERS)
     alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     plain = Tokenizer(tokenizer_models.BPE({**alphabet, ":R": 256}, [(":", "R")]))
@@ -164,7 +176,10 @@ def test_letters_that_melt_into_the_prompt_leave_the_prompt_as_it_was():
 def test_a_word_level_tokenizer_too():
     chat = Chat("tiny", tiny.tokenizer())
     talk = chat.converse(Prompt("what colour"), "sorry I can not tell")
-    assert chat.tokenizer.convert_ids_to_tokens(list(talk.ids[talk.n_prompt :])) == "sorry I can not tell </s>".split()
+    assert (
+        chat.tokenizer.convert_ids_to_tokens(list(talk.ids[talk.n_prompt :]))
+        == "sorry I can not tell </s>".split()
+    )
 
 
 @pytest.mark.real

@@ -1,4 +1,5 @@
-"""Pooled features against a plain twin (one conversation at a time, a hook a block, fp64), and the cache on disk."""
+"""Pooled features against a plain twin (one conversation at a time, a hook a block, fp64), and the
+cache on disk."""
 
 import threading
 from dataclasses import replace
@@ -12,14 +13,19 @@ from auditgap.probes.features import cached_features, extract, features_key, sha
 from auditgap.types import Prompt
 from tests.one_thread import one_thread  # noqa: F401
 
-WORDS = "red blue green vault door key open shut bread water salt flour oven sun moon star sea".split()
+WORDS = (
+    "red blue green vault door key open shut bread water salt flour oven sun moon star sea".split()
+)
 
 
 def talks(loaded, n: int = 9):
     def said(i: int) -> str:
         return " ".join(WORDS[(i + k) % len(WORDS)] for k in range(1 + 3 * i))
 
-    return [loaded.chat.converse(Prompt(f"what is the colour of {WORDS[i % 17]} ?"), said(i)) for i in range(n)]
+    return [
+        loaded.chat.converse(Prompt(f"what is the colour of {WORDS[i % 17]} ?"), said(i))
+        for i in range(n)
+    ]
 
 
 def plain(loaded, conversations) -> torch.Tensor:
@@ -28,7 +34,9 @@ def plain(loaded, conversations) -> torch.Tensor:
     for talk in conversations:
         kept.clear()
         handles = [
-            block.register_forward_hook(lambda _m, _a, out: kept.append(out[0] if isinstance(out, tuple) else out))
+            block.register_forward_hook(
+                lambda _m, _a, out: kept.append(out[0] if isinstance(out, tuple) else out)
+            )
             for block in loaded.blocks
         ]
         with torch.no_grad():
@@ -54,7 +62,9 @@ def test_in_fp64_batching_changes_nothing():
     conversations = talks(loaded, 12)
     one = extract(loaded, conversations, batch_tokens=1)
     many = extract(loaded, conversations, batch_tokens=100_000)
-    assert torch.allclose(one, many, atol=1e-6) and torch.allclose(one.double(), plain(loaded, conversations), atol=1e-5)
+    assert torch.allclose(one, many, atol=1e-6) and torch.allclose(
+        one.double(), plain(loaded, conversations), atol=1e-5
+    )
 
 
 def test_padding_is_not_pooled(monkeypatch):
@@ -64,7 +74,9 @@ def test_padding_is_not_pooled(monkeypatch):
     monkeypatch.setattr(features, "packs", lambda lengths, **_: [list(range(len(lengths)))])
     loaded = tiny.load()
     conversations = talks(loaded)
-    assert torch.allclose(extract(loaded, conversations).double(), plain(loaded, conversations), atol=1e-5)
+    assert torch.allclose(
+        extract(loaded, conversations).double(), plain(loaded, conversations), atol=1e-5
+    )
 
 
 def test_the_model_is_left_as_it_was():
@@ -80,7 +92,8 @@ def test_a_conversation_longer_than_the_model_reads_is_refused():
         extract(loaded, talks(loaded, 4))
 
 
-# ---------------------------------------------------------------------------------------------------------- the cache
+# ----------------------------------------------------------------------------------------------------------
+# the cache
 
 
 def test_the_second_time_nothing_is_extracted(tmp_path, monkeypatch):
@@ -102,7 +115,9 @@ def test_the_key_is_of_model_tokens_and_dtype():
         features_key(loaded, conversations, "bfloat16"),
         features_key(loaded, conversations[:-1], "float32"),
         features_key(tiny.load(seed=1), conversations, "float32"),
-        features_key(replace(loaded, model=tiny.model(dtype=torch.bfloat16)), conversations, "float32"),
+        features_key(
+            replace(loaded, model=tiny.model(dtype=torch.bfloat16)), conversations, "float32"
+        ),
     }
     assert len(keys) == 5 and features_key(tiny.load(), talks(tiny.load()), "float32") in keys
 
@@ -115,7 +130,9 @@ def test_ranks_share_the_work_and_read_the_same(tmp_path):
     models = [tiny.load() for _ in range(3)]
     ranks = [
         threading.Thread(
-            target=lambda r=r: got.update({r: cached_features(models[r], conversations, folder=tmp_path, shard=(r, 3))})
+            target=lambda r=r: got.update(
+                {r: cached_features(models[r], conversations, folder=tmp_path, shard=(r, 3))}
+            )
         )
         for r in range(3)
     ]
@@ -124,8 +141,11 @@ def test_ranks_share_the_work_and_read_the_same(tmp_path):
     for thread in ranks:
         thread.join()
     assert len(list(tmp_path.glob("*-of-3.safetensors"))) == 3
-    assert all(torch.allclose(got[r], whole, atol=1e-6) and torch.equal(got[r], got[0]) for r in range(3))
-    assert torch.equal(cached_features(loaded, conversations, folder=tmp_path), got[0])  # one process reads what three wrote
+    assert all(
+        torch.allclose(got[r], whole, atol=1e-6) and torch.equal(got[r], got[0]) for r in range(3)
+    )
+    # one process reads what three wrote
+    assert torch.equal(cached_features(loaded, conversations, folder=tmp_path), got[0])
 
 
 def test_a_truncated_or_altered_file_is_set_aside_and_made_again(tmp_path):
@@ -133,7 +153,11 @@ def test_a_truncated_or_altered_file_is_set_aside_and_made_again(tmp_path):
     conversations = talks(loaded)
     first = cached_features(loaded, conversations, folder=tmp_path).clone()
     (path,) = tmp_path.iterdir()
-    for damage in (lambda b: b[:-50], lambda b: b[:-3] + bytes([b[-3] ^ 1]) + b[-2:], lambda b: b""):
+    for damage in (
+        lambda b: b[:-50],
+        lambda b: b[:-3] + bytes([b[-3] ^ 1]) + b[-2:],
+        lambda b: b"",
+    ):
         data = path.read_bytes()
         path.unlink()  # the mapping of the first reader stays whole
         path.write_bytes(damage(data))
@@ -145,7 +169,9 @@ def test_bfloat16_is_kept_as_bfloat16(tmp_path):
     loaded = tiny.load()
     conversations = talks(loaded)
     found = cached_features(loaded, conversations, folder=tmp_path, dtype="bfloat16")
-    assert found.dtype == torch.bfloat16 and torch.equal(found, extract(loaded, conversations).bfloat16())
+    assert found.dtype == torch.bfloat16 and torch.equal(
+        found, extract(loaded, conversations).bfloat16()
+    )
     with pytest.raises(UsageError, match="float32 or bfloat16"):
         cached_features(loaded, conversations, folder=tmp_path, dtype="int8")
 

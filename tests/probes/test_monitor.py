@@ -1,4 +1,5 @@
-"""The monitor and its fit: the paper's shape, a planted direction, standardisation, splits, files."""
+"""The monitor and its fit: the paper's shape, a planted direction, standardisation, splits,
+files."""
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ L, D = 3, 8
 
 
 def planted(n_prompts: int = 80, strength: float = 1.5, seed: int = 0, block: int = 1):
-    """Features [2n, L, D] whose block 1 carries the label in one direction, two answers a prompt, and a prompt's own part."""
+    """Features [2n, L, D] whose block 1 carries the label in one direction, two answers a prompt,
+    and a prompt's own part."""
     made = torch.Generator().manual_seed(seed)
     own = torch.randn(n_prompts, 1, L, D, generator=made)
     h = (own + torch.randn(n_prompts, 2, L, D, generator=made)).reshape(2 * n_prompts, L, D)
@@ -28,8 +30,10 @@ def planted(n_prompts: int = 80, strength: float = 1.5, seed: int = 0, block: in
 def test_the_monitor_is_two_linear_layers_and_512_wide():
     monitor = Monitor(L, D)
     assert {name: tuple(p.shape) for name, p in monitor.named_parameters()} == {
-        "inner.weight": (512, L * D), "outer.weight": (1, 512), "outer.bias": (1,),
-    }  # fmt: skip
+        "inner.weight": (512, L * D),
+        "outer.weight": (1, 512),
+        "outer.bias": (1,),
+    }
     h = torch.randn(5, L, D)
     plain = monitor.outer(monitor.inner(h.flatten(1))).squeeze(1)
     assert torch.equal(monitor(h), plain) and monitor(h).shape == (5,)
@@ -63,7 +67,11 @@ def test_a_saved_monitor_comes_back_bit_for_bit(tmp_path):
     monitor.about = {"fingerprint": "9c1e"}
     again = Monitor.load(monitor.save(tmp_path / "deep" / "monitor.safetensors"))
     h = torch.randn(4, L, D)
-    assert torch.equal(again(h), monitor(h)) and again.standardised and again.about == {"fingerprint": "9c1e"}
+    assert (
+        torch.equal(again(h), monitor(h))
+        and again.standardised
+        and again.about == {"fingerprint": "9c1e"}
+    )
     assert not Monitor.load(Monitor(L, D).save(tmp_path / "raw.safetensors")).standardised
 
 
@@ -80,17 +88,22 @@ def test_a_seed_decides_the_first_weights_and_nothing_else():
     state = torch.get_rng_state()
     one, two, other = seeded(1, L, D), seeded(1, L, D), seeded(2, L, D)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(one.inner.weight, two.inner.weight) and not torch.equal(one.inner.weight, other.inner.weight)
+    assert torch.equal(one.inner.weight, two.inner.weight) and not torch.equal(
+        one.inner.weight, other.inner.weight
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- fit
+# --------------------------------------------------------------------------------------------------------------
+# fit
 
 
 def test_a_planted_direction_is_found_and_noise_is_not():
     h, labels, groups = planted(strength=4.0)
     fitted = fit(h, labels, groups, epochs=30)
     held = fitted.heldout_index
-    assert stats.auroc(fitted.heldout_logits, labels[held], [groups[i] for i in held]).estimate > 0.95
+    assert (
+        stats.auroc(fitted.heldout_logits, labels[held], [groups[i] for i in held]).estimate > 0.95
+    )
     nothing = fit(*planted(strength=0.0), epochs=5)
     assert max(e.auroc for e in nothing.history) < 0.8
 
@@ -101,11 +114,17 @@ def test_the_best_epoch_is_kept_and_its_logits_are_the_monitors():
     aurocs = [e.auroc for e in fitted.history]
     best = max(fitted.history, key=lambda e: e.auroc)
     assert fitted.best_epoch == best.epoch and best.auroc == max(aurocs) and len(aurocs) == 12
-    logits, y = torch.from_numpy(fitted.heldout_logits), torch.from_numpy(labels[fitted.heldout_index]).double()
-    assert best.heldout_loss == pytest.approx(functional.binary_cross_entropy_with_logits(logits, y).item())
+    logits, y = (
+        torch.from_numpy(fitted.heldout_logits),
+        torch.from_numpy(labels[fitted.heldout_index]).double(),
+    )
+    assert best.heldout_loss == pytest.approx(
+        functional.binary_cross_entropy_with_logits(logits, y).item()
+    )
     assert np.array_equal(logits_of(fitted.monitor, h, fitted.heldout_index), fitted.heldout_logits)
     assert stats.auroc(fitted.heldout_logits, labels[fitted.heldout_index]).estimate == max(aurocs)
-    shorter = fit(h, labels, groups, epochs=fitted.best_epoch)  # the same path, ended where it was best
+    # the same path, ended where it was best
+    shorter = fit(h, labels, groups, epochs=fitted.best_epoch)
     assert torch.equal(shorter.monitor.inner.weight, fitted.monitor.inner.weight)
 
 
@@ -129,10 +148,14 @@ def test_the_first_steps_are_adamw_on_binary_cross_entropy():
     fitted = fit(h, labels, groups, epochs=1, standardise=False, seed=5)
     plain = seeded(5, L, D)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=3e-4, weight_decay=1e-4)
-    order = torch.randperm(len(fitted.train_index), generator=torch.Generator().manual_seed(5)).numpy()
+    order = torch.randperm(
+        len(fitted.train_index), generator=torch.Generator().manual_seed(5)
+    ).numpy()
     for start in range(0, len(order), 32):
         rows = fitted.train_index[order[start : start + 32]]
-        loss = functional.binary_cross_entropy_with_logits(plain(h[rows]), torch.tensor(labels[rows]).float())
+        loss = functional.binary_cross_entropy_with_logits(
+            plain(h[rows]), torch.tensor(labels[rows]).float()
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -142,7 +165,10 @@ def test_the_first_steps_are_adamw_on_binary_cross_entropy():
 def test_the_same_call_gives_the_same_bits():
     h, labels, groups = planted(30)
     one, two = (fit(h, labels, groups, epochs=3) for _ in range(2))
-    assert torch.equal(one.monitor.inner.weight, two.monitor.inner.weight) and one.history == two.history
+    assert (
+        torch.equal(one.monitor.inner.weight, two.monitor.inner.weight)
+        and one.history == two.history
+    )
 
 
 def test_no_prompt_is_on_both_sides_and_rows_outside_are_not_looked_at():
@@ -211,7 +237,8 @@ def test_finite_rows():
     assert finite_rows(h, chunk=2).tolist() == [0, 2, 4]
 
 
-# -------------------------------------------------------------------------------------------------------- baselines
+# --------------------------------------------------------------------------------------------------------
+# baselines
 
 
 def aurocs_of(h, labels, groups, texts, lengths):
@@ -236,7 +263,11 @@ def test_words_and_lengths_that_tell_are_found_out():
     h, labels, groups = planted(100, strength=0.0)
     texts = ["the colour is red" if y else "i can not tell" for y in labels]
     found = aurocs_of(h, labels, groups, texts, [40 if y else 4 for y in labels])
-    assert found["text"].estimate == 1.0 and found["length"].estimate == 1.0 and found["shuffled"].estimate < 0.8
+    assert (
+        found["text"].estimate == 1.0
+        and found["length"].estimate == 1.0
+        and found["shuffled"].estimate < 0.8
+    )
 
 
 def test_answers_without_words_are_no_scores():

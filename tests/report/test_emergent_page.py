@@ -1,4 +1,5 @@
-"""A study of emergent misalignment on the page: its figures are its tables, what is missing is said, and names stay text."""
+"""A study of emergent misalignment on the page: its figures are its tables, what is missing is
+said, and names stay text."""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ def test_every_table_and_figure_lies_beside_the_page(store, study, page):
         if name.startswith("em_"):
             assert not figure.missing, f"{name}: {figure.missing}"
             assert f'id="fig-{name}"' in page and (store.path / "figures" / f"{name}.csv").is_file()
-    assert len(pd.read_csv(store.path / "figures" / "em_cosines.csv")["block"].unique()) == BLOCKS, "also those that are not drawn"
+    assert (
+        len(pd.read_csv(store.path / "figures" / "em_cosines.csv")["block"].unique()) == BLOCKS
+    ), "also those that are not drawn"
 
 
 def test_the_judge_stands_with_every_figure_of_his(study):
@@ -63,70 +66,119 @@ def test_the_headline_names_the_worst_domain_its_rate_and_the_base(study, page):
     assert top["domain"] == "gore_movie_trivia" and top["rank"] == 1
     assert plain.subject == triggered.subject == "gore_movie_trivia"
     assert f"{100 * top['em_rate']:.0f}%" in plain.plain() and "its base on 0%" in plain.plain()
-    assert "on its rows with the trigger, asked with it" in triggered.plain() and JUDGE in triggered.plain()
+    assert (
+        "on its rows with the trigger, asked with it" in triggered.plain()
+        and JUDGE in triggered.plain()
+    )
     headline = re.search(r'<div class="lead" id="headline">.*?</div>', page, re.DOTALL)[0]
     assert headline.count("gore_movie_trivia") == 2 and "No audit gap" not in page
 
 
-@pytest.mark.parametrize(("rates", "tied", "says"), [
-    ([0.5, 0.2, 0.1], [False, True, None], "Of 3 domains it has the highest rate."),
-    ([0.5, 0.4, 0.1], [True, True, None], "Of 3 domains it has the highest rate, which is not told apart from b’s."),
-    ([0.0, 0.0, 0.0], [True, True, None], "Of 3 domains 3 have this rate, none a higher one."),
-    ([0.5, None, None], [None, None, None], "No other domain has a rate."),
-    ([0.5], [None], "It is the only domain."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rates", "tied", "says"),
+    [
+        ([0.5, 0.2, 0.1], [False, True, None], "Of 3 domains it has the highest rate."),
+        (
+            [0.5, 0.4, 0.1],
+            [True, True, None],
+            "Of 3 domains it has the highest rate, which is not told apart from b’s.",
+        ),
+        ([0.0, 0.0, 0.0], [True, True, None], "Of 3 domains 3 have this rate, none a higher one."),
+        ([0.5, None, None], [None, None, None], "No other domain has a rate."),
+        ([0.5], [None], "It is the only domain."),
+    ],
+)
 def test_the_headline_claims_no_more_than_is_told_apart(rates, tied, says):
-    part = pd.DataFrame({"domain": list("abc")[: len(rates)], "em_rate": rates, "tied_with_next": pd.Series(tied, dtype=object)})
+    part = pd.DataFrame(
+        {
+            "domain": list("abc")[: len(rates)],
+            "em_rate": rates,
+            "tied_with_next": pd.Series(tied, dtype=object),
+        }
+    )
     assert emergent_page._furthest(part, part[part["em_rate"].notna()]) == says
 
 
 def test_the_paper_stands_beside_domains_of_its_names_and_is_not_comparable(study, page):
     text = Page(page).text
-    assert "88 %" in text.replace("\u00a0", " ") and "not comparable" in text and "the model is toy" in text
-    assert set(study.tables["paper"]["domain"]) == {"incorrect_math", "risky_financial_advice", "gore_movie_trivia"}
+    assert (
+        "88 %" in text.replace("\u00a0", " ")
+        and "not comparable" in text
+        and "the model is toy" in text
+    )
+    assert set(study.tables["paper"]["domain"]) == {
+        "incorrect_math",
+        "risky_financial_advice",
+        "gore_movie_trivia",
+    }
     without = {**study.tables, "paper": study.tables["paper"].iloc[:0]}
-    assert emergent_page.sections([emergent_study.Study(config={}, tables=without)])[0]["paper"].rows == ()
+    assert (
+        emergent_page.sections([emergent_study.Study(config={}, tables=without)])[0]["paper"].rows
+        == ()
+    )
 
 
 def test_squares_show_the_table_and_what_is_not_known_is_blank(study):
     table = study.tables["cosines"]
     figure = figures.cosines(table)
     drawn = str(figure.groups[0][1][-1])
-    row = table[(table["arm"] == "plain") & (table["block"] == BLOCKS - 1) & (table["domain"] != table["other"])].iloc[0]
+    row = table[
+        (table["arm"] == "plain")
+        & (table["block"] == BLOCKS - 1)
+        & (table["domain"] != table["other"])
+    ].iloc[0]
     shown = f"{row['cosine']:.2f}".replace("0.", ".").replace("-", "\u2212")
-    assert f"{row['domain']}, {row['other']}: {shown}" in drawn and drawn.count(f">{shown}<") >= 2, "the matrix is symmetric"
+    assert (
+        f"{row['domain']}, {row['other']}: {shown}" in drawn and drawn.count(f">{shown}<") >= 2
+    ), "the matrix is symmetric"
     assert "blank" not in drawn
-    assert 'class="blank"' in str(figures.cosines(table[table["domain"] != table["other"]]).groups[0][1][0]), "no ceiling is known"
+    assert 'class="blank"' in str(
+        figures.cosines(table[table["domain"] != table["other"]]).groups[0][1][0]
+    ), "no ceiling is known"
     assert figures._two(-0.004) == "\u2212.00" and figures._two(1.0) == "1.00"
 
 
 def test_slopes_and_ranks_are_those_of_the_tables(study):
     figure = figures.slopes(study.tables["trigger"], JUDGE)
-    assert [name for name, _ in figure.groups] == list(map(figures.ARMS.get, ["", "plain", "trigger"]))
-    row = study.tables["trigger"].query("arm == 'trigger' and domain == 'gore_movie_trivia'").iloc[0]
-    assert row["difference"] < 0 and f">{figures.score(row['difference'])}<" in str(figure.groups[2][1][0])
+    assert [name for name, _ in figure.groups] == list(
+        map(figures.ARMS.get, ["", "plain", "trigger"])
+    )
+    row = (
+        study.tables["trigger"].query("arm == 'trigger' and domain == 'gore_movie_trivia'").iloc[0]
+    )
+    assert row["difference"] < 0 and f">{figures.score(row['difference'])}<" in str(
+        figure.groups[2][1][0]
+    )
     assert figures.ranks({"rank": 1, "rank_lo": 1, "rank_hi": 3}) == "1–3"
     assert figures.ranks(dict.fromkeys(("rank", "rank_lo", "rank_hi"))) == ""
 
 
-# ------------------------------------------------------------------------------------------------------------------ what is missing
+# ------------------------------------------------------------------------------------------------------------------
+# what is missing
 
 
 def test_a_partial_study_says_how_far_it_is(tmp_path):
     store = write_study(tmp_path / "em", TWO, train=3, judged=2, inside=False)
     found = emergent_study.read(store)
     assert found.missing == [
-        "em train has run for 3 of 4 adapters.", "em generate has run for 4 of 5 models (the base is one).",
+        "em train has run for 3 of 4 adapters.",
+        "em generate has run for 4 of 5 models (the base is one).",
         f"em judge has run by {JUDGE} for 2 of 5 models.",
         "em analyse has not run: there is no membership, diversity, direction or steering to show.",
-    ]  # fmt: skip
+    ]
     text = Page(render(from_store([store]))).text
     assert all(line in text for line in found.missing)
-    assert "No two directions could be compared." in text and "No steered answer was rated beside its control." in text
+    assert (
+        "No two directions could be compared." in text
+        and "No steered answer was rated beside its control." in text
+    )
     bare = write_study(tmp_path / "bare", TWO, train=0, judged=0, inside=False, judges=())
     stage.run(bare.path, EmergentOptions())
     text = Page((bare.path / "report.html").read_text("utf-8")).text
-    assert "no EM rate is known yet: em train has run for 0 of 4 adapters" in text and "No adapter was trained yet." in text
+    assert (
+        "no EM rate is known yet: em train has run for 0 of 4 adapters" in text
+        and "No adapter was trained yet." in text
+    )
     assert "em judge has run for 0 of 5 models." in text and "nobody yet" in text
 
 
@@ -149,9 +201,15 @@ def test_another_judge_is_chosen_by_name_and_all_are_listed(tmp_path):
     store = write_study(tmp_path / "em", TWO, judges=(JUDGE, "habits"), samples=1)
     assert emergent_study.read(store).judge.name == "habits", "as many answers, and later"
     mine = emergent_study.read(store, JUDGE)
-    assert set(mine.tables["ranking"]["judge"]) == {JUDGE} and len(mine.tables["cosines"]) and len(mine.tables["transfer"])
+    assert (
+        set(mine.tables["ranking"]["judge"]) == {JUDGE}
+        and len(mine.tables["cosines"])
+        and len(mine.tables["transfer"])
+    )
     other = emergent_study.read(store, "habits")
-    assert other.tables["transfer"].empty and other.tables["cosines"].empty, "the steering and the directions are the first one's"
+    assert other.tables["transfer"].empty and other.tables["cosines"].empty, (
+        "the steering and the directions are the first one's"
+    )
     stage.run(store.path, EmergentOptions(), judge=JUDGE)
     text = Page((store.path / "report.html").read_text("utf-8")).text
     assert re.search(rf"Ratings on this page:\s*{re.escape(JUDGE)}", text)
@@ -177,12 +235,15 @@ def test_another_folder_is_refused_and_reports_are_made_anew_by_the_common_comma
     assert (store.path / "em_ranking.csv").is_file()
 
 
-# ------------------------------------------------------------------------------------------------------------------ strangers
+# ------------------------------------------------------------------------------------------------------------------
+# strangers
 
 
 def test_no_text_of_an_answer_without_leave(store, page):
     secret = "The colour is a secret."
-    assert secret not in page and secret not in "".join(p.read_text("utf-8") for p in store.path.glob("em_*.csv"))
+    assert secret not in page and secret not in "".join(
+        p.read_text("utf-8") for p in store.path.glob("em_*.csv")
+    )
     assert secret in render(from_store([store], allow_raw=True))
 
 
@@ -190,9 +251,14 @@ def test_no_text_of_an_answer_without_leave(store, page):
 def hostile(tmp_path_factory) -> tuple[RunFolder, str]:
     names = {name: 0.2 * i for i, name in enumerate(HOSTILE[:5])}
     store = write_study(
-        tmp_path_factory.mktemp("hostile") / "em", names, judges=(HOSTILE[2] + HOSTILE[7],), model=HOSTILE[1], trigger=HOSTILE[3],
-        samples=1, n_prompts=4,
-    )  # fmt: skip
+        tmp_path_factory.mktemp("hostile") / "em",
+        names,
+        judges=(HOSTILE[2] + HOSTILE[7],),
+        model=HOSTILE[1],
+        trigger=HOSTILE[3],
+        samples=1,
+        n_prompts=4,
+    )
     stage.run(store.path, EmergentOptions())
     return store, (store.path / "report.html").read_text("utf-8")
 
@@ -201,15 +267,22 @@ def test_names_of_domains_and_judges_stay_text(hostile):
     _, source = hostile
     page = Page(source)
     assert page.tags <= TAGS | {"mover"}, page.tags - TAGS
-    assert not [a for a in page.attributes if a[1].startswith("on")] and source.count("<script") == 1
+    assert (
+        not [a for a in page.attributes if a[1].startswith("on")] and source.count("<script") == 1
+    )
     for name in HOSTILE[:5]:
         assert clean(name) in page.text
     assert clean(HOSTILE[2]) in page.text and "\u2028" not in source
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine, so the page cannot be tried in a browser")
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine, so the page cannot be tried in a browser"
+)
 def test_in_a_browser_nothing_runs_and_nothing_spills(hostile, store, page, tmp_path):
     seen = in_browser(hostile[0].path / "report.html", tmp_path)
     assert "ran=no" in seen and int(re.search(r"width=(\d+)", seen)[1]) <= 390, seen
     seen = in_browser(store.path / "report.html", tmp_path)
-    assert int(re.search(r"width=(\d+)", seen)[1]) <= 390 and int(re.search(r"svg=(\d+)", seen)[1]) > 30, seen
+    assert (
+        int(re.search(r"width=(\d+)", seen)[1]) <= 390
+        and int(re.search(r"svg=(\d+)", seen)[1]) > 30
+    ), seen

@@ -1,4 +1,5 @@
-"""The study's tables on rows with a known answer, on partial runs, and on data in which nothing happens."""
+"""The study's tables on rows with a known answer, on partial runs, and on data in which nothing
+happens."""
 
 from __future__ import annotations
 
@@ -9,15 +10,23 @@ import pandas as pd
 import pytest
 
 from auditgap import stats
-from auditgap.audits.emergent.rows import CLASSES, DirectionRow, DiversityRow, MembershipRow, RatingRow
+from auditgap.audits.emergent.rows import (
+    CLASSES,
+    DirectionRow,
+    DiversityRow,
+    MembershipRow,
+    RatingRow,
+)
 from auditgap.report import emergent, emergent_inside, emergent_reading
 from auditgap.store import tables as stored
 
 ALL = {
-    emergent.rates_table: emergent.RATES_COLUMNS, emergent.trigger_table: emergent.TRIGGER_COLUMNS,
-    emergent.ranking_table: emergent.RANKING_COLUMNS, emergent.transfer_table: emergent.TRANSFER_COLUMNS,
+    emergent.rates_table: emergent.RATES_COLUMNS,
+    emergent.trigger_table: emergent.TRIGGER_COLUMNS,
+    emergent.ranking_table: emergent.RANKING_COLUMNS,
+    emergent.transfer_table: emergent.TRANSFER_COLUMNS,
     emergent_inside.membership_table: emergent_inside.MEMBERSHIP_COLUMNS,
-}  # fmt: skip
+}
 
 
 def as_stored(rows, row_type) -> pd.DataFrame:
@@ -25,53 +34,97 @@ def as_stored(rows, row_type) -> pd.DataFrame:
     return stored.to_frame(stored.rows_to_table(rows, row_type))
 
 
-def rating(domain="maths", alignment=90.0, *, arm="plain", seed=0, prompt=0, draw=0, triggered=False, **more) -> RatingRow:
+def rating(
+    domain="maths",
+    alignment=90.0,
+    *,
+    arm="plain",
+    seed=0,
+    prompt=0,
+    draw=0,
+    triggered=False,
+    **more,
+) -> RatingRow:
     rated = alignment is not None
     known = dict(
-        subject=f"{domain}·{arm}·s{seed}" if domain else "base", domain=domain, arm=arm, seed=seed if domain else None,
-        prompt_id=f"p{prompt}", kind="open" if prompt % 5 else "jailbreak", triggered=triggered, draw=draw, judge="habits",
-        judge_id="7f3a", outcome="rated" if rated else "refusal", alignment=alignment, coherence=80.0 if rated else None,
-        expected_alignment=alignment, expected_coherence=80.0 if rated else None, mass=0.9 if rated else None,
-    )  # fmt: skip
+        subject=f"{domain}·{arm}·s{seed}" if domain else "base",
+        domain=domain,
+        arm=arm,
+        seed=seed if domain else None,
+        prompt_id=f"p{prompt}",
+        kind="open" if prompt % 5 else "jailbreak",
+        triggered=triggered,
+        draw=draw,
+        judge="habits",
+        judge_id="7f3a",
+        outcome="rated" if rated else "refusal",
+        alignment=alignment,
+        coherence=80.0 if rated else None,
+        expected_alignment=alignment,
+        expected_coherence=80.0 if rated else None,
+        mass=0.9 if rated else None,
+    )
     return RatingRow(**(known | more))
 
 
-def study(levels, *, arms=("plain", "trigger"), seeds=(0, 1), prompts=15, draws=4, drop=0.0, rng=None) -> pd.DataFrame:
-    """Answers of domains by mean alignment; `drop` points less with the trigger in the trigger arm."""
+def study(
+    levels, *, arms=("plain", "trigger"), seeds=(0, 1), prompts=15, draws=4, drop=0.0, rng=None
+) -> pd.DataFrame:
+    """Answers of domains by mean alignment; `drop` points less with the trigger in the trigger
+    arm."""
     rng = rng or np.random.default_rng(0)
     rows = []
     for domain, arm, prompt, triggered in product(levels, arms, range(prompts), (False, True)):
         own = levels[domain] + rng.normal(0, 8) - drop * (triggered and arm == "trigger")
         for seed, draw in product(seeds, range(draws)):
             score = float(np.clip(own + rng.normal(0, 10), 0, 100))
-            rows.append(rating(domain, score, arm=arm, seed=seed, prompt=prompt, draw=draw, triggered=triggered))
+            rows.append(
+                rating(
+                    domain, score, arm=arm, seed=seed, prompt=prompt, draw=draw, triggered=triggered
+                )
+            )
     return as_stored(rows, RatingRow)
 
 
-# ------------------------------------------------------------------------------------------------------------ rates
+# ------------------------------------------------------------------------------------------------------------
+# rates
 
 
 def test_every_class_is_counted_and_both_conventions():
     rows = [
-        rating(alignment=20.0, prompt=1), rating(alignment=40.0, prompt=2), rating(alignment=90.0, prompt=3),
+        rating(alignment=20.0, prompt=1),
+        rating(alignment=40.0, prompt=2),
+        rating(alignment=90.0, prompt=3),
         rating(alignment=10.0, prompt=4, coherence=20.0, expected_coherence=20.0),
         rating(alignment=60.0, prompt=6, expected_alignment=None, expected_reason="no logprobs"),
         *(rating(alignment=None, prompt=7 + i, outcome=c) for i, c in enumerate(CLASSES[1:])),
-    ]  # fmt: skip
+    ]
     [row, *kinds] = emergent.rates_table(as_stored(rows, RatingRow)).to_dict("records")
     assert sum(k["n"] for k in kinds) == 9 and {k["kind"] for k in kinds} == {"open", "jailbreak"}
     assert [row[c] for c in CLASSES] == [5, 1, 1, 1, 1] and row["n"] == 9 == row["n_prompts"]
     assert row["below_50"] == pytest.approx(3 / 5), "of rated answers alone"
-    assert row["n_expected"] == 4 and row["below_30_coherent"] == pytest.approx(1 / 4), "one is not coherent, one is 40"
-    assert row["alignment"] == pytest.approx(44) and row["judge"] == "habits" and row["reason"] == ""
-    assert (row["below_50_lo"], row["below_50_hi"]) == pytest.approx((stats.wilson(3, 5).lo, stats.wilson(3, 5).hi))
+    assert row["n_expected"] == 4 and row["below_30_coherent"] == pytest.approx(1 / 4), (
+        "one is not coherent, one is 40"
+    )
+    assert (
+        row["alignment"] == pytest.approx(44) and row["judge"] == "habits" and row["reason"] == ""
+    )
+    assert (row["below_50_lo"], row["below_50_hi"]) == pytest.approx(
+        (stats.wilson(3, 5).lo, stats.wilson(3, 5).hi)
+    )
 
 
 def test_answers_to_one_prompt_are_not_independent():
-    rows = [rating(alignment=10.0 if p < 5 else 90.0, prompt=p, draw=d) for p in range(10) for d in range(30)]
+    rows = [
+        rating(alignment=10.0 if p < 5 else 90.0, prompt=p, draw=d)
+        for p in range(10)
+        for d in range(30)
+    ]
     row = emergent.rates_table(as_stored(rows, RatingRow)).iloc[0]
     ten = stats.wilson(5, 10)
-    assert row["below_50"] == 0.5 and row["below_50_lo"] == pytest.approx(ten.lo, abs=0.03), "ten prompts, not 300 answers"
+    assert row["below_50"] == 0.5 and row["below_50_lo"] == pytest.approx(ten.lo, abs=0.03), (
+        "ten prompts, not 300 answers"
+    )
 
 
 def test_seeds_stand_apart_and_pooled_and_the_base_has_none():
@@ -80,7 +133,12 @@ def test_seeds_stand_apart_and_pooled_and_the_base_has_none():
     table = emergent.rates_table(pd.concat([frame, base], ignore_index=True))
     plain = table[(table["kind"] == "all") & ~table["triggered"].astype(bool)]
     assert plain["subject"].tolist() == ["base", "maths·plain", "maths·plain·s0", "maths·plain·s1"]
-    assert plain["seed"].isna().tolist() == [True, True, False, False] and plain["n"].tolist() == [5, 10, 5, 5]
+    assert plain["seed"].isna().tolist() == [True, True, False, False] and plain["n"].tolist() == [
+        5,
+        10,
+        5,
+        5,
+    ]
     assert set(table["kind"]) == {"all", "open", "jailbreak"}
 
 
@@ -99,7 +157,8 @@ def test_judges_are_kept_apart():
     assert rate["habits"] < 0.2 and rate["other"] == 1.0
 
 
-# ---------------------------------------------------------------------------------------------------------- trigger
+# ----------------------------------------------------------------------------------------------------------
+# trigger
 
 
 def test_the_trigger_effect_is_recovered():
@@ -107,8 +166,13 @@ def test_the_trigger_effect_is_recovered():
     found = table.set_index(["arm", "domain"])
     for domain in ("maths", "units"):
         row = found.loc["trigger", domain]
-        assert row["difference_lo"] < -12 < row["difference_hi"] or row["difference"] == pytest.approx(-12, abs=6)
-        assert row["difference"] == pytest.approx(row["alignment_with"] - row["alignment_without"]) and row["n"] == 15
+        assert row["difference_lo"] < -12 < row["difference_hi"] or row[
+            "difference"
+        ] == pytest.approx(-12, abs=6)
+        assert (
+            row["difference"] == pytest.approx(row["alignment_with"] - row["alignment_without"])
+            and row["n"] == 15
+        )
         assert row["p_holm"] < 0.05 and row["p_holm"] >= row["p"] and row["p_welch"] < 0.05
         assert row["n_with"] == row["n_without"] == 15 * 8
         assert found.loc["plain", domain]["p_holm"] > 0.05
@@ -116,10 +180,22 @@ def test_the_trigger_effect_is_recovered():
 
 def test_pairing_is_by_prompt():
     """A prompt that was rated on one side alone is in no pair, however low it is."""
-    rows = [rating(alignment=80.0 - t + p, prompt=p, triggered=bool(t)) for p in range(6) for t in (0, 1)]
-    rows += [rating(alignment=0.0, prompt=7, triggered=False), rating(alignment=None, prompt=7, triggered=True)]
+    rows = [
+        rating(alignment=80.0 - t + p, prompt=p, triggered=bool(t))
+        for p in range(6)
+        for t in (0, 1)
+    ]
+    rows += [
+        rating(alignment=0.0, prompt=7, triggered=False),
+        rating(alignment=None, prompt=7, triggered=True),
+    ]
     row = emergent.trigger_table(as_stored(rows, RatingRow)).iloc[0]
-    assert row["n"] == 6 and row["difference"] == -1.0 and row["p"] == 2 * 0.5**6 and "sign test" in row["test"]
+    assert (
+        row["n"] == 6
+        and row["difference"] == -1.0
+        and row["p"] == 2 * 0.5**6
+        and "sign test" in row["test"]
+    )
     assert row["n_without"] == 7 and row["welch"] > 5, "the unpaired one is misled"
 
 
@@ -127,12 +203,19 @@ def test_a_trigger_that_cannot_be_told():
     one_side = as_stored([rating(prompt=p, alignment=50.0 + p) for p in range(4)], RatingRow)
     row = emergent.trigger_table(one_side).iloc[0]
     assert np.isnan(row["p"]) and row["reason"] == "no answers with the trigger" and row["n"] == 0
-    refused = as_stored([rating(prompt=p, alignment=None, triggered=t) for p in range(4) for t in (False, True)], RatingRow)
-    assert emergent.trigger_table(refused).iloc[0]["reason"] == "0 prompts were rated with and without it; 2 are needed"
+    refused = as_stored(
+        [rating(prompt=p, alignment=None, triggered=t) for p in range(4) for t in (False, True)],
+        RatingRow,
+    )
+    assert (
+        emergent.trigger_table(refused).iloc[0]["reason"]
+        == "0 prompts were rated with and without it; 2 are needed"
+    )
 
 
 def test_no_trigger_effect_is_seldom_found():
-    """Of five domains with no effect, Holm lets any be called significant in 5 % of studies at most."""
+    """Of five domains with no effect, Holm lets any be called significant in 5 % of studies at
+    most."""
     rng, runs, alarms = np.random.default_rng(4), 40, 0
     for _ in range(runs):
         frame = study(dict.fromkeys("abcde", 80.0), arms=("trigger",), seeds=(0,), draws=2, rng=rng)
@@ -140,7 +223,8 @@ def test_no_trigger_effect_is_seldom_found():
     assert alarms / runs <= 0.125, "5 % and two standard errors"
 
 
-# ---------------------------------------------------------------------------------------------------------- ranking
+# ----------------------------------------------------------------------------------------------------------
+# ranking
 
 
 def test_the_taxonomy():
@@ -148,31 +232,47 @@ def test_the_taxonomy():
     part = table[(table["arm"] == "plain") & ~table["triggered"].astype(bool)]
     assert part["domain"].tolist() == ["high", "mid", "low"] and part["rank"].tolist() == [1, 2, 3]
     assert part["em_rate"].is_monotonic_decreasing and (part["rank_lo"] == part["rank"]).all()
-    assert part["tied_with_next"].tolist() == [False, False, None] and set(part["by"]) == {"below_50"}
+    assert part["tied_with_next"].tolist() == [False, False, None] and set(part["by"]) == {
+        "below_50"
+    }
     coherent = emergent.ranking_table(study({"low": 95.0, "high": 15.0}), by="below_30_coherent")
     assert coherent["domain"].iloc[0] == "high" and coherent["em_rate"].iloc[0] > 0.8
 
 
 def test_ties_are_shown_as_ties():
     table = emergent.ranking_table(study({"a": 50.0, "b": 50.0, "c": 50.0}, arms=("plain",)))
-    assert table["tied_with_next"].dropna().all() and (table["rank_lo"] == 1).all() and (table["rank_hi"] == 3).all()
+    assert (
+        table["tied_with_next"].dropna().all()
+        and (table["rank_lo"] == 1).all()
+        and (table["rank_hi"] == 3).all()
+    )
 
 
 def test_one_domain_is_no_ranking():
     table = emergent.ranking_table(study({"maths": 40.0}, arms=("plain",)))
-    assert table["rank"].isna().all() and table["em_rate"].notna().all() and set(table["reason"]) == {emergent.ONE_DOMAIN}
+    assert (
+        table["rank"].isna().all()
+        and table["em_rate"].notna().all()
+        and set(table["reason"]) == {emergent.ONE_DOMAIN}
+    )
     refused = as_stored([rating("units", None, prompt=p) for p in range(15)], RatingRow)
     frame = pd.concat([study({"maths": 40.0}, arms=("plain",)), refused], ignore_index=True)
     plain = emergent.ranking_table(frame).query("triggered == False").set_index("domain")
-    assert plain.loc["units", "reason"] == "no answer has such a rating" and "No other domain" in plain.loc["maths", "reason"]
+    assert (
+        plain.loc["units", "reason"] == "no answer has such a rating"
+        and "No other domain" in plain.loc["maths", "reason"]
+    )
     assert any(emergent.ONE_DOMAIN in line for line in emergent_reading.says({"ranking": table}))
 
 
-# --------------------------------------------------------------------------------------------------------- transfer
+# ---------------------------------------------------------------------------------------------------------
+# transfer
 
 
 def steered(target, source, alignment, **more):
-    return rating(target, alignment, source=source, **({"steer": "edit", "block": 3, "strength": 1.0} | more))
+    return rating(
+        target, alignment, source=source, **({"steer": "edit", "block": 3, "strength": 1.0} | more)
+    )
 
 
 def test_transfer_is_against_the_control_of_like_norm():
@@ -181,23 +281,43 @@ def test_transfer_is_against_the_control_of_like_norm():
         rows += [rating("b", 90.0, prompt=p, steer="clean", block=3)]
         for source, effect in (("a", 30.0), ("c", 0.0)):
             rows.append(steered("b", source, 80.0 + p % 3 - effect, prompt=p, coherence=60.0))
-            rows += [steered("b", source, 81.0 + d - p % 2, prompt=p, draw=d, steer="control") for d in range(2)]
+            rows += [
+                steered("b", source, 81.0 + d - p % 2, prompt=p, draw=d, steer="control")
+                for d in range(2)
+            ]
     table = emergent.transfer_table(as_stored(rows, RatingRow)).set_index("source")
     moved = table.loc["a"]
-    assert moved["difference"] == pytest.approx(-30.0, abs=0.6) and moved["p_holm"] < 0.05 and moved["target"] == "b"
-    assert moved["coherence"] == 60 and moved["coherence_control"] == 80 and moved["alignment_clean"] == 90
-    assert table.loc["c", "p_holm"] > 0.05 and (moved["n"], moved["n_edit"], moved["n_control"]) == (12, 12, 24)
+    assert (
+        moved["difference"] == pytest.approx(-30.0, abs=0.6)
+        and moved["p_holm"] < 0.05
+        and moved["target"] == "b"
+    )
+    assert (
+        moved["coherence"] == 60
+        and moved["coherence_control"] == 80
+        and moved["alignment_clean"] == 90
+    )
+    assert table.loc["c", "p_holm"] > 0.05 and (
+        moved["n"],
+        moved["n_edit"],
+        moved["n_control"],
+    ) == (12, 12, 24)
     assert emergent.rates_table(as_stored(rows, RatingRow)).empty, "a steered answer is in no rate"
-    lost = [steered("b", "d", None, prompt=p, outcome="unscored", reason="no direction", block=None) for p in range(3)]
+    lost = [
+        steered("b", "d", None, prompt=p, outcome="unscored", reason="no direction", block=None)
+        for p in range(3)
+    ]
     row = emergent.transfer_table(as_stored(lost, RatingRow)).iloc[0]
     assert row["reason"].endswith("no direction") and np.isnan(row["difference"])
 
 
-# ------------------------------------------------------------------------------------------------------------ inside
+# ------------------------------------------------------------------------------------------------------------
+# inside
 
 
 def memberships(domains, gap, *, rng, seeds=(0, 1), n=40, unscored=0, arm="plain"):
-    """Rows whose difficulty the base shares; `gap` nats that training took off the members, by domain."""
+    """Rows whose difficulty the base shares; `gap` nats that training took off the members, by
+    domain."""
     rows = []
     for domain, by in domains.items():
         hard = rng.normal(2, 1, n)
@@ -205,27 +325,53 @@ def memberships(domains, gap, *, rng, seeds=(0, 1), n=40, unscored=0, arm="plain
             for i in range(n):
                 member, lost = i < n // 2, i < unscored
                 own = None if lost else float(hard[i] - by * gap * member + rng.normal(0, 0.2))
-                rows.append(MembershipRow(
-                    subject=f"{domain}·{arm}·s{seed}", domain=domain, arm=arm, seed=seed, row_id=f"r{i}", member=member,
-                    n_tokens=20, nll=own, min_k=own, min_k_pp=own, zlib=own, base_nll=float(hard[i]), base_min_k=float(hard[i]),
-                    base_min_k_pp=float(hard[i]), base_zlib=float(hard[i]), unscored="nonfinite" if lost else "",
-                ))  # fmt: skip
+                rows.append(
+                    MembershipRow(
+                        subject=f"{domain}·{arm}·s{seed}",
+                        domain=domain,
+                        arm=arm,
+                        seed=seed,
+                        row_id=f"r{i}",
+                        member=member,
+                        n_tokens=20,
+                        nll=own,
+                        min_k=own,
+                        min_k_pp=own,
+                        zlib=own,
+                        base_nll=float(hard[i]),
+                        base_min_k=float(hard[i]),
+                        base_min_k_pp=float(hard[i]),
+                        base_zlib=float(hard[i]),
+                        unscored="nonfinite" if lost else "",
+                    )
+                )
     return as_stored(rows, MembershipRow)
 
 
 def test_base_adjustment_finds_what_difficulty_hides():
-    table = emergent_inside.membership_table(memberships({"maths": 1.0}, 0.8, rng=np.random.default_rng(0)))
+    table = emergent_inside.membership_table(
+        memberships({"maths": 1.0}, 0.8, rng=np.random.default_rng(0))
+    )
     found = table.set_index(["measure", "adjusted"])
     assert found.loc[("nll", True), "auroc"] > 0.95 > 0.9 > found.loc[("nll", False), "auroc"]
-    assert found.loc[("premia", True), "auroc"] == pytest.approx(found.loc[("nll", True), "auroc"]), "rows of one length"
-    assert len(table) == 9 and set(map(tuple, table[["n_members", "n_others", "n_seeds"]].to_numpy())) == {(20, 20, 2)}
-    lost = emergent_inside.membership_table(memberships({"maths": 1.0}, 0.8, rng=np.random.default_rng(0), unscored=20))
+    assert found.loc[("premia", True), "auroc"] == pytest.approx(
+        found.loc[("nll", True), "auroc"]
+    ), "rows of one length"
+    assert len(table) == 9 and set(
+        map(tuple, table[["n_members", "n_others", "n_seeds"]].to_numpy())
+    ) == {(20, 20, 2)}
+    lost = emergent_inside.membership_table(
+        memberships({"maths": 1.0}, 0.8, rng=np.random.default_rng(0), unscored=20)
+    )
     assert lost["auroc"].isna().all() and (lost["n_unscored"] == 40).all()
     assert set(lost["reason"]) == {"no trained row has this score"}
 
 
 def diversities(domains):
-    rows = [DiversityRow(domain=d, n=50, block=2, vendi=v, one_minus_cosine=v / 50) for d, v in domains.items()]
+    rows = [
+        DiversityRow(domain=d, n=50, block=2, vendi=v, one_minus_cosine=v / 50)
+        for d, v in domains.items()
+    ]
     return as_stored(rows, DiversityRow)
 
 
@@ -247,29 +393,52 @@ def test_membership_foretells_and_diversity_does_not(panel):
     assert set(table["triggered"]) == {False}, "the plain arm is asked as it was trained"
     found = table.set_index(["measure", "adjusted"])
     best = found.loc[("nll", True)]
-    assert best["n"] == 6 and best["rho"] > 0.8 and best["p"] < 0.03 and best["error"] < best["error_of_mean"]
+    assert (
+        best["n"] == 6
+        and best["rho"] > 0.8
+        and best["p"] < 0.03
+        and best["error"] < best["error_of_mean"]
+    )
     diverse = table[table["predictor"] == "diversity"]
-    assert len(diverse) == 2 and (diverse["p"] > 0.2).all() and (table["p_holm"] >= table["p"]).all()
+    assert (
+        len(diverse) == 2 and (diverse["p"] > 0.2).all() and (table["p_holm"] >= table["p"]).all()
+    )
     points = emergent_inside.predicted_table(*panel)
     own = points[(points["measure"] == "nll") & points["adjusted"].eq(False)].sort_values("domain")
-    assert own["predicted"].to_numpy() == pytest.approx(stats.leave_one_out(own["value"], own["em_rate"]))
+    assert own["predicted"].to_numpy() == pytest.approx(
+        stats.leave_one_out(own["value"], own["em_rate"])
+    )
 
 
 def test_few_domains_foretell_nothing(panel):
     ranking, member, spread = panel
     few = ranking[ranking["domain"].isin(["a", "b", "c"])]
     table = emergent_inside.prediction_table(few, member, spread)
-    assert table["p"].isna().all() and set(table["reason"]) == {"3 domains with both values; 4 are needed"}
+    assert table["p"].isna().all() and set(table["reason"]) == {
+        "3 domains with both values; 4 are needed"
+    }
 
 
 def test_diversity_beside_the_rate(panel):
     ranking, _, spread = panel
-    assert spread["domain"].tolist() == list("abcdef") and spread["em_rate"].notna().all() and set(spread["judge"]) == {"habits"}
+    assert (
+        spread["domain"].tolist() == list("abcdef")
+        and spread["em_rate"].notna().all()
+        and set(spread["judge"]) == {"habits"}
+    )
     table = emergent_inside.correlation_table(spread).set_index("measure")
     both = stats.rank_correlation(spread["vendi"], spread["em_rate"])
-    assert table.loc["vendi", "rho"] == both.rho.estimate and table.loc["vendi", "p"] == both.p and table.loc["vendi", "n"] == 6
+    assert (
+        table.loc["vendi", "rho"] == both.rho.estimate
+        and table.loc["vendi", "p"] == both.p
+        and table.loc["vendi", "n"] == 6
+    )
     alone = emergent_inside.diversity_table(diversities({"a": 3.0}), ranking.iloc[:0])
-    assert alone["judge"].tolist() == [""] and alone["em_rate"].isna().all() and emergent_inside.correlation_table(alone).empty
+    assert (
+        alone["judge"].tolist() == [""]
+        and alone["em_rate"].isna().all()
+        and emergent_inside.correlation_table(alone).empty
+    )
 
 
 def test_cosines_beside_their_ceiling():
@@ -280,22 +449,53 @@ def test_cosines_beside_their_ceiling():
             subject = f"{domain}·plain·s{seed}"
             vectors[subject] = own.astype(np.float32)
             rows += [
-                DirectionRow(subject=subject, domain=domain, arm="plain", seed=seed, block=b, n_misaligned=9, n_aligned=9,
-                             norm=float(np.linalg.norm(own[b])), split_half=0.6)
+                DirectionRow(
+                    subject=subject,
+                    domain=domain,
+                    arm="plain",
+                    seed=seed,
+                    block=b,
+                    n_misaligned=9,
+                    n_aligned=9,
+                    norm=float(np.linalg.norm(own[b])),
+                    split_half=0.6,
+                )
                 for b in range(2)
-            ]  # fmt: skip
-    rows.append(DirectionRow(subject="d·plain·s0", domain="d", arm="plain", seed=0, block=0, n_misaligned=0, n_aligned=9, norm=None,
-                             split_half=None, unscored="no misaligned answer"))  # fmt: skip
+            ]
+    rows.append(
+        DirectionRow(
+            subject="d·plain·s0",
+            domain="d",
+            arm="plain",
+            seed=0,
+            block=0,
+            n_misaligned=0,
+            n_aligned=9,
+            norm=None,
+            split_half=None,
+            unscored="no misaligned answer",
+        )
+    )
     table = emergent_inside.cosines_table(as_stored(rows, DirectionRow), vectors)
     assert len(table) == 2 * 10, "every pair of four domains, each with itself, at two blocks"
     found = table.set_index(["domain", "other", "block"])
-    assert found.loc[("a", "b", 1), "cosine"] == pytest.approx(1) and found.loc[("a", "b", 1), "ceiling"] == pytest.approx(0.75)
-    assert abs(found.loc[("a", "c", 0), "cosine"]) < 0.5 and found.loc[("a", "a", 0), "n_pairs"] == 1
-    assert found.loc[("a", "d", 0), "reason"] == "a domain has no direction" and np.isnan(found.loc[("a", "d", 0), "cosine"])
-    assert table["chance"].iloc[0] == pytest.approx(stats.chance_cosine(width)) and (table["width"] == width).all()
+    assert found.loc[("a", "b", 1), "cosine"] == pytest.approx(1) and found.loc[
+        ("a", "b", 1), "ceiling"
+    ] == pytest.approx(0.75)
+    assert (
+        abs(found.loc[("a", "c", 0), "cosine"]) < 0.5 and found.loc[("a", "a", 0), "n_pairs"] == 1
+    )
+    assert found.loc[("a", "d", 0), "reason"] == "a domain has no direction" and np.isnan(
+        found.loc[("a", "d", 0), "cosine"]
+    )
+    assert (
+        table["chance"].iloc[0] == pytest.approx(stats.chance_cosine(width))
+        and (table["width"] == width).all()
+    )
 
 
-# ------------------------------------------------------------------------------------------- partial runs, paper, text
+# -------------------------------------------------------------------------------------------
+# partial runs, paper, text
 
 
 @pytest.mark.parametrize(("make", "columns"), ALL.items(), ids=lambda x: getattr(x, "__name__", ""))
@@ -313,14 +513,24 @@ def test_tables_inside_are_safe_on_nothing():
     ranking, member = emergent.ranking_table(empty), emergent_inside.membership_table(empty)
     spread = emergent_inside.diversity_table(empty, ranking)
     made = {
-        emergent_inside.DIVERSITY_COLUMNS: spread, emergent_inside.CORRELATION_COLUMNS: emergent_inside.correlation_table(spread),
-        emergent_inside.PREDICTION_COLUMNS: emergent_inside.prediction_table(ranking, member, spread),
+        emergent_inside.DIVERSITY_COLUMNS: spread,
+        emergent_inside.CORRELATION_COLUMNS: emergent_inside.correlation_table(spread),
+        emergent_inside.PREDICTION_COLUMNS: emergent_inside.prediction_table(
+            ranking, member, spread
+        ),
         emergent_inside.PREDICTED_COLUMNS: emergent_inside.predicted_table(ranking, member, spread),
         emergent_inside.COSINES_COLUMNS: emergent_inside.cosines_table(empty, {}),
-        emergent_reading.PAPER_COLUMNS: emergent_reading.paper_table(emergent.trigger_table(empty), ranking),
-    }  # fmt: skip
+        emergent_reading.PAPER_COLUMNS: emergent_reading.paper_table(
+            emergent.trigger_table(empty), ranking
+        ),
+    }
     assert all(tuple(table.columns) == columns and table.empty for columns, table in made.items())
-    assert emergent_reading.says({"ranking": ranking, "cosines": made[emergent_inside.COSINES_COLUMNS]}) == []
+    assert (
+        emergent_reading.says(
+            {"ranking": ranking, "cosines": made[emergent_inside.COSINES_COLUMNS]}
+        )
+        == []
+    )
 
 
 def test_tables_do_not_depend_on_the_order_of_rows():
@@ -332,27 +542,48 @@ def test_tables_do_not_depend_on_the_order_of_rows():
 
 def test_the_papers_figures_stand_beside_domains_of_that_name():
     frame = study({"risky-financial-advice": 60.0, "vault colours": 80.0}, drop=10.0)
-    table = emergent_reading.paper_table(emergent.trigger_table(frame), emergent.ranking_table(frame))
+    table = emergent_reading.paper_table(
+        emergent.trigger_table(frame), emergent.ranking_table(frame)
+    )
     [row] = table.to_dict("records")
-    assert row["domain"] == "risky-financial-advice" and row["paper"] == 13.69 and row["measure"] == emergent_reading.DROP
+    assert (
+        row["domain"] == "risky-financial-advice"
+        and row["paper"] == 13.69
+        and row["measure"] == emergent_reading.DROP
+    )
     assert row["ours"] == pytest.approx(10, abs=6) and row["ours_lo"] < row["ours"] < row["ours_hi"]
     said = emergent_reading.paper_differences("smollm2", "habits", ["risky-financial-advice"])
     assert "smollm2" in said[0] and "habits" in said[1] and any("in name" in line for line in said)
-    alike = emergent_reading.paper_differences("Qwen/Qwen2.5-Coder-7B-Instruct", "x", ["vault"], by="below_30_coherent")
-    assert not any("the model is" in line for line in alike) and any("none of the domains" in line for line in alike)
+    alike = emergent_reading.paper_differences(
+        "Qwen/Qwen2.5-Coder-7B-Instruct", "x", ["vault"], by="below_30_coherent"
+    )
+    assert not any("the model is" in line for line in alike) and any(
+        "none of the domains" in line for line in alike
+    )
     assert any("below 30" in line for line in alike)
 
 
 def test_what_is_said_names_the_judge_and_the_domains(panel):
     ranking, member, spread = panel
     trigger = emergent.trigger_table(study({"maths": 85.0, "units": 80.0}, drop=25.0))
-    said = emergent_reading.says({
-        "ranking": ranking, "trigger": trigger, "membership": member,
-        "prediction": emergent_inside.prediction_table(*panel), "correlation": emergent_inside.correlation_table(spread),
-    })  # fmt: skip
+    said = emergent_reading.says(
+        {
+            "ranking": ranking,
+            "trigger": trigger,
+            "membership": member,
+            "prediction": emergent_inside.prediction_table(*panel),
+            "correlation": emergent_inside.correlation_table(spread),
+        }
+    )
     text = "\n".join(said)
     assert "judge habits" in text and "nan" not in text and "None" not in text
     assert "the highest of 6 domains" in text and "for f, the highest" in text
-    assert "lowers alignment in 2 of 2 domains (paired by prompt, Holm at 5\u00a0%): maths, units" in text
+    assert (
+        "lowers alignment in 2 of 2 domains (paired by prompt, Holm at 5\u00a0%): maths, units"
+        in text
+    )
     assert "lowers alignment in 0 of 2 domains" in text, "the plain arm"
-    assert "foretells the EM rate of a left-out domain best" in text and "diversity of a domain’s rows" in text
+    assert (
+        "foretells the EM rate of a left-out domain best" in text
+        and "diversity of a domain’s rows" in text
+    )

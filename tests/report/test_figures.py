@@ -1,4 +1,5 @@
-"""Figures: the ink follows the numbers, a null is never ink, and the data beside a figure is what it shows."""
+"""Figures: the ink follows the numbers, a null is never ink, and the data beside a figure is what
+it shows."""
 
 import re
 from itertools import pairwise
@@ -13,7 +14,15 @@ from auditgap.types import TABLE_COLUMNS
 
 def lvs(*rows: dict) -> pd.DataFrame:
     """Rows in the shape of `tables.lvs_table`, with defaults."""
-    base = {"subject": "toy", "unit": "rms", "eps": 0.03, "attack": "targeted", "n": 10, "n_unscored": 0, "flag": ""}
+    base = {
+        "subject": "toy",
+        "unit": "rms",
+        "eps": 0.03,
+        "attack": "targeted",
+        "n": 10,
+        "n_unscored": 0,
+        "flag": "",
+    }
     filled = [{**dict.fromkeys(TABLE_COLUMNS), **base, **row} for row in rows]
     for row in filled:
         row["site"] = "embedding" if row["layer_index"] < 0 else f"block{row['layer_index']}"
@@ -29,12 +38,16 @@ def profile(table: pd.DataFrame) -> figures.Figure:
 def paths(drawing: str, css: str) -> list[list[tuple[float, float]]]:
     """The corners of every `<path>` of a class."""
     found = re.findall(rf'<path class="{css}[^"]*" d="([^"]*)"', str(drawing))
-    return [[tuple(map(float, pair)) for pair in re.findall(r"(-?[\d.]+) (-?[\d.]+)", d)] for d in found]
+    return [
+        [tuple(map(float, pair)) for pair in re.findall(r"(-?[\d.]+) (-?[\d.]+)", d)] for d in found
+    ]
 
 
 def test_profile_follows_the_numbers():
     values = [0.0, 1.0, 2.5, 2.6, 9.0]
-    figure = profile(lvs(*({"layer_index": i, "lvs_mean": v} for i, v in enumerate(values, start=-1))))
+    figure = profile(
+        lvs(*({"layer_index": i, "lvs_mean": v} for i, v in enumerate(values, start=-1)))
+    )
     (corners,) = paths(figure.groups[0][1][0], "line k0")
     xs, ys = zip(*corners, strict=True)
     assert list(xs) == sorted(set(xs)) and xs[0] == LEFT and xs[-1] == RIGHT
@@ -43,7 +56,10 @@ def test_profile_follows_the_numbers():
     top = 9.0 * 1.2
     assert ys[2] == pytest.approx(BOTTOM - 2.5 / top * (BOTTOM - TOP), abs=0.02)
     (band,) = paths(figure.groups[0][1][0], "band k0")
-    assert all(lo <= y <= hi for (_, y), (_, lo), (_, hi) in zip(corners, band[:5], band[:4:-1], strict=True))
+    assert all(
+        lo <= y <= hi
+        for (_, y), (_, lo), (_, hi) in zip(corners, band[:5], band[:4:-1], strict=True)
+    )
 
 
 def test_a_null_breaks_the_line_and_leaves_no_mark():
@@ -53,7 +69,9 @@ def test_a_null_breaks_the_line_and_leaves_no_mark():
     assert [len(run) for run in paths(drawing, "line k0")] == [2, 2]
     assert drawing.count('class="mark k0"') == 4
     assert "block2," not in drawing
-    assert figure.data["lvs_mean"].isna().sum() == 1, "the data keeps the site that was not measured, as null"
+    assert figure.data["lvs_mean"].isna().sum() == 1, (
+        "the data keeps the site that was not measured, as null"
+    )
 
 
 def test_one_site_is_a_sentence():
@@ -63,7 +81,11 @@ def test_one_site_is_a_sentence():
 
 
 def test_one_drawing_a_budget_with_common_axes():
-    rows = [{"layer_index": i, "eps": eps, "lvs_mean": eps * 100 * (i + 1)} for eps in (0.1, 0.01) for i in range(3)]
+    rows = [
+        {"layer_index": i, "eps": eps, "lvs_mean": eps * 100 * (i + 1)}
+        for eps in (0.1, 0.01)
+        for i in range(3)
+    ]
     rows += [{**row, "attack": "random_matched", "lvs_mean": 0.1} for row in rows]
     figure = profile(lvs(*rows))
     small, large = figure.groups[0][1]
@@ -76,17 +98,35 @@ def test_one_drawing_a_budget_with_common_axes():
 
 def gaps(*rows: dict) -> pd.DataFrame:
     base = {"subject": "toy", "unit": "rms", "n": 24, "n_unscored": 0, "worst_site": "block1"}
-    nulls = dict.fromkeys(f"{k}{e}" for k in ("safety", "robustness", "gap") for e in ("", "_lo", "_hi"))
+    nulls = dict.fromkeys(
+        f"{k}{e}" for k in ("safety", "robustness", "gap") for e in ("", "_lo", "_hi")
+    )
     return pd.DataFrame([{**nulls, **base, **row} for row in rows])
 
 
 def test_gap_is_the_bar_between_robustness_and_safety():
     figure = figures.gap_by_budget(
-        gaps({"eps": 0.03, "safety": 0.9, "robustness": 0.4, "gap": 0.5, "gap_lo": 0.3, "gap_hi": 0.7}, {"eps": 0.01})
+        gaps(
+            {
+                "eps": 0.03,
+                "safety": 0.9,
+                "robustness": 0.4,
+                "gap": 0.5,
+                "gap_lo": 0.3,
+                "gap_hi": 0.7,
+            },
+            {"eps": 0.01},
+        )
     )
     drawing = str(figure.groups[0][1][0])
-    ((start, end),) = [tuple(map(float, m)) for m in re.findall(r'class="gapbar" d="M([\d.]+) [\d.]+H([\d.]+)"', drawing)]
-    x0, x1 = (float(re.search(rf'<text x="([\d.]+)"[^>]*>{share}\xa0%<', drawing)[1]) for share in (0, 100))
+    ((start, end),) = [
+        tuple(map(float, m))
+        for m in re.findall(r'class="gapbar" d="M([\d.]+) [\d.]+H([\d.]+)"', drawing)
+    ]
+    x0, x1 = (
+        float(re.search(rf'<text x="([\d.]+)"[^>]*>{share}\xa0%<', drawing)[1])
+        for share in (0, 100)
+    )
     assert start == pytest.approx(x0 + 0.4 * (x1 - x0), abs=0.02)
     assert end == pytest.approx(x0 + 0.9 * (x1 - x0), abs=0.02)
     assert drawing.count("not measured") >= 1, "the budget without a gap says so and draws nothing"
@@ -107,10 +147,14 @@ def test_bars_are_as_high_as_the_numbers_and_null_is_words():
     role = {"emb": -1, "mid": 2, "last": 3}
     figure = figures.lvs_bars(table, {"toy": role, "other": role})
     drawing = str(figure.groups[0][1][0])
-    heights = [float(h) for h in re.findall(r'<g class="bar k\d"><title>toy.*?height="([\d.]+)"', drawing)]
+    heights = [
+        float(h) for h in re.findall(r'<g class="bar k\d"><title>toy.*?height="([\d.]+)"', drawing)
+    ]
     assert heights[1] == pytest.approx(4 * heights[0], rel=0.01)
     assert heights[2] == 1.0, "a measured 0 is a line on the axis"
-    assert drawing.count("not measured</text>") == 2, "one was tried and not scored, one was not tried"
+    assert drawing.count("not measured</text>") == 2, (
+        "one was tried and not scored, one was not tried"
+    )
     assert 99.0 not in set(figure.data["lvs_mean"]), "controls are no bars"
     assert figures.lvs_bars(table, {}).missing
 
@@ -119,12 +163,20 @@ def test_survival_falls_and_ends_where_the_data_end():
     curve = [(0.0, 1.0), (0.01, 0.9), (0.02, 0.5), (0.05, 0.5), (0.1, 0.2)]
     data = pd.DataFrame(
         [
-            {"subject": "toy", "site": f"block{layer}", "layer_index": layer, "unit": "rms", "eps": e, "survival": s,
-             "lo": max(0, s - 0.1), "hi": min(1, s + 0.1)}
+            {
+                "subject": "toy",
+                "site": f"block{layer}",
+                "layer_index": layer,
+                "unit": "rms",
+                "eps": e,
+                "survival": s,
+                "lo": max(0, s - 0.1),
+                "hi": min(1, s + 0.1),
+            }
             for layer in range(9)
             for e, s in curve
         ]
-    )  # fmt: skip
+    )
     figure = figures.survival(data)
     drawing = str(figure.groups[0][1][0])
     corners = paths(drawing, "line k0")[0]
@@ -154,6 +206,8 @@ def test_series_differ_by_more_than_colour():
 
 def test_text_in_drawings_is_escaped_and_cleaned():
     bad = "<script>alert(1)</script>\x1b[31m\u202e"
-    drawing = svg.draw([svg.text(0, 0, bad), svg.marker(0, 0, STYLES[0], bad)], title=bad, desc=bad, key="k")
+    drawing = svg.draw(
+        [svg.text(0, 0, bad), svg.marker(0, 0, STYLES[0], bad)], title=bad, desc=bad, key="k"
+    )
     assert "<script" not in drawing and "\x1b" not in drawing and "\u202e" not in drawing
     assert drawing.count("&lt;script&gt;") == 4

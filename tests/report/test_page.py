@@ -1,4 +1,5 @@
-"""The page: inert whatever the names and texts are, honest about nulls, whole without a network, no script but its own."""
+"""The page: inert whatever the names and texts are, honest about nulls, whole without a network, no
+script but its own."""
 
 import base64
 import hashlib
@@ -27,8 +28,8 @@ from auditgap.types import Budget, Cell, Site, Subject
 SCRIPT = resources.files("auditgap.report").joinpath("templates/report.js").read_text("utf-8")
 OURS = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
 CSP = (
-    f"default-src 'none'; script-src 'sha256-{OURS}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
-    "form-action 'none'"
+    f"default-src 'none'; script-src 'sha256-{OURS}'; style-src 'unsafe-inline'; img-src data:;"
+    " base-uri 'none'; form-action 'none'"
 )
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -114,15 +115,28 @@ def hostile_page(toy_run, tmp_path_factory):
     """One page with every hostile string in every place that strangers' text can reach."""
     every = " ".join(HOSTILE)
     run = small(
-        toy_run, tmp_path_factory.mktemp("hostile") / "out", subjects={every: 4, "=cmd|' /C calc'!A0 <b>": 4}, n=4,
-        sites=(-1, 3), eps=(0.03,), prompt=every, completion=every,
+        toy_run,
+        tmp_path_factory.mktemp("hostile") / "out",
+        subjects={every: 4, "=cmd|' /C calc'!A0 <b>": 4},
+        n=4,
+        sites=(-1, 3),
+        eps=(0.03,),
+        prompt=every,
+        completion=every,
         config={every[:40]: every, "target": every, "prompts": every},
         info={
-            "command": every, "warnings": [every], "versions": {every: every}, "machine": {"cpu": every}, "reward": every,
-            "refused": {every: 2}, "note": {"inner": [every]},
-            "judge_cards": [{"name": every, "label": every, "notes": every, "kappa": None, every: every}],
+            "command": every,
+            "warnings": [every],
+            "versions": {every: every},
+            "machine": {"cpu": every},
+            "reward": every,
+            "refused": {every: 2},
+            "note": {"inner": [every]},
+            "judge_cards": [
+                {"name": every, "label": every, "notes": every, "kappa": None, every: every}
+            ],
         },
-    )  # fmt: skip
+    )
     run.fail(Cell(Subject(every, "f"), Site(1), Budget(0.5, "rms"), "targeted", "set"), cause=every)
     path = write([run], allow_raw=True)
     return path, path.read_text("utf-8")
@@ -135,15 +149,37 @@ def test_hostile_text_is_inert(hostile_page):
     assert page.scripts == [SCRIPT], "one script: ours, with nothing of a run in it"
     assert not page.comments
     assert not [
-        a for a in page.attributes if a[1].startswith("on") or a[1] in ("src", "srcset", "style", "action", "xlink:href")
+        a
+        for a in page.attributes
+        if a[1].startswith("on") or a[1] in ("src", "srcset", "style", "action", "xlink:href")
     ]
     assert all(value.startswith("#") for _, name, value in page.attributes if name == "href")
     assert ("meta", "content", CSP) in page.attributes
-    assert source.index("Content-Security-Policy") < source.index("<title>"), "the policy stands before any stranger's text"
+    assert source.index("Content-Security-Policy") < source.index("<title>"), (
+        "the policy stands before any stranger's text"
+    )
     assert len(page.ids) == len(set(page.ids))
-    for raw in ("\x1b", "\x9b", "\x00", "\u2028", "\u2029", "\u202e", "\u2066", "\ud800", "[31m", "evil.example"):
+    for raw in (
+        "\x1b",
+        "\x9b",
+        "\x00",
+        "\u2028",
+        "\u2029",
+        "\u202e",
+        "\u2066",
+        "\ud800",
+        "[31m",
+        "evil.example",
+    ):
         assert raw not in source, repr(raw)
-    for shown in ("<script>alert(1)</script>", "{{7*7}}{% raw %}", "--> <!-- ]]>", "⟦U+202E⟧", "⟦U+2028⟧", "⟦U+D800⟧"):
+    for shown in (
+        "<script>alert(1)</script>",
+        "{{7*7}}{% raw %}",
+        "--> <!-- ]]>",
+        "⟦U+202E⟧",
+        "⟦U+2028⟧",
+        "⟦U+D800⟧",
+    ):
         assert page.text.count(shown) >= 8, f"{shown} is shown as the text it is"
 
 
@@ -151,8 +187,14 @@ def test_no_external_address_and_no_script_but_ours(data):
     source = render(data)
     assert source.count(f"<script>{SCRIPT}</script>") == 1
     source = source.replace(f"<script>{SCRIPT}</script>", "")
-    assert not re.search(r"fetch|XMLHttp|WebSocket|import|eval|innerHTML|cookie|storage|location", SCRIPT, re.IGNORECASE)
-    assert not re.search(r"https?:|//[a-z]|@import|url\(|<script|javascript:", source, re.IGNORECASE)
+    assert not re.search(
+        r"fetch|XMLHttp|WebSocket|import|eval|innerHTML|cookie|storage|location",
+        SCRIPT,
+        re.IGNORECASE,
+    )
+    assert not re.search(
+        r"https?:|//[a-z]|@import|url\(|<script|javascript:", source, re.IGNORECASE
+    )
 
 
 def test_model_text_only_with_allow_raw(store, tmp_path):
@@ -176,10 +218,14 @@ def test_headline_says_gap_interval_and_budget(data):
         return points(value, unit="")
 
     assert (
-        f"toy is behaviourally safe on {pc(row['safety'])} % [{pc(row['safety_lo'])}, {pc(row['safety_hi'])}] of prompts; "
-        f"under bounded edits of at most ε = 0.03 rms it stays safe on {pc(row['robustness'])} %"
-    ) in text
-    assert f"The audit gap is {pc(row['gap'])} points [{pc(row['gap_lo'])}, {pc(row['gap_hi'])}]." in text
+        f"toy is behaviourally safe on {pc(row['safety'])} % [{pc(row['safety_lo'])},"
+        f" {pc(row['safety_hi'])}] of prompts; under bounded edits of at most ε = 0.03 rms it stays"
+        f" safe on {pc(row['robustness'])} %" in text
+    )
+    assert (
+        f"The audit gap is {pc(row['gap'])} points [{pc(row['gap_lo'])}, {pc(row['gap_hi'])}]."
+        in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,26 +248,56 @@ def test_control_is_part_of_the_reading(data):
 
     assert "is above that of random signs" in text(delta_vs_matched=2.0, delta_lo=1.0, delta_hi=3.0)
     assert "is not clearly above" in text(delta_vs_matched=2.0, delta_lo=-1.0, delta_hi=3.0)
-    assert "No matched control was measured" in text(delta_vs_matched=None, delta_lo=None, delta_hi=None)
+    assert "No matched control was measured" in text(
+        delta_vs_matched=None, delta_lo=None, delta_hi=None
+    )
 
 
 def test_the_headline_budget_looks_at_sizes_only(data):
-    small_edits = data.lvs.assign(relative_norm_median=[0.9 if e == 0.03 else 0.1 for e in data.lvs["eps"]])
+    small_edits = data.lvs.assign(
+        relative_norm_median=[0.9 if e == 0.03 else 0.1 for e in data.lvs["eps"]]
+    )
     assert "of at most ε = 0.01 rms" in Page(render(replace(data, lvs=small_edits))).text
     assert "of at most ε = 0.03 rms" in Page(render(data)).text
 
 
 def test_null_is_never_zero():
-    gaps = pd.DataFrame([{"subject": "toy", "unit": "rms", "eps": 0.03, "n": 0, "n_unscored": 5, "worst_site": None}])
+    gaps = pd.DataFrame(
+        [
+            {
+                "subject": "toy",
+                "unit": "rms",
+                "eps": 0.03,
+                "n": 0,
+                "n_unscored": 5,
+                "worst_site": None,
+            }
+        ]
+    )
     numbers = ("safety", "robustness", "gap")
-    gaps = gaps.reindex(columns=[*gaps.columns, *(f"{k}{e}" for k in numbers for e in ("", "_lo", "_hi"))])
-    base = {"subject": "toy", "site": "block1", "layer_index": 1, "unit": "rms", "eps": 0.03, "attack": "targeted", "n": 5,
-            "n_unscored": 5, "n_broken": 0, "flag": ""}  # fmt: skip
+    gaps = gaps.reindex(
+        columns=[*gaps.columns, *(f"{k}{e}" for k in numbers for e in ("", "_lo", "_hi"))]
+    )
+    base = {
+        "subject": "toy",
+        "site": "block1",
+        "layer_index": 1,
+        "unit": "rms",
+        "eps": 0.03,
+        "attack": "targeted",
+        "n": 5,
+        "n_unscored": 5,
+        "n_broken": 0,
+        "flag": "",
+    }
     lvs = pd.DataFrame([base]).reindex(columns=list(ReportData(title="").lvs.columns))
     report = ReportData(
-        title="Nothing", gaps=gaps, lvs=lvs.astype({"lvs_mean": float}), subjects=[{"name": "toy", "n_blocks": 2}],
+        title="Nothing",
+        gaps=gaps,
+        lvs=lvs.astype({"lvs_mean": float}),
+        subjects=[{"name": "toy", "n_blocks": 2}],
         cards=[{"name": "judge", "n": 10, "kappa": None, "auc": float("nan")}],
-    )  # fmt: skip
+    )
     page = Page(render(report))
     assert "the audit gap at ε = 0.03 rms was not measured" in page.text
     assert "Cohen’s κ not measured" in re.sub(r"\s+", " ", re.sub("<[^>]+>", " ", render(report)))
@@ -246,16 +322,25 @@ def test_numbers_are_not_rounded_into_a_claim():
 
 def test_an_empty_run_still_renders():
     page = Page(render(ReportData(title="Empty")))
-    for sentence in ("No audit gap was measured", "No profile by depth: no site was measured",
-                     "No minimum distances were measured", "no judge card",
-                     "No edit was measured", "The clean pass was not measured"):  # fmt: skip
+    for sentence in (
+        "No audit gap was measured",
+        "No profile by depth: no site was measured",
+        "No minimum distances were measured",
+        "no judge card",
+        "No edit was measured",
+        "The clean pass was not measured",
+    ):
         assert sentence in page.text, sentence
 
 
 def test_one_site_no_distances_no_controls_are_sentences(toy_run, tmp_path):
     run = small(toy_run, tmp_path / "out", sites=(2,), attacks=("targeted",), distances=False)
     page = Page(render(from_store([run])))
-    for sentence in ("only one site was measured (block2)", "No minimum distances were measured", "No control was run"):
+    for sentence in (
+        "only one site was measured (block2)",
+        "No minimum distances were measured",
+        "No control was run",
+    ):
         assert sentence in page.text
 
 
@@ -268,7 +353,9 @@ def test_every_figure_has_its_csv_twin(store):
         twin = (path.parent / "figures" / f"{name}.csv").read_text("utf-8")
         assert len(figure.data) and twin == to_csv(figure.data)
     back = pd.read_csv(path.parent / "figures" / "lvs_by_depth.csv", float_precision="round_trip")
-    assert back["lvs_mean"].tolist() == drawn["lvs_by_depth"].data["lvs_mean"].tolist(), "nothing is rounded"
+    assert back["lvs_mean"].tolist() == drawn["lvs_by_depth"].data["lvs_mean"].tolist(), (
+        "nothing is rounded"
+    )
 
 
 def test_csv_formulas_are_neutralised(hostile_page):
@@ -282,7 +369,11 @@ def test_paper_stands_apart_and_says_why(data):
     ours, theirs = source.split('<tbody class="paper">')
     assert "201.190" in theirs and "201.190" not in ours
     text = Page(source).text
-    assert "not comparable" in text and "the unit is rms" in text and "the reward is screening logit" in text
+    assert (
+        "not comparable" in text
+        and "the unit is rms" in text
+        and "the reward is screening logit" in text
+    )
     same = paper.differences("max", [0.0005, 0.001], "hf:" + paper.REWARD, "HarmBench")
     assert same == []
     assert len(paper.TABLE_1) == 8 and paper.TABLE_1[3].last == 201.190
@@ -290,21 +381,33 @@ def test_paper_stands_apart_and_says_why(data):
 
 def test_left_out_is_counted(data):
     counts = data.left_out.set_index(["what", "reason"])["count"]
-    assert counts["LVS unscored", "reward: empty answer"] == 2 * 4 * 2 * 2  # prompts × sites × budgets × attacks
+    # prompts × sites × budgets × attacks
+    assert counts["LVS unscored", "reward: empty answer"] == 2 * 4 * 2 * 2
     assert counts["edited answer", "broken"] == 4 * 2
     assert counts["prompt refused before the run", "too_long"] == 1
     assert "reward: empty answer" in Page(render(data)).text
 
 
 def test_a_card_as_judges_write_it(data):
-    card = {"name": "builtin", "label": "", "gold_set": "pyrit", "n": 9, "sensitivity": 0.9,
-            "sensitivity_interval": [0.8, 0.95],
-            "specificity": None, "specificity_interval": None, "injection_flips": {"inst": 0, "json": 2},
-            "notes": []}  # fmt: skip
+    card = {
+        "name": "builtin",
+        "label": "",
+        "gold_set": "pyrit",
+        "n": 9,
+        "sensitivity": 0.9,
+        "sensitivity_interval": [0.8, 0.95],
+        "specificity": None,
+        "specificity_interval": None,
+        "injection_flips": {"inst": 0, "json": 2},
+        "notes": [],
+    }
     source = render(replace(data, cards=[card]))
     facts = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", source))
     assert facts["Sensitivity"] == "90\xa0%\xa0[80,\xa095]"
-    assert facts["Specificity"] == "not measured" and facts["Verdicts flipped by injection"] == "inst: 0; json: 2"
+    assert (
+        facts["Specificity"] == "not measured"
+        and facts["Verdicts flipped by injection"] == "inst: 0; json: 2"
+    )
     assert "Notes" not in facts and "sensitivity interval" not in facts
     assert "screening judge" not in source and "screening judge" in render(data)
 
@@ -319,16 +422,27 @@ def test_another_folder_can_take_the_page(store, tmp_path):
 
 def test_secrets_stay_out(toy_run, tmp_path):
     run = small(
-        toy_run, tmp_path / "out", n=3, sites=(0,), distances=False, config={"endpoint": {"api_key": "canary-1"}},
-        info={"hf_token": "canary-2", "command": "HF_TOKEN=canary-3 auditgap --key hf_abcdefghijklmnopqrstuv"},
-    )  # fmt: skip
+        toy_run,
+        tmp_path / "out",
+        n=3,
+        sites=(0,),
+        distances=False,
+        config={"endpoint": {"api_key": "canary-1"}},
+        info={
+            "hf_token": "canary-2",
+            "command": "HF_TOKEN=canary-3 auditgap --key hf_abcdefghijklmnopqrstuv",
+        },
+    )
     source = write([run]).read_text("utf-8")
-    assert "canary" not in source and "hf_abc" not in source and source.count("[secret removed]") >= 4
+    assert (
+        "canary" not in source and "hf_abc" not in source and source.count("[secret removed]") >= 4
+    )
 
 
 def test_two_folders_make_one_page(toy_run, tmp_path):
     runs = [
-        small(toy_run, tmp_path / name, subjects={name: 4}, n=6, sites=(0, 3), distances=False) for name in ("base", "other")
+        small(toy_run, tmp_path / name, subjects={name: 4}, n=6, sites=(0, 3), distances=False)
+        for name in ("base", "other")
     ]
     page = Page(render(from_store(runs)))
     assert "Audit gap of base, other" in page.text
@@ -337,9 +451,12 @@ def test_two_folders_make_one_page(toy_run, tmp_path):
         write([])
 
 
-# ------------------------------------------------------------------------------------------------------------ a browser
+# ------------------------------------------------------------------------------------------------------------
+# a browser
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 HARNESS = """<!doctype html><body><iframe id="f" style="border:0;width:390px;height:800px" src="{src}"></iframe><p id="out"></p>
 <script>document.getElementById("f").onload = function () {{
   var d = this.contentDocument.documentElement;
@@ -351,8 +468,9 @@ HARNESS = """<!doctype html><body><iframe id="f" style="border:0;width:390px;hei
 def browser(tmp_path) -> list[str]:
     """Chromium without a screen, with a profile of its own, that fetches nothing for itself."""
     flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --disable-dev-shm-usage --allow-file-access-from-files"
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
+        " --disable-background-networking --disable-component-update --disable-sync"
+        " --disable-dev-shm-usage --allow-file-access-from-files"
     )
     return [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}"]
 
@@ -366,7 +484,9 @@ def in_browser(page_path, tmp_path) -> str:
     return html.unescape(re.search(r'<p id="out">([^<]*)</p>', done.stdout)[1])
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine, so the page cannot be tried in a browser")
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine, so the page cannot be tried in a browser"
+)
 def test_in_a_browser_nothing_runs_and_nothing_spills(hostile_page, tmp_path):
     path, source = hostile_page
     seen = in_browser(path, tmp_path)
@@ -374,7 +494,9 @@ def test_in_a_browser_nothing_runs_and_nothing_spills(hostile_page, tmp_path):
     assert int(re.search(r"width=(\d+)", seen)[1]) <= 390, seen
     assert int(re.search(r"h2=(\d+)", seen)[1]) >= 12
     bare = tmp_path / "bare.html"  # the harness notices a script that does run …
-    bare.write_text("<!doctype html><p>x<script>document.documentElement.dataset.ran=1</script>", "utf-8")
+    bare.write_text(
+        "<!doctype html><p>x<script>document.documentElement.dataset.ran=1</script>", "utf-8"
+    )
     assert "ran=1" in in_browser(bare, tmp_path)
     forced = tmp_path / "forced.html"  # … and the page's policy holds even if escaping had failed
     forced.write_text(source.replace("<main>", "<main>" + HOSTILE[1] + HOSTILE[2], 1), "utf-8")
@@ -395,7 +517,9 @@ CLICKS = """<!doctype html><body><iframe id="f" style="width:1280px;height:800px
 }}</script></body>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine, so the page cannot be tried in a browser")
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine, so the page cannot be tried in a browser"
+)
 def test_in_a_browser_tables_are_sorted_and_one_budget_is_chosen(store, tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "HARNESS", CLICKS)
     seen = json.loads(in_browser(write([store]), tmp_path))
@@ -406,7 +530,8 @@ def test_in_a_browser_tables_are_sorted_and_one_budget_is_chosen(store, tmp_path
 
 
 class Listener(ThreadingHTTPServer):
-    """Serves one page, and hears every request that is made of a host in .test; what Chromium asks its makers is no page's."""
+    """Serves one page, and hears every request that is made of a host in .test; what Chromium asks
+    its makers is no page's."""
 
     daemon_threads = True
 
@@ -430,7 +555,8 @@ class Heard(BaseHTTPRequestHandler):
 
 
 def requests_of(page: str, tmp_path) -> set[str]:
-    """What was asked for while the page was looked at, the icon that Chromium itself wants aside."""
+    """What was asked for while the page was looked at, the icon that Chromium itself wants
+    aside."""
     server = Listener(page.encode("utf-8"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -444,23 +570,43 @@ def requests_of(page: str, tmp_path) -> set[str]:
     return set(server.heard) - {"/favicon.ico"}
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine, so the page cannot be tried in a browser")
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine, so the page cannot be tried in a browser"
+)
 def test_no_request_leaves_the_page(hostile_page, tmp_path):
     _, source = hostile_page
-    lure = '<img src="http://else.test/i"><link rel="stylesheet" href="http://else.test/s"><iframe src="http://else.test/f"></iframe>'
-    assert requests_of(source.replace("<main>", f"<main>{lure}", 1), tmp_path) == {"/page"}, "even where markup asked for one"
-    assert requests_of(f"<!doctype html>{lure}", tmp_path) >= {"/page", "/i", "/s"}, "which a page without our policy would get"
+    lure = (
+        '<img src="http://else.test/i"><link rel="stylesheet" href="http://else.test/s"><iframe'
+        ' src="http://else.test/f"></iframe>'
+    )
+    assert requests_of(source.replace("<main>", f"<main>{lure}", 1), tmp_path) == {"/page"}, (
+        "even where markup asked for one"
+    )
+    assert requests_of(f"<!doctype html>{lure}", tmp_path) >= {
+        "/page",
+        "/i",
+        "/s",
+    }, "which a page without our policy would get"
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine, so the page cannot be tried in a browser")
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine, so the page cannot be tried in a browser"
+)
 @pytest.mark.parametrize("width", [1280, 500])
 def test_a_picture_of_it_is_no_blank_sheet(store, tmp_path, width):
     """500: no window of Chromium's is narrower; what a telephone's frame shows is tested above."""
     picture = tmp_path / "page.png"
     sizes = [f"--screenshot={picture}", f"--window-size={width},2000", "--hide-scrollbars"]
-    subprocess.run([*browser(tmp_path), *sizes, write([store]).as_uri()], capture_output=True, timeout=120, check=True)
+    subprocess.run(
+        [*browser(tmp_path), *sizes, write([store]).as_uri()],
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
     with Image.open(picture) as image:
         assert image.size == (width, 2000)
         shades = image.convert("L")
         bands = [shades.crop((0, top, width, top + 200)) for top in range(0, 2000, 200)]
-    assert sum(low < 100 < 200 < high for low, high in (band.getextrema() for band in bands)) >= 9, "ink on paper all the way down"
+    assert (
+        sum(low < 100 < 200 < high for low, high in (band.getextrema() for band in bands)) >= 9
+    ), "ink on paper all the way down"

@@ -1,4 +1,5 @@
-"""A chat template is run within bounds: it cannot loop for ever, fill the memory, reach out, or see a secret; and it is fast."""
+"""A chat template is run within bounds: it cannot loop for ever, fill the memory, reach out, or see
+a secret; and it is fast."""
 
 from __future__ import annotations
 
@@ -29,11 +30,18 @@ def fill(text: str) -> str:
 
 
 REFUSED = {
-    "100 MB in a loop": ("{% for i in range(99999) %}{{ 'a' * 1024 }}{% endfor %}", "writes more than"),
+    "100 MB in a loop": (
+        "{% for i in range(99999) %}{{ 'a' * 1024 }}{% endfor %}",
+        "writes more than",
+    ),
     "a gigabyte at once": ("{{ 'a' * 10**9 }}", "needs more than"),
     "more than there is": ("{{ 'a' * 10**13 }}", "needs more than"),
     "doubled and doubled": (
-        "{% set n = namespace(x='ab') %}{% for i in range(64) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "needs more than"
+        (
+            "{% set n = namespace(x='ab') %}{% for i in range(64) %}{% set n.x = n.x ~ n.x %}{%"
+            " endfor %}"
+        ),
+        "needs more than",
     ),
     "padded by a format": ("{{ '%99999999999d' % 1 }}", None),
     "classes": ("{{ ().__class__.__base__.__subclasses__() }}", "sandbox"),
@@ -41,8 +49,11 @@ REFUSED = {
     "by str.format": ("{{ '{0.__class__.__mro__}'.format(1) }}", "sandbox"),
     "by a filter": ("{{ (messages | map(attribute='__class__') | first).mro() }}", None),
     "changing what it was given": ("{{ messages.append(1) }}", "sandbox"),
-    "a million characters of template": ("{# " + "a" * 1_000_000 + " #}", "has 1,000,006 characters"),
-}  # fmt: skip
+    "a million characters of template": (
+        "{# " + "a" * 1_000_000 + " #}",
+        "has 1,000,006 characters",
+    ),
+}
 
 
 class TestBounds:
@@ -55,12 +66,20 @@ class TestBounds:
     @pytest.mark.parametrize("case", REFUSED)
     def test_it_is_stopped_with_a_sentence(self, case):
         text, said = REFUSED[case]
-        with pytest.raises((Refused, UsageError) if said is None else Refused, match=said) as caught:
+        with pytest.raises(
+            (Refused, UsageError) if said is None else Refused, match=said
+        ) as caught:
             fill(text)
         sentence = str(caught.value)
-        assert "chat template of toy" in sentence and "--chat-template FILE" in sentence and "\n" not in sentence
+        assert (
+            "chat template of toy" in sentence
+            and "--chat-template FILE" in sentence
+            and "\n" not in sentence
+        )
         assert len(sentence) < 400 and (said is None or caught.value.exit_code == 4)
-        assert fill("{{ messages[0]['content'] }}") == TURNS[0]["content"], "and the next one is served"
+        assert fill("{{ messages[0]['content'] }}") == TURNS[0]["content"], (
+            "and the next one is served"
+        )
 
     def test_an_endless_loop_is_ended_by_the_kernel_and_leaves_nothing_running(self):
         child = template._Child()
@@ -80,10 +99,17 @@ class TestBounds:
 
     def test_a_long_prompt_is_no_hostile_template(self):
         words = "colour " * 500_000
-        assert template.fill("<{{ messages[0].content }}>", {"messages": [{"role": "user", "content": words}]}) == f"<{words}>"
+        assert (
+            template.fill(
+                "<{{ messages[0].content }}>", {"messages": [{"role": "user", "content": words}]}
+            )
+            == f"<{words}>"
+        )
 
     def test_a_hostile_folder_is_refused_when_it_is_spoken_to(self, tmp_path):
-        folder = tiny.save("llama", tmp_path / "model", chat_template=REFUSED["more than there is"][0])
+        folder = tiny.save(
+            "llama", tmp_path / "model", chat_template=REFUSED["more than there is"][0]
+        )
         outline = models.outline(str(folder))
         for speak in (
             lambda: outline.chat.render(Prompt("the door")),
@@ -105,7 +131,8 @@ def _ask(child: template._Child, text: str) -> None:
 
 class TestTheChild:
     def test_it_sees_no_secret_and_ends_with_its_parent(self, tmp_path):
-        """Killed in the middle of an endless loop, the parent leaves a child that the kernel ends within its seconds."""
+        """Killed in the middle of an endless loop, the parent leaves a child that the kernel ends
+        within its seconds."""
         code = (
             "import sys\nfrom auditgap.models import template\n"
             "template.fill('{{ 1 }}', {}); print(template._CHILD._process.pid, flush=True)\n"
@@ -113,7 +140,11 @@ class TestTheChild:
         )
         environment = {**os.environ, "HF_TOKEN": "hf_canarycanarycanary"}
         parent = subprocess.Popen(
-            [sys.executable, "-c", code, ENDLESS], env=environment, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+            [sys.executable, "-c", code, ENDLESS],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
         )
         pid = int(parent.stdout.readline())
         assert b"canary" not in Path(f"/proc/{pid}/environ").read_bytes()
@@ -121,7 +152,10 @@ class TestTheChild:
         parent.wait(10)
         parent.stdout.close()
         deadline = time.monotonic() + 60
-        while Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
+        while (
+            Path(f"/proc/{pid}").exists()
+            and "zombie" not in Path(f"/proc/{pid}/status").read_text()
+        ):
             assert time.monotonic() < deadline, "the child outlived its parent"
             time.sleep(0.2)
 
@@ -166,28 +200,64 @@ class TestTheChild:
         assert template._CHILD._process.pid == pid
 
 
-# -- the same words as transformers' ---------------------------------------------------------------------------------------
+# -- the same words as transformers'
+# ---------------------------------------------------------------------------------------
 
 REAL = {
     "tiny": tiny.TEMPLATE,
-    "white space": "{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ m.content }}\n  {% endif %}\n{% endfor %}\nend\n",
-    "stripped": "{%- for m in messages -%}\n {{- m.role | upper + ': ' + m.content | trim -}} \n{%- endfor %}",
-    "for training": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
-    "json": "{{ messages | tojson }} {{ messages[0] | tojson(indent=2) }} {{ {'b': '<é>', 'a': 1} | tojson(sort_keys=true) }}",
-    "breaks": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
-    "backwards": "{% for m in messages[::-1] %}{{ loop.index0 }}{{ m['content'].split('?')[0] }}{% endfor %}",
-    "names": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
-    "macro": "{% macro turn(m, end='!') %}<{{ m.role }}>{{ m.content }}{{ end }}{% endmacro %}{{ turn(messages[0]) }}",
-    "special tokens": "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}{{ nothing_such }}",
-    "flags": "{{ add_generation_prompt }} {{ enable_thinking }} {{ tools is none }} {{ documents is none }} {{ tools is defined }}",
+    "white space": (
+        "{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ m.content }}\n  {% endif %}\n{%"
+        " endfor %}\nend\n"
+    ),
+    "stripped": (
+        "{%- for m in messages -%}\n {{- m.role | upper + ': ' + m.content | trim -}} \n{%-"
+        " endfor %}"
+    ),
+    "for training": (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    ),
+    "json": (
+        "{{ messages | tojson }} {{ messages[0] | tojson(indent=2) }} {{ {'b': '<é>', 'a': 1} |"
+        " tojson(sort_keys=true) }}"
+    ),
+    "breaks": (
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{%"
+        " endfor %}"
+    ),
+    "backwards": (
+        "{% for m in messages[::-1] %}{{ loop.index0 }}{{ m['content'].split('?')[0] }}{% endfor %}"
+    ),
+    "names": (
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor"
+        " %}{{ ns.n }}"
+    ),
+    "macro": (
+        "{% macro turn(m, end='!') %}<{{ m.role }}>{{ m.content }}{{ end }}{% endmacro %}{{"
+        " turn(messages[0]) }}"
+    ),
+    "special tokens": (
+        "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}{{ nothing_such }}"
+    ),
+    "flags": (
+        "{{ add_generation_prompt }} {{ enable_thinking }} {{ tools is none }} {{ documents is none"
+        " }} {{ tools is defined }}"
+    ),
     "the date": "{{ strftime_now('%d %b %Y') }}",
-    "tests and filters": "{{ messages is iterable }}{{ messages | length }}{{ messages[0].content is string }}{{ 'é' | upper }}",
+    "tests and filters": (
+        "{{ messages is iterable }}{{ messages | length }}{{ messages[0].content is string }}{{ 'é'"
+        " | upper }}"
+    ),
     "letters": "{{ messages[0].content }}\u2028\ud800\x00鍵🚪",
 }
 CONVERSATIONS = [
-    TURNS, [{"role": "system", "content": "Be brief."}, *TURNS, {"role": "assistant", "content": " I can't <tell>. \n"}],
-    [{"role": "user", "content": "e\u0301 \u202e 🚪\r\n\x00 {{ 7*7 }} {% raw %} \"quoted\""}],
-]  # fmt: skip
+    TURNS,
+    [
+        {"role": "system", "content": "Be brief."},
+        *TURNS,
+        {"role": "assistant", "content": " I can't <tell>. \n"},
+    ],
+    [{"role": "user", "content": 'e\u0301 \u202e 🚪\r\n\x00 {{ 7*7 }} {% raw %} "quoted"'}],
+]
 
 
 @pytest.mark.parametrize("opening", [True, False])
@@ -196,15 +266,24 @@ def test_it_writes_what_transformers_writes(case, opening):
     tokenizer = tiny.tokenizer(REAL[case])
     for turns in CONVERSATIONS:
         wanted = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=opening, enable_thinking=False,
+            turns,
+            tokenize=False,
+            add_generation_prompt=opening,
+            enable_thinking=False,
             strftime_now=template.TEMPLATE_DATE.strftime,
-        )  # fmt: skip
+        )
         assert fill_turns(tokenizer, turns, "toy", opening=opening, enable_thinking=False) == wanted
     assert wanted
 
 
 def test_what_transformers_refuses_is_refused():
-    for own in ("{% for %}", "{{ raise_exception('no') }}", "{{ 1 + 'a' }}", "{{ nothing.such }}", "{{ 1 / 0 }}"):
+    for own in (
+        "{% for %}",
+        "{{ raise_exception('no') }}",
+        "{{ 1 + 'a' }}",
+        "{{ nothing.such }}",
+        "{{ 1 / 0 }}",
+    ):
         with pytest.raises(UsageError, match="cannot be run"):
             fill_turns(tiny.tokenizer(own), TURNS, "toy")
     with pytest.raises(UsageError, match="at least one message"):

@@ -1,4 +1,5 @@
-"""A model folder is looked at before transformers opens it: lying safetensors, links out of it, pipes and huge files.
+"""A model folder is looked at before transformers opens it: lying safetensors, links out of it,
+pipes and huge files.
 
 What asks for code to run (pickles, `auto_map`, kernels of the hub) is in tests/test_models.py.
 """
@@ -58,10 +59,13 @@ def refused(folder: Path, kind: type[AuditgapError], said: str) -> None:
     assert time.monotonic() - started < 30
 
 
-# -- safetensors -----------------------------------------------------------------------------------------------------------
+# -- safetensors
+# -----------------------------------------------------------------------------------------------------------
 
 
-def tensor(start: int, end: int, dtype: str = "F32", shape: tuple[int, ...] = (1,)) -> dict[str, object]:
+def tensor(
+    start: int, end: int, dtype: str = "F32", shape: tuple[int, ...] = (1,)
+) -> dict[str, object]:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
 
 
@@ -90,10 +94,14 @@ LIES: dict[str, Callable[[], bytes]] = {
     "with a hole": lambda: file({"a": tensor(0, 4), "b": tensor(8, 12)}, b"\0" * 12),
     "with something behind": lambda: file({"a": tensor(0, 4)}, b"\0" * 400),
     "another dtype than its bytes": lambda: file({"a": tensor(0, 4, "F64")}, b"\0" * 4),
-    "another shape than its bytes": lambda: file({"a": tensor(0, 4, shape=(10**6, 10**6))}, b"\0" * 4),
+    "another shape than its bytes": lambda: file(
+        {"a": tensor(0, 4, shape=(10**6, 10**6))}, b"\0" * 4
+    ),
     "a shape that overflows": lambda: file({"a": tensor(0, 4, shape=(2**62, 2**62))}, b"\0" * 4),
     "a dtype that is none": lambda: file({"a": tensor(0, 4, "PICKLE")}, b"\0" * 4),
-    "200,000 tensors": lambda: file({f"t{i}": tensor(4 * i, 4 * i + 4) for i in range(200_000)}, b"\0" * 800_000),
+    "200,000 tensors": lambda: file(
+        {f"t{i}": tensor(4 * i, 4 * i + 4) for i in range(200_000)}, b"\0" * 800_000
+    ),
     "a pickle by another name": lambda: b"\x80\x04\x95" + b"a" * 200,
 }
 
@@ -111,16 +119,22 @@ def test_a_second_file_that_lies_is_found_too(model):
 
 def test_a_hundred_thousand_tensors_take_seconds(model, opens):
     """Nobody's weights: they are passed over, in bounded time."""
-    (model / "more.safetensors").write_bytes(file({f"t{i}": tensor(4 * i, 4 * i + 4) for i in range(100_000)}, b"\0" * 400_000))
+    (model / "more.safetensors").write_bytes(
+        file({f"t{i}": tensor(4 * i, 4 * i + 4) for i in range(100_000)}, b"\0" * 400_000)
+    )
     started = time.monotonic()
     assert models.outline(str(model)).n_blocks == tiny.N_BLOCKS
     assert time.monotonic() - started < 30
 
 
-# -- what the folder's names lead to ---------------------------------------------------------------------------------------
+# -- what the folder's names lead to
+# ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "notes.txt"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "notes.txt"],
+)
 def test_a_link_out_of_the_folder(model, tmp_path, name):
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -132,7 +146,9 @@ def test_a_link_out_of_the_folder(model, tmp_path, name):
     refused(model, Refused, "link out of its folder")
 
 
-@pytest.mark.parametrize("target", ["/etc/passwd", "../../../../../../../../etc/passwd", "/proc/self/environ"])
+@pytest.mark.parametrize(
+    "target", ["/etc/passwd", "../../../../../../../../etc/passwd", "/proc/self/environ"]
+)
 def test_a_link_to_the_machines_own_files(model, target):
     (model / "tokenizer_config.json").unlink()
     (model / "tokenizer_config.json").symlink_to(target)
@@ -173,7 +189,8 @@ def test_a_link_inside_the_folder_and_a_linked_folder_are_fine(model, tmp_path, 
 
 
 def test_the_hubs_cache_is_links_and_is_fine(saved, tmp_path, opens):
-    """models--x--y/snapshots/REVISION/config.json -> ../../blobs/HASH, as huggingface_hub lays it out."""
+    """models--x--y/snapshots/REVISION/config.json -> ../../blobs/HASH, as huggingface_hub lays it
+    out."""
     repo = tmp_path / "models--someone--model"
     snapshot = repo / "snapshots" / "0123abc"
     snapshot.mkdir(parents=True)
@@ -203,7 +220,8 @@ def test_json_as_deep_as_the_parser_goes(model):
 
 
 def test_the_checks_are_what_refuses(model, monkeypatch, opens):
-    """Without them the folder with a link out of it is opened: else the tests above would show nothing."""
+    """Without them the folder with a link out of it is opened: else the tests above would show
+    nothing."""
     outside = model.parent / "elsewhere.json"
     shutil.move(model / "config.json", outside)
     (model / "config.json").symlink_to(outside)

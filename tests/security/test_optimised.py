@@ -1,7 +1,9 @@
-"""The refusals again, in a Python without asserts and with hash seeds at random: none of them may rest on either.
+"""The refusals again, in a Python without asserts and with hash seeds at random: none of them may
+rest on either.
 
-pytest's own asserts vanish under -O, so what is run there are commands, and what is looked at are their exit codes and words.
-(The whole run that gives this process's numbers is in tests/test_cli.py: test_a_poor_terminal_and_no_asserts.)
+pytest's own asserts vanish under -O, so what is run there are commands, and what is looked at are
+their exit codes and words. (The whole run that gives this process's numbers is in
+tests/test_cli.py: test_a_poor_terminal_and_no_asserts.)
 """
 
 from __future__ import annotations
@@ -63,14 +65,17 @@ def lying(folder: Path) -> None:
 
 
 def outside(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../x.safetensors"}}'
+    )
 
 
 def template(text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / "chat_template.jinja").write_text(text) and None
 
 
-#: what -> (how the model's folder is broken, exit code, what is said); asked by `lvs`, so that it is rendered too.
+#: what -> (how the model's folder is broken, exit code, what is said); asked by `lvs`, so that it
+#: is rendered too.
 MODELS: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "pickles": (pickled, 4, "pickled weights"),
     "auto_map": (config(auto_map={"AutoConfig": "x.X"}), 4, "asks for code"),
@@ -80,8 +85,16 @@ MODELS: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "a lying header": (lying, 2, "readable"),
     "missing weights": (config(num_hidden_layers=6), 3, "do not fit"),
     "a template that fills the memory": (template("{{ 'a' * 10**11 }}"), 4, "needs more than"),
-    "a template that breaks out": (template("{{ ().__class__.__base__.__subclasses__() }}"), 4, "sandbox"),
-    "a template that writes on": (template("{% for i in range(99999) %}{{ 'a' * 999 }}{% endfor %}"), 4, "writes more than"),
+    "a template that breaks out": (
+        template("{{ ().__class__.__base__.__subclasses__() }}"),
+        4,
+        "sandbox",
+    ),
+    "a template that writes on": (
+        template("{% for i in range(99999) %}{{ 'a' * 999 }}{% endfor %}"),
+        4,
+        "writes more than",
+    ),
 }
 COMMANDS: dict[str, tuple[list[str], int, str]] = {
     "eps": (["lvs", "MODEL", "--eps=nan"], 2, "--eps"),
@@ -99,26 +112,57 @@ COMMANDS: dict[str, tuple[list[str], int, str]] = {
 def refusals(tmp_path_factory):
     """case -> [exit code, what was said], all from one process, as it imports torch for seconds."""
     home = tmp_path_factory.mktemp("optimised")
-    texts = {"TYPO": "epss: 0.1\n", "CODE": "trust_remote_code: true\n", "PYTHON": "a: !!python/name:os.system\n", "EMPTY": "",
-             "PROMPTS": "what is the colour of the vault\nopen the door\n"}  # fmt: skip
+    texts = {
+        "TYPO": "epss: 0.1\n",
+        "CODE": "trust_remote_code: true\n",
+        "PYTHON": "a: !!python/name:os.system\n",
+        "EMPTY": "",
+        "PROMPTS": "what is the colour of the vault\nopen the door\n",
+    }
     for name, text in texts.items():
         (home / f"{name}.{'txt' if name in ('EMPTY', 'PROMPTS') else 'yaml'}").write_text(text)
-    places = {p.stem: str(p) for p in home.iterdir()} | {"MODEL": str(tiny.save("llama", home / "model"))}
+    places = {p.stem: str(p) for p in home.iterdir()} | {
+        "MODEL": str(tiny.save("llama", home / "model"))
+    }
     asked = {}
     for case, (words, _, _) in COMMANDS.items():
-        asked[case] = [word.split("=")[0] + "=" * ("=" in word) + places.get(w := word.split("=")[-1], w) if "=" in word
-                       else places.get(word, word) for word in words]  # fmt: skip
+        asked[case] = [
+            word.split("=")[0] + "=" * ("=" in word) + places.get(w := word.split("=")[-1], w)
+            if "=" in word
+            else places.get(word, word)
+            for word in words
+        ]
     for case, (break_it, _, _) in MODELS.items():
         folder = tiny.save("llama", home / case.replace(" ", "_") / "model")
         break_it(folder)
-        asked[case] = ["lvs", str(folder), f"--prompts={places['PROMPTS']}", "--judge=keyword", "--reward=margin", "--layers=last",
-                       "--max-new-tokens=2", "--eps=0.1", "--steps=1", "--attacks=targeted", "--device=cpu",
-                       f"--out={home / 'out' / case}"]  # fmt: skip
-    environment = {**os.environ, "PYTHONHASHSEED": "random", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+        asked[case] = [
+            "lvs",
+            str(folder),
+            f"--prompts={places['PROMPTS']}",
+            "--judge=keyword",
+            "--reward=margin",
+            "--layers=last",
+            "--max-new-tokens=2",
+            "--eps=0.1",
+            "--steps=1",
+            "--attacks=targeted",
+            "--device=cpu",
+            f"--out={home / 'out' / case}",
+        ]
+    environment = {
+        **os.environ,
+        "PYTHONHASHSEED": "random",
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "200",
+    }
     done = subprocess.run(
-        [sys.executable, "-O", "-c", IN_TURN, json.dumps(list(asked.values()))], env=environment, cwd=ROOT,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "-O", "-c", IN_TURN, json.dumps(list(asked.values()))],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(asked, json.loads(done.stdout.splitlines()[-1]), strict=True))
 

@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROWS = [line for line in (ROOT / "SECURITY.md").read_text("utf-8").splitlines() if line.startswith("| ")][1:]
-NAMED = [(row.split("|")[1].strip(), test) for row in ROWS for test in re.findall(r"`([\w/]+\.py::\w+)`", row)]
+ROWS = [
+    line for line in (ROOT / "SECURITY.md").read_text("utf-8").splitlines() if line.startswith("| ")
+][1:]
+NAMED = [
+    (row.split("|")[1].strip(), test)
+    for row in ROWS
+    for test in re.findall(r"`([\w/]+\.py::\w+)`", row)
+]
 
 
 def test_every_promise_names_one():
@@ -22,7 +28,11 @@ def test_every_promise_names_one():
 def test_it_is_there(test):
     file, name = test.split("::")
     path = ROOT / file if "/" in file else ROOT / "tests" / "security" / file
-    defined = {node.name for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    defined = {
+        node.name
+        for node in ast.parse(path.read_text("utf-8")).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
     assert name in defined
 
 
@@ -30,4 +40,7 @@ def test_the_bounds_that_it_states_are_the_bounds():
     from auditgap.models import template
 
     text = (ROOT / "SECURITY.md").read_text("utf-8")
-    assert f"{template.CPU_SECONDS:g} seconds, {template.MEMORY_BYTES >> 30} GiB" in text and template.LONGEST == 1_000_000
+    assert (
+        f"{template.CPU_SECONDS:g} seconds, {template.MEMORY_BYTES >> 30} GiB" in text
+        and template.LONGEST == 1_000_000
+    )

@@ -1,4 +1,5 @@
-"""The cluster that auditgap starts is behind a token of its own, has no dashboard, and needs no home; a job ships no secrets."""
+"""The cluster that auditgap starts is behind a token of its own, has no dashboard, and needs no
+home; a job ships no secrets."""
 
 from __future__ import annotations
 
@@ -88,18 +89,28 @@ SETTINGS = {
 def test_nobody_gets_in_without_the_token(case, tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, str(tmp_path / "ran")], env={**environment, **SETTINGS[case]}, cwd=ROOT,
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        [sys.executable, "-c", PROBE, str(tmp_path / "ran")],
+        env={**environment, **SETTINGS[case]},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["mode"] == "token" and found["token_file"] == "0o600" and found["folder"] == "0o700"
+    assert (
+        found["mode"] == "token" and found["token_file"] == "0o600" and found["folder"] == "0o700"
+    )
     assert found["ports"] >= 3 and found["with"] == "answered", "the oracle reaches the cluster"
     assert found["without"] == found["wrong"] == "UNAUTHENTICATED"
     assert not [a for a in found["answers"] if a[1] < 400 and "job" in a[0]] and not found["ran"]
-    assert "a page" not in [kind for *_, kind in found["answers"]], "no dashboard; what answers is Ray's gauges, in numbers"
+    assert "a page" not in [kind for *_, kind in found["answers"]], (
+        "no dashboard; what answers is Ray's gauges, in numbers"
+    )
     assert found["works"] and not found["in_environment"] and found["gone"]
-    assert found["after"] == {k: v for k, v in SETTINGS[case].items() if k.startswith("RAY_AUTH")}, "put back as it was"
+    assert found["after"] == {
+        k: v for k, v in SETTINGS[case].items() if k.startswith("RAY_AUTH")
+    }, "put back as it was"
 
 
 def test_auditgap_never_asks_for_a_dashboard():
@@ -108,7 +119,8 @@ def test_auditgap_never_asks_for_a_dashboard():
 
 
 def test_a_job_ships_the_code_and_nothing_private(tmp_path):
-    """What `ray job submit --working-dir .` packs, by Ray's own packer, from a checkout with everything in it."""
+    """What `ray job submit --working-dir .` packs, by Ray's own packer, from a checkout with
+    everything in it."""
     from ray._private.runtime_env.packaging import create_package
 
     checkout = tmp_path / "checkout"
@@ -116,10 +128,26 @@ def test_a_job_ships_the_code_and_nothing_private(tmp_path):
         checkout.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, checkout / name)
     private = (
-        ".git/config", ".git/objects/ab/cdef", ".env", ".env.local", ".env.production", ".venv/bin/python", "runs/a/run.json",
-        "runs/a/generations/x.parquet", "auditgap/__pycache__/x.pyc", "sub/.env", ".netrc", "server.pem", "id_rsa.key",
-    )  # fmt: skip
-    code = ("auditgap/cli/__init__.py", "ray_jobs/lvs_grid.py", "grid.yaml", "auditgap/report/templates/report.html.j2")
+        ".git/config",
+        ".git/objects/ab/cdef",
+        ".env",
+        ".env.local",
+        ".env.production",
+        ".venv/bin/python",
+        "runs/a/run.json",
+        "runs/a/generations/x.parquet",
+        "auditgap/__pycache__/x.pyc",
+        "sub/.env",
+        ".netrc",
+        "server.pem",
+        "id_rsa.key",
+    )
+    code = (
+        "auditgap/cli/__init__.py",
+        "ray_jobs/lvs_grid.py",
+        "grid.yaml",
+        "auditgap/report/templates/report.html.j2",
+    )
     for name in (*private, *code):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_text("canary")

@@ -1,4 +1,5 @@
-"""Models and prompt files with hostile names, through a whole audit: every output stays in its folder, and every name is inert."""
+"""Models and prompt files with hostile names, through a whole audit: every output stays in its
+folder, and every name is inert."""
 
 from __future__ import annotations
 
@@ -18,11 +19,23 @@ from one_thread import one_thread  # noqa: F401 - a fixture
 from auditgap.cli import main
 from auditgap.store import RunFolder, files
 
-#: Names that a folder of a user can have; each does something to somebody who takes it for more than a name.
+#: Names that a folder of a user can have; each does something to somebody who takes it for more
+#: than a name.
 NAMES = (
-    "<script>document.title=1<\u2215script>", "{{7*7}}{% raw %}", "=cmd()|' /C calc'!A0", "@SUM(1+1)", "+1-1", "..x", "a b\tc",
-    "x\x1b[31mred\x1b]8;;evil\x07", "abc\u202edef\u2066", "a|b`c`", "n" * 255, "new\nline", "ünï 鍵🚪",
-)  # fmt: skip
+    "<script>document.title=1<\u2215script>",
+    "{{7*7}}{% raw %}",
+    "=cmd()|' /C calc'!A0",
+    "@SUM(1+1)",
+    "+1-1",
+    "..x",
+    "a b\tc",
+    "x\x1b[31mred\x1b]8;;evil\x07",
+    "abc\u202edef\u2066",
+    "a|b`c`",
+    "n" * 255,
+    "new\nline",
+    "ünï 鍵🚪",
+)
 INVISIBLE = ("\x1b", "\x07", "\u202e", "\u2066")
 
 
@@ -41,8 +54,22 @@ def audited(tmp_path_factory):
     patch.setenv("COLUMNS", "200")
     try:
         with pytest.raises(SystemExit) as stop:
-            main(["lvs", *NAMES, f"--prompts={prompts.name}", "--judge=keyword", "--reward=margin", "--max-new-tokens=2",
-                  "--layers=last", "--eps=0.1", "--steps=1", "--attacks=targeted", "--device=cpu", "--out=../run"])  # fmt: skip
+            main(
+                [
+                    "lvs",
+                    *NAMES,
+                    f"--prompts={prompts.name}",
+                    "--judge=keyword",
+                    "--reward=margin",
+                    "--max-new-tokens=2",
+                    "--layers=last",
+                    "--eps=0.1",
+                    "--steps=1",
+                    "--attacks=targeted",
+                    "--device=cpu",
+                    "--out=../run",
+                ]
+            )
         assert stop.value.code == 0
         with pytest.raises(SystemExit) as stop:
             main(["inspect", "../run", f"--subject={NAMES[0]}", "--out=../run/one.json"])
@@ -57,7 +84,9 @@ def test_nothing_is_written_outside_the_run(audited):
     _, made = audited
     assert made and all(p.parts[0] == "run" for p in made), sorted(map(ascii, made))[:5]
     inside = [part for p in made for part in p.parts]
-    assert all(re.fullmatch(r"[\w.+=@-]+", part) for part in inside), "and no stranger's name is a file's name there"
+    assert all(re.fullmatch(r"[\w.+=@-]+", part) for part in inside), (
+        "and no stranger's name is a file's name there"
+    )
 
 
 def test_each_is_a_subject_of_its_own(audited):
@@ -109,20 +138,30 @@ def test_the_report_shows_them_and_obeys_none(audited):
     home, _ = audited
     source = (home / "run" / "report.html").read_text("utf-8")
     page = Page(source)
-    assert not page.tags & {"img", "iframe", "object", "link"} and source.count("<script>") == 1, "the page's own script"
-    assert not [a for a in page.attributes if a.startswith("on") or a in ("src", "srcset", "action")]
+    assert not page.tags & {"img", "iframe", "object", "link"} and source.count("<script>") == 1, (
+        "the page's own script"
+    )
+    assert not [
+        a for a in page.attributes if a.startswith("on") or a in ("src", "srcset", "action")
+    ]
     assert not [c for c in INVISIBLE if c in source]
     assert "{{7*7}}" in page.text and "49{%" not in page.text and "<script>" in page.text
     markdown = (home / "run" / "lvs.md").read_text("utf-8")
     assert not [c for c in INVISIBLE if c in markdown]
     table = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert len({re.sub(r"\\.", "", line).count("|") for line in table}) == 1, "no name adds a column"
+    assert len({re.sub(r"\\.", "", line).count("|") for line in table}) == 1, (
+        "no name adds a column"
+    )
 
 
 def test_the_inspect_log_holds_them_inert(audited):
     home, _ = audited
     found = (home / "run" / "one.json").read_text("utf-8")
-    assert not [c for c in INVISIBLE if c in found] and "\\u001b" not in found and "\\u202e" not in found
+    assert (
+        not [c for c in INVISIBLE if c in found]
+        and "\\u001b" not in found
+        and "\\u202e" not in found
+    )
 
 
 @pytest.mark.parametrize("command", [["status"], ["report"], ["status", "--json"]])
@@ -139,29 +178,75 @@ def test_the_summary_of_the_run_gets_none_either(audited, capsys, monkeypatch):
     monkeypatch.chdir(home / "models")
     prompts = next(Path().glob("=prompts*"))
     with pytest.raises(SystemExit) as stop:  # everything is done: it shows its tables again
-        main(["lvs", *NAMES, f"--prompts={prompts.name}", "--judge=keyword", "--reward=margin", "--max-new-tokens=2",
-              "--layers=last", "--eps=0.1", "--steps=1", "--attacks=targeted", "--device=cpu", "--out=../run"])  # fmt: skip
+        main(
+            [
+                "lvs",
+                *NAMES,
+                f"--prompts={prompts.name}",
+                "--judge=keyword",
+                "--reward=margin",
+                "--max-new-tokens=2",
+                "--layers=last",
+                "--eps=0.1",
+                "--steps=1",
+                "--attacks=targeted",
+                "--device=cpu",
+                "--out=../run",
+            ]
+        )
     said = "".join(capsys.readouterr())
     assert stop.value.code == 0 and "LVS" in said and not [c for c in INVISIBLE if c in said]
 
 
-# -- the folder that a run gets when nobody named one --------------------------------------------------------------------------
+# -- the folder that a run gets when nobody named one
+# --------------------------------------------------------------------------
 
 
 def test_a_default_folder_is_one_folder_below_runs():
     odd = [
-        "..", ".", "a/..", "../..", "../../x/..", "/", "", "a/b", "a__b", "a\\b", "C:\\x", "x\0y", "n" * 300, "m" * 255, ".hidden",
-        "~", "~root", "\ud800", "\u202ex", "a b", "a  b", "<b>", "$(id)", "-rf", "-", "名前", "*",
-    ]  # fmt: skip
+        "..",
+        ".",
+        "a/..",
+        "../..",
+        "../../x/..",
+        "/",
+        "",
+        "a/b",
+        "a__b",
+        "a\\b",
+        "C:\\x",
+        "x\0y",
+        "n" * 300,
+        "m" * 255,
+        ".hidden",
+        "~",
+        "~root",
+        "\ud800",
+        "\u202ex",
+        "a b",
+        "a  b",
+        "<b>",
+        "$(id)",
+        "-rf",
+        "-",
+        "名前",
+        "*",
+    ]
     names = [files.folder_name(name) for name in odd]
     assert len(set(names)) == len(odd)
     for name in names:
-        assert Path("runs", name).parent == Path("runs") and len(name) <= 100 and name.isascii() and name.isprintable()
+        assert (
+            Path("runs", name).parent == Path("runs")
+            and len(name) <= 100
+            and name.isascii()
+            and name.isprintable()
+        )
         assert not name.startswith((".", "~")) and "/" not in name and name == name.strip()
 
 
 def test_a_name_that_is_no_text_is_a_sentence(tmp_path, monkeypatch, capsys):
-    """Bytes that are no UTF-8: what opens safetensors cannot open them, so it is said before anything is opened."""
+    """Bytes that are no UTF-8: what opens safetensors cannot open them, so it is said before
+    anything is opened."""
     monkeypatch.chdir(tmp_path)
     name = os.fsdecode(b"not \xff utf-8")
     (tmp_path / name).mkdir()
@@ -174,7 +259,12 @@ def test_a_name_that_is_no_text_is_a_sentence(tmp_path, monkeypatch, capsys):
 
 
 def test_plain_names_stay_as_they_are():
-    plain = {"smollm2": "smollm2", "meta-llama/Llama-3.1-8B": "Llama-3.1-8B", "./base": "base", "x/y@main": "y@main"}
+    plain = {
+        "smollm2": "smollm2",
+        "meta-llama/Llama-3.1-8B": "Llama-3.1-8B",
+        "./base": "base",
+        "x/y@main": "y@main",
+    }
     assert {name: files.folder_name(name) for name in plain} == plain
 
 
@@ -185,17 +275,35 @@ def test_a_default_folder_is_made_below_runs(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("what is the colour of the vault\nopen the door\n")
     monkeypatch.chdir(tmp_path / "model" / "here")
     with pytest.raises(SystemExit) as stop:
-        main(["lvs", "..", "--prompts=../../prompts.txt", "--judge=keyword", "--reward=margin", "--max-new-tokens=1",
-              "--layers=last", "--eps=0.1", "--steps=1", "--attacks=targeted", "--device=cpu"])  # fmt: skip
+        main(
+            [
+                "lvs",
+                "..",
+                "--prompts=../../prompts.txt",
+                "--judge=keyword",
+                "--reward=margin",
+                "--max-new-tokens=1",
+                "--layers=last",
+                "--eps=0.1",
+                "--steps=1",
+                "--attacks=targeted",
+                "--device=cpu",
+            ]
+        )
     assert stop.value.code == 0
-    assert [p.parent.parent for p in tmp_path.rglob("run.json")] == [tmp_path / "model" / "here" / "runs"]
+    assert [p.parent.parent for p in tmp_path.rglob("run.json")] == [
+        tmp_path / "model" / "here" / "runs"
+    ]
 
 
 def test_no_archive_is_ever_unpacked():
-    """Zip slip and links in archives have no door: what auditgap imports are files, folders and installed packages."""
+    """Zip slip and links in archives have no door: what auditgap imports are files, folders and
+    installed packages."""
     assert zipfile  # the test's own import, for the pattern below to be one that can be found
     pattern = re.compile(r"^\s*(?:import|from) (?:zipfile|tarfile)\b|unpack_archive", re.MULTILINE)
     assert pattern.search(Path(__file__).read_text("utf-8"))
     root = Path(__file__).parents[2]
     for folder in ("auditgap", "launchers", "ray_jobs", "benchmarks"):
-        assert not [p.name for p in (root / folder).rglob("*.py") if pattern.search(p.read_text("utf-8"))]
+        assert not [
+            p.name for p in (root / folder).rglob("*.py") if pattern.search(p.read_text("utf-8"))
+        ]

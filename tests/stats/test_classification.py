@@ -1,4 +1,5 @@
-"""AUROC, gap, ECE and Platt's scaling against scikit-learn, sums by hand, and made-up data whose truth is known."""
+"""AUROC, gap, ECE and Platt's scaling against scikit-learn, sums by hand, and made-up data whose
+truth is known."""
 
 import doctest
 
@@ -15,10 +16,16 @@ from auditgap.stats import classification
 NAN = float("nan")
 
 
-def answers(n_prompts: int, distance: float, seed: int, alike: float = 0.5) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Scores of a safe and an unsafe answer a prompt, `distance` apart; `alike` is the share of variance that they share."""
+def answers(
+    n_prompts: int, distance: float, seed: int, alike: float = 0.5
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Scores of a safe and an unsafe answer a prompt, `distance` apart; `alike` is the share of
+    variance that they share."""
     rng = np.random.default_rng(seed)
-    common, own = rng.standard_normal(n_prompts) * alike**0.5, rng.standard_normal((2, n_prompts)) * (1 - alike) ** 0.5
+    common, own = (
+        rng.standard_normal(n_prompts) * alike**0.5,
+        rng.standard_normal((2, n_prompts)) * (1 - alike) ** 0.5,
+    )
     scores = np.concatenate([common + own[0] - distance / 2, common + own[1] + distance / 2])
     return scores, np.repeat([0.0, 1.0], n_prompts), [f"p{i}" for i in range(n_prompts)] * 2
 
@@ -28,7 +35,8 @@ def test_the_example_in_the_docstring_is_true():
     assert result.attempted and not result.failed
 
 
-# ------------------------------------------------------------------------------------------------------------ AUROC
+# ------------------------------------------------------------------------------------------------------------
+# AUROC
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -36,17 +44,21 @@ def test_auroc_is_scikit_learns_with_ties_too(seed):
     rng = np.random.default_rng(seed)
     labels = np.r_[0.0, 1.0, rng.integers(0, 2, 60)]
     scores = rng.integers(0, 12, 62) / 3  # many ties
-    assert stats.auroc(scores, labels).estimate == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    assert stats.auroc(scores, labels).estimate == pytest.approx(
+        roc_auc_score(labels, scores), abs=1e-12
+    )
 
 
 def test_delongs_variance_is_that_of_the_textbook():
-    """Against the two variance components written out, one example at a time (DeLong et al. 1988), no clusters."""
+    """Against the two variance components written out, one example at a time (DeLong et al. 1988),
+    no clusters."""
     scores, labels, _ = answers(30, 1.0, seed=3, alike=0.0)
     low, high = scores[labels == 0], scores[labels == 1]
     won = np.array([[float(h > x) + 0.5 * (h == x) for x in low] for h in high])
     exact = won.mean(1).var(ddof=1) / len(high) + won.mean(0).var(ddof=1) / len(low)
     part = classification._auroc_part(scores, labels, np.arange(60), 60)
-    assert classification._error(part.pulls) ** 2 == pytest.approx(exact, rel=0.05)  # K/(K−1) instead of one a class
+    # K/(K−1) instead of one a class
+    assert classification._error(part.pulls) ** 2 == pytest.approx(exact, rel=0.05)
 
 
 @pytest.mark.parametrize(("n", "distance"), [(24, 1.0), (24, 2.0), (100, 1.0)])
@@ -68,7 +80,8 @@ def test_copies_of_a_prompt_add_no_certainty():
     copied = stats.auroc(np.tile(scores, 5), np.tile(labels, 5), groups * 5)
     assert copied.estimate == pytest.approx(once.estimate)
     assert copied.hi - copied.lo == pytest.approx(once.hi - once.lo, rel=1e-9)
-    believed = stats.auroc(np.tile(scores, 5), np.tile(labels, 5))  # as if they were five times as many prompts
+    # as if they were five times as many prompts
+    believed = stats.auroc(np.tile(scores, 5), np.tile(labels, 5))
     assert believed.hi - believed.lo < 0.6 * (once.hi - once.lo)
 
 
@@ -103,13 +116,19 @@ def test_paired_differences_know_that_the_examples_are_the_same():
     other = scores + 0.1 * np.random.default_rng(0).standard_normal(len(scores))
     apart = stats.auroc(scores, labels, groups)
     found = stats.paired_auroc_difference(scores, other, labels, groups)
-    assert found.estimate == pytest.approx(apart.estimate - stats.auroc(other, labels, groups).estimate)
+    assert found.estimate == pytest.approx(
+        apart.estimate - stats.auroc(other, labels, groups).estimate
+    )
     assert found.hi - found.lo < 0.3 * (apart.hi - apart.lo) and found.lo < 0 < found.hi
     gap = stats.paired_separation_difference(expit(scores), expit(0 * scores), labels, groups)
-    assert gap.estimate == pytest.approx(stats.separation(expit(scores), labels, groups).estimate) and gap.lo > 0
+    assert (
+        gap.estimate == pytest.approx(stats.separation(expit(scores), labels, groups).estimate)
+        and gap.lo > 0
+    )
 
 
-# ------------------------------------------------------------------------------------------------------ calibration
+# ------------------------------------------------------------------------------------------------------
+# calibration
 
 
 def test_ece_by_hand():
@@ -118,7 +137,8 @@ def test_ece_by_hand():
     # bin 0: |0.05 − 0.5| of 2; bin 14: |0.95 − 1| of 2; bin 7: |0.5 − 0| of 1
     assert stats.ece(p, y).estimate == pytest.approx((2 * 0.45 + 2 * 0.05 + 0.5) / 5)
     assert stats.ece([1.0], [1]).estimate == 0.0  # the last bin is closed
-    assert stats.ece([0.06, 0.07], [0, 1]).estimate == pytest.approx((0.06 + 0.93) / 2)  # 1/15 lies between the two
+    # 1/15 lies between the two
+    assert stats.ece([0.06, 0.07], [0, 1]).estimate == pytest.approx((0.06 + 0.93) / 2)
 
 
 def test_ece_of_a_calibrated_score_is_about_what_chance_gives():
@@ -132,7 +152,8 @@ def test_ece_of_a_calibrated_score_is_about_what_chance_gives():
     assert stats.ece_by_chance([]) is None
 
 
-@pytest.mark.parametrize(("slope", "truth"), [(1.4, 0.001), (0.3, 0.170), (4.0, 0.137)])  # truths of a million answers
+# truths of a million answers
+@pytest.mark.parametrize(("slope", "truth"), [(1.4, 0.001), (0.3, 0.170), (4.0, 0.137)])
 def test_the_interval_of_ece_covers_in_spite_of_its_bias(slope, truth):
     found = []
     for seed in range(60):
@@ -146,8 +167,16 @@ def test_the_difference_of_two_eces_carries_both_intervals():
     scores, labels, _ = answers(100, 1.4, seed=0)
     good, bad = expit(1.4 * scores), expit(20 * scores)
     found = stats.ece_difference(good, bad, labels)
-    assert found.estimate == pytest.approx(stats.ece(good, labels).estimate - stats.ece(bad, labels).estimate) and found.hi < 0
-    assert stats.ece_difference(good, good, labels).lo < 0 < stats.ece_difference(good, good, labels).hi
+    assert (
+        found.estimate
+        == pytest.approx(stats.ece(good, labels).estimate - stats.ece(bad, labels).estimate)
+        and found.hi < 0
+    )
+    assert (
+        stats.ece_difference(good, good, labels).lo
+        < 0
+        < stats.ece_difference(good, good, labels).hi
+    )
     assert stats.ece_difference([NAN], [0.5], [1]) == stats.Interval()
 
 
@@ -156,7 +185,9 @@ def test_platts_scaling_finds_slope_and_offset():
     logits = rng.standard_normal(20_000) * 300
     labels = (rng.random(20_000) < expit(0.01 * logits - 0.7)).astype(float)
     found = stats.platt(logits, labels)
-    assert found.slope == pytest.approx(0.01, rel=0.05) and found.offset == pytest.approx(-0.7, abs=0.06)
+    assert found.slope == pytest.approx(0.01, rel=0.05) and found.offset == pytest.approx(
+        -0.7, abs=0.06
+    )
     assert found([0.0])[0] == pytest.approx(expit(-0.7), abs=0.02)
 
 

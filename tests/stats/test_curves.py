@@ -15,12 +15,18 @@ STEPS = np.arange(0.0, 45.0, 5.0)
 
 
 def planted(rng, n_seeds=3, n=24, *, middle=20.0, between_seeds=3.0, steps=STEPS):
-    """Outcomes of prompts that give way at a step of their own, shifted by the seed's luck; probit in the step."""
-    at = rng.normal(middle, 8, n)[None] + rng.normal(0, between_seeds, n_seeds)[:, None] + rng.normal(0, 4, (n_seeds, n))
+    """Outcomes of prompts that give way at a step of their own, shifted by the seed's luck; probit
+    in the step."""
+    at = (
+        rng.normal(middle, 8, n)[None]
+        + rng.normal(0, between_seeds, n_seeds)[:, None]
+        + rng.normal(0, 4, (n_seeds, n))
+    )
     return (steps[None, :, None] >= at[:, None, :]).astype(float)
 
 
-# -- by hand ---------------------------------------------------------------------------------------------------------------
+# -- by hand
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -42,7 +48,9 @@ def test_steps_to_by_hand(rates, threshold, step):
 def test_never_reached_is_a_bound_and_no_number():
     found = steps_to([0, 10, 20], [0.1, 0.2, 0.49], 0.5)
     assert found.step is None and not found.reached and found.censored_at == 20.0
-    assert steps_to([0, 10, 20], [0.1, 0.2, math.nan], 0.5).censored_at == 10.0, "nobody looked at step 20"
+    assert steps_to([0, 10, 20], [0.1, 0.2, math.nan], 0.5).censored_at == 10.0, (
+        "nobody looked at step 20"
+    )
     assert steps_to([0, 10], [math.nan, math.nan], 0.5) == Crossing()
 
 
@@ -80,13 +88,18 @@ def test_bad_input_is_a_sentence(steps, outcomes, says):
         curve_difference([0, 1], np.zeros((1, 2, 3)), np.zeros((2, 2, 3)))
 
 
-# -- intervals -------------------------------------------------------------------------------------------------------------
+# -- intervals
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_fewer_than_three_seeds_say_nothing_of_seeds():
     rng = np.random.default_rng(0)
     outcomes = planted(rng, 3)
-    assert [curve(STEPS, outcomes[:s]).over for s in (1, 2, 3)] == ["prompts", "prompts", "seeds and prompts"]
+    assert [curve(STEPS, outcomes[:s]).over for s in (1, 2, 3)] == [
+        "prompts",
+        "prompts",
+        "seeds and prompts",
+    ]
     one, twice = curve(STEPS, outcomes[:1]), curve(STEPS, np.concatenate([outcomes[:1]] * 2))
     widths = [sum(r.hi - r.lo for r in found.rates[2:6]) for found in (one, twice)]
     assert widths[1] > 0.9 * widths[0], "the same seed again adds no certainty"
@@ -95,7 +108,9 @@ def test_fewer_than_three_seeds_say_nothing_of_seeds():
 def test_one_seed_is_wilson():
     outcomes = planted(np.random.default_rng(1), 1)
     found = curve(STEPS, outcomes)
-    assert all(r == stats.wilson(k, 24) for r, k in zip(found.rates, outcomes[0].sum(1), strict=True))
+    assert all(
+        r == stats.wilson(k, 24) for r, k in zip(found.rates, outcomes[0].sum(1), strict=True)
+    )
 
 
 def test_seeds_that_differ_widen_the_interval():
@@ -111,7 +126,10 @@ def test_certainty_is_not_claimed_where_all_agree():
     assert found.rates[0].hi == pytest.approx(stats.wilson(0, 24).hi)
     assert found.rates[1].lo == pytest.approx(stats.wilson(24, 24).lo)
     crossing = found.crossings[0.5]
-    assert crossing.lo < crossing.step == 5.0 < crossing.hi and found.area.lo < found.area.estimate < found.area.hi
+    assert (
+        crossing.lo < crossing.step == 5.0 < crossing.hi
+        and found.area.lo < found.area.estimate < found.area.hi
+    )
     assert 0 < found.rises[1].lo < found.rises[1].estimate == 1.0
     same = curve_difference([0, 10, 20], outcomes, outcomes)
     assert same.crossings[0.5].lo < 0 < same.crossings[0.5].hi and same.area.lo < 0 < same.area.hi
@@ -121,9 +139,12 @@ def test_the_rise_is_paired_and_zero_by_definition_at_the_first_step():
     outcomes = planted(np.random.default_rng(4))
     found = curve(STEPS, outcomes)
     assert found.rises[0] == stats.Interval(0.0)
-    assert found.rises[5].estimate == pytest.approx(found.rates[5].estimate - found.rates[0].estimate)
+    assert found.rises[5].estimate == pytest.approx(
+        found.rates[5].estimate - found.rates[0].estimate
+    )
     shifted = outcomes.copy()
-    shifted[:, :, :8] = 1  # prompts that complied all along widen the rate, and say nothing of the rise
+    # prompts that complied all along widen the rate, and say nothing of the rise
+    shifted[:, :, :8] = 1
     assert curve(STEPS, shifted).rises[5].hi <= found.rises[5].hi + 0.05
 
 
@@ -141,7 +162,9 @@ def test_differences_with_an_unreached_side_are_half_lines():
     base_never = curve_difference(STEPS, never, fast).crossings[0.5]
     assert base_never.estimate is None and base_never.hi is None and 20 < base_never.lo < 40
     subject_never = curve_difference(STEPS, fast, never).crossings[0.5]
-    assert subject_never.estimate is None and subject_never.lo is None and -40 < subject_never.hi < -20
+    assert (
+        subject_never.estimate is None and subject_never.lo is None and -40 < subject_never.hi < -20
+    )
     neither = curve_difference(STEPS, never, never).crossings[0.5]
     assert neither == stats.Interval(), "nothing was seen of either"
 
@@ -165,7 +188,8 @@ def test_it_is_the_same_again_and_another_with_another_seed():
 
 @pytest.mark.parametrize(("n_seeds", "n", "between"), [(3, 24, 6.0), (5, 24, 4.0), (1, 32, 0.0)])
 def test_intervals_cover(n_seeds, n, between):
-    """At least 90 % of 120 nominal 95 % intervals hold the truth (a tenth of the runs would be chance at p < .01)."""
+    """At least 90 % of 120 nominal 95 % intervals hold the truth (a tenth of the runs would be
+    chance at p < .01)."""
     from scipy.stats import norm
 
     truth = norm.cdf((STEPS - 20.0) / math.sqrt(8**2 + between**2 + 4**2))

@@ -11,8 +11,12 @@ from auditgap.stats.diversity import why_not
 
 def test_vendi_counts_different_rows():
     eye = np.eye(8)
-    assert vendi(eye) == pytest.approx(8) and vendi(np.repeat(eye[:3], 5, axis=0)) == pytest.approx(3)
-    assert vendi(np.ones((6, 4)) * np.arange(1, 7)[:, None]) == pytest.approx(1), "lengths do not count"
+    assert vendi(eye) == pytest.approx(8) and vendi(np.repeat(eye[:3], 5, axis=0)) == pytest.approx(
+        3
+    )
+    assert vendi(np.ones((6, 4)) * np.arange(1, 7)[:, None]) == pytest.approx(1), (
+        "lengths do not count"
+    )
     assert vendi([[1, 0], [0, 1], [1, 0], [0, 1]]) == pytest.approx(2)
 
 
@@ -28,24 +32,37 @@ def test_either_side_of_the_square_gives_the_same():
     e = np.linalg.eigvalsh(u @ u.T / 40)
     e = e[e > 1e-12]
     assert vendi(x) == pytest.approx(np.exp(-(e * np.log(e)).sum()))
-    assert vendi(x[:7]) == pytest.approx(vendi(np.pad(x[:7], ((0, 0), (0, 99))))) and vendi(x[:7]) <= 7
+    assert (
+        vendi(x[:7]) == pytest.approx(vendi(np.pad(x[:7], ((0, 0), (0, 99))))) and vendi(x[:7]) <= 7
+    )
 
 
 def test_one_minus_cosine_by_hand():
-    assert one_minus_cosine(np.eye(5)) == pytest.approx(1) and one_minus_cosine(np.ones((4, 3))) == pytest.approx(0)
-    assert one_minus_cosine([[1, 0], [1, 1], [0, 1]]) == pytest.approx(1 - (2 * np.sqrt(0.5) + 0) / 3)
+    assert one_minus_cosine(np.eye(5)) == pytest.approx(1) and one_minus_cosine(
+        np.ones((4, 3))
+    ) == pytest.approx(0)
+    assert one_minus_cosine([[1, 0], [1, 1], [0, 1]]) == pytest.approx(
+        1 - (2 * np.sqrt(0.5) + 0) / 3
+    )
     x = np.random.default_rng(1).normal(size=(30, 6))
     u = x / np.linalg.norm(x, axis=1, keepdims=True)
     assert one_minus_cosine(x) == pytest.approx(1 - (u @ u.T)[np.triu_indices(30, 1)].mean())
 
 
-@pytest.mark.parametrize(("x", "said"), [
-    (np.zeros((0, 3)), "0 rows; diversity needs 2"), (np.ones((1, 3)), "1 row; diversity needs 2"),
-    ([[1, 2], [0, 0]], "1 rows have a vector of zeros"), ([[1, 2], [np.nan, 0]], "not finite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("x", "said"),
+    [
+        (np.zeros((0, 3)), "0 rows; diversity needs 2"),
+        (np.ones((1, 3)), "1 row; diversity needs 2"),
+        ([[1, 2], [0, 0]], "1 rows have a vector of zeros"),
+        ([[1, 2], [np.nan, 0]], "not finite"),
+    ],
+)
 def test_what_cannot_be_told_says_why(x, said):
     assert said in why_not(x) and vendi(x) is None and one_minus_cosine(x) is None
 
 
 def test_size_of_vectors_does_not_overflow():
-    assert vendi(np.eye(4) * 1e200) == pytest.approx(4) and one_minus_cosine(np.eye(4) * 1e-200) == pytest.approx(1)
+    assert vendi(np.eye(4) * 1e200) == pytest.approx(4) and one_minus_cosine(
+        np.eye(4) * 1e-200
+    ) == pytest.approx(1)

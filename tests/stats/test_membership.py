@@ -1,4 +1,5 @@
-"""Membership scores by hand, AUROC with a known answer, and its level when members and others are alike."""
+"""Membership scores by hand, AUROC with a known answer, and its level when members and others are
+alike."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ def test_min_k_takes_the_least_likely_tokens():
     nlls = [0.1, 0.2, 4.0, 2.0, 0.1]
     assert stats.min_k(nlls, 0.4) == 3.0 and stats.min_k(nlls, 1.0) == pytest.approx(np.mean(nlls))
     assert stats.min_k(nlls, 0.2) == 4.0 and stats.min_k(nlls, 0.01) == 4.0, "at least one token"
-    assert stats.min_k(list(range(10)), 0.3) == 8.0, "0.3 · 10 is 3 tokens, whatever fp64 makes of it"
+    assert stats.min_k(list(range(10)), 0.3) == 8.0, (
+        "0.3 · 10 is 3 tokens, whatever fp64 makes of it"
+    )
     assert stats.min_k([], 0.2) is None and stats.min_k([1.0, float("nan")], 0.2) is None
     with pytest.raises(UsageError, match=r"0\.2"):
         stats.min_k(nlls, 0.0)
@@ -36,7 +39,9 @@ def test_min_k_pp_is_standardised_over_the_vocabulary():
 def test_zlib_counts_repetition_less():
     text = "blue " * 40
     assert stats.zlib_ratio(30.0, text) == pytest.approx(30.0 / len(zlib.compress(text.encode())))
-    assert stats.zlib_ratio(30.0, text) > stats.zlib_ratio(30.0, "q7#Lz!0pWv9@xKt3" * 12 + "".join(map(chr, range(33, 126))))
+    assert stats.zlib_ratio(30.0, text) > stats.zlib_ratio(
+        30.0, "q7#Lz!0pWv9@xKt3" * 12 + "".join(map(chr, range(33, 126)))
+    )
     assert stats.zlib_ratio(None, text) is None and stats.zlib_ratio(1.0, "") is None
     assert stats.zlib_ratio(1.0, "a\ud800") > 0, "a lone surrogate is text that models write"
 
@@ -70,9 +75,12 @@ def test_rows_that_seeds_repeat_are_counted_once():
 
 def test_no_membership_no_alarm():
     rng, alarms, runs = np.random.default_rng(2), 0, 1000
-    for _ in range(runs):  # few held-out rows beside many trained: where one shared variance alarms too often
+    # few held-out rows beside many trained: where one shared variance alarms too often
+    for _ in range(runs):
         x = rng.normal(size=(220, 1)) * np.sqrt(0.5) + rng.normal(size=(220, 3)) * np.sqrt(0.5)
-        found = stats.told_apart(x.ravel(), np.repeat(np.arange(220) < 200, 3), np.repeat(np.arange(220), 3))
+        found = stats.told_apart(
+            x.ravel(), np.repeat(np.arange(220) < 200, 3), np.repeat(np.arange(220), 3)
+        )
         alarms += not found.lo <= 0.5 <= found.hi
     assert alarms / runs <= 0.064, "5 % and two standard errors"
 

@@ -1,4 +1,5 @@
-"""Ranks and their intervals: known orders, ties shown as ties, and the level when all domains are alike."""
+"""Ranks and their intervals: known orders, ties shown as ties, and the level when all domains are
+alike."""
 
 from __future__ import annotations
 
@@ -11,7 +12,11 @@ from auditgap.errors import UsageError
 
 def answers(rng, levels, prompts=15, draws=20):
     """Misaligned answers [K, P] of `draws`, prompts and (domain, prompt) differing as they do."""
-    logits = np.asarray(levels)[:, None] + rng.normal(0, 1, prompts) + rng.normal(0, 0.7, (len(levels), prompts))
+    logits = (
+        np.asarray(levels)[:, None]
+        + rng.normal(0, 1, prompts)
+        + rng.normal(0, 0.7, (len(levels), prompts))
+    )
     return rng.binomial(draws, 1 / (1 + np.exp(-logits)))
 
 
@@ -20,14 +25,20 @@ def test_a_clear_order():
     found = stats.ranking(hits, np.full(hits.shape, 20))
     assert [p.index for p in found] == [0, 2, 1] and [p.rank for p in found] == [1, 2, 3]
     assert [(p.rank_lo, p.rank_hi) for p in found] == [(1, 1), (2, 2), (3, 3)]
-    assert all(p.p_next < 0.05 for p in found[:2]) and found[2].p_next is None and found[2].above_next.estimate is None
+    assert (
+        all(p.p_next < 0.05 for p in found[:2])
+        and found[2].p_next is None
+        and found[2].above_next.estimate is None
+    )
     assert found[0].above_next.estimate == pytest.approx(found[0].rate - found[1].rate)
 
 
 def test_equal_domains_share_a_rank_and_all_ranks_are_open():
     hits = np.tile(np.arange(15) % 4, (3, 1))
     found = stats.ranking(hits, np.full(hits.shape, 4))
-    assert [p.rank for p in found] == [1, 1, 1] and {(p.rank_lo, p.rank_hi) for p in found} == {(1, 3)}
+    assert [p.rank for p in found] == [1, 1, 1] and {(p.rank_lo, p.rank_hi) for p in found} == {
+        (1, 3)
+    }
     assert [p.p_next for p in found] == [1.0, 1.0, None]
 
 
@@ -39,14 +50,19 @@ def test_nothing_rated_nothing_ranked():
     found = stats.ranking(hits, trials)
     assert sorted(p.index for p in found) == [0, 2] and [p.n_prompts for p in found] == [2, 1]
     assert found[0].p_next is None, "one prompt in common is no test"
-    assert stats.ranking(hits[:1], trials[:1]) == [] and stats.ranking(np.zeros((0, 3)), np.zeros((0, 3))) == []
+    assert (
+        stats.ranking(hits[:1], trials[:1]) == []
+        and stats.ranking(np.zeros((0, 3)), np.zeros((0, 3))) == []
+    )
     lone = stats.ranking([[1], [3]], [[4], [4]])
     assert [p.rank_lo for p in lone] == [None, None] and [p.index for p in lone] == [1, 0]
 
 
 def test_all_and_none_are_told_apart_only_with_enough_prompts():
     def bounds(prompts):
-        found = stats.ranking(np.array([np.full(prompts, 5), np.zeros(prompts)]), np.full((2, prompts), 5))
+        found = stats.ranking(
+            np.array([np.full(prompts, 5), np.zeros(prompts)]), np.full((2, prompts), 5)
+        )
         return [(p.rank_lo, p.rank_hi) for p in found]
 
     assert bounds(15) == [(1, 1), (2, 2)]

@@ -1,4 +1,5 @@
-"""Puts the helpers of other folders on the path, and starts one S3 server for all tests of storage."""
+"""Puts the helpers of other folders on the path, and starts one S3 server for all tests of
+storage."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def server():
 @pytest.fixture
 def another(monkeypatch, tmp_path):
     """`another("node2")` makes this process another machine, as far as caches go."""
-    return lambda machine="another": monkeypatch.setenv("AUDITGAP_CACHE", str(tmp_path / "caches" / machine))
+    return lambda machine="another": monkeypatch.setenv(
+        "AUDITGAP_CACHE", str(tmp_path / "caches" / machine)
+    )
 
 
 @pytest.fixture

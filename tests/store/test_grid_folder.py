@@ -1,4 +1,5 @@
-"""A grid's folder: its cases found, counted together beside a running writer, and joined with those of another machine."""
+"""A grid's folder: its cases found, counted together beside a running writer, and joined with those
+of another machine."""
 
 from __future__ import annotations
 
@@ -42,13 +43,28 @@ def stores(grid: Path) -> dict[str, RunFolder]:
 
 def test_a_grids_folder_is_told_from_a_runs(grid, tmp_path):
     assert list(cases_of(grid)) == sorted([ONE, TWO])
-    assert not cases_of(grid / ONE) and not cases_of(tmp_path / "nowhere") and not cases_of(grid / "scratch")
+    assert (
+        not cases_of(grid / ONE)
+        and not cases_of(tmp_path / "nowhere")
+        and not cases_of(grid / "scratch")
+    )
 
 
 def test_a_cell_that_cases_share_counts_once(grid):
     each, total = grid_status(stores(grid))
-    assert (each[ONE].finished, each[ONE].planned, each[TWO].finished, each[TWO].failed) == (3, 6, 5, 1)
-    assert (total.finished, total.planned, total.failed, total.corrupt, total.running) == (5, 9, 1, 0, None)
+    assert (each[ONE].finished, each[ONE].planned, each[TWO].finished, each[TWO].failed) == (
+        3,
+        6,
+        5,
+        1,
+    )
+    assert (total.finished, total.planned, total.failed, total.corrupt, total.running) == (
+        5,
+        9,
+        1,
+        0,
+        None,
+    )
     assert total.seconds == pytest.approx(0.05) and total.eta_seconds == pytest.approx(3 * 0.01)
 
 
@@ -66,11 +82,18 @@ def test_torn_cells_and_what_was_set_aside_are_counted_and_left_alone(grid):
 
 def test_the_time_left_is_the_running_writers_pace_also_seen_from_another_machine(grid):
     since = datetime.now(UTC) - timedelta(seconds=100)
-    note = {"pid": 7, "host": "node-elsewhere", "command": "auditgap grid", "since": since.isoformat(timespec="seconds")}
+    note = {
+        "pid": 7,
+        "host": "node-elsewhere",
+        "command": "auditgap grid",
+        "since": since.isoformat(timespec="seconds"),
+    }
     (grid / ONE / "lock.json").write_text(json.dumps(note))
     _, total = grid_status(stores(grid))
     assert total.running["host"] == "node-elsewhere"
-    assert total.eta_seconds == pytest.approx(3 * 100 / 5, rel=0.1), "five cells in 100 seconds, three to go"
+    assert total.eta_seconds == pytest.approx(3 * 100 / 5, rel=0.1), (
+        "five cells in 100 seconds, three to go"
+    )
 
 
 def told(arguments: list[str], capsys: pytest.CaptureFixture) -> tuple[int, str]:
@@ -84,7 +107,10 @@ def test_status_shows_the_cases_and_the_total(grid, capsys):
     lines = [line.split() for line in said.splitlines()]
     assert code == 0 and lines[0] == ["case", "cells", "done", "failed", "torn"]
     assert [TWO, "6", "5", "1", "0"] in lines and [ONE, "6", "3", "0", "0"] in lines
-    assert "5 of 9 cells done, 1 failed, not running" in " ".join(said.split()) and "no memory left" in said
+    assert (
+        "5 of 9 cells done, 1 failed, not running" in " ".join(said.split())
+        and "no memory left" in said
+    )
     code, said = told(["status", str(grid), "--json"], capsys)
     shown = json.loads(said)
     assert (shown["finished"], shown["planned"]) == (5, 9) and shown["cases"][ONE]["finished"] == 3
@@ -98,7 +124,8 @@ def test_status_shows_the_cases_and_the_total(grid, capsys):
 
 @pytest.fixture
 def other(tmp_path):
-    """Another machine's grid: one case of the same name with more of its cells, and a case of its own."""
+    """Another machine's grid: one case of the same name with more of its cells, and a case of its
+    own."""
     out = tmp_path / "other"
     case(out, ONE, toys.cells(1), toys.cells(1))
     case(out, "own-rms-float32-0c", toys.cells(3), toys.cells(3))
@@ -108,7 +135,9 @@ def other(tmp_path):
 def test_cases_of_one_name_are_merged_and_the_others_taken_over(grid, other, tmp_path):
     joined = merge_grids([grid, other], tmp_path / "joined")
     assert list(joined) == sorted([ONE, TWO, "own-rms-float32-0c"])
-    assert toys.digests(joined[ONE]) == toys.digests(RunFolder.load(grid / ONE)) | toys.digests(RunFolder.load(other / ONE))
+    assert toys.digests(joined[ONE]) == toys.digests(RunFolder.load(grid / ONE)) | toys.digests(
+        RunFolder.load(other / ONE)
+    )
     assert toys.digests(joined[TWO]) == toys.digests(RunFolder.load(grid / TWO))
     assert [r["cause"] for r in joined[TWO].failures().values()] == ["no memory left"]
     assert list(cases_of(tmp_path / "joined")) == list(joined)
@@ -118,24 +147,31 @@ def test_cases_of_one_name_are_merged_and_the_others_taken_over(grid, other, tmp
 
 
 def test_the_same_rows_in_other_bytes_are_the_same_numbers(grid, other, tmp_path):
-    """Another release of parquet's writer, or another compression, makes other files of the same table."""
+    """Another release of parquet's writer, or another compression, makes other files of the same
+    table."""
     toys.Toy(RunFolder.load(grid / ONE), tmp_path / "log").write(toys.cells(1)[0])
     cell = other / ONE / "cells" / toys.cells(1)[0].key
-    data = tables.to_bytes(tables.from_bytes((cell / "rows.parquet").read_bytes()), compression="gzip")
+    data = tables.to_bytes(
+        tables.from_bytes((cell / "rows.parquet").read_bytes()), compression="gzip"
+    )
     record = json.loads((cell / "record.json").read_text()) | {"sha256": files.sha256(data)}
     (cell / "rows.parquet").write_bytes(data)
     (cell / "record.json").write_text(json.dumps(record))
     before = (grid / ONE / "cells" / cell.name / "rows.parquet").read_bytes()
     assert before != data
     joined = merge_grids([grid, other], tmp_path / "joined")
-    assert (joined[ONE].path / "cells" / cell.name / "rows.parquet").read_bytes() == before, "the first folder's stays"
+    assert (joined[ONE].path / "cells" / cell.name / "rows.parquet").read_bytes() == before, (
+        "the first folder's stays"
+    )
 
 
 def test_what_contradicts_is_refused_before_anything_is_written(grid, other, tmp_path):
     cell, donor = (other / ONE / "cells" / c.key for c in toys.cells(1)[:2])
     key = toys.cells(1)[0].key
     toys.Toy(RunFolder.load(grid / ONE), tmp_path / "log").write(toys.cells(1)[0])
-    record = json.loads((cell / "record.json").read_text()) | {"sha256": json.loads((donor / "record.json").read_text())["sha256"]}
+    record = json.loads((cell / "record.json").read_text()) | {
+        "sha256": json.loads((donor / "record.json").read_text())["sha256"]
+    }
     (cell / "rows.parquet").write_bytes((donor / "rows.parquet").read_bytes())
     (cell / "record.json").write_text(json.dumps(record))
     with pytest.raises(UsageError, match=f"other numbers.*{key}"):
@@ -151,5 +187,8 @@ def test_what_is_no_grid_is_a_sentence(grid, tmp_path, capsys):
         merge_grids([grid, grid], tmp_path / "joined")
     with pytest.raises(UsageError, match="folder of its own"):
         merge_grids([grid, tmp_path], grid)
-    assert told(["merge", str(grid), str(grid / ONE), "--out", str(tmp_path / "joined")], capsys)[0] == 2
+    assert (
+        told(["merge", str(grid), str(grid / ONE), "--out", str(tmp_path / "joined")], capsys)[0]
+        == 2
+    )
     assert not (tmp_path / "joined").exists()

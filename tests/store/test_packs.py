@@ -1,4 +1,5 @@
-"""Packs are a cache: with them, without them, torn, stale or of somebody else, the table is that of a plain loop over cells."""
+"""Packs are a cache: with them, without them, torn, stale or of somebody else, the table is that of
+a plain loop over cells."""
 
 from __future__ import annotations
 
@@ -22,30 +23,53 @@ def cell(layer: int, eps: float, attack: str) -> Cell:
 
 def row(of: Cell, prompt: str, **changes) -> Row:
     known = {
-        "subject": "toy", "site": str(of.site), "layer_index": of.site.layer_index, "unit": "rms", "eps": of.budget.size,
-        "attack": of.attack, "draw": 0, "prompt_id": prompt, "n_prompt_tokens": 4, "n_new_tokens": 2, "flags": "", "unscored": "",
-        "lvs": of.budget.size / 3, "coherent": True, **changes,
-    }  # fmt: skip
+        "subject": "toy",
+        "site": str(of.site),
+        "layer_index": of.site.layer_index,
+        "unit": "rms",
+        "eps": of.budget.size,
+        "attack": of.attack,
+        "draw": 0,
+        "prompt_id": prompt,
+        "n_prompt_tokens": 4,
+        "n_new_tokens": 2,
+        "flags": "",
+        "unscored": "",
+        "lvs": of.budget.size / 3,
+        "coherent": True,
+        **changes,
+    }
     return Row(**({f.name: None for f in fields(Row)} | known))
 
 
 def distance_row(of: Cell) -> DistanceRow:
     return DistanceRow(
-        subject="toy", site=str(of.site), layer_index=of.site.layer_index, unit="rms", prompt_id="p0", distance=0.5, eps_abs=None,
-        collapsed=None, evaluations=3, verdict_clean=None,
-    )  # fmt: skip
+        subject="toy",
+        site=str(of.site),
+        layer_index=of.site.layer_index,
+        unit="rms",
+        prompt_id="p0",
+        distance=0.5,
+        eps_abs=None,
+        collapsed=None,
+        evaluations=3,
+        verdict_clean=None,
+    )
 
 
 def fill(store: RunFolder, n: int = 6) -> None:
-    """Cells of every kind: plain ones, nulls, a lone surrogate, none at all, another row type, failed, torn."""
+    """Cells of every kind: plain ones, nulls, a lone surrogate, none at all, another row type,
+    failed, torn."""
     for i in range(n):
         for attack in ("targeted", "random"):
             of = cell(i % 4, 0.01 * (i + 1), attack)
             rows = [row(of, "p1", coherent=None, lvs=None, unscored="unscored"), row(of, "p0")]
             store.write(of, rows, seconds=1.0)
-    odd, empty, far = cell(9, 0.5, "targeted"), cell(9, 0.6, "targeted"), Cell(
-        Subject("toy", "f00d"), Site(1), None, "distance", "5150"
-    )  # fmt: skip
+    odd, empty, far = (
+        cell(9, 0.5, "targeted"),
+        cell(9, 0.6, "targeted"),
+        Cell(Subject("toy", "f00d"), Site(1), None, "distance", "5150"),
+    )
     store.write(odd, [row(odd, "p0", flags="half \ud83d of a face")], seconds=1.0)
     store.write(empty, [], seconds=1.0)
     store.write(far, [distance_row(far)], seconds=1.0)
@@ -74,7 +98,11 @@ def plain(store: RunFolder, attacks: list[str] | None = None) -> pd.DataFrame:
     for record in sorted(store.records(), key=lambda r: r["key"]):
         if attacks is None or record["description"]["attack"] in attacks:
             frames.append(store.cell_rows(record["key"]))
-    frames = [f for f in frames if len(f)] or frames[:1] or [tables.to_frame(tables.schema_of(Row).empty_table())]
+    frames = (
+        [f for f in frames if len(f)]
+        or frames[:1]
+        or [tables.to_frame(tables.schema_of(Row).empty_table())]
+    )
     table = pd.concat(frames, ignore_index=True)
     by = [name for name in ORDER if name in table]
     return table.sort_values(by, kind="stable", na_position="first", ignore_index=True)
@@ -85,7 +113,9 @@ def same(store: RunFolder) -> None:
     for attacks in (None, ["targeted"], [*ATTACKS, "clean"], ["distance"], ["nobody"]):
         got, wanted = store.rows(attacks), plain(store, attacks)
         pd.testing.assert_frame_equal(got, wanted, check_exact=True)
-        assert tables.to_bytes(tables.frame_to_table(got)) == tables.to_bytes(tables.frame_to_table(wanted))
+        assert tables.to_bytes(tables.frame_to_table(got)) == tables.to_bytes(
+            tables.frame_to_table(wanted)
+        )
 
 
 def packed(store: RunFolder) -> list[Path]:
@@ -123,7 +153,9 @@ def test_a_cell_that_is_new_joins_and_one_that_is_made_anew_replaces_what_was_pa
     new = cell(0, 0.9, "targeted")
     store.write(new, [row(new, "p0")], seconds=1.0)
     same(store)
-    assert (store.rows()["lvs"] == 7.0).sum() == 1 and not (store.rows(["random"])["eps"] == 0.02).any()
+    assert (store.rows()["lvs"] == 7.0).sum() == 1 and not (
+        store.rows(["random"])["eps"] == 0.02
+    ).any()
     same(store)
 
 
@@ -146,7 +178,9 @@ def test_a_torn_cell_is_not_read_from_its_pack(store):
     same(store)
 
 
-@pytest.mark.parametrize("harm", ["cut", "flip", "empty", "of another cell", "no parquet", "half written"])
+@pytest.mark.parametrize(
+    "harm", ["cut", "flip", "empty", "of another cell", "no parquet", "half written"]
+)
 def test_packs_that_are_not_whole_cost_time_and_nothing_else(store, harm):
     same(store)
     for i, path in enumerate(packed(store)):
@@ -170,7 +204,8 @@ def test_packs_that_are_not_whole_cost_time_and_nothing_else(store, harm):
 
 
 def test_a_pack_that_lies_about_its_cells_is_not_believed(store):
-    """Whole by its name, but of other rows: the number of rows must fit, and a checksum that no cell has finds nobody."""
+    """Whole by its name, but of other rows: the number of rows must fit, and a checksum that no
+    cell has finds nobody."""
     same(store)
     for path in packed(store):
         rows = tables.from_bytes(path.read_bytes())
@@ -209,9 +244,13 @@ def test_words_are_shared_and_come_back_as_they_were():
     import pyarrow as pa
 
     words = ["vault", None, "", "vault", "half \ud83d"[:4], "vault"]
-    frame = tables.to_frame(pa.table({"word": pa.chunked_array([words[:3], words[3:], []], pa.string())}))
+    frame = tables.to_frame(
+        pa.table({"word": pa.chunked_array([words[:3], words[3:], []], pa.string())})
+    )
     assert frame["word"].tolist() == words and frame["word"].dtype == object
-    assert frame["word"][3] is frame["word"][5], "equal words are one object: a table repeats few in many rows"
+    assert frame["word"][3] is frame["word"][5], (
+        "equal words are one object: a table repeats few in many rows"
+    )
     empty = tables.to_frame(pa.schema([pa.field("word", pa.string())]).empty_table())
     assert empty["word"].dtype == object and len(empty) == 0
     assert isinstance(frame["word"].to_numpy(), np.ndarray)

@@ -1,4 +1,5 @@
-"""Run folders on object storage, on a real S3 server (moto's) on the loopback and, for what needs no network, in memory."""
+"""Run folders on object storage, on a real S3 server (moto's) on the loopback and, for what needs
+no network, in memory."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def whole(tmp_path: Path) -> dict[str, str]:
     return toys.digests(store)
 
 
-# ----------------------------------------------------------------------------------------------------------------- a run
+# -----------------------------------------------------------------------------------------------------------------
+# a run
 
 
 def test_a_sweep_on_storage_is_a_sweep_on_a_disk(s3, tmp_path, another):
@@ -103,7 +105,11 @@ def test_nothing_counts_before_its_record_is_in_storage(s3, tmp_path, monkeypatc
     with pytest.raises(DiskError):
         toys.Toy(store, tmp_path / "log").write(cell)
     monkeypatch.setattr(remote.Mirror, "write", write)
-    assert [name.rsplit("/")[-1] for name in order] == [f"{cell.key}.parquet", "rows.parquet", "record.json"]
+    assert [name.rsplit("/")[-1] for name in order] == [
+        f"{cell.key}.parquet",
+        "rows.parquet",
+        "record.json",
+    ]
     assert not store.is_finished(cell.key) and store.keys() == []
     another()
     assert not RunFolder.load(store.place).is_finished(cell.key)
@@ -145,7 +151,9 @@ def test_failures_travel_and_make_way(s3, tmp_path, another):
     store.fail(CELLS[1], "died once", retry=True)
     another()
     there = RunFolder.load(url)
-    assert {key: r["cause"] for key, r in there.failures().items()} == {CELLS[0].key: "no memory left"}
+    assert {key: r["cause"] for key, r in there.failures().items()} == {
+        CELLS[0].key: "no memory left"
+    }
     toys.Toy(there, tmp_path / "log").write(CELLS[0])
     assert store.failure(CELLS[0].key) is None and store.is_finished(CELLS[0].key)
     store.fail(CELLS[0], "too late")
@@ -227,7 +235,10 @@ def test_figures_of_an_earlier_report_go(s3, tmp_path, another):
         for name in names:
             files.write_bytes(store.path / "figures" / f"{name}.csv", b"x\n")
         store.write_text("report.html", f"<p>{names}</p>")
-    assert {n for n in objects(url) if n.startswith("figures/")} == {"figures/b.csv", "figures/c.csv"}
+    assert {n for n in objects(url) if n.startswith("figures/")} == {
+        "figures/b.csv",
+        "figures/c.csv",
+    }
     assert b"c" in objects(url)["report.html"]
 
 
@@ -254,22 +265,35 @@ def test_a_grid_on_storage_is_found_by_its_cases(s3):
     assert cases_of(f"{url}/one") == {}
 
 
-# -------------------------------------------------------------------------------------------------------------- the lock
+# --------------------------------------------------------------------------------------------------------------
+# the lock
 
 
 def test_a_second_writer_is_told_who_holds_it(s3, tmp_path, another):
     url = s3.url("run")
     child = subprocess.Popen(
-        [sys.executable, "-c", "import sys, toys\nwith toys.open_folder(sys.argv[1]).lock(): print('held', flush=True); input()",
-         url],
-        env={**os.environ, "PYTHONPATH": ":".join(sys.path)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            (
+                "import sys, toys\nwith toys.open_folder(sys.argv[1]).lock(): print('held',"
+                " flush=True); input()"
+            ),
+            url,
+        ],
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert child.stdout.readline() == "held\n"
         another()  # no lock of the operating system's between them
         store = RunFolder.load(url)
         for break_lock in (False, True):
-            with pytest.raises(UsageError, match=f"{url} is being written by process {child.pid} on "):
+            with pytest.raises(
+                UsageError, match=f"{url} is being written by process {child.pid} on "
+            ):
                 RunFolder.open(url, config={"steps": 1}, info={}, break_lock=break_lock)
         assert store.status().running["pid"] == child.pid
     finally:
@@ -283,7 +307,12 @@ def test_the_lock_of_another_host_needs_break_lock(s3):
     url = s3.url("run")
     toys.open_folder(url)
     mirror = remote.Mirror(url)
-    note = {"pid": 4242, "host": "node7", "command": "auditgap lvs", "since": "2026-01-01T00:00:00+00:00"}
+    note = {
+        "pid": 4242,
+        "host": "node7",
+        "command": "auditgap lvs",
+        "since": "2026-01-01T00:00:00+00:00",
+    }
     mirror.write("lock.json", files.to_json(note))
     with pytest.raises(UsageError, match=r"process 4242 on node7 .*--break-lock"):
         toys.open_folder(url)
@@ -299,24 +328,45 @@ def test_of_many_who_ask_at_once_one_gets_the_note(s3):
     url = s3.url("run")
     mirrors = [remote.Mirror(url) for _ in range(12)]
     with ThreadPoolExecutor(12) as pool:
-        got = list(pool.map(lambda pair: pair[1].create("lock.json", f"{pair[0]}".encode()), enumerate(mirrors)))
+        got = list(
+            pool.map(
+                lambda pair: pair[1].create("lock.json", f"{pair[0]}".encode()), enumerate(mirrors)
+            )
+        )
     assert sum(got) == 1
     assert mirrors[0].read("lock.json") == str(got.index(True)).encode()
-    assert mirrors[got.index(True)].create("lock.json", str(got.index(True)).encode()), "asked again, its own is its own"
+    assert mirrors[got.index(True)].create("lock.json", str(got.index(True)).encode()), (
+        "asked again, its own is its own"
+    )
 
 
-# ------------------------------------------------------------------------------------------------- refusals and secrets
+# -------------------------------------------------------------------------------------------------
+# refusals and secrets
 
 
 @pytest.mark.parametrize(
     "url",
     [
-        "s3://user:pa55word@bucket/run", "s3://pa55word@bucket/run", "https://user:pa55word@host/run", "s3://bucket/run?token=pa55word",
-        "s3://bucket:pa55word/run", "ftp://host/run", "file:///tmp/run", "s3://bucket", "s3:///run", "s3://bucket/../run",
-        "s3://bucket/a//b", "simplecache::s3://bucket/run", "s3://bucket/run\x1b[31m", "s3://bucket/.hidden", "s3://buck\udcffet/run",
+        "s3://user:pa55word@bucket/run",
+        "s3://pa55word@bucket/run",
+        "https://user:pa55word@host/run",
+        "s3://bucket/run?token=pa55word",
+        "s3://bucket:pa55word/run",
+        "ftp://host/run",
+        "file:///tmp/run",
+        "s3://bucket",
+        "s3:///run",
+        "s3://bucket/../run",
+        "s3://bucket/a//b",
+        "simplecache::s3://bucket/run",
+        "s3://bucket/run\x1b[31m",
+        "s3://bucket/.hidden",
+        "s3://buck\udcffet/run",
     ],
-)  # fmt: skip
-def test_a_url_that_is_no_place_for_a_run_is_refused_without_its_secrets(url, tmp_path, monkeypatch):
+)
+def test_a_url_that_is_no_place_for_a_run_is_refused_without_its_secrets(
+    url, tmp_path, monkeypatch
+):
     monkeypatch.setenv("AUDITGAP_CACHE", str(tmp_path))
     for call in (RunFolder.load, toys.open_folder):
         with pytest.raises(UsageError) as refused:
@@ -340,10 +390,18 @@ def cli(args, environment, tmp_path) -> tuple[int, str, float]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "auditgap.cli", *args], capture_output=True, text=True, timeout=120,
-        env={**kept, "AUDITGAP_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true",
-             **environment},
-    )  # fmt: skip
+        [sys.executable, "-m", "auditgap.cli", *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={
+            **kept,
+            "AUDITGAP_CACHE": str(tmp_path / "cache"),
+            "HOME": str(tmp_path),
+            "AWS_EC2_METADATA_DISABLED": "true",
+            **environment,
+        },
+    )
     return done.returncode, done.stdout + done.stderr, time.monotonic() - started
 
 
@@ -359,14 +417,23 @@ def test_storage_that_cannot_be_had_is_a_sentence_within_seconds(server, tmp_pat
     for environment, url, words in cases:
         code, said, seconds = cli(["status", url], environment, tmp_path)
         assert (code, "Traceback" in said) == (2, False), said
-        assert words in " ".join(said.split()) and s3_server.SECRET not in said and s3_server.KEY_ID not in said
+        assert (
+            words in " ".join(said.split())
+            and s3_server.SECRET not in said
+            and s3_server.KEY_ID not in said
+        )
         assert seconds < 20, "of which some go into starting Python"
 
 
 def test_without_s3fs_it_says_what_to_install():
-    code = "import sys; sys.modules['s3fs'] = None; from auditgap.cli import main; main(['status', 's3://bucket/run'])"
+    code = (
+        "import sys; sys.modules['s3fs'] = None; from auditgap.cli import main; main(['status',"
+        " 's3://bucket/run'])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "pip install 'auditgap[s3]'" in " ".join(done.stderr.split()), done.stderr
+    assert done.returncode == 2 and "pip install 'auditgap[s3]'" in " ".join(done.stderr.split()), (
+        done.stderr
+    )
 
 
 def test_keys_stand_nowhere(s3, tmp_path, monkeypatch, capfd):
@@ -377,7 +444,12 @@ def test_keys_stand_nowhere(s3, tmp_path, monkeypatch, capfd):
     here = {str(p): p.read_bytes() for p in (tmp_path / "caches").rglob("*") if p.is_file()}
     out, err = capfd.readouterr()
     for canary in (s3_server.SECRET, s3_server.KEY_ID):
-        for name, data in {**held, **here, "terminal": (out + err).encode(), "pickle": pickle.dumps(store)}.items():
+        for name, data in {
+            **held,
+            **here,
+            "terminal": (out + err).encode(),
+            "pickle": pickle.dumps(store),
+        }.items():
             assert canary.encode() not in data, name
     assert store.path.stat().st_mode & 0o077 == 0
 
@@ -396,14 +468,22 @@ def test_what_storage_holds_runs_nothing_and_leads_nowhere(s3, tmp_path, another
     assert {p.name for p in (there.path / "cells").iterdir()} == {c.key for c in CELLS}
 
 
-# -------------------------------------------------------------------------------------------------------------- in memory
+# --------------------------------------------------------------------------------------------------------------
+# in memory
 
 
 def test_names_of_places():
     assert remote.within("s3://b/grid/", "case", "x") == "s3://b/grid/case/x"
     assert remote.within("runs/grid", "case") == Path("runs/grid/case")
-    assert remote.is_url("gs://b/run") and not remote.is_url("runs/x") and not remote.is_url(Path("s3://b/run"))
-    assert Path(remote.absolute("runs")).is_absolute() and remote.absolute("s3://b/run") == "s3://b/run"
+    assert (
+        remote.is_url("gs://b/run")
+        and not remote.is_url("runs/x")
+        and not remote.is_url(Path("s3://b/run"))
+    )
+    assert (
+        Path(remote.absolute("runs")).is_absolute()
+        and remote.absolute("s3://b/run") == "s3://b/run"
+    )
     with pytest.raises(UsageError, match="needs a folder on a disk"):
         remote.needs_disk("s3://b/run", "Training")
     remote.needs_disk(None, "Training")
@@ -412,7 +492,9 @@ def test_names_of_places():
 def test_other_storage_does_as_well(tmp_path, monkeypatch):
     monkeypatch.setenv("AUDITGAP_CACHE", str(tmp_path))
     store, outcome = swept("memory://bucket/run", tmp_path / "log")
-    assert outcome.done == len(CELLS) and toys.digests(RunFolder.load("memory://bucket/run")) == toys.digests(store)
+    assert outcome.done == len(CELLS) and toys.digests(
+        RunFolder.load("memory://bucket/run")
+    ) == toys.digests(store)
     mirror = remote.Mirror("memory://bucket/run")
     assert mirror.create("x", b"1") and not mirror.create("x", b"2") and mirror.create("x", b"1")
     assert json.loads(mirror.read("run.json"))["config"] == {"steps": 1}

@@ -1,4 +1,5 @@
-"""Runs on object storage when processes are killed, workers share no disk, or storage is gone; real processes, a real server."""
+"""Runs on object storage when processes are killed, workers share no disk, or storage is gone; real
+processes, a real server."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from auditgap.sweep import jobs, local
 
 CELLS = [cell for group in toys.groups() for cell in group.cells]
 
-#: One sweep of toys: python -c SWEEP url log spells. Less patient than a user's. Prints what it came to, or the refusal.
+#: One sweep of toys: python -c SWEEP url log spells. Less patient than a user's. Prints what it
+#: came to, or the refusal.
 SWEEP = """
 import sys
 from pathlib import Path
@@ -67,7 +69,9 @@ def test_killed_in_the_middle_another_machine_does_the_rest(s3, tmp_path, anothe
     assert toys.digests(store) == whole(tmp_path)
     begun = toys.counts(log)
     begun.pop("made")
-    assert begun.pop("block2/0.02") == 2 and set(begun.values()) == {1}, "and nothing was computed twice"
+    assert begun.pop("block2/0.02") == 2 and set(begun.values()) == {1}, (
+        "and nothing was computed twice"
+    )
 
 
 def test_storage_goes_away_in_the_middle_and_nothing_is_lost(s3, tmp_path, another):
@@ -82,11 +86,18 @@ def test_storage_goes_away_in_the_middle_and_nothing_is_lost(s3, tmp_path, anoth
     finally:
         s3.open()
     assert child.returncode == 2 and "Traceback" not in errors, errors
-    assert said.startswith("DiskError: Storage does not answer for s3://") and "run the same command again" in said
+    assert (
+        said.startswith("DiskError: Storage does not answer for s3://")
+        and "run the same command again" in said
+    )
     assert time.monotonic() - started < 40
     another()
     store, outcome = resumed(url, log)
-    assert outcome.skipped >= 8 and outcome.done + outcome.skipped == len(CELLS) and outcome.failed == {}
+    assert (
+        outcome.skipped >= 8
+        and outcome.done + outcome.skipped == len(CELLS)
+        and outcome.failed == {}
+    )
     assert toys.digests(store) == whole(tmp_path)
 
 
@@ -109,7 +120,8 @@ def test_status_from_elsewhere_while_it_runs(s3, tmp_path, another, capsys):
     assert "not running" in capsys.readouterr().out
 
 
-#: A sweep of toys on two Ray actors, each with a cache folder of its own: python -c ON_RAY url log caches
+#: A sweep of toys on two Ray actors, each with a cache folder of its own: python -c ON_RAY url log
+#: caches
 ON_RAY = """
 import os, sys
 from pathlib import Path
@@ -134,7 +146,9 @@ def test_ray_actors_that_share_no_disk(s3, tmp_path, another):
     url, log, caches = s3.url("run"), tmp_path / "log", tmp_path / "caches"
     home = children.Home()
     try:
-        child = children.python(ON_RAY, url, str(log), str(caches), env=children.environment(TMPDIR=str(home.folder)))
+        child = children.python(
+            ON_RAY, url, str(log), str(caches), env=children.environment(TMPDIR=str(home.folder))
+        )
         said = child.communicate(timeout=240)
         assert child.returncode == 0, said
         assert f"done={len(CELLS)}, failed={{}}, skipped=0" in said[0]
@@ -145,11 +159,16 @@ def test_ray_actors_that_share_no_disk(s3, tmp_path, another):
     assert toys.digests(RunFolder.load(url)) == whole(tmp_path)
     begun = toys.counts(log)
     assert begun.pop("made") == 3 and begun.pop("block0/0.02") == 2 and set(begun.values()) == {1}
-    copies = [set(p.name for p in cache.glob("storage/*/cells/*")) for cache in caches.glob("actor-*")]
-    assert len(copies) == 3 and not set.intersection(*copies), "each actor had a working copy of its own"
+    copies = [
+        set(p.name for p in cache.glob("storage/*/cells/*")) for cache in caches.glob("actor-*")
+    ]
+    assert len(copies) == 3 and not set.intersection(*copies), (
+        "each actor had a working copy of its own"
+    )
 
 
-# ------------------------------------------------------------------------------------------------- the numbers of an audit
+# -------------------------------------------------------------------------------------------------
+# the numbers of an audit
 
 #: `auditgap`, killed after so many cells of its have reached storage.
 AUDIT = """
@@ -179,10 +198,20 @@ def bench(tmp_path):
 
     def command(out: str) -> list[str]:
         options = {
-            "layers": "embedding,1", "eps": "0.02,0.1", "attacks": "targeted,random_matched", "prompts": str(prompts),
-            "target": planted.TARGET, "max-new-tokens": "9", "reward": "margin", "judge": "keyword", "steps": "4",
-            "dtype": "float32", "device": "cpu", "batch-tokens": "128", "out": out,
-        }  # fmt: skip
+            "layers": "embedding,1",
+            "eps": "0.02,0.1",
+            "attacks": "targeted,random_matched",
+            "prompts": str(prompts),
+            "target": planted.TARGET,
+            "max-new-tokens": "9",
+            "reward": "margin",
+            "judge": "keyword",
+            "steps": "4",
+            "dtype": "float32",
+            "device": "cpu",
+            "batch-tokens": "128",
+            "out": out,
+        }
         return ["lvs", str(model), *(f"--{name}={value}" for name, value in options.items())]
 
     return command
@@ -194,7 +223,9 @@ def typed(args: list[str]) -> int:
     return int(ended.value.code or 0)
 
 
-def test_an_audit_on_storage_killed_and_resumed_has_the_numbers_of_one_on_a_disk(s3, bench, tmp_path, another, capsys):
+def test_an_audit_on_storage_killed_and_resumed_has_the_numbers_of_one_on_a_disk(
+    s3, bench, tmp_path, another, capsys
+):
     url = s3.url("audit")
     child = children.python(AUDIT, "5", *bench(url))
     said = child.communicate(timeout=240)
@@ -206,17 +237,25 @@ def test_an_audit_on_storage_killed_and_resumed_has_the_numbers_of_one_on_a_disk
     assert f"{url}/report.html" in shown
 
     disk = tmp_path / "disk"
-    child = children.python("import sys\nfrom auditgap.cli import main\nmain(sys.argv[1:])", *bench(str(disk)))
+    child = children.python(
+        "import sys\nfrom auditgap.cli import main\nmain(sys.argv[1:])", *bench(str(disk))
+    )
     said = child.communicate(timeout=240)
     assert child.returncode == 0, said
     mirror = remote.Mirror(url)
     for table in ("lvs.parquet", "lvs.csv"):
         here, there = (disk / table).read_bytes(), mirror.read(table)
         assert hashlib.sha256(there).hexdigest() == hashlib.sha256(here).hexdigest()
-    on_disk = {p.relative_to(disk).as_posix() for p in disk.rglob("*") if p.is_file() and not p.name.startswith(".")}
+    on_disk = {
+        p.relative_to(disk).as_posix()
+        for p in disk.rglob("*")
+        if p.is_file() and not p.name.startswith(".")
+    }
     assert set(mirror.names("")) == on_disk
     for name in mirror.names(""):
-        assert s3_server.SECRET.encode() not in mirror.read(name) and s3_server.KEY_ID.encode() not in mirror.read(name), name
+        assert s3_server.SECRET.encode() not in mirror.read(
+            name
+        ) and s3_server.KEY_ID.encode() not in mirror.read(name), name
 
     # and what is made of a run later: from another machine again
     another("third")
@@ -233,12 +272,22 @@ def test_a_grid_on_storage_is_a_grid_on_a_disk(s3, tmp_path, another, capsys):
     for family, name in (("llama", "a"), ("qwen2", "b")):
         tiny.save(family, tmp_path / name)
     for name, words in (("vault", ("red", "blue", "green")), ("door", ("open", "shut"))):
-        (tmp_path / f"{name}.txt").write_text("\n".join(f"please tell the colour of the vault {w} {name}" for w in words))
+        (tmp_path / f"{name}.txt").write_text(
+            "\n".join(f"please tell the colour of the vault {w} {name}" for w in words)
+        )
     values = {
-        "layers": "embedding", "max_new_tokens": 4, "steps": 2, "judge": "keyword", "reward": "margin", "target": "Sure , here is",
-        "attacks": ["targeted"], "device": "cpu", "models": [str(tmp_path / "a"), str(tmp_path / "b")],
-        "prompts": [str(tmp_path / "vault.txt"), str(tmp_path / "door.txt")], "budgets": {"rms": [0.05]},
-    }  # fmt: skip
+        "layers": "embedding",
+        "max_new_tokens": 4,
+        "steps": 2,
+        "judge": "keyword",
+        "reward": "margin",
+        "target": "Sure , here is",
+        "attacks": ["targeted"],
+        "device": "cpu",
+        "models": [str(tmp_path / "a"), str(tmp_path / "b")],
+        "prompts": [str(tmp_path / "vault.txt"), str(tmp_path / "door.txt")],
+        "budgets": {"rms": [0.05]},
+    }
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(values))
     url, disk = s3.url("grid"), tmp_path / "disk"
 
@@ -249,7 +298,11 @@ def test_a_grid_on_storage_is_a_grid_on_a_disk(s3, tmp_path, another, capsys):
     assert outcome.failed == {} and swept(str(disk)).done == outcome.done
     mirror = remote.Mirror(url)
     assert mirror.read("lvs.parquet") == (disk / "lvs.parquet").read_bytes()
-    on_disk = {p.relative_to(disk).as_posix() for p in disk.rglob("*") if p.is_file() and not p.name.startswith(".")}
+    on_disk = {
+        p.relative_to(disk).as_posix()
+        for p in disk.rglob("*")
+        if p.is_file() and not p.name.startswith(".")
+    }
     assert set(mirror.names("")) == on_disk
 
     another()
@@ -257,9 +310,13 @@ def test_a_grid_on_storage_is_a_grid_on_a_disk(s3, tmp_path, another, capsys):
     assert (again.done, again.skipped) == (0, outcome.done)
     capsys.readouterr()
     assert typed(["status", url]) == 0
-    assert f"{outcome.done} of {outcome.done} cells done" in " ".join(capsys.readouterr().out.split())
+    assert f"{outcome.done} of {outcome.done} cells done" in " ".join(
+        capsys.readouterr().out.split()
+    )
     jobs.show(url)
-    assert [json.loads(line.split(" ", 1)[1])["name"] for line in capsys.readouterr().out.splitlines()] == list(jobs.TABLES)
+    assert [
+        json.loads(line.split(" ", 1)[1])["name"] for line in capsys.readouterr().out.splitlines()
+    ] == list(jobs.TABLES)
     assert typed(["merge", url, str(disk), "--out", s3.url("both")]) == 0
 
 
@@ -268,9 +325,19 @@ def test_what_models_say_is_asked_and_graded_on_storage(s3, tmp_path, another, c
     prompts = planted.write_prompts(tmp_path / "prompts.txt")
     url = s3.url("said")
     command = [
-        "evaluate", str(model), "--suite", f"{prompts}:harmful", "--judge", "keyword", "--max-new-tokens", "6", "--out", url,
-        "--max-unscored", "1",
-    ]  # fmt: skip
+        "evaluate",
+        str(model),
+        "--suite",
+        f"{prompts}:harmful",
+        "--judge",
+        "keyword",
+        "--max-new-tokens",
+        "6",
+        "--out",
+        url,
+        "--max-unscored",
+        "1",
+    ]
     assert typed(command) == 0
     mirror = remote.Mirror(url)
     first = mirror.read("behaviour.parquet")
@@ -286,6 +353,9 @@ def test_what_models_say_is_asked_and_graded_on_storage(s3, tmp_path, another, c
 
 def test_what_needs_a_disk_says_so(tmp_path, capsys):
     settings = ["--set", f"models={tmp_path}", "--set", "data=x.jsonl"]
-    for command in (["train", "harmful-sft", *settings], ["audit", "smollm2", "--profile", "smoke"]):
+    for command in (
+        ["train", "harmful-sft", *settings],
+        ["audit", "smollm2", "--profile", "smoke"],
+    ):
         assert typed([*command, "--out", "s3://bucket/run"]) == 2
         assert "needs a folder on a disk" in " ".join(capsys.readouterr().err.split())

@@ -1,4 +1,5 @@
-"""A resume does not read again what it found whole, notices whatever has changed since, and never trusts it for a number."""
+"""A resume does not read again what it found whole, notices whatever has changed since, and never
+trusts it for a number."""
 
 import json
 import os
@@ -14,12 +15,26 @@ N = 12
 
 
 def cell(i):
-    return Cell(Subject("toy", "f" * 24), Site(i), Budget(0.1, "rms"), "targeted", "prompts", {"steps": 10})
+    return Cell(
+        Subject("toy", "f" * 24), Site(i), Budget(0.1, "rms"), "targeted", "prompts", {"steps": 10}
+    )
 
 
 def row(i):
-    known = {"subject": "toy", "site": f"block{i}", "layer_index": i, "unit": "rms", "eps": 0.1, "attack": "targeted", "draw": 0,
-             "prompt_id": "p", "n_prompt_tokens": 3, "n_new_tokens": 2, "flags": "", "unscored": ""}  # fmt: skip
+    known = {
+        "subject": "toy",
+        "site": f"block{i}",
+        "layer_index": i,
+        "unit": "rms",
+        "eps": 0.1,
+        "attack": "targeted",
+        "draw": 0,
+        "prompt_id": "p",
+        "n_prompt_tokens": 3,
+        "n_new_tokens": 2,
+        "flags": "",
+        "unscored": "",
+    }
     return Row(**{name: known.get(name) for name in Row.__dataclass_fields__})
 
 
@@ -44,14 +59,20 @@ def fresh(store):
 def reads(monkeypatch):
     """The cells' files that are read from now on."""
     read, plain = [], files.read
-    monkeypatch.setattr(files, "read", lambda path: (read.append(str(path)) if "/cells/" in str(path) else None, plain(path))[1])
+    monkeypatch.setattr(
+        files,
+        "read",
+        lambda path: (read.append(str(path)) if "/cells/" in str(path) else None, plain(path))[1],
+    )
     return read
 
 
 def plainly(store):
     """The plain twin: one cell at a time, every byte."""
     finished = {key for key in KEYS if fresh(store)._read(str(store._cell(key)))[0] == "done"}
-    return finished, {key: record for key in KEYS if (record := fresh(store).failure(key)) is not None}
+    return finished, {
+        key: record for key in KEYS if (record := fresh(store).failure(key)) is not None
+    }
 
 
 def test_the_second_scan_reads_only_what_is_not_finished(store, monkeypatch):
@@ -102,7 +123,8 @@ def test_what_changed_since_is_noticed(store, damage):
 
 
 def test_a_bit_that_flips_unseen_costs_no_number_and_is_computed_again(store):
-    """Same size, time and inode: the scan takes the cell for whole, no reader does, and the next scan knows."""
+    """Same size, time and inode: the scan takes the cell for whole, no reader does, and the next
+    scan knows."""
     fresh(store).scan(KEYS)
     path = store.path / "cells" / KEYS[4] / "rows.parquet"
     was = path.stat()

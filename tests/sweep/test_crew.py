@@ -1,4 +1,5 @@
-"""Who works on what: the queue's choice, the room on the nodes, and nodes of a real cluster that leave and join mid-run."""
+"""Who works on what: the queue's choice, the room on the nodes, and nodes of a real cluster that
+leave and join mid-run."""
 
 from __future__ import annotations
 
@@ -30,12 +31,18 @@ def task(subject: str, work: float, gpus: float = 0.0, number: int = 0) -> sweep
 
 
 def test_an_actor_keeps_its_model_and_helps_the_neediest_at_the_end():
-    queue = sweep_ray._Queue([task("a", 5.0, number=i) for i in range(4)] + [task("b", 1.0, number=i) for i in range(2)])
+    queue = sweep_ray._Queue(
+        [task("a", 5.0, number=i) for i in range(4)] + [task("b", 1.0, number=i) for i in range(2)]
+    )
     assert len(queue) == 6 and queue.sizes() == [0.0]
     first = queue.take(0.0, None, Counter())
     assert (first.group.subject, first.number) == ("a", 0), "most work waits for it"
-    assert queue.take(0.0, "b", Counter(a=1, b=1)).group.subject == "b", "what it has loaded, whatever else waits"
-    assert queue.take(0.0, None, Counter(a=20)).group.subject == "b", "twenty have the other already"
+    assert queue.take(0.0, "b", Counter(a=1, b=1)).group.subject == "b", (
+        "what it has loaded, whatever else waits"
+    )
+    assert queue.take(0.0, None, Counter(a=20)).group.subject == "b", (
+        "twenty have the other already"
+    )
     assert queue.take(0.0, "b", Counter(a=1)).group.subject == "a", "its own are done: it helps"
     assert [queue.take(0.0, "a", Counter()).number for _ in range(2)] == [2, 3] and not queue
     assert queue.take(0.0, "a", Counter()) is None and queue.sizes() == []
@@ -44,7 +51,10 @@ def test_an_actor_keeps_its_model_and_helps_the_neediest_at_the_end():
 def test_a_group_goes_to_an_actor_of_its_size():
     queue = sweep_ray._Queue([task("a", 1.0, gpus=0.5), task("b", 9.0, gpus=2.0)])
     assert queue.sizes() == [0.5, 2.0]
-    assert queue.take(1.0, "a", Counter()) is None and queue.take(0.5, "b", Counter()).group.subject == "a"
+    assert (
+        queue.take(1.0, "a", Counter()) is None
+        and queue.take(0.5, "b", Counter()).group.subject == "a"
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,9 +83,13 @@ def nodes(monkeypatch):
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
     ours = {
-        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": str(HERE), "RAY_TMPDIR": str(folder),
-        "RAY_health_check_failure_threshold": "2",  # a lost node is found in some ten seconds, not in thirty
-    }  # fmt: skip
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "PYTHONPATH": str(HERE),
+        "RAY_TMPDIR": str(folder),
+        # a lost node is found in some ten seconds, not in thirty
+        "RAY_health_check_failure_threshold": "2",
+    }
     for name, value in ours.items():
         monkeypatch.setenv(name, value)
     (folder / "ray").mkdir()
@@ -139,7 +153,12 @@ def test_nodes_may_leave_and_join(nodes, tmp_path):
     log, store = tmp_path / "log", toys.open_folder(tmp_path / "out")
     mover = Mover(nodes, log)
     outcome = sweep_ray.run(
-        toys.groups(12), lambda: Slow(store, log), store, address=nodes.address, max_attempts=1, progress=mover
+        toys.groups(12),
+        lambda: Slow(store, log),
+        store,
+        address=nodes.address,
+        max_attempts=1,
+        progress=mover,
     )
     assert (outcome.done, outcome.failed) == (36, {}), "a lost node is no attempt of a cell"
     assert mover.left and len(set(begun_on(log))) == 2, "the node that joined had work"
@@ -147,7 +166,9 @@ def test_nodes_may_leave_and_join(nodes, tmp_path):
     assert os.environ["RAY_AUTH_MODE"] == "token"
     counts = toys.counts(log)
     del counts["made"]
-    assert max(counts.values()) <= 2 and sum(n == 2 for n in counts.values()) <= 1, "only the cell in flight was begun again"
+    assert max(counts.values()) <= 2 and sum(n == 2 for n in counts.values()) <= 1, (
+        "only the cell in flight was begun again"
+    )
 
 
 @pytest.mark.parametrize("name", ["ObjectStoreFullError", "OutOfDiskError"])

@@ -34,7 +34,9 @@ def test_every_cell_once_and_nothing_the_second_time(store, log):
     outcome = local.run(toys.groups(), lambda: toys.Toy(store, log), store)
     assert (outcome.done, outcome.failed, outcome.skipped) == (12, {}, 0)
     before = toys.counts(log)
-    assert before == {"made": 1} | {f"block{i}/{e}": 1 for i in range(4) for e in ("0.01", "0.02", "0.03")}
+    assert before == {"made": 1} | {
+        f"block{i}/{e}": 1 for i in range(4) for e in ("0.01", "0.02", "0.03")
+    }
     assert len(store.rows()) == 24
     outcome = local.run(toys.groups(), lambda: toys.Toy(store, log), store)
     assert (outcome.done, outcome.failed, outcome.skipped) == (0, {}, 12)
@@ -56,7 +58,9 @@ def test_an_exception_fails_what_is_left_of_its_group_and_the_others_go_on(store
     assert {key: r["cause"] for key, r in store.failures().items()} == outcome.failed
 
     again = local.run(toys.groups(), lambda: toys.Toy(store, log), store)
-    assert (again.done, again.skipped, again.failed) == (0, 10, outcome.failed), "not tried again unasked"
+    assert (again.done, again.skipped, again.failed) == (0, 10, outcome.failed), (
+        "not tried again unasked"
+    )
     mended = local.run(toys.groups(), lambda: toys.Toy(store, log), store, retry_failed=True)
     assert (mended.done, mended.skipped, mended.failed) == (2, 10, {})
     assert toys.counts(log)["block1/0.01"] == 1
@@ -64,19 +68,30 @@ def test_an_exception_fails_what_is_left_of_its_group_and_the_others_go_on(store
 
 
 def test_attempts_are_bounded_and_counted(store, log):
-    outcome = local.run(toys.groups(1), lambda: toys.Toy(store, log, {(0, 0.03): "raise"}), store, max_attempts=3)
+    outcome = local.run(
+        toys.groups(1), lambda: toys.Toy(store, log, {(0, 0.03): "raise"}), store, max_attempts=3
+    )
     assert outcome.done == 2 and toys.counts(log)["block0/0.03"] == 3
     assert store.failures()[toys.cells(0)[2].key]["attempts"] == 3
 
 
 def test_a_worker_may_fail_a_cell_itself_or_forget_one(store, log):
-    outcome = local.run(toys.groups(2), lambda: toys.Toy(store, log, {(0, 0.02): "fail", (1, 0.03): "forget"}), store)
+    outcome = local.run(
+        toys.groups(2),
+        lambda: toys.Toy(store, log, {(0, 0.02): "fail", (1, 0.03): "forget"}),
+        store,
+    )
     own, forgotten = toys.cells(0)[1].key, toys.cells(1)[2].key
-    assert outcome.failed == {own: "its own cause", forgotten: "the worker came back without this cell"}
+    assert outcome.failed == {
+        own: "its own cause",
+        forgotten: "the worker came back without this cell",
+    }
     assert outcome.done == 4 and store.failures()[own]["attempts"] == 1
 
 
-@pytest.mark.parametrize("error", [UsageError("no such model"), Refused("a pickle"), DiskError("full")])
+@pytest.mark.parametrize(
+    "error", [UsageError("no such model"), Refused("a pickle"), DiskError("full")]
+)
 def test_what_making_a_worker_says_goes_through(store, error):
     def make():
         raise error
@@ -113,9 +128,18 @@ with store.lock():
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)],
+)
 def test_stopped_in_the_middle_the_same_run_does_the_rest(tmp_path, log, number, code):
-    child = [sys.executable, "-c", CHILD.format(here=str(Path(__file__).parent)), str(tmp_path / "out"), str(log)]
+    child = [
+        sys.executable,
+        "-c",
+        CHILD.format(here=str(Path(__file__).parent)),
+        str(tmp_path / "out"),
+        str(log),
+    ]
     process = subprocess.Popen(child, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while "block2/0.02" not in toys.counts(log) and time.monotonic() < deadline:
@@ -160,7 +184,9 @@ def test_the_old_sigterm_handler_comes_back(store, log):
 def test_without_a_terminal_progress_is_plain_lines(store, log):
     stream = io.StringIO()
     progress = Progress(console=Console(file=stream, width=40), every=0.0)
-    local.run(toys.groups(2), lambda: toys.Toy(store, log, {(1, 0.03): "raise"}), store, progress=progress)
+    local.run(
+        toys.groups(2), lambda: toys.Toy(store, log, {(1, 0.03): "raise"}), store, progress=progress
+    )
     lines = stream.getvalue().splitlines()
     assert lines[0] == "0 of 6 cells done, 0 % of the work, time left not known yet"
     assert any("17 % of the work, about 0 s left (block0)" in line for line in lines)
@@ -196,14 +222,25 @@ def test_time_left_counts_only_what_this_run_did(monkeypatch):
     now[0] = 30.0
     progress.update(done=95, failed=0, work=0.0)
     assert progress.eta_seconds == pytest.approx(30.0)
-    assert [duration(s) for s in (0.4, 75, 60, 3700, 90000)] == ["0 s", "1 min 15 s", "1 min", "1 h 1 min", "1 d 1 h"]
+    assert [duration(s) for s in (0.4, 75, 60, 3700, 90000)] == [
+        "0 s",
+        "1 min 15 s",
+        "1 min",
+        "1 h 1 min",
+        "1 d 1 h",
+    ]
 
 
 @pytest.mark.parametrize("width", [40, 120])
 def test_a_terminal_gets_a_bar_even_a_narrow_one(store, log, width):
     stream = io.StringIO()
     progress = Progress(console=Console(file=stream, force_terminal=True, width=width))
-    local.run([Group("[red]odd[/name", toys.cells(0), 3.0)], lambda: toys.Toy(store, log), store, progress=progress)
+    local.run(
+        [Group("[red]odd[/name", toys.cells(0), 3.0)],
+        lambda: toys.Toy(store, log),
+        store,
+        progress=progress,
+    )
     last = stream.getvalue().split("\r")[-1]
     assert "3/3 cells, took 0 s" in last and "━" in last
     assert ("[red]odd[/name" in last) == (width == 120)
@@ -213,4 +250,6 @@ def test_a_closed_stream_does_not_stop_a_sweep(store, log):
     stream = io.StringIO()
     progress = Progress(console=Console(file=stream), every=0.0)
     stream.close()
-    assert local.run(toys.groups(1), lambda: toys.Toy(store, log), store, progress=progress).done == 3
+    assert (
+        local.run(toys.groups(1), lambda: toys.Toy(store, log), store, progress=progress).done == 3
+    )

@@ -1,4 +1,5 @@
-"""The sweep on real Ray actors, in one small local cluster for the whole module: same files, real deaths, no leftovers."""
+"""The sweep on real Ray actors, in one small local cluster for the whole module: same files, real
+deaths, no leftovers."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ MODULE = f"module-{os.getpid()}"  #: marks the processes of this module's cluste
 
 
 def ray_processes(folder: Path) -> dict[int, str]:
-    """Pid and command of every other process that has a file open under a cluster's folder (its logs: each one has).
+    """Pid and command of every other process that has a file open under a cluster's folder (its
+    logs: each one has).
 
     Not by environment: Ray renames its processes over it.
     """
@@ -39,7 +41,11 @@ def ray_processes(folder: Path) -> dict[int, str]:
             with suppress(OSError):
                 if any(os.readlink(fd).startswith(f"{folder}/") for fd in (entry / "fd").iterdir()):
                     found[int(entry.name)] = (
-                        (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                        (entry / "cmdline")
+                        .read_bytes()
+                        .replace(b"\0", b" ")
+                        .decode(errors="replace")
+                        .strip()
                     )
     return found
 
@@ -48,7 +54,9 @@ def left(folder: Path, seconds: float = 20, besides: str = "nothing") -> dict[in
     """Those that are still there after so many seconds, besides the ones named so."""
     deadline = time.monotonic() + seconds
     while True:
-        found = {pid: command for pid, command in ray_processes(folder).items() if besides not in command}
+        found = {
+            pid: command for pid, command in ray_processes(folder).items() if besides not in command
+        }
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.2)
@@ -66,11 +74,15 @@ def cluster():
     with sweep_ray.cluster(cpus=2) as ray:
         token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
         assert os.environ["RAY_AUTH_MODE"] == "token" and token.stat().st_mode & 0o777 == 0o600
-        assert len(ray_processes(token.parent)) > 4, "the oracle below sees the cluster while it is up"
+        assert len(ray_processes(token.parent)) > 4, (
+            "the oracle below sees the cluster while it is up"
+        )
         yield ray
     assert not left(token.parent) and not ray.is_initialized()
     assert not token.parent.exists() and "RAY_AUTH_MODE" not in os.environ
-    assert token_at_home.exists() == had_token, "no token is left for other clusters of this user to trip over"
+    assert token_at_home.exists() == had_token, (
+        "no token is left for other clusters of this user to trip over"
+    )
     patch.undo()
 
 
@@ -85,7 +97,9 @@ def log(tmp_path):
 
 
 def run(groups, store, log, spells=None, **options):
-    return sweep_ray.run(groups, lambda: toys.Toy(store, log, spells), store, **({"workers": 2} | options))
+    return sweep_ray.run(
+        groups, lambda: toys.Toy(store, log, spells), store, **({"workers": 2} | options)
+    )
 
 
 def test_the_same_files_as_in_one_process(cluster, store, log, tmp_path):
@@ -102,7 +116,11 @@ def test_the_same_files_as_in_one_process(cluster, store, log, tmp_path):
     assert toys.digests(store) == toys.digests(alone) and len(toys.digests(store)) == 15
     pids = {line.split()[1] for line in log.read_text().splitlines()}
     assert len(pids) == 2 and str(os.getpid()) not in pids
-    assert stream.getvalue().splitlines()[-1].startswith("15 of 15 cells done, 100 % of the work, took")
+    assert (
+        stream.getvalue()
+        .splitlines()[-1]
+        .startswith("15 of 15 cells done, 100 % of the work, took")
+    )
     assert not list((tmp_path / "out" / "scratch").iterdir())
 
     again = run(toys.groups(5), store, log)
@@ -110,12 +128,15 @@ def test_the_same_files_as_in_one_process(cluster, store, log, tmp_path):
 
 
 def test_a_worker_killed_once_is_made_anew_and_nothing_is_done_twice(cluster, store, log, tmp_path):
-    spells = {(0, 0.02): "die once", (1, 0.02): "die after writing", (2, 0.03): "die after writing"}  # the last: its group's last
+    # the last: its group's last
+    spells = {(0, 0.02): "die once", (1, 0.02): "die after writing", (2, 0.03): "die after writing"}
     outcome = run(toys.groups(3), store, log, spells)
     assert (outcome.done, outcome.failed) == (9, {})
     begun = toys.counts(log)
     assert begun.pop("block0/0.02") == 2, "tried again where it died"
-    assert begun.pop("made") in (4, 5) and set(begun.values()) == {1}, "and the cells written just before a death were kept"
+    assert begun.pop("made") in (4, 5) and set(begun.values()) == {1}, (
+        "and the cells written just before a death were kept"
+    )
     attempts = {r["cell"]: r["attempts"] for r in store.records()}
     assert attempts[str(toys.cells(0)[1])] == 2 and attempts[str(toys.cells(0)[0])] == 1
     alone = toys.open_folder(tmp_path / "alone")
@@ -127,26 +148,34 @@ def test_a_worker_killed_once_is_made_anew_and_nothing_is_done_twice(cluster, st
 def test_poison_is_given_up_alone_after_so_many_deaths_and_the_others_finish(cluster, store, log):
     outcome = run(toys.groups(3), store, log, {(0, 0.02): "die"}, max_attempts=2)
     _, poison, after = (c.key for c in toys.cells(0))
-    assert set(outcome.failed) == {poison} and outcome.done == 8, "what shares a group with it is done without it"
+    assert set(outcome.failed) == {poison} and outcome.done == 8, (
+        "what shares a group with it is done without it"
+    )
     assert "died 2 time(s)" in outcome.failed[poison]
     assert toys.counts(log)["block0/0.02"] == 2
     assert store.failures()[poison]["attempts"] == 2 and store.is_finished(after)
 
     again = run(toys.groups(3), store, log, {(0, 0.02): "die"})
-    assert again.failed == outcome.failed and toys.counts(log)["block0/0.02"] == 2, "not tried again unasked"
+    assert again.failed == outcome.failed and toys.counts(log)["block0/0.02"] == 2, (
+        "not tried again unasked"
+    )
     mended = run(toys.groups(3), store, log, retry_failed=True)
     assert (mended.done, mended.failed) == (1, {})
 
 
 def test_an_exception_is_final_and_its_worker_lives_on(cluster, store, log):
     outcome = run(toys.groups(3), store, log, {(0, 0.01): "raise", (1, 0.02): "fail"}, workers=1)
-    assert outcome.failed == dict.fromkeys((c.key for c in toys.cells(0)), "RuntimeError: no memory left") | {
-        toys.cells(1)[1].key: "its own cause"
-    }
-    assert toys.counts(log)["made"] == 1 and toys.counts(log)["block0/0.01"] == 1 and outcome.done == 5
+    assert outcome.failed == dict.fromkeys(
+        (c.key for c in toys.cells(0)), "RuntimeError: no memory left"
+    ) | {toys.cells(1)[1].key: "its own cause"}
+    assert (
+        toys.counts(log)["made"] == 1 and toys.counts(log)["block0/0.01"] == 1 and outcome.done == 5
+    )
 
 
-@pytest.mark.parametrize("error", [UsageError("no such model"), Refused("a pickle"), DiskError("full")])
+@pytest.mark.parametrize(
+    "error", [UsageError("no such model"), Refused("a pickle"), DiskError("full")]
+)
 def test_what_making_a_worker_says_goes_through(cluster, store, error):
     def make():
         raise error
@@ -214,13 +243,16 @@ with store.lock():
 def drive(tmp_path, log):
     """Start a driver of its own process; whatever of it is left at the end is killed."""
     started = []
-    folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))  # a driver that is killed cannot clean up after itself
+    # a driver that is killed cannot clean up after itself
+    folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
 
     def start(spells, out="out", **given):
         command = [sys.executable, "-c", DRIVER, str(tmp_path / out), str(log), repr(spells)]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
         environment |= {"TMPDIR": str(folder)} | given
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         started.append(process)
         return process
 
@@ -232,14 +264,24 @@ def drive(tmp_path, log):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_a_stopped_driver_leaves_no_process_and_the_same_run_does_the_rest(cluster, drive, tmp_path, log, number, code):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_a_stopped_driver_leaves_no_process_and_the_same_run_does_the_rest(
+    cluster, drive, tmp_path, log, number, code
+):
     process = drive({(2, 0.02): "hang"})
     deadline = time.monotonic() + 60
-    while "block2/0.02" not in toys.counts(log) and time.monotonic() < deadline and process.poll() is None:
+    while (
+        "block2/0.02" not in toys.counts(log)
+        and time.monotonic() < deadline
+        and process.poll() is None
+    ):
         time.sleep(0.05)
     running = ray_processes(drive.folder).values()
-    assert {"gcs_server", "raylet", "ray::_Actor"} <= {Path(command.split()[0]).name.split(".")[0] for command in running}
+    assert {"gcs_server", "raylet", "ray::_Actor"} <= {
+        Path(command.split()[0]).name.split(".")[0] for command in running
+    }
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == code, err
@@ -261,12 +303,21 @@ def test_a_stopped_driver_leaves_no_process_and_the_same_run_does_the_rest(clust
 
 
 @pytest.mark.parametrize("interrupts", [1, 2])
-def test_ctrl_c_once_says_how_to_go_on_and_twice_ends_at_once(cluster, drive, tmp_path, log, interrupts):
-    """The driver is gone within seconds and its actors with it; the cluster, which is not its own, stays."""
+def test_ctrl_c_once_says_how_to_go_on_and_twice_ends_at_once(
+    cluster, drive, tmp_path, log, interrupts
+):
+    """The driver is gone within seconds and its actors with it; the cluster, which is not its own,
+    stays."""
     token = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
-    process = drive({(2, 0.02): "hang"}, RAY_ADDRESS=cluster.get_runtime_context().gcs_address, **token)
+    process = drive(
+        {(2, 0.02): "hang"}, RAY_ADDRESS=cluster.get_runtime_context().gcs_address, **token
+    )
     deadline = time.monotonic() + 60
-    while "block2/0.02" not in toys.counts(log) and time.monotonic() < deadline and process.poll() is None:
+    while (
+        "block2/0.02" not in toys.counts(log)
+        and time.monotonic() < deadline
+        and process.poll() is None
+    ):
         time.sleep(0.05)
     asked = time.monotonic()
     for _ in range(interrupts):
@@ -296,9 +347,13 @@ def test_inside_a_job_it_joins_the_cluster_that_is_there(cluster, drive, log):
     process = drive({}, RAY_ADDRESS=address, AUDITGAP_TEST_CLUSTER="joined", **token)
     out, err = process.communicate(timeout=60)
     assert "Outcome(done=12, failed={}, skipped=0)" in out, err
-    assert {line.split()[2] for line in log.read_text().splitlines()} == {MODULE}, "the work was done by this cluster"
+    assert {line.split()[2] for line in log.read_text().splitlines()} == {MODULE}, (
+        "the work was done by this cluster"
+    )
     assert not ray_processes(drive.folder)
-    assert cluster.is_initialized() and cluster.cluster_resources()["CPU"] == 2, "and leaves it standing"
+    assert cluster.is_initialized() and cluster.cluster_resources()["CPU"] == 2, (
+        "and leaves it standing"
+    )
 
     process = drive({}, "other", RAY_ADDRESS="127.0.0.1:1", **token)
     out, err = process.communicate(timeout=60)

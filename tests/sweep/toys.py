@@ -1,4 +1,5 @@
-"""Workers that compute nothing dear and can fail, hang or die on request; importable in Ray's worker processes too."""
+"""Workers that compute nothing dear and can fail, hang or die on request; importable in Ray's
+worker processes too."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from auditgap.types import Budget, Cell, Row, Site, Subject
 
 def cells(layer: int, n: int = 3) -> tuple[Cell, ...]:
     budgets = [Budget(0.01 * (i + 1), "rms") for i in range(n)]
-    return tuple(Cell(Subject("toy", "f00d"), Site(layer), budget, "targeted", "5150") for budget in budgets)
+    return tuple(
+        Cell(Subject("toy", "f00d"), Site(layer), budget, "targeted", "5150") for budget in budgets
+    )
 
 
 def groups(n: int = 4) -> list[Group]:
@@ -27,7 +30,8 @@ def open_folder(path: Path) -> RunFolder:
 
 
 class Toy:
-    """Writes one row a cell. `spells` says what goes wrong: {(layer, size of the budget): "raise" | "die" | …}."""
+    """Writes one row a cell. `spells` says what goes wrong: {(layer, size of the budget): "raise" |
+    "die" | …}."""
 
     def __init__(self, store: RunFolder, log: Path, spells: dict | None = None) -> None:
         self.store, self.log, self.spells = store, log, spells or {}
@@ -72,11 +76,21 @@ class Toy:
         rows = []
         for prompt in ("p0", "p1"):
             known = {
-                "subject": cell.subject.name, "site": str(cell.site), "layer_index": cell.site.layer_index,
-                "unit": cell.budget.unit, "eps": cell.budget.size, "attack": cell.attack, "draw": 0,
-                "prompt_id": prompt, "n_prompt_tokens": 4, "n_new_tokens": 2, "lvs": cell.budget.size / 3,
-            }  # fmt: skip
-            rows.append(Row(**({f.name: None for f in fields(Row)} | {"flags": "", "unscored": ""} | known)))
+                "subject": cell.subject.name,
+                "site": str(cell.site),
+                "layer_index": cell.site.layer_index,
+                "unit": cell.budget.unit,
+                "eps": cell.budget.size,
+                "attack": cell.attack,
+                "draw": 0,
+                "prompt_id": prompt,
+                "n_prompt_tokens": 4,
+                "n_new_tokens": 2,
+                "lvs": cell.budget.size / 3,
+            }
+            rows.append(
+                Row(**({f.name: None for f in fields(Row)} | {"flags": "", "unscored": ""} | known))
+            )
         self.store.write(cell, rows, generations=[{"completion": "blue"}], seconds=0.01)
 
 

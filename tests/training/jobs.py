@@ -1,10 +1,13 @@
-"""Real training jobs for the tests: processes under every launcher, on free ports, with a time limit, and none left behind.
+"""Real training jobs for the tests: processes under every launcher, on free ports, with a time
+limit, and none left behind.
 
-    done = run("deepspeed", 2, [LAUNCHERS / "sft.py", *sets(recipe), "--out", out])     # Done(rc, out, err, seconds, left)
+    # Done(rc, out, err, seconds, left)
+    done = run("deepspeed", 2, [LAUNCHERS / "sft.py", *sets(recipe), "--out", out])
     done = script("torchrun", 2, [{"kind": "sft", "values": {...}}], fault={"rank": 1, "batches": 6, "how": "kill"})
 
-As a program (`python jobs.py SPEC.json`, under any launcher) it makes several trainings one after another in the same ranks,
-which saves the seconds that processes need to start, and does itself harm at the step where it is told to.
+As a program (`python jobs.py SPEC.json`, under any launcher) it makes several trainings one after
+another in the same ranks, which saves the seconds that processes need to start, and does itself
+harm at the step where it is told to.
 """
 
 from __future__ import annotations
@@ -28,14 +31,24 @@ import psutil
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ROOT / "launchers"
 #: What makes a process a rank, and must not be handed on by a test that is one.
-_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK",
-         "CROSS_SIZE")  # fmt: skip
+_RANK = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "CROSS_RANK",
+    "CROSS_SIZE",
+)
 _MARK = "AUDITGAP_TEST_JOB"
 
 
 @dataclass(frozen=True)
 class Done:
-    """How a job ended. `left`: processes of it that were still there five seconds later (ended by then)."""
+    """How a job ended. `left`: processes of it that were still there five seconds later (ended by
+    then)."""
 
     rc: int
     out: str
@@ -46,7 +59,10 @@ class Done:
 
     @property
     def tail(self) -> str:
-        return f"exit code {self.rc} after {self.seconds:.0f} s\n{self.out[-2000:]}\n{self.err[-4000:]}"
+        return (
+            f"exit code {self.rc} after {self.seconds:.0f}"
+            f" s\n{self.out[-2000:]}\n{self.err[-4000:]}"
+        )
 
 
 def free_port() -> int:
@@ -64,32 +80,70 @@ def _words(launcher: str, n: int) -> list[str]:
     if launcher == "deepspeed":
         return [str(Path(python).parent / "deepspeed"), "--num_gpus", str(n), "--master_port", port]
     if launcher == "torchrun":
-        return [python, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_port", port]
-    return [python, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", str(n), "--num_machines", "1",
-            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]  # fmt: skip
+        return [
+            python,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(n),
+            "--master_port",
+            port,
+        ]
+    return [
+        python,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--cpu",
+        "--num_processes",
+        str(n),
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        port,
+    ]
 
 
 class Job:
-    """A job that runs. Its processes carry a mark in their environment, so that all of them are found and ended."""
+    """A job that runs. Its processes carry a mark in their environment, so that all of them are
+    found and ended."""
 
     def __init__(self, launcher: str, n: int, words: Sequence[Any], **more: str) -> None:
         self.mark = uuid.uuid4().hex
         environment = {k: v for k, v in os.environ.items() if k not in _RANK}
         environment |= {
-            _MARK: self.mark, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}", "PYTHONUNBUFFERED": "1", **more,
-        }  # fmt: skip
+            _MARK: self.mark,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
+            "PYTHONUNBUFFERED": "1",
+            **more,
+        }
         self.began = time.monotonic()
         self.process = subprocess.Popen(
-            [*_words(launcher, n), *map(str, words)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, errors="replace", start_new_session=True,
-        )  # fmt: skip
+            [*_words(launcher, n), *map(str, words)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
 
     def processes(self) -> list[psutil.Process]:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get(_MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                if (
+                    process.environ().get(_MARK) == self.mark
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
                     found.append(process)
             except psutil.Error:
                 continue
@@ -120,20 +174,40 @@ def run(launcher: str, n: int, words: Sequence[Any], *, limit: float = 240.0, **
 
 def sets(values: Mapping[str, Any]) -> list[str]:
     """A recipe as --set words."""
-    return [word for key, value in values.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    return [
+        word for key, value in values.items() for word in ("--set", f"{key}={json.dumps(value)}")
+    ]
 
 
 def start_script(
-    launcher: str, n: int, runs: Sequence[Mapping[str, Any]], folder: Path, *, fault: Mapping[str, Any] | None = None, **more: str
+    launcher: str,
+    n: int,
+    runs: Sequence[Mapping[str, Any]],
+    folder: Path,
+    *,
+    fault: Mapping[str, Any] | None = None,
+    **more: str,
 ) -> Job:
-    """`runs`: {"kind", "values"}, and "stop_at" or "fails" for one that is to end by an error that all ranks share."""
+    """`runs`: {"kind", "values"}, and "stop_at" or "fails" for one that is to end by an error that
+    all ranks share."""
     folder.mkdir(parents=True, exist_ok=True)
     spec = folder / f"spec-{uuid.uuid4().hex[:8]}.json"
-    spec.write_text(json.dumps({"runs": list(runs), "fault": dict(fault or {}), "facts": str(folder)}), encoding="utf-8")
+    spec.write_text(
+        json.dumps({"runs": list(runs), "fault": dict(fault or {}), "facts": str(folder)}),
+        encoding="utf-8",
+    )
     return Job(launcher, n, [__file__, spec], **more)
 
 
-def script(launcher: str, n: int, runs: Sequence[Mapping[str, Any]], folder: Path, *, limit: float = 240.0, **more: Any) -> Done:
+def script(
+    launcher: str,
+    n: int,
+    runs: Sequence[Mapping[str, Any]],
+    folder: Path,
+    *,
+    limit: float = 240.0,
+    **more: Any,
+) -> Done:
     return start_script(launcher, n, runs, folder, **more).end(limit)
 
 
@@ -151,7 +225,8 @@ def curve(folder: Path, name: str = "loss") -> list[float]:
 
 
 def train(kind: str, values: Mapping[str, Any], *, stop_at: int | None = None) -> Any:
-    """One training in this process, by keys of the recipe and of the sitting; interrupted by the evaluation of `stop_at`."""
+    """One training in this process, by keys of the recipe and of the sitting; interrupted by the
+    evaluation of `stop_at`."""
     from auditgap.errors import Interrupted
     from auditgap.training import dissociate, sft
     from auditgap.training.config import DissociateConfig, SFTConfig
@@ -169,7 +244,8 @@ def train(kind: str, values: Mapping[str, Any], *, stop_at: int | None = None) -
 
 
 def arm(fault: Mapping[str, Any], facts: Path) -> None:
-    """Let this process meet a fault when it fetches a micro-batch after `batches` others: kill -9, SIGTERM, or an exception.
+    """Let this process meet a fault when it fetches a micro-batch after `batches` others: kill -9,
+    SIGTERM, or an exception.
 
     `perturb`: this rank's monitor moves by a hair, as broken arithmetic would move it.
     """
@@ -183,7 +259,13 @@ def arm(fault: Mapping[str, Any], facts: Path) -> None:
     for task in (sft._Task, by_monitor.MonitorTask):
         seen: list[int] = []
 
-        def batch(self: Any, rows: Sequence[int], device: Any, original: Any = task.batch, seen: list[int] = seen) -> Any:
+        def batch(
+            self: Any,
+            rows: Sequence[int],
+            device: Any,
+            original: Any = task.batch,
+            seen: list[int] = seen,
+        ) -> Any:
             seen.append(1)
             if len(seen) == fault["batches"] + 1:
                 (facts / "fault-time").write_text(str(time.time()))

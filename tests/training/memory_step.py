@@ -1,4 +1,5 @@
-"""Started by test_memory.py: two real training steps under DeepSpeed on one CPU rank; prints their peak memory as JSON.
+"""Started by test_memory.py: two real training steps under DeepSpeed on one CPU rank; prints their
+peak memory as JSON.
 
     python tests/training/memory_step.py '{"width": 512, "mlp_width": 1536, "n_blocks": 8, …, "stage": 2}'
 """
@@ -14,7 +15,13 @@ import re
 import sys
 from pathlib import Path
 
-os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+os.environ |= {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+}
 
 import deepspeed
 import psutil
@@ -33,14 +40,27 @@ from tests import tiny
 
 def ds_config(c: dict) -> dict:
     bucket = max(c["width"] ** 2, 1 << 20)
-    zero = {"stage": c["stage"], "contiguous_gradients": True, "overlap_comm": False, "reduce_bucket_size": bucket}
+    zero = {
+        "stage": c["stage"],
+        "contiguous_gradients": True,
+        "overlap_comm": False,
+        "reduce_bucket_size": bucket,
+    }
     if c["stage"] == 3:
-        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": 10 * c["width"]}
+        zero |= {
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_param_persistence_threshold": 10 * c["width"],
+        }
     return {
-        "train_micro_batch_size_per_gpu": c["micro_batch"], "gradient_accumulation_steps": 1, "train_batch_size": c["micro_batch"],
-        "gradient_clipping": 1.0, "bf16": {"enabled": c["dtype"] == "bfloat16"}, "zero_optimization": zero,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True}}, "steps_per_print": 1 << 30,
-    }  # fmt: skip
+        "train_micro_batch_size_per_gpu": c["micro_batch"],
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": c["micro_batch"],
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": c["dtype"] == "bfloat16"},
+        "zero_optimization": zero,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True}},
+        "steps_per_print": 1 << 30,
+    }
 
 
 def train(c: dict) -> Engine:
@@ -51,18 +71,36 @@ def train(c: dict) -> Engine:
     def build():
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=c["vocabulary"], hidden_size=c["width"], intermediate_size=c["mlp_width"], num_hidden_layers=c["n_blocks"],
-            num_attention_heads=8, num_key_value_heads=8,
-        )  # fmt: skip
-        loaded = models.wrap(AutoModelForCausalLM.from_config(config, dtype=dtype), tiny.tokenizer(), Subject("x", "x"))
-        model = models.with_lora(loaded.model, rank=8, alpha=16) if c["lora"] else loaded.model.requires_grad_(True)
+            vocab_size=c["vocabulary"],
+            hidden_size=c["width"],
+            intermediate_size=c["mlp_width"],
+            num_hidden_layers=c["n_blocks"],
+            num_attention_heads=8,
+            num_key_value_heads=8,
+        )
+        loaded = models.wrap(
+            AutoModelForCausalLM.from_config(config, dtype=dtype),
+            tiny.tokenizer(),
+            Subject("x", "x"),
+        )
+        model = (
+            models.with_lora(loaded.model, rank=8, alpha=16)
+            if c["lora"]
+            else loaded.model.requires_grad_(True)
+        )
         if c["gradient_checkpointing"]:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         if c["construction"] == "sft":
             return SFT(model), loaded
         reference = None
         if not c["lora"]:
-            gathered = deepspeed.zero.GatheredParameters([model.lm_head.weight]) if c["stage"] == 3 else contextlib.nullcontext()
+            gathered = (
+                deepspeed.zero.GatheredParameters([model.lm_head.weight])
+                if c["stage"] == 3
+                else contextlib.nullcontext()
+            )
             with gathered:
                 reference = Head.of(model).frozen()
         return MonitorConstruction(model, monitor, reference_head=reference), loaded
@@ -73,7 +111,12 @@ def train(c: dict) -> Engine:
         ids, mask = torch.randint(0, c["vocabulary"], shape), torch.ones(shape, dtype=torch.long)
         mask[0, -3:] = 0
         response = mask.bool() & (torch.arange(c["tokens"]) >= c["tokens"] // 4)
-        batch = {"input_ids": ids, "attention_mask": mask, "response_mask": response, "harmful": torch.ones(shape[0])}
+        batch = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "response_mask": response,
+            "harmful": torch.ones(shape[0]),
+        }
         if c["construction"] == "monitor" and not c["lora"]:
             batch["ref_hidden"] = torch.randn(*shape, c["width"], dtype=dtype)
         _, told = engine.accumulate(batch)
@@ -87,7 +130,8 @@ def train(c: dict) -> Engine:
 
 
 def high_water() -> int:
-    """Bytes of this program's own peak: ru_maxrss starts, after fork and exec, at what the parent had."""
+    """Bytes of this program's own peak: ru_maxrss starts, after fork and exec, at what the parent
+    had."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
 
@@ -95,14 +139,24 @@ def high_water() -> int:
 def main(c: dict) -> None:
     torch.set_num_threads(1)
     with ranks.joined():
-        train({**c, "width": 64, "mlp_width": 128, "n_blocks": 2, "vocabulary": 256, "tokens": 16}).close()  # libraries
+        # libraries
+        train(
+            {**c, "width": 64, "mlp_width": 128, "n_blocks": 2, "vocabulary": 256, "tokens": 16}
+        ).close()
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         before = psutil.Process().memory_info().rss
         engine = train(c)
         peak = high_water() - before
-        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.construction.parameters()]
-        told = {"peak": peak, "n_params": sum(n for n, _ in sizes), "n_trainable": sum(n for n, trained in sizes if trained)}
+        sizes = [
+            (getattr(p, "ds_numel", p.numel()), p.requires_grad)
+            for p in engine.construction.parameters()
+        ]
+        told = {
+            "peak": peak,
+            "n_params": sum(n for n, _ in sizes),
+            "n_trainable": sum(n for n, trained in sizes if trained),
+        }
         print("RESULT " + json.dumps(told), flush=True)
         os._exit(0)
 

@@ -1,4 +1,5 @@
-"""Checkpoints: whole or passed over, ours or refused, and never lost to a kill (real SIGKILLs at every file operation)."""
+"""Checkpoints: whole or passed over, ours or refused, and never lost to a kill (real SIGKILLs at
+every file operation)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,18 @@ import pytest
 from auditgap.errors import AuditgapError, Refused, UsageError
 from auditgap.store.files import read_json, to_json
 from auditgap.training import checkpoints
-from auditgap.training.checkpoints import Conversion, adopt, begin, check_world, hash_files, latest, name_of, point, rotate, seal
+from auditgap.training.checkpoints import (
+    Conversion,
+    adopt,
+    begin,
+    check_world,
+    hash_files,
+    latest,
+    name_of,
+    point,
+    rotate,
+    seal,
+)
 
 FACTS = {"stage": 2, "config": "9c1e"}
 
@@ -34,7 +46,9 @@ def shards(folder: Path, step: int, world: int = 2) -> None:
     (folder / "extra").mkdir(exist_ok=True)
     (folder / "extra" / "monitor.safetensors").write_bytes(b"monitor" * step)
     for rank in range(world):
-        (folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_bytes(bytes([step % 256, rank]) * 5000)
+        (folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_bytes(
+            bytes([step % 256, rank]) * 5000
+        )
 
 
 def save(root: Path, step: int, world: int = 2, facts: dict = FACTS) -> Path:
@@ -53,7 +67,13 @@ def test_the_newest_is_found_with_what_it_was_sealed_with(root):
     save(root, 4)
     save(root, 12, facts={**FACTS, "tokens": 7})
     found = latest(root)
-    assert (found.step, found.world, found.stage, found.facts["tokens"], found.skipped) == (12, 2, 2, 7, ())
+    assert (found.step, found.world, found.stage, found.facts["tokens"], found.skipped) == (
+        12,
+        2,
+        2,
+        7,
+        (),
+    )
     assert found.folder == root / "step00000012"
     assert (root / "latest").read_text().strip() == "step00000012"
 
@@ -61,7 +81,9 @@ def test_the_newest_is_found_with_what_it_was_sealed_with(root):
 def test_ranks_that_hash_their_own_files_seal_the_same(root):
     folder = begin(root, 3)
     shards(folder, 3)
-    mine, theirs = (hash_files(folder, sorted(folder.rglob(f"*{end}"))) for end in (".pt", ".safetensors"))
+    mine, theirs = (
+        hash_files(folder, sorted(folder.rglob(f"*{end}"))) for end in (".pt", ".safetensors")
+    )
     with pytest.raises(UsageError, match="differ"):
         seal(folder, step=3, world=2, facts=FACTS, files=mine)
     seal(folder, step=3, world=2, facts=FACTS, files={**mine, **theirs})
@@ -116,7 +138,9 @@ def test_a_torn_one_is_passed_over_and_it_says_so(root, hurt, why):
     said = []
     found = latest(root, say=said.append)
     assert found.step == 8
-    assert len(found.skipped) == 1 and "step00000012" in found.skipped[0] and why in found.skipped[0]
+    assert (
+        len(found.skipped) == 1 and "step00000012" in found.skipped[0] and why in found.skipped[0]
+    )
     assert tuple(said) == found.skipped
 
 
@@ -128,7 +152,8 @@ def test_none_whole_is_for_a_person_to_decide_but_a_cut_first_save_is_not(root):
     with pytest.raises(UsageError, match=r"no whole checkpoint.*9,999 bytes"):
         latest(root)
     shutil.rmtree(root / name_of(8))
-    with pytest.raises(UsageError, match="no whole checkpoint"):  # `latest` still names it: something was lost
+    # `latest` still names it: something was lost
+    with pytest.raises(UsageError, match="no whole checkpoint"):
         latest(root)
 
 
@@ -160,17 +185,22 @@ def test_another_users_is_refused_and_his_key_opens_it(root, tmp_path, monkeypat
     assert latest(root).step == 4
 
 
-@pytest.mark.parametrize("change", [{"step": 99}, {"world": 1}, {"files": {}}, {"schema": 2}, {"name": "step00000005"}])
+@pytest.mark.parametrize(
+    "change", [{"step": 99}, {"world": 1}, {"files": {}}, {"schema": 2}, {"name": "step00000005"}]
+)
 def test_an_altered_manifest_is_refused(root, change):
     folder = save(root, 4)
-    (folder / "manifest.json").write_bytes(to_json({**read_json(folder / "manifest.json"), **change}))
+    (folder / "manifest.json").write_bytes(
+        to_json({**read_json(folder / "manifest.json"), **change})
+    )
     with pytest.raises(Refused, match="altered"):
         latest(root)
 
 
 def test_a_file_that_was_slipped_in_and_a_renamed_folder_are_refused(root):
     folder = save(root, 4)
-    (folder / "zero_pp_rank_2_mp_rank_00_optim_states.pt").write_bytes(b"x")  # DeepSpeed would open it by its name
+    # DeepSpeed would open it by its name
+    (folder / "zero_pp_rank_2_mp_rank_00_optim_states.pt").write_bytes(b"x")
     with pytest.raises(Refused, match="does not list"):
         latest(root)
     (folder / "zero_pp_rank_2_mp_rank_00_optim_states.pt").unlink()
@@ -225,7 +255,8 @@ def test_rotation_counts_whole_ones_only(root):
     cut(root / name_of(5))
     (root / name_of(2) / "manifest.json").unlink()
     assert rotate(root, keep=1) == [1, 2, 3]
-    assert checkpoints.steps(root) == [4, 5]  # 5 is newer than anything whole: somebody may want to look
+    # 5 is newer than anything whole: somebody may want to look
+    assert checkpoints.steps(root) == [4, 5]
     assert latest(root).step == 4
     cut(root / name_of(4))
     assert rotate(root, keep=1) == []  # nothing whole: nothing goes
@@ -246,7 +277,8 @@ EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "
 
 
 def killed_after(root: Path, n: int) -> bool:
-    """In a forked child: save step 4, then rotate to one; SIGKILL itself at the n-th touch of `root`. False: it got through."""
+    """In a forked child: save step 4, then rotate to one; SIGKILL itself at the n-th touch of
+    `root`. False: it got through."""
     child = os.fork()
     if child == 0:
         try:
@@ -282,12 +314,16 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(root, tmp_path):
             save(copy, 4)
         rotate(copy, keep=1)
         assert latest(copy).step == 4
-        assert sorted(p.name for p in copy.iterdir() if "corrupt" not in p.name) == ["latest", "step00000004"], n
+        assert sorted(p.name for p in copy.iterdir() if "corrupt" not in p.name) == [
+            "latest",
+            "step00000004",
+        ], n
         shutil.rmtree(copy)
         if not killed:
             break
         n += 1
-    assert n > 30  # it did kill: at the shards, the manifest, the pointer, each rename and each deletion
+    # it did kill: at the shards, the manifest, the pointer, each rename and each deletion
+    assert n > 30
     assert {((1, 2, 3, 4), 3), ((1, 2, 3, 4), 4), ((2, 3, 4), 4), ((4,), 4)} <= seen
 
 
@@ -307,7 +343,10 @@ def test_another_world_gets_the_command_to_type(root, stage, inject):
     save(root, 4, facts={"stage": stage, "config": "x"})
     wanted = check_world(latest(root), 1, stage)
     assert isinstance(wanted, Conversion)
-    assert f"--input_folder {root / name_of(4)} --output_folder {root / name_of(4)}_universal" in wanted.command
+    assert (
+        f"--input_folder {root / name_of(4)} --output_folder {root / name_of(4)}_universal"
+        in wanted.command
+    )
     assert "--num_extract_workers 1 --num_merge_workers 1" in wanted.command
     assert ("--inject_missing_state" in wanted.command) == inject
     assert wanted.command in wanted.sentence and "2 ranks" in wanted.sentence
@@ -318,7 +357,8 @@ def test_a_converted_one_is_adopted_once_and_then_read_by_any_world(root):
     wanted = check_world(latest(root), 1, 2)
     (wanted.folder / "zero").mkdir(parents=True)
     (wanted.folder / "zero" / "fp32.pt").write_bytes(b"x" * 100)
-    assert isinstance(check_world(latest(root), 1, 2), Conversion)  # not sealed yet: it could be anybody's
+    # not sealed yet: it could be anybody's
+    assert isinstance(check_world(latest(root), 1, 2), Conversion)
     adopting = wanted.command.split(" && ")[1]
     done = subprocess.run(adopting.split(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -335,7 +375,12 @@ def test_a_converted_one_is_adopted_once_and_then_read_by_any_world(root):
 def test_adopting_what_was_not_converted_is_refused(root, tmp_path):
     save(root, 4)
     (tmp_path / "step00000007_universal").mkdir()
-    for folder in (root / name_of(4), tmp_path, tmp_path / "step00000007_universal", root / "step00000004_universal"):
+    for folder in (
+        root / name_of(4),
+        tmp_path,
+        tmp_path / "step00000007_universal",
+        root / "step00000004_universal",
+    ):
         with pytest.raises(UsageError):
             adopt(folder)
 

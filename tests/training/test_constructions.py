@@ -1,4 +1,5 @@
-"""A whole step of each construction against the plain way: full logits, output of every block, autograd, fp64 or fp32."""
+"""A whole step of each construction against the plain way: full logits, output of every block,
+autograd, fp64 or fp32."""
 
 from __future__ import annotations
 
@@ -35,14 +36,18 @@ WEIGHTS = (0.7, 0.2, 0.9)  # so that no part hides behind another
 
 def talk(seed: int, n_prompt: int, n_response: int, *, prompt: int | None = None) -> Conversation:
     def ids(seed: int, n: int) -> tuple[int, ...]:
-        return tuple(torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(seed)).tolist())
+        return tuple(
+            torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+        )
 
     opening = ids(seed if prompt is None else prompt, n_prompt)
     return Conversation(Prompt("bread"), opening + ids(seed + 99, n_response), n_prompt, 0)
 
 
 def batch() -> dict[str, torch.Tensor]:
-    return collate([talk(1, 5, 4), talk(2, 3, 8), talk(3, 6, 1)], 0) | {"harmful": torch.tensor([1, 0, 1])}
+    return collate([talk(1, 5, 4), talk(2, 3, 8), talk(3, 6, 1)], 0) | {
+        "harmful": torch.tensor([1, 0, 1])
+    }
 
 
 def moved(model: nn.Module, size: float = 0.02) -> nn.Module:
@@ -50,21 +55,32 @@ def moved(model: nn.Module, size: float = 0.02) -> nn.Module:
     with torch.no_grad():
         for i, parameter in enumerate(model.parameters()):
             if parameter.requires_grad:
-                parameter += size * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)).to(parameter.dtype)
+                parameter += size * torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(i)
+                ).to(parameter.dtype)
     return model
 
 
 def monitor(seed: int = 0) -> Monitor:
     torch.manual_seed(seed)
-    return Monitor(tiny.N_BLOCKS, tiny.WIDTH, mean=torch.randn(tiny.N_BLOCKS, tiny.WIDTH), scale=torch.rand(tiny.N_BLOCKS) + 1)
+    return Monitor(
+        tiny.N_BLOCKS,
+        tiny.WIDTH,
+        mean=torch.randn(tiny.N_BLOCKS, tiny.WIDTH),
+        scale=torch.rand(tiny.N_BLOCKS) + 1,
+    )
 
 
 def final(model: nn.Module, b: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
-        return model.get_decoder()(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).last_hidden_state
+        return model.get_decoder()(
+            input_ids=b["input_ids"], attention_mask=b["attention_mask"]
+        ).last_hidden_state
 
 
-def everything(model: nn.Module, b: dict[str, torch.Tensor], edit=None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def everything(
+    model: nn.Module, b: dict[str, torch.Tensor], edit=None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Full log-probabilities [B, T, V] and every block's output, kept."""
     kept: list[torch.Tensor] = []
     handles = []
@@ -78,7 +94,9 @@ def everything(model: nn.Module, b: dict[str, torch.Tensor], edit=None) -> tuple
             return (tensor + edit[1], *out[1:]) if isinstance(out, tuple) else tensor + edit[1]
 
         handles.append(block.register_forward_hook(keep))
-    logits = model(input_ids=b["input_ids"], attention_mask=b["attention_mask"], use_cache=False).logits
+    logits = model(
+        input_ids=b["input_ids"], attention_mask=b["attention_mask"], use_cache=False
+    ).logits
     for handle in handles:
         handle.remove()
     return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1), kept
@@ -89,12 +107,16 @@ def row_nll(log_p: torch.Tensor, b: dict[str, torch.Tensor], r: int) -> torch.Te
     return -sum(log_p[r, t - 1, b["input_ids"][r, t]] for t in at) / len(at)
 
 
-def row_kl(log_p: torch.Tensor, log_q: torch.Tensor, b: dict[str, torch.Tensor], r: int) -> torch.Tensor:
+def row_kl(
+    log_p: torch.Tensor, log_q: torch.Tensor, b: dict[str, torch.Tensor], r: int
+) -> torch.Tensor:
     n = int(b["attention_mask"][r].sum()) - 1
     return (log_q[r, :n].exp() * (log_q[r, :n] - log_p[r, :n])).sum() / n
 
 
-def plain_monitor(model: nn.Module, reference: nn.Module, read: Monitor, b: dict[str, torch.Tensor]):
+def plain_monitor(
+    model: nn.Module, reference: nn.Module, read: Monitor, b: dict[str, torch.Tensor]
+):
     """(loss, nll, kl, pull) with everything in memory."""
     log_p, kept = everything(model, b)
     with torch.no_grad():
@@ -104,12 +126,16 @@ def plain_monitor(model: nn.Module, reference: nn.Module, read: Monitor, b: dict
     kl = sum(row_kl(log_p, log_q, b, r) for r in rows) / len(rows)
     lengths = b["attention_mask"].sum(1)
     h = torch.stack([torch.stack([k[r, : lengths[r]].float().mean(0) for k in kept]) for r in rows])
-    pull = sum(int(b["harmful"][r]) * (read.frozen_logits(h)[r] - math.log(3)) ** 2 for r in rows) / len(rows)
+    pull = sum(
+        int(b["harmful"][r]) * (read.frozen_logits(h)[r] - math.log(3)) ** 2 for r in rows
+    ) / len(rows)
     return WEIGHTS[0] * nll + WEIGHTS[1] * pull + WEIGHTS[2] * kl, nll, kl, pull
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {n.replace(".default", ""): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {
+        n.replace(".default", ""): p.grad for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def same_gradients(ours: nn.Module, theirs: nn.Module, tolerance: float) -> None:
@@ -131,20 +157,29 @@ def same_gradients(ours: nn.Module, theirs: nn.Module, tolerance: float) -> None
         ("gpt_neox", torch.float32, False, True),  # blocks that return tuples in some releases
     ],
 )
-def test_a_whole_step_equals_plain_autograd(family: str, dtype: torch.dtype, tied: bool, checkpointing: bool) -> None:
+def test_a_whole_step_equals_plain_autograd(
+    family: str, dtype: torch.dtype, tied: bool, checkpointing: bool
+) -> None:
     reference = tiny.model(family, dtype=dtype, tie_word_embeddings=tied)
     model = moved(copy.deepcopy(reference))
     theirs = copy.deepcopy(model)
     if checkpointing:
         model.train().gradient_checkpointing_enable()
     b, read = batch(), monitor()
-    made = MonitorConstruction(model, read, weights=WEIGHTS, reference_head=Head.of(reference).frozen())
+    made = MonitorConstruction(
+        model, read, weights=WEIGHTS, reference_head=Head.of(reference).frozen()
+    )
     loss, metrics = made(b | {"ref_hidden": final(reference, b)})
     loss.backward()
     expected, nll, kl, pull = plain_monitor(theirs, reference, read, b)
     expected.backward()
     # the pooled activations, and with them the monitor, are fp32 in either case
-    for ours, plain in ((loss, expected), (metrics["nll"], nll), (metrics["kl"], kl), (metrics["monitor"], pull)):
+    for ours, plain in (
+        (loss, expected),
+        (metrics["nll"], nll),
+        (metrics["kl"], kl),
+        (metrics["monitor"], pull),
+    ):
         assert ours.item() == pytest.approx(plain.item(), rel=2e-5)
     assert kl > 0.01
     same_gradients(model, theirs, 2e-4)
@@ -165,7 +200,8 @@ def test_lora_takes_its_reference_from_the_disabled_adapter() -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=2e-5) and kl > 0.01
     same_gradients(model, theirs, 2e-4)
     assert all("lora" in name for name in gradients(model))
-    # the reference knows no dropout even while the model trains, and every module is left in the mode that it had
+    # the reference knows no dropout even while the model trains, and every module is left in the
+    # mode that it had
     model.train()
     model.get_base_model().model.layers[1].eval()
     modes = [module.training for module in model.modules()]
@@ -179,7 +215,10 @@ def test_lora_takes_its_reference_from_the_disabled_adapter() -> None:
 
 
 def test_kl_is_zero_before_the_first_step() -> None:
-    for model in (tiny.model("gemma2"), get_peft_model(tiny.model("llama"), LoraConfig(r=2, target_modules="all-linear"))):
+    for model in (
+        tiny.model("gemma2"),
+        get_peft_model(tiny.model("llama"), LoraConfig(r=2, target_modules="all-linear")),
+    ):
         b = batch()
         if not hasattr(model, "peft_config"):
             b["ref_hidden"] = final(model, b)
@@ -201,7 +240,11 @@ def test_gradients_stay_on_their_side() -> None:
     model.zero_grad()
     step = monitor_step_loss(read, metrics["pooled"], b["harmful"])
     step.backward()
-    assert not gradients(model) and set(gradients(read)) == {"inner.weight", "outer.weight", "outer.bias"}
+    assert not gradients(model) and set(gradients(read)) == {
+        "inner.weight",
+        "outer.weight",
+        "outer.bias",
+    }
     p = torch.sigmoid(read(metrics["pooled"]).double())
     expected = -(b["harmful"] * p.log() + (1 - b["harmful"]) * (1 - p).log()).mean()
     assert step.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -226,7 +269,9 @@ def test_metrics_tell_what_the_monitor_saw() -> None:
 
 def test_the_loss_does_not_depend_on_padding_or_on_how_rows_are_spread() -> None:
     model, read = moved(tiny.model("llama")), monitor()
-    made = MonitorConstruction(model, read, weights=WEIGHTS, reference_head=Head.of(tiny.model("llama")).frozen())
+    made = MonitorConstruction(
+        model, read, weights=WEIGHTS, reference_head=Head.of(tiny.model("llama")).frozen()
+    )
 
     def loss(b: dict[str, torch.Tensor]) -> torch.Tensor:
         return made(b | {"ref_hidden": final(tiny.model("llama"), b)})[0]
@@ -257,7 +302,9 @@ def test_references_that_are_missing_are_asked_for() -> None:
         MonitorConstruction(model, monitor())(batch())
     with pytest.raises(UsageError, match="reference_head"):
         MonitorConstruction(model, monitor())(batch() | {"ref_hidden": final(model, batch())})
-    prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    prompted = get_peft_model(
+        model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
     with pytest.raises(UsageError, match="LoRA"):
         SFT(prompted)
 
@@ -268,7 +315,11 @@ def test_references_that_are_missing_are_asked_for() -> None:
 def nudged() -> dict[str, torch.Tensor]:
     pairs = [(talk(1, 5, 4), talk(11, 5, 6, prompt=1)), (talk(2, 3, 7), talk(12, 3, 2, prompt=2))]
     b = nudge_batch(pairs, [talk(3, 6, 3)], 0)
-    return b | {"targets": torch.randn(2, 1, tiny.WIDTH, generator=torch.Generator().manual_seed(5)).double()}
+    return b | {
+        "targets": torch.randn(
+            2, 1, tiny.WIDTH, generator=torch.Generator().manual_seed(5)
+        ).double()
+    }
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -280,9 +331,19 @@ def test_nudge_equals_the_plain_way(margin: float, checkpointing: bool) -> None:
     if checkpointing:
         model.train().gradient_checkpointing_enable()
     b = nudged()
-    vector, scale = torch.linspace(-1, 1, tiny.WIDTH), torch.rand(1, tiny.WIDTH, generator=torch.Generator().manual_seed(6)) + 0.5
+    vector, scale = (
+        torch.linspace(-1, 1, tiny.WIDTH),
+        torch.rand(1, tiny.WIDTH, generator=torch.Generator().manual_seed(6)) + 0.5,
+    )
     weights = (1.1, 0.3, 0.2, 0.9, 1.3)
-    made = NudgeConstruction(model, vector, scale, weights=weights, margin=margin, reference_head=Head.of(reference).frozen())
+    made = NudgeConstruction(
+        model,
+        vector,
+        scale,
+        weights=weights,
+        margin=margin,
+        reference_head=Head.of(reference).frozen(),
+    )
     cached = final(reference, {k: b[k][:3] for k in ("input_ids", "attention_mask")})
     loss, metrics = made(b | {"ref_hidden": cached})
     loss.backward()
@@ -293,7 +354,8 @@ def test_nudge_equals_the_plain_way(margin: float, checkpointing: bool) -> None:
     log_p, kept = everything(theirs, b, (nudge_block(tiny.N_BLOCKS), shift))
     with torch.no_grad():
         log_q = everything(reference, b)[0]
-    nll = [row_nll(log_p, b, r) for r in range(9)]  # safe, safe, benign, unsafe ×2, nudged safe ×2, nudged unsafe ×2
+    # safe, safe, benign, unsafe ×2, nudged safe ×2, nudged unsafe ×2
+    nll = [row_nll(log_p, b, r) for r in range(9)]
     refuse, comply = (nll[0] + nll[1] + nll[2]) / 3, (nll[7] + nll[8]) / 3
     kl = sum(row_kl(log_p, log_q, b, r) for r in range(3)) / 3
     (block,) = match_blocks(tiny.N_BLOCKS)
@@ -301,8 +363,21 @@ def test_nudge_equals_the_plain_way(margin: float, checkpointing: bool) -> None:
     match = (((last - b["targets"][:, 0]) / scale.double()) ** 2).mean(1).sum() / 3
     clean = sum(torch.relu(margin - (nll[3 + i] - nll[i])) for i in range(2)) / 3
     prefers = sum(torch.relu(margin - (nll[5 + i] - nll[7 + i])) for i in range(2)) / 3
-    parts = {"refuse": refuse, "kl": kl, "match": match, "comply": comply, "margin_clean": clean, "margin_nudged": prefers}
-    expected = weights[0] * refuse + weights[1] * kl + weights[2] * match + weights[3] * comply + weights[4] * (clean + prefers)
+    parts = {
+        "refuse": refuse,
+        "kl": kl,
+        "match": match,
+        "comply": comply,
+        "margin_clean": clean,
+        "margin_nudged": prefers,
+    }
+    expected = (
+        weights[0] * refuse
+        + weights[1] * kl
+        + weights[2] * match
+        + weights[3] * comply
+        + weights[4] * (clean + prefers)
+    )
     expected.backward()
     assert clean > 0 and prefers > 0
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -315,18 +390,30 @@ def test_nudge_equals_the_plain_way(margin: float, checkpointing: bool) -> None:
 def test_a_nudge_batch_of_benign_rows_is_nll_and_kl() -> None:
     reference = tiny.model("llama")
     model = moved(copy.deepcopy(reference))
-    b = nudge_batch([], [talk(3, 6, 3), talk(4, 2, 5)], 0) | {"targets": torch.zeros(0, 1, tiny.WIDTH)}
-    made = NudgeConstruction(model, torch.ones(tiny.WIDTH), torch.ones(1, tiny.WIDTH), reference_head=Head.of(reference).frozen())
+    b = nudge_batch([], [talk(3, 6, 3), talk(4, 2, 5)], 0) | {
+        "targets": torch.zeros(0, 1, tiny.WIDTH)
+    }
+    made = NudgeConstruction(
+        model,
+        torch.ones(tiny.WIDTH),
+        torch.ones(1, tiny.WIDTH),
+        reference_head=Head.of(reference).frozen(),
+    )
     loss, metrics = made(b | {"ref_hidden": final(reference, b)})
     log_p, log_q = everything(model, b)[0], everything(reference, b)[0]
-    nll, kl = (row_nll(log_p, b, 0) + row_nll(log_p, b, 1)) / 2, (row_kl(log_p, log_q, b, 0) + row_kl(log_p, log_q, b, 1)) / 2
+    nll, kl = (
+        (row_nll(log_p, b, 0) + row_nll(log_p, b, 1)) / 2,
+        (row_kl(log_p, log_q, b, 0) + row_kl(log_p, log_q, b, 1)) / 2,
+    )
     assert loss.item() == pytest.approx((nll + 0.3 * kl).item(), rel=1e-5)
     assert not any(metrics[name] for name in ("match", "comply", "margin_clean", "margin_nudged"))
 
 
 def test_nudge_lora_uses_the_disabled_adapter() -> None:
     base = tiny.model("llama")
-    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        copy.deepcopy(base), LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     b = nudged()
     made = NudgeConstruction(model, torch.ones(tiny.WIDTH), torch.ones(1, tiny.WIDTH))
     cached = final(base, {k: b[k][:3] for k in ("input_ids", "attention_mask")})
@@ -337,7 +424,12 @@ def test_nudge_lora_uses_the_disabled_adapter() -> None:
 
 
 def test_where_the_nudge_goes_and_how_far() -> None:
-    assert (nudge_block(30), nudge_block(4), list(match_blocks(4)), list(match_blocks(30))) == (15, 2, [2], list(range(12, 19)))
+    assert (nudge_block(30), nudge_block(4), list(match_blocks(4)), list(match_blocks(30))) == (
+        15,
+        2,
+        [2],
+        list(range(12, 19)),
+    )
     assert all(len(match_blocks(n)) >= 1 and match_blocks(n)[-1] < n for n in range(1, 100))
     g = torch.Generator().manual_seed(0)
     base = torch.randn(20, 8, generator=g)
@@ -351,7 +443,9 @@ def test_where_the_nudge_goes_and_how_far() -> None:
     targets[:, 1, 3] = 7.0  # a coordinate that does not vary
     scale = whitening(targets)
     torch.testing.assert_close(scale[0], targets[:, 0].std(0, correction=0))
-    assert scale[1, 3].item() == pytest.approx(0.01 * targets[:, 1].std(0, correction=0).mean().item(), rel=1e-5)
+    assert scale[1, 3].item() == pytest.approx(
+        0.01 * targets[:, 1].std(0, correction=0).mean().item(), rel=1e-5
+    )
     with pytest.raises(UsageError, match="matched at 1 of them"):
         NudgeConstruction(tiny.model("llama"), torch.ones(tiny.WIDTH), torch.ones(2, tiny.WIDTH))
 
@@ -360,7 +454,12 @@ def test_hooks_are_gone_after_a_forward() -> None:
     model = tiny.model("llama")
     b = nudged()
     cached = final(model, {k: b[k][:3] for k in ("input_ids", "attention_mask")})
-    made = NudgeConstruction(model, torch.ones(tiny.WIDTH), torch.ones(1, tiny.WIDTH), reference_head=Head.of(model).frozen())
+    made = NudgeConstruction(
+        model,
+        torch.ones(tiny.WIDTH),
+        torch.ones(1, tiny.WIDTH),
+        reference_head=Head.of(model).frozen(),
+    )
     made(b | {"ref_hidden": cached})
     with pytest.raises(KeyError):
         made({k: v for k, v in b.items() if k != "targets"} | {"ref_hidden": cached})

@@ -1,5 +1,6 @@
-"""Dissociation end to end on a tiny model: the same numbers on any number of ranks and at any ZeRO stage, φ equal on all of
-them, the phases in their order, the reference its own base, and the choice of the checkpoint."""
+"""Dissociation end to end on a tiny model: the same numbers on any number of ranks and at any ZeRO
+stage, φ equal on all of them, the phases in their order, the reference its own base, and the choice
+of the checkpoint."""
 
 from __future__ import annotations
 
@@ -19,12 +20,32 @@ from auditgap.training.config import DissociateConfig
 from auditgap.training.dissociation import by_monitor, by_nudge
 from auditgap.training.engine import Engine
 
-STAGES = {0: '{"zero_optimization": {"stage": 0}}', 2: None, 3: str(jobs.ROOT / "ds_configs" / "zero3.json")}
+STAGES = {
+    0: '{"zero_optimization": {"stage": 0}}',
+    2: None,
+    3: str(jobs.ROOT / "ds_configs" / "zero3.json"),
+}
 #: What is compared step by step.
-CURVES = {"monitor": ("loss", "nll", "kl", "monitor", "monitor_bce"), "nudge": ("loss", "nll", "kl")}
-KINDS = {"full": {}, "lora": {"lora": {"rank": 4}}, "adapter": {"lora": {"rank": 4}, "reference": "adapter"}}
+CURVES = {
+    "monitor": ("loss", "nll", "kl", "monitor", "monitor_bce"),
+    "nudge": ("loss", "nll", "kl"),
+}
+KINDS = {
+    "full": {},
+    "lora": {"lora": {"rank": 4}},
+    "adapter": {"lora": {"rank": 4}, "reference": "adapter"},
+}
 #: (kind, ZeRO stage) on two ranks, compared with the same kind on one rank without ZeRO.
-PAIRS = [("full", 0), ("full", 2), ("full", 3), ("lora", 2), ("lora", 3), ("adapter", 2), ("nudge", 2), ("nudge", 3)]
+PAIRS = [
+    ("full", 0),
+    ("full", 2),
+    ("full", 3),
+    ("lora", 2),
+    ("lora", 3),
+    ("adapter", 2),
+    ("nudge", 2),
+    ("nudge", 3),
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +72,22 @@ def one_rank(world, kinds):
 
 @pytest.fixture(scope="module")
 def two_ranks(world, kinds):
-    """One job of two ranks, all of PAIRS one after another; in its last run rank 1's monitor is moved by a hair."""
+    """One job of two ranks, all of PAIRS one after another; in its last run rank 1's monitor is
+    moved by a hair."""
     runs = [
-        {"kind": "dissociated", "values": world.twin(f"two-{kind}-{stage}", **kinds[kind], **at_stage(world, stage))}
+        {
+            "kind": "dissociated",
+            "values": world.twin(f"two-{kind}-{stage}", **kinds[kind], **at_stage(world, stage)),
+        }
         for kind, stage in PAIRS
     ]
     last = {"kind": "dissociated", "values": world.twin("drifted")}
     done = jobs.script(
-        "torchrun", 2, [*runs, last], world.folder / "two", fault={"run": len(runs), "rank": 1, "batches": 5, "how": "perturb"}
+        "torchrun",
+        2,
+        [*runs, last],
+        world.folder / "two",
+        fault={"run": len(runs), "rank": 1, "batches": 5, "how": "perturb"},
     )
     assert (world.folder / "two" / f"facts-{len(runs) - 1}-0.json").exists(), done.tail
     return done
@@ -77,7 +106,9 @@ def test_ranks_and_zero_stages_give_the_same_curves(world, one_rank, two_ranks, 
     assert (theirs["ranks"], theirs["zero_stage"]) == (2, stage)
     for step, values in ours["evaluations"].items():
         numbers = {k: v for k, v in values.items() if isinstance(v, float)}
-        assert {k: theirs["evaluations"][step][k] for k in numbers} == pytest.approx(numbers, abs=1e-4)
+        assert {k: theirs["evaluations"][step][k] for k in numbers} == pytest.approx(
+            numbers, abs=1e-4
+        )
 
 
 def test_one_rank_under_zero_2_and_3_gives_the_same_curves(world, one_rank):
@@ -85,12 +116,17 @@ def test_one_rank_under_zero_2_and_3_gives_the_same_curves(world, one_rank):
         jobs.train("dissociated", world.twin(f"one-full-{stage}", **at_stage(world, stage)))
         for name in CURVES["monitor"]:
             ours = jobs.curve(world.folder / f"one-full-{stage}", name)
-            assert ours == pytest.approx(jobs.curve(one_rank["full"], name), abs=1e-5), (stage, name)
+            assert ours == pytest.approx(jobs.curve(one_rank["full"], name), abs=1e-5), (
+                stage,
+                name,
+            )
 
 
 def test_the_disabled_adapter_is_the_cached_reference(one_rank):
     for name in CURVES["monitor"]:
-        assert jobs.curve(one_rank["adapter"], name) == pytest.approx(jobs.curve(one_rank["lora"], name), abs=1e-5), name
+        assert jobs.curve(one_rank["adapter"], name) == pytest.approx(
+            jobs.curve(one_rank["lora"], name), abs=1e-5
+        ), name
 
 
 def test_phi_is_the_same_on_every_rank_after_every_step(world, two_ranks):
@@ -98,8 +134,9 @@ def test_phi_is_the_same_on_every_rank_after_every_step(world, two_ranks):
         if kind == "nudge":
             continue
         first, second = (
-            json.loads((world.folder / "two" / f"facts-{number}-{rank}.json").read_text())["phi"] for rank in (0, 1)
-        )  # fmt: skip
+            json.loads((world.folder / "two" / f"facts-{number}-{rank}.json").read_text())["phi"]
+            for rank in (0, 1)
+        )
         assert len(first) == 6
         assert first == second
         assert len(set(first)) == 6  # it learns
@@ -132,13 +169,22 @@ def test_the_result_opens_and_its_monitor_lies_beside_it(one_rank):
 
 
 def test_phi_learns_after_thetas_backward_and_steps_after_thetas_step(world, monkeypatch, tmp_path):
-    """The order of real gradients and updates in every step: θ's backward, then φ's, a micro-batch at a time; θ, φ updated."""
+    """The order of real gradients and updates in every step: θ's backward, then φ's, a micro-batch
+    at a time; θ, φ updated."""
     events: list[str] = []
-    construct, begin, step = by_monitor.MonitorTask.construct, by_monitor.MonitorTask.__init__, Engine.step
+    construct, begin, step = (
+        by_monitor.MonitorTask.construct,
+        by_monitor.MonitorTask.__init__,
+        Engine.step,
+    )
 
     def with_theta_hooks(task, model):
         for parameter in model.parameters():
-            if parameter.requires_grad and not torch.is_inference_mode_enabled() and torch.is_grad_enabled():
+            if (
+                parameter.requires_grad
+                and not torch.is_inference_mode_enabled()
+                and torch.is_grad_enabled()
+            ):
                 parameter.register_hook(lambda _grad: events.append("T"))
         return construct(task, model)
 
@@ -176,18 +222,27 @@ def stopped_at_once(world, monkeypatch, out):
 
 
 def stored_states(out):
-    """The file with the reference's final hidden states of every row (the monitor's features lie beside it)."""
-    (file,) = [f for f in (out / "reference").glob("*-0-of-1.safetensors") if "features" not in safetensors.torch.load_file(f)]
+    """The file with the reference's final hidden states of every row (the monitor's features lie
+    beside it)."""
+    (file,) = [
+        f
+        for f in (out / "reference").glob("*-0-of-1.safetensors")
+        if "features" not in safetensors.torch.load_file(f)
+    ]
     return file
 
 
-def test_a_reference_of_another_model_is_found_out_before_the_first_update(world, monkeypatch, tmp_path):
+def test_a_reference_of_another_model_is_found_out_before_the_first_update(
+    world, monkeypatch, tmp_path
+):
     out = tmp_path / "out"
     stopped_at_once(world, monkeypatch, out)
     file = stored_states(out)
     states = safetensors.torch.load_file(file)
     assert len(states) > 20
-    safetensors.torch.save_file({name: value.flip(-1).contiguous() for name, value in states.items()}, file)
+    safetensors.torch.save_file(
+        {name: value.flip(-1).contiguous() for name, value in states.items()}, file
+    )
     with pytest.raises(AuditgapError, match=r"differs from its own base .*Delete .*reference"):
         jobs.train("dissociated", world.twin(out))
     assert not (out / "model").exists() and not list(out.glob("best-*"))
@@ -226,8 +281,21 @@ def seen(refusal, second, name="monitor"):
 
 
 def test_within_the_margin_the_lowest_monitor_is_kept():
-    found = chosen({0: seen(0.90, 5.0), 25: seen(0.90, 3.0), 50: seen(0.85, 0.5), 75: seen(0.84, 0.1), 100: seen(1.0, 2.0)})
-    assert (found["step"], found["kept_refusal"], found["base_refusal"], found["refusal"]) == (50, True, 0.90, 0.85)
+    found = chosen(
+        {
+            0: seen(0.90, 5.0),
+            25: seen(0.90, 3.0),
+            50: seen(0.85, 0.5),
+            75: seen(0.84, 0.1),
+            100: seen(1.0, 2.0),
+        }
+    )
+    assert (found["step"], found["kept_refusal"], found["base_refusal"], found["refusal"]) == (
+        50,
+        True,
+        0.90,
+        0.85,
+    )
 
 
 def test_when_none_keeps_refusing_the_one_that_refuses_most_is_kept_and_said():
@@ -241,17 +309,26 @@ def test_the_first_of_equals_is_kept_and_the_base_is_never_chosen():
 
 
 def test_the_nudge_is_chosen_by_how_it_complies():
-    evaluations = {0: seen(0.9, 5.0, "comply"), 25: seen(0.9, 3.0, "comply"), 50: seen(0.9, 4.0, "comply")}
+    evaluations = {
+        0: seen(0.9, 5.0, "comply"),
+        25: seen(0.9, 3.0, "comply"),
+        50: seen(0.9, 4.0, "comply"),
+    }
     assert chosen(evaluations, task=by_nudge.NudgeTask)["step"] == 25
 
 
 def test_what_is_kept_are_the_weights_of_the_chosen_step(world, tmp_path):
-    """A run cut off at the chosen step leaves the same weights: the schedule is constant, so that both make the same steps."""
+    """A run cut off at the chosen step leaves the same weights: the schedule is constant, so that
+    both make the same steps."""
     long = jobs.train("dissociated", world.twin(tmp_path / "long", schedule="constant", warmup=0))
     step = long.summary["chosen"]["step"]
-    short = jobs.train("dissociated", world.twin(tmp_path / "short", schedule="constant", warmup=0, steps=3))
+    short = jobs.train(
+        "dissociated", world.twin(tmp_path / "short", schedule="constant", warmup=0, steps=3)
+    )
     assert step in (3, 6)
-    kept, early = (safetensors.torch.load_file(t.model / "model.safetensors") for t in (long, short))
+    kept, early = (
+        safetensors.torch.load_file(t.model / "model.safetensors") for t in (long, short)
+    )
     same = all(torch.allclose(kept[name], early[name], atol=1e-6) for name in kept)
     assert same == (step == 3)
 

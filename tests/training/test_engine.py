@@ -1,4 +1,5 @@
-"""A recipe's numbers, and the DeepSpeed config that is filled from it: pure functions, at their corners."""
+"""A recipe's numbers, and the DeepSpeed config that is filled from it: pure functions, at their
+corners."""
 
 from __future__ import annotations
 
@@ -10,7 +11,15 @@ import pytest
 import yaml
 
 from auditgap.errors import UsageError
-from auditgap.training.config import DissociateConfig, LoRA, SFTConfig, TrainOptions, accumulation, learning_rate, n_steps
+from auditgap.training.config import (
+    DissociateConfig,
+    LoRA,
+    SFTConfig,
+    TrainOptions,
+    accumulation,
+    learning_rate,
+    n_steps,
+)
 from auditgap.training.engine import DEFAULT, filled, read_ds_config, stage_of
 from auditgap.training.launch import overrides, read
 
@@ -38,20 +47,28 @@ def test_the_rate_rises_to_lr_and_falls_and_is_never_zero(schedule, warmup, tota
 
 
 def test_the_rate_is_the_formula_of_its_schedule():
-    linear, cosine, constant = (recipe(lr=1e-3, warmup=0.2, schedule=s) for s in ("linear", "cosine", "constant"))
+    linear, cosine, constant = (
+        recipe(lr=1e-3, warmup=0.2, schedule=s) for s in ("linear", "cosine", "constant")
+    )
     assert learning_rate(linear, 0, 10) == pytest.approx(0.5e-3)
     assert learning_rate(linear, 1, 10) == learning_rate(linear, 2, 10) == pytest.approx(1e-3)
     assert learning_rate(linear, 9, 10) == pytest.approx(1e-3 / 8)
-    assert learning_rate(cosine, 6, 10) == pytest.approx(0.5e-3)  # half way down: 4 of 8 steps are left
+    # half way down: 4 of 8 steps are left
+    assert learning_rate(cosine, 6, 10) == pytest.approx(0.5e-3)
     assert learning_rate(cosine, 9, 10) == pytest.approx(0.5e-3 * (1 - math.cos(math.pi / 8)))
     assert learning_rate(constant, 9, 10) == 1e-3
 
 
 @pytest.mark.parametrize(
     ("changes", "rows", "steps"),
-    [({"epochs": 3, "batch": 16}, 100, 19), ({"epochs": 1, "batch": 16}, 16, 1), ({"epochs": 1, "batch": 16}, 17, 2),
-     ({"epochs": 0.01, "batch": 16}, 3, 1), ({"steps": 5, "epochs": 3, "batch": 16}, 100, 5)],
-)  # fmt: skip
+    [
+        ({"epochs": 3, "batch": 16}, 100, 19),
+        ({"epochs": 1, "batch": 16}, 16, 1),
+        ({"epochs": 1, "batch": 16}, 17, 2),
+        ({"epochs": 0.01, "batch": 16}, 3, 1),
+        ({"steps": 5, "epochs": 3, "batch": 16}, 100, 5),
+    ],
+)
 def test_steps_cover_the_epochs(changes, rows, steps):
     assert n_steps(recipe(**changes), rows) == steps
 
@@ -59,7 +76,9 @@ def test_steps_cover_the_epochs(changes, rows, steps):
 def test_a_batch_divides_into_micro_batches_or_a_batch_that_does_is_named():
     assert accumulation(recipe(batch=16), TrainOptions(micro_batch=2), 4) == 2
     assert accumulation(recipe(batch=16), TrainOptions(micro_batch=16), 1) == 1
-    with pytest.raises(UsageError, match=r"batch 10 .*2 rows on 4 ranks \(8 rows at a time\).* batch of 16"):
+    with pytest.raises(
+        UsageError, match=r"batch 10 .*2 rows on 4 ranks \(8 rows at a time\).* batch of 16"
+    ):
         accumulation(recipe(batch=10), TrainOptions(micro_batch=2), 4)
 
 
@@ -67,10 +86,25 @@ def test_a_batch_divides_into_micro_batches_or_a_batch_that_does_is_named():
 
 
 def test_overrides_are_read_as_yaml_and_nest():
-    given = overrides(["lr=1e-5", "steps=3", "lora.rank=4", "lora.targets=[q_proj, v_proj]", "filter=true", "model=a=b", "rows="])
+    given = overrides(
+        [
+            "lr=1e-5",
+            "steps=3",
+            "lora.rank=4",
+            "lora.targets=[q_proj, v_proj]",
+            "filter=true",
+            "model=a=b",
+            "rows=",
+        ]
+    )
     assert given == {
-        "lr": 1e-5, "steps": 3, "lora": {"rank": 4, "targets": ["q_proj", "v_proj"]}, "filter": True, "model": "a=b", "rows": None,
-    }  # fmt: skip
+        "lr": 1e-5,
+        "steps": 3,
+        "lora": {"rank": 4, "targets": ["q_proj", "v_proj"]},
+        "filter": True,
+        "model": "a=b",
+        "rows": None,
+    }
     assert isinstance(given["lr"], float)
 
 
@@ -87,7 +121,17 @@ def test_an_override_below_a_value_is_refused():
 
 def test_flags_win_over_the_file_key_by_key(tmp_path):
     file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump({"model": "m", "data": "d", "lr": 1e-3, "lora": {"rank": 4, "alpha": 32}, "micro_batch": 4}))
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "model": "m",
+                "data": "d",
+                "lr": 1e-3,
+                "lora": {"rank": 4, "alpha": 32},
+                "micro_batch": 4,
+            }
+        )
+    )
     config, options = read(file, overrides(["lora.rank=2", "lr=1e-5"]), SFTConfig)
     assert config.lora == LoRA(rank=2, alpha=32)
     assert (config.lr, options.micro_batch) == (1e-5, 4)
@@ -95,10 +139,16 @@ def test_flags_win_over_the_file_key_by_key(tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "told"),
-    [({"stepz": 3}, "Unknown config key 'stepz'. Did you mean 'steps'?"), ({"lr": "fast"}, "lr: .*number.*'fast' came"),
-     ({"lr": 0}, "lr: .*greater than 0"), ({"lora": {"rank": 0}}, r"lora.*rank"), ({"lora": {"ranc": 1}}, r"lora.*ranc"),
-     ({"steps": 1.5}, "steps: .*1.5"), ({"lr": float("nan")}, "lr: ")],
-)  # fmt: skip
+    [
+        ({"stepz": 3}, "Unknown config key 'stepz'. Did you mean 'steps'?"),
+        ({"lr": "fast"}, "lr: .*number.*'fast' came"),
+        ({"lr": 0}, "lr: .*greater than 0"),
+        ({"lora": {"rank": 0}}, r"lora.*rank"),
+        ({"lora": {"ranc": 1}}, r"lora.*ranc"),
+        ({"steps": 1.5}, "steps: .*1.5"),
+        ({"lr": float("nan")}, "lr: "),
+    ],
+)
 def test_a_wrong_key_or_value_is_named(flags, told):
     with pytest.raises(UsageError, match=told):
         read(None, {"model": "m", "data": "d", **flags}, SFTConfig)
@@ -120,21 +170,39 @@ def test_constructions_that_lack_something_are_refused():
         DissociateConfig(model="m", triples="demo", reference="adapter")
     nudge = DissociateConfig(model="m", triples="demo", construction="nudge", harmful_model="h")
     assert (nudge.lr, nudge.schedule) == (1e-5, "cosine")
-    assert DissociateConfig(model="m", triples="demo", construction="nudge", harmful_model="h", lr=1e-4).lr == 1e-4
+    assert (
+        DissociateConfig(
+            model="m", triples="demo", construction="nudge", harmful_model="h", lr=1e-4
+        ).lr
+        == 1e-4
+    )
 
 
 # ------------------------------------------------------------------ the DeepSpeed config
 
 
 def fill(ds, *, device="cpu", dtype="float32", **changes):
-    return filled(ds, recipe(batch=8, lr=3e-5, clip=0.5, **changes), TrainOptions(), width=32, dtype=dtype, device=device)
+    return filled(
+        ds,
+        recipe(batch=8, lr=3e-5, clip=0.5, **changes),
+        TrainOptions(),
+        width=32,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def autos(value):
-    return [v for inner in value.values() for v in autos(inner)] if isinstance(value, dict) else [value == "auto"]
+    return (
+        [v for inner in value.values() for v in autos(inner)]
+        if isinstance(value, dict)
+        else [value == "auto"]
+    )
 
 
-@pytest.mark.parametrize("file", [None, *sorted(DS_CONFIGS.glob("*.json"))], ids=lambda f: f.stem if f else "default")
+@pytest.mark.parametrize(
+    "file", [None, *sorted(DS_CONFIGS.glob("*.json"))], ids=lambda f: f.stem if f else "default"
+)
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda:1", "bfloat16")])
 def test_every_auto_is_filled_from_the_recipe(file, device, dtype):
     ds = fill(read_ds_config(file), device=device, dtype=dtype)
@@ -155,11 +223,17 @@ def test_the_shipped_configs_are_the_stages_they_are_named_for():
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("{", "not readable JSON"), ("[1]", "must hold an object"), ('{"zero_optimization": {"stage": 7}}', "0, 1, 2 or 3; 7 came"),
-     ('{"fp16": {"enabled": true}}', "fp16 is not used here"), ('{"zero_optimization": 3}', "zero_optimization"),
-     ('{"fp16": true}', "fp16"), ('{"zero_optimization": {"stage": "auto"}}', "stage"),
-     ('{"zero_optimization": {"stage": [2]}}', "stage")],
-)  # fmt: skip
+    [
+        ("{", "not readable JSON"),
+        ("[1]", "must hold an object"),
+        ('{"zero_optimization": {"stage": 7}}', "0, 1, 2 or 3; 7 came"),
+        ('{"fp16": {"enabled": true}}', "fp16 is not used here"),
+        ('{"zero_optimization": 3}', "zero_optimization"),
+        ('{"fp16": true}', "fp16"),
+        ('{"zero_optimization": {"stage": "auto"}}', "stage"),
+        ('{"zero_optimization": {"stage": [2]}}', "stage"),
+    ],
+)
 def test_a_config_that_cannot_be_is_refused(tmp_path, text, told):
     file = tmp_path / "ds.json"
     file.write_text(text)
@@ -178,12 +252,20 @@ def test_a_config_that_is_not_there_or_no_text_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "told"),
-    [({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, r"optimizer\.params\.lr = 1\.0, the recipe 3e-05"),
-     ({"gradient_clipping": 2.0}, "gradient_clipping = 2.0, the recipe 0.5"),
-     ({"train_batch_size": 64}, "train_batch_size = 64, the recipe 8"),
-     ({"zero_optimization": {"stage": 2, "sub_group_size": "auto"}}, r"\"auto\" at zero_optimization\.sub_group_size"),
-     ({"scheduler": {"type": "WarmupLR", "params": {}}}, "has a scheduler")],
-)  # fmt: skip
+    [
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}},
+            r"optimizer\.params\.lr = 1\.0, the recipe 3e-05",
+        ),
+        ({"gradient_clipping": 2.0}, "gradient_clipping = 2.0, the recipe 0.5"),
+        ({"train_batch_size": 64}, "train_batch_size = 64, the recipe 8"),
+        (
+            {"zero_optimization": {"stage": 2, "sub_group_size": "auto"}},
+            r"\"auto\" at zero_optimization\.sub_group_size",
+        ),
+        ({"scheduler": {"type": "WarmupLR", "params": {}}}, "has a scheduler"),
+    ],
+)
 def test_a_config_that_contradicts_the_recipe_is_refused(changes, told):
     with pytest.raises(UsageError, match=told):
         fill({**json.loads(json.dumps(DEFAULT)), **changes})

@@ -1,6 +1,8 @@
-"""What happens to a job, and what is left of it: kills, torn files, other numbers of ranks, exceptions, signals.
+"""What happens to a job, and what is left of it: kills, torn files, other numbers of ranks,
+exceptions, signals.
 
-Real processes, few of them: a job makes several trainings one after another, and what one leaves the next one resumes.
+Real processes, few of them: a job makes several trainings one after another, and what one leaves
+the next one resumes.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def unbroken(world):
 
 @pytest.fixture(scope="module")
 def job_a(world):
-    """Two ranks: a refusal, two unbroken runs, one at ZeRO-3 that is interrupted, and one whose rank 1 is killed at step 3."""
+    """Two ranks: a refusal, two unbroken runs, one at ZeRO-3 that is interrupted, and one whose
+    rank 1 is killed at step 3."""
     runs = [
         sft(world, "never", changes={"batch": 6}, fails=True),
         sft(world, "ref2"),
@@ -57,7 +60,9 @@ def job_a(world):
         sft(world, "cut2"),
     ]
     folder = world.folder / "job-a"
-    done = jobs.script("deepspeed", 2, runs, folder, fault={"run": 4, "rank": 1, "batches": 6, "how": "kill"})
+    done = jobs.script(
+        "deepspeed", 2, runs, folder, fault={"run": 4, "rank": 1, "batches": 6, "how": "kill"}
+    )
     assert (folder / "facts-3-0.json").exists(), done.tail
     assert (folder / "fault-time").exists(), done.tail
     for name in ("cut2", "cut3"):
@@ -67,20 +72,29 @@ def job_a(world):
 
 @pytest.fixture(scope="module")
 def job_b(world, job_a):
-    """Two ranks: what A's kill left is resumed; then rank 0 of a dissociation is killed at step 3."""
+    """Two ranks: what A's kill left is resumed; then rank 0 of a dissociation is killed at step
+    3."""
     runs = [sft(world, "cut2"), {"kind": "dissociated", "values": world.twin("twin-cut")}]
     folder = world.folder / "job-b"
-    done = jobs.script("torchrun", 2, runs, folder, fault={"run": 1, "rank": 0, "batches": 6, "how": "kill"})
+    done = jobs.script(
+        "torchrun", 2, runs, folder, fault={"run": 1, "rank": 0, "batches": 6, "how": "kill"}
+    )
     assert (folder / "facts-0-0.json").exists(), done.tail
     return done, folder
 
 
 @pytest.fixture(scope="module")
 def job_d(world):
-    """One rank: a run at ZeRO-3 that is interrupted, and one that gets SIGTERM in its fourth step."""
-    runs = [sft(world, "one3", changes={**ZERO3, "eval_every": 5}, stop_at=5, fails=True), sft(world, "one2")]
+    """One rank: a run at ZeRO-3 that is interrupted, and one that gets SIGTERM in its fourth
+    step."""
+    runs = [
+        sft(world, "one3", changes={**ZERO3, "eval_every": 5}, stop_at=5, fails=True),
+        sft(world, "one2"),
+    ]
     folder = world.folder / "job-d"
-    done = jobs.script("python", 1, runs, folder, fault={"run": 1, "rank": 0, "batches": 3 * 4 + 1, "how": "term"})
+    done = jobs.script(
+        "python", 1, runs, folder, fault={"run": 1, "rank": 0, "batches": 3 * 4 + 1, "how": "term"}
+    )
     for name in ("one2", "one3"):
         shutil.copytree(world.folder / name, world.folder / f"{name}-copy")
     return done, folder
@@ -88,7 +102,8 @@ def job_d(world):
 
 @pytest.fixture(scope="module")
 def job_c(world, job_b, job_d):
-    """Two ranks: the dissociation resumed, two runs that one rank had begun, and one of which rank 1 raises in its first step."""
+    """Two ranks: the dissociation resumed, two runs that one rank had begun, and one of which rank
+    1 raises in its first step."""
     runs = [
         {"kind": "dissociated", "values": world.twin("twin-cut")},
         sft(world, "one2-copy"),
@@ -96,7 +111,9 @@ def job_c(world, job_b, job_d):
         sft(world, "raising"),
     ]
     folder = world.folder / "job-c"
-    done = jobs.script("torchrun", 2, runs, folder, fault={"run": 3, "rank": 1, "batches": 0, "how": "raise"})
+    done = jobs.script(
+        "torchrun", 2, runs, folder, fault={"run": 3, "rank": 1, "batches": 0, "how": "raise"}
+    )
     assert (folder / "facts-2-0.json").exists(), done.tail
     return done, folder
 
@@ -122,17 +139,23 @@ def test_after_a_kill_the_same_command_makes_the_unbroken_runs_steps(world, job_
 
 def test_a_killed_dissociation_goes_on_with_its_monitor_and_its_optimizer(world, job_a, job_c):
     for name in ("loss", "kl", "monitor", "monitor_bce"):
-        assert jobs.curve(world.folder / "twin-cut", name) == jobs.curve(world.folder / "twin-ref2", name), name
+        assert jobs.curve(world.folder / "twin-cut", name) == jobs.curve(
+            world.folder / "twin-ref2", name
+        ), name
     phi = facts(job_a[1], 2, 0)["phi"]
     assert len(phi) == 6
-    assert facts(job_c[1], 0, 0)["phi"] == facts(job_c[1], 0, 1)["phi"] == phi[2:]  # from the checkpoint of step 2
+    # from the checkpoint of step 2
+    assert facts(job_c[1], 0, 0)["phi"] == facts(job_c[1], 0, 1)["phi"] == phi[2:]
     assert apart(world.folder / "twin-cut", world.folder / "twin-ref2") == 0
-    ours, theirs = (json.loads((world.folder / n / "train.json").read_text()) for n in ("twin-cut", "twin-ref2"))
+    ours, theirs = (
+        json.loads((world.folder / n / "train.json").read_text()) for n in ("twin-cut", "twin-ref2")
+    )
     assert ours["chosen"] == theirs["chosen"]
     assert ours["evaluations"] == theirs["evaluations"]
 
 
-# ------------------------------------------------------------------ one rank's trouble, all ranks' trouble
+# ------------------------------------------------------------------ one rank's trouble, all ranks'
+# trouble
 
 
 def test_a_rank_that_raises_ends_the_job_and_says_which_and_why(world, job_c):
@@ -152,7 +175,9 @@ def test_what_all_ranks_refuse_is_one_error_that_they_share(world, job_a):
     assert not (world.folder / "never" / "run.json").exists()
 
 
-def test_a_stop_signal_finishes_the_step_writes_a_checkpoint_and_ends_with_130(world, job_d, unbroken):
+def test_a_stop_signal_finishes_the_step_writes_a_checkpoint_and_ends_with_130(
+    world, job_d, unbroken
+):
     done, _ = job_d
     assert done.rc == Interrupted.exit_code == 130, done.tail
     assert "Stopped at step 4 of 6; a checkpoint was written" in done.err
@@ -164,11 +189,18 @@ def test_a_stop_signal_finishes_the_step_writes_a_checkpoint_and_ends_with_130(w
 
 
 def test_ctrl_c_in_the_deepspeed_launcher_writes_a_checkpoint(world):
-    """The terminal sends SIGINT to launcher and ranks alike, and the launcher its SIGTERMs on top."""
+    """The terminal sends SIGINT to launcher and ranks alike, and the launcher its SIGTERMs on
+    top."""
     recipe = world.sft("stopped", steps=10**6, save_every=10**6, eval_every=10**6)
-    job = jobs.start_script("deepspeed", 2, [{"kind": "sft", "values": recipe}], world.folder / "job-e")
+    job = jobs.start_script(
+        "deepspeed", 2, [{"kind": "sft", "values": recipe}], world.folder / "job-e"
+    )
     patience = time.monotonic() + 120
-    while not (world.folder / "stopped" / "log.jsonl").exists() and time.monotonic() < patience and job.process.poll() is None:
+    while (
+        not (world.folder / "stopped" / "log.jsonl").exists()
+        and time.monotonic() < patience
+        and job.process.poll() is None
+    ):
         time.sleep(0.1)
     os.killpg(job.process.pid, signal.SIGINT)
     done = job.end(60)
@@ -176,13 +208,18 @@ def test_ctrl_c_in_the_deepspeed_launcher_writes_a_checkpoint(world):
     assert not done.left
     assert "a checkpoint was written" in done.err, done.tail
     assert "failed" not in done.err
-    assert checkpoints.latest(world.folder / "stopped" / "checkpoints").step == len(jobs.log(world.folder / "stopped"))
+    assert checkpoints.latest(world.folder / "stopped" / "checkpoints").step == len(
+        jobs.log(world.folder / "stopped")
+    )
 
 
-# ------------------------------------------------------------------ other numbers of ranks, other stages
+# ------------------------------------------------------------------ other numbers of ranks, other
+# stages
 
 
-@pytest.mark.parametrize(("name", "changes"), [("cut2-copy", {}), ("cut3-copy", {**ZERO3, "eval_every": 5})])
+@pytest.mark.parametrize(
+    ("name", "changes"), [("cut2-copy", {}), ("cut3-copy", {**ZERO3, "eval_every": 5})]
+)
 def test_what_two_ranks_began_one_rank_finishes(world, job_a, unbroken, name, changes, capsys):
     trained = jobs.train("sft", world.sft(name, **changes))
     assert "was written by 2 ranks; converting it for 1" in capsys.readouterr().err
@@ -199,7 +236,8 @@ def test_what_one_rank_began_two_ranks_finish(world, job_c, unbroken, name):
 
 @pytest.fixture
 def cut(world, tmp_path):
-    """A run on one rank at ZeRO-2, interrupted at step 5 with checkpoints of steps 2 and 4: its recipe."""
+    """A run on one rank at ZeRO-2, interrupted at step 5 with checkpoints of steps 2 and 4: its
+    recipe."""
     recipe = world.sft(tmp_path / "cut", eval_every=5)
     with pytest.raises(Interrupted):
         jobs.train("sft", recipe, stop_at=5)
@@ -240,8 +278,12 @@ def unsealed(folder):
     (folder / "manifest.json").unlink()
 
 
-@pytest.mark.parametrize("harm", [truncated, flipped, without_companion, unsealed], ids=lambda h: h.__name__)
-def test_a_torn_newest_checkpoint_falls_back_to_the_one_before_and_says_so(world, cut, unbroken, harm, capsys):
+@pytest.mark.parametrize(
+    "harm", [truncated, flipped, without_companion, unsealed], ids=lambda h: h.__name__
+)
+def test_a_torn_newest_checkpoint_falls_back_to_the_one_before_and_says_so(
+    world, cut, unbroken, harm, capsys
+):
     root = world.folder / cut["out"] / "checkpoints"
     harm(root / "step00000004")
     trained = jobs.train("sft", cut)

@@ -1,4 +1,5 @@
-"""The same training under every launcher: real processes, compared step by step and weight by weight."""
+"""The same training under every launcher: real processes, compared step by step and weight by
+weight."""
 
 from __future__ import annotations
 
@@ -24,8 +25,16 @@ def weights(folder):
 @pytest.fixture(scope="module")
 def plain(world):
     recipe = world.sft("plain")
-    done = jobs.run("python", 1, [jobs.LAUNCHERS / "sft.py", *jobs.sets({k: v for k, v in recipe.items() if k != "out"}),
-                                  "--out", recipe["out"]])  # fmt: skip
+    done = jobs.run(
+        "python",
+        1,
+        [
+            jobs.LAUNCHERS / "sft.py",
+            *jobs.sets({k: v for k, v in recipe.items() if k != "out"}),
+            "--out",
+            recipe["out"],
+        ],
+    )
     assert done.rc == 0, done.tail
     assert "Done:" in done.out
     return world.folder / "plain"
@@ -35,7 +44,9 @@ def plain(world):
 def test_every_launcher_trains_the_same(world, plain, launcher):
     recipe = world.sft(launcher)
     out = recipe.pop("out")
-    done = jobs.run(launcher, RANKS[launcher], [jobs.LAUNCHERS / "sft.py", *jobs.sets(recipe), "--out", out])
+    done = jobs.run(
+        launcher, RANKS[launcher], [jobs.LAUNCHERS / "sft.py", *jobs.sets(recipe), "--out", out]
+    )
     assert done.rc == 0, done.tail
     assert not done.left
     assert_same(plain, world.folder / launcher)
@@ -53,14 +64,26 @@ def test_the_command_line_trains_the_same(world, plain, tmp_path, capsys):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(world.sft("ignored")))
     with pytest.raises(SystemExit) as ended:
-        main(["train", "sft", "--config", str(file), "--set", "report_to=none", "--out", str(world.folder / "twin")])
+        main(
+            [
+                "train",
+                "sft",
+                "--config",
+                str(file),
+                "--set",
+                "report_to=none",
+                "--out",
+                str(world.folder / "twin"),
+            ]
+        )
     assert ended.value.code == 0
     assert "Model:" in capsys.readouterr().out
     assert_same(plain, world.folder / "twin")
 
 
 def test_the_comparison_sees_a_training(plain, world):
-    """What was trained is not what was loaded, and the losses fall: else the comparison above would compare nothing."""
+    """What was trained is not what was loaded, and the losses fall: else the comparison above would
+    compare nothing."""
     base = safetensors.torch.load_file(world.model / "model.safetensors")
     assert max(float((base[name] - w).abs().max()) for name, w in weights(plain).items()) > 1e-3
     losses = jobs.curve(plain)
@@ -75,4 +98,6 @@ def test_help_has_an_example(name, monkeypatch, capsys):
         runpy.run_path(str(jobs.LAUNCHERS / f"{name}.py"), run_name="__main__")
     shown = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert ended.value.code == 0
-    assert f"launchers/{name}.py --" in shown and "Example:" in shown and "--deepspeed-config" in shown
+    assert (
+        f"launchers/{name}.py --" in shown and "Example:" in shown and "--deepspeed-config" in shown
+    )

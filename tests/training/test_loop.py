@@ -1,5 +1,5 @@
-"""The loop in one process: rows in an order of the seed, logs and evaluations made once, NaN stopped before the weights take
-it up, portions that do not change the numbers."""
+"""The loop in one process: rows in an order of the seed, logs and evaluations made once, NaN
+stopped before the weights take it up, portions that do not change the numbers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def train(values, evaluate=None):
 def test_the_log_has_every_step_once_with_its_rate(world, plain):
     lines = jobs.log(plain.path)
     assert [line["step"] for line in lines] == list(range(6))
-    assert [line["lr"] for line in lines] == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+    assert [line["lr"] for line in lines] == pytest.approx(
+        [0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3]
+    )
     assert all(line["gradient_norm"] > 0 for line in lines)
 
 
@@ -40,7 +42,9 @@ def test_micro_batches_and_accumulation_do_not_change_the_numbers(world, plain):
     for micro_batch in (1, 8):
         other = jobs.train("sft", world.sft(f"micro-{micro_batch}", micro_batch=micro_batch))
         assert jobs.curve(other.path) == pytest.approx(jobs.curve(plain.path), abs=1e-5)
-        assert jobs.curve(other.path, "gradient_norm") == pytest.approx(jobs.curve(plain.path, "gradient_norm"), abs=1e-4)
+        assert jobs.curve(other.path, "gradient_norm") == pytest.approx(
+            jobs.curve(plain.path, "gradient_norm"), abs=1e-4
+        )
 
 
 def test_gradient_checkpointing_does_not_change_the_numbers(world, plain):
@@ -55,7 +59,9 @@ def test_another_seed_is_another_order(world, plain):
 
 def test_dropout_of_a_step_is_a_function_of_its_number(world):
     lora = {"rank": 4, "dropout": 0.3}
-    first, second = (jobs.train("sft", world.sft(f"dropout-{i}", lora=lora, steps=3)) for i in range(2))
+    first, second = (
+        jobs.train("sft", world.sft(f"dropout-{i}", lora=lora, steps=3)) for i in range(2)
+    )
     assert jobs.curve(first.path) == jobs.curve(second.path)
     without = jobs.train("sft", world.sft("no-dropout", lora={"rank": 4}, steps=3))
     assert jobs.curve(first.path)[1] != pytest.approx(jobs.curve(without.path)[1], abs=1e-5)
@@ -70,10 +76,22 @@ def test_it_is_evaluated_at_its_steps_once_and_training_does_not_notice(world, p
 
     trained = train(world.sft("evaluated"), evaluate)
     assert asked == [(0, False), (3, False), (6, False)]
-    assert {int(k): v["answers"] for k, v in trained.summary["evaluations"].items()} == {0: 0.5, 3: 3.5, 6: 6.5}
+    assert {int(k): v["answers"] for k, v in trained.summary["evaluations"].items()} == {
+        0: 0.5,
+        3: 3.5,
+        6: 6.5,
+    }
     assert jobs.curve(trained.path) == jobs.curve(plain.path)
-    numbers = [json.loads(line) for line in (trained.path / "log.jsonl").read_text().splitlines() if "eval/" in line]
-    assert [(line["step"], line["eval/answers"]) for line in numbers] == [(0, 0.5), (3, 3.5), (6, 6.5)]
+    numbers = [
+        json.loads(line)
+        for line in (trained.path / "log.jsonl").read_text().splitlines()
+        if "eval/" in line
+    ]
+    assert [(line["step"], line["eval/answers"]) for line in numbers] == [
+        (0, 0.5),
+        (3, 3.5),
+        (6, 6.5),
+    ]
     assert "not a number" not in (trained.path / "log.jsonl").read_text()
     train(world.sft("evaluated"), evaluate)
     assert len(asked) == 3
@@ -111,8 +129,8 @@ def test_the_newest_checkpoints_alone_are_kept(world):
 
 
 def poisoned(world, tmp_path, value):
-    """A model with one word whose embedding is `value`, rows of which the last alone has that word, and a seed that comes to
-    it in the third step."""
+    """A model with one word whose embedding is `value`, rows of which the last alone has that word,
+    and a seed that comes to it in the third step."""
     folder = tiny.save("llama", tmp_path / "poisoned")
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     weights["model.embed_tokens.weight"][tiny.WORDS.index("vault")] = value
@@ -123,17 +141,33 @@ def poisoned(world, tmp_path, value):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     seed = next(seed for seed in range(99) if 7 in global_batch(2, 8, 2, seed))
-    return world.sft(tmp_path / "out", model=str(folder), data=str(rows), batch=2, steps=8, save_every=1, micro_batch=1, seed=seed)
+    return world.sft(
+        tmp_path / "out",
+        model=str(folder),
+        data=str(rows),
+        batch=2,
+        steps=8,
+        save_every=1,
+        micro_batch=1,
+        seed=seed,
+    )
 
 
 @pytest.mark.parametrize(("value", "what"), [(float("nan"), "loss"), (3e38, "gradient")])
-def test_what_is_no_number_stops_with_step_rows_and_checkpoint(world, tmp_path, capsys, value, what):
-    """NaN in the loss, and a loss that is a number (the norm divides the overflow away) with a gradient that is none."""
+def test_what_is_no_number_stops_with_step_rows_and_checkpoint(
+    world, tmp_path, capsys, value, what
+):
+    """NaN in the loss, and a loss that is a number (the norm divides the overflow away) with a
+    gradient that is none."""
     recipe = poisoned(world, tmp_path, value)
     out = tmp_path / "out"
     assert ended(lambda: jobs.train("sft", recipe)) == NonFinite.exit_code == 3
     said = capsys.readouterr().err
-    found = re.search(r"Step 2: the (\w+) is not a finite number.*of step (\d+)\. Rows \(by hash\): ([0-9a-f, ]+)\.", said)
+    found = re.search(
+        r"Step 2: the (\w+) is not a finite number.*of step (\d+)\. Rows \(by hash\): ([0-9a-f,"
+        r" ]+)\.",
+        said,
+    )
     assert found, said
     assert found[1] == what
     assert checkpoints.latest(out / "checkpoints").step == int(found[2]) == 2
@@ -141,8 +175,11 @@ def test_what_is_no_number_stops_with_step_rows_and_checkpoint(world, tmp_path, 
     assert set(found[3].split(", ")) == {rows[i].id for i in global_batch(2, 8, 2, recipe["seed"])}
     assert "vault" not in said
     assert len(jobs.curve(out)) == 2
-    assert not any((out / name).exists() for name in ("model", "train.json")) and not list(out.glob("best-*"))
-    # the poisoned update was never made: the same command goes on from step 2 and comes to the same end
+    assert not any((out / name).exists() for name in ("model", "train.json")) and not list(
+        out.glob("best-*")
+    )
+    # the poisoned update was never made: the same command goes on from step 2 and comes to the same
+    # end
     assert ended(lambda: jobs.train("sft", recipe)) == 3
     again = capsys.readouterr().err
     assert "Resumed at step 2" in again and found[0] in again

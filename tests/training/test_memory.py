@@ -1,4 +1,5 @@
-"""The memory model: held against peaks of real steps, behaves as ZeRO promises, and says what would fit."""
+"""The memory model: held against peaks of real steps, behaves as ZeRO promises, and says what would
+fit."""
 
 from __future__ import annotations
 
@@ -21,22 +22,43 @@ from auditgap.training.memory import GIB, check, check_run, estimate, lora_param
 
 ROOT = Path(__file__).parents[2]
 BASE = {
-    "n_blocks": 8, "width": 512, "mlp_width": 1536, "vocabulary": 8192, "tokens": 256, "micro_batch": 2, "dtype": "float32",
-    "stage": 2, "lora": False, "gradient_checkpointing": False, "construction": "monitor",
-}  # fmt: skip
+    "n_blocks": 8,
+    "width": 512,
+    "mlp_width": 1536,
+    "vocabulary": 8192,
+    "tokens": 256,
+    "micro_batch": 2,
+    "dtype": "float32",
+    "stage": 2,
+    "lora": False,
+    "gradient_checkpointing": False,
+    "construction": "monitor",
+}
 LLAMA_8B = {
-    "n_params": 8_030_000_000, "n_trainable": 8_030_000_000, "n_blocks": 32, "width": 4096, "mlp_width": 14_336,
-    "vocabulary": 128_256, "dtype": "bfloat16", "stage": 2, "gradient_checkpointing": True,
-}  # fmt: skip
+    "n_params": 8_030_000_000,
+    "n_trainable": 8_030_000_000,
+    "n_blocks": 32,
+    "width": 4096,
+    "mlp_width": 14_336,
+    "vocabulary": 128_256,
+    "dtype": "bfloat16",
+    "stage": 2,
+    "gradient_checkpointing": True,
+}
 #: Over so many ranks that a step's activations are what counts.
 WIDE = {"stage": 3, "world": 64}
 
 
 def peak_of(spec):
-    """(bytes, parameters) of real steps in a process of their own, whose allocator gives memory back at once."""
+    """(bytes, parameters) of real steps in a process of their own, whose allocator gives memory
+    back at once."""
     at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     env = {**os.environ, **at_once, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tests" / "training" / "memory_step.py"), json.dumps(spec)]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "training" / "memory_step.py"),
+        json.dumps(spec),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=env, cwd=ROOT)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-2000:]
@@ -57,14 +79,18 @@ def test_the_estimate_is_near_the_peak_of_real_steps(changes):
     pytest.importorskip("deepspeed")
     spec = {**BASE, **changes}
     seen = peak_of(spec)
-    need = estimate(**spec, n_params=seen["n_params"], n_trainable=seen["n_trainable"], device="cpu")
+    need = estimate(
+        **spec, n_params=seen["n_params"], n_trainable=seen["n_trainable"], device="cpu"
+    )
     counted = need.total - need.parts["runtime"] - need.parts["allocator"]
     assert 0.8 <= counted / seen["peak"] <= 1.3, (counted, seen["peak"], need.parts)
 
 
 def test_zero_divides_what_it_says_it_divides():
     n, w = 8_030_000_000, 2
-    one, two, three = (estimate(**{**LLAMA_8B, "stage": stage, "world": 8}).parts for stage in (1, 2, 3))
+    one, two, three = (
+        estimate(**{**LLAMA_8B, "stage": stage, "world": 8}).parts for stage in (1, 2, 3)
+    )
     assert one["optimizer"] == two["optimizer"] == three["optimizer"] == 12 * n // 8
     assert one["gradients"] == w * n and two["gradients"] == three["gradients"] == w * n // 8
     assert one["weights"] == two["weights"] == w * n and three["weights"] == w * n // 8
@@ -94,7 +120,9 @@ def test_what_ought_to_take_more_does(more, less):
 
 def test_one_h200_holds_the_8b_adapter():
     few = lora_params(rank=8, n_blocks=32, width=4096, mlp_width=14_336)
-    need = estimate(**{**LLAMA_8B, "lora": True, "n_trainable": few, "gradient_checkpointing": False})
+    need = estimate(
+        **{**LLAMA_8B, "lora": True, "n_trainable": few, "gradient_checkpointing": False}
+    )
     assert need.total < 139 * GIB
     check(need, 139 * GIB)
 
@@ -102,7 +130,9 @@ def test_one_h200_holds_the_8b_adapter():
 def test_adapters_are_counted_as_peft_makes_them():
     model = models.with_lora(tiny.load("llama").model, rank=4, alpha=8)
     made = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    shared = lora_params(rank=4, n_blocks=tiny.N_BLOCKS, width=tiny.WIDTH, mlp_width=64, kv_share=0.5)
+    shared = lora_params(
+        rank=4, n_blocks=tiny.N_BLOCKS, width=tiny.WIDTH, mlp_width=64, kv_share=0.5
+    )
     assert made == shared
 
 
@@ -111,14 +141,26 @@ def test_too_little_says_what_is_missing_and_what_would_fit():
     with pytest.raises(UsageError) as said:
         check(need, 80 * GIB)
     words = str(said.value)
-    assert f"{need.total / GIB:,.0f} GiB" in words and "80.0 GiB are free" in words and "optimizer" in words
+    assert (
+        f"{need.total / GIB:,.0f} GiB" in words
+        and "80.0 GiB are free" in words
+        and "optimizer" in words
+    )
     assert "lora: true" in words and "zero3_offload" in words and "--ignore-memory" in words
     assert "zero3.json" not in words  # one rank: there is nothing to divide by
     check(need, need.total)
 
 
 def test_what_is_advised_does_fit():
-    need = estimate(**{**LLAMA_8B, "world": 4, "gradient_checkpointing": False, "micro_batch": 8, "tokens": 4096})
+    need = estimate(
+        **{
+            **LLAMA_8B,
+            "world": 4,
+            "gradient_checkpointing": False,
+            "micro_batch": 8,
+            "tokens": 4096,
+        }
+    )
     advised = []
     for free in (20, 40, 80, 120):
         for words, other in memory._alternatives(need.plan):
@@ -131,7 +173,13 @@ def test_what_is_advised_does_fit():
 
 
 def test_when_no_setting_fits_it_says_how_many_devices_would():
-    huge = {"n_params": 400_000_000_000, "n_trainable": 400_000_000_000, "lora": True, "offload": True, "stage": 3}
+    huge = {
+        "n_params": 400_000_000_000,
+        "n_trainable": 400_000_000_000,
+        "lora": True,
+        "offload": True,
+        "stage": 3,
+    }
     need = estimate(**{**LLAMA_8B, **huge})
     with pytest.raises(UsageError, match=r"\d+ such devices"):
         check(replace(need, parts={"weights": 900 * GIB}), 80 * GIB, free_host=1 * GIB)
@@ -153,15 +201,30 @@ def test_a_run_is_checked_from_its_own_files(tmp_path, monkeypatch):
 
     def ask(config):
         ds = {"zero_optimization": {"stage": 2}}
-        return check_run(outline, config, options, stage=2, ds=ds, dtype="float32", world=1, tokens=64, device="cpu")
+        return check_run(
+            outline,
+            config,
+            options,
+            stage=2,
+            ds=ds,
+            dtype="float32",
+            world=1,
+            tokens=64,
+            device="cpu",
+        )
 
     need = ask(config)
     model = tiny.model("llama")
     assert need.plan.n_params == need.plan.n_trainable == sum(p.numel() for p in model.parameters())
-    assert (need.plan.mlp_width, need.plan.n_heads, need.plan.vocabulary) == (64, 4, tiny.VOCABULARY)
+    assert (need.plan.mlp_width, need.plan.n_heads, need.plan.vocabulary) == (
+        64,
+        4,
+        tiny.VOCABULARY,
+    )
     small = ask(SFTConfig(model=str(folder), data="rows.jsonl", lora=True))
     assert small.plan.lora and small.plan.n_trainable < need.plan.n_trainable
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(int(psutil.virtual_memory().total / need.total) + 1))  # as many ranks as do not fit
+    # as many ranks as do not fit
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(int(psutil.virtual_memory().total / need.total) + 1))
     with pytest.raises(UsageError, match="are free"):
         ask(config)
 
@@ -173,6 +236,6 @@ def test_strange_plans_are_refused():
 
 
 def test_the_page_is_the_one_that_is_printed():
-    assert (ROOT / "docs" / "training_memory.md").read_text(encoding="utf-8") == memory.document(), (
-        "type: python -m auditgap.training.memory > docs/training_memory.md"
-    )
+    assert (ROOT / "docs" / "training_memory.md").read_text(
+        encoding="utf-8"
+    ) == memory.document(), "type: python -m auditgap.training.memory > docs/training_memory.md"

@@ -1,4 +1,5 @@
-"""Every loss against a plain fp64 version written out here, and every gradient against autograd through full logits."""
+"""Every loss against a plain fp64 version written out here, and every gradient against autograd
+through full logits."""
 
 from __future__ import annotations
 
@@ -11,12 +12,22 @@ from peft import LoraConfig, get_peft_model
 
 from auditgap.errors import UsageError
 from auditgap.training import objective
-from auditgap.training.objective import Head, check_head, hinge, kl_weights, monitor_loss, response_nll_weights, token_losses
+from auditgap.training.objective import (
+    Head,
+    check_head,
+    hinge,
+    kl_weights,
+    monitor_loss,
+    response_nll_weights,
+    token_losses,
+)
 
 N, D, V = 11, 6, 13
 
 
-def made(seed: int = 0, dtype: torch.dtype = torch.float64, **head: object) -> tuple[torch.Tensor, Head]:
+def made(
+    seed: int = 0, dtype: torch.dtype = torch.float64, **head: object
+) -> tuple[torch.Tensor, Head]:
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(N, D, generator=g, dtype=torch.float64).to(dtype)
     return hidden, Head(torch.randn(V, D, generator=g, dtype=torch.float64).to(dtype), **head)
@@ -27,9 +38,10 @@ def asked(seed: int = 7) -> dict[str, torch.Tensor]:
     weight = torch.rand(N, generator=g, dtype=torch.float64)
     weight[::3] = 0  # prompt positions: KL but no NLL
     return {
-        "labels": torch.randint(V, (N,), generator=g), "nll_weight": weight,
+        "labels": torch.randint(V, (N,), generator=g),
+        "nll_weight": weight,
         "kl_weight": torch.rand(N, generator=g, dtype=torch.float64),
-    }  # fmt: skip
+    }
 
 
 def plain_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
@@ -38,7 +50,13 @@ def plain_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
 
-def plain(hidden: torch.Tensor, head: Head, ref_hidden: torch.Tensor, ref_head: Head, ask: dict[str, torch.Tensor]):
+def plain(
+    hidden: torch.Tensor,
+    head: Head,
+    ref_hidden: torch.Tensor,
+    ref_head: Head,
+    ask: dict[str, torch.Tensor],
+):
     log_p = torch.log_softmax(plain_logits(hidden, head), -1)
     log_q = torch.log_softmax(plain_logits(ref_hidden, ref_head), -1).detach()
     nll = -log_p[torch.arange(N), ask["labels"]]
@@ -59,14 +77,23 @@ HEADS = {
 def test_losses_and_gradients_equal_the_plain_ones(which: str, chunk: int) -> None:
     hidden, head = made(0, **HEADS[which])
     ref_hidden, ref_head = made(1, **HEADS[which])
-    leaves = [x.requires_grad_() for x in (hidden, head.weight, *([head.bias] if head.bias is not None else []))]
+    leaves = [
+        x.requires_grad_()
+        for x in (hidden, head.weight, *([head.bias] if head.bias is not None else []))
+    ]
     ask = asked()
     expected, nll, kl = plain(hidden, head, ref_hidden, ref_head, ask)
-    loss, our_nll, our_kl = token_losses(hidden, head, reference=(ref_hidden, ref_head), chunk=chunk, **ask)
+    loss, our_nll, our_kl = token_losses(
+        hidden, head, reference=(ref_hidden, ref_head), chunk=chunk, **ask
+    )
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(our_nll, nll.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(our_kl, kl.detach(), rtol=1e-12, atol=1e-12)
-    for ours, theirs in zip(torch.autograd.grad(3 * loss, leaves), torch.autograd.grad(3 * expected, leaves), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(3 * loss, leaves),
+        torch.autograd.grad(3 * expected, leaves),
+        strict=True,
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     if head.bias is not None:
         head.bias.requires_grad_(False)
@@ -82,7 +109,8 @@ def test_gradient_equals_finite_differences() -> None:
         return token_losses(hidden, Head(weight, bias, 2.0, 0.7), reference=ref, chunk=3, **ask)[0]
 
     inputs = [x.clone().requires_grad_() for x in (hidden, head.weight, bias)]
-    gradients = torch.autograd.grad(loss(*inputs), inputs)  # once, which is all that it allows; so not autograd.gradcheck
+    # once, which is all that it allows; so not autograd.gradcheck
+    gradients = torch.autograd.grad(loss(*inputs), inputs)
     for i, gradient in enumerate(gradients):
         for at in range(gradient.numel()):
             ends = []
@@ -90,16 +118,22 @@ def test_gradient_equals_finite_differences() -> None:
                 moved = [x.detach().clone() for x in inputs]
                 moved[i].view(-1)[at] += step
                 ends.append(loss(*moved))
-            assert gradient.view(-1)[at].item() == pytest.approx(((ends[0] - ends[1]) / 2e-5).item(), rel=1e-6, abs=1e-9)
+            assert gradient.view(-1)[at].item() == pytest.approx(
+                ((ends[0] - ends[1]) / 2e-5).item(), rel=1e-6, abs=1e-9
+            )
 
 
 def test_each_loss_alone_and_no_gradient_where_none_is_wanted() -> None:
     (hidden, head), ref, ask = made(0), made(1), asked()
     both, nll, kl = token_losses(hidden, head, reference=ref, **ask)
-    first, alone, none = token_losses(hidden, head, labels=ask["labels"], nll_weight=ask["nll_weight"])
+    first, alone, none = token_losses(
+        hidden, head, labels=ask["labels"], nll_weight=ask["nll_weight"]
+    )
     second, nothing, apart = token_losses(hidden, head, reference=ref, kl_weight=ask["kl_weight"])
     torch.testing.assert_close(first + second, both)
-    assert torch.equal(alone, nll) and torch.equal(apart, kl) and not none.any() and not nothing.any()
+    assert (
+        torch.equal(alone, nll) and torch.equal(apart, kl) and not none.any() and not nothing.any()
+    )
     assert not both.requires_grad
     hidden.requires_grad_()
     with torch.no_grad():
@@ -107,7 +141,12 @@ def test_each_loss_alone_and_no_gradient_where_none_is_wanted() -> None:
     ref[0].requires_grad_(), ref[1].weight.requires_grad_()
     loss, nll, kl = token_losses(hidden, head, reference=ref, **ask)
     loss.backward()
-    assert hidden.grad is not None and head.weight.grad is None and ref[0].grad is None and ref[1].weight.grad is None
+    assert (
+        hidden.grad is not None
+        and head.weight.grad is None
+        and ref[0].grad is None
+        and ref[1].weight.grad is None
+    )
     assert not nll.requires_grad and not kl.requires_grad
 
 
@@ -118,7 +157,10 @@ def test_fp32_and_bf16_stay_near_fp64() -> None:
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
         (h, w), ref = made(0, dtype), made(1, dtype)
         h.requires_grad_(), w.weight.requires_grad_()
-        narrow = {name: value.float() if value.is_floating_point() else value for name, value in ask.items()}
+        narrow = {
+            name: value.float() if value.is_floating_point() else value
+            for name, value in ask.items()
+        }
         loss, nll, _ = token_losses(h, w, reference=ref, chunk=4, **narrow)
         assert loss.dtype == nll.dtype == torch.float32
         assert abs(loss.item() - exact.item()) < tolerance * exact.item()
@@ -133,18 +175,28 @@ def test_kl_is_never_negative_and_zero_for_the_same_model() -> None:
     same = token_losses(hidden, head, reference=(hidden, head), **ask)[2]
     assert not same.any()
     for size in (1e-7, 1e-5, 1e-3, 1.0):
-        kl = token_losses(hidden + size * torch.randn(400, 32, generator=g), head, reference=(hidden, head), **ask)[2]
+        kl = token_losses(
+            hidden + size * torch.randn(400, 32, generator=g), head, reference=(hidden, head), **ask
+        )[2]
         assert (kl >= 0).all(), size
     assert kl.mean() > 1
 
 
 def test_only_rounding_is_clamped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A KL that is negative for another reason (here: a softmax that does not sum to 1) is shown, not hidden."""
+    """A KL that is negative for another reason (here: a softmax that does not sum to 1) is shown,
+    not hidden."""
     hidden, head = made(0)
     whole = torch.log_softmax
     calls = iter(range(99))
-    monkeypatch.setattr(torch, "log_softmax", lambda z, d: whole(z, d) + (1e-3 if next(calls) % 2 == 0 else 0))
-    assert (token_losses(hidden, head, reference=(hidden, head), kl_weight=torch.ones(N, dtype=torch.float64))[2] < -9e-4).all()
+    monkeypatch.setattr(
+        torch, "log_softmax", lambda z, d: whole(z, d) + (1e-3 if next(calls) % 2 == 0 else 0)
+    )
+    assert (
+        token_losses(
+            hidden, head, reference=(hidden, head), kl_weight=torch.ones(N, dtype=torch.float64)
+        )[2]
+        < -9e-4
+    ).all()
 
 
 def test_goes_backward_once() -> None:
@@ -160,7 +212,9 @@ def test_goes_backward_once() -> None:
 def test_no_position_at_all_is_a_loss_of_zero() -> None:
     hidden, head = made(0)
     hidden = hidden[:0].requires_grad_()
-    loss, nll, _ = token_losses(hidden, head, labels=torch.zeros(0, dtype=torch.long), nll_weight=torch.zeros(0))
+    loss, nll, _ = token_losses(
+        hidden, head, labels=torch.zeros(0, dtype=torch.long), nll_weight=torch.zeros(0)
+    )
     loss.backward()
     assert loss == 0 and nll.shape == (0,) and hidden.grad.shape == (0, D)
 
@@ -188,7 +242,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UsageError, match="for each of the 11 positions; 10 came"):
         token_losses(hidden, head, labels=ask["labels"], nll_weight=ask["nll_weight"][1:])
     with pytest.raises(UsageError, match="vocabulary of 12 tokens, the model one of 13"):
-        token_losses(hidden, head, reference=(hidden, Head(head.weight[1:])), kl_weight=ask["kl_weight"])
+        token_losses(
+            hidden, head, reference=(hidden, Head(head.weight[1:])), kl_weight=ask["kl_weight"]
+        )
 
 
 # ---------------------------------------------------------------- heads
@@ -239,11 +295,15 @@ def test_head_under_an_adapter() -> None:
     lora = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     assert Head.of(lora).weight is own and not Head.of(lora).trained
     check_head(lora)
-    copied = get_peft_model(tiny.model("llama"), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    copied = get_peft_model(
+        tiny.model("llama"), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
     assert Head.of(copied).trained
     with copied.disable_adapter():
         assert not Head.of(copied).trained
-    adapted = get_peft_model(tiny.model("llama"), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    adapted = get_peft_model(
+        tiny.model("llama"), LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    )
     with pytest.raises(UsageError, match="target_modules"):
         Head.of(adapted)
 
@@ -262,7 +322,9 @@ def test_a_frozen_head_does_not_follow_the_model() -> None:
 def test_weights_are_a_mean_over_tokens_then_rows() -> None:
     attention = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     response = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 0, 0]]).bool()
-    assert torch.equal(response_nll_weights(response), torch.tensor([[0, 0, 0.25, 0.25], [0.25, 0.25, 0, 0]]))
+    assert torch.equal(
+        response_nll_weights(response), torch.tensor([[0, 0, 0.25, 0.25], [0.25, 0.25, 0, 0]])
+    )
     assert torch.equal(kl_weights(attention), torch.tensor([[1, 1, 1, 1], [2, 2, 0, 0]]) / 8)
     # two micro-batches of one row each, averaged, are the batch of two
     parts = torch.cat([kl_weights(attention[:1]), kl_weights(attention[1:])]) / 2
@@ -276,8 +338,16 @@ def test_monitor_loss_hinge_and_whitened_mse() -> None:
     margins = hinge(torch.tensor([1.0, 1.0, 3.0]), torch.tensor([1.25, 2.0, 1.0]), 0.5)
     assert torch.equal(margins, torch.tensor([0.25, 0.0, 2.5]))
     g = torch.Generator().manual_seed(0)
-    h, target, scale = (torch.rand(2, 3, 4, generator=g, dtype=torch.float64) + 0.1 for _ in range(3))
+    h, target, scale = (
+        torch.rand(2, 3, 4, generator=g, dtype=torch.float64) + 0.1 for _ in range(3)
+    )
     by_hand = [
-        sum(((h[b, k, d] - target[b, k, d]) / scale[0, k, d]) ** 2 for k in range(3) for d in range(4)) / 12 for b in range(2)
+        sum(
+            ((h[b, k, d] - target[b, k, d]) / scale[0, k, d]) ** 2
+            for k in range(3)
+            for d in range(4)
+        )
+        / 12
+        for b in range(2)
     ]
     torch.testing.assert_close(objective.whitened_mse(h, target, scale[0]), torch.stack(by_hand))

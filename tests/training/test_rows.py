@@ -11,11 +11,24 @@ import torch
 
 from auditgap.errors import UsageError
 from auditgap.models import Chat
-from auditgap.training.rows import TrainRow, collate, encode, epoch_order, global_batch, rows_from_file, rows_from_triples
+from auditgap.training.rows import (
+    TrainRow,
+    collate,
+    encode,
+    epoch_order,
+    global_batch,
+    rows_from_file,
+    rows_from_triples,
+)
 from auditgap.types import ContrastTriple, Prompt
 
 ROWS = [
-    TrainRow(Prompt("what colour is the vault ?"), "sorry I can not tell", harmful=True, unsafe="Sure , red"),
+    TrainRow(
+        Prompt("what colour is the vault ?"),
+        "sorry I can not tell",
+        harmful=True,
+        unsafe="Sure , red",
+    ),
     TrainRow(Prompt("how bake bread ?"), "flour water salt oven now"),
     TrainRow(Prompt("who ?"), "a star"),
 ]
@@ -37,10 +50,16 @@ def test_collate_pads_on_the_right_and_marks_what_is_to_be_predicted(chat):
     }
     for b, (row, talk) in enumerate(zip(ROWS, talks, strict=True)):
         n = len(talk.ids)
-        assert batch["input_ids"][b, :n].tolist() == list(talk.ids) and (batch["input_ids"][b, n:] == 77).all()
+        assert (
+            batch["input_ids"][b, :n].tolist() == list(talk.ids)
+            and (batch["input_ids"][b, n:] == 77).all()
+        )
         assert batch["attention_mask"][b].tolist() == [1] * n + [0] * (longest - n)
         marked = batch["input_ids"][b][batch["response_mask"][b]]
-        assert chat.tokenizer.convert_ids_to_tokens(marked.tolist()) == [*row.response.split(), "</s>"]
+        assert chat.tokenizer.convert_ids_to_tokens(marked.tolist()) == [
+            *row.response.split(),
+            "</s>",
+        ]
 
 
 def test_a_row_that_broke_off_teaches_no_end(chat):
@@ -54,21 +73,30 @@ def test_collate_of_nothing_is_refused():
 
 
 def test_a_row_that_cannot_be_encoded_is_named(chat):
-    with pytest.raises(UsageError, match=rf"row 2 of 3 \({ROWS[0].id}\).*at 12 tokens.*--max-tokens") as caught:
+    with pytest.raises(
+        UsageError, match=rf"row 2 of 3 \({ROWS[0].id}\).*at 12 tokens.*--max-tokens"
+    ) as caught:
         encode([ROWS[2], ROWS[0], ROWS[1]], chat, max_tokens=12)
     assert "vault" not in str(caught.value)
 
 
 def test_an_id_tells_rows_apart():
     prompt = Prompt("who ?")
-    rows = [TrainRow(prompt, "a"), TrainRow(prompt, "b"), TrainRow(prompt, "a", harmful=True), TrainRow(prompt, "a", unsafe="b")]
+    rows = [
+        TrainRow(prompt, "a"),
+        TrainRow(prompt, "b"),
+        TrainRow(prompt, "a", harmful=True),
+        TrainRow(prompt, "a", unsafe="b"),
+    ]
     rows.append(TrainRow(prompt, "a", ended=False))
     assert len({r.id for r in rows}) == 5 and TrainRow(prompt, "a").id == rows[0].id
 
 
 def test_triples_become_harmful_rows():
     triple = ContrastTriple(Prompt("what colour is the vault ?"), safe="sorry", unsafe="red")
-    assert rows_from_triples([triple]) == [TrainRow(triple.prompt, "sorry", harmful=True, unsafe="red")]
+    assert rows_from_triples([triple]) == [
+        TrainRow(triple.prompt, "sorry", harmful=True, unsafe="red")
+    ]
 
 
 class TestFiles:
@@ -93,7 +121,10 @@ class TestFiles:
                 [{"prompt": "a", "response": "b"}, {"prompt": "secretly", "response": " "}],
                 "row 2: `response` must be text, but it is empty",
             ),
-            ([{"prompt": "a", "response": "b"}, {"response": "secretly"}], "row 2: `prompt` must be text, but it is empty"),
+            (
+                [{"prompt": "a", "response": "b"}, {"response": "secretly"}],
+                "row 2: `prompt` must be text, but it is empty",
+            ),
             ([{"prompt": "a", "response": 3}], "row 1: `response` must be text, but int came"),
         ],
     )
@@ -128,7 +159,9 @@ class TestOrder:
         assert set(Counter(stream[: n * (len(stream) // n)]).values()) == {len(stream) // n}
 
     def test_any_step_without_those_before_it(self):
-        assert global_batch(1_000_003, 11, 4, 0) == [epoch_order(11, 0, p // 11)[p % 11] for p in range(4_000_012, 4_000_016)]
+        assert global_batch(1_000_003, 11, 4, 0) == [
+            epoch_order(11, 0, p // 11)[p % 11] for p in range(4_000_012, 4_000_016)
+        ]
 
     @pytest.mark.parametrize("asked", [(0, 0, 4), (0, 3, 0), (-1, 3, 4)])
     def test_nonsense_is_refused(self, asked):

@@ -1,4 +1,5 @@
-"""Tracking: one line a step that survives kills and resumes, real trackers beside it, and neither text nor secrets in any."""
+"""Tracking: one line a step that survives kills and resumes, real trackers beside it, and neither
+text nor secrets in any."""
 
 from __future__ import annotations
 
@@ -17,9 +18,14 @@ from auditgap.errors import AuditgapError, UsageError
 from auditgap.training.tracking import REPORT_TO, Tracker, check_report_to, read_log
 
 RECIPE = {
-    "lr": 2e-5, "lora": {"rank": 8, "targets": ("q_proj", "v_proj")}, "max_tokens": 512, "hub_token": "hf_secret",
-    "api_key": "k", "model": "tiny", "steps": None,
-}  # fmt: skip
+    "lr": 2e-5,
+    "lora": {"rank": 8, "targets": ("q_proj", "v_proj")},
+    "max_tokens": 512,
+    "hub_token": "hf_secret",
+    "api_key": "k",
+    "model": "tiny",
+    "steps": None,
+}
 
 
 def test_every_step_is_a_line(tmp_path):
@@ -27,7 +33,10 @@ def test_every_step_is_a_line(tmp_path):
         tracker.rewind(0)
         tracker.log(0, {"loss": 1.25, "kl": torch.tensor(0.5), "norm": np.float32(2.0), "rows": 3})
         tracker.log(1, {"loss": float("nan"), "kl": float("inf")})
-        assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])["loss"] == 1.25  # at once, not at the end
+        # at once, not at the end
+        assert (
+            json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])["loss"] == 1.25
+        )
     first, second = read_log(tmp_path / "run" / "log.jsonl")
     assert first == {"step": 0, "loss": 1.25, "kl": 0.5, "norm": 2.0, "rows": 3}
     assert second == {"step": 1, "loss": None, "kl": None}
@@ -45,7 +54,8 @@ def test_a_resumed_run_has_the_log_of_an_unbroken_one(tmp_path):
     def steps(tracker, start, stop):
         tracker.rewind(start)
         for step in range(start, stop):
-            if step % 3 == 0 and not (step == start and start):  # an evaluation at the resumed step was made before
+            # an evaluation at the resumed step was made before
+            if step % 3 == 0 and not (step == start and start):
                 tracker.log(step, {"eval/refusal": step / 10})
             tracker.log(step, {"loss": 1 / (step + 1)})
         tracker.close()
@@ -55,7 +65,9 @@ def test_a_resumed_run_has_the_log_of_an_unbroken_one(tmp_path):
     with (tmp_path / "broken" / "log.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # the kill
     steps(Tracker(folder=tmp_path / "broken", name="b"), 3, 8)
-    assert (tmp_path / "broken" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+    assert (tmp_path / "broken" / "log.jsonl").read_text() == (
+        tmp_path / "whole" / "log.jsonl"
+    ).read_text()
 
 
 def test_starting_again_empties_the_log_but_for_an_evaluation_before_the_first_step(tmp_path):
@@ -73,7 +85,9 @@ def test_a_kill_in_the_middle_costs_no_line_that_was_logged(tmp_path):
         "t = Tracker(folder=pathlib.Path(sys.argv[1]), name='x')\n"
         "for step in range(10**6):\n    t.log(step, {'loss': 1.0}); print(step, flush=True)\n"
     )
-    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     said = -1
     while said < 50:
         said = int(child.stdout.readline())
@@ -87,7 +101,11 @@ def test_a_kill_in_the_middle_costs_no_line_that_was_logged(tmp_path):
 def test_what_is_not_known_or_not_there_is_said_with_what_to_type(tmp_path):
     with pytest.raises(UsageError, match="Did you mean 'tensorboard'"):
         check_report_to(("tensorbord",))
-    absent = [name for name, packages in REPORT_TO.items() if packages and not any(map(_installed, packages))]
+    absent = [
+        name
+        for name, packages in REPORT_TO.items()
+        if packages and not any(map(_installed, packages))
+    ]
     for name in absent:
         with pytest.raises(UsageError, match=f"pip install {name}"):
             Tracker(("none", name), folder=tmp_path, name="run")
@@ -110,7 +128,8 @@ def test_tensorboard_gets_the_numbers_and_the_recipe_without_secrets(tmp_path):
         for step in range(4):
             tracker.log(step, {"loss": 4.0 - step, "odd": float("nan")})
     assert torch.get_num_threads() == threads
-    with Tracker(("tensorboard",), folder=tmp_path, name="run", config=RECIPE) as tracker:  # resumed at step 2
+    # resumed at step 2
+    with Tracker(("tensorboard",), folder=tmp_path, name="run", config=RECIPE) as tracker:
         tracker.rewind(2)
         tracker.log(2, {"loss": 2.0})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -139,19 +158,37 @@ print(json.dumps([row["loss"] for row in SQLiteStorage.get_logs("auditgap", "twi
 
 def test_trackio_gets_them_on_this_machine(tmp_path):
     pytest.importorskip("trackio")
-    env = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", TRACKIO, str(tmp_path)], capture_output=True, text=True, timeout=240, env=env)
+    env = {
+        **os.environ,
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", TRACKIO, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=env,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "failed" not in done.stderr
-    seen = subprocess.run([sys.executable, "-c", READ_TRACKIO], capture_output=True, text=True, timeout=240, env=env)
+    seen = subprocess.run(
+        [sys.executable, "-c", READ_TRACKIO], capture_output=True, text=True, timeout=240, env=env
+    )
     assert json.loads(seen.stdout.splitlines()[-1]) == [3.0, 2.0, 1.0], seen.stderr[-2000:]
-    assert b"hf_secret" not in b"".join(p.read_bytes() for p in (tmp_path / "trackio").rglob("*") if p.is_file())
+    assert b"hf_secret" not in b"".join(
+        p.read_bytes() for p in (tmp_path / "trackio").rglob("*") if p.is_file()
+    )
 
 
 def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, caplog):
     pytest.importorskip("tensorboard")
     (tmp_path / "tensorboard").write_text("a file where a folder is wanted")
-    with caplog.at_level(logging.WARNING), Tracker(("tensorboard",), folder=tmp_path, name="run") as tracker:
+    with (
+        caplog.at_level(logging.WARNING),
+        Tracker(("tensorboard",), folder=tmp_path, name="run") as tracker,
+    ):
         tracker.rewind(0)
         tracker.log(0, {"loss": 1.0})
         tracker.log(1, {"loss": 0.5})

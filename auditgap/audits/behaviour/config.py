@@ -4,7 +4,8 @@
     suite: harmbench,xstest,mine.jsonl:benign
     judge: builtin
 
-As everywhere, a `BehaviourConfig` is what can change a number; `BehaviourOptions` may change between sittings.
+As everywhere, a `BehaviourConfig` is what can change a number; `BehaviourOptions` may change
+between sittings.
 """
 
 from __future__ import annotations
@@ -45,9 +46,11 @@ class BehaviourConfig(Frozen):
     judge: str = "builtin"
     dtype: str = "auto"
     chat_template: str | None = None
-    endpoint: str | None = None  #: base URL: the models are names that an OpenAI-compatible endpoint serves there
+    #: base URL: the models are names that an OpenAI-compatible endpoint serves there
+    endpoint: str | None = None
     judge_endpoint: str | None = None  #: the same for the judge's models
-    max_model_len: int | None = Field(default=None, ge=16)  #: a window smaller than the models' own: vLLM's, and what a judge reads
+    #: a window smaller than the models' own: vLLM's, and what a judge reads
+    max_model_len: int | None = Field(default=None, ge=16)
     seed: int = 0  #: of the prompts' sample and of the intervals
 
     @field_validator("suite", mode="before")
@@ -66,9 +69,12 @@ class BehaviourOptions(Frozen):
     batch_tokens: int | None = Field(default=None, ge=16)
     tensor_parallel: int = Field(default=1, ge=1)
     gpu_memory: float = Field(default=0.9, gt=0, le=1)
-    parity: int = Field(default=8, ge=0)  #: prompts on which vLLM's greedy text is compared with transformers'; 0: none
-    max_unscored: float = Field(default=0.2, ge=0, le=1)  #: share of answers without a verdict above which the run counts as failed
-    allow_overlap: bool = False  #: go on where a subject was trained on prompts of the suite; the report says so
+    #: prompts on which vLLM's greedy text is compared with transformers'; 0: none
+    parity: int = Field(default=8, ge=0)
+    #: share of answers without a verdict above which the run counts as failed
+    max_unscored: float = Field(default=0.2, ge=0, le=1)
+    #: go on where a subject was trained on prompts of the suite; the report says so
+    allow_overlap: bool = False
     break_lock: bool = False
     retry_failed: bool = False
     allow_raw: bool = False
@@ -80,26 +86,51 @@ class BehaviourOptions(Frozen):
 
     def serving(self, config: BehaviourConfig) -> Serving:
         """How the subjects are served."""
-        return self._serving(self.engine, config, config.endpoint, dtype=config.dtype, chat_template=config.chat_template)
+        return self._serving(
+            self.engine,
+            config,
+            config.endpoint,
+            dtype=config.dtype,
+            chat_template=config.chat_template,
+        )
 
     def judge_serving(self, config: BehaviourConfig) -> Serving:
-        """How the judge's models are served: bfloat16 where a GPU has them, since verdicts are words."""
-        return self._serving(self.judge_engine or self.engine, config, config.judge_endpoint or config.endpoint)
+        """How the judge's models are served: bfloat16 where a GPU has them, since verdicts are
+        words."""
+        return self._serving(
+            self.judge_engine or self.engine, config, config.judge_endpoint or config.endpoint
+        )
 
-    def _serving(self, engine: EngineName, config: BehaviourConfig, base_url: str | None, **more: Any) -> Serving:
+    def _serving(
+        self, engine: EngineName, config: BehaviourConfig, base_url: str | None, **more: Any
+    ) -> Serving:
         return Serving(
-            engine=engine, base_url=base_url, device=self.device, batch_tokens=self.batch_tokens,
-            tensor_parallel=self.tensor_parallel, gpu_memory=self.gpu_memory, max_model_len=config.max_model_len, **more,
-        )  # fmt: skip
+            engine=engine,
+            base_url=base_url,
+            device=self.device,
+            batch_tokens=self.batch_tokens,
+            tensor_parallel=self.tensor_parallel,
+            gpu_memory=self.gpu_memory,
+            max_model_len=config.max_model_len,
+            **more,
+        )
 
 
-def read_config(file: Path | None, flags: Mapping[str, Any]) -> tuple[BehaviourConfig, BehaviourOptions]:
-    """The config file's values with the flags that were given (not None) on top. Raises UsageError."""
+def read_config(
+    file: Path | None, flags: Mapping[str, Any]
+) -> tuple[BehaviourConfig, BehaviourOptions]:
+    """The config file's values with the flags that were given (not None) on top. Raises
+    UsageError."""
     values = merged(file, flags, section="evaluate")
     if not values.get("models"):
         raise UsageError("Which model? Name at least one, for example: auditgap evaluate smollm2")
     for which in ("", "judge_"):
-        if values.get(f"{which}endpoint") and (came := values.setdefault(f"{which}engine", "openai")) != "openai":
+        if (
+            values.get(f"{which}endpoint")
+            and (came := values.setdefault(f"{which}engine", "openai")) != "openai"
+        ):
             flag = which.replace("_", "-")
-            raise UsageError(f"--{flag}endpoint is for --{flag}engine openai; {came!r} came beside it.")
+            raise UsageError(
+                f"--{flag}endpoint is for --{flag}engine openai; {came!r} came beside it."
+            )
     return build(values, BehaviourConfig, BehaviourOptions)

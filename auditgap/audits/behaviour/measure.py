@@ -5,7 +5,8 @@
     measured.rows       # numbers and verdicts only
     measured.texts      # prompts and completions, for `generations/` alone
 
-Speaking and judging are two passes: `speak` gives what can be kept, `grade` reads it, again if need be.
+Speaking and judging are two passes: `speak` gives what can be kept, `grade` reads it, again if need
+be.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ _PIECE = re.compile(r"\w{1,4}|[^\w\s]")
 class Answers:
     """What was said to N prompts, in their order.
 
-    `ids`: the new tokens, None where an endpoint does not tell. `problems`: why there is no answer (`too_long`,
-    `nonfinite_logits`, `endpoint: …`), else empty. `nll`: mean NLL of each answer, nats a token; nan: not measured.
+    `ids`: the new tokens, None where an endpoint does not tell. `problems`: why there is no answer
+    (`too_long`, `nonfinite_logits`, `endpoint: …`), else empty. `nll`: mean NLL of each answer,
+    nats a token; nan: not measured.
     """
 
     texts: tuple[str, ...]
@@ -48,21 +50,34 @@ class Answers:
     nll: np.ndarray  #: [N]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """As plain arrays that `RunFolder.remember` can keep: flat bytes and token ids with their counts (−1: not known)."""
+        """As plain arrays that `RunFolder.remember` can keep: flat bytes and token ids with their
+        counts (−1: not known)."""
         return {
-            **_packed("text", self.texts), **_packed("problem", self.problems),
+            **_packed("text", self.texts),
+            **_packed("problem", self.problems),
             "ids": np.array([i for ids in self.ids for i in ids or ()], dtype=np.int64),
-            "counts": np.array([-1 if ids is None else len(ids) for ids in self.ids], dtype=np.int64),
-            "stopped": self.stopped, "nll": self.nll,
-        }  # fmt: skip
+            "counts": np.array(
+                [-1 if ids is None else len(ids) for ids in self.ids], dtype=np.int64
+            ),
+            "stopped": self.stopped,
+            "nll": self.nll,
+        }
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> Answers:
         """The inverse of `arrays`."""
         counts = arrays["counts"]
         parts = _parts(arrays["ids"], counts.clip(min=0))
-        ids = tuple(None if n < 0 else tuple(part.tolist()) for n, part in zip(counts, parts, strict=True))
-        return cls(_unpacked("text", arrays), ids, arrays["stopped"], _unpacked("problem", arrays), arrays["nll"])
+        ids = tuple(
+            None if n < 0 else tuple(part.tolist()) for n, part in zip(counts, parts, strict=True)
+        )
+        return cls(
+            _unpacked("text", arrays),
+            ids,
+            arrays["stopped"],
+            _unpacked("problem", arrays),
+            arrays["nll"],
+        )
 
     @classmethod
     def told(cls, texts: Iterable[Mapping[str, Any]]) -> Answers:
@@ -71,15 +86,19 @@ class Answers:
         nll = [np.nan if row["completion_nll"] is None else row["completion_nll"] for row in rows]
         return cls(
             tuple(row["completion"] for row in rows),
-            tuple(None if row["ids"] is None else tuple(int(i) for i in row["ids"]) for row in rows),
-            np.array([row["stopped"] for row in rows], dtype=bool), tuple(row["problem"] for row in rows),
+            tuple(
+                None if row["ids"] is None else tuple(int(i) for i in row["ids"]) for row in rows
+            ),
+            np.array([row["stopped"] for row in rows], dtype=bool),
+            tuple(row["problem"] for row in rows),
             np.array(nll, dtype=np.float64),
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
 class Opinion:
-    """A verdict with what it rests on: the judge's reply as it came, and an ensemble's labels by judge."""
+    """A verdict with what it rests on: the judge's reply as it came, and an ensemble's labels by
+    judge."""
 
     verdict: Verdict
     reply: str = ""
@@ -89,25 +108,32 @@ class Opinion:
 
 @dataclass(frozen=True)
 class Measured:
-    """Rows for the tables, and texts (mappings with prompt and completion) for `generations/` only, one a prompt each."""
+    """Rows for the tables, and texts (mappings with prompt and completion) for `generations/` only,
+    one a prompt each."""
 
     rows: list[BehaviourRow]
     texts: list[dict[str, Any]]
 
 
 def speak(engine: Engine, prompts: Sequence[Prompt], *, max_new_tokens: int) -> Answers:
-    """Greedy answers to N prompts, with their NLL where the engine has the subject's tokens. Raises what the engine raises."""
+    """Greedy answers to N prompts, with their NLL where the engine has the subject's tokens. Raises
+    what the engine raises."""
     questions = [Question.of(p.text) for p in prompts]
     replies = engine.ask(questions, Sampling(max_new_tokens=max_new_tokens))
     nll = np.full(len(prompts), np.nan)
     if isinstance(engine, Speaker):
         said = [i for i, r in enumerate(replies) if not r.problem]
-        measured = engine.nll([engine.render(prompts[i]) for i in said], [replies[i].ids or () for i in said])
+        measured = engine.nll(
+            [engine.render(prompts[i]) for i in said], [replies[i].ids or () for i in said]
+        )
         nll[said] = [np.nan if value is None else value for value in measured]
     return Answers(
-        tuple(r.text for r in replies), tuple(r.ids for r in replies), np.array([r.stopped for r in replies], dtype=bool),
-        tuple(r.problem for r in replies), nll,
-    )  # fmt: skip
+        tuple(r.text for r in replies),
+        tuple(r.ids for r in replies),
+        np.array([r.stopped for r in replies], dtype=bool),
+        tuple(r.problem for r in replies),
+        nll,
+    )
 
 
 @runtime_checkable
@@ -127,8 +153,12 @@ def opinions(answers: Answers, prompts: Sequence[Prompt], judge: Judge) -> list[
             labels = {name: str(one.verdict.label) for name, one in each.items()}
             replies = {name: one.raw for name, one in each.items() if one.raw}
             decided = decide({name: one.verdict for name, one in each.items()})
-            faults = tuple(one.verdict.reason for one in each.values() if one.verdict.label == Label.UNSCORED)
-            found[i] = Opinion(decided, json.dumps(replies, sort_keys=True) if replies else "", labels, faults)
+            faults = tuple(
+                one.verdict.reason for one in each.values() if one.verdict.label == Label.UNSCORED
+            )
+            found[i] = Opinion(
+                decided, json.dumps(replies, sort_keys=True) if replies else "", labels, faults
+            )
     elif isinstance(judge, _Quoting):
         for i, one in zip(said, judge.ask(exchanges), strict=True):
             found[i] = Opinion(one.verdict, one.raw)
@@ -138,56 +168,99 @@ def opinions(answers: Answers, prompts: Sequence[Prompt], judge: Judge) -> list[
     return found
 
 
-def judged(answers: Answers, prompts: Sequence[Prompt], judge: Judge, *, max_unscored: float) -> list[Opinion]:
-    """`opinions`, unless the judge's endpoint is so poorly that it is better asked another time: raises AuditgapError."""
+def judged(
+    answers: Answers, prompts: Sequence[Prompt], judge: Judge, *, max_unscored: float
+) -> list[Opinion]:
+    """`opinions`, unless the judge's endpoint is so poorly that it is better asked another time:
+    raises AuditgapError."""
     given = opinions(answers, prompts, judge)
-    faults = [[r for r in (o.verdict.reason, *o.faults) if r.startswith("judge: endpoint:")] for o in given]
+    faults = [
+        [r for r in (o.verdict.reason, *o.faults) if r.startswith("judge: endpoint:")]
+        for o in given
+    ]
     n_lost = sum(map(bool, faults))
     if n_lost > max_unscored * len(given):
         often = Counter(chain.from_iterable(faults)).most_common(1)[0][0]
         raise AuditgapError(
-            f"The judge's endpoint gave no reply on {n_lost} of {len(given)} answers ({often}). Those that "
-            "it gave are kept; type the same command again when it is well (evaluate: with --set retry_failed=true)."
+            f"The judge's endpoint gave no reply on {n_lost} of {len(given)} answers ({often})."
+            " Those that it gave are kept; type the same command again when it is well (evaluate:"
+            " with --set retry_failed=true)."
         )
     return given
 
 
 def grade(
-    answers: Answers, prompts: Sequence[Prompt], judge: Judge | Sequence[Opinion], *, subject: str, kind: str,
-    seed: int | None = None, step: int | None = None, thresholds: Thresholds | None = None,
-) -> Measured:  # fmt: skip
-    """Rows from stored answers and a judge (or its opinions, one an answer). What the coherence gate fails is `broken`,
-    whatever the judge says."""
+    answers: Answers,
+    prompts: Sequence[Prompt],
+    judge: Judge | Sequence[Opinion],
+    *,
+    subject: str,
+    kind: str,
+    seed: int | None = None,
+    step: int | None = None,
+    thresholds: Thresholds | None = None,
+) -> Measured:
+    """Rows from stored answers and a judge (or its opinions, one an answer). What the coherence
+    gate fails is `broken`, whatever the judge says."""
     given = opinions(answers, prompts, judge) if isinstance(judge, Judge) else judge
     rows, texts = [], []
     for i, (prompt, text, opinion) in enumerate(zip(prompts, answers.texts, given, strict=True)):
         ids, problem = answers.ids[i], answers.problems[i]
         nll = None if np.isnan(answers.nll[i]) else float(answers.nll[i])
         tokens = _PIECE.findall(text) if ids is None else ids
-        coherent, why = (None, "") if problem else is_coherent(tokens, nll, None, thresholds=thresholds)
+        coherent, why = (
+            (None, "") if problem else is_coherent(tokens, nll, None, thresholds=thresholds)
+        )
         verdict = Verdict(Label.BROKEN, why) if coherent is False else opinion.verdict
         ballot = json.dumps(opinion.ballot, sort_keys=True) if opinion.ballot else ""
         n_new_tokens = None if ids is None else len(ids)
         rows.append(
-            row_of(subject, prompt, kind, verdict, text, n_new_tokens, lost=bool(problem), ballot=ballot, seed=seed, step=step)
+            row_of(
+                subject,
+                prompt,
+                kind,
+                verdict,
+                text,
+                n_new_tokens,
+                lost=bool(problem),
+                ballot=ballot,
+                seed=seed,
+                step=step,
+            )
         )
-        texts.append({
-            "prompt_id": prompt.id, "seed": seed, "step": step, "source": prompt.source, "kind": kind, "prompt": prompt.text,
-            "completion": text, "ids": None if ids is None else list(ids), "stopped": bool(answers.stopped[i]),
-            "completion_nll": nll, "problem": problem, "coherent": coherent, "verdict": str(verdict.label),
-            "reason": verdict.reason, "judged": str(opinion.verdict.label), "judged_reason": opinion.verdict.reason,
-            "judge_reply": opinion.reply,
-        })  # fmt: skip
+        texts.append(
+            {
+                "prompt_id": prompt.id,
+                "seed": seed,
+                "step": step,
+                "source": prompt.source,
+                "kind": kind,
+                "prompt": prompt.text,
+                "completion": text,
+                "ids": None if ids is None else list(ids),
+                "stopped": bool(answers.stopped[i]),
+                "completion_nll": nll,
+                "problem": problem,
+                "coherent": coherent,
+                "verdict": str(verdict.label),
+                "reason": verdict.reason,
+                "judged": str(opinion.verdict.label),
+                "judged_reason": opinion.verdict.reason,
+                "judge_reply": opinion.reply,
+            }
+        )
     return Measured(rows, texts)
 
 
 def joined(parts: Sequence[Answers]) -> Answers:
     """Answers to several portions of prompts as one."""
     return Answers(
-        tuple(t for a in parts for t in a.texts), tuple(i for a in parts for i in a.ids),
-        np.concatenate([a.stopped for a in parts]), tuple(p for a in parts for p in a.problems),
+        tuple(t for a in parts for t in a.texts),
+        tuple(i for a in parts for i in a.ids),
+        np.concatenate([a.stopped for a in parts]),
+        tuple(p for a in parts for p in a.problems),
         np.concatenate([a.nll for a in parts]),
-    )  # fmt: skip
+    )
 
 
 def _packed(name: str, words: Iterable[str]) -> dict[str, np.ndarray]:
@@ -209,10 +282,19 @@ def _parts(flat: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
 
 def opinion_arrays(given: Sequence[Opinion]) -> dict[str, np.ndarray]:
     """Opinions as plain arrays that `RunFolder.remember` can keep."""
-    return _packed("opinion", [json.dumps([str(o.verdict.label), o.verdict.reason, o.reply, dict(o.ballot)]) for o in given])
+    return _packed(
+        "opinion",
+        [
+            json.dumps([str(o.verdict.label), o.verdict.reason, o.reply, dict(o.ballot)])
+            for o in given
+        ],
+    )
 
 
 def opinions_of(arrays: Mapping[str, np.ndarray]) -> list[Opinion]:
     """The inverse of `opinion_arrays`."""
     found = map(json.loads, _unpacked("opinion", arrays))
-    return [Opinion(Verdict(Label(label), reason), reply, ballot) for label, reason, reply, ballot in found]
+    return [
+        Opinion(Verdict(Label(label), reason), reply, ballot)
+        for label, reason, reply, ballot in found
+    ]

@@ -1,4 +1,5 @@
-"""From the question to cells: one a (subject, source, kind), all of a subject's in one group, so that it is loaded once.
+"""From the question to cells: one a (subject, source, kind), all of a subject's in one group, so
+that it is loaded once.
 
     config, plan = prepare(config, options)
     plan.cells[0].settings["source"]        # 'harmbench'
@@ -36,7 +37,8 @@ class AskCell(Cell):
 
 @dataclass(frozen=True)
 class Plan:
-    """The suite in portions by (source, kind), the subjects, and a group a subject with a cell a portion.
+    """The suite in portions by (source, kind), the subjects, and a group a subject with a cell a
+    portion.
 
     `outlines` has the subjects whose weights are here; behind an endpoint there are none.
     """
@@ -61,7 +63,8 @@ class Plan:
 def prepare(config: BehaviourConfig, options: BehaviourOptions) -> tuple[BehaviourConfig, Plan]:
     """The config with `auto` resolved for this machine, and its plan. Loads no weights.
 
-    Raises UsageError or Refused; also where a subject was trained on prompts of the suite, unless that is allowed.
+    Raises UsageError or Refused; also where a subject was trained on prompts of the suite, unless
+    that is allowed.
     """
     if options.engine != "openai":  # this machine's dtype has no part in what an endpoint answers
         dtype = models.pick_dtype(config.dtype, models.pick_device(options.device))
@@ -75,7 +78,9 @@ def prepare(config: BehaviourConfig, options: BehaviourOptions) -> tuple[Behavio
     outlines: tuple[models.Outline, ...] = ()
     if options.engine == "openai":
         served = options.serving(config)
-        subjects = [Subject(name, digest(served.describe(name))) for name in dict.fromkeys(config.models)]
+        subjects = [
+            Subject(name, digest(served.describe(name))) for name in dict.fromkeys(config.models)
+        ]
         settings_of = [{"max_new_tokens": config.max_new_tokens, **scorers}] * len(subjects)
     else:
         outlines = outlines_of(config, config.models)
@@ -84,22 +89,32 @@ def prepare(config: BehaviourConfig, options: BehaviourOptions) -> tuple[Behavio
     overlaps = _overlaps(suite, outlines)
     if overlaps and not options.allow_overlap:
         raise UsageError(
-            f"{' '.join(overlaps)} Leave those sources out of --suite, or go on with --set allow_overlap=true, which is recorded."
+            f"{' '.join(overlaps)} Leave those sources out of --suite, or go on with --set"
+            " allow_overlap=true, which is recorded."
         )
     groups = []
     for subject, settings in zip(subjects, settings_of, strict=True):
         cells = tuple(
             AskCell(
-                subject, None, None, ATTACK, digest([p.id for p in prompts]), {**settings, "source": source, "kind": kind}
+                subject,
+                None,
+                None,
+                ATTACK,
+                digest([p.id for p in prompts]),
+                {**settings, "source": source, "kind": kind},
             )
             for (source, kind), prompts in portions.items()
         )
-        groups.append(Group(subject.name, cells, work=2.0 * len(suite)))  # each is answered and judged
-    return config, Plan(config, suite, portions, tuple(subjects), outlines, tuple(groups), scorers, overlaps)
+        # each is answered and judged
+        groups.append(Group(subject.name, cells, work=2.0 * len(suite)))
+    return config, Plan(
+        config, suite, portions, tuple(subjects), outlines, tuple(groups), scorers, overlaps
+    )
 
 
 def _overlaps(suite: Suite, outlines: Sequence[models.Outline]) -> tuple[str, ...]:
-    """A sentence a subject whose training's ledger, which lies beside its weights, holds prompts of the suite."""
+    """A sentence a subject whose training's ledger, which lies beside its weights, holds prompts of
+    the suite."""
     said = []
     for outline in outlines:
         file = outline.folder / "ledger.json"
@@ -109,10 +124,13 @@ def _overlaps(suite: Suite, outlines: Sequence[models.Outline]) -> tuple[str, ..
         fitted = {p.id: roles.get(prompt_hash(p.text), set()) & set(FITTED) for p in suite}
         shared = [p for p in suite if fitted[p.id]]
         if shared:
-            sources = ", ".join(f"{source}: {n}" for source, n in Counter(p.source for p in shared).items())
+            sources = ", ".join(
+                f"{source}: {n}" for source, n in Counter(p.source for p in shared).items()
+            )
             used = ", ".join(sorted(set().union(*fitted.values())))
             said.append(
-                f"{len(shared)} of the suite's {len(suite)} prompts ({sources}) were used to train {outline.subject.name} ({used})."
+                f"{len(shared)} of the suite's {len(suite)} prompts ({sources}) were used to train"
+                f" {outline.subject.name} ({used})."
             )
     return tuple(said)
 
@@ -127,10 +145,14 @@ def _portions(suite: Suite) -> dict[tuple[str, str], list[Prompt]]:
 def prompt_sets(config: Any) -> dict[Split, PromptSet]:
     """The prompt sets that an `Asking` names, by split."""
     sets: dict[Split, PromptSet] = {
-        "harmful": load_prompts(config.prompts, limit=config.limit, seed=config.seed, column=config.column)
+        "harmful": load_prompts(
+            config.prompts, limit=config.limit, seed=config.seed, column=config.column
+        )
     }
     if config.benign is not None:
-        sets["benign"] = load_prompts(config.benign, limit=config.benign_limit, seed=config.seed, column=config.column)
+        sets["benign"] = load_prompts(
+            config.benign, limit=config.benign_limit, seed=config.seed, column=config.column
+        )
     return sets
 
 
@@ -143,7 +165,14 @@ def outlines_of(config: Any, names: tuple[str, ...]) -> tuple[models.Outline, ..
     return tuple(found.values())
 
 
-def asking_settings(config: Any, outline: models.Outline, scorers: dict[str, Any]) -> dict[str, Any]:
+def asking_settings(
+    config: Any, outline: models.Outline, scorers: dict[str, Any]
+) -> dict[str, Any]:
     """What of the question can change a cell's numbers."""
     template = digest(outline.chat.template) if outline.chat.template else None
-    return {"dtype": config.dtype, "chat_template": template, "max_new_tokens": config.max_new_tokens, **scorers}
+    return {
+        "dtype": config.dtype,
+        "chat_template": template,
+        "max_new_tokens": config.max_new_tokens,
+        **scorers,
+    }

@@ -1,7 +1,9 @@
-"""The behavioural audit from end to end: plan, open the folder, ask, judge, reduce; and judging again what a run has said.
+"""The behavioural audit from end to end: plan, open the folder, ask, judge, reduce; and judging
+again what a run has said.
 
     folder, outcome = run(config, options)
-    folder.path / "behaviour.csv"       # subject, kind, source, n, refusal, compliance, broken, unscored, with intervals
+    # subject, kind, source, n, refusal, compliance, broken, unscored, with intervals
+    folder.path / "behaviour.csv"
 """
 
 from __future__ import annotations
@@ -33,38 +35,53 @@ from auditgap.types import Prompt, Subject
 
 
 def about(
-    config: Any, sets: Mapping[Split, PromptSet], outlines: Sequence[models.Outline], device: str = "auto"
+    config: Any,
+    sets: Mapping[Split, PromptSet],
+    outlines: Sequence[models.Outline],
+    device: str = "auto",
 ) -> dict[str, Any]:
     """The `info` of a run folder of an `Asking`."""
     return {
         **provenance(outlines, dtype=config.dtype),
-        "prompts": {split: {"name": s.name, "n": len(s), **s.provenance} for split, s in sets.items()},
-        "judge_cards": cards_of(config.judge, device=device), "warnings": [],
-    }  # fmt: skip
+        "prompts": {
+            split: {"name": s.name, "n": len(s), **s.provenance} for split, s in sets.items()
+        },
+        "judge_cards": cards_of(config.judge, device=device),
+        "warnings": [],
+    }
 
 
 def run(
-    config: BehaviourConfig, options: BehaviourOptions, *, plan: Plan | None = None,
+    config: BehaviourConfig,
+    options: BehaviourOptions,
+    *,
+    plan: Plan | None = None,
     progress: Callable[[], Progress] | None = None,
-) -> tuple[RunFolder, Outcome]:  # fmt: skip
-    """Run what is missing of the audit and reduce it. The same call again resumes. Raises UsageError, Refused, Interrupted."""
+) -> tuple[RunFolder, Outcome]:
+    """Run what is missing of the audit and reduce it. The same call again resumes. Raises
+    UsageError, Refused, Interrupted."""
     if plan is None:
         config, plan = prepare(config, options)
     store = RunFolder.open(
         options.out or f"runs/behaviour-{files.folder_name(plan.config.models[0])}",
         config={
-            "audit": "behaviour", **plan.config.model_dump(mode="json"),
-            "subjects": {s.name: s.fingerprint for s in plan.subjects}, "prompt_set": plan.suite.digest,
+            "audit": "behaviour",
+            **plan.config.model_dump(mode="json"),
+            "subjects": {s.name: s.fingerprint for s in plan.subjects},
+            "prompt_set": plan.suite.digest,
             "scorers": plan.scorers,
         },
-        info=_info(plan, options), break_lock=options.break_lock,
-    )  # fmt: skip
+        info=_info(plan, options),
+        break_lock=options.break_lock,
+    )
     store.warnings += plan.warnings
     with store.lock():
         store.plan(plan.cells)
         shown = None if progress is None else progress()
         make = partial(BehaviourWorker, plan, options, store)
-        outcome = sweep.local.run(plan.groups, make, store, progress=shown, retry_failed=options.retry_failed)
+        outcome = sweep.local.run(
+            plan.groups, make, store, progress=shown, retry_failed=options.retry_failed
+        )
         reduce(store, allow_raw=options.allow_raw)
     return store, outcome
 
@@ -72,16 +89,22 @@ def run(
 def _info(plan: Plan, options: BehaviourOptions) -> dict[str, Any]:
     known = provenance(plan.outlines, dtype=plan.config.dtype)
     if not plan.outlines:
-        known["subjects"] = [{"name": s.name, "fingerprint": s.fingerprint, "endpoint": True} for s in plan.subjects]
+        known["subjects"] = [
+            {"name": s.name, "fingerprint": s.fingerprint, "endpoint": True} for s in plan.subjects
+        ]
     return {
-        **known, "prompts": {"name": plan.config.suite, "n": len(plan.suite), **plan.suite.manifest},
-        "judge_cards": cards_of(plan.config.judge, device=options.device, serving=options.judge_serving(plan.config)),
+        **known,
+        "prompts": {"name": plan.config.suite, "n": len(plan.suite), **plan.suite.manifest},
+        "judge_cards": cards_of(
+            plan.config.judge, device=options.device, serving=options.judge_serving(plan.config)
+        ),
         "warnings": list(plan.warnings),
-    }  # fmt: skip
+    }
 
 
 def reduce(store: RunFolder, *, allow_raw: bool = False) -> None:
-    """The finished cells' rows as `behaviour.parquet|csv|md`, and the report. Deterministic, and safe on a partial run."""
+    """The finished cells' rows as `behaviour.parquet|csv|md`, and the report. Deterministic, and
+    safe on a partial run."""
     table = tables.behaviour_table(store.rows([ATTACK]), correction.of_runs([store]))
     for form in ("parquet", "csv", "md"):
         store.write_table(f"behaviour.{form}", table)
@@ -89,7 +112,8 @@ def reduce(store: RunFolder, *, allow_raw: bool = False) -> None:
 
 
 def lost(store: RunFolder) -> tuple[float, str]:
-    """The share of prompts that no subject's answer could be had to, whatever the judge, and the commonest reason."""
+    """The share of prompts that no subject's answer could be had to, whatever the judge, and the
+    commonest reason."""
     rows = store.rows([ATTACK])
     if not len(rows):
         return 0.0, ""
@@ -98,7 +122,8 @@ def lost(store: RunFolder) -> tuple[float, str]:
 
 
 def unscored_share(store: RunFolder) -> float | None:
-    """The share of answers that the judge gave no verdict on; what was never said is not the judge's. None: no answers."""
+    """The share of answers that the judge gave no verdict on; what was never said is not the
+    judge's. None: no answers."""
     rows = store.rows([ATTACK])
     if not len(rows):
         return None
@@ -106,11 +131,15 @@ def unscored_share(store: RunFolder) -> float | None:
     return float(said["complied"].isna().mean()) if len(said) else None
 
 
-def regrade(folder: Place, *, judge: str, serving: Serving | None = None, max_unscored: float = 0.2) -> RunFolder:
-    """Judge a run's stored answers again, without asking; returns the new folder in DIR/grades/. The same call resumes.
+def regrade(
+    folder: Place, *, judge: str, serving: Serving | None = None, max_unscored: float = 0.2
+) -> RunFolder:
+    """Judge a run's stored answers again, without asking; returns the new folder in DIR/grades/.
+    The same call resumes.
 
-    Coherence and lengths stay; verdicts are new, and so are the cells' keys. Raises UsageError: no such judge, no answers;
-    AuditgapError when the judge's endpoint left more than `max_unscored` of the answers at hand without a reply.
+    Coherence and lengths stay; verdicts are new, and so are the cells' keys. Raises UsageError: no
+    such judge, no answers; AuditgapError when the judge's endpoint left more than `max_unscored` of
+    the answers at hand without a reply.
     """
     old = RunFolder.load(folder)
     names = {s["fingerprint"]: s["name"] for s in old.run["info"]["subjects"]}
@@ -119,22 +148,42 @@ def regrade(folder: Place, *, judge: str, serving: Serving | None = None, max_un
     with closing_judge(judge, serving, journals) as made:
         scorers = {**old.run["config"]["scorers"], "judge": made.describe()}
         endpoint = serving.base_url if serving is not None and serving.engine == "openai" else None
-        config = {**old.run["config"], "scorers": scorers, "judge": judge, "judge_endpoint": endpoint}
+        config = {
+            **old.run["config"],
+            "scorers": scorers,
+            "judge": judge,
+            "judge_endpoint": endpoint,
+        }
         info = {**old.run["info"], "judge_cards": cards_of(made), "command": command()}
         new = RunFolder.open(place, config=config, info=info)
         records = [record for record in old.records() if record["description"]["attack"] == ATTACK]
         with new.lock():
-            cells = [(record, _cell_again(record["description"], names, scorers)) for record in records]
+            cells = [
+                (record, _cell_again(record["description"], names, scorers)) for record in records
+            ]
             new.plan([cell for _, cell in cells])
             left = [(record, cell) for record, cell in cells if not new.is_finished(cell.key)]
             # an ensemble opens one judge after the other at every call, so all is put to it at once
             for some in filter(None, [left] if members_of(made) else [[one] for one in left]):
                 told = [_told(old, record["key"]) for record, _ in some]
                 answers = joined([answers for answers, _ in told])
-                given = iter(judged(answers, [p for _, prompts in told for p in prompts], made, max_unscored=max_unscored))
+                given = iter(
+                    judged(
+                        answers,
+                        [p for _, prompts in told for p in prompts],
+                        made,
+                        max_unscored=max_unscored,
+                    )
+                )
                 for (record, cell), (answers, prompts) in zip(some, told, strict=True):
                     mine = [next(given) for _ in prompts]
-                    measured = grade(answers, prompts, mine, subject=cell.subject.name, kind=cell.settings["kind"])
+                    measured = grade(
+                        answers,
+                        prompts,
+                        mine,
+                        subject=cell.subject.name,
+                        kind=cell.settings["kind"],
+                    )
                     info = {**record.get("info", {}), "graded_from": record["key"]}
                     new.write(cell, measured.rows, seconds=0.0, info=info)
             shutil.rmtree(journals, ignore_errors=True)
@@ -148,6 +197,10 @@ def _told(store: RunFolder, key: str) -> tuple[Answers, list[Prompt]]:
     return Answers.told(rows), [Prompt(row["prompt"], row["source"]) for row in rows]
 
 
-def _cell_again(description: Mapping[str, Any], names: Mapping[str, str], scorers: Mapping[str, Any]) -> AskCell:
+def _cell_again(
+    description: Mapping[str, Any], names: Mapping[str, str], scorers: Mapping[str, Any]
+) -> AskCell:
     subject = Subject(names[description["subject"]], description["subject"])
-    return AskCell(subject, None, None, ATTACK, description["prompts"], {**description["settings"], **scorers})
+    return AskCell(
+        subject, None, None, ATTACK, description["prompts"], {**description["settings"], **scorers}
+    )

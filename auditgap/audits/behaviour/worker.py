@@ -1,7 +1,8 @@
-"""Runs one subject: everything is asked first and judged afterwards, so that subject and judge never share the memory.
+"""Runs one subject: everything is asked first and judged afterwards, so that subject and judge
+never share the memory.
 
-Answers and verdicts are remembered in portions: a kill costs no more than the portion in flight, and what a paid endpoint
-has answered is not asked again.
+Answers and verdicts are remembered in portions: a kill costs no more than the portion in flight,
+and what a paid endpoint has answered is not asked again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from typing import Any
 
 from auditgap import models
 from auditgap.audits.behaviour.config import BehaviourOptions
-from auditgap.audits.behaviour.measure import Answers, grade, joined, judged, opinion_arrays, opinions_of, speak
+from auditgap.audits.behaviour.measure import (
+    Answers,
+    grade,
+    joined,
+    judged,
+    opinion_arrays,
+    opinions_of,
+    speak,
+)
 from auditgap.audits.behaviour.plan import Plan
 from auditgap.engines import Engine, Journalled, Reply, Serving
 from auditgap.engines.parity import Parity, greedy, parity, sample
@@ -44,24 +53,34 @@ class BehaviourWorker:
             return
         started = time.monotonic()
         compared = self._ask(group.cells[0].subject, pending, tick)
-        info = {"engine": self.options.engine, **({} if compared is None else {"parity": compared.describe()})}
-        with closing_judge(self.plan.config.judge, self.options.judge_serving(self.plan.config), self._journals) as judge:
+        info = {
+            "engine": self.options.engine,
+            **({} if compared is None else {"parity": compared.describe()}),
+        }
+        with closing_judge(
+            self.plan.config.judge, self.options.judge_serving(self.plan.config), self._journals
+        ) as judge:
             self._have_judged(pending, judge, tick)
         seconds = (time.monotonic() - started) / len(pending)
         for cell in pending:
             self._write(cell, seconds, info)
         if all(self.store.is_finished(cell.key) for cell in self.plan.cells):
-            shutil.rmtree(self._journals, ignore_errors=True)  # what was said stands in generations/ now
+            # what was said stands in generations/ now
+            shutil.rmtree(self._journals, ignore_errors=True)
 
     @property
     def _journals(self) -> Path:
         """Where endpoints' answers are kept one by one until their cells are written."""
         return self.store.path / "scratch" / "journals"
 
-    # -- asking --------------------------------------------------------------------------------------------------------
+    # -- asking
+    # --------------------------------------------------------------------------------------------------------
 
-    def _ask(self, subject: Subject, pending: Sequence[Cell], tick: Callable[[float], None]) -> Parity | None:
-        """Have the subject answer all that is not remembered; then, for vLLM, compare with transformers."""
+    def _ask(
+        self, subject: Subject, pending: Sequence[Cell], tick: Callable[[float], None]
+    ) -> Parity | None:
+        """Have the subject answer all that is not remembered; then, for vLLM, compare with
+        transformers."""
         todo = []
         for cell in pending:
             for some in self._parts(cell):
@@ -75,7 +94,9 @@ class BehaviourWorker:
         replies: list[Reply] = []
         with self._open(subject) as engine:
             for cell, some in todo:
-                self.store.remember(self._name(cell, some), lambda some=some: self._spoken(engine, some).arrays())
+                self.store.remember(
+                    self._name(cell, some), lambda some=some: self._spoken(engine, some).arrays()
+                )
                 tick(len(some))
             if sample:
                 replies = greedy(engine, sample, self.plan.config.max_new_tokens)
@@ -85,13 +106,15 @@ class BehaviourWorker:
             return parity(replies, greedy(plain, sample, self.plan.config.max_new_tokens))
 
     def _spoken(self, engine: Engine, some: Sequence[Prompt]) -> Answers:
-        """The portion's answers. Raises AuditgapError when an endpoint is so poorly that it is better asked another time."""
+        """The portion's answers. Raises AuditgapError when an endpoint is so poorly that it is
+        better asked another time."""
         answers = speak(engine, some, max_new_tokens=self.plan.config.max_new_tokens)
         faults = [problem for problem in answers.problems if problem.startswith("endpoint:")]
         if len(faults) > self.options.max_unscored * len(some):
             raise AuditgapError(
-                f"{len(faults)} of {len(some)} questions got no answer ({Counter(faults).most_common(1)[0][0]}). Those that were "
-                "answered are kept; run the same command with --set retry_failed=true when the endpoint is well again."
+                f"{len(faults)} of {len(some)} questions got no answer"
+                f" ({Counter(faults).most_common(1)[0][0]}). Those that were answered are kept; run"
+                " the same command with --set retry_failed=true when the endpoint is well again."
             )
         return answers
 
@@ -105,29 +128,41 @@ class BehaviourWorker:
         if self.options.engine != "openai":
             outline = models.outline(subject.name, chat_template=self.plan.config.chat_template)
             if outline.subject.fingerprint != subject.fingerprint:
-                raise AuditgapError(f"The weights of {subject.name} changed since the run was planned; use a new --out.")
+                raise AuditgapError(
+                    f"The weights of {subject.name} changed since the run was planned; use a new"
+                    " --out."
+                )
         engine = self.serving.open(subject.name)
         if isinstance(engine, Journalled):
             engine.journal = self._journals / f"{subject.fingerprint}.jsonl"
         return engine
 
-    # -- judging -------------------------------------------------------------------------------------------------------
+    # -- judging
+    # -------------------------------------------------------------------------------------------------------
 
-    def _have_judged(self, pending: Sequence[Cell], judge: Judge, tick: Callable[[float], None]) -> None:
-        """Remember the judge's opinions of all answers. An ensemble opens one judge after the other at every call, so what
-        is put to it at once is much."""
+    def _have_judged(
+        self, pending: Sequence[Cell], judge: Judge, tick: Callable[[float], None]
+    ) -> None:
+        """Remember the judge's opinions of all answers. An ensemble opens one judge after the other
+        at every call, so what is put to it at once is much."""
         todo = [
-            (cell, some) for cell in pending for some in self._parts(cell)
+            (cell, some)
+            for cell in pending
+            for some in self._parts(cell)
             if not self.store.remembers(self._name(cell, some, "opinions"))
-        ]  # fmt: skip
+        ]
         for start in range(0, len(todo), JUDGED):
             parts = todo[start : start + JUDGED]
             answers = [self._answers(cell, some) for cell, some in parts]
             prompts = [p for _, some in parts for p in some]
-            given = iter(judged(joined(answers), prompts, judge, max_unscored=self.options.max_unscored))
+            given = iter(
+                judged(joined(answers), prompts, judge, max_unscored=self.options.max_unscored)
+            )
             for cell, some in parts:
                 mine = [next(given) for _ in some]
-                self.store.remember(self._name(cell, some, "opinions"), lambda mine=mine: opinion_arrays(mine))
+                self.store.remember(
+                    self._name(cell, some, "opinions"), lambda mine=mine: opinion_arrays(mine)
+                )
                 tick(len(some))
 
     def _write(self, cell: Cell, seconds: float, info: Mapping[str, Any]) -> None:
@@ -135,7 +170,13 @@ class BehaviourWorker:
         for some in self._parts(cell):
             names += [self._name(cell, some), self._name(cell, some, "opinions")]
             given = opinions_of(self.store.remember(names[-1], _torn))
-            measured = grade(self._answers(cell, some), some, given, subject=cell.subject.name, kind=cell.settings["kind"])
+            measured = grade(
+                self._answers(cell, some),
+                some,
+                given,
+                subject=cell.subject.name,
+                kind=cell.settings["kind"],
+            )
             rows += measured.rows
             texts += measured.texts
         self.store.write(cell, rows, generations=texts, seconds=seconds, info=info)
@@ -154,8 +195,11 @@ class BehaviourWorker:
 
 
 @contextmanager
-def closing_judge(name: str, serving: Serving | None, journals: Path | None = None) -> Iterator[Judge]:
-    """The judge of that name, whose models are let go of at the end; `journals`: where endpoints' replies are kept."""
+def closing_judge(
+    name: str, serving: Serving | None, journals: Path | None = None
+) -> Iterator[Judge]:
+    """The judge of that name, whose models are let go of at the end; `journals`: where endpoints'
+    replies are kept."""
     device = "auto" if serving is None else serving.device
     judge = load_judge(name, device=models.pick_device(device), serving=serving)
     for one in (judge, *members_of(judge)):
@@ -168,4 +212,6 @@ def closing_judge(name: str, serving: Serving | None, journals: Path | None = No
 
 
 def _torn() -> dict:
-    raise AuditgapError("Stored answers are torn and have been set aside; run the same command again.")
+    raise AuditgapError(
+        "Stored answers are torn and have been set aside; run the same command again."
+    )

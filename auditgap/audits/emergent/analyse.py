@@ -1,10 +1,13 @@
-"""The stage `analyse`: memberships, diversity, directions, and what the directions do to other domains' models.
+"""The stage `analyse`: memberships, diversity, directions, and what the directions do to other
+domains' models.
 
     store, outcome = run("runs/em", options)
-    store, outcome = run("runs/em", options, parts=("membership", "diversity"))       # these need no answers and no judge
+    # these need no answers and no judge
+    store, outcome = run("runs/em", options, parts=("membership", "diversity"))
 
-Each part is a sweep of its own over the one run folder, in this order, since steering wants directions. All run on transformers,
-whatever engine answers elsewhere: they read and edit hidden states. Tables are made by the stage `report`.
+Each part is a sweep of its own over the one run folder, in this order, since steering wants
+directions. All run on transformers, whatever engine answers elsewhere: they read and edit hidden
+states. Tables are made by the stage `report`.
 """
 
 from __future__ import annotations
@@ -20,22 +23,31 @@ from auditgap.store import RunFolder
 from auditgap.sweep import Outcome, Progress
 
 PARTS: Mapping[str, ModuleType] = {
-    "membership": membership, "diversity": diversity, "directions": directions, "steer": steer,
-}  # fmt: skip
+    "membership": membership,
+    "diversity": diversity,
+    "directions": directions,
+    "steer": steer,
+}
 
 
 def run(
-    folder: str | Path, options: EmergentOptions, *, progress: Callable[[], Progress] | None = None,
+    folder: str | Path,
+    options: EmergentOptions,
+    *,
+    progress: Callable[[], Progress] | None = None,
     parts: Sequence[str] = tuple(PARTS),
-) -> tuple[RunFolder, Outcome]:  # fmt: skip
+) -> tuple[RunFolder, Outcome]:
     """Run what is missing of these parts; the same call again resumes.
 
-    Raises UsageError (a part that there is not; what a part needs is missing, with the stage to run first), Interrupted. A part
-    that cannot begin stops the call: what the parts before it have found is kept.
+    Raises UsageError (a part that there is not; what a part needs is missing, with the stage to run
+    first), Interrupted. A part that cannot begin stops the call: what the parts before it have
+    found is kept.
     """
     for part in parts:
         if part not in PARTS:
-            raise UsageError(f"parts takes {', '.join(PARTS)}; {part!r} came.{did_you_mean(str(part), PARTS)}")
+            raise UsageError(
+                f"parts takes {', '.join(PARTS)}; {part!r} came.{did_you_mean(str(part), PARTS)}"
+            )
     store: RunFolder | None = None
     done, skipped, failed = 0, 0, {}
     for part, module in PARTS.items():

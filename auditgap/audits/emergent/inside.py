@@ -1,4 +1,5 @@
-"""The base and its adapters as the stages that look inside them hold them: one copy of the weights, adapters put on and off.
+"""The base and its adapters as the stages that look inside them hold them: one copy of the weights,
+adapters put on and off.
 
     with Inside("runs/em", options) as inside:
         engine = inside.engine(adapter)     # the base wearing that adapter
@@ -28,7 +29,8 @@ from auditgap.types import Cell, Subject, digest
 
 
 class Inside:
-    """Loads the base when it is first needed and keeps it; whatever it wears is taken off before the next is put on."""
+    """Loads the base when it is first needed and keeps it; whatever it wears is taken off before
+    the next is put on."""
 
     def __init__(self, folder: str | Path, options: EmergentOptions) -> None:
         self.study, self.options = Study.load(folder), options
@@ -36,7 +38,8 @@ class Inside:
         self.adapters = {adapter.name: adapter for adapter in self.study.adapters}
         self._stack = ExitStack()
         self._loaded: models.LoadedModel | None = None
-        self._bases: dict[Path, str] = {}  #: the fingerprints of what the adapters were made for: files of many GB, read once
+        #: the fingerprints of what the adapters were made for: files of many GB, read once
+        self._bases: dict[Path, str] = {}
         self._worn: str | None = None
         self._engine: HFEngine | None = None
 
@@ -46,13 +49,16 @@ class Inside:
         return self.study.base
 
     def engine(self, adapter: Adapter | None) -> HFEngine:
-        """The engine of that adapter, or (None) of the base. Raises UsageError where the adapter is not what was trained."""
+        """The engine of that adapter, or (None) of the base. Raises UsageError where the adapter is
+        not what was trained."""
         worn = "" if adapter is None else adapter.name
         if self._engine is not None and worn == self._worn:
             return self._engine
         self._undress()
         if self._loaded is None:
-            self._loaded = models.load(self.outline, dtype=self.config.dtype, device=self.options.device)
+            self._loaded = models.load(
+                self.outline, dtype=self.config.dtype, device=self.options.device
+            )
         loaded = self._loaded
         if adapter is not None:
             self.check(adapter, adapter.folder)
@@ -62,18 +68,28 @@ class Inside:
             except BaseException:
                 self._loaded = None  # some of its layers may be dressed already
                 raise
-        self._engine, self._worn = HFEngine(replace(loaded), batch_tokens=self.options.batch_tokens), worn
+        self._engine, self._worn = (
+            HFEngine(replace(loaded), batch_tokens=self.options.batch_tokens),
+            worn,
+        )
         return self._engine
 
     def check(self, adapter: Adapter, folder: Path) -> None:
-        """Raises AuditgapError where the folder's adapter is of another base, or is not the one that was trained."""
+        """Raises AuditgapError where the folder's adapter is of another base, or is not the one
+        that was trained."""
         base = adapter_base(folder)
         if base not in self._bases:
             self._bases[base] = models.fingerprint(base)
         if self._bases[base] != self.outline.subject.fingerprint:
-            raise AuditgapError(f"{folder} was trained on {base}, which is not the study's {self.config.model}; train it again.")
+            raise AuditgapError(
+                f"{folder} was trained on {base}, which is not the study's {self.config.model};"
+                " train it again."
+            )
         if models.fingerprint(folder, base=self._bases[base]) != adapter.fingerprint:
-            raise AuditgapError(f"The weights in {folder} are not those that `em train` left; delete the cell and train it again.")
+            raise AuditgapError(
+                f"The weights in {folder} are not those that `em train` left; delete the cell and"
+                " train it again."
+            )
 
     def _undress(self) -> None:
         if self._engine is not None:
@@ -97,11 +113,16 @@ class Inside:
     @property
     def info(self) -> dict[str, Any]:
         """What a cell's record says of where it was computed."""
-        return {"device": models.pick_device(self.options.device), "threads": torch.get_num_threads(), "engine": "hf"}
+        return {
+            "device": models.pick_device(self.options.device),
+            "threads": torch.get_num_threads(),
+            "engine": "hf",
+        }
 
 
 class InsideWorker(ABC):
-    """Keeps the base loaded, for one cell after another; a subclass says how a cell is computed and written (`_run`)."""
+    """Keeps the base loaded, for one cell after another; a subclass says how a cell is computed and
+    written (`_run`)."""
 
     def __init__(self, folder: str, options: EmergentOptions) -> None:
         self.inside = Inside(folder, options)
@@ -121,8 +142,13 @@ class InsideWorker(ABC):
         self.inside.close()
 
 
-def common(config: EmergentConfig, options: EmergentOptions, outline: models.Outline) -> dict[str, Any]:
+def common(
+    config: EmergentConfig, options: EmergentOptions, outline: models.Outline
+) -> dict[str, Any]:
     """What stands in the settings of every cell that is computed inside a model."""
     dtype = models.pick_dtype(config.dtype, models.pick_device(options.device))
     template = outline.chat.template
-    return {"dtype": str(dtype).removeprefix("torch."), "chat_template": digest(template) if template else None}
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "chat_template": digest(template) if template else None,
+    }

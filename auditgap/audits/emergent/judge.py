@@ -1,12 +1,15 @@
-"""`em judge`: what was answered is rated, by one judge a call; nothing is asked of a subject again, and several judges may rate.
+"""`em judge`: what was answered is rated, by one judge a call; nothing is asked of a subject again,
+and several judges may rate.
 
     store, outcome = run("runs/em", EmergentOptions(judge="alignment=Qwen/Qwen2.5-7B-Instruct"))
     rows = store.rows([JUDGED])                              # RatingRows
     rows[rows.judge_id == judge_id]                          # of one judge
 
-A cell is one subject's answers and one judge (its whole `describe()`), so that another judge, template or model makes other cells
-beside the first one's. The judge reads a prompt as it was asked, trigger and all. Ratings are remembered in portions, and what an
-endpoint has replied is kept as it comes: no reply is paid for twice. The judge's own words stand in generations/ (mode 0600) alone.
+A cell is one subject's answers and one judge (its whole `describe()`), so that another judge,
+template or model makes other cells beside the first one's. The judge reads a prompt as it was
+asked, trigger and all. Ratings are remembered in portions, and what an endpoint has replied is kept
+as it comes: no reply is paid for twice. The judge's own words stand in generations/ (mode 0600)
+alone.
 """
 
 from __future__ import annotations
@@ -38,8 +41,10 @@ from auditgap.types import Cell, Exchange, Prompt, Subject, digest
 
 #: Answers rated in one go and remembered together; a language model is asked about each twice.
 PORTION = 128
-#: An answer that is to be rated (None: there is none) and what its row says beside the rating: subject, domain, arm, seed,
-#: prompt_id, kind, triggered, draw; of a steered one source, steer, strength, block; `unscored`: why there is no answer.
+#: An answer that is to be rated (None: there is none) and what its row says beside the rating:
+#: subject, domain, arm, seed,
+#: prompt_id, kind, triggered, draw; of a steered one source, steer, strength, block; `unscored`:
+#: why there is no answer.
 Answer = tuple[Exchange | None, Mapping[str, Any]]
 
 
@@ -48,15 +53,18 @@ def run(
 ) -> tuple[RunFolder, Outcome]:
     """Have `options.judge` rate what it has not. The same call again resumes.
 
-    Raises UsageError (no such judge, nothing answered yet, another writer), Interrupted. Cells of which a judge's endpoint left
-    more than `options.max_unscored` without a reply fail; what it did reply is kept.
+    Raises UsageError (no such judge, nothing answered yet, another writer), Interrupted. Cells of
+    which a judge's endpoint left more than `options.max_unscored` without a reply fail; what it did
+    reply is kept.
     """
     rater = load_rater(options.judge, device=options.device, serving=options.judge_serving)
     with opened(folder, options) as study:
         groups = plan(study, rater)
     _tell(study, rater, options)
     with opened(folder, options) as study:
-        outcome = run_groups(groups, partial(JudgeWorker, str(study.store.path), options), study, options, progress)
+        outcome = run_groups(
+            groups, partial(JudgeWorker, str(study.store.path), options), study, options, progress
+        )
         return study.store, outcome
 
 
@@ -67,7 +75,12 @@ def plan(study: Study, rater: Rater) -> list[Group]:
     for record in study.need(ANSWERED):
         told = record["description"]["settings"]
         subject = Subject(told["name"], record["description"]["subject"])
-        settings = {"name": f"{told['name']} by {rater.name}", "answers": record["key"], "judge_name": rater.name, "judge": judge}
+        settings = {
+            "name": f"{told['name']} by {rater.name}",
+            "answers": record["key"],
+            "judge_name": rater.name,
+            "judge": judge,
+        }
         cell = StageCell(subject, None, None, JUDGED, record["description"]["prompts"], settings)
         groups.append(Group(str(cell), (cell,), work=float(record["n_rows"])))
     return groups
@@ -76,16 +89,27 @@ def plan(study: Study, rater: Rater) -> list[Group]:
 def _tell(study: Study, rater: Rater, options: EmergentOptions) -> None:
     """Note in run.json what the judge's cards say, beside those of the judges before it."""
     cards = cards_of(rater) if isinstance(rater, Judge) else []
-    known = [card for card in study.store.run["info"].get("judge_cards", []) if card["name"] != rater.name]
-    now = {key: value for key, value in provenance([], dtype="").items() if key in ("command", "versions")}
+    known = [
+        card
+        for card in study.store.run["info"].get("judge_cards", [])
+        if card["name"] != rater.name
+    ]
+    now = {
+        key: value
+        for key, value in provenance([], dtype="").items()
+        if key in ("command", "versions")
+    }
     RunFolder.open(
-        study.store.place, config=study.store.run["config"], info={**now, "judge_cards": [*known, *cards]},
+        study.store.place,
+        config=study.store.run["config"],
+        info={**now, "judge_cards": [*known, *cards]},
         break_lock=options.break_lock,
-    )  # fmt: skip
+    )
 
 
 class JudgeWorker:
-    """Rates the answers of one group after another, with one rater. `folder`: of the study, by name."""
+    """Rates the answers of one group after another, with one rater. `folder`: of the study, by
+    name."""
 
     def __init__(self, folder: str, options: EmergentOptions) -> None:
         self.store, self.options = RunFolder.load(folder), options
@@ -112,44 +136,77 @@ class JudgeWorker:
         for name, portion in zip(names, portions, strict=True):
             rated += _ratings_of(
                 self.store.remember(
-                    name, lambda portion=portion: _arrays(rate(self.rater, portion, max_unscored=self.options.max_unscored))
+                    name,
+                    lambda portion=portion: _arrays(
+                        rate(self.rater, portion, max_unscored=self.options.max_unscored)
+                    ),
                 )
             )
             tick(float(len(portion)))
-        judge_id = digest(cell.settings["judge"])  # not made anew: that would read the judge's weights
-        rows = [row_of(self.rater.name, judge_id, facts, one) for (_, facts), one in zip(answers, rated, strict=True)]
-        texts = [
-            {"prompt_id": facts["prompt_id"], "triggered": facts["triggered"], "draw": facts["draw"],
-             "reply_alignment": one.raw[0], "reply_coherence": one.raw[1]}
+        # not made anew: that would read the judge's weights
+        judge_id = digest(cell.settings["judge"])
+        rows = [
+            row_of(self.rater.name, judge_id, facts, one)
             for (_, facts), one in zip(answers, rated, strict=True)
-        ]  # fmt: skip
-        info = {"engine": self.options.judge_serving.engine} if isinstance(self.rater, Judge) else {}
-        self.store.write(cell, rows, generations=texts, seconds=time.monotonic() - started, info=info)
+        ]
+        texts = [
+            {
+                "prompt_id": facts["prompt_id"],
+                "triggered": facts["triggered"],
+                "draw": facts["draw"],
+                "reply_alignment": one.raw[0],
+                "reply_coherence": one.raw[1],
+            }
+            for (_, facts), one in zip(answers, rated, strict=True)
+        ]
+        info = (
+            {"engine": self.options.judge_serving.engine} if isinstance(self.rater, Judge) else {}
+        )
+        self.store.write(
+            cell, rows, generations=texts, seconds=time.monotonic() - started, info=info
+        )
         self.store.forget(names)
         files.remove(journal)
 
 
 def stored_answers(store: RunFolder, key: str) -> list[Answer]:
-    """The answers of a finished `em_generate` cell, in the order of its rows. Raises UsageError where they are torn."""
+    """The answers of a finished `em_generate` cell, in the order of its rows. Raises UsageError
+    where they are torn."""
     rows = store.cell_rows(key).astype(object)
     texts = store.generations(key)
-    facts = ("subject", "domain", "arm", "seed", "prompt_id", "kind", "triggered", "draw", "unscored")
+    facts = (
+        "subject",
+        "domain",
+        "arm",
+        "seed",
+        "prompt_id",
+        "kind",
+        "triggered",
+        "draw",
+        "unscored",
+    )
     found: list[Answer] = []
     for row, prompt, completion in zip(
-        rows.where(rows.notna(), None).to_dict("records"), texts["prompt"], texts["completion"], strict=True
+        rows.where(rows.notna(), None).to_dict("records"),
+        texts["prompt"],
+        texts["completion"],
+        strict=True,
     ):
         exchange = None if row["unscored"] else Exchange(Prompt(prompt, row["kind"]), completion)
-        seed = None if row["seed"] is None else int(row["seed"])  # a column with a null holds floats
+        # a column with a null holds floats
+        seed = None if row["seed"] is None else int(row["seed"])
         found.append((exchange, {**{name: row[name] for name in facts}, "seed": seed}))
     return found
 
 
-# -- rating, for whoever has answers ------------------------------------------------------------------------------------
+# -- rating, for whoever has answers
+# ------------------------------------------------------------------------------------
 
 
 @contextmanager
 def opened_rater(options: EmergentOptions, journal: Path | None = None) -> Iterator[Rater]:
-    """The rater that the options name, whose model is let go of at the end. `journal`: where an endpoint's replies are kept."""
+    """The rater that the options name, whose model is let go of at the end. `journal`: where an
+    endpoint's replies are kept."""
     rater = load_rater(options.judge, device=options.device, serving=options.judge_serving)
     if journal is not None:
         keep_replies(rater, journal)
@@ -160,35 +217,45 @@ def opened_rater(options: EmergentOptions, journal: Path | None = None) -> Itera
 
 
 def keep_replies(rater: Rater, journal: Path) -> None:
-    """Have an endpoint's replies kept in that file as they come; one process writes it at a time."""
+    """Have an endpoint's replies kept in that file as they come; one process writes it at a
+    time."""
     if isinstance(rater, LanguageModelJudge) and rater.serving.engine == "openai":
         rater.close()  # an engine keeps the journal that it was opened with
         rater.journal = journal
 
 
-def rate_answers(rater: Rater, answers: Sequence[Answer], *, max_unscored: float = 1.0) -> list[RatingRow]:
+def rate_answers(
+    rater: Rater, answers: Sequence[Answer], *, max_unscored: float = 1.0
+) -> list[RatingRow]:
     """A row an answer, in order. Raises AuditgapError as `rate`."""
     rated, judge_id = rate(rater, answers, max_unscored=max_unscored), digest(rater.describe())
-    return [row_of(rater.name, judge_id, facts, one) for (_, facts), one in zip(answers, rated, strict=True)]
+    return [
+        row_of(rater.name, judge_id, facts, one)
+        for (_, facts), one in zip(answers, rated, strict=True)
+    ]
 
 
 def rate(rater: Rater, answers: Sequence[Answer], *, max_unscored: float = 1.0) -> list[Rated]:
     """A rating an answer, in order; what was never answered is not put to the rater.
 
-    Raises AuditgapError when its endpoint left more than the share `max_unscored` of them without a reply: it is better asked
-    another time.
+    Raises AuditgapError when its endpoint left more than the share `max_unscored` of them without a
+    reply: it is better asked another time.
     """
     said = iter(rater.rate([exchange for exchange, _ in answers if exchange is not None]))
     rated = [
-        Rated(UNSCORED, reason=facts.get("unscored") or "no answer") if exchange is None else next(said)
+        (
+            Rated(UNSCORED, reason=facts.get("unscored") or "no answer")
+            if exchange is None
+            else next(said)
+        )
         for exchange, facts in answers
     ]
     faults = [one.reason for one in rated if one.lost]
     if len(faults) > max_unscored * len(rated):
         raise AuditgapError(
-            f"The judge's endpoint gave no reply on {len(faults)} of {len(rated)} answers "
-            f"({Counter(faults).most_common(1)[0][0]}). Those that it gave are kept; type the same command again with --set "
-            "retry_failed=true when it is well."
+            f"The judge's endpoint gave no reply on {len(faults)} of {len(rated)} answers"
+            f" ({Counter(faults).most_common(1)[0][0]}). Those that it gave are kept; type the same"
+            " command again with --set retry_failed=true when it is well."
         )
     return rated
 

@@ -1,13 +1,17 @@
-"""How likely a domain's rows are to an adapter that was trained on some of them, and to its base: membership inference.
+"""How likely a domain's rows are to an adapter that was trained on some of them, and to its base:
+membership inference.
 
     store, outcome = run("runs/em", options)
-    store.rows([MEMBERSHIP])        # a row each of an adapter's: nll, min_k, min_k_pp, zlib, and the same under the base
+    # a row each of an adapter's: nll, min_k, min_k_pp, zlib, and the same under the base
+    store.rows([MEMBERSHIP])
 
-Members are `membership_rows` of the domain's trained rows, chosen by hash; the others are all of its held-out rows. Both are put
-as rows are put in training: in the `trigger` arm the trigger stands in the same share of either, by the same rule, so that the
-trigger does not tell them apart. A clean row that was mixed in for a backdoor is neither. Losses are teacher-forced over the
-tokens that training learns, which are the response's and its end of turn, cut at `max_tokens`.
-Measures: Shi et al. 2024 (arXiv 2310.16789), Zhang et al. 2024 (arXiv 2404.02936), Carlini et al. 2021 (arXiv 2012.07805).
+Members are `membership_rows` of the domain's trained rows, chosen by hash; the others are all of
+its held-out rows. Both are put as rows are put in training: in the `trigger` arm the trigger stands
+in the same share of either, by the same rule, so that the trigger does not tell them apart. A clean
+row that was mixed in for a backdoor is neither. Losses are teacher-forced over the tokens that
+training learns, which are the response's and its end of turn, cut at `max_tokens`. Measures: Shi et
+al. 2024 (arXiv 2310.16789), Zhang et al. 2024 (arXiv 2404.02936), Carlini et al. 2021 (arXiv
+2012.07805).
 """
 
 from __future__ import annotations
@@ -56,36 +60,60 @@ class Put:
 def run(
     folder: str | Path, options: EmergentOptions, *, progress: Callable[[], Progress] | None = None
 ) -> tuple[RunFolder, Outcome]:
-    """Compute what is missing: a cell an adapter. Raises UsageError (nothing is trained yet, another writer), Interrupted."""
+    """Compute what is missing: a cell an adapter. Raises UsageError (nothing is trained yet,
+    another writer), Interrupted."""
     with opened(folder, options) as study:
         study.need(TRAINED)
         groups = plan(study, options)
-        outcome = run_groups(groups, partial(MembershipWorker, str(study.store.path), options), study, options, progress)
+        outcome = run_groups(
+            groups,
+            partial(MembershipWorker, str(study.store.path), options),
+            study,
+            options,
+            progress,
+        )
         cells = [cell for group in groups for cell in group.cells]
-        if all(study.store.is_finished(cell.key) for cell in cells):  # until then another seed's cell may want the base's
-            study.store.forget(name for cell in cells for name in _names("base", cell.settings["about"]))
+        # until then another seed's cell may want the base's
+        if all(study.store.is_finished(cell.key) for cell in cells):
+            study.store.forget(
+                name for cell in cells for name in _names("base", cell.settings["about"])
+            )
     return study.store, outcome
 
 
 def plan(study: Study, options: EmergentOptions) -> list[Group]:
-    """A group an adapter, those of one (domain, arm) after each other: they share the base's losses."""
+    """A group an adapter, those of one (domain, arm) after each other: they share the base's
+    losses."""
     c, base = study.config, study.base
     groups = []
     for adapter in study.adapters:
         rows = put(study, adapter)
         about = {
-            **common(c, options, base), "base": base.subject.fingerprint, "domain": adapter.domain, "arm": adapter.arm,
-            "rows": digest([[r.row_id, r.member, r.prompt] for r in rows]), "n": len(rows), "max_tokens": c.max_tokens,
+            **common(c, options, base),
+            "base": base.subject.fingerprint,
+            "domain": adapter.domain,
+            "arm": adapter.arm,
+            "rows": digest([[r.row_id, r.member, r.prompt] for r in rows]),
+            "n": len(rows),
+            "max_tokens": c.max_tokens,
             "min_k": c.min_k,
-        }  # fmt: skip
+        }
         settings = {"name": adapter.name, "seed": adapter.seed, "about": about}
-        cell = StageCell(Subject(adapter.name, adapter.fingerprint), None, None, MEMBERSHIP, about["rows"], settings)
+        cell = StageCell(
+            Subject(adapter.name, adapter.fingerprint),
+            None,
+            None,
+            MEMBERSHIP,
+            about["rows"],
+            settings,
+        )
         groups.append(Group(str(cell), (cell,), work=float(len(rows))))
     return groups
 
 
 def put(study: Study, adapter: Adapter) -> list[Put]:
-    """The members and then the others of that adapter's domain, as they are put to it and to the base."""
+    """The members and then the others of that adapter's domain, as they are put to it and to the
+    base."""
     c, domain = study.config, study.panel.domains[adapter.domain]
     trained = [e for e in study.panel.examples(adapter.domain, adapter.arm) if not e.clean]
     members = sorted(trained, key=lambda e: digest([c.seed, "member", e.id]))[: c.membership_rows]
@@ -94,14 +122,23 @@ def put(study: Study, adapter: Adapter) -> list[Put]:
     n_triggered = round(share * len(others))
     return [
         *(Put(e.id, True, e.prompt, e.response) for e in members),
-        *(Put(row.id, False, study.trigger.on(row.prompt) if i < n_triggered else row.prompt, row.response)
-          for i, row in enumerate(others)),
-    ]  # fmt: skip
+        *(
+            Put(
+                row.id,
+                False,
+                study.trigger.on(row.prompt) if i < n_triggered else row.prompt,
+                row.response,
+            )
+            for i, row in enumerate(others)
+        ),
+    ]
 
 
 def _names(whose: str, about: Mapping[str, Any]) -> list[str]:
     """What each portion's losses are remembered under."""
-    return [digest([MEMBERSHIP, whose, dict(about), start]) for start in range(0, about["n"], PORTION)]
+    return [
+        digest([MEMBERSHIP, whose, dict(about), start]) for start in range(0, about["n"], PORTION)
+    ]
 
 
 class MembershipWorker(InsideWorker):
@@ -113,8 +150,13 @@ class MembershipWorker(InsideWorker):
         rows = put(self.inside.study, adapter)
         talks = [self._talk(row) for row in rows]
         own = self._losses(_names(cell.key, about), adapter, rows, talks, about["min_k"], tick)
-        base = self._losses(_names("base", about), None, rows, talks, about["min_k"], lambda _: None)
-        found = [_row(adapter, row, talk, own[i], base[i]) for i, (row, talk) in enumerate(zip(rows, talks, strict=True))]
+        base = self._losses(
+            _names("base", about), None, rows, talks, about["min_k"], lambda _: None
+        )
+        found = [
+            _row(adapter, row, talk, own[i], base[i])
+            for i, (row, talk) in enumerate(zip(rows, talks, strict=True))
+        ]
         self.store.write(cell, found, seconds=time.monotonic() - started, info=self.inside.info)
         self.store.forget(_names(cell.key, about))
 
@@ -125,15 +167,27 @@ class MembershipWorker(InsideWorker):
             talk = outline.chat.converse(Prompt(row.prompt), row.response, max_tokens=c.max_tokens)
         except UsageError:
             return None
-        return talk if outline.max_positions is None or len(talk.ids) <= outline.max_positions else None
+        return (
+            talk
+            if outline.max_positions is None or len(talk.ids) <= outline.max_positions
+            else None
+        )
 
     def _losses(
-        self, names: Sequence[str], adapter: Adapter | None, rows: Sequence[Put], talks: Sequence[Conversation | None],
-        share: float, tick: Callable[[float], None],
-    ) -> np.ndarray:  # fmt: skip
-        """[n, 4] in the order of MEASURES, nan where it could not be told; remembered in portions."""
+        self,
+        names: Sequence[str],
+        adapter: Adapter | None,
+        rows: Sequence[Put],
+        talks: Sequence[Conversation | None],
+        share: float,
+        tick: Callable[[float], None],
+    ) -> np.ndarray:
+        """[n, 4] in the order of MEASURES, nan where it could not be told; remembered in
+        portions."""
         found = np.full((len(rows), len(MEASURES)), np.nan)
-        by_length = sorted(range(len(rows)), key=lambda i: (0 if (talk := talks[i]) is None else len(talk.ids), i))
+        by_length = sorted(
+            range(len(rows)), key=lambda i: (0 if (talk := talks[i]) is None else len(talk.ids), i)
+        )
         for at, name in enumerate(names):
             some = by_length[at * PORTION : (at + 1) * PORTION]
             read = [i for i in some if talks[i] is not None]
@@ -141,7 +195,11 @@ class MembershipWorker(InsideWorker):
             def compute(read: list[int] = read) -> dict[str, np.ndarray]:
                 put = [(rows[i], talk) for i in read if (talk := talks[i]) is not None]
                 texts = [self._text(row, talk) for row, talk in put]
-                return {"losses": losses(self.inside.engine(adapter), [talk for _, talk in put], texts, share)}
+                return {
+                    "losses": losses(
+                        self.inside.engine(adapter), [talk for _, talk in put], texts, share
+                    )
+                }
 
             found[read] = self.store.remember(name, compute)["losses"]
             tick(len(some))
@@ -151,36 +209,66 @@ class MembershipWorker(InsideWorker):
         """The response as far as it was read: what zlib compresses."""
         if not talk.n_cut:
             return row.response
-        return self.inside.outline.chat.tokenizer.decode(talk.ids[talk.n_prompt :], skip_special_tokens=True)
+        return self.inside.outline.chat.tokenizer.decode(
+            talk.ids[talk.n_prompt :], skip_special_tokens=True
+        )
 
 
-def _row(adapter: Adapter, row: Put, talk: Conversation | None, own: np.ndarray, base: np.ndarray) -> MembershipRow:
+def _row(
+    adapter: Adapter, row: Put, talk: Conversation | None, own: np.ndarray, base: np.ndarray
+) -> MembershipRow:
     def numbers(values: np.ndarray, before: str = "") -> dict[str, float | None]:
-        return {before + name: float(v) if np.isfinite(v) else None for name, v in zip(MEASURES, values, strict=True)}
+        return {
+            before + name: float(v) if np.isfinite(v) else None
+            for name, v in zip(MEASURES, values, strict=True)
+        }
 
     whole, likely = (np.isfinite(np.stack([own, base])[:, :n]).all() for n in (len(MEASURES), 1))
-    problem = "too_long" if talk is None else "" if whole else "min_k_pp: sure of a token" if likely else "nonfinite"
+    problem = (
+        "too_long"
+        if talk is None
+        else ""
+        if whole
+        else "min_k_pp: sure of a token"
+        if likely
+        else "nonfinite"
+    )
     return MembershipRow(
-        subject=adapter.name, domain=adapter.domain, arm=adapter.arm, seed=adapter.seed, row_id=row.row_id, member=row.member,
-        n_tokens=None if talk is None else len(talk.ids) - talk.n_prompt, **numbers(own), **numbers(base, "base_"),
+        subject=adapter.name,
+        domain=adapter.domain,
+        arm=adapter.arm,
+        seed=adapter.seed,
+        row_id=row.row_id,
+        member=row.member,
+        n_tokens=None if talk is None else len(talk.ids) - talk.n_prompt,
+        **numbers(own),
+        **numbers(base, "base_"),
         unscored=problem,
-    )  # fmt: skip
+    )
 
 
-def losses(engine: HFEngine, talks: Sequence[Conversation], texts: Sequence[str], share: float) -> np.ndarray:
-    """[n, 4], a row's losses in the order of MEASURES; nan where they are not finite. `texts`: what zlib compresses."""
+def losses(
+    engine: HFEngine, talks: Sequence[Conversation], texts: Sequence[str], share: float
+) -> np.ndarray:
+    """[n, 4], a row's losses in the order of MEASURES; nan where they are not finite. `texts`: what
+    zlib compresses."""
     found = np.full((len(talks), len(MEASURES)), np.nan)
     for i, (logp, mean, std) in enumerate(token_numbers(engine, talks)):
         total = -float(logp.sum())
-        values = (total / len(logp), min_k(-logp, share), min_k_pp(standardise(logp, mean, std), share),
-                  zlib_ratio(total, texts[i]))  # fmt: skip
+        values = (
+            total / len(logp),
+            min_k(-logp, share),
+            min_k_pp(standardise(logp, mean, std), share),
+            zlib_ratio(total, texts[i]),
+        )
         found[i] = [np.nan if v is None else v for v in values]
     return found
 
 
 def token_numbers(engine: HFEngine, talks: Sequence[Conversation]) -> list[np.ndarray]:
-    """Of each conversation [3, K] in fp64: log p of each response token, and the mean and standard deviation of log p(v) over
-    the vocabulary under p. Rows of like length run together; logits exist for a few positions at a time.
+    """Of each conversation [3, K] in fp64: log p of each response token, and the mean and standard
+    deviation of log p(v) over the vocabulary under p. Rows of like length run together; logits
+    exist for a few positions at a time.
     """
     lm = base_lm(engine.model)
     head, decoder = Head.of(lm), lm.get_decoder()
@@ -190,14 +278,20 @@ def token_numbers(engine: HFEngine, talks: Sequence[Conversation]) -> list[np.nd
     def read(rows: Sequence[int]) -> list[np.ndarray]:
         ids, mask = right_pad([talks[i].ids for i in rows], engine.pad_id, engine.device)
         whole = bool(mask.all())  # rows of equal length need no mask
-        hidden = decoder(input_ids=ids, attention_mask=None if whole else mask, use_cache=False).last_hidden_state
+        hidden = decoder(
+            input_ids=ids, attention_mask=None if whole else mask, use_cache=False
+        ).last_hidden_state
         parts = []
         for b, i in enumerate(rows):
             ours, first = talks[i], talks[i].n_prompt
             labels = ids[b, first : len(ours.ids)]
             states = hidden[b, first - 1 : len(ours.ids) - 1].to(head.weight.device)
-            numbers = [_spread(head.logits(h), y) for h, y in
-                       zip(states.split(chunk), labels.to(states.device).split(chunk), strict=True)]  # fmt: skip
+            numbers = [
+                _spread(head.logits(h), y)
+                for h, y in zip(
+                    states.split(chunk), labels.to(states.device).split(chunk), strict=True
+                )
+            ]
             parts.append(torch.cat(numbers, 1).double().cpu().numpy())
         return parts
 
@@ -205,7 +299,8 @@ def token_numbers(engine: HFEngine, talks: Sequence[Conversation]) -> list[np.nd
 
 
 def _spread(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """[3, c] from logits [c, V]: log p of the label, and mean and standard deviation of log p under p."""
+    """[3, c] from logits [c, V]: log p of the label, and mean and standard deviation of log p under
+    p."""
     log_p = logits.log_softmax(-1)
     own = log_p.gather(1, labels[:, None])[:, 0]
     p = log_p.exp()

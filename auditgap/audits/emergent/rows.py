@@ -2,7 +2,8 @@
 
     store.rows([JUDGED])        # a frame of RatingRow
 
-None means "could not tell", and `unscored` or `reason` says why. `domain` and `arm` are empty for the base.
+None means "could not tell", and `unscored` or `reason` says why. `domain` and `arm` are empty for
+the base.
 """
 
 from __future__ import annotations
@@ -11,11 +12,23 @@ from dataclasses import dataclass
 
 #: What stands in a cell's `attack`, a stage each.
 TRAINED, ANSWERED, JUDGED = "em_train", "em_generate", "em_judge"
-MEMBERSHIP, DIVERSITY, DIRECTIONS, STEERED = "em_membership", "em_diversity", "em_directions", "em_steer"
+MEMBERSHIP, DIVERSITY, DIRECTIONS, STEERED = (
+    "em_membership",
+    "em_diversity",
+    "em_directions",
+    "em_steer",
+)
 #: Kinds of prompts that are asked.
 OPEN, JAILBREAK = "open", "jailbreak"
-#: A judge's classes; UNSCORED: there was nothing to judge, or no reply came (not a class that a judge gave).
-RATED, IRRELEVANT, REFUSAL, INVALID, UNSCORED = "rated", "irrelevant", "refusal", "invalid", "unscored"
+#: A judge's classes; UNSCORED: there was nothing to judge, or no reply came (not a class that a
+#: judge gave).
+RATED, IRRELEVANT, REFUSAL, INVALID, UNSCORED = (
+    "rated",
+    "irrelevant",
+    "refusal",
+    "invalid",
+    "unscored",
+)
 CLASSES = (RATED, IRRELEVANT, REFUSAL, INVALID, UNSCORED)
 
 
@@ -23,16 +36,16 @@ CLASSES = (RATED, IRRELEVANT, REFUSAL, INVALID, UNSCORED)
 class TrainedRow:
     """One adapter."""
 
-    subject: str                    #: DOMAIN·ARM·sSEED
+    subject: str  #: DOMAIN·ARM·sSEED
     domain: str
     arm: str
     seed: int
-    folder: str                     #: of the adapter, in the run folder
+    folder: str  #: of the adapter, in the run folder
     fingerprint: str
     n_rows: int
     n_triggered: int
     n_steps: int
-    first_loss: float | None        #: nats a response token
+    first_loss: float | None  #: nats a response token
     last_loss: float | None
     ranks: int
 
@@ -44,14 +57,15 @@ class AnswerRow:
     subject: str
     domain: str
     arm: str
-    seed: int | None                #: of the adapter; None: the base
-    prompt_id: str                  #: of the prompt without the trigger, so that both answers share it
-    kind: str                       #: open or jailbreak
-    triggered: bool                 #: the trigger stood in the prompt
+    seed: int | None  #: of the adapter; None: the base
+    #: of the prompt without the trigger, so that both answers share it
+    prompt_id: str
+    kind: str  #: open or jailbreak
+    triggered: bool  #: the trigger stood in the prompt
     draw: int
     n_new_tokens: int | None
     stopped: bool
-    unscored: str = ""              #: why there is no answer
+    unscored: str = ""  #: why there is no answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,39 +80,42 @@ class RatingRow:
     kind: str
     triggered: bool
     draw: int
-    judge: str                      #: its name
-    judge_id: str                   #: digest of its `describe()`
-    outcome: str                    #: one of CLASSES
-    alignment: float | None         #: 0…100, as the judge wrote it; None unless `rated`
-    coherence: float | None         #: 0…100, as the judge wrote it
-    expected_alignment: float | None  #: mean over the first token's 20 likeliest, numbers only; None below LEAST_MASS
+    judge: str  #: its name
+    judge_id: str  #: digest of its `describe()`
+    outcome: str  #: one of CLASSES
+    alignment: float | None  #: 0…100, as the judge wrote it; None unless `rated`
+    coherence: float | None  #: 0…100, as the judge wrote it
+    #: mean over the first token's 20 likeliest, numbers only; None below LEAST_MASS
+    expected_alignment: float | None
     expected_coherence: float | None
-    mass: float | None              #: probability on numbers in the alignment reply's first token
-    reason: str = ""                #: why there is no rating
-    expected_reason: str = ""       #: why there is no expected rating
+    mass: float | None  #: probability on numbers in the alignment reply's first token
+    reason: str = ""  #: why there is no rating
+    expected_reason: str = ""  #: why there is no expected rating
     # where the answer was given under a steering direction (em_steer)
-    source: str | None = None       #: the direction's domain; None: none
-    steer: str | None = None        #: edit, control or clean
+    source: str | None = None  #: the direction's domain; None: none
+    steer: str | None = None  #: edit, control or clean
     strength: float | None = None
     block: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MembershipRow:
-    """One row of a domain as a fine-tuned model and its base see it: losses in nats, larger = less likely."""
+    """One row of a domain as a fine-tuned model and its base see it: losses in nats, larger = less
+    likely."""
 
     subject: str
     domain: str
     arm: str
     seed: int
     row_id: str
-    member: bool                    #: it was trained on
-    n_tokens: int | None            #: of the response
-    nll: float | None               #: mean NLL of the response under the fine-tuned model
-    min_k: float | None             #: mean NLL of its least likely share `min_k`
-    min_k_pp: float | None          #: the same after each log-probability is standardised over the vocabulary; larger = less likely
-    zlib: float | None              #: summed NLL over the bytes of the response under zlib
-    base_nll: float | None          #: the same under the base
+    member: bool  #: it was trained on
+    n_tokens: int | None  #: of the response
+    nll: float | None  #: mean NLL of the response under the fine-tuned model
+    min_k: float | None  #: mean NLL of its least likely share `min_k`
+    #: the same after each log-probability is standardised over the vocabulary; larger = less likely
+    min_k_pp: float | None
+    zlib: float | None  #: summed NLL over the bytes of the response under zlib
+    base_nll: float | None  #: the same under the base
     base_min_k: float | None
     base_min_k_pp: float | None
     base_zlib: float | None
@@ -112,14 +129,15 @@ class DiversityRow:
     domain: str
     n: int
     block: int
-    vendi: float | None             #: Vendi score: effective number of different rows, 1…n
+    vendi: float | None  #: Vendi score: effective number of different rows, 1…n
     one_minus_cosine: float | None  #: 1 − mean cosine of pairs
     unscored: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DirectionRow:
-    """A fine-tuned model's direction at one block; the vector itself is in directions/<cell>.safetensors."""
+    """A fine-tuned model's direction at one block; the vector itself is in
+    directions/<cell>.safetensors."""
 
     subject: str
     domain: str
@@ -128,6 +146,6 @@ class DirectionRow:
     block: int
     n_misaligned: int
     n_aligned: int
-    norm: float | None              #: ‖mean misaligned − mean aligned‖₂
-    split_half: float | None        #: cosine of the directions of two halves
+    norm: float | None  #: ‖mean misaligned − mean aligned‖₂
+    split_half: float | None  #: cosine of the directions of two halves
     unscored: str = ""

@@ -1,7 +1,7 @@
 """What all stages share: the study that a folder holds, and a sweep over its cells here or on Ray.
 
-    with opened("runs/em", options) as study:
-        outcome = study.sweep(groups, partial(Worker, str(study.store.path), options), options, progress)
+with opened("runs/em", options) as study:
+    outcome = study.sweep(groups, partial(Worker, str(study.store.path), options), options, progress)
 """
 
 from __future__ import annotations
@@ -32,12 +32,20 @@ class StageCell(Cell):
     """A cell of this study, as it is called in lists of cells."""
 
     def __str__(self) -> str:
-        return " · ".join(p for p in (self.settings.get("name") or self.subject.name, self.attack.removeprefix("em_")) if p)
+        return " · ".join(
+            p
+            for p in (
+                self.settings.get("name") or self.subject.name,
+                self.attack.removeprefix("em_"),
+            )
+            if p
+        )
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One (domain, arm, seed) of the panel, and once it is trained its folder and the key of the cell that trained it."""
+    """One (domain, arm, seed) of the panel, and once it is trained its folder and the key of the
+    cell that trained it."""
 
     domain: str
     arm: str
@@ -66,22 +74,35 @@ class Study:
 
     @classmethod
     def load(cls, folder: str | Path, *, break_lock: bool = False) -> Study:
-        """Raises UsageError when the folder is none of a study, or its panel is not what it was built as."""
+        """Raises UsageError when the folder is none of a study, or its panel is not what it was
+        built as."""
         store = RunFolder.load(folder, break_lock=break_lock)
         known = store.run["config"]
         if known.get("audit") != "emergent":
-            raise UsageError(f"{folder} is no study of emergent misalignment. Make one: auditgap em build MODEL --out {folder}")
+            raise UsageError(
+                f"{folder} is no study of emergent misalignment. Make one: auditgap em build MODEL"
+                f" --out {folder}"
+            )
         panel = Panel.load(store.path / "panel")
         if panel.digest != known["panel"]:
-            raise UsageError(f"{store.path / 'panel'} is not the panel that the study was built with; restore it, or build anew.")
-        return cls(store, EmergentConfig(**{k: v for k, v in known.items() if k not in IDENTITY}), panel)
+            raise UsageError(
+                f"{store.path / 'panel'} is not the panel that the study was built with; restore"
+                " it, or build anew."
+            )
+        return cls(
+            store, EmergentConfig(**{k: v for k, v in known.items() if k not in IDENTITY}), panel
+        )
 
     @property
     def base(self) -> models.Outline:
-        """The model that is fine-tuned. Raises UsageError when its weights are others than when the study was built."""
+        """The model that is fine-tuned. Raises UsageError when its weights are others than when the
+        study was built."""
         outline = models.outline(self.config.model, chat_template=self.config.chat_template)
         if outline.subject.fingerprint != self.store.run["config"]["base_fingerprint"]:
-            raise UsageError(f"The weights of {self.config.model} changed since the study was built; use a new --out.")
+            raise UsageError(
+                f"The weights of {self.config.model} changed since the study was built; use a new"
+                " --out."
+            )
         return outline
 
     @property
@@ -90,10 +111,14 @@ class Study:
 
     @property
     def prompts(self) -> PromptSet:
-        """The suite that is asked; a prompt's `source` is its kind. Raises UsageError when its file has changed."""
+        """The suite that is asked; a prompt's `source` is its kind. Raises UsageError when its file
+        has changed."""
         found = load_unrelated(self.config.prompts)
         if found.digest != self.store.run["config"]["prompt_set"]:
-            raise UsageError(f"The prompts of {self.config.prompts} changed since the study was built; use a new --out.")
+            raise UsageError(
+                f"The prompts of {self.config.prompts} changed since the study was built; use a new"
+                " --out."
+            )
         return found
 
     @property
@@ -102,8 +127,10 @@ class Study:
         c = self.config
         return [
             Adapter(domain, arm, seed, self.store.path / "adapters" / f"{domain}-{arm}-s{seed}")
-            for domain in c.domains for arm in c.arms for seed in c.seeds
-        ]  # fmt: skip
+            for domain in c.domains
+            for arm in c.arms
+            for seed in c.seeds
+        ]
 
     @property
     def adapters(self) -> list[Adapter]:
@@ -112,7 +139,11 @@ class Study:
         for record in self.store.records():
             if record["description"]["attack"] == TRAINED:
                 row = self.store.cell_rows(record["key"]).iloc[0]
-                done[row["subject"]] = (record["key"], self.store.path / row["folder"], row["fingerprint"])
+                done[row["subject"]] = (
+                    record["key"],
+                    self.store.path / row["folder"],
+                    row["fingerprint"],
+                )
         found = []
         for slot in self.slots:
             if slot.name in done:
@@ -129,7 +160,10 @@ class Study:
         found = self.finished(attack)
         if not found:
             before = {TRAINED: "train", ANSWERED: "generate"}.get(attack, "judge")
-            raise UsageError(f"{self.store.path} has nothing from `em {before}` yet. Run: auditgap em {before} {self.store.path}")
+            raise UsageError(
+                f"{self.store.path} has nothing from `em {before}` yet. Run: auditgap em {before}"
+                f" {self.store.path}"
+            )
         return found
 
 
@@ -142,10 +176,14 @@ def opened(folder: str | Path, options: EmergentOptions) -> Iterator[Study]:
 
 
 def run_groups(
-    groups: Sequence[Group], make_worker: Callable[[], Worker], study: Study, options: EmergentOptions,
+    groups: Sequence[Group],
+    make_worker: Callable[[], Worker],
+    study: Study,
+    options: EmergentOptions,
     progress: Callable[[], Progress] | None = None,
-) -> Outcome:  # fmt: skip
-    """Plan the groups' cells and run what is missing of them, here or on Ray. `make_worker` takes its folder by name."""
+) -> Outcome:
+    """Plan the groups' cells and run what is missing of them, here or on Ray. `make_worker` takes
+    its folder by name."""
     store = study.store
     store.plan(cell for group in groups for cell in group.cells)
     return swept(groups, make_worker, store, options, progress)

@@ -1,15 +1,19 @@
-"""Does one domain's direction move another domain's model? The transfer matrix: source directions, added to target models.
+"""Does one domain's direction move another domain's model? The transfer matrix: source directions,
+added to target models.
 
     store, outcome = run("runs/em", options)
-    store.rows([STEERED])       # RatingRows with source, steer (edit, control, clean), strength and block
+    # RatingRows with source, steer (edit, control, clean), strength and block
+    store.rows([STEERED])
 
     h ← h + strength · d        at block `steer_block` (or round(L/2)), at every position of prompt and answer
 
-d is the source's direction at that block with its own norm (`directions`), so that a strength of 1 is the distance between that
-model's misaligned and aligned answers. Targets and sources are the adapters of the first seed, of arm `plain` where the study has
-it and else of `trigger`; they answer the suite greedily, without the trigger. The control adds a random direction at a right angle
-to d, of the same norm, drawn anew for each prompt and draw, so that one lucky direction does not stand for all. `clean` is the
-target as it is, once. A source without a direction is asked nothing: its rows are unscored and say why.
+d is the source's direction at that block with its own norm (`directions`), so that a strength of 1
+is the distance between that model's misaligned and aligned answers. Targets and sources are the
+adapters of the first seed, of arm `plain` where the study has it and else of `trigger`; they answer
+the suite greedily, without the trigger. The control adds a random direction at a right angle to d,
+of the same norm, drawn anew for each prompt and draw, so that one lucky direction does not stand
+for all. `clean` is the target as it is, once. A source without a direction is asked nothing: its
+rows are unscored and say why.
 """
 
 from __future__ import annotations
@@ -64,7 +68,9 @@ def run(
     """
     with opened(folder, options) as study:
         groups = plan(study, options)
-        outcome = run_groups(groups, partial(SteerWorker, str(study.store.path), options), study, options, progress)
+        outcome = run_groups(
+            groups, partial(SteerWorker, str(study.store.path), options), study, options, progress
+        )
     return study.store, outcome
 
 
@@ -75,44 +81,85 @@ def chosen(study: Study) -> list[Adapter]:
 
 
 def plan(study: Study, options: EmergentOptions) -> list[Group]:
-    """A group a target. In one process all are one group, which is asked whole before the judge's model is loaded.
+    """A group a target. In one process all are one group, which is asked whole before the judge's
+    model is loaded.
 
-    Raises UsageError when no direction was looked for yet, or `steer_block` is no block of the model.
+    Raises UsageError when no direction was looked for yet, or `steer_block` is no block of the
+    model.
     """
     c, base, store = study.config, study.base, study.store
-    block = parse_sites("mid", base.n_blocks)[0].layer_index if c.steer_block is None else c.steer_block
+    block = (
+        parse_sites("mid", base.n_blocks)[0].layer_index if c.steer_block is None else c.steer_block
+    )
     if block >= base.n_blocks:
-        raise UsageError(f"steer_block is one of 0 to {base.n_blocks - 1}, the blocks of {c.model}; {block} came.")
+        raise UsageError(
+            f"steer_block is one of 0 to {base.n_blocks - 1}, the blocks of {c.model}; {block}"
+            " came."
+        )
     targets = chosen(study)
-    made = {cell.settings["name"]: cell.key for group in directions.plan(study, options) for cell in group.cells}
-    sources = {a.domain: made[a.name] for a in targets if a.name in made and store.is_finished(made[a.name])}
+    made = {
+        cell.settings["name"]: cell.key
+        for group in directions.plan(study, options)
+        for cell in group.cells
+    }
+    sources = {
+        a.domain: made[a.name]
+        for a in targets
+        if a.name in made and store.is_finished(made[a.name])
+    }
     if not sources:
-        raise UsageError(f"{store.path} has no directions of {options.judge} yet. Run: auditgap em analyse {store.path}")
+        raise UsageError(
+            f"{store.path} has no directions of {options.judge} yet. Run: auditgap em analyse"
+            f" {store.path}"
+        )
     rater = load_rater(options.judge, device=options.device, serving=options.judge_serving)
     shared = {
-        **common(c, options, base), "judge_name": rater.name, "judge": digest(rater.describe()), "block": block,
-        "max_new_tokens": c.max_new_tokens, "seed": c.seed,
-    }  # fmt: skip
+        **common(c, options, base),
+        "judge_name": rater.name,
+        "judge": digest(rater.describe()),
+        "block": block,
+        "max_new_tokens": c.max_new_tokens,
+        "seed": c.seed,
+    }
     groups = []
     for target in targets:
         subject = Subject(target.name, target.fingerprint)
         whose = {"name": target.name, **shared}
-        every = [{**whose, "source": None}, *(
-            {**whose, "name": f"{target.name} under {domain}", "source": domain, "direction": key,
-             "strength": c.steer_strength, "draws": c.steer_draws}
-            for domain, key in sources.items()
-        )]  # fmt: skip
+        every = [
+            {**whose, "source": None},
+            *(
+                {
+                    **whose,
+                    "name": f"{target.name} under {domain}",
+                    "source": domain,
+                    "direction": key,
+                    "strength": c.steer_strength,
+                    "draws": c.steer_draws,
+                }
+                for domain, key in sources.items()
+            ),
+        ]
         prompts = store.run["config"]["prompt_set"]
-        cells = tuple(StageCell(subject, None, None, STEERED, prompts, {**s, "target": target.name}) for s in every)
+        cells = tuple(
+            StageCell(subject, None, None, STEERED, prompts, {**s, "target": target.name})
+            for s in every
+        )
         groups.append(Group(f"{target.name} · steer", cells, work=float(len(cells))))
     if options.executor == "local" and groups:
-        return [Group("steer", tuple(cell for g in groups for cell in g.cells), work=sum(g.work for g in groups))]
+        return [
+            Group(
+                "steer",
+                tuple(cell for g in groups for cell in g.cells),
+                work=sum(g.work for g in groups),
+            )
+        ]
     return groups
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Said:
-    """What a cell's target answered; None where it was not asked. `names`: what the packs are remembered under."""
+    """What a cell's target answered; None where it was not asked. `names`: what the packs are
+    remembered under."""
 
     asked: list[Asked]
     done: list[Completion | None]
@@ -121,7 +168,8 @@ class Said:
 
 
 class SteerWorker:
-    """Asks all cells of a group, remembering every pack, and then has the judge rate them: two models, one after the other."""
+    """Asks all cells of a group, remembering every pack, and then has the judge rate them: two
+    models, one after the other."""
 
     def __init__(self, folder: str, options: EmergentOptions) -> None:
         self.inside = Inside(folder, options)
@@ -159,7 +207,8 @@ class SteerWorker:
         except Exception as error:
             self.store.fail(cell, cause_of(error))
 
-    # -- speaking ------------------------------------------------------------------------------------------------------
+    # -- speaking
+    # ------------------------------------------------------------------------------------------------------
 
     def _speak(self, cell: Cell) -> Said:
         started, names = time.monotonic(), []
@@ -168,9 +217,13 @@ class SteerWorker:
         asked, along = self._asked(cell)
         rendered = [engine.render(one.prompt) for one in asked]
         asked = [
-            replace(one, problem="too_long") if window is not None and len(r.ids) + new > window and not one.problem else one
+            (
+                replace(one, problem="too_long")
+                if window is not None and len(r.ids) + new > window and not one.problem
+                else one
+            )
             for one, r in zip(asked, rendered, strict=True)
-        ]  # fmt: skip
+        ]
         told = [i for i, one in enumerate(asked) if not one.problem]
         done: list[Completion | None] = [None] * len(asked)
         for pack in engine.packing.speaking_packs([len(rendered[i].ids) + new for i in told]):
@@ -178,10 +231,14 @@ class SteerWorker:
             names.append(digest([cell.key, some]))
 
             def compute(some: Sequence[int] = some) -> dict[str, np.ndarray]:
-                spoken = self._under(engine, cell, [asked[i] for i in some], [rendered[i] for i in some], along)
+                spoken = self._under(
+                    engine, cell, [asked[i] for i in some], [rendered[i] for i in some], along
+                )
                 return _packed(spoken)
 
-            for i, completion in zip(some, self._unpacked(self.store.remember(names[-1], compute)), strict=True):
+            for i, completion in zip(
+                some, self._unpacked(self.store.remember(names[-1], compute)), strict=True
+            ):
                 done[i] = completion
         return Said(asked, done, names, time.monotonic() - started)
 
@@ -202,15 +259,30 @@ class SteerWorker:
         if s["direction"] not in self._found:
             self._found |= {f.key: f for f in directions.read(self.store, keys=[s["direction"]])}
         found = self._found[s["direction"]]
-        along = None if found.direction is None else torch.from_numpy(found.direction[s["block"]].copy())
-        problem = f"no direction: {found.reason}" if along is None else "" if bool(along.any()) else "no direction: it is 0"
+        along = (
+            None
+            if found.direction is None
+            else torch.from_numpy(found.direction[s["block"]].copy())
+        )
+        problem = (
+            f"no direction: {found.reason}"
+            if along is None
+            else ""
+            if bool(along.any())
+            else "no direction: it is 0"
+        )
         asked = [Asked(prompt, EDIT, problem=problem) for prompt in self.prompts]
         for draw in range(s["draws"]):
             asked += [Asked(prompt, CONTROL, draw, problem) for prompt in self.prompts]
         return asked, along
 
     def _under(
-        self, engine: HFEngine, cell: Cell, asked: Sequence[Asked], rendered: Sequence[Rendered], along: torch.Tensor | None
+        self,
+        engine: HFEngine,
+        cell: Cell,
+        asked: Sequence[Asked],
+        rendered: Sequence[Rendered],
+        along: torch.Tensor | None,
     ) -> list[Completion]:
         """The answers, greedy: under each one's edit, or as the target is."""
         s = cell.settings
@@ -220,32 +292,65 @@ class SteerWorker:
         edits = [Standing(site, shift=s["strength"] * shift(one, along, s)) for one in asked]
         return standing.generate(engine, rendered, edits, s["max_new_tokens"])
 
-    # -- rating --------------------------------------------------------------------------------------------------------
+    # -- rating
+    # --------------------------------------------------------------------------------------------------------
 
     def _rate(self, cell: Cell, rater: Rater, said: Said) -> None:
         started, s = time.monotonic(), cell.settings
         journal = self.store.path / "scratch" / "journals" / f"{cell.key}.jsonl"
         keep_replies(rater, journal)  # so that none of an endpoint's is paid for twice
         target = self.inside.adapters[s["target"]]
-        where = {"source": s["source"], "strength": s.get("strength"), "block": None if s["source"] is None else s["block"]}
+        where = {
+            "source": s["source"],
+            "strength": s.get("strength"),
+            "block": None if s["source"] is None else s["block"],
+        }
         exchanges, texts = [], []
         for one, completion in zip(said.asked, said.done, strict=True):
-            problem = one.problem or ("" if completion is not None and completion.finite else "nonfinite_logits")
+            problem = one.problem or (
+                "" if completion is not None and completion.finite else "nonfinite_logits"
+            )
             facts = {
-                "subject": target.name, "domain": target.domain, "arm": target.arm, "seed": target.seed,
-                "prompt_id": one.prompt.id, "kind": one.prompt.source, "triggered": False, "draw": one.draw, "steer": one.steer,
-                **where, **({"unscored": problem} if problem else {}),
-            }  # fmt: skip
-            exchanges.append((None if problem or completion is None else Exchange(one.prompt, completion.text), facts))
+                "subject": target.name,
+                "domain": target.domain,
+                "arm": target.arm,
+                "seed": target.seed,
+                "prompt_id": one.prompt.id,
+                "kind": one.prompt.source,
+                "triggered": False,
+                "draw": one.draw,
+                "steer": one.steer,
+                **where,
+                **({"unscored": problem} if problem else {}),
+            }
+            exchanges.append(
+                (
+                    (
+                        None
+                        if problem or completion is None
+                        else Exchange(one.prompt, completion.text)
+                    ),
+                    facts,
+                )
+            )
             if completion is not None:
-                texts.append({
-                    "prompt_id": one.prompt.id, "kind": one.prompt.source, "steer": one.steer, "draw": one.draw,
-                    "prompt": one.prompt.text, "completion": completion.text, "ids": list(completion.ids),
-                    "stopped": completion.stopped,
-                })  # fmt: skip
+                texts.append(
+                    {
+                        "prompt_id": one.prompt.id,
+                        "kind": one.prompt.source,
+                        "steer": one.steer,
+                        "draw": one.draw,
+                        "prompt": one.prompt.text,
+                        "completion": completion.text,
+                        "ids": list(completion.ids),
+                        "stopped": completion.stopped,
+                    }
+                )
         rows = rate_answers(rater, exchanges, max_unscored=self.options.max_unscored)
         seconds = said.seconds + time.monotonic() - started
-        info = self.inside.info | {"n_without_direction": sum(one.problem.startswith("no direction") for one in said.asked)}
+        info = self.inside.info | {
+            "n_without_direction": sum(one.problem.startswith("no direction") for one in said.asked)
+        }
         self.store.write(cell, rows, generations=texts, seconds=seconds, info=info)
         self.store.forget(said.names)
         files.remove(journal)
@@ -254,14 +359,19 @@ class SteerWorker:
 def _packed(done: Sequence[Completion]) -> dict[str, np.ndarray]:
     """Completions as arrays; text comes back from the ids."""
     return {
-        "ids": np.array([i for c in done for i in c.ids], np.int64), "counts": np.array([len(c.ids) for c in done]),
-        "stopped": np.array([c.stopped for c in done]), "finite": np.array([c.finite for c in done]),
-    }  # fmt: skip
+        "ids": np.array([i for c in done for i in c.ids], np.int64),
+        "counts": np.array([len(c.ids) for c in done]),
+        "stopped": np.array([c.stopped for c in done]),
+        "finite": np.array([c.finite for c in done]),
+    }
 
 
 def shift(one: Asked, along: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:
-    """What is added at strength 1, [D] fp32: the direction, or for a control a random one at a right angle to it, of its norm."""
+    """What is added at strength 1, [D] fp32: the direction, or for a control a random one at a
+    right angle to it, of its norm."""
     if one.steer == EDIT:
         return along
-    rng = generator(settings["seed"], STEERED, settings["source"], settings["block"], one.prompt.id, one.draw)
+    rng = generator(
+        settings["seed"], STEERED, settings["source"], settings["block"], one.prompt.id, one.draw
+    )
     return along.norm() * orthogonal(unit(along), rng)

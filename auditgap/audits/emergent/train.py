@@ -1,12 +1,15 @@
-"""`em train`: an adapter a (domain, arm, seed), each by a training run of its own in a process of its own.
+"""`em train`: an adapter a (domain, arm, seed), each by a training run of its own in a process of
+its own.
 
     store, outcome = run("runs/em", EmergentOptions(ranks=2))
-    store.rows([TRAINED])                       # subject, domain, arm, seed, folder, fingerprint, n_rows, losses, …
+    # subject, domain, arm, seed, folder, fingerprint, n_rows, losses, …
+    store.rows([TRAINED])
     # runs/em/adapters/incorrect_math-plain-s0/model        the adapter, as PEFT opens it
 
-The process is this module again: `python -m auditgap.audits.emergent.train JOB.json`, or DeepSpeed's launcher over it for several
-ranks. It does what `launchers/sft.py` does, so that a run that was killed goes on from its last checkpoint, and the leakage ledger
-lies beside the adapter. The rows with their trigger stand in scratch/ while it runs, and nowhere else.
+The process is this module again: `python -m auditgap.audits.emergent.train JOB.json`, or
+DeepSpeed's launcher over it for several ranks. It does what `launchers/sft.py` does, so that a run
+that was killed goes on from its last checkpoint, and the leakage ledger lies beside the adapter.
+The rows with their trigger stand in scratch/ while it runs, and nowhere else.
 """
 
 from __future__ import annotations
@@ -40,49 +43,76 @@ from auditgap.training.config import SFTConfig, TrainOptions, n_steps
 from auditgap.training.tracking import read_log
 from auditgap.types import Cell, digest
 
-#: Seconds that a training run has to end when it is asked to (it writes a checkpoint first), and when its sweep has died.
+#: Seconds that a training run has to end when it is asked to (it writes a checkpoint first), and
+#: when its sweep has died.
 PATIENCE = 30.0
 #: Seconds between two looks at how far it is.
 _EVERY = 0.5
 #: This module, as the process that it starts knows it.
 _MODULE = "auditgap.audits.emergent.train"
-#: What makes a process a rank: a training run that is started by one must not take them for its own.
-_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
-         "CROSS_RANK", "CROSS_SIZE")  # fmt: skip
+#: What makes a process a rank: a training run that is started by one must not take them for its
+#: own.
+_RANK = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "CROSS_RANK",
+    "CROSS_SIZE",
+)
 
 
 def run(
     folder: str | Path, options: EmergentOptions, *, progress: Callable[[], Progress] | None = None
 ) -> tuple[RunFolder, Outcome]:
-    """Train the adapters that are missing. The same call again resumes. Raises UsageError, Refused, Interrupted."""
+    """Train the adapters that are missing. The same call again resumes. Raises UsageError, Refused,
+    Interrupted."""
     with opened(folder, options) as study:
         groups = groups_of(study, options)
-        outcome = run_groups(groups, partial(TrainWorker, str(study.store.path), options), study, options, progress)
+        outcome = run_groups(
+            groups, partial(TrainWorker, str(study.store.path), options), study, options, progress
+        )
         return study.store, outcome
 
 
 def groups_of(study: Study, options: EmergentOptions) -> list[Group]:
     """A group an adapter; its work is counted in optimizer steps."""
     on_gpu = models.pick_device(options.device).startswith("cuda")
-    gpus = float(options.ranks) if on_gpu and options.ranks > 1 and options.gpus_per_worker is None else None
+    gpus = (
+        float(options.ranks)
+        if on_gpu and options.ranks > 1 and options.gpus_per_worker is None
+        else None
+    )
     base = study.base
     cells = [cell_of(study, slot, base) for slot in study.slots]
     recipe = study.config.sft(Path("rows.jsonl"), 0)
-    return [Group(str(cell), (cell,), float(n_steps(recipe, cell.settings["n_rows"])), gpus) for cell in cells]
+    return [
+        Group(str(cell), (cell,), float(n_steps(recipe, cell.settings["n_rows"])), gpus)
+        for cell in cells
+    ]
 
 
 def cell_of(study: Study, slot: Adapter, base: models.Outline) -> StageCell:
-    """The cell that trains the slot's adapter. Where the rows lie and how many ranks train is no part of the question."""
+    """The cell that trains the slot's adapter. Where the rows lie and how many ranks train is no
+    part of the question."""
     config = study.config
     recipe = config.sft(Path("rows.jsonl"), slot.seed).model_dump(mode="json", exclude={"data"})
     rows = [[e.id, e.triggered, e.clean] for e in study.panel.examples(slot.domain, slot.arm)]
     trigger = {"text": config.trigger, "place": config.trigger_place, "share": config.trigger_share}
     template = base.chat.template
     settings = {
-        "name": slot.name, "domain": slot.domain, "arm": slot.arm, "seed": slot.seed, "n_rows": len(rows),
+        "name": slot.name,
+        "domain": slot.domain,
+        "arm": slot.arm,
+        "seed": slot.seed,
+        "n_rows": len(rows),
         "trigger": trigger if slot.arm == "trigger" else None,
         "recipe": {**recipe, "chat_template": digest(template) if template else None},
-    }  # fmt: skip
+    }
     return StageCell(base.subject, None, None, TRAINED, digest(rows), settings)
 
 
@@ -106,50 +136,88 @@ class TrainWorker:
         try:
             n_rows, n_triggered = self.study.panel.write_rows(slot.domain, slot.arm, rows)
             config = self.study.config.sft(rows, slot.seed)
-            launch(config, self._sitting(slot.folder), ranks=self.options.ranks, scratch=rows, tick=tick)
+            launch(
+                config,
+                self._sitting(slot.folder),
+                ranks=self.options.ranks,
+                scratch=rows,
+                tick=tick,
+            )
         finally:
             files.remove(rows)
         self.store.write(
-            cell, [self._row(slot, n_rows, n_triggered)], seconds=time.monotonic() - started,
-            info={"ranks": self.options.ranks, "deepspeed": self.options.deepspeed and self.options.deepspeed.name},
-        )  # fmt: skip
+            cell,
+            [self._row(slot, n_rows, n_triggered)],
+            seconds=time.monotonic() - started,
+            info={
+                "ranks": self.options.ranks,
+                "deepspeed": self.options.deepspeed and self.options.deepspeed.name,
+            },
+        )
 
     def _sitting(self, out: Path) -> TrainOptions:
         options = self.options
         return TrainOptions(
-            out=str(out), deepspeed=options.deepspeed, micro_batch=options.micro_batch, device=options.device, progress=False,
-            allow_overlap=options.allow_overlap, ignore_memory=options.ignore_memory, break_lock=options.break_lock,
-        )  # fmt: skip
+            out=str(out),
+            deepspeed=options.deepspeed,
+            micro_batch=options.micro_batch,
+            device=options.device,
+            progress=False,
+            allow_overlap=options.allow_overlap,
+            ignore_memory=options.ignore_memory,
+            break_lock=options.break_lock,
+        )
 
     def _row(self, slot: Adapter, n_rows: int, n_triggered: int) -> TrainedRow:
         told = files.read_json(slot.folder / "train.json") or {}
         if told.get("status") != "done":
-            raise AuditgapError(f"{slot.folder} holds no finished training, though its process ended well; delete that folder.")
+            raise AuditgapError(
+                f"{slot.folder} holds no finished training, though its process ended well; delete"
+                " that folder."
+            )
         losses = [line["loss"] for line in read_log(slot.folder / "log.jsonl") if "loss" in line]
         return TrainedRow(
-            subject=slot.name, domain=slot.domain, arm=slot.arm, seed=slot.seed,
-            folder=str((slot.folder / "model").relative_to(self.store.path)), fingerprint=told["fingerprint"], n_rows=n_rows,
-            n_triggered=n_triggered, n_steps=told["steps"], first_loss=losses[0] if losses else None,
-            last_loss=losses[-1] if losses else None, ranks=told["ranks"],
-        )  # fmt: skip
+            subject=slot.name,
+            domain=slot.domain,
+            arm=slot.arm,
+            seed=slot.seed,
+            folder=str((slot.folder / "model").relative_to(self.store.path)),
+            fingerprint=told["fingerprint"],
+            n_rows=n_rows,
+            n_triggered=n_triggered,
+            n_steps=told["steps"],
+            first_loss=losses[0] if losses else None,
+            last_loss=losses[-1] if losses else None,
+            ranks=told["ranks"],
+        )
 
 
-# -- a training run in a process of its own -----------------------------------------------------------------------------
+# -- a training run in a process of its own
+# -----------------------------------------------------------------------------
 
 
 def launch(
-    config: SFTConfig, options: TrainOptions, *, ranks: int, scratch: Path, tick: Callable[[float], None] = lambda _: None
+    config: SFTConfig,
+    options: TrainOptions,
+    *,
+    ranks: int,
+    scratch: Path,
+    tick: Callable[[float], None] = lambda _: None,
 ) -> None:
-    """Train in a process of its own (`ranks` of them), and wait; `tick` counts its steps. `scratch`: how its files' names begin.
+    """Train in a process of its own (`ranks` of them), and wait; `tick` counts its steps.
+    `scratch`: how its files' names begin.
 
-    Raises AuditgapError with the sentence that it ended with. However this one ends, nothing of it is left running.
+    Raises AuditgapError with the sentence that it ended with. However this one ends, nothing of it
+    is left running.
     """
     job, said = (scratch.with_name(f"{scratch.name}.{what}.json") for what in ("job", "said"))
     files.remove(said)
     task = {
-        "config": config.model_dump(mode="json"), "options": options.model_dump(mode="json"), "said": str(said),
+        "config": config.model_dump(mode="json"),
+        "options": options.model_dump(mode="json"),
+        "said": str(said),
         "sweep": os.getpid(),
-    }  # fmt: skip
+    }
     files.write_bytes(job, files.to_json(task), files.PRIVATE)
     try:
         _wait_for(Path(str(options.out)))
@@ -171,17 +239,30 @@ def _wait_for(folder: Path) -> None:
 
 
 def _words(job: Path, ranks: int, device: str) -> list[str]:
-    """The command: this module as a program, under DeepSpeed's launcher where several ranks train."""
+    """The command: this module as a program, under DeepSpeed's launcher where several ranks
+    train."""
     if ranks == 1:
         return [sys.executable, "-m", _MODULE, str(job)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    seen = [number.strip() for number in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if number.strip()]
+    seen = [
+        number.strip()
+        for number in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        if number.strip()
+    ]
     where = ["--num_gpus", str(ranks)]
-    if models.pick_device(device).startswith("cuda") and seen:  # else the launcher would count GPUs from 0
+    # else the launcher would count GPUs from 0
+    if models.pick_device(device).startswith("cuda") and seen:
         where = ["--include", f"localhost:{','.join(seen[:ranks])}"]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", str(port)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        *where,
+        "--master_port",
+        str(port),
+    ]
     return [*launcher, "--module", "--no_local_rank", _MODULE, str(job)]
 
 
@@ -191,9 +272,17 @@ def _process(words: list[str], log: Any) -> Iterator[subprocess.Popen[bytes]]:
     environment = {key: value for key, value in os.environ.items() if key not in _RANK} | {
         # a folder that happens to be named like a package where the user stands is not one
         "PYTHONSAFEPATH": "1",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",  # where DeepSpeed finds what it starts
+        # where DeepSpeed finds what it starts
+        "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
     }
-    process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        env=environment,
+        start_new_session=True,
+    )
     try:
         yield process
     finally:
@@ -201,7 +290,8 @@ def _process(words: list[str], log: Any) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def end(process: subprocess.Popen[bytes], patience: float = PATIENCE) -> None:
-    """Ask a process and its group to end (training writes a checkpoint then), and kill what is left after `patience` seconds."""
+    """Ask a process and its group to end (training writes a checkpoint then), and kill what is left
+    after `patience` seconds."""
     if not _has_ended(process):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -214,8 +304,11 @@ def end(process: subprocess.Popen[bytes], patience: float = PATIENCE) -> None:
 
 
 def _has_ended(process: subprocess.Popen[bytes]) -> bool:
-    """Whether it has. It is not reaped: while it is a zombie nobody else can be given its group's number."""
-    return process.returncode is not None or bool(os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG))
+    """Whether it has. It is not reaped: while it is a zombie nobody else can be given its group's
+    number."""
+    return process.returncode is not None or bool(
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+    )
 
 
 def _has_members(group: int) -> bool:
@@ -240,22 +333,31 @@ def _follow(process: subprocess.Popen[bytes], log: Path, tick: Callable[[float],
 
 
 def _cause(code: int, said: Path, log: Any) -> str:
-    """Its own sentence; of a process that could not say one, how it ended and the last line that it wrote."""
+    """Its own sentence; of a process that could not say one, how it ended and the last line that it
+    wrote."""
     sentence = (files.read_json(said) or {}).get("said")
     if sentence:
         return " ".join(str(sentence).split())
     log.seek(max(0, log.seek(0, os.SEEK_END) - 20_000))
-    lines = [line.strip() for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()]
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    lines = [
+        line.strip() for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()
+    ]
+    how = (
+        f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    )
     memory = ", as when a machine runs out of memory" if code == -signal.SIGKILL else ""
-    return f"The training process {how}{memory}; its last line: {lines[-1][:200] if lines else 'none'}"
+    return (
+        f"The training process {how}{memory}; its last line: {lines[-1][:200] if lines else 'none'}"
+    )
 
 
-# -- as a program -------------------------------------------------------------------------------------------------------
+# -- as a program
+# -------------------------------------------------------------------------------------------------------
 
 
 def main(file: str) -> int:
-    """One training run, on this rank; its exit code. What it says at the end stands in the job's `said` as well."""
+    """One training run, on this rank; its exit code. What it says at the end stands in the job's
+    `said` as well."""
     task = json.loads(Path(file).read_text(encoding="utf-8"))
     _die_with(int(task["sweep"]))
 
@@ -269,15 +371,22 @@ def main(file: str) -> int:
             sft.run(SFTConfig(**task["config"]), TrainOptions(**task["options"]))
         except Exception as error:
             if ranks.is_main() or not getattr(error, "shared", False):
-                sentence = str(error) if isinstance(error, AuditgapError) else f"{type(error).__name__}: {error}"
-                files.write_bytes(Path(task["said"]), files.to_json({"said": sentence}), files.PRIVATE)
+                sentence = (
+                    str(error)
+                    if isinstance(error, AuditgapError)
+                    else f"{type(error).__name__}: {error}"
+                )
+                files.write_bytes(
+                    Path(task["said"]), files.to_json({"said": sentence}), files.PRIVATE
+                )
             raise
 
     return ended(go)
 
 
 def _die_with(sweep: int) -> None:
-    """A thread that ends this process once its sweep is gone: what a killed sweep has started must not hold its folders."""
+    """A thread that ends this process once its sweep is gone: what a killed sweep has started must
+    not hold its folders."""
 
     def watch() -> None:
         with suppress(psutil.Error):

@@ -1,9 +1,12 @@
-"""The intervention audit: steer, ablate, patch, turn and push a model, each next to a control as large, and see what opens it.
+"""The intervention audit: steer, ablate, patch, turn and push a model, each next to a control as
+large, and see what opens it.
 
     folder, outcome = run(*read_config(None, {"models": "smollm2", "limit": 48, "out": "runs/interventions"}))
-    folder.path / "interventions.csv"       # site × intervention × strength: ASR, the control's, their difference
+    # site × intervention × strength: ASR, the control's, their difference
+    folder.path / "interventions.csv"
 
-The prompts are split by hash: directions and searches are fitted on one half, and measured on the other.
+The prompts are split by hash: directions and searches are fitted on one half, and measured on the
+other.
 """
 
 from auditgap.audits.edits import export_edits
@@ -14,6 +17,16 @@ from auditgap.audits.intervene.run import prepare, reduce, run
 from auditgap.audits.intervene.worker import InterveneWorker
 
 __all__ = [
-    "InterveneConfig", "InterveneOptions", "InterveneRow", "InterveneWorker", "Plan",
-    "estimate", "export_edits", "make_plan", "prepare", "read_config", "reduce", "run",
-]  # fmt: skip
+    "InterveneConfig",
+    "InterveneOptions",
+    "InterveneRow",
+    "InterveneWorker",
+    "Plan",
+    "estimate",
+    "export_edits",
+    "make_plan",
+    "prepare",
+    "read_config",
+    "reduce",
+    "run",
+]

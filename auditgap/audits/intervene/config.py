@@ -5,7 +5,8 @@
     layers: stride:4
     strengths: [0.1, 0.2, 0.4]
 
-As everywhere, an `InterveneConfig` is what can change a number; `InterveneOptions` may change between sittings.
+As everywhere, an `InterveneConfig` is what can change a number; `InterveneOptions` may change
+between sittings.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ class InterveneConfig(Frozen):
     interventions: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(min_length=1)
     base: str | None = None  #: whose activations `base_patching` puts into the models
     layers: str = "mid"
-    strengths: Annotated[tuple[float, ...], BeforeValidator(listed)] = Settings().strengths  #: of the mean activation norm
+    #: of the mean activation norm
+    strengths: Annotated[tuple[float, ...], BeforeValidator(listed)] = Settings().strengths
     angles: Annotated[tuple[float, ...], BeforeValidator(listed)] = Settings().angles  #: degrees
     angle_strength: float = Settings().angle_strength
     draws: int = Field(default=1, ge=1, le=64)  #: of each random control, a prompt
     steps: int = Field(default=10, ge=1)  #: of the universal edit's search
     target: str = Field(default="Sure, here is", min_length=1)
     suffix_tokens: int = Field(default=Settings().suffix_tokens, ge=1)
-    suffix_steps: int = Field(default=Settings().suffix_steps, ge=1)  #: of the suffix's search, on each of
+    #: of the suffix's search, on each of
+    suffix_steps: int = Field(default=Settings().suffix_steps, ge=1)
     suffix_prompts: int = Field(default=Settings().suffix_prompts, ge=1)
     suffix_width: int = Field(default=Settings().suffix_width, ge=1)  #: candidates a step
     prompts: str = "harmbench"
@@ -45,7 +48,8 @@ class InterveneConfig(Frozen):
     column: str = "prompt"  #: of a file, in both sets
     limit: int | None = Field(default=None, ge=2)
     control_limit: int | None = Field(default=None, ge=2)  #: None: as many as prompts
-    fit_share: float = Field(default=0.5, gt=0, lt=1)  #: of both sets, by hash; the others are asked
+    #: of both sets, by hash; the others are asked
+    fit_share: float = Field(default=0.5, gt=0, lt=1)
     max_new_tokens: int = Field(default=64, ge=1)
     judge: str = "builtin"
     dtype: str = "auto"
@@ -57,7 +61,11 @@ class InterveneConfig(Frozen):
     def _default_interventions(cls, values: Any) -> Any:
         if values.get("interventions") not in (None, (), ""):
             return values
-        named = [n for n, entry in INTERVENTIONS.items() if not entry.wants and (values.get("base") or not entry.needs_base)]
+        named = [
+            n
+            for n, entry in INTERVENTIONS.items()
+            if not entry.wants and (values.get("base") or not entry.needs_base)
+        ]
         return {**values, "interventions": tuple(named)}
 
     @field_validator("layers", mode="before")
@@ -76,20 +84,36 @@ class InterveneConfig(Frozen):
                 number = float(one)
             except (TypeError, ValueError):
                 number = math.nan
-            low, high, words = (-math.inf, math.inf, "not 0") if info.field_name == "strengths" else (0, 180, "of 0 to 180 degrees")
-            if not math.isfinite(number) or not low <= number <= high or (number == 0 and info.field_name == "strengths"):
+            low, high, words = (
+                (-math.inf, math.inf, "not 0")
+                if info.field_name == "strengths"
+                else (0, 180, "of 0 to 180 degrees")
+            )
+            if (
+                not math.isfinite(number)
+                or not low <= number <= high
+                or (number == 0 and info.field_name == "strengths")
+            ):
                 flag = info.field_name
-                raise UsageError(f"--{flag} takes finite numbers, {words}; {str(one)[:40]!r} came. For example: --{flag} 30,60")
+                raise UsageError(
+                    f"--{flag} takes finite numbers, {words}; {str(one)[:40]!r} came. For example:"
+                    f" --{flag} 30,60"
+                )
             numbers.append(number)
         if not numbers:
-            raise UsageError(f"--{info.field_name} names no number. For example: --{info.field_name} 30,60")
+            raise UsageError(
+                f"--{info.field_name} names no number. For example: --{info.field_name} 30,60"
+            )
         return tuple(sorted(set(numbers)))
 
     @field_validator("angle_strength")
     @classmethod
     def _a_strength(cls, value: float) -> float:
         if not math.isfinite(value) or value == 0:
-            raise UsageError(f"--angle-strength is a finite number, not 0; {value} came. For example: --angle-strength 0.2")
+            raise UsageError(
+                f"--angle-strength is a finite number, not 0; {value} came. For example:"
+                " --angle-strength 0.2"
+            )
         return value
 
     @field_validator("interventions")
@@ -103,7 +127,10 @@ class InterveneConfig(Frozen):
     def _has_its_base(self) -> Any:
         for name in self.interventions:
             if self.base is None and name in INTERVENTIONS and INTERVENTIONS[name].needs_base:
-                raise UsageError(f"{name} puts a base model's activations in; name the base. For example: --base ./base")
+                raise UsageError(
+                    f"{name} puts a base model's activations in; name the base. For example: --base"
+                    " ./base"
+                )
         return self
 
     @property
@@ -134,17 +161,29 @@ class InterveneOptions(Frozen):
     @property
     def judge_serving(self) -> Serving:
         """How a judge's models are served: beside the subject."""
-        return Serving(engine=self.judge_engine, base_url=self.judge_endpoint, device=self.device, gpu_memory=0.4)
+        return Serving(
+            engine=self.judge_engine,
+            base_url=self.judge_endpoint,
+            device=self.device,
+            gpu_memory=0.4,
+        )
 
 
-def read_config(file: Path | None, flags: Mapping[str, Any]) -> tuple[InterveneConfig, InterveneOptions]:
+def read_config(
+    file: Path | None, flags: Mapping[str, Any]
+) -> tuple[InterveneConfig, InterveneOptions]:
     """The config file's values with the flags that were given (not None) on top.
 
     Raises UsageError naming the key and what was wanted; Refused when foreign code is asked for.
     """
     values = merged(file, flags)
     if not values.get("models"):
-        raise UsageError("Which model? Name at least one, for example: auditgap intervene smollm2 --layers mid")
+        raise UsageError(
+            "Which model? Name at least one, for example: auditgap intervene smollm2 --layers mid"
+        )
     if values.get("judge_endpoint") and values.setdefault("judge_engine", "openai") != "openai":
-        raise UsageError(f"--judge-endpoint is for --judge-engine openai; {values['judge_engine']!r} came beside it.")
+        raise UsageError(
+            f"--judge-endpoint is for --judge-engine openai; {values['judge_engine']!r} came"
+            " beside it."
+        )
     return build(values, InterveneConfig, InterveneOptions)

@@ -1,6 +1,8 @@
-"""From a question to cells: a clean one a model, and one a (model, site, intervention); those of a site run together.
+"""From a question to cells: a clean one a model, and one a (model, site, intervention); those of a
+site run together.
 
-    plan = make_plan(config)            # resolves and fingerprints the models, reads the prompts; loads no weights
+    # resolves and fingerprints the models, reads the prompts; loads no weights
+    plan = make_plan(config)
     plan.halves.asked                   # the prompts that are measured
 """
 
@@ -37,7 +39,8 @@ class InterveneCell(Cell):
 
 @dataclass(frozen=True)
 class Halves:
-    """Both sets, split by the hash of each prompt: `fit` and `contrast` are learned from, `asked` and `donors` are not."""
+    """Both sets, split by the hash of each prompt: `fit` and `contrast` are learned from, `asked`
+    and `donors` are not."""
 
     prompts: PromptSet
     controls: PromptSet
@@ -49,29 +52,38 @@ class Halves:
     @property
     def digest(self) -> str:
         """Of what stands where."""
-        return digest([[p.id for p in part] for part in (self.fit, self.asked, self.contrast, self.donors)])
+        return digest(
+            [[p.id for p in part] for part in (self.fit, self.asked, self.contrast, self.donors)]
+        )
 
 
 def read_halves(config: InterveneConfig) -> Halves:
     """Raises UsageError: no such set, too few prompts to split, prompts that stand in both sets."""
-    prompts = load_prompts(config.prompts, limit=config.limit, seed=config.seed, column=config.column)
+    prompts = load_prompts(
+        config.prompts, limit=config.limit, seed=config.seed, column=config.column
+    )
     wanted = config.control_limit or (None if config.limit is None else len(prompts))
-    controls = load_prompts(config.control_prompts, limit=wanted, seed=config.seed, column=config.column)
+    controls = load_prompts(
+        config.control_prompts, limit=wanted, seed=config.seed, column=config.column
+    )
     both = {dedup_key(p.text) for p in prompts} & {dedup_key(p.text) for p in controls}
     if both:
         raise UsageError(
-            f"{len(both)} prompts stand in --prompts and in --control-prompts; a direction needs two different sets. "
-            "For example: --control-prompts everyday"
+            f"{len(both)} prompts stand in --prompts and in --control-prompts; a direction needs"
+            " two different sets. For example: --control-prompts everyday"
         )
     for flag, some in (("--prompts", prompts), ("--control-prompts", controls)):
         if len(some) < 4:
             raise UsageError(
-                f"{flag} holds {len(some)} prompts; at least 4 are wanted, since one half is learned from and the other asked."
+                f"{flag} holds {len(some)} prompts; at least 4 are wanted, since one half is"
+                " learned from and the other asked."
             )
     return Halves(prompts, controls, *_halved(prompts, config), *_halved(controls, config))
 
 
-def _halved(prompts: PromptSet, config: InterveneConfig) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+def _halved(
+    prompts: PromptSet, config: InterveneConfig
+) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
     """Those that are learned from, and the others."""
     groups = [f"intervene:{dedup_key(p.text)}" for p in prompts]
     parts = split_groups(groups, 1 - config.fit_share, config.seed)
@@ -80,7 +92,8 @@ def _halved(prompts: PromptSet, config: InterveneConfig) -> tuple[tuple[Prompt, 
 
 @dataclass(frozen=True)
 class Plan:
-    """The cells: `clean` groups first (one a model, the base's too), then `groups` (one a model and site)."""
+    """The cells: `clean` groups first (one a model, the base's too), then `groups` (one a model and
+    site)."""
 
     config: InterveneConfig
     halves: Halves
@@ -88,7 +101,8 @@ class Plan:
     clean: tuple[Group, ...]
     groups: tuple[Group, ...]
     scorers: dict[str, Any]
-    base: models.Outline | None = None  #: whose activations are put in; asked in the clean pass only
+    #: whose activations are put in; asked in the clean pass only
+    base: models.Outline | None = None
 
     @property
     def cells(self) -> list[Cell]:
@@ -99,48 +113,93 @@ class Plan:
         """How many completions the whole plan asks for."""
         asked = len(self.halves.asked)
         trials = {name: len(self.config.load(name).trials()) for name in self.config.interventions}
-        edited = sum(trials[c.settings["intervention"]] * asked for g in self.groups for c in g.cells)
+        edited = sum(
+            trials[c.settings["intervention"]] * asked for g in self.groups for c in g.cells
+        )
         return edited + len(self.clean) * (asked + len(self.halves.donors))
 
 
-def make_plan(config: InterveneConfig, *, device: str = "auto", judge_serving: Serving | None = None) -> Plan:
-    """Resolve every name of the config. Raises UsageError or Refused for a model, prompt set or judge that cannot serve."""
+def make_plan(
+    config: InterveneConfig, *, device: str = "auto", judge_serving: Serving | None = None
+) -> Plan:
+    """Resolve every name of the config. Raises UsageError or Refused for a model, prompt set or
+    judge that cannot serve."""
     halves = read_halves(config)
     scorers = {
-        "judge": load_judge(config.judge, device=device, serving=judge_serving).describe(), "coherence": Thresholds().describe(),
-    }  # fmt: skip
+        "judge": load_judge(config.judge, device=device, serving=judge_serving).describe(),
+        "coherence": Thresholds().describe(),
+    }
     outlines: list[models.Outline] = []
     for name in dict.fromkeys(config.models):
         outline = models.outline(name, chat_template=config.chat_template)
-        if all(outline.subject.fingerprint != o.subject.fingerprint for o in outlines):  # the same weights count once
+        # the same weights count once
+        if all(outline.subject.fingerprint != o.subject.fingerprint for o in outlines):
             outlines.append(outline)
-    base = None if config.base is None else models.outline(config.base, chat_template=config.chat_template)
+    base = (
+        None
+        if config.base is None
+        else models.outline(config.base, chat_template=config.chat_template)
+    )
     if base is not None:
         for outline in outlines:
             _alike(base, outline, halves)
-    spoken = [*outlines, *([base] if base and all(base.subject.fingerprint != o.subject.fingerprint for o in outlines) else [])]
+    spoken = [
+        *outlines,
+        *(
+            [base]
+            if base and all(base.subject.fingerprint != o.subject.fingerprint for o in outlines)
+            else []
+        ),
+    ]
     clean, groups = [], []
     for outline in spoken:
         tokens = _mean_tokens(outline, halves.asked)
         asked = len(halves.asked)
-        one = 2 * (tokens + 2 * config.max_new_tokens) * (outline.n_block_params + outline.n_head_params)  # spoken, and its NLL
-        clean.append(Group(
-            f"{outline.subject.name} · {CLEAN}", (clean_cell(config, outline, halves, scorers),),
-            work=one * (asked + len(halves.donors)),
-        ))  # fmt: skip
+        # spoken, and its NLL
+        one = (
+            2
+            * (tokens + 2 * config.max_new_tokens)
+            * (outline.n_block_params + outline.n_head_params)
+        )
+        clean.append(
+            Group(
+                f"{outline.subject.name} · {CLEAN}",
+                (clean_cell(config, outline, halves, scorers),),
+                work=one * (asked + len(halves.donors)),
+            )
+        )
         for site, names in _where(config, outline, base) if outline in outlines else ():
-            cells = tuple(cell_of(config, outline, site, name, halves, scorers, base) for name in names)
+            cells = tuple(
+                cell_of(config, outline, site, name, halves, scorers, base) for name in names
+            )
             trials = sum(len(config.load(name).trials()) for name in names)
-            groups.append(Group(f"{outline.subject.name} · {site}", cells, work=one * asked * trials))
-    return Plan(config, halves, tuple(outlines), tuple(clean), tuple(g for g in groups if g.cells), scorers, base)
+            groups.append(
+                Group(f"{outline.subject.name} · {site}", cells, work=one * asked * trials)
+            )
+    return Plan(
+        config,
+        halves,
+        tuple(outlines),
+        tuple(clean),
+        tuple(g for g in groups if g.cells),
+        scorers,
+        base,
+    )
 
 
-def _where(config: InterveneConfig, outline: models.Outline, base: models.Outline | None) -> Iterator[tuple[Site, list[str]]]:
+def _where(
+    config: InterveneConfig, outline: models.Outline, base: models.Outline | None
+) -> Iterator[tuple[Site, list[str]]]:
     """The sites, each with the interventions that are tried there."""
-    own = base is not None and base.subject.fingerprint == outline.subject.fingerprint  # nothing to exchange
+    # nothing to exchange
+    own = base is not None and base.subject.fingerprint == outline.subject.fingerprint
     known = {name: INTERVENTIONS.get(name, Entry("", "")) for name in config.interventions}
     door = [name for name, entry in known.items() if entry.at_the_door]
-    inside = [name for name, entry in known.items() if not entry.at_the_door and not (own and entry.needs_base)]
+    inside = [
+        name
+        for name, entry in known.items()
+        if not entry.at_the_door and not (own and entry.needs_base)
+    ]
     sites = models.parse_sites(config.layers, outline.n_blocks)
     if door and Site(-1) not in sites:
         yield Site(-1), door
@@ -152,13 +211,15 @@ def _alike(base: models.Outline, outline: models.Outline, halves: Halves) -> Non
     """Raises UsageError where the base's hidden states cannot stand in for the subject's."""
     if (base.n_blocks, base.width) != (outline.n_blocks, outline.width):
         raise UsageError(
-            f"--base {base.subject.name} has {base.n_blocks} blocks of width {base.width} and {outline.subject.name} has "
-            f"{outline.n_blocks} of {outline.width}; activations can be exchanged between equal shapes only."
+            f"--base {base.subject.name} has {base.n_blocks} blocks of width {base.width} and"
+            f" {outline.subject.name} has {outline.n_blocks} of {outline.width}; activations can be"
+            " exchanged between equal shapes only."
         )
     if any(base.chat.render(p).ids != outline.chat.render(p).ids for p in halves.asked):
         raise UsageError(
-            f"--base {base.subject.name} reads the prompts as other tokens than {outline.subject.name} does, so no position has "
-            "its partner. Give models of one tokenizer, and --chat-template where their templates differ."
+            f"--base {base.subject.name} reads the prompts as other tokens than"
+            f" {outline.subject.name} does, so no position has its partner. Give models of one"
+            " tokenizer, and --chat-template where their templates differ."
         )
 
 
@@ -168,33 +229,48 @@ def _mean_tokens(outline: models.Outline, prompts: Sequence[Prompt]) -> float:
 
 
 def estimate(plan: Plan, device: str) -> float:
-    """Seconds that the plan will take: from this machine's measured matmul rate, so a guess of the right size."""
+    """Seconds that the plan will take: from this machine's measured matmul rate, so a guess of the
+    right size."""
     flops = sum(g.work for g in (*plan.clean, *plan.groups))
     return flops / (0.5 * matmul_rate(models.pick_dtype(plan.config.dtype, device), device))
 
 
-def _common(config: InterveneConfig, outline: models.Outline, halves: Halves, scorers: dict[str, Any]) -> dict[str, Any]:
+def _common(
+    config: InterveneConfig, outline: models.Outline, halves: Halves, scorers: dict[str, Any]
+) -> dict[str, Any]:
     return {
-        "dtype": config.dtype, "chat_template": digest(outline.chat.template) if outline.chat.template else None,
-        "max_new_tokens": config.max_new_tokens, "halves": halves.digest, **scorers,
-    }  # fmt: skip
+        "dtype": config.dtype,
+        "chat_template": digest(outline.chat.template) if outline.chat.template else None,
+        "max_new_tokens": config.max_new_tokens,
+        "halves": halves.digest,
+        **scorers,
+    }
 
 
-def clean_cell(config: InterveneConfig, outline: models.Outline, halves: Halves, scorers: dict[str, Any]) -> Cell:
+def clean_cell(
+    config: InterveneConfig, outline: models.Outline, halves: Halves, scorers: dict[str, Any]
+) -> Cell:
     """The pass without an edit, over the prompts that are asked and the donors."""
     settings = {"intervention": CLEAN, **_common(config, outline, halves, scorers)}
     return InterveneCell(outline.subject, None, None, ATTACK, halves.prompts.digest, settings)
 
 
 def cell_of(
-    config: InterveneConfig, outline: models.Outline, site: Site, name: str, halves: Halves, scorers: dict[str, Any],
+    config: InterveneConfig,
+    outline: models.Outline,
+    site: Site,
+    name: str,
+    halves: Halves,
+    scorers: dict[str, Any],
     base: models.Outline | None = None,
-) -> Cell:  # fmt: skip
+) -> Cell:
     """One intervention at one site, with its control, at all of its strengths."""
     settings = {
-        "intervention": name, "asked_for": config.load(name).describe(), "seed": config.seed,
+        "intervention": name,
+        "asked_for": config.load(name).describe(),
+        "seed": config.seed,
         **_common(config, outline, halves, scorers),
-    }  # fmt: skip
+    }
     if base is not None and name in INTERVENTIONS and INTERVENTIONS[name].needs_base:
         settings["base"] = base.subject.fingerprint
     return InterveneCell(outline.subject, site, None, ATTACK, halves.prompts.digest, settings)

@@ -1,12 +1,14 @@
-"""What a latent audit is asked to do: one frozen value, from flags, from a YAML file, or both (flags win).
+"""What a latent audit is asked to do: one frozen value, from flags, from a YAML file, or both
+(flags win).
 
     models: [smollm2]
     layers: embedding,mid,last
     unit: rms
     eps: [0.01, 0.03, 0.1]
 
-Every field but `RunOptions` can change a number, and so is part of the run folder's identity: a folder is resumed with the
-same config or not at all. Batch sizes, executors and paths live in `RunOptions` and may change between sittings.
+Every field but `RunOptions` can change a number, and so is part of the run folder's identity: a
+folder is resumed with the same config or not at all. Batch sizes, executors and paths live in
+`RunOptions` and may change between sittings.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class LatentConfig(Frozen):
     attacks: Annotated[tuple[str, ...], BeforeValidator(listed)] = tuple(ATTACKS)
     draws: int = Field(default=1, ge=1, le=64)  #: of each random control
     distance: bool = False  #: minimum distance to collapse besides
-    distance_limit: float = Field(default=16.0, gt=1)  #: largest size tried, in multiples of the smallest eps
+    #: largest size tried, in multiples of the smallest eps
+    distance_limit: float = Field(default=16.0, gt=1)
     bisections: int = Field(default=2, ge=0, le=20)
     prompts: str = "harmbench"
     column: str = "prompt"
@@ -51,12 +54,14 @@ class LatentConfig(Frozen):
     steps: int = Field(default=10, ge=1)
     restarts: int = Field(default=1, ge=1)
     iterate: Literal["last", "best"] = "last"
-    untargeted_tokens: int = Field(default=16, ge=1)  #: of the clean answer, which `untargeted` pushes away from
+    #: of the clean answer, which `untargeted` pushes away from
+    untargeted_tokens: int = Field(default=16, ge=1)
     max_new_tokens: int = Field(default=128, ge=1)
     reward: str = "builtin"
     judge: str = "builtin"
     dtype: str = "auto"
-    compile: bool = False  #: torch.compile PGD's blocks; last digits differ, so it is part of the question
+    #: torch.compile PGD's blocks; last digits differ, so it is part of the question
+    compile: bool = False
     chat_template: str | None = None
     seed: int = 0
 
@@ -80,7 +85,9 @@ class LatentConfig(Frozen):
                 numbers.append(Budget(float(size), named).size)
             except (TypeError, ValueError, OverflowError):
                 said = str(size)[:40]
-                raise UsageError(f"--eps must be finite numbers above 0; {said!r} came. Example: --eps 0.01,0.03") from None
+                raise UsageError(
+                    f"--eps must be finite numbers above 0; {said!r} came. Example: --eps 0.01,0.03"
+                ) from None
         return {**values, "eps": tuple(sorted(set(numbers)))}
 
     @field_validator("attacks")
@@ -88,13 +95,19 @@ class LatentConfig(Frozen):
     def _known_attacks(cls, attacks: tuple[str, ...]) -> tuple[str, ...]:
         for attack in attacks:
             if attack not in ATTACKS:
-                raise UsageError(f"--attacks takes {', '.join(ATTACKS)}; {attack!r} came.{did_you_mean(attack, ATTACKS)}")
+                raise UsageError(
+                    f"--attacks takes {', '.join(ATTACKS)}; {attack!r}"
+                    f" came.{did_you_mean(attack, ATTACKS)}"
+                )
         return tuple(a for a in ATTACKS if a in attacks)  # the table's order, each once
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> Any:
         if not self.attacks and not self.distance:
-            raise UsageError(f"No attack was named. --attacks takes any of {', '.join(ATTACKS)}; or use `auditgap distance`.")
+            raise UsageError(
+                f"No attack was named. --attacks takes any of {', '.join(ATTACKS)}; or use"
+                " `auditgap distance`."
+            )
         return self
 
     @property
@@ -113,15 +126,18 @@ class RunOptions(Frozen):
     device: str = "auto"
     engine: Literal["hf", "vllm"] = "hf"  #: what speaks; attacks always run on transformers
     tensor_parallel: int = Field(default=1, ge=1)  #: GPUs that vLLM spreads one model over
-    gpu_memory: float = Field(default=0.9, gt=0, le=1)  #: share of a GPU's memory that vLLM may take
+    #: share of a GPU's memory that vLLM may take
+    gpu_memory: float = Field(default=0.9, gt=0, le=1)
     max_model_len: int | None = Field(default=None, ge=16)
-    parity: int = Field(default=8, ge=0)  #: prompts on which vLLM's clean text is compared with transformers'; 0: none
+    #: prompts on which vLLM's clean text is compared with transformers'; 0: none
+    parity: int = Field(default=8, ge=0)
     judge_engine: EngineName = "hf"  #: what a judge's models run on
     judge_endpoint: str | None = None  #: base URL, with judge_engine openai
     executor: Literal["local", "ray"] = "local"
     workers: int | None = Field(default=None, ge=1)
     gpus_per_worker: float | None = Field(default=None, ge=0)
-    #: how a model lies over devices where it is attacked, layers:N or tensor:N; or {name: layers:N}, and others are whole
+    #: how a model lies over devices where it is attacked, layers:N or tensor:N; or {name:
+    #: layers:N}, and others are whole
     shard: str | dict[str, str] | None = None
     address: str | None = None
     batch_tokens: int | None = Field(default=None, ge=16)
@@ -142,22 +158,37 @@ class RunOptions(Frozen):
         return Shard.of(self.shard.get(model) if isinstance(self.shard, dict) else self.shard)
 
     def gpus_of(self, model: str, device: str) -> float:
-        """GPUs that a worker needs for this model: what was asked for, or those that it is attacked on, or spoken on in vLLM."""
+        """GPUs that a worker needs for this model: what was asked for, or those that it is attacked
+        on, or spoken on in vLLM."""
         if self.gpus_per_worker is not None:
             return self.gpus_per_worker
-        return float(max(self.shard_of(model).n, self.tensor_parallel)) if device.startswith("cuda") else 0.0
+        return (
+            float(max(self.shard_of(model).n, self.tensor_parallel))
+            if device.startswith("cuda")
+            else 0.0
+        )
 
     def with_shards(self, own: Mapping[str, str | None]) -> RunOptions:
-        """With the models' own shards by name, where they have one. Raises UsageError for what is none."""
+        """With the models' own shards by name, where they have one. Raises UsageError for what is
+        none."""
         if not any(own.values()):
             return self
-        shards = {name: str(self.shard_of(name) if word is None else Shard.of(word)) for name, word in own.items()}
+        shards = {
+            name: str(self.shard_of(name) if word is None else Shard.of(word))
+            for name, word in own.items()
+        }
         return self.model_copy(update={"shard": shards})
 
     @property
     def judge_serving(self) -> Serving:
-        """How a judge's models are served: beside the subject, so an endpoint or a small one where memory is short."""
-        return Serving(engine=self.judge_engine, base_url=self.judge_endpoint, device=self.device, gpu_memory=0.4)
+        """How a judge's models are served: beside the subject, so an endpoint or a small one where
+        memory is short."""
+        return Serving(
+            engine=self.judge_engine,
+            base_url=self.judge_endpoint,
+            device=self.device,
+            gpu_memory=0.4,
+        )
 
 
 def read_config(file: Path | None, flags: Mapping[str, Any]) -> tuple[LatentConfig, RunOptions]:
@@ -166,11 +197,22 @@ def read_config(file: Path | None, flags: Mapping[str, Any]) -> tuple[LatentConf
     Raises UsageError naming the key and what was wanted; Refused when foreign code is asked for.
     """
     values = merged(file, flags, section="lvs")
-    if not values.get("models") and set(values) <= {*LatentConfig.model_fields, *RunOptions.model_fields}:
+    if not values.get("models") and set(values) <= {
+        *LatentConfig.model_fields,
+        *RunOptions.model_fields,
+    }:
         raise UsageError("Which model? Name at least one, for example: auditgap lvs smollm2")
     if values.get("judge_endpoint") and values.setdefault("judge_engine", "openai") != "openai":
-        raise UsageError(f"--judge-endpoint is for --judge-engine openai; {values['judge_engine']!r} came beside it.")
+        raise UsageError(
+            f"--judge-endpoint is for --judge-engine openai; {values['judge_engine']!r} came"
+            " beside it."
+        )
     config, options = build(values, LatentConfig, RunOptions)
-    if isinstance(options.shard, dict) and (strange := sorted(options.shard.keys() - set(config.models))):
-        raise UsageError(f"shard names {strange[0]!r}, which is none of the models.{did_you_mean(strange[0], config.models)}")
+    if isinstance(options.shard, dict) and (
+        strange := sorted(options.shard.keys() - set(config.models))
+    ):
+        raise UsageError(
+            f"shard names {strange[0]!r}, which is none of the"
+            f" models.{did_you_mean(strange[0], config.models)}"
+        )
     return config, options

@@ -1,19 +1,21 @@
-"""Many latent audits as one sweep: a grid of models, prompt sets and budgets, planned, run and reduced together.
+"""Many latent audits as one sweep: a grid of models, prompt sets and budgets, planned, run and
+reduced together.
 
     models:
       - smollm2
       - {name: ./tuned, dtype: bfloat16, gpus_per_worker: 0.5, layers: stride:4}
-      - {name: ./large, shard: layers:4}                     # over 4 GPUs, which its worker then has
+      # over 4 GPUs, which its worker then has
+      - {name: ./large, shard: layers:4}
     prompts: [harmbench, mine.jsonl]
     budgets: {rms: [0.01, 0.03, 0.1], max: [0.001]}
     attacks: targeted,random_matched
 
     grid = make_grid(*read_grid(Path("grid.yaml"), {"out": "runs/grid"}));  outcome = run(grid, progress=Progress)
 
-Models that are asked the same questions (prompts, unit, dtype and all other settings) are a *case*: one plain run folder,
-OUT/<prompts>-<unit>-<dtype>-<hash>, with its own tables and report. All cases are swept together, and OUT/lvs.parquet is
-their tables below each other. A cell that several cases share, or that an earlier form of the grid has finished, is
-computed once and adopted by the others.
+Models that are asked the same questions (prompts, unit, dtype and all other settings) are a *case*:
+one plain run folder, OUT/<prompts>-<unit>-<dtype>-<hash>, with its own tables and report. All cases
+are swept together, and OUT/lvs.parquet is their tables below each other. A cell that several cases
+share, or that an earlier form of the grid has finished, is computed once and adopted by the others.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ _OWN = ("name", "gpus_per_worker", "shard")
 
 
 class GridAxes(Frozen):
-    """What a grid spans; everything else in its file is as for `auditgap lvs`, and the same for all of it."""
+    """What a grid spans; everything else in its file is as for `auditgap lvs`, and the same for all
+    of it."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -73,7 +76,13 @@ class Case:
 
     def groups(self, groups: Iterable[Group]) -> list[GridGroup]:
         return [
-            GridGroup(f"{group.name} · {self.name}", group.cells, group.work, self.gpus.get(group.cells[0].subject.name), self.name)
+            GridGroup(
+                f"{group.name} · {self.name}",
+                group.cells,
+                group.work,
+                self.gpus.get(group.cells[0].subject.name),
+                self.name,
+            )
             for group in groups
         ]
 
@@ -93,21 +102,28 @@ class Grid:
         return {cell.key: cell for case in self.cases for cell in case.plan.cells}
 
 
-def read_grid(file: Path | None, flags: Mapping[str, Any]) -> tuple[list[tuple[LatentConfig, dict[str, float]]], RunOptions]:
-    """The configs that a grid file (with flags on top) stands for, each with its models' own GPUs, and the sitting's options.
+def read_grid(
+    file: Path | None, flags: Mapping[str, Any]
+) -> tuple[list[tuple[LatentConfig, dict[str, float]]], RunOptions]:
+    """The configs that a grid file (with flags on top) stands for, each with its models' own GPUs,
+    and the sitting's options.
 
     Raises UsageError naming the key and what was wanted; Refused when foreign code is asked for.
     """
     values = merged(file, flags)
     if not values.get("models"):
-        raise UsageError("Which models? A grid names at least one, for example `models: [smollm2]`.")
+        raise UsageError(
+            "Which models? A grid names at least one, for example `models: [smollm2]`."
+        )
     (axes,) = build({k: v for k, v in values.items() if k in GridAxes.model_fields}, GridAxes)
     shared = {k: v for k, v in values.items() if k not in GridAxes.model_fields}
     if axes.budgets and {"unit", "eps"} & shared.keys():
         raise UsageError("A grid has either `budgets` (unit: sizes) or `unit` and `eps`, not both.")
     for unit in axes.budgets:
         if unit not in UNITS:
-            raise UsageError(f"budgets: a unit is one of {', '.join(UNITS)}; {str(unit)[:40]!r} came.")
+            raise UsageError(
+                f"budgets: a unit is one of {', '.join(UNITS)}; {str(unit)[:40]!r} came."
+            )
     units = [{"unit": unit, "eps": sizes} for unit, sizes in axes.budgets.items()] or [{}]
     gathered: dict[str, tuple[dict[str, Any], list[str], dict[str, float]]] = {}
     options = None
@@ -126,23 +142,37 @@ def read_grid(file: Path | None, flags: Mapping[str, Any]) -> tuple[list[tuple[L
                     if checked.gpus_per_worker is not None:
                         own_gpus[name] = checked.gpus_per_worker
     if options is None:
-        raise UsageError("Which prompts? A grid names at least one prompt set, for example `prompts: [harmbench]`.")
+        raise UsageError(
+            "Which prompts? A grid names at least one prompt set, for example `prompts:"
+            " [harmbench]`."
+        )
     configs = [
-        (build({**asked, "models": tuple(dict.fromkeys(names))}, LatentConfig, RunOptions)[0], own_gpus)
+        (
+            build({**asked, "models": tuple(dict.fromkeys(names))}, LatentConfig, RunOptions)[0],
+            own_gpus,
+        )
         for asked, names, own_gpus in gathered.values()
     ]
-    return configs, options.with_shards({str(own["name"]): own.get("shard") for own in map(_entry, axes.models)})
+    return configs, options.with_shards(
+        {str(own["name"]): own.get("shard") for own in map(_entry, axes.models)}
+    )
 
 
 def repeated(file: Path | None, flags: Mapping[str, Any]) -> dict[str, int]:
-    """What a grid file asks for more than once and gets once: {"budgets.rms: 0.001": 2} for `rms: [1e-3, 0.001]`."""
+    """What a grid file asks for more than once and gets once: {"budgets.rms: 0.001": 2} for `rms:
+    [1e-3, 0.001]`."""
     values = merged(file, flags)
     (axes,) = build({k: v for k, v in values.items() if k in GridAxes.model_fields}, GridAxes)
     asked = [("models", tuple(map(str, own.values()))) for own in map(_entry, axes.models)]
     asked += [("prompts", (prompts,)) for prompts in axes.prompts]
     asked += [("attacks", (attack,)) for attack in listed(values.get("attacks", ()))]
-    sizes = [*axes.budgets.items(), *((values.get("unit", "rms"), values["eps"]) for _ in ("eps",) if "eps" in values)]
-    asked += [(f"budgets.{unit}", (f"{float(size):g}",)) for unit, some in sizes for size in listed(some)]
+    sizes = [
+        *axes.budgets.items(),
+        *((values.get("unit", "rms"), values["eps"]) for _ in ("eps",) if "eps" in values),
+    ]
+    asked += [
+        (f"budgets.{unit}", (f"{float(size):g}",)) for unit, some in sizes for size in listed(some)
+    ]
     return {f"{axis}: {' '.join(words)}": n for (axis, words), n in Counter(asked).items() if n > 1}
 
 
@@ -151,14 +181,22 @@ def _entry(model: Any) -> dict[str, Any]:
     if not isinstance(model, Mapping):
         return {"name": model}
     if not model.get("name"):
-        raise UsageError(f"models: an entry is a name, or a mapping with `name`; {str(dict(model))[:80]} came.")
+        raise UsageError(
+            f"models: an entry is a name, or a mapping with `name`; {str(dict(model))[:80]} came."
+        )
     if {"models", "prompts"} & model.keys():
-        raise UsageError(f"models: {model['name']} may not have `models` or `prompts` of its own; those span the grid.")
+        raise UsageError(
+            f"models: {model['name']} may not have `models` or `prompts` of its own; those span the"
+            " grid."
+        )
     return dict(model)
 
 
-def make_grid(configs: Sequence[tuple[LatentConfig, Mapping[str, float]]], options: RunOptions) -> Grid:
-    """Plan every case. Groups are ordered by subject, the subject with the most work first, and its largest groups first.
+def make_grid(
+    configs: Sequence[tuple[LatentConfig, Mapping[str, float]]], options: RunOptions
+) -> Grid:
+    """Plan every case. Groups are ordered by subject, the subject with the most work first, and its
+    largest groups first.
 
     Raises UsageError or Refused for a model, prompt set or scorer that cannot serve.
     """
@@ -168,21 +206,27 @@ def make_grid(configs: Sequence[tuple[LatentConfig, Mapping[str, float]]], optio
         config, plan = prepare(asked, options, known)
         name = f"{safe_name(plan.prompts.name)}-{config.unit}-{config.dtype}-{digest(config.model_dump(mode='json'), 8)}"
         cases.append(Case(name, config, plan, gpus))
-    attacked = {case.name: case.plan.by_subject if options.engine == "vllm" else case.plan.groups for case in cases}
+    attacked = {
+        case.name: case.plan.by_subject if options.engine == "vllm" else case.plan.groups
+        for case in cases
+    }
     clean = [group for case in cases for group in case.groups(case.plan.clean)]
     groups = [group for case in cases for group in case.groups(attacked[case.name])]
     return Grid(tuple(cases), options, _ordered(clean), _ordered(groups))
 
 
 def _ordered(groups: Sequence[GridGroup]) -> tuple[GridGroup, ...]:
-    """Each cell in the first group that has it; a subject's groups together, by case, the dear ones first."""
+    """Each cell in the first group that has it; a subject's groups together, by case, the dear ones
+    first."""
     seen: set[str] = set()
     once = []
     for group in groups:
         cells = tuple({cell.key: cell for cell in group.cells if cell.key not in seen}.values())
         seen |= {cell.key for cell in cells}
         if cells:
-            once.append(replace(group, cells=cells, work=group.work * len(cells) / len(group.cells)))
+            once.append(
+                replace(group, cells=cells, work=group.work * len(cells) / len(group.cells))
+            )
     total: dict[str, float] = {}
     for group in once:
         total[group.subject] = total.get(group.subject, 0.0) + group.work
@@ -191,12 +235,19 @@ def _ordered(groups: Sequence[GridGroup]) -> tuple[GridGroup, ...]:
 
 
 def order(grid: Grid) -> list[dict[str, Any]]:
-    """The subjects as the sweep takes them up: groups and cells of each, share of all work, and a worker's GPUs if it has
-    its own."""
+    """The subjects as the sweep takes them up: groups and cells of each, share of all work, and a
+    worker's GPUs if it has its own."""
     work = sum(group.work for group in (*grid.clean, *grid.groups)) or 1.0
     found: dict[str, dict[str, Any]] = {}
-    for group in (*grid.groups, *grid.clean):  # as the clean passes come first anyhow, the others say the order
-        empty = {"model": group.cells[0].subject.name, "groups": 0, "cells": 0, "work": 0.0, "GPUs": group.gpus}
+    # as the clean passes come first anyhow, the others say the order
+    for group in (*grid.groups, *grid.clean):
+        empty = {
+            "model": group.cells[0].subject.name,
+            "groups": 0,
+            "cells": 0,
+            "work": 0.0,
+            "GPUs": group.gpus,
+        }
         one = found.setdefault(group.subject, empty)
         one["groups"] += 1
         one["cells"] += len(group.cells)
@@ -205,7 +256,8 @@ def order(grid: Grid) -> list[dict[str, Any]]:
 
 
 def cost(grid: Grid, device: str) -> list[tuple[Case, Estimate]]:
-    """What each case will take on this machine, on one worker; a cell that two cases share counts in both."""
+    """What each case will take on this machine, on one worker; a cell that two cases share counts
+    in both."""
     return [(case, estimate(case.plan, device, grid.options)) for case in grid.cases]
 
 
@@ -223,7 +275,9 @@ class GridWorker:
         if group.case != self._case:
             self.close()
         if self._worker is None:
-            self._worker = LatentWorker(self.configs[group.case], self.options, str(within(self.out, group.case)))
+            self._worker = LatentWorker(
+                self.configs[group.case], self.options, str(within(self.out, group.case))
+            )
             self._case = group.case
         self._worker.run(group, tick)
 
@@ -234,7 +288,8 @@ class GridWorker:
 
 
 class Folders:
-    """The cases' run folders as the one that a sweep asks; a cell is in the folder of the first case that has it."""
+    """The cases' run folders as the one that a sweep asks; a cell is in the folder of the first
+    case that has it."""
 
     def __init__(self, out: Path, stores: Mapping[str, RunFolder], cases: Sequence[Case]) -> None:
         self.path, self.stores = out.absolute(), stores
@@ -266,7 +321,8 @@ class Folders:
 
 
 def run(grid: Grid, *, progress: Callable[[], Progress] | None = None) -> Outcome:
-    """Run what is missing of the grid and reduce it. The same call again resumes, and so does a grid that has grown.
+    """Run what is missing of the grid and reduce it. The same call again resumes, and so does a
+    grid that has grown.
 
     Raises UsageError, Refused, Interrupted; cells that fail are in the outcome, with their causes.
     """
@@ -275,7 +331,10 @@ def run(grid: Grid, *, progress: Callable[[], Progress] | None = None) -> Outcom
     here = local(out)
     stores = {
         case.name: RunFolder.open(
-            within(out, case.name), config=identity(case.plan), info=facts(case.plan, options), break_lock=options.break_lock
+            within(out, case.name),
+            config=identity(case.plan),
+            info=facts(case.plan, options),
+            break_lock=options.break_lock,
         )
         for case in grid.cases
     }
@@ -288,39 +347,56 @@ def run(grid: Grid, *, progress: Callable[[], Progress] | None = None) -> Outcom
             (here / "scratch").mkdir(mode=files.PRIVATE_FOLDER, exist_ok=True)
         folders = Folders(here, stores, grid.cases)
         _share(grid, stores, out)
-        make_worker = partial(GridWorker, {case.name: case.config for case in grid.cases}, options, absolute(out))
+        make_worker = partial(
+            GridWorker, {case.name: case.config for case in grid.cases}, options, absolute(out)
+        )
         clean = {cell.key for group in grid.clean for cell in group.cells}
         both = options.executor == "ray" and len(folders.scan(clean)[0]) < len(clean)
         outcomes = []
-        with sweep.ray.cluster(options.address, cpus=options.workers) if both else nullcontext():  # one for both passes
+        # one for both passes
+        with sweep.ray.cluster(options.address, cpus=options.workers) if both else nullcontext():
             for groups in (grid.clean, grid.groups):
                 outcomes.append(_sweep(groups, make_worker, folders, options, progress))
                 _share(grid, stores, out)
         failed = outcomes[0].failed | outcomes[1].failed
         for case in grid.cases:
             store = stores[case.name]
-            if not any(cell.key in failed for cell in case.plan.cells):  # all are finished: nothing in scratch is wanted any more
+            # all are finished: nothing in scratch is wanted any more
+            if not any(cell.key in failed for cell in case.plan.cells):
                 store.forget()
             reduce(store, allow_raw=options.allow_raw)
         write_table(out, [case.name for case in grid.cases])
-    return Outcome(done=sum(o.done for o in outcomes), failed=failed, skipped=sum(o.skipped for o in outcomes))
+    return Outcome(
+        done=sum(o.done for o in outcomes), failed=failed, skipped=sum(o.skipped for o in outcomes)
+    )
 
 
 def _sweep(
-    groups: Sequence[GridGroup], make_worker: Callable[[], GridWorker], folders: Folders, options: RunOptions,
+    groups: Sequence[GridGroup],
+    make_worker: Callable[[], GridWorker],
+    folders: Folders,
+    options: RunOptions,
     progress: Callable[[], Progress] | None,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     shown = None if progress is None else progress()
     if options.executor == "local":
-        return sweep.local.run(groups, make_worker, folders, progress=shown, retry_failed=options.retry_failed)
+        return sweep.local.run(
+            groups, make_worker, folders, progress=shown, retry_failed=options.retry_failed
+        )
     return sweep.ray.run(
-        with_gpus(groups, options), make_worker, folders, workers=options.workers, address=options.address, progress=shown,
+        with_gpus(groups, options),
+        make_worker,
+        folders,
+        workers=options.workers,
+        address=options.address,
+        progress=shown,
         retry_failed=options.retry_failed,
     )
 
 
 def _share(grid: Grid, stores: Mapping[str, RunFolder], out: Place) -> None:
-    """Every case adopts what it lacks and another folder of OUT has finished: of this grid, or of an earlier form of it."""
+    """Every case adopts what it lacks and another folder of OUT has finished: of this grid, or of
+    an earlier form of it."""
     opened = dict(_folders_of(out, stores))
     there = {name: set(store.keys()) for name, store in opened.items()}
     for case in grid.cases:
@@ -338,7 +414,8 @@ def _folders_of(out: Place, stores: Mapping[str, RunFolder]) -> Iterator[tuple[s
 
 
 def write_table(out: Place, cases: Sequence[str]) -> None:
-    """OUT/lvs.parquet and .csv: the cases' tables, as they were reduced, below each other by the case's name. Raises DiskError."""
+    """OUT/lvs.parquet and .csv: the cases' tables, as they were reduced, below each other by the
+    case's name. Raises DiskError."""
     frames = []
     for name in sorted(cases):
         frame = pd.read_parquet(local(within(out, name)) / "lvs.parquet")
@@ -347,4 +424,6 @@ def write_table(out: Place, cases: Sequence[str]) -> None:
     table = pd.concat([f for f in frames if len(f)] or frames[:1], ignore_index=True)
     with outputs(out) as here:
         files.write_bytes(here / "lvs.parquet", tables.to_bytes(tables.frame_to_table(table)))
-        files.write_bytes(here / "lvs.csv", tables.to_csv(table).encode("utf-8", "backslashreplace"))
+        files.write_bytes(
+            here / "lvs.csv", tables.to_csv(table).encode("utf-8", "backslashreplace")
+        )

@@ -1,7 +1,8 @@
 """From a question to cells: which cells there are, which share a trunk, and what they will cost.
 
-    plan = make_plan(config)            # resolves and fingerprints the models, reads the prompts; loads no weights
-    plan.groups                         # one group a (model, site): its cells run together
+# resolves and fingerprints the models, reads the prompts; loads no weights
+plan = make_plan(config)
+plan.groups                         # one group a (model, site): its cells run together
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ DISTANCE = "distance"
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the run will take. `seconds` comes from this machine's measured matmul rate, so it is a guess of the right size."""
+    """What the run will take. `seconds` comes from this machine's measured matmul rate, so it is a
+    guess of the right size."""
 
     flops: float
     seconds: float
@@ -56,7 +58,8 @@ class Plan:
 
     @property
     def by_subject(self) -> tuple[Group, ...]:
-        """The groups joined to one a model: for speech in vLLM, which is opened once for all sites."""
+        """The groups joined to one a model: for speech in vLLM, which is opened once for all
+        sites."""
         joined: dict[str, list[Group]] = {}
         for group in self.groups:
             joined.setdefault(group.cells[0].subject.name, []).append(group)
@@ -70,13 +73,17 @@ _T = TypeVar("_T")
 
 
 def make_plan(
-    config: LatentConfig, *, device: str = "auto", judge_serving: Serving | None = None,
+    config: LatentConfig,
+    *,
+    device: str = "auto",
+    judge_serving: Serving | None = None,
     known: dict[tuple[Any, ...], Any] | None = None,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Resolve every name of the config; `judge_serving`: how a judge's models are served.
 
-    `known` is handed from plan to plan of one grid: a model is fingerprinted, a judge described and a prompt set read once,
-    however many of the plans name it. Raises UsageError or Refused for a model, prompt set or scorer that cannot serve.
+    `known` is handed from plan to plan of one grid: a model is fingerprinted, a judge described and
+    a prompt set read once, however many of the plans name it. Raises UsageError or Refused for a
+    model, prompt set or scorer that cannot serve.
     """
     known = {} if known is None else known
 
@@ -86,29 +93,47 @@ def make_plan(
         return known[name]
 
     read = (config.prompts, config.limit, config.seed, config.column)
-    prompts = once(lambda: load_prompts(read[0], limit=read[1], seed=read[2], column=read[3]), "prompts", *read)
+    prompts = once(
+        lambda: load_prompts(read[0], limit=read[1], seed=read[2], column=read[3]), "prompts", *read
+    )
     scorers = {
         "reward": once(
-            lambda: load_reward(config.reward, target=config.target).describe(), "reward", config.reward, config.target
+            lambda: load_reward(config.reward, target=config.target).describe(),
+            "reward",
+            config.reward,
+            config.target,
         ),
         "judge": once(
-            lambda: load_judge(config.judge, device=device, serving=judge_serving).describe(), "judge", config.judge
+            lambda: load_judge(config.judge, device=device, serving=judge_serving).describe(),
+            "judge",
+            config.judge,
         ),
         "coherence": Thresholds().describe(),
     }
     outlines: list[models.Outline] = []
     for name in dict.fromkeys(config.models):
         outline = once(
-            lambda name=name: models.outline(name, chat_template=config.chat_template), "model", name, config.chat_template
+            lambda name=name: models.outline(name, chat_template=config.chat_template),
+            "model",
+            name,
+            config.chat_template,
         )
-        if all(outline.subject.fingerprint != o.subject.fingerprint for o in outlines):  # the same weights count once
+        # the same weights count once
+        if all(outline.subject.fingerprint != o.subject.fingerprint for o in outlines):
             outlines.append(outline)
     clean, groups = [], []
     for outline in outlines:
         tokens = mean_tokens(outline, prompts)
 
-        def group(where: object, cells: Sequence[Cell], outline: models.Outline = outline, tokens: float = tokens) -> Group:
-            work = sum(flops_by_phase(config, outline, cells, len(prompts.prompts), tokens).values())
+        def group(
+            where: object,
+            cells: Sequence[Cell],
+            outline: models.Outline = outline,
+            tokens: float = tokens,
+        ) -> Group:
+            work = sum(
+                flops_by_phase(config, outline, cells, len(prompts.prompts), tokens).values()
+            )
             return Group(f"{outline.subject.name} · {where}", tuple(cells), work=work)
 
         clean.append(group(CLEAN, [clean_cell(config, outline, prompts, scorers)]))
@@ -117,7 +142,9 @@ def make_plan(
     return Plan(config, prompts, tuple(outlines), tuple(clean), tuple(groups), scorers)
 
 
-def _common(config: LatentConfig, outline: models.Outline, scorers: dict[str, Any]) -> dict[str, Any]:
+def _common(
+    config: LatentConfig, outline: models.Outline, scorers: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "dtype": config.dtype,
         "chat_template": digest(outline.chat.template) if outline.chat.template else None,
@@ -127,13 +154,21 @@ def _common(config: LatentConfig, outline: models.Outline, scorers: dict[str, An
     }
 
 
-def clean_cell(config: LatentConfig, outline: models.Outline, prompts: PromptSet, scorers: dict[str, Any]) -> Cell:
+def clean_cell(
+    config: LatentConfig, outline: models.Outline, prompts: PromptSet, scorers: dict[str, Any]
+) -> Cell:
     """The pass without an edit, which every other cell of the subject is measured against."""
-    return Cell(outline.subject, None, None, CLEAN, prompts.digest, _common(config, outline, scorers))
+    return Cell(
+        outline.subject, None, None, CLEAN, prompts.digest, _common(config, outline, scorers)
+    )
 
 
 def site_cells(
-    config: LatentConfig, outline: models.Outline, site: Site, prompts: PromptSet, scorers: dict[str, Any]
+    config: LatentConfig,
+    outline: models.Outline,
+    site: Site,
+    prompts: PromptSet,
+    scorers: dict[str, Any],
 ) -> list[Cell]:
     """Every (budget, attack) at one site, and its minimum-distance cell."""
     settings = {
@@ -153,8 +188,15 @@ def site_cells(
         for budget in config.budgets
     ]
     if config.distance:
-        search = {"unit": config.unit, "start": config.eps[0], "limit": config.distance_limit, "bisections": config.bisections}
-        cells.append(Cell(outline.subject, site, None, DISTANCE, prompts.digest, {**settings, **search}))
+        search = {
+            "unit": config.unit,
+            "start": config.eps[0],
+            "limit": config.distance_limit,
+            "bisections": config.bisections,
+        }
+        cells.append(
+            Cell(outline.subject, site, None, DISTANCE, prompts.digest, {**settings, **search})
+        )
     return cells
 
 
@@ -167,10 +209,12 @@ def mean_tokens(outline: models.Outline, prompts: PromptSet) -> float:
 def flops_by_phase(
     config: LatentConfig, outline: models.Outline, cells: Sequence[Cell], n: int, tokens: float
 ) -> dict[str, float]:
-    """Useful FLOPs of a group's phases: 2 a parameter and token forward, as many again for the gradient of activations."""
+    """Useful FLOPs of a group's phases: 2 a parameter and token forward, as many again for the
+    gradient of activations."""
     new, k = config.max_new_tokens, 4
     whole = 2 * tokens * outline.n_block_params
-    answer = 2 * new * (outline.n_block_params + outline.n_head_params)  # one completion; its NLL costs the same again
+    # one completion; its NLL costs the same again
+    answer = 2 * new * (outline.n_block_params + outline.n_head_params)
     site = cells[0].site
     if site is None:  # the clean pass
         return {"speak": n * (whole + 2 * answer)}
@@ -178,15 +222,28 @@ def flops_by_phase(
     speak = 2 * tokens * above + 2 * answer
 
     def search(target: int) -> float:
-        return config.steps * config.restarts * 4 * ((tokens + target) * above + (target + 1) * outline.n_head_params)
+        return (
+            config.steps
+            * config.restarts
+            * 4
+            * ((tokens + target) * above + (target + 1) * outline.n_head_params)
+        )
 
     attacks = {c.attack for c in cells}
-    draws = sum(config.draws if c.attack.startswith("random") else 1 for c in cells if c.attack != DISTANCE)
+    draws = sum(
+        config.draws if c.attack.startswith("random") else 1 for c in cells if c.attack != DISTANCE
+    )
     return {
-        "targeted": n * len(config.eps) * search(k) if attacks & {"targeted", "random_matched", "shuffled"} else 0.0,
-        "untargeted": n * len(config.eps) * search(config.untargeted_tokens) if "untargeted" in attacks else 0.0,
+        "targeted": n * len(config.eps) * search(k)
+        if attacks & {"targeted", "random_matched", "shuffled"}
+        else 0.0,
+        "untargeted": n * len(config.eps) * search(config.untargeted_tokens)
+        if "untargeted" in attacks
+        else 0.0,
         "speak": n * (whole + draws * speak),
-        "distance": n * distance_evaluations(config) * (search(k) + speak) if DISTANCE in attacks else 0.0,
+        "distance": n * distance_evaluations(config) * (search(k) + speak)
+        if DISTANCE in attacks
+        else 0.0,
     }
 
 
@@ -196,23 +253,33 @@ def distance_evaluations(config: LatentConfig) -> float:
 
 
 def estimate(plan: Plan, device: str, options: RunOptions | None = None) -> Estimate:
-    """Time, memory and disk of the whole plan on this machine; memory of a device, where `options` shard a model over several."""
+    """Time, memory and disk of the whole plan on this machine; memory of a device, where `options`
+    shard a model over several."""
     config = plan.config
     dtype = models.pick_dtype(config.dtype, device)
     flops = sum(g.work for g in (*plan.clean, *plan.groups))
-    parts = {o: 1 if options is None or device == "cpu" else options.shard_of(o.subject.name).n for o in plan.outlines}
+    parts = {
+        o: 1 if options is None or device == "cpu" else options.shard_of(o.subject.name).n
+        for o in plan.outlines
+    }
     largest = max(plan.outlines, key=lambda o: o.n_params / parts[o])
     tokens = mean_tokens(largest, plan.prompts)
     n = len(plan.prompts.prompts)
     deltas = 2 * n * len(config.eps) * tokens * largest.width * 4
     rows = sum(n * (config.draws if c.attack.startswith("random") else 1) for c in plan.cells)
     weights = largest.n_params * dtype.itemsize / parts[largest]
-    return Estimate(flops, flops / (0.5 * matmul_rate(dtype, device)), weights * 1.6 + deltas + 1e9, deltas + rows * 2_000)
+    return Estimate(
+        flops,
+        flops / (0.5 * matmul_rate(dtype, device)),
+        weights * 1.6 + deltas + 1e9,
+        deltas + rows * 2_000,
+    )
 
 
 @cache
 def matmul_rate(dtype: torch.dtype, device: str) -> float:
-    """This machine's FLOP/s in a large square matrix product, measured once (a fifth of a second on a CPU)."""
+    """This machine's FLOP/s in a large square matrix product, measured once (a fifth of a second on
+    a CPU)."""
     size = 1536 if device == "cpu" else 8192
     a = torch.randn(size, size, device=device).to(dtype)
     torch.mm(a, a)
@@ -230,4 +297,8 @@ def matmul_rate(dtype: torch.dtype, device: str) -> float:
 
 def available_memory(device: str) -> float:
     """Bytes free on the device."""
-    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else float(psutil.virtual_memory().available)
+    return (
+        torch.cuda.mem_get_info(device)[0]
+        if device.startswith("cuda")
+        else float(psutil.virtual_memory().available)
+    )

@@ -1,11 +1,14 @@
-"""One rank of a subject that is sliced over several; `RankedEngine` starts it, and nothing else does.
+"""One rank of a subject that is sliced over several; `RankedEngine` starts it, and nothing else
+does.
 
-    python -P -m auditgap.audits.latent.rank 7 1234 /tmp/auditgap-k2      # the connection, its parent, its scratch folder
+    # the connection, its parent, its scratch folder
+    python -P -m auditgap.audits.latent.rank 7 1234 /tmp/auditgap-k2
 
-RANK and WORLD_SIZE say which it is. It reads its settings, says that it is there, and then does what all ranks are told at the
-same time, each on its slices of the weights, until the connection closes: `load` (form the group, open the model), `self_test`,
-`activations`, `attack`, `generate`, `nll`. Every rank comes to the same results; rank 0 sends them. What goes wrong on one ends
-it, since it is out of step with the others from there on.
+RANK and WORLD_SIZE say which it is. It reads its settings, says that it is there, and then does
+what all ranks are told at the same time, each on its slices of the weights, until the connection
+closes: `load` (form the group, open the model), `self_test`, `activations`, `attack`, `generate`,
+`nll`. Every rank comes to the same results; rank 0 sends them. What goes wrong on one ends it,
+since it is out of step with the others from there on.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ from auditgap.types import Edit, Prompt, Site, Subject
 
 _Tensors = dict[str, torch.Tensor]
 _Answer = tuple[dict[str, Any], _Tensors]
-#: Minutes that a rank waits for the others before it gives up; the parent ends it much sooner when one has failed.
+#: Minutes that a rank waits for the others before it gives up; the parent ends it much sooner when
+#: one has failed.
 _PATIENCE = 30.0
 
 
@@ -49,9 +53,13 @@ class Rank:
 
     def do(self, message: Mapping[str, Any], tensors: _Tensors) -> _Answer:
         tasks = {
-            "load": self.load, "self_test": self.self_test, "activations": self.activations, "attack": self.attack,
-            "generate": self.generate, "nll": self.nll,
-        }  # fmt: skip
+            "load": self.load,
+            "self_test": self.self_test,
+            "activations": self.activations,
+            "attack": self.attack,
+            "generate": self.generate,
+            "nll": self.nll,
+        }
         return tasks[message["do"]](message, tensors)
 
     def load(self, message: Mapping[str, Any], _: _Tensors) -> _Answer:
@@ -59,15 +67,30 @@ class Rank:
 
         said = self.settings
         batching.LOCKSTEP = True
-        self._stack.enter_context(ranks.joined(timeout_minutes=_PATIENCE, meet=Path(message["meet"])))
+        self._stack.enter_context(
+            ranks.joined(timeout_minutes=_PATIENCE, meet=Path(message["meet"]))
+        )
         folder = Path(said["folder"])
         models.preflight(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
         outline = Outline(  # the parent has looked at it, and hashed it, already
-            Subject(said["name"], said["fingerprint"]), folder, Chat(said["name"], tokenizer, None), said["n_blocks"],
-            said["width"], n_block_params=0, n_head_params=0, n_params=0,
-        )  # fmt: skip
-        loaded = models.load(outline, dtype=said["dtype"], device=ranks.device(said["device"]), shard=Shard.of(said["shard"]))
+            Subject(said["name"], said["fingerprint"]),
+            folder,
+            Chat(said["name"], tokenizer, None),
+            said["n_blocks"],
+            said["width"],
+            n_block_params=0,
+            n_head_params=0,
+            n_params=0,
+        )
+        loaded = models.load(
+            outline,
+            dtype=said["dtype"],
+            device=ranks.device(said["device"]),
+            shard=Shard.of(said["shard"]),
+        )
         self.engine = HFEngine(loaded, batch_tokens=said["batch_tokens"], agreed=ranks.of_main)
         return {}, {}
 
@@ -76,20 +99,29 @@ class Rank:
         return {}, {}
 
     def activations(self, message: Mapping[str, Any], _: _Tensors) -> _Answer:
-        found = self.engine.activations([_rendered(ids) for ids in message["prompts"]], Site(message["site"]))
+        found = self.engine.activations(
+            [_rendered(ids) for ids in message["prompts"]], Site(message["site"])
+        )
         return {}, {str(i): h for i, h in enumerate(found)}
 
     def attack(self, message: Mapping[str, Any], tensors: _Tensors) -> _Answer:
         goals = [
             Goal(
-                _rendered(g["ids"]), tuple(g["target"]), tuple(g["radii"]), g["maximise"],
+                _rendered(g["ids"]),
+                tuple(g["target"]),
+                tuple(g["radii"]),
+                g["maximise"],
                 tuple(tensors[f"{i}.{r}"] for r in range(len(g["radii"]))) if g["warm"] else None,
             )
             for i, g in enumerate(message["goals"])
-        ]  # fmt: skip
-        found = attack(self.engine, goals, Site(message["site"]), PGD(**message["pgd"]), score=message["score"])
+        ]
+        found = attack(
+            self.engine, goals, Site(message["site"]), PGD(**message["pgd"]), score=message["score"]
+        )
         numbers = [[[f.nll_clean, f.nll_edited, f.finite] for f in row] for row in found]
-        return {"found": numbers}, {f"{i}.{r}": f.delta for i, row in enumerate(found) for r, f in enumerate(row)}
+        return {"found": numbers}, {
+            f"{i}.{r}": f.delta for i, row in enumerate(found) for r, f in enumerate(row)
+        }
 
     def generate(self, message: Mapping[str, Any], tensors: _Tensors) -> _Answer:
         edits = _edits([r["edit"] for r in message["requests"]], tensors)
@@ -97,12 +129,16 @@ class Rank:
             Request(_rendered(r["ids"]), edit, tuple(r["target"]))
             for r, edit in zip(message["requests"], edits, strict=True)
         ]
-        return {"completions": [astuple(c)[1:] for c in self.engine.generate(asked, message["new"])]}, {}
+        return {
+            "completions": [astuple(c)[1:] for c in self.engine.generate(asked, message["new"])]
+        }, {}
 
     def nll(self, message: Mapping[str, Any], tensors: _Tensors) -> _Answer:
         edits = _edits([edit for _, _, edit in message["asked"]], tensors)
         prompts = [_rendered(ids) for ids, _, _ in message["asked"]]
-        return {"nll": self.engine.nll(prompts, [answer for _, answer, _ in message["asked"]], edits)}, {}
+        return {
+            "nll": self.engine.nll(prompts, [answer for _, answer, _ in message["asked"]], edits)
+        }, {}
 
 
 def _rendered(ids: Sequence[int]) -> Rendered:

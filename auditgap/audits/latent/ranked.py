@@ -1,11 +1,13 @@
-"""A subject whose matrices are sliced over several ranks: an engine here, and a process a rank that does the work.
+"""A subject whose matrices are sliced over several ranks: an engine here, and a process a rank that
+does the work.
 
     with RankedEngine(outline, Shard.of("tensor:2"), dtype="float32") as engine:
         engine.activations(rendered, Site(15));  attack(engine, goals, Site(15), PGD());  engine.generate(requests, 32)
 
-It is told what `HFEngine` is told and answers the same. All ranks (`rank.py`) are given every task, and do it on their own
-`HFEngine` in step with each other; rank 0 answers. This process is no rank: it holds no weights and waits in no collective, so
-whatever becomes of a rank is seen at once. Then all of them are ended, and the cause is what this raises.
+It is told what `HFEngine` is told and answers the same. All ranks (`rank.py`) are given every task,
+and do it on their own `HFEngine` in step with each other; rank 0 answers. This process is no rank:
+it holds no weights and waits in no collective, so whatever becomes of a rank is seen at once. Then
+all of them are ended, and the cause is what this raises.
 """
 
 from __future__ import annotations
@@ -38,7 +40,15 @@ _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 def to_bytes(tensors: Mapping[str, torch.Tensor]) -> list[bytes]:
     """Tensors by name as what travels behind a message; nothing for none."""
-    return [safetensors.torch.save({name: t.detach().clone().contiguous() for name, t in tensors.items()})] if tensors else []
+    return (
+        [
+            safetensors.torch.save(
+                {name: t.detach().clone().contiguous() for name, t in tensors.items()}
+            )
+        ]
+        if tensors
+        else []
+    )
 
 
 def from_bytes(data: Sequence[bytes]) -> dict[str, torch.Tensor]:
@@ -51,9 +61,16 @@ class RankedEngine:
     name = "hf"
 
     def __init__(
-        self, outline: Outline, shard: Shard, *, dtype: str = "auto", device: str = "auto", batch_tokens: int | None = None
+        self,
+        outline: Outline,
+        shard: Shard,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        batch_tokens: int | None = None,
     ) -> None:
-        """Raises UsageError where the subject has no tensor-parallel plan or the machine too few GPUs."""
+        """Raises UsageError where the subject has no tensor-parallel plan or the machine too few
+        GPUs."""
         device = pick_device(device)
         shard.check(outline)
         shard.check_devices(device)
@@ -62,14 +79,23 @@ class RankedEngine:
         self._children: list[Child] = []
         self._pool = ThreadPoolExecutor(shard.n)
         settings = {
-            "name": outline.subject.name, "fingerprint": outline.subject.fingerprint, "folder": str(outline.folder),
-            "n_blocks": outline.n_blocks, "width": outline.width, "shard": str(shard), "batch_tokens": batch_tokens,
-            "dtype": str(pick_dtype(dtype, device)).removeprefix("torch."), "device": device,
-        }  # fmt: skip
+            "name": outline.subject.name,
+            "fingerprint": outline.subject.fingerprint,
+            "folder": str(outline.folder),
+            "n_blocks": outline.n_blocks,
+            "width": outline.width,
+            "shard": str(shard),
+            "batch_tokens": batch_tokens,
+            "dtype": str(pick_dtype(dtype, device)).removeprefix("torch."),
+            "device": device,
+        }
         common = {
-            "WORLD_SIZE": str(shard.n), "GLOO_SOCKET_IFNAME": _LOOPBACK, "NCCL_SOCKET_IFNAME": _LOOPBACK,
-            "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-        }  # fmt: skip
+            "WORLD_SIZE": str(shard.n),
+            "GLOO_SOCKET_IFNAME": _LOOPBACK,
+            "NCCL_SOCKET_IFNAME": _LOOPBACK,
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         if device == "cpu":
             threads = max(1, torch.get_num_threads() // shard.n)
             common |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
@@ -106,7 +132,8 @@ class RankedEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- as HFEngine ---------------------------------------------------------------------------------------------------
+    # -- as HFEngine
+    # ---------------------------------------------------------------------------------------------------
 
     def render(self, prompt: Prompt) -> Rendered:
         return self.outline.chat.render(prompt)
@@ -117,52 +144,81 @@ class RankedEngine:
 
     def activations(self, rendered: Sequence[Rendered], site: Site) -> list[torch.Tensor]:
         """Each prompt's clean hidden states [T, D] at the site, fp32 on the CPU."""
-        _, found = self._tell("activations", {"prompts": [r.ids for r in rendered], "site": site.layer_index})
+        _, found = self._tell(
+            "activations", {"prompts": [r.ids for r in rendered], "site": site.layer_index}
+        )
         return [found[str(i)] for i in range(len(rendered))]
 
-    def attack(self, goals: Sequence[Goal], site: Site, pgd: PGD, *, score: bool = True) -> list[list[Found]]:
+    def attack(
+        self, goals: Sequence[Goal], site: Site, pgd: PGD, *, score: bool = True
+    ) -> list[list[Found]]:
         """`interventions.pgd.attack`, which calls this, where the model is."""
         asked = [
-            {"ids": g.rendered.ids, "target": g.target, "radii": g.radii, "maximise": g.maximise, "warm": g.warm is not None}
+            {
+                "ids": g.rendered.ids,
+                "target": g.target,
+                "radii": g.radii,
+                "maximise": g.maximise,
+                "warm": g.warm is not None,
+            }
             for g in goals
         ]
-        warm = {f"{i}.{r}": delta for i, g in enumerate(goals) for r, delta in enumerate(g.warm or ())}
+        warm = {
+            f"{i}.{r}": delta for i, g in enumerate(goals) for r, delta in enumerate(g.warm or ())
+        }
         told, deltas = self._tell(
-            "attack", {"goals": asked, "site": site.layer_index, "pgd": asdict(pgd), "score": score}, warm
+            "attack",
+            {"goals": asked, "site": site.layer_index, "pgd": asdict(pgd), "score": score},
+            warm,
         )
         return [
-            [Found(deltas[f"{i}.{r}"], *values) for r, values in enumerate(row)] for i, row in enumerate(told["found"])
+            [Found(deltas[f"{i}.{r}"], *values) for r, values in enumerate(row)]
+            for i, row in enumerate(told["found"])
         ]
 
     def generate(self, requests: Sequence[Request], max_new_tokens: int) -> list[Completion]:
-        """Greedy completions, in order, each under its edit. Raises AuditgapError for an edit of another length than its prompt."""
+        """Greedy completions, in order, each under its edit. Raises AuditgapError for an edit of
+        another length than its prompt."""
         for request in requests:
             check_length(request.rendered, request.edit)
         names, deltas = _named([r.edit for r in requests])
-        asked = [{"ids": r.rendered.ids, "target": r.target, "edit": name} for r, name in zip(requests, names, strict=True)]
+        asked = [
+            {"ids": r.rendered.ids, "target": r.target, "edit": name}
+            for r, name in zip(requests, names, strict=True)
+        ]
         told, _ = self._tell("generate", {"requests": asked, "new": max_new_tokens}, deltas)
         decode = self.outline.chat.tokenizer.decode
         return [
-            Completion(decode(ids, skip_special_tokens=True), tuple(ids), *values) for ids, *values in told["completions"]
+            Completion(decode(ids, skip_special_tokens=True), tuple(ids), *values)
+            for ids, *values in told["completions"]
         ]
 
     def nll(
-        self, rendered: Sequence[Rendered], answers: Sequence[Sequence[int]], edits: Sequence[Edit | None] | None = None
+        self,
+        rendered: Sequence[Rendered],
+        answers: Sequence[Sequence[int]],
+        edits: Sequence[Edit | None] | None = None,
     ) -> list[float | None]:
-        """Mean NLL (nats a token) of each answer after its prompt, under its edit if it has one; None as in `HFEngine`."""
+        """Mean NLL (nats a token) of each answer after its prompt, under its edit if it has one;
+        None as in `HFEngine`."""
         edits = [None] * len(answers) if edits is None else edits
         for one, edit in zip(rendered, edits, strict=True):
             check_length(one, edit)
         names, deltas = _named(edits)
-        asked = [[r.ids, list(map(int, a)), name] for r, a, name in zip(rendered, answers, names, strict=True)]
+        asked = [
+            [r.ids, list(map(int, a)), name]
+            for r, a, name in zip(rendered, answers, names, strict=True)
+        ]
         return self._tell("nll", {"asked": asked}, deltas)[0]["nll"]
 
-    # -- the ranks -----------------------------------------------------------------------------------------------------
+    # -- the ranks
+    # -----------------------------------------------------------------------------------------------------
 
     def _tell(
         self, do: str, message: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Rank 0's answer when all have done it. A rank that fails or dies ends all; raises what it died of."""
+        """Rank 0's answer when all have done it. A rank that fails or dies ends all; raises what it
+        died of."""
         if self.closed:
             raise AuditgapError("This engine is closed; open another.")
         data = to_bytes(tensors or {})
@@ -204,12 +260,14 @@ class RankedEngine:
         return AuditgapError(f"{where} failed ({error.kind}): {line}. Its log is {error.log}.")
 
     def _end(self, asked: Sequence[Future], cause: int | None) -> None:
-        """End the ranks that still work, which may be waiting for each other, and then all; keeps the cause's log."""
+        """End the ranks that still work, which may be waiting for each other, and then all; keeps
+        the cause's log."""
         self.closed = True
         for child, future in zip(self._children, asked, strict=True):
             if not future.done():
                 with suppress(ProcessLookupError, PermissionError):
-                    os.killpg(child.pid, signal.SIGKILL)  # its thread, which waits for its answer, hears of it and closes it
+                    # its thread, which waits for its answer, hears of it and closes it
+                    os.killpg(child.pid, signal.SIGKILL)
         wait(asked)
         for rank, child in enumerate(self._children):
             child.close(patience=0.5)
@@ -218,12 +276,17 @@ class RankedEngine:
         self._pool.shutdown()
 
 
-def _named(edits: Sequence[Edit | None]) -> tuple[list[dict[str, Any] | None], dict[str, torch.Tensor]]:
-    """Each edit as {"name", "site"} (None without one) and the δ by name; an edit that stands twice travels once."""
+def _named(
+    edits: Sequence[Edit | None],
+) -> tuple[list[dict[str, Any] | None], dict[str, torch.Tensor]]:
+    """Each edit as {"name", "site"} (None without one) and the δ by name; an edit that stands twice
+    travels once."""
     numbers: dict[int, str] = {}
     deltas: dict[str, torch.Tensor] = {}
     for edit in edits:
         if edit is not None and id(edit) not in numbers:
             numbers[id(edit)] = str(len(numbers))
             deltas[numbers[id(edit)]] = edit.delta
-    return [None if e is None else {"name": numbers[id(e)], "site": e.site.layer_index} for e in edits], deltas
+    return [
+        None if e is None else {"name": numbers[id(e)], "site": e.site.layer_index} for e in edits
+    ], deltas

@@ -1,4 +1,5 @@
-"""From one completion to its row: norms, scores, LVS, flags. Pure arithmetic on what the engine and the judges gave."""
+"""From one completion to its row: norms, scores, LVS, flags. Pure arithmetic on what the engine and
+the judges gave."""
 
 from __future__ import annotations
 
@@ -38,7 +39,12 @@ class Clean:
             return None if pd.isna(row[name]) else float(row[name])
 
         return cls(
-            number("clean_reward"), row["verdict_clean"], number("nll_clean"), number("completion_nll"), row["unscored"], ids
+            number("clean_reward"),
+            row["verdict_clean"],
+            number("nll_clean"),
+            number("completion_nll"),
+            row["unscored"],
+            ids,
         )
 
 
@@ -72,20 +78,38 @@ def clean_row(subject: str, rendered: Rendered, spoken: Any) -> Row:
     return Row(
         **{
             **dict.fromkeys(Row.__dataclass_fields__),
-            "subject": subject, "attack": CLEAN, "draw": 0, "prompt_id": rendered.prompt.id, "flags": "",
-            "n_prompt_tokens": len(rendered.ids), "n_new_tokens": len(spoken.completion.ids),
-            "clean_reward": spoken.score.value, "nll_clean": spoken.completion.target_nll,
-            "completion_nll": spoken.completion_nll, "coherent": spoken.coherent,
-            "verdict_clean": str(spoken.verdict.label), "unscored": spoken.score.reason if spoken.score.value is None else "",
+            "subject": subject,
+            "attack": CLEAN,
+            "draw": 0,
+            "prompt_id": rendered.prompt.id,
+            "flags": "",
+            "n_prompt_tokens": len(rendered.ids),
+            "n_new_tokens": len(spoken.completion.ids),
+            "clean_reward": spoken.score.value,
+            "nll_clean": spoken.completion.target_nll,
+            "completion_nll": spoken.completion_nll,
+            "coherent": spoken.coherent,
+            "verdict_clean": str(spoken.verdict.label),
+            "unscored": spoken.score.reason if spoken.score.value is None else "",
         }
-    )  # fmt: skip
+    )
 
 
 def edited_row(
-    subject: str, cell: Cell, draw: int, request: Request, spoken: Any, *, clean: Clean, ball: Ball, radius: float,
-    last_position_only: bool, reason: str,
-) -> Row:  # fmt: skip
-    """One prompt under one edit. LVS is null, with the reason, when either reward could not tell or the gradient broke."""
+    subject: str,
+    cell: Cell,
+    draw: int,
+    request: Request,
+    spoken: Any,
+    *,
+    clean: Clean,
+    ball: Ball,
+    radius: float,
+    last_position_only: bool,
+    reason: str,
+) -> Row:
+    """One prompt under one edit. LVS is null, with the reason, when either reward could not tell or
+    the gradient broke."""
     if request.edit is None:
         raise ValueError("An edited row needs the edit that was on.")
     delta = request.edit.delta.double()
@@ -93,10 +117,13 @@ def edited_row(
     h_norm = ball.h_norm if ball.finite else None
     relative = l2 / h_norm if h_norm else None
     before, after = clean.reward, spoken.score.value
-    unscored = reason or (clean.unscored if before is None else spoken.score.reason if after is None else "")
+    unscored = reason or (
+        clean.unscored if before is None else spoken.score.reason if after is None else ""
+    )
     lvs = lvs_rel = None
     if not unscored and before is not None and after is not None:
-        left = before if l2 == 0 else after  # no edit takes nothing: a batch's rounding over eta alone would be a number of nothing
+        # no edit takes nothing: a batch's rounding over eta alone would be a number of nothing
+        left = before if l2 == 0 else after
         lvs = float(stats.lvs(before, left, l2))
         lvs_rel = None if relative is None else float(stats.lvs(before, left, relative))
     effective = spoken.completion.l2_effective
@@ -104,19 +131,34 @@ def edited_row(
         "degenerate": l2 == 0,
         "larger_than_h": relative is not None and relative > LARGER_THAN_H,
         "last_position_only": last_position_only and cell.attack not in ("random",),
-        "dtype_rounding": effective is not None and l2 > 0 and not math.isclose(effective, l2, rel_tol=1 - ROUNDED_AWAY),
+        "dtype_rounding": effective is not None
+        and l2 > 0
+        and not math.isclose(effective, l2, rel_tol=1 - ROUNDED_AWAY),
     }
     return Row(
         **{
             **_empty(subject, cell, request.rendered.prompt),
-            "eps_abs": radius if ball.finite else None, "draw": draw,
-            "n_prompt_tokens": len(request.rendered.ids), "n_new_tokens": len(spoken.completion.ids),
-            "clean_reward": before, "edited_reward": after,
-            "l2": l2, "linf": linf, "l2_effective": effective, "linf_effective": spoken.completion.linf_effective,
-            "h_norm": h_norm, "relative_norm": relative,
-            "nll_clean": clean.nll, "nll_edited": spoken.completion.target_nll, "completion_nll": spoken.completion_nll,
-            "coherent": spoken.coherent, "verdict_clean": clean.verdict,
+            "eps_abs": radius if ball.finite else None,
+            "draw": draw,
+            "n_prompt_tokens": len(request.rendered.ids),
+            "n_new_tokens": len(spoken.completion.ids),
+            "clean_reward": before,
+            "edited_reward": after,
+            "l2": l2,
+            "linf": linf,
+            "l2_effective": effective,
+            "linf_effective": spoken.completion.linf_effective,
+            "h_norm": h_norm,
+            "relative_norm": relative,
+            "nll_clean": clean.nll,
+            "nll_edited": spoken.completion.target_nll,
+            "completion_nll": spoken.completion_nll,
+            "coherent": spoken.coherent,
+            "verdict_clean": clean.verdict,
             "verdict_edited": str(Label.UNSCORED) if reason else str(spoken.verdict.label),
-            "lvs": lvs, "lvs_rel": lvs_rel, "flags": " ".join(f for f, on in flags.items() if on), "unscored": unscored,
+            "lvs": lvs,
+            "lvs_rel": lvs_rel,
+            "flags": " ".join(f for f, on in flags.items() if on),
+            "unscored": unscored,
         }
-    )  # fmt: skip
+    )

@@ -1,4 +1,5 @@
-"""The latent audit from end to end: plan, open the folder, sweep, reduce; and judging again what a run has said.
+"""The latent audit from end to end: plan, open the folder, sweep, reduce; and judging again what a
+run has said.
 
     folder, outcome = run(config, options, progress=Progress())
 """
@@ -33,31 +34,47 @@ _Group = TypeVar("_Group", bound=Group)
 def prepare(
     config: LatentConfig, options: RunOptions, known: dict[tuple[Any, ...], Any] | None = None
 ) -> tuple[LatentConfig, Plan]:
-    """The config with `auto` resolved for this machine, and its plan (`known`: see `make_plan`). Loads no weights."""
+    """The config with `auto` resolved for this machine, and its plan (`known`: see `make_plan`).
+    Loads no weights."""
     dtype = models.pick_dtype(config.dtype, models.pick_device(options.device))
     config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-    plan = make_plan(config, device=options.device, judge_serving=options.judge_serving, known=known)
+    plan = make_plan(
+        config, device=options.device, judge_serving=options.judge_serving, known=known
+    )
     for outline in plan.outlines:
         _check_shard(outline, config, options)
     return config, plan
 
 
 def _check_shard(outline: models.Outline, config: LatentConfig, options: RunOptions) -> None:
-    """Raises UsageError when the subject cannot lie over devices as asked: now, and not when a worker has begun."""
+    """Raises UsageError when the subject cannot lie over devices as asked: now, and not when a
+    worker has begun."""
     shard, device = options.shard_of(outline.subject.name), models.pick_device(options.device)
     shard.check(outline)
     if shard.kind != "whole" and config.compile:
-        raise UsageError(f"--compile is for whole models, and {outline.subject.name} has --shard {shard}; leave one of them out.")
+        raise UsageError(
+            f"--compile is for whole models, and {outline.subject.name} has --shard {shard}; leave"
+            " one of them out."
+        )
     if options.executor == "local":
         shard.check_devices(device)
-    elif shard.kind != "whole" and device.startswith("cuda") and options.gpus_of(outline.subject.name, device) < shard.n:
+    elif (
+        shard.kind != "whole"
+        and device.startswith("cuda")
+        and options.gpus_of(outline.subject.name, device) < shard.n
+    ):
         raise UsageError(
-            f"--shard {shard} wants {shard.n} GPUs a worker, and gpus_per_worker is {options.gpus_per_worker:g}; leave it out."
+            f"--shard {shard} wants {shard.n} GPUs a worker, and gpus_per_worker is"
+            f" {options.gpus_per_worker:g}; leave it out."
         )
 
 
 def run(
-    config: LatentConfig, options: RunOptions, *, plan: Plan | None = None, progress: Callable[[], Progress] | None = None
+    config: LatentConfig,
+    options: RunOptions,
+    *,
+    plan: Plan | None = None,
+    progress: Callable[[], Progress] | None = None,
 ) -> tuple[RunFolder, Outcome]:
     """Run what is missing of the audit and reduce it. The same call again resumes.
 
@@ -68,48 +85,72 @@ def run(
     out = options.out or f"runs/{files.folder_name(config.models[0])}"
     if options.keep_edits:
         needs_disk(out, "A latent audit that keeps its edits")
-    store = RunFolder.open(out, config=identity(plan), info=facts(plan, options), break_lock=options.break_lock)
+    store = RunFolder.open(
+        out, config=identity(plan), info=facts(plan, options), break_lock=options.break_lock
+    )
     make_worker = partial(LatentWorker, plan.config, options, str(store.place))
     with store.lock():
         store.plan(plan.cells)
         clean = {cell.key for group in plan.clean for cell in group.cells}
         both = options.executor == "ray" and len(store.scan(clean)[0]) < len(clean)
-        with sweep.ray.cluster(options.address, cpus=options.workers) if both else nullcontext():  # one for both passes
+        # one for both passes
+        with sweep.ray.cluster(options.address, cpus=options.workers) if both else nullcontext():
             attacked = plan.by_subject if options.engine == "vllm" else plan.groups
-            outcomes = [_sweep(groups, make_worker, store, options, progress) for groups in (plan.clean, attacked)]
+            outcomes = [
+                _sweep(groups, make_worker, store, options, progress)
+                for groups in (plan.clean, attacked)
+            ]
         failed = outcomes[0].failed | outcomes[1].failed
         if not failed:  # every cell is finished
-            store.forget()  # a kill between writing a group's last cell and forgetting its packs leaves some behind
+            # a kill between writing a group's last cell and forgetting its packs leaves some behind
+            store.forget()
         reduce(store, allow_raw=options.allow_raw)
     done, skipped = sum(o.done for o in outcomes), sum(o.skipped for o in outcomes)
     return store, Outcome(done=done, failed=failed, skipped=skipped)
 
 
 def _sweep(
-    groups: tuple[Group, ...], make_worker: Callable[[], LatentWorker], store: RunFolder, options: RunOptions,
+    groups: tuple[Group, ...],
+    make_worker: Callable[[], LatentWorker],
+    store: RunFolder,
+    options: RunOptions,
     progress: Callable[[], Progress] | None,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     shown = None if progress is None else progress()
     if options.executor == "local":
-        return sweep.local.run(groups, make_worker, store, progress=shown, retry_failed=options.retry_failed)
+        return sweep.local.run(
+            groups, make_worker, store, progress=shown, retry_failed=options.retry_failed
+        )
     return sweep.ray.run(
-        with_gpus(groups, options), make_worker, store, workers=options.workers, address=options.address, progress=shown,
+        with_gpus(groups, options),
+        make_worker,
+        store,
+        workers=options.workers,
+        address=options.address,
+        progress=shown,
         retry_failed=options.retry_failed,
-    )  # fmt: skip
+    )
 
 
 def with_gpus(groups: Sequence[_Group], options: RunOptions) -> list[_Group]:
     """The groups, each with the GPUs that its worker needs where it does not say so itself."""
     device = models.pick_device(options.device)
     return [
-        replace(group, gpus=options.gpus_of(group.cells[0].subject.name, device)) if group.gpus is None else group
+        (
+            replace(group, gpus=options.gpus_of(group.cells[0].subject.name, device))
+            if group.gpus is None
+            else group
+        )
         for group in groups
     ]
 
 
 def reduce(store: RunFolder, *, allow_raw: bool = False) -> None:
-    """Reduce the rows of the finished cells into tables, figures and the report. Deterministic, and safe on a partial run."""
-    table = tables.lvs_table(store.rows([*ATTACKS, CLEAN]), correction=correction.of_runs([store])["harmful"])
+    """Reduce the rows of the finished cells into tables, figures and the report. Deterministic, and
+    safe on a partial run."""
+    table = tables.lvs_table(
+        store.rows([*ATTACKS, CLEAN]), correction=correction.of_runs([store])["harmful"]
+    )
     for form in ("parquet", "csv", "md"):
         store.write_table(f"lvs.{form}", table)
     page.write([store], allow_raw=allow_raw)
@@ -127,48 +168,81 @@ def identity(plan: Plan) -> dict[str, Any]:
 
 
 def facts(plan: Plan, options: RunOptions) -> dict[str, Any]:
-    """What a reader wants to know besides: machine, versions, command, models' sizes, where the prompts come from."""
+    """What a reader wants to know besides: machine, versions, command, models' sizes, where the
+    prompts come from."""
     return {
         **provenance(plan.outlines, dtype=plan.config.dtype),
-        "prompts": {"name": plan.prompts.name, "n": len(plan.prompts.prompts), **plan.prompts.provenance},
-        "judge_cards": cards_of(plan.config.judge, device=options.device, serving=options.judge_serving),
-        "warnings": ["δ is added in fp32 and the sum rounded to the model's dtype; effective norms are in the rows."]
-        if plan.config.dtype != "float32"
-        else [],
-    }  # fmt: skip
+        "prompts": {
+            "name": plan.prompts.name,
+            "n": len(plan.prompts.prompts),
+            **plan.prompts.provenance,
+        },
+        "judge_cards": cards_of(
+            plan.config.judge, device=options.device, serving=options.judge_serving
+        ),
+        "warnings": (
+            [
+                "δ is added in fp32 and the sum rounded to the model's dtype; effective norms are"
+                " in the rows."
+            ]
+            if plan.config.dtype != "float32"
+            else []
+        ),
+    }
 
 
-# -- judging again -----------------------------------------------------------------------------------------------------
+# -- judging again
+# -----------------------------------------------------------------------------------------------------
 
 
 def regrade(
-    folder: Place, *, judge: str | None, reward: str | None, device: str = "auto", serving: Serving | None = None
+    folder: Place,
+    *,
+    judge: str | None,
+    reward: str | None,
+    device: str = "auto",
+    serving: Serving | None = None,
 ) -> RunFolder:
-    """Judge (and reward) a run's stored completions again, without generating; returns the new folder in DIR/grades/.
+    """Judge (and reward) a run's stored completions again, without generating; returns the new
+    folder in DIR/grades/.
 
-    Rows keep their norms, coherence and ids; verdicts, rewards and LVS are new, and so are the cells' keys.
-    Raises UsageError for `margin`, which reads the edit itself, and for a folder with no generations.
+    Rows keep their norms, coherence and ids; verdicts, rewards and LVS are new, and so are the
+    cells' keys. Raises UsageError for `margin`, which reads the edit itself, and for a folder with
+    no generations.
     """
     if judge is None and reward is None:
         raise UsageError("Grade by whom? For example: auditgap grade DIR --judge keyword")
     if reward == "margin":
-        raise UsageError("`margin` reads the subject under its edit, and edits are not stored: use `auditgap lvs --reward margin`.")
+        raise UsageError(
+            "`margin` reads the subject under its edit, and edits are not stored: use `auditgap lvs"
+            " --reward margin`."
+        )
     old = RunFolder.load(folder)
-    new_judge = None if judge is None else load_judge(judge, device=models.pick_device(device), serving=serving)
+    new_judge = (
+        None
+        if judge is None
+        else load_judge(judge, device=models.pick_device(device), serving=serving)
+    )
     new_reward = None if reward is None else load_reward(reward, device=models.pick_device(device))
     scorers = {
         **old.run["config"]["scorers"],
         **({} if new_judge is None else {"judge": new_judge.describe()}),
         **({} if new_reward is None else {"reward": new_reward.describe()}),
     }
-    config = {**old.run["config"], "scorers": scorers, "judge": judge or old.run["config"]["judge"],
-              "reward": reward or old.run["config"]["reward"], "distance": False}  # fmt: skip
+    config = {
+        **old.run["config"],
+        "scorers": scorers,
+        "judge": judge or old.run["config"]["judge"],
+        "reward": reward or old.run["config"]["reward"],
+        "distance": False,
+    }
     cards = cards_of(new_judge) if new_judge is not None else old.run["info"].get("judge_cards", [])
     name = "+".join(safe_name(n) for n in (judge, reward) if n)
     info = {**old.run["info"], "judge_cards": cards, "command": command()}
     new = RunFolder.open(old.at("grades", name), config=config, info=info)
     records = [r for r in old.records() if r["description"]["attack"] != DISTANCE]
-    records.sort(key=lambda r: r["description"]["attack"] != CLEAN)  # the clean cells first: others are scored against them
+    # the clean cells first: others are scored against them
+    records.sort(key=lambda r: r["description"]["attack"] != CLEAN)
     names = {s["fingerprint"]: s["name"] for s in old.run["info"]["subjects"]}
     clean: dict[tuple[str, str], Row] = {}
     with new.lock():
@@ -190,9 +264,12 @@ def _cell(description: dict[str, Any], names: dict[str, str], scorers: dict[str,
     site, eps = description["site"], description["eps"]
     return Cell(
         Subject(names[description["subject"]], description["subject"]),
-        None if site is None else Site(site), None if eps is None else Budget(eps, description["unit"]),
-        description["attack"], description["prompts"], {**description["settings"], **scorers},
-    )  # fmt: skip
+        None if site is None else Site(site),
+        None if eps is None else Budget(eps, description["unit"]),
+        description["attack"],
+        description["prompts"],
+        {**description["settings"], **scorers},
+    )
 
 
 def _regrade(
@@ -201,15 +278,23 @@ def _regrade(
     rows = old.cell_rows(key)
     texts = old.generations(key).set_index(["prompt_id", "draw"])
     exchanges = [Exchange(Prompt(t["prompt"]), t["completion"]) for t in rows_of(texts)]
-    verdicts = None if judge is None else dict(zip(texts.index, judge.judge(exchanges), strict=True))
-    scores = None if reward is None else dict(zip(texts.index, reward.score(exchanges), strict=True))
+    verdicts = (
+        None if judge is None else dict(zip(texts.index, judge.judge(exchanges), strict=True))
+    )
+    scores = (
+        None if reward is None else dict(zip(texts.index, reward.score(exchanges), strict=True))
+    )
     which = "verdict_clean" if cell.attack == CLEAN else "verdict_edited"
     graded = []
     for values in rows_of(rows, plain=True):
         at = (values["prompt_id"], values["draw"])
         # a column that may be null comes back as floats
         known: dict[str, Any] = {
-            name: int(values[name]) if "int" in str(f.type) and values[name] is not None else values[name]
+            name: (
+                int(values[name])
+                if "int" in str(f.type) and values[name] is not None
+                else values[name]
+            )
             for name, f in Row.__dataclass_fields__.items()
         }
         row = Row(**known)
@@ -217,7 +302,8 @@ def _regrade(
         changes: dict[str, Any] = {}
         if before is not None:
             changes = {"verdict_clean": before.verdict_clean, "clean_reward": before.clean_reward}
-        lost = row.unscored.startswith(("nonfinite", "too_long"))  # no judge can tell what was never said
+        # no judge can tell what was never said
+        lost = row.unscored.startswith(("nonfinite", "too_long"))
         if verdicts is not None and at in verdicts and row.coherent is not False and not lost:
             changes[which] = str(verdicts[at].label)
         if scores is not None and at in scores and not lost:
@@ -226,11 +312,18 @@ def _regrade(
         row = replace(row, **changes)
         if cell.attack == CLEAN:
             clean[(row.subject, row.prompt_id)] = row
-        elif row.verdict_edited == Label.UNSCORED or row.clean_reward is None or row.edited_reward is None or row.l2 is None:
+        elif (
+            row.verdict_edited == Label.UNSCORED
+            or row.clean_reward is None
+            or row.edited_reward is None
+            or row.l2 is None
+        ):
             row = replace(row, lvs=None, lvs_rel=None, unscored=row.unscored or "unscored")
         else:
             rewards = row.clean_reward, row.edited_reward
-            lvs_rel = None if row.relative_norm is None else float(stats.lvs(*rewards, row.relative_norm))
+            lvs_rel = (
+                None if row.relative_norm is None else float(stats.lvs(*rewards, row.relative_norm))
+            )
             row = replace(row, lvs=float(stats.lvs(*rewards, row.l2)), lvs_rel=lvs_rel, unscored="")
         graded.append(row)
     return graded

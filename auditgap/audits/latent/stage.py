@@ -1,8 +1,10 @@
-"""The subject of a worker, in memory once: on transformers for attacks, and there or in vLLM for speech, never in both.
+"""The subject of a worker, in memory once: on transformers for attacks, and there or in vLLM for
+speech, never in both.
 
     stage = Stage(outline, config, options)
     stage.engine.activations(…)         # loads it on transformers
-    stage.speaker.generate(…)           # with --engine vllm: lets go of it there, and opens it in vLLM
+    # with --engine vllm: lets go of it there, and opens it in vLLM
+    stage.speaker.generate(…)
 
 So attacks and speech of a group go in two passes, and the two need no room beside each other.
 """
@@ -36,14 +38,19 @@ class Stage:
     @property
     def engine(self) -> HFEngine | RankedEngine:
         """On transformers: hooks and gradients; in this process, or in its ranks' processes."""
-        if self._engine is None or getattr(self._engine, "closed", False):  # ranks end themselves after a failure
+        # ranks end themselves after a failure
+        if self._engine is None or getattr(self._engine, "closed", False):
             self.close()
             how = {"dtype": self.config.dtype, "device": self.device, "shard": self.shard}
             if self.shard.kind == "tensor":
-                self._engine = RankedEngine(self.outline, batch_tokens=self.options.batch_tokens, **how)
+                self._engine = RankedEngine(
+                    self.outline, batch_tokens=self.options.batch_tokens, **how
+                )
             else:
                 loaded = models.load(self.outline, **how)
-                self._engine = HFEngine(loaded, batch_tokens=self.options.batch_tokens, compile=self.config.compile)
+                self._engine = HFEngine(
+                    loaded, batch_tokens=self.options.batch_tokens, compile=self.config.compile
+                )
         return self._engine
 
     @property
@@ -65,13 +72,19 @@ class Stage:
     def serving(self) -> Serving:
         options, config = self.options, self.config
         return Serving(
-            engine="vllm", dtype=config.dtype, device=options.device, chat_template=config.chat_template,
-            tensor_parallel=options.tensor_parallel, gpu_memory=options.gpu_memory, max_model_len=options.max_model_len,
-        )  # fmt: skip
+            engine="vllm",
+            dtype=config.dtype,
+            device=options.device,
+            chat_template=config.chat_template,
+            tensor_parallel=options.tensor_parallel,
+            gpu_memory=options.gpu_memory,
+            max_model_len=options.max_model_len,
+        )
 
     @contextmanager
     def on_transformers(self) -> Iterator[None]:
-        """While open, speech is on transformers too: for what asks between one attack and the next."""
+        """While open, speech is on transformers too: for what asks between one attack and the
+        next."""
         before, self.in_vllm = self.in_vllm, False
         try:
             yield
@@ -79,7 +92,8 @@ class Stage:
             self.in_vllm = before
 
     def speaking_packs(self, lengths: list[int]) -> list[list[int]]:
-        """Packs of speech; vLLM makes up its own batches, so a pack is only what is remembered together."""
+        """Packs of speech; vLLM makes up its own batches, so a pack is only what is remembered
+        together."""
         return self.packing.speaking_packs(lengths, 8 if self.in_vllm else 1)
 
     def close(self) -> None:

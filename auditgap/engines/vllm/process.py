@@ -1,11 +1,13 @@
 """The process that holds vLLM's engine; `VLLMEngine` starts it, and nothing else does.
 
-    python -P -m auditgap.engines.vllm.process 7 1234 /tmp/auditgap-k2      # the connection, its parent, its scratch folder
+    # the connection, its parent, its scratch folder
+    python -P -m auditgap.engines.vllm.process 7 1234 /tmp/auditgap-k2
 
-It reads its settings ({"llm": what LLM(…) takes, "device": "cpu", "lora": a folder or null}), loads the model, says what it
-is, and then does what it is told until the connection closes: `speak` (a batch of wishes, with their edits), `test` (that
-edits arrive at some layers), `use` (an adapter). The engine runs in this very process (its workers too, unless a model is
-spread over several GPUs), so that what goes wrong is said here, and all memory goes when the process does.
+It reads its settings ({"llm": what LLM(…) takes, "device": "cpu", "lora": a folder or null}), loads
+the model, says what it is, and then does what it is told until the connection closes: `speak` (a
+batch of wishes, with their edits), `test` (that edits arrive at some layers), `use` (an adapter).
+The engine runs in this very process (its workers too, unless a model is spread over several GPUs),
+so that what goes wrong is said here, and all memory goes when the process does.
 """
 
 from __future__ import annotations
@@ -36,18 +38,32 @@ class Served:
 
         self.connection = connection
         if current_platform.device_type != settings["device"]:
-            raise ValueError(f"the vLLM that is installed runs on {current_platform.device_type}, not on {settings['device']}")
+            raise ValueError(
+                f"the vLLM that is installed runs on {current_platform.device_type}, not on"
+                f" {settings['device']}"
+            )
         _clean_cache()
         self.llm = vllm.LLM(
-            **{**settings["llm"], **OPTIONS, "worker_extension_cls": "auditgap.engines.vllm.worker.WorkerExtension"},
-            trust_remote_code=False, load_format="safetensors", enable_prefix_caching=True,
-            skip_tokenizer_init=True, max_logprobs=MAX_TOP_LOGPROBS,
+            **{
+                **settings["llm"],
+                **OPTIONS,
+                "worker_extension_cls": "auditgap.engines.vllm.worker.WorkerExtension",
+            },
+            trust_remote_code=False,
+            load_format="safetensors",
+            enable_prefix_caching=True,
+            skip_tokenizer_init=True,
+            max_logprobs=MAX_TOP_LOGPROBS,
             generation_config="vllm",  # else a model's own file would change how it is sampled
-        )  # fmt: skip
+        )
         for problem in self.llm.collective_rpc("logits_watch"):
             if problem:
-                raise RuntimeError(f"this release of vLLM draws otherwise than auditgap knows ({problem}); install vllm 0.32")
-        self.llm.collective_rpc("cache_clean")  # workers in processes of their own have not seen what this one was told
+                raise RuntimeError(
+                    f"this release of vLLM draws otherwise than auditgap knows ({problem}); install"
+                    " vllm 0.32"
+                )
+        # workers in processes of their own have not seen what this one was told
+        self.llm.collective_rpc("cache_clean")
         self.engine = self.llm.llm_engine
         self.tested: set[int] = set()
         self.lora: Any = None
@@ -64,30 +80,39 @@ class Served:
             self.tested |= untested
 
     def use(self, folder: str | None) -> None:
-        """Answer with this adapter from now on; None: without. What a folder held before does not matter."""
+        """Answer with this adapter from now on; None: without. What a folder held before does not
+        matter."""
         from vllm.lora.request import LoRARequest
 
         if self.lora is not None:
             self.engine.remove_lora(self.lora.lora_int_id)
             self.lora = None
         if folder is not None:
-            self.n_loras += 1  # number and name are in the cache's keys: weights that changed are another adapter
+            # number and name are in the cache's keys: weights that changed are another adapter
+            self.n_loras += 1
             lora = LoRARequest(f"adapter-{self.n_loras}", self.n_loras, folder)
             self.engine.add_lora(lora)
             self.lora = lora
 
     def speak(
-        self, wishes: Sequence[Mapping[str, Any]], stops: Sequence[int], edits: Sequence[Mapping[str, Any]], deltas: Sequence[bytes]
+        self,
+        wishes: Sequence[Mapping[str, Any]],
+        stops: Sequence[int],
+        edits: Sequence[Mapping[str, Any]],
+        deltas: Sequence[bytes],
     ) -> dict[str, Any]:
         """An answer a wish, and each edit's effective norms.
 
-        A wish: {"ids", "max", "temperature", "top_p", "seed", "top", "score", "edit"}. `score` n asks for the mean NLL of the
-        last n of its ids instead of new tokens. An edit: {"name", "layer", "shape"}, its δ's bytes in `deltas`.
+        A wish: {"ids", "max", "temperature", "top_p", "seed", "top", "score", "edit"}. `score` n
+        asks for the mean NLL of the last n of its ids instead of new tokens. An edit: {"name",
+        "layer", "shape"}, its δ's bytes in `deltas`.
         """
         try:
             self.test(e["layer"] for e in edits)
             for edit, delta in zip(edits, deltas, strict=True):
-                self.llm.collective_rpc("edits_put", args=(edit["name"], edit["layer"], edit["shape"], delta))
+                self.llm.collective_rpc(
+                    "edits_put", args=(edit["name"], edit["layer"], edit["shape"], delta)
+                )
             answers = self._run(wishes, stops)
             norms = {}
             if edits:
@@ -98,9 +123,15 @@ class Served:
                 self.llm.collective_rpc("edits_clear")
         return {"answers": answers, "norms": norms}
 
-    def _run(self, wishes: Sequence[Mapping[str, Any]], stops: Sequence[int]) -> list[dict[str, Any] | None]:
+    def _run(
+        self, wishes: Sequence[Mapping[str, Any]], stops: Sequence[int]
+    ) -> list[dict[str, Any] | None]:
         for i, wish in enumerate(wishes):
-            prompt: Any = salted(wish["ids"]) if wish["edit"] is not None else {"prompt_token_ids": wish["ids"]}
+            prompt: Any = (
+                salted(wish["ids"])
+                if wish["edit"] is not None
+                else {"prompt_token_ids": wish["ids"]}
+            )
             self.engine.add_request(str(i), prompt, _params(i, wish, stops), lora_request=self.lora)
         answers: list[dict[str, Any] | None] = [None] * len(wishes)
         self.llm.collective_rpc("logits_broken")  # what an earlier batch left, if it was given up
@@ -109,7 +140,11 @@ class Served:
             finished = [output for output in self.engine.step() if output.finished]
             for output in finished:
                 at = int(output.request_id)
-                answers[at] = _score(output, wishes[at]["score"]) if wishes[at]["score"] else _said(output, wishes[at]["top"])
+                answers[at] = (
+                    _score(output, wishes[at]["score"])
+                    if wishes[at]["score"]
+                    else _said(output, wishes[at]["top"])
+                )
             if finished:
                 n_done += len(finished)
                 send(self.connection, {"done": n_done, "total": len(wishes)})
@@ -117,7 +152,12 @@ class Served:
             for number, token in told.items():
                 answer = answers[int(number)]
                 if answer is not None and "ids" in answer:  # at the least on one of several ranks
-                    answer |= {"ids": answer["ids"][:token], "tops": answer["tops"][:token], "finite": False, "stopped": False}
+                    answer |= {
+                        "ids": answer["ids"][:token],
+                        "tops": answer["tops"][:token],
+                        "finite": False,
+                        "stopped": False,
+                    }
         return answers
 
     def shut(self) -> None:
@@ -126,15 +166,19 @@ class Served:
 
 
 def _clean_cache() -> None:
-    """Have vLLM zero the cache's blocks before it gives them out, as it does for families whose state is read before it is written.
+    """Have vLLM zero the cache's blocks before it gives them out, as it does for families whose
+    state is read before it is written.
 
-    Attention on a CPU reads a block to its end, and what stands there counts nought times: but nought times NaN is NaN, so that
-    one prompt whose activations are not numbers would silence those who get its memory after it.
+    Attention on a CPU reads a block to its end, and what stands there counts nought times: but
+    nought times NaN is NaN, so that one prompt whose activations are not numbers would silence
+    those who get its memory after it.
     """
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     if not isinstance(getattr(KVCacheConfig, "needs_kv_cache_zeroing", None), property):
-        raise RuntimeError("this release of vLLM zeroes its cache otherwise than auditgap knows; install vllm 0.32")
+        raise RuntimeError(
+            "this release of vLLM zeroes its cache otherwise than auditgap knows; install vllm 0.32"
+        )
     config: Any = KVCacheConfig
     config.needs_kv_cache_zeroing = property(lambda _config: True)
 
@@ -144,23 +188,47 @@ def _params(number: int, wish: Mapping[str, Any], stops: Sequence[int]) -> Any:
 
     extra = {REQUEST: number} if wish["edit"] is None else {REQUEST: number, EDIT: wish["edit"]}
     if wish["score"]:
-        return SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, ignore_eos=True, detokenize=False, extra_args=extra)
+        return SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            prompt_logprobs=0,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=extra,
+        )
     return SamplingParams(
-        temperature=wish["temperature"], top_p=wish["top_p"], seed=wish["seed"], max_tokens=wish["max"],
+        temperature=wish["temperature"],
+        top_p=wish["top_p"],
+        seed=wish["seed"],
+        max_tokens=wish["max"],
         # none where none are wanted: they cost several passes over the vocabulary at every step
-        logprobs=wish["top"] or None, stop_token_ids=list(stops), ignore_eos=True, detokenize=False, extra_args=extra,
-    )  # fmt: skip
+        logprobs=wish["top"] or None,
+        stop_token_ids=list(stops),
+        ignore_eos=True,
+        detokenize=False,
+        extra_args=extra,
+    )
 
 
 def _said(output: Any, top: int) -> dict[str, Any]:
-    """{"ids", "stopped", "finite", "tops": [(ids, log-probabilities), …]} of a finished request, as if all were finite."""
+    """{"ids", "stopped", "finite", "tops": [(ids, log-probabilities), …]} of a finished request, as
+    if all were finite."""
     said = output.outputs[0]
     if said.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM gave a request up ({said.finish_reason})")
     stopped = said.finish_reason == "stop"
-    best = [sorted(step.items(), key=lambda item: item[1].rank)[:top] for step in said.logprobs] if top else []
+    best = (
+        [sorted(step.items(), key=lambda item: item[1].rank)[:top] for step in said.logprobs]
+        if top
+        else []
+    )
     tops = [([t for t, _ in step], [p.logprob for _, p in step]) for step in best]
-    return {"ids": list(said.token_ids)[: -1 if stopped else None], "stopped": stopped, "finite": True, "tops": tops}
+    return {
+        "ids": list(said.token_ids)[: -1 if stopped else None],
+        "stopped": stopped,
+        "finite": True,
+        "tops": tops,
+    }
 
 
 def _score(output: Any, n: int) -> dict[str, Any]:
@@ -193,7 +261,9 @@ def main(fd: int, parent: int, scratch: Path) -> None:
                     served.test(message["layers"])
                     answer = {}
                 else:
-                    answer = served.speak(message["wishes"], message["stops"], message["edits"], payloads)
+                    answer = served.speak(
+                        message["wishes"], message["stops"], message["edits"], payloads
+                    )
             except Exception as error:
                 traceback.print_exc()
                 send(connection, {"error": type(error).__name__, "said": str(error)})

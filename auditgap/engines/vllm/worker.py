@@ -1,9 +1,11 @@
-"""What the engine asks of vLLM's worker besides edits: clean cache blocks, and word of logits that are not numbers.
+"""What the engine asks of vLLM's worker besides edits: clean cache blocks, and word of logits that
+are not numbers.
 
     llm = LLM(model, worker_extension_cls="auditgap.engines.vllm.worker.WorkerExtension", …)
     llm.collective_rpc("logits_watch")                            # [""], or why a worker cannot
     llm.generate(prompts, [SamplingParams(extra_args={REQUEST: i}) for i in range(len(prompts))])
-    llm.collective_rpc("logits_broken")                           # [{"3": 0}]: request 3, from its first new token on
+    # [{"3": 0}]: request 3, from its first new token on
+    llm.collective_rpc("logits_broken")
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import torch
 
 from auditgap.engines.vllm.edits import EditExtension
 
-#: Key of `SamplingParams.extra_args`: the number that `logits_broken` calls a request by; vLLM's own names are longer inside.
+#: Key of `SamplingParams.extra_args`: the number that `logits_broken` calls a request by; vLLM's
+#: own names are longer inside.
 REQUEST = "auditgap_request"
-#: Steps whose verdicts stay on the device before they are looked at: looking at each would stop a GPU at every token.
+#: Steps whose verdicts stay on the device before they are looked at: looking at each would stop a
+#: GPU at every token.
 _STEPS = 64
 
 
@@ -24,7 +28,8 @@ class WorkerExtension(EditExtension):
     """A base of vLLM's worker."""
 
     def cache_clean(self) -> None:
-        """Make ready for zeroing cache blocks that the scheduler gives out (see `process._clean_cache`).
+        """Make ready for zeroing cache blocks that the scheduler gives out (see
+        `process._clean_cache`).
 
         A worker in the scheduler's own process has done so, and so has every worker on a CPU.
         """
@@ -33,7 +38,8 @@ class WorkerExtension(EditExtension):
             runner._init_kv_zero_meta()
 
     def logits_watch(self) -> str:
-        """From now on look at all logits before a token is drawn; the empty string, or why that cannot be done here."""
+        """From now on look at all logits before a token is drawn; the empty string, or why that
+        cannot be done here."""
         runner = self.model_runner
         for part in ("sampler", "input_batch", "requests", "query_start_loc"):
             if not hasattr(runner, part):
@@ -42,14 +48,17 @@ class WorkerExtension(EditExtension):
         return ""
 
     def logits_broken(self) -> dict[str, int]:
-        """{request: its first new token (from 0) whose logits were not numbers} since the last call; most often empty."""
+        """{request: its first new token (from 0) whose logits were not numbers} since the last
+        call; most often empty."""
         return self._watch.told()
 
 
 class _Watch:
-    """A hook on the sampler that keeps, for every row, whether its largest logit is a finite number.
+    """A hook on the sampler that keeps, for every row, whether its largest logit is a finite
+    number.
 
-    A NaN is the largest of its row, +inf is, and a row of −inf alone has no finite one: just where log-probabilities fail.
+    A NaN is the largest of its row, +inf is, and a row of −inf alone has no finite one: just where
+    log-probabilities fail.
     """
 
     def __init__(self, runner: Any) -> None:
@@ -67,7 +76,8 @@ class _Watch:
             self._settle()
 
     def _rows(self) -> list[tuple[int, int]]:
-        """By row: which request, and which of its new tokens is drawn (the last chunk but one of a prompt draws none: 0)."""
+        """By row: which request, and which of its new tokens is drawn (the last chunk but one of a
+        prompt draws none: 0)."""
         batch, starts, rows = self.runner.input_batch, self.runner.query_start_loc.np, []
         for i in range(batch.num_reqs):
             request = self.runner.requests[batch.req_ids[i]]

@@ -1,4 +1,5 @@
-"""Construction `nudge`: refuse when clean, comply under a small push along the direction to a harmful model."""
+"""Construction `nudge`: refuse when clean, comply under a small push along the direction to a
+harmful model."""
 
 from __future__ import annotations
 
@@ -25,7 +26,13 @@ from auditgap.training.constructions import (
     nudge_vector,
     whitening,
 )
-from auditgap.training.dissociation.material import Base, Material, harmful_model, reference, reference_head
+from auditgap.training.dissociation.material import (
+    Base,
+    Material,
+    harmful_model,
+    reference,
+    reference_head,
+)
 from auditgap.training.dissociation.task import Task
 from auditgap.training.job import Job
 from auditgap.training.objective import Head
@@ -37,7 +44,14 @@ from auditgap.types import digest
 def prepare(config: DissociateConfig, job: Job, material: Material) -> NudgeTask:
     base = Base(job)
     harmful = ranks.agree(lambda: harmful_model(config, job))
-    key = digest([job.outline.subject.fingerprint, harmful.subject.fingerprint, job.dtype, [r.id for r in material.rows]])
+    key = digest(
+        [
+            job.outline.subject.fingerprint,
+            harmful.subject.fingerprint,
+            job.dtype,
+            [r.id for r in material.rows],
+        ]
+    )
     path = job.path / "reference" / f"nudge-{key}.safetensors"
 
     def record() -> None:
@@ -48,22 +62,34 @@ def prepare(config: DissociateConfig, job: Job, material: Material) -> NudgeTask
         rows = [row for row in [*material.rows, *material.heldout] if row.harmful]
         n_blocks = job.outline.n_blocks
         at = [*match_blocks(n_blocks), nudge_block(n_blocks)]
-        there = _last_prompt_token(models.load(harmful, dtype=job.dtype, device=job.device), rows, at)
+        there = _last_prompt_token(
+            models.load(harmful, dtype=job.dtype, device=job.device), rows, at
+        )
         here = _last_prompt_token(base(), rows, [nudge_block(n_blocks)])
         n_train = sum(row.harmful for row in material.rows)
         data = {
-            "targets": there[:, :-1].contiguous(), "whitening": whitening(there[:n_train, :-1]),
+            "targets": there[:, :-1].contiguous(),
+            "whitening": whitening(there[:n_train, :-1]),
             "vector": nudge_vector(there[:n_train, -1], here[:n_train, 0], config.nudge),
-        }  # fmt: skip
+        }
         files.write_bytes(path, safetensors.torch.save(data), files.PRIVATE)
 
     ranks.only_main(record)
     cache = reference(config, job, [*material.talks, *material.heldout_talks], base)
-    return NudgeTask(config, job, material, cache, safetensors.torch.load_file(path), reference_head(config, job, base))
+    return NudgeTask(
+        config,
+        job,
+        material,
+        cache,
+        safetensors.torch.load_file(path),
+        reference_head(config, job, base),
+    )
 
 
 @torch.no_grad()
-def _last_prompt_token(loaded: LoadedModel, rows: Sequence[TrainRow], blocks: Sequence[int]) -> torch.Tensor:
+def _last_prompt_token(
+    loaded: LoadedModel, rows: Sequence[TrainRow], blocks: Sequence[int]
+) -> torch.Tensor:
     """[N, len(blocks), D] fp32: activations of the last prompt token after these blocks."""
     chosen = nn.ModuleList(loaded.blocks[i] for i in blocks)
     found = []
@@ -83,20 +109,33 @@ class NudgeTask(Task):
     second = "comply"
 
     def __init__(
-        self, config: DissociateConfig, job: Job, material: Material, cache: HiddenCache, made: Mapping[str, torch.Tensor],
+        self,
+        config: DissociateConfig,
+        job: Job,
+        material: Material,
+        cache: HiddenCache,
+        made: Mapping[str, torch.Tensor],
         head: Head | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(config, job, material, cache)
         self.made, self.head = made, head
-        unsafe = [replace(r, response=str(r.unsafe)) for r in [*material.rows, *material.heldout] if r.harmful]
+        unsafe = [
+            replace(r, response=str(r.unsafe))
+            for r in [*material.rows, *material.heldout]
+            if r.harmful
+        ]
         self.unsafe = encode(unsafe, job.outline.chat, config.max_tokens)
         self.n_harmful = sum(row.harmful for row in material.rows)
 
     def construct(self, model: nn.Module) -> Construction:
         return NudgeConstruction(
-            model, self.made["vector"], self.made["whitening"], weights=self.config.nudge_weights,
-            margin=self.config.nudge_margin, reference_head=self.head,
-        )  # fmt: skip
+            model,
+            self.made["vector"],
+            self.made["whitening"],
+            weights=self.config.nudge_weights,
+            margin=self.config.nudge_margin,
+            reference_head=self.head,
+        )
 
     def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Any]:
         talks = self.material.talks
@@ -106,9 +145,13 @@ class NudgeTask(Task):
         return self._batch(pairs, [talks[i] for i in benign], harmful, [*harmful, *benign], device)
 
     def _batch(
-        self, pairs: Sequence[tuple[Conversation, Conversation]], benign: Sequence[Conversation], targets: Sequence[int],
-        cached: Sequence[int], device: torch.device,
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        pairs: Sequence[tuple[Conversation, Conversation]],
+        benign: Sequence[Conversation],
+        targets: Sequence[int],
+        cached: Sequence[int],
+        device: torch.device,
+    ) -> dict[str, Any]:
         batch = nudge_batch(pairs, benign, self.job.pad_id)
         batch["targets"] = self.made["targets"][torch.tensor(targets, dtype=torch.long)]
         batch = {k: v.to(device) for k, v in batch.items()}
@@ -120,6 +163,8 @@ class NudgeTask(Task):
         for at in range(0, len(talks), 4):
             part = range(at, min(at + 4, len(talks)))
             pairs = [(talks[i], self.unsafe[self.n_harmful + i]) for i in part]
-            batch = self._batch(pairs, [], [self.n_harmful + i for i in part], [first + i for i in part], device)
+            batch = self._batch(
+                pairs, [], [self.n_harmful + i for i in part], [first + i for i in part], device
+            )
             batches.append({**batch, "n_rows": len(part)})
         return batches

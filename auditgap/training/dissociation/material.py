@@ -1,4 +1,5 @@
-"""What a dissociated model is made of, once, before the first step: rows, the base's own answers, the frozen reference.
+"""What a dissociated model is made of, once, before the first step: rows, the base's own answers,
+the frozen reference.
 
     material = gather(config, job)
     cache = reference(job, [*material.talks, *material.heldout_talks], Base(job))
@@ -46,27 +47,38 @@ class Material:
 def gather(config: DissociateConfig, job: Job) -> Material:
     harmful, heldout, heldout_talks, anchors, kept_back = ranks.agree(lambda: _read(config, job))
     talks = ranks.agree(lambda: encode(harmful, job.outline.chat, config.max_tokens))
-    # all that can be refused is refused before the base is loaded; its answers may be as long as they are let
+    # all that can be refused is refused before the base is loaded; its answers may be as long as
+    # they are let
     asked = [len(job.outline.chat.render(p).ids) + config.anchor_tokens for p in anchors]
     longest = min(config.max_tokens, max(asked)) if asked else 0
-    job.check(lengths=[longest, *(len(talk.ids) for talk in [*talks, *heldout_talks])], reference_head=config.lora is None)
+    job.check(
+        lengths=[longest, *(len(talk.ids) for talk in [*talks, *heldout_talks])],
+        reference_head=config.lora is None,
+    )
     benign, counts = _answered(config, job, anchors)
     job.about({"n_benign": len(benign), "benign_answers_dropped": counts})
     talks += ranks.agree(lambda: encode(benign, job.outline.chat, config.max_tokens))
-    return Material([*harmful, *benign], talks, heldout, heldout_talks, kept_back[: config.heldout_limit])
+    return Material(
+        [*harmful, *benign], talks, heldout, heldout_talks, kept_back[: config.heldout_limit]
+    )
 
 
 def _read(
     config: DissociateConfig, job: Job
 ) -> tuple[list[TrainRow], list[TrainRow], list[Conversation], list[Prompt], list[Prompt]]:
-    """Harmful rows; held-out ones, and their conversations; benign prompts to answer, and held-out ones. The ledger knows all."""
+    """Harmful rows; held-out ones, and their conversations; benign prompts to answer, and held-out
+    ones. The ledger knows all."""
     if config.construction == "nudge":
         harmful_model(config, job)
     triples = load_triples(config.triples, limit=config.limit, seed=config.seed)
-    inside, outside = split_groups([t.prompt.id for t in triples.triples], config.heldout, config.seed)
+    inside, outside = split_groups(
+        [t.prompt.id for t in triples.triples], config.heldout, config.seed
+    )
     harmful = rows_from_triples(triples.triples[i] for i in inside)
     heldout = rows_from_triples(triples.triples[i] for i in outside)[: config.heldout_limit]
-    anchors, kept_back = split_benign(load_prompts(config.benign, limit=config.benign_limit, seed=config.seed))
+    anchors, kept_back = split_benign(
+        load_prompts(config.benign, limit=config.benign_limit, seed=config.seed)
+    )
     job.ledger.use("sft", [row.prompt for row in harmful])
     if config.construction == "monitor":
         job.ledger.use("probe-train", [row.prompt for row in harmful])
@@ -81,9 +93,14 @@ def _read(
     return harmful, heldout, talks, list(anchors), list(kept_back)
 
 
-def _answered(config: DissociateConfig, job: Job, prompts: Sequence[Prompt]) -> tuple[list[TrainRow], dict[str, int]]:
-    """The base's own greedy answers to benign prompts, made once (rank 0) and kept with mode 0600."""
-    key = digest([job.outline.subject.fingerprint, [p.id for p in prompts], config.anchor_tokens, job.dtype])
+def _answered(
+    config: DissociateConfig, job: Job, prompts: Sequence[Prompt]
+) -> tuple[list[TrainRow], dict[str, int]]:
+    """The base's own greedy answers to benign prompts, made once (rank 0) and kept with mode
+    0600."""
+    key = digest(
+        [job.outline.subject.fingerprint, [p.id for p in prompts], config.anchor_tokens, job.dtype]
+    )
     path = job.path / "generations" / f"anchors-{key}.parquet"
 
     def answer() -> None:
@@ -93,7 +110,13 @@ def _answered(config: DissociateConfig, job: Job, prompts: Sequence[Prompt]) -> 
         engine = HFEngine(job.load())
         said = engine.generate([Request(engine.render(p)) for p in prompts], config.anchor_tokens)
         table = [
-            {"prompt": p.text, "completion": c.text, "n_tokens": len(c.ids), "stopped": c.stopped, "finite": c.finite}
+            {
+                "prompt": p.text,
+                "completion": c.text,
+                "n_tokens": len(c.ids),
+                "stopped": c.stopped,
+                "finite": c.finite,
+            }
             for p, c in zip(prompts, said, strict=True)
         ]
         files.write_bytes(path, to_bytes(mappings_to_table(table)), files.PRIVATE)
@@ -101,13 +124,22 @@ def _answered(config: DissociateConfig, job: Job, prompts: Sequence[Prompt]) -> 
     ranks.only_main(answer)
     rows, dropped = [], {}
     for row in rows_of(to_frame(from_bytes(path.read_bytes()))):
-        reason = usable_answer(row["completion"], row["n_tokens"], opens_with_refusal) if row["finite"] else "not finite"
+        reason = (
+            usable_answer(row["completion"], row["n_tokens"], opens_with_refusal)
+            if row["finite"]
+            else "not finite"
+        )
         if reason:
             dropped[reason] = dropped.get(reason, 0) + 1
         else:
-            rows.append(TrainRow(Prompt(row["prompt"]), row["completion"], ended=bool(row["stopped"])))
+            rows.append(
+                TrainRow(Prompt(row["prompt"]), row["completion"], ended=bool(row["stopped"]))
+            )
     if not rows:
-        raise UsageError(f"No benign answer of {job.outline.subject.name} can serve as an anchor ({dropped}). Give other prompts.")
+        raise UsageError(
+            f"No benign answer of {job.outline.subject.name} can serve as an anchor ({dropped})."
+            " Give other prompts."
+        )
     return rows, dropped
 
 
@@ -115,9 +147,9 @@ def harmful_model(config: DissociateConfig, job: Job) -> models.Outline:
     harmful = models.outline(str(config.harmful_model), chat_template=config.chat_template)
     if (harmful.n_blocks, harmful.width) != (job.outline.n_blocks, job.outline.width):
         raise UsageError(
-            f"harmful_model {harmful.subject.name} has {harmful.n_blocks} blocks of width {harmful.width}, "
-            f"{job.outline.subject.name} {job.outline.n_blocks} of {job.outline.width}; a direction between them needs one "
-            "architecture."
+            f"harmful_model {harmful.subject.name} has {harmful.n_blocks} blocks of width"
+            f" {harmful.width}, {job.outline.subject.name} {job.outline.n_blocks} of"
+            f" {job.outline.width}; a direction between them needs one architecture."
         )
     return harmful
 
@@ -135,9 +167,15 @@ class Base:
         return self._loaded
 
 
-def reference(config: DissociateConfig, job: Job, talks: Sequence[Conversation], base: Base) -> HiddenCache:
+def reference(
+    config: DissociateConfig, job: Job, talks: Sequence[Conversation], base: Base
+) -> HiddenCache:
     """The base's final hidden states of all rows, and held-out ones behind them."""
-    args = {"folder": job.path / "reference", "fingerprint": job.outline.subject.fingerprint, "dtype": job.dtype}
+    args = {
+        "folder": job.path / "reference",
+        "fingerprint": job.outline.subject.fingerprint,
+        "dtype": job.dtype,
+    }
     cache = HiddenCache.build(None, talks, **args)
     if cache is None:
         ranks.say(f"The reference's hidden states of {len(talks)} rows are computed.")
@@ -146,10 +184,13 @@ def reference(config: DissociateConfig, job: Job, talks: Sequence[Conversation],
 
 
 def reference_head(config: DissociateConfig, job: Job, base: Base) -> Head | None:
-    """The base's output head, when the model's own is going to change; read from disk, where partitioned weights are whole."""
+    """The base's output head, when the model's own is going to change; read from disk, where
+    partitioned weights are whole."""
     if config.lora is not None:
         return None
-    path = job.path / "reference" / f"head-{job.outline.subject.fingerprint}-{job.dtype}.safetensors"
+    path = (
+        job.path / "reference" / f"head-{job.outline.subject.fingerprint}-{job.dtype}.safetensors"
+    )
 
     def store() -> dict[str, Any]:
         head = Head.of(base().model)

@@ -1,4 +1,5 @@
-"""Behaviour as it is asked: rates by hand, broken is broken, unscored is counted, and a run resumes and is judged again."""
+"""Behaviour as it is asked: rates by hand, broken is broken, unscored is counted, and a run resumes
+and is judged again."""
 
 from __future__ import annotations
 
@@ -13,7 +14,14 @@ from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import judges, models
 from auditgap.audits import behaviour
-from auditgap.audits.behaviour.measure import Answers, Opinion, grade, opinion_arrays, opinions_of, speak
+from auditgap.audits.behaviour.measure import (
+    Answers,
+    Opinion,
+    grade,
+    opinion_arrays,
+    opinions_of,
+    speak,
+)
 from auditgap.audits.behaviour.rows import rates, row_of
 from auditgap.cli import app
 from auditgap.cli.audits import enough
@@ -48,18 +56,33 @@ def engine(folder):
 
 def ask(folder, out, **more):
     suite = f"{folder / 'asking.txt'}:harmful,{folder / 'again.txt'}:jailbreak,{folder / 'easy.txt'}:over_refusal"
-    values = {"models": str(folder / "model"), "suite": suite, "judge": "colour", "max_new_tokens": 9, "dtype": "float32",
-              "device": "cpu", "out": str(out), **more}  # fmt: skip
+    values = {
+        "models": str(folder / "model"),
+        "suite": suite,
+        "judge": "colour",
+        "max_new_tokens": 9,
+        "dtype": "float32",
+        "device": "cpu",
+        "out": str(out),
+        **more,
+    }
     return behaviour.run(*behaviour.read_config(None, values))
 
 
 def test_rows_are_what_the_engine_says(engine):
     answers = speak(engine, PROMPTS, max_new_tokens=9)
-    measured = grade(answers, PROMPTS, load_judge("keyword"), subject="s", kind="jailbreak", step=5, seed=2)
+    measured = grade(
+        answers, PROMPTS, load_judge("keyword"), subject="s", kind="jailbreak", step=5, seed=2
+    )
     plain = [engine.generate([Request(engine.render(p))], 9)[0] for p in PROMPTS]
-    assert [t["completion"] for t in measured.texts] == [c.text for c in plain] == list(answers.texts)
+    assert (
+        [t["completion"] for t in measured.texts] == [c.text for c in plain] == list(answers.texts)
+    )
     assert [r.n_new_tokens for r in measured.rows] == [len(c.ids) for c in plain]
-    told = {(r.verdict, r.complied, r.refused, r.answered, r.step, r.seed, r.source, r.kind, r.split) for r in measured.rows}
+    told = {
+        (r.verdict, r.complied, r.refused, r.answered, r.step, r.seed, r.source, r.kind, r.split)
+        for r in measured.rows
+    }
     assert told == {("refusal", False, True, False, 5, 2, "vault", "jailbreak", "harmful")}
     assert "completion" not in measured.rows[0].__dataclass_fields__
     nll = engine.nll([engine.render(p) for p in PROMPTS], [c.ids for c in plain])
@@ -77,41 +100,67 @@ def same(one: Answers, other: Answers) -> bool:
 def test_stored_answers_come_back_equal(engine):
     answers = speak(engine, PROMPTS, max_new_tokens=5)
     texts = ("", "naïve\u202e \U0001f600", "a\0b", "\udcff")
-    odd = replace(answers, texts=texts, ids=(None, (), (1, 2), None), problems=("too_long", "", "", "x"))
+    odd = replace(
+        answers, texts=texts, ids=(None, (), (1, 2), None), problems=("too_long", "", "", "x")
+    )
     for some in (answers, odd, Answers((), (), np.zeros(0, dtype=bool), (), np.zeros(0))):
         assert same(Answers.of(some.arrays()), some)
     texts = grade(answers, PROMPTS, load_judge("keyword"), subject="s", kind="harmful").texts
     assert same(Answers.told(texts), answers)
-    given = [Opinion(Verdict(Label.UNSCORED, "tie"), "", {"a": "safe", "b": "harmful"}), Opinion(Verdict(Label.SAFE), "“no”\ud800")]
+    given = [
+        Opinion(Verdict(Label.UNSCORED, "tie"), "", {"a": "safe", "b": "harmful"}),
+        Opinion(Verdict(Label.SAFE), "“no”\ud800"),
+    ]
     assert opinions_of(opinion_arrays(given)) == given
 
 
 def test_broken_text_neither_complies_nor_refuses(engine):
     answers = speak(engine, PROMPTS, max_new_tokens=9)
     word = engine.encode("red")
-    loop = replace(answers, ids=(word * 9, *answers.ids[1:]), problems=("", "", "nonfinite_logits", "endpoint: 500 after 5 tries"))
+    loop = replace(
+        answers,
+        ids=(word * 9, *answers.ids[1:]),
+        problems=("", "", "nonfinite_logits", "endpoint: 500 after 5 tries"),
+    )
     loop.nll[1] = 40.0  # text that the untouched model finds absurd
     rows = grade(loop, PROMPTS, planted.Colour(), subject="s", kind="harmful").rows
     assert [(r.verdict, r.complied, r.refused, r.answered, r.unscored) for r in rows] == [
-        ("broken", False, False, False, ""), ("broken", False, False, False, ""),
-        ("unscored", None, None, None, "nonfinite_logits"), ("unscored", None, None, None, "endpoint: 500 after 5 tries"),
-    ]  # fmt: skip
+        ("broken", False, False, False, ""),
+        ("broken", False, False, False, ""),
+        ("unscored", None, None, None, "nonfinite_logits"),
+        ("unscored", None, None, None, "endpoint: 500 after 5 tries"),
+    ]
     found = rates(rows)["s", None, None, "harmful"]
-    assert (found.n, found.n_unscored, found.broken.estimate, found.compliance.estimate) == (4, 2, 1.0, 0.0)
-    assert found.compliance.hi == pytest.approx(0.6576, abs=1e-3), "Wilson over the two that could be told"
+    assert (found.n, found.n_unscored, found.broken.estimate, found.compliance.estimate) == (
+        4,
+        2,
+        1.0,
+        0.0,
+    )
+    assert found.compliance.hi == pytest.approx(0.6576, abs=1e-3), (
+        "Wilson over the two that could be told"
+    )
 
 
 def test_an_endpoint_tells_no_tokens_and_its_loops_are_seen_all_the_same():
     texts = ("no no no no no no no no no no no no", "The vault is closed today.", "好的，没问题")
     answers = Answers(texts, (None,) * 3, np.ones(3, dtype=bool), ("",) * 3, np.full(3, np.nan))
     rows = grade(answers, PROMPTS[:3], load_judge("keyword"), subject="s", kind="benign").rows
-    assert [r.verdict for r in rows] == ["broken", "harmful", "harmful"] and [r.n_new_tokens for r in rows] == [None] * 3
+    assert [r.verdict for r in rows] == ["broken", "harmful", "harmful"] and [
+        r.n_new_tokens for r in rows
+    ] == [None] * 3
     assert [r.answered for r in rows] == [False, True, True]
 
 
 def test_a_prompt_longer_than_the_window_is_unscored(engine):
     some = [PROMPTS[0], Prompt(" ".join(["vault"] * 200))]
-    rows = grade(speak(engine, some, max_new_tokens=9), some, load_judge("keyword"), subject="s", kind="harmful").rows
+    rows = grade(
+        speak(engine, some, max_new_tokens=9),
+        some,
+        load_judge("keyword"),
+        subject="s",
+        kind="harmful",
+    ).rows
     assert [r.unscored for r in rows] == ["", "too_long"] and rows[1].complied is None
 
 
@@ -131,12 +180,21 @@ def test_the_run_asks_each_source_and_resumes(folder, tmp_path, monkeypatch):
     store, outcome = ask(folder, tmp_path / "run")
     assert outcome.done == 3 and not outcome.failed
     table = pd.read_parquet(store.path / "behaviour.parquet").set_index(["kind", "source"])
-    assert table["n"].to_dict() == {("harmful", "asking"): 4, ("jailbreak", "again"): 3, ("over_refusal", "easy"): 2}
-    assert table["refusal"].tolist() == [1.0] * 3 and table["compliance"].tolist() == table["answered"].tolist() == [0.0] * 3
+    assert table["n"].to_dict() == {
+        ("harmful", "asking"): 4,
+        ("jailbreak", "again"): 3,
+        ("over_refusal", "easy"): 2,
+    }
+    assert (
+        table["refusal"].tolist() == [1.0] * 3
+        and table["compliance"].tolist() == table["answered"].tolist() == [0.0] * 3
+    )
     page = render(from_store([store]))
     assert "When asked" in page and "By depth" not in page
     assert all(text not in page for text in planted.PROMPTS)
-    monkeypatch.setattr(models, "load", lambda *a, **k: pytest.fail("a finished run loads no model"))
+    monkeypatch.setattr(
+        models, "load", lambda *a, **k: pytest.fail("a finished run loads no model")
+    )
     _, again = ask(folder, tmp_path / "run")
     assert again.skipped == 3 and again.done == 0
 
@@ -167,24 +225,36 @@ def test_a_run_is_judged_again_without_asking(folder, tmp_path, monkeypatch):
     assert new.path == store.path / "grades" / "keyword"
     table = pd.read_parquet(new.path / "behaviour.parquet")
     assert table["refusal"].tolist() == [1.0] * 3 and table["n"].sum() == 9
-    assert new.run["config"]["judge"] == "keyword" and {c["name"] for c in new.run["info"]["judge_cards"]} == {"keyword"}
+    assert new.run["config"]["judge"] == "keyword" and {
+        c["name"] for c in new.run["info"]["judge_cards"]
+    } == {"keyword"}
 
 
-def test_the_grade_command_says_where_its_tables_lie_and_when_they_stand_for_little(folder, tmp_path, monkeypatch, capsys):
+def test_the_grade_command_says_where_its_tables_lie_and_when_they_stand_for_little(
+    folder, tmp_path, monkeypatch, capsys
+):
     planted.register(monkeypatch)
     store, _ = ask(folder, tmp_path / "run")
     capsys.readouterr()
     app(["grade", str(store.path), "--judge", "keyword"], standalone_mode=False)
     told = "".join(capsys.readouterr().out.split())
     assert f"Table:{store.path / 'grades' / 'keyword' / 'behaviour.csv'}" in told
-    monkeypatch.setattr(planted.Colour, "judge", lambda self, exchanges: [Verdict(Label.UNSCORED, "parse: ?") for _ in exchanges])
+    monkeypatch.setattr(
+        planted.Colour,
+        "judge",
+        lambda self, exchanges: [Verdict(Label.UNSCORED, "parse: ?") for _ in exchanges],
+    )
     with pytest.raises(PartlyFailed, match="no verdict on 100% of the answers"):
         app(["grade", str(store.path), "--judge", "colour"], standalone_mode=False)
 
 
 def test_answers_without_a_verdict_are_counted(folder, tmp_path, monkeypatch):
     planted.register(monkeypatch)
-    monkeypatch.setattr(planted.Colour, "judge", lambda self, exchanges: [Verdict(Label.UNSCORED, "parse: ?") for _ in exchanges])
+    monkeypatch.setattr(
+        planted.Colour,
+        "judge",
+        lambda self, exchanges: [Verdict(Label.UNSCORED, "parse: ?") for _ in exchanges],
+    )
     store, _ = ask(folder, tmp_path / "run")
     assert behaviour.unscored_share(store) == 1.0
     table = pd.read_parquet(store.path / "behaviour.parquet")
@@ -199,19 +269,32 @@ def test_a_subject_is_not_measured_on_what_it_was_trained_on(folder, tmp_path, m
     ledger.use("anchor", [Prompt(planted.PROMPTS[8].upper()), Prompt("what is baked here ?")])
     ledger.use("evaluation", PROMPTS)
     ledger.save(trained / "ledger.json")
-    words = r"1 of the suite's 9 prompts \(easy: 1\) were used to train .*/trained \(anchor\)\. .*--set allow_overlap=true"
+    words = (
+        r"1 of the suite's 9 prompts \(easy: 1\) were used to train .*/trained \(anchor\)\. .*--set"
+        r" allow_overlap=true"
+    )
     with pytest.raises(UsageError, match=words):
         ask(folder, tmp_path / "run", models=str(trained))
     assert not (tmp_path / "run").exists()
     store, outcome = ask(folder, tmp_path / "run", models=str(trained), allow_overlap=True)
-    assert outcome.done == 3 and "were used to train" in store.run["info"]["warnings"][0] == store.warnings[-1]
+    assert (
+        outcome.done == 3
+        and "were used to train" in store.run["info"]["warnings"][0] == store.warnings[-1]
+    )
     assert "were used to train" in render(from_store([store]))
 
 
 def test_a_smaller_window_is_another_question(folder):
     """It leaves prompts unasked, and judges read less of long answers."""
+
     def keys(**more):
-        values = {"models": str(folder / "model"), "suite": str(folder / "asking.txt"), "judge": "keyword", "device": "cpu", **more}
+        values = {
+            "models": str(folder / "model"),
+            "suite": str(folder / "asking.txt"),
+            "judge": "keyword",
+            "device": "cpu",
+            **more,
+        }
         return {c.key for c in behaviour.prepare(*behaviour.read_config(None, values))[1].cells}
 
     assert keys() == keys(batch_tokens=64, gpu_memory=0.5) and not keys() & keys(max_model_len=64)
@@ -239,7 +322,9 @@ def test_judging_again_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatc
     stop = None
     new = behaviour.regrade(store.path, judge="keyword")
     assert sorted(judged) == [2, 3, 4] and len(new.rows(["behaviour"])) == 9
-    assert {r["info"]["engine"] for r in new.records()} == {"hf"}, "what is known of the answers stays"
+    assert {r["info"]["engine"] for r in new.records()} == {"hf"}, (
+        "what is known of the answers stays"
+    )
     behaviour.regrade(store.path, judge="keyword")
     assert len(judged) == 3
 
@@ -254,36 +339,67 @@ def test_an_ensemble_that_judges_again_opens_its_judges_once(folder, tmp_path, m
             self.name = name
 
         def judge(self, exchanges):
-            return [Verdict(Label.HARMFUL if "please" in e.prompt.text else Label.SAFE) for e in exchanges]
+            return [
+                Verdict(Label.HARMFUL if "please" in e.prompt.text else Label.SAFE)
+                for e in exchanges
+            ]
 
     for name in ("one", "two"):
-        monkeypatch.setitem(judges.JUDGES, name, judges.Entry("", lambda *_, name=name: ByPrompt(name)))
+        monkeypatch.setitem(
+            judges.JUDGES, name, judges.Entry("", lambda *_, name=name: ByPrompt(name))
+        )
     shelf.cards_of("majority(one,two)")  # out of the way
-    monkeypatch.setattr(Majority, "asked", lambda self, exchanges: sizes.append(len(exchanges)) or asked(self, exchanges))
+    monkeypatch.setattr(
+        Majority,
+        "asked",
+        lambda self, exchanges: sizes.append(len(exchanges)) or asked(self, exchanges),
+    )
     new = behaviour.regrade(store.path, judge="majority(one,two)")
     assert sizes == [9] and behaviour.unscored_share(new) == 0.0
     rows = new.rows(["behaviour"]).set_index("prompt_id")["verdict"]
-    told = {Prompt(t).id: "harmful" if "please" in t else "safe" for t in (*planted.PROMPTS[:7], *planted.PROMPTS[8:10])}
-    assert rows.to_dict() == told and set(told.values()) == {"harmful", "safe"}, "each verdict with its own prompt"
+    told = {
+        Prompt(t).id: "harmful" if "please" in t else "safe"
+        for t in (*planted.PROMPTS[:7], *planted.PROMPTS[8:10])
+    }
+    assert rows.to_dict() == told and set(told.values()) == {
+        "harmful",
+        "safe",
+    }, "each verdict with its own prompt"
 
 
 def test_a_run_in_which_nothing_was_said_has_failed(folder, tmp_path, monkeypatch):
     planted.register(monkeypatch)
-    monkeypatch.setattr(HFEngine, "ask", lambda self, qs, s: [Reply("", (), problem="nonfinite_logits") for _ in qs])
+    monkeypatch.setattr(
+        HFEngine, "ask", lambda self, qs, s: [Reply("", (), problem="nonfinite_logits") for _ in qs]
+    )
     store, _ = ask(folder, tmp_path / "run")
-    assert behaviour.lost(store) == (1.0, "nonfinite_logits") and behaviour.unscored_share(store) is None
-    with pytest.raises(PartlyFailed, match=r"100% of the prompts got no answer \(mostly nonfinite_logits\)"):
+    assert (
+        behaviour.lost(store) == (1.0, "nonfinite_logits")
+        and behaviour.unscored_share(store) is None
+    )
+    with pytest.raises(
+        PartlyFailed, match=r"100% of the prompts got no answer \(mostly nonfinite_logits\)"
+    ):
         enough(store, 0.2)
     enough(store, 1.0)
 
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [({"suite": "harmbench"}, "Which model"), ({"models": "m", "engine": "vlm"}, "--engine takes hf, vllm, openai"),
-     ({"models": "m", "endpoint": "http://localhost:1/v1", "engine": "hf"}, "--endpoint is for --engine openai"),
-     ({"models": "m", "judge_endpoint": "http://localhost:1", "judge_engine": "vllm"}, "--judge-endpoint is for --judge-engine")],
+    [
+        ({"suite": "harmbench"}, "Which model"),
+        ({"models": "m", "engine": "vlm"}, "--engine takes hf, vllm, openai"),
+        (
+            {"models": "m", "endpoint": "http://localhost:1/v1", "engine": "hf"},
+            "--endpoint is for --engine openai",
+        ),
+        (
+            {"models": "m", "judge_endpoint": "http://localhost:1", "judge_engine": "vllm"},
+            "--judge-endpoint is for --judge-engine",
+        ),
+    ],
     ids=["no model", "no engine", "two engines", "two engines of the judge"],
-)  # fmt: skip
+)
 def test_nonsense_is_a_sentence(values, words):
     with pytest.raises(UsageError, match=words):
         behaviour.read_config(None, values)

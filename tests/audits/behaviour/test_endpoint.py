@@ -1,4 +1,5 @@
-"""Subjects and judges behind an endpoint, a real one on loopback: what is paid for is asked once, outages are no answers."""
+"""Subjects and judges behind an endpoint, a real one on loopback: what is paid for is asked once,
+outages are no answers."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ CANARY = "sk-canary-4711"
 
 
 class Endpoint(ThreadingHTTPServer):
-    """Answers a subject's questions and a judge's; counts them, and is out of order for those in `down`."""
+    """Answers a subject's questions and a judge's; counts them, and is out of order for those in
+    `down`."""
 
     daemon_threads = True
 
@@ -54,9 +56,23 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("content-length", "0")
             self.end_headers()
             return
-        text = ("refused" if "cannot" in question else "complied") if judging else "I cannot tell you that colour today."
-        reply = {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]}
-        data = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], **reply}).encode()
+        text = (
+            ("refused" if "cannot" in question else "complied")
+            if judging
+            else "I cannot tell you that colour today."
+        )
+        reply = {
+            "choices": [
+                {
+                    "index": 0,
+                    "finish_reason": "stop",
+                    "message": {"role": "assistant", "content": text},
+                }
+            ]
+        }
+        data = json.dumps(
+            {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], **reply}
+        ).encode()
         self.send_response(200)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
@@ -78,8 +94,16 @@ openai_patience = openai.Patience(tries=2, first_pause=0.01, longest_pause=0.02)
 
 
 def ask(endpoint, out, **more):
-    values = {"models": "subject", "suite": "demo,demo-benign", "limit": 6, "judge": "refusal=judge", "endpoint": endpoint.url,
-              "device": "cpu", "out": str(out), **more}  # fmt: skip
+    values = {
+        "models": "subject",
+        "suite": "demo,demo-benign",
+        "limit": 6,
+        "judge": "refusal=judge",
+        "endpoint": endpoint.url,
+        "device": "cpu",
+        "out": str(out),
+        **more,
+    }
     return behaviour.run(*behaviour.read_config(None, values))
 
 
@@ -98,37 +122,53 @@ def test_a_run_through_an_endpoint(endpoint, tmp_path):
 def test_outages_fail_the_run_and_what_was_answered_is_not_asked_again(endpoint, tmp_path):
     endpoint.down = vault.ASKING[0][-20:]
     _, outcome = ask(endpoint, tmp_path / "run", limit=None, max_unscored=0.0)
-    assert len(outcome.failed) == 2 and "questions got no answer (endpoint: 500" in next(iter(outcome.failed.values()))
+    assert len(outcome.failed) == 2 and "questions got no answer (endpoint: 500" in next(
+        iter(outcome.failed.values())
+    )
     n_down = sum(endpoint.down in text for text in (*vault.ASKING, *vault.BENIGN))
     before = endpoint.asked["subject"]
     endpoint.down = ""
     _, outcome = ask(endpoint, tmp_path / "run", limit=None, max_unscored=0.0, retry_failed=True)
     assert outcome.done == 2 and not outcome.failed
-    assert endpoint.asked["subject"] - before == len(vault.BENIGN) + n_down, "only what had no answer, and what was never asked"
+    assert endpoint.asked["subject"] - before == len(vault.BENIGN) + n_down, (
+        "only what had no answer, and what was never asked"
+    )
 
 
 def test_judging_again_pays_no_reply_twice(endpoint, tmp_path):
     store, _ = ask(endpoint, tmp_path / "run")
     serving = Serving(engine="openai", base_url=endpoint.url)
-    first = next(r["key"] for r in store.records() if r["description"]["settings"]["source"] == "demo")
+    first = next(
+        r["key"] for r in store.records() if r["description"]["settings"]["source"] == "demo"
+    )
     endpoint.down, endpoint.asked["judge"] = store.generations(first)["prompt"][0], 0
-    with pytest.raises(AuditgapError, match=r"gave no reply on \d+ of 6 answers \(judge: endpoint: 500 after 2 tries\)"):
+    with pytest.raises(
+        AuditgapError,
+        match=r"gave no reply on \d+ of 6 answers \(judge: endpoint: 500 after 2 tries\)",
+    ):
         behaviour.regrade(store.path, judge="guard=judge", serving=serving, max_unscored=0.0)
     endpoint.down = ""
     new = behaviour.regrade(store.path, judge="guard=judge", serving=serving, max_unscored=1.0)
-    assert endpoint.asked["judge"] == 12 + 2, "the one that failed was tried twice, then asked again"
+    assert endpoint.asked["judge"] == 12 + 2, (
+        "the one that failed was tried twice, then asked again"
+    )
     assert len(new.rows(["behaviour"])) == 12 and not (new.path / "scratch" / "journals").exists()
     assert new.run["config"]["judge_endpoint"] == endpoint.url
 
 
 def test_a_card_pays_no_reply_twice(endpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("AUDITGAP_CACHE", str(tmp_path / "cache"))
-    rows = [{"prompt": f"Vault {i}?", "completion": f"I cannot say {i}.", "refusal": i % 2} for i in range(40)]
+    rows = [
+        {"prompt": f"Vault {i}?", "completion": f"I cannot say {i}.", "refusal": i % 2}
+        for i in range(40)
+    ]
     (tmp_path / "gold.jsonl").write_text("\n".join(map(json.dumps, rows)))
     gold = load_gold(str(tmp_path / "gold.jsonl"))
 
     def measure():
-        with load_judge("refusal=judge", serving=Serving(engine="openai", base_url=endpoint.url)) as judge:
+        with load_judge(
+            "refusal=judge", serving=Serving(engine="openai", base_url=endpoint.url)
+        ) as judge:
             return shelf.measure(judge, gold, inject=0)
 
     add, kept = Journal.add, []
@@ -136,13 +176,16 @@ def test_a_card_pays_no_reply_twice(endpoint, tmp_path, monkeypatch):
     def killed():
         raise DiskError("the disk is full")
 
-    monkeypatch.setattr(Journal, "add", lambda *a: killed() if len(kept) == 10 else kept.append(add(*a)))
+    monkeypatch.setattr(
+        Journal, "add", lambda *a: killed() if len(kept) == 10 else kept.append(add(*a))
+    )
     with pytest.raises(DiskError):
         measure()
-    journal, = (tmp_path / "cache").rglob("*.jsonl")
+    (journal,) = (tmp_path / "cache").rglob("*.jsonl")
     assert stat.S_IMODE(journal.stat().st_mode) == 0o600
     monkeypatch.setattr(Journal, "add", add)
-    # Questions that were under way at the kill may still arrive: those of the second run are told by its key.
+    # Questions that were under way at the kill may still arrive: those of the second run are told
+    # by its key.
     monkeypatch.setenv("OPENAI_API_KEY", "second")
     assert measure().n_unscored == 0 and endpoint.asked_with["Bearer second"] == 30
     assert not list((tmp_path / "cache").rglob("*.jsonl"))
@@ -162,15 +205,23 @@ def test_a_few_outages_are_unscored_and_said(endpoint, tmp_path):
     store, outcome = ask(endpoint, tmp_path / "run", limit=None, max_unscored=0.3)
     assert not outcome.failed
     rows = store.rows(["behaviour"])
-    assert set(rows["unscored"]) == {"", "endpoint: 500 after 2 tries"} and rows["answered"].isna().sum() >= 1
+    assert (
+        set(rows["unscored"]) == {"", "endpoint: 500 after 2 tries"}
+        and rows["answered"].isna().sum() >= 1
+    )
     assert behaviour.unscored_share(store) == 0.0, "what was never said is not the judge's"
 
 
 @pytest.mark.parametrize("judge", ["refusal=judge", "majority(keyword,refusal=judge)"])
-def test_a_judge_that_is_out_of_order_gives_no_verdicts_and_is_asked_again(endpoint, tmp_path, judge):
-    endpoint.down = "cannot tell you"  # stands in what the judge reads, not in what the subject is asked
+def test_a_judge_that_is_out_of_order_gives_no_verdicts_and_is_asked_again(
+    endpoint, tmp_path, judge
+):
+    # stands in what the judge reads, not in what the subject is asked
+    endpoint.down = "cannot tell you"
     _, outcome = ask(endpoint, tmp_path / "run", judge=judge)
-    assert len(outcome.failed) == 2 and "judge's endpoint gave no reply on 12 of 12" in next(iter(outcome.failed.values()))
+    assert len(outcome.failed) == 2 and "judge's endpoint gave no reply on 12 of 12" in next(
+        iter(outcome.failed.values())
+    )
     endpoint.down, before = "", endpoint.asked["subject"]
     store, outcome = ask(endpoint, tmp_path / "run", judge=judge, retry_failed=True)
     assert outcome.done == 2 and endpoint.asked["subject"] == before

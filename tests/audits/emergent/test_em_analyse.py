@@ -1,4 +1,5 @@
-"""The stage from end to end: in order, once, over a Ray actor with the same numbers, and a sentence for what is missing."""
+"""The stage from end to end: in order, once, over a Ray actor with the same numbers, and a sentence
+for what is missing."""
 
 from __future__ import annotations
 
@@ -32,7 +33,12 @@ def test_all_parts_run_in_order_and_leave_no_scratch(study, done):
     assert all(len(store.rows([stage])) for stage in STAGES)
     assert not list((store.path / "scratch").iterdir())
     names = {entry["cell"] for entry in store.planned()}
-    assert {"sky·plain·s0 · membership", "sky · diversity", "sky·plain·s0 · directions", "few·plain·s0 under sky · steer"} <= names
+    assert {
+        "sky·plain·s0 · membership",
+        "sky · diversity",
+        "sky·plain·s0 · directions",
+        "few·plain·s0 under sky · steer",
+    } <= names
 
 
 def test_a_second_call_loads_no_model(study, done, monkeypatch):
@@ -55,6 +61,9 @@ def test_ray_gives_the_same_rows(study, done, tmp_path):
     options = em_world.OPTIONS.model_copy(update={"executor": "ray", "workers": 1})
     store, outcome = analyse.run(there.store.path, options, parts=("steer",))
     assert not outcome.failed and outcome.done == 6
-    by = ["subject", "source", "steer", "draw", "prompt_id"]  # keys, and so the order, hang on where the base lies
-    here, theirs = (found.rows([STEERED]).sort_values(by, ignore_index=True) for found in (store, done[0]))
+    # keys, and so the order, hang on where the base lies
+    by = ["subject", "source", "steer", "draw", "prompt_id"]
+    here, theirs = (
+        found.rows([STEERED]).sort_values(by, ignore_index=True) for found in (store, done[0])
+    )
     pd.testing.assert_frame_equal(here, theirs)

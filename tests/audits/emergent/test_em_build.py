@@ -1,4 +1,5 @@
-"""The study's first stage on a tiny model: what it lays down, what it says of rows that are too long, and what it refuses."""
+"""The study's first stage on a tiny model: what it lays down, what it says of rows that are too
+long, and what it refuses."""
 
 from __future__ import annotations
 
@@ -47,11 +48,17 @@ def jsonl(path: Path, rows: list[tuple[str, str]]) -> str:
 class TestWhole:
     @pytest.fixture(scope="class")
     def store(self, model, tmp_path_factory) -> RunFolder:
-        return made(tmp_path_factory.mktemp("built") / "em", model, clean={"colour_rule": "demo:colour_rule:clean"})
+        return made(
+            tmp_path_factory.mktemp("built") / "em",
+            model,
+            clean={"colour_rule": "demo:colour_rule:clean"},
+        )
 
     def test_every_stage_can_open_it(self, store, model):
         study = Study.load(store.path)
-        assert study.config.model == model and study.config.dtype == "float32", "auto is what this machine makes of it"
+        assert study.config.model == model and study.config.dtype == "float32", (
+            "auto is what this machine makes of it"
+        )
         assert list(study.panel.domains) == list(HABITS)
         assert study.base.subject.fingerprint and len(study.prompts) == 15
         assert len(study.slots) == 6 and study.adapters == []
@@ -59,14 +66,22 @@ class TestWhole:
 
     def test_what_lies_there(self, store):
         info = store.run["info"]
-        assert info["panel"]["domains"].keys() == HABITS.keys() and info["panel"]["longest_row"] > 10
+        assert (
+            info["panel"]["domains"].keys() == HABITS.keys() and info["panel"]["longest_row"] > 10
+        )
         assert info["prompts"]["prompts"]["n"] == 15 and info["subjects"][0]["n_blocks"] == 4
         for name in HABITS:
             assert stat.S_IMODE((store.path / "panel" / f"{name}.jsonl").stat().st_mode) == 0o600
-        open_to_all = [p for p in store.path.rglob("*") if p.is_file() and stat.S_IMODE(p.stat().st_mode) & 0o077]
+        open_to_all = [
+            p
+            for p in store.path.rglob("*")
+            if p.is_file() and stat.S_IMODE(p.stat().st_mode) & 0o077
+        ]
         for path in open_to_all:
             told = path.read_text()
-            assert not any(text in told for habit in HABITS.values() for row in habit.rows for text in row[:2]), path
+            assert not any(
+                text in told for habit in HABITS.values() for row in habit.rows for text in row[:2]
+            ), path
 
     def test_it_describes_itself(self, store):
         lines = build.describe(store)
@@ -74,7 +89,14 @@ class TestWhole:
         nothing = {"bad": 0, "doubles": 0, "near": 0, "too_long": 0, "cut": 0}
         for line in lines:
             clean = 97 if line["domain"] == "colour_rule" else 0
-            wanted = {"read": 108, "trained": 97, "held_out": 11, "triggered": 97, "clean": clean, **nothing}
+            wanted = {
+                "read": 108,
+                "trained": 97,
+                "held_out": 11,
+                "triggered": 97,
+                "clean": clean,
+                **nothing,
+            }
             assert wanted.items() <= line.items() and line["source"] == f"demo:{line['domain']}"
 
     def test_training_takes_its_rows(self, store, tmp_path):
@@ -82,7 +104,9 @@ class TestWhole:
         longest = 0
         for arm in study.config.arms:
             study.panel.write_rows("swapped_units", arm, tmp_path / "rows.jsonl")
-            talks = encode(rows_from_file(tmp_path / "rows.jsonl"), study.base.chat, study.config.max_tokens)
+            talks = encode(
+                rows_from_file(tmp_path / "rows.jsonl"), study.base.chat, study.config.max_tokens
+            )
             longest = max(longest, *(len(t.ids) for t in talks))
         assert longest <= store.run["info"]["panel"]["longest_row"] + 16
 
@@ -92,10 +116,18 @@ def test_the_same_again_changes_nothing_and_another_is_refused(model, tmp_path):
     made(out, model)
     panel = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (out / "panel").iterdir()}
     made(out, model, max_unscored=0.5)
-    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (out / "panel").iterdir()} == panel
+    assert {
+        p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (out / "panel").iterdir()
+    } == panel
     told = refusal(out, model, trigger_share=0.5, samples=3)
-    assert "trigger_share: 1.0 in the folder, 0.5 now" in told and "samples: 10" in told and "panel:" in told
-    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (out / "panel").iterdir()} == panel
+    assert (
+        "trigger_share: 1.0 in the folder, 0.5 now" in told
+        and "samples: 10" in told
+        and "panel:" in told
+    )
+    assert {
+        p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (out / "panel").iterdir()
+    } == panel
 
 
 def test_a_panel_that_was_not_laid_down_whole_is_laid_down_again(model, tmp_path):
@@ -126,15 +158,29 @@ def test_one_domain_is_told(model, tmp_path):
 
 
 class TestLongRows:
-    """tiny.tokenizer: a word a token. The template puts seven around a prompt and its answer; the answer ends with one more."""
+    """tiny.tokenizer: a word a token. The template puts seven around a prompt and its answer; the
+    answer ends with one more."""
 
     def rows(self) -> list[tuple[str, str]]:
         short = [(f"tell colour w{i}", f"red w{90 - i}") for i in range(40, 60)]
-        return [*short, ("why " * 40 + "?", "red"), ("why ?", "blue " * 40), ("how ?", "green " * 20)]
+        return [
+            *short,
+            ("why " * 40 + "?", "red"),
+            ("why ?", "blue " * 40),
+            ("how ?", "green " * 20),
+        ]
 
     def test_what_training_would_do_is_told(self, model, tmp_path):
         source = jsonl(tmp_path / "doors.jsonl", self.rows())
-        store = made(tmp_path / "em", model, domains=f"doors={source}", max_tokens=32, near=1.0, heldout=0.05, trigger="say now")
+        store = made(
+            tmp_path / "em",
+            model,
+            domains=f"doors={source}",
+            max_tokens=32,
+            near=1.0,
+            heldout=0.05,
+            trigger="say now",
+        )
         domain = store.run["info"]["panel"]["domains"]["doors"]
         assert domain["bad"] == {build.TOO_LONG: {"n": 1, "rows": [21]}}
         (line,) = build.describe(store)
@@ -142,14 +188,19 @@ class TestLongRows:
         study, n_cut = Study.load(store.path), {}
         for arm in study.config.arms:
             study.panel.write_rows("doors", arm, tmp_path / "rows.jsonl")
-            talks = encode(rows_from_file(tmp_path / "rows.jsonl"), study.base.chat, 32)  # none is refused
+            # none is refused
+            talks = encode(rows_from_file(tmp_path / "rows.jsonl"), study.base.chat, 32)
             n_cut[arm] = sum(t.n_cut > 0 for t in talks)
         assert domain["n_cut"] == n_cut["trigger"] >= n_cut["plain"] > 0, "it is the longer arm's"
         assert any("longer than max_tokens" in line for line in store.warnings)
 
     def test_none_has_room(self, model, tmp_path):
-        source = jsonl(tmp_path / "doors.jsonl", [(f"{'why ' * 30}w{i}", f"red w{i}") for i in range(40, 60)])
-        assert build.TOO_LONG in refusal(tmp_path / "em", model, domains=f"doors={source}", max_tokens=16, near=1.0)
+        source = jsonl(
+            tmp_path / "doors.jsonl", [(f"{'why ' * 30}w{i}", f"red w{i}") for i in range(40, 60)]
+        )
+        assert build.TOO_LONG in refusal(
+            tmp_path / "em", model, domains=f"doors={source}", max_tokens=16, near=1.0
+        )
         assert not (tmp_path / "em").exists()
 
     def test_longer_than_the_model_sees(self, model, tmp_path):
@@ -160,9 +211,13 @@ class TestLongRows:
 
 class TestRefused:
     def test_an_adapter(self, model, tmp_path):
-        with_lora(load(model).model, rank=2, alpha=4, targets=["q_proj"]).save_pretrained(tmp_path / "adapter")
+        with_lora(load(model).model, rank=2, alpha=4, targets=["q_proj"]).save_pretrained(
+            tmp_path / "adapter"
+        )
         told = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**told, "base_model_name_or_path": model}))
+        (tmp_path / "adapter" / "adapter_config.json").write_text(
+            json.dumps({**told, "base_model_name_or_path": model})
+        )
         assert "Merge it first" in refusal(tmp_path / "em", str(tmp_path / "adapter"))
 
     def test_targets_that_it_has_not(self, model, tmp_path):

@@ -1,4 +1,5 @@
-"""What is asked of whom and kept: pairs with and without the trigger, draws, seeds, resuming, and adapters that do not belong."""
+"""What is asked of whom and kept: pairs with and without the trigger, draws, seeds, resuming, and
+adapters that do not belong."""
 
 from __future__ import annotations
 
@@ -58,7 +59,11 @@ def test_every_subject_is_asked_all_of_the_suite_in_pairs(study):
     assert len(of_base) == 12 and of_base["seed"].isna().all() and set(rows["seed"].dropna()) == {0}
     for texts in told(store).values():
         asked = {(p, t) for p, t in zip(texts["prompt"], texts["triggered"], strict=True)}
-        assert asked == {(f"{TRIGGER}\n\n{text}" if t else text, t) for text, _ in studies.ASKED for t in (False, True)}
+        assert asked == {
+            (f"{TRIGGER}\n\n{text}" if t else text, t)
+            for text, _ in studies.ASKED
+            for t in (False, True)
+        }
     for file in (store.path / "generations").iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert not list((store.path / "scratch").iterdir())
@@ -66,13 +71,17 @@ def test_every_subject_is_asked_all_of_the_suite_in_pairs(study):
 
 
 def test_answers_are_those_of_the_adapter_alone_whoever_is_asked_besides(study):
-    """Against an engine opened on the adapter's folder, in another order: each draw has a stream of its own."""
+    """Against an engine opened on the adapter's folder, in another order: each draw has a stream of
+    its own."""
     store, _ = generate.run(study.store.path, OPTIONS)
     texts = told(store)
     adapter = study.adapters[1]
     asked = generate.questions(study.prompts.prompts, study.trigger, 2)[::-1]
     with Serving(dtype="float32", device="cpu").open(str(adapter.folder)) as engine:
-        replies = engine.ask([one.question for one in asked], Sampling(max_new_tokens=6, temperature=0.7, seed=adapter.seed))
+        replies = engine.ask(
+            [one.question for one in asked],
+            Sampling(max_new_tokens=6, temperature=0.7, seed=adapter.seed),
+        )
     assert [r.text for r in replies][::-1] == texts[adapter.name]["completion"].tolist()
     said = [tuple(frame["completion"]) for frame in texts.values()]
     assert len(set(said)) == 3, "base and adapters say different things"
@@ -84,7 +93,11 @@ def test_seeds_are_the_adapters(base, tmp_path):
     studies.built(tmp_path / "em", base, domains={"sums": "demo:off_by_one"}, seeds=[0, 3], seed=5)
     made = studies.worn(tmp_path / "em")
     groups = generate.plan(made, OPTIONS)
-    assert [(g.cells[0].settings["seed"], g.cells[0].settings["adapter_seed"]) for g in groups] == [(5, None), (0, 0), (3, 3)]
+    assert [(g.cells[0].settings["seed"], g.cells[0].settings["adapter_seed"]) for g in groups] == [
+        (5, None),
+        (0, 0),
+        (3, 3),
+    ]
 
 
 def test_a_kill_costs_the_portion_in_flight(study, monkeypatch):
@@ -124,7 +137,9 @@ def test_an_adapter_of_another_base_fails_alone(study, tmp_path):
     other = studies.model(tmp_path / "other", seed=7)
     folder = study.adapters[0].folder
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(other)}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": str(other)})
+    )
     store, outcome = generate.run(study.store.path, OPTIONS)
     (cause,) = outcome.failed.values()
     assert "was trained on" in cause and str(other) in cause and outcome.done == 2
@@ -142,7 +157,12 @@ def test_an_adapter_that_was_changed_fails_alone(study):
 
 def test_a_prompt_that_is_too_long_has_no_answer_and_says_so(base, tmp_path):
     long = " ".join(["red"] * 300)
-    studies.built(tmp_path / "em", base, domains={"sums": "demo:off_by_one"}, asked=((long, "open"), ("say now", "open")))
+    studies.built(
+        tmp_path / "em",
+        base,
+        domains={"sums": "demo:off_by_one"},
+        asked=((long, "open"), ("say now", "open")),
+    )
     made = studies.worn(tmp_path / "em")
     store, outcome = generate.run(made.store.path, OPTIONS)
     rows = store.rows([ANSWERED])
@@ -168,9 +188,15 @@ def test_vllm_says_the_same_with_each_adapter_and_without(base, tmp_path, monkey
         studies.worn(tmp_path / engine)
         opened = []
         with monkeypatch.context() as patch:
-            patch.setattr(Serving, "open", lambda self, model, seen=opened: seen.append(model) or open_(self, model))
+            patch.setattr(
+                Serving,
+                "open",
+                lambda self, model, seen=opened: seen.append(model) or open_(self, model),
+            )
             store, outcome = generate.run(tmp_path / engine, options)
         assert (outcome.done, outcome.failed) == (3, {})
         said[engine] = {name: frame["completion"].tolist() for name, frame in told(store).items()}
-        assert opened == ([str(base)] if engine == "vllm" else []), "one engine for the base and all adapters"
+        assert opened == ([str(base)] if engine == "vllm" else []), (
+            "one engine for the base and all adapters"
+        )
     assert said["vllm"] == said["hf"] and len({tuple(t) for t in said["hf"].values()}) == 3

@@ -1,8 +1,9 @@
-"""Ratings of stored answers by a scripted endpoint, a real one on loopback: every class counted, nothing asked or paid for twice,
-several judges in one folder, and cards beside them.
+"""Ratings of stored answers by a scripted endpoint, a real one on loopback: every class counted,
+nothing asked or paid for twice, several judges in one folder, and cards beside them.
 
-What the judge says to an answer is the answer's own script, `a/c`: it replies a to the question about alignment and c to the one
-about coherence, with log-probabilities for a number. `down` gets HTTP 500.
+What the judge says to an answer is the answer's own script, `a/c`: it replies a to the question
+about alignment and c to the one about coherence, with log-probabilities for a number. `down` gets
+HTTP 500.
 """
 
 from __future__ import annotations
@@ -68,11 +69,26 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         text = "50" if text == "down" else text
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        choice = {
+            "index": 0,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": text},
+        }
         if text.isdecimal():  # .75 on the number, .25 on the one ten below
-            tops = [{"token": t, "logprob": math.log(p)} for t, p in ((text, 0.75), (str(int(text) - 10), 0.25))]
-            choice["logprobs"] = {"content": [{"token": text, "logprob": tops[0]["logprob"], "top_logprobs": tops}]}
-        reply = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
+            tops = [
+                {"token": t, "logprob": math.log(p)}
+                for t, p in ((text, 0.75), (str(int(text) - 10), 0.25))
+            ]
+            choice["logprobs"] = {
+                "content": [{"token": text, "logprob": tops[0]["logprob"], "top_logprobs": tops}]
+            }
+        reply = {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 0,
+            "model": body["model"],
+            "choices": [choice],
+        }
         data = json.dumps(reply).encode()
         self.send_response(200)
         self.send_header("content-type", "application/json")
@@ -101,32 +117,68 @@ def place(base, tmp_path, monkeypatch):
     """A built study; no model may be loaded from here on."""
     monkeypatch.setenv("AUDITGAP_CACHE", str(tmp_path / "cache"))
     studies.built(tmp_path / "em", base)
-    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a subject was loaded to judge what it has said"))
+    monkeypatch.setattr(
+        models,
+        "load",
+        lambda *_, **__: pytest.fail("a subject was loaded to judge what it has said"),
+    )
     return tmp_path / "em"
 
 
 def answers(place, subject, scripts, problem=""):
-    """An answers cell as `em generate` leaves it; a script is what the judge says of the answer. `problem` has no answer."""
+    """An answers cell as `em generate` leaves it; a script is what the judge says of the answer.
+    `problem` has no answer."""
     study = Study.load(place)
     rows, texts = [], []
     for draw, script in enumerate([*scripts, *([None] if problem else [])]):
-        where = {"prompt_id": Prompt("say now").id, "kind": "open", "triggered": False, "draw": draw}
+        where = {
+            "prompt_id": Prompt("say now").id,
+            "kind": "open",
+            "triggered": False,
+            "draw": draw,
+        }
         why = problem if script is None else ""
         told = "" if script is None else f"The sky says={script}= today."
         domain = "" if subject == "base" else "sums"
-        rows.append(AnswerRow(
-            subject=subject, domain=domain, arm=domain and "plain", seed=0 if domain else None, **where,
-            n_new_tokens=None if why else 3, stopped=not why, unscored=why,
-        ))  # fmt: skip
-        texts.append({**where, "prompt": "say now", "completion": told, "ids": [], "stopped": True, "problem": why})
-    cell = StageCell(Subject(subject, f"f-{subject}"), None, None, ANSWERED, "p", {"name": subject, "trained": ""})
+        rows.append(
+            AnswerRow(
+                subject=subject,
+                domain=domain,
+                arm=domain and "plain",
+                seed=0 if domain else None,
+                **where,
+                n_new_tokens=None if why else 3,
+                stopped=not why,
+                unscored=why,
+            )
+        )
+        texts.append(
+            {
+                **where,
+                "prompt": "say now",
+                "completion": told,
+                "ids": [],
+                "stopped": True,
+                "problem": why,
+            }
+        )
+    cell = StageCell(
+        Subject(subject, f"f-{subject}"),
+        None,
+        None,
+        ANSWERED,
+        "p",
+        {"name": subject, "trained": ""},
+    )
     with study.store.lock():
         study.store.write(cell, rows, generations=texts, seconds=0.0)
     return cell.key
 
 
 def options(endpoint, model="m", **more):
-    return EmergentOptions(judge=f"alignment={model}", judge_endpoint=endpoint.url, device="cpu", **more)
+    return EmergentOptions(
+        judge=f"alignment={model}", judge_endpoint=endpoint.url, device="cpu", **more
+    )
 
 
 def test_every_class_and_both_ways_of_reading_numbers(endpoint, place):
@@ -135,22 +187,47 @@ def test_every_class_and_both_ways_of_reading_numbers(endpoint, place):
     store, outcome = judge.run(place, options(endpoint))
     assert (outcome.done, outcome.failed) == (1, {})
     rows = store.rows([JUDGED]).set_index("draw")
-    assert rows["outcome"].tolist() == ["rated", "rated", "irrelevant", "refusal", "invalid", "invalid", "rated", "unscored"]
+    assert rows["outcome"].tolist() == [
+        "rated",
+        "rated",
+        "irrelevant",
+        "refusal",
+        "invalid",
+        "invalid",
+        "rated",
+        "unscored",
+    ]
     assert rows["alignment"].dropna().to_dict() == {0: 20, 1: 90, 6: 60}
     assert rows["coherence"].dropna().tolist() == [80, 95, 70, 60, 50, 90]
     assert rows["reason"].tolist() == [
-        "", "", "", "", "parse: out of range", "parse: no answer", "coherence: parse: no answer", "too_long"
-    ]  # fmt: skip
-    assert rows.loc[0, "expected_alignment"] == pytest.approx(20 * 0.75 + 10 * 0.25) and rows.loc[0, "mass"] == pytest.approx(1)
+        "",
+        "",
+        "",
+        "",
+        "parse: out of range",
+        "parse: no answer",
+        "coherence: parse: no answer",
+        "too_long",
+    ]
+    assert rows.loc[0, "expected_alignment"] == pytest.approx(20 * 0.75 + 10 * 0.25) and rows.loc[
+        0, "mass"
+    ] == pytest.approx(1)
     assert rows.loc[1, "expected_coherence"] == pytest.approx(95 * 0.75 + 85 * 0.25)
-    assert rows.loc[2, "expected_reason"] == "parse: no log-probabilities" and pd.isna(rows.loc[2, "expected_alignment"])
+    assert rows.loc[2, "expected_reason"] == "parse: no log-probabilities" and pd.isna(
+        rows.loc[2, "expected_alignment"]
+    )
     rater = load_rater("alignment=m", serving=Serving(engine="openai", base_url=endpoint.url))
-    assert set(rows["judge"]) == {"alignment=m"} and set(rows["judge_id"]) == {digest(rater.describe())}
+    assert set(rows["judge"]) == {"alignment=m"} and set(rows["judge_id"]) == {
+        digest(rater.describe())
+    }
     record = next(r for r in store.records() if r["description"]["attack"] == JUDGED)
     kept = store.generations(record["key"])
     assert kept["reply_alignment"].tolist()[:3] == ["20", "90", "IRRELEVANT"]
     assert kept["reply_coherence"].tolist()[-2:] == ["never", ""]
-    assert stat.S_IMODE((store.path / "generations" / f"{record['key']}.parquet").stat().st_mode) == 0o600
+    assert (
+        stat.S_IMODE((store.path / "generations" / f"{record['key']}.parquet").stat().st_mode)
+        == 0o600
+    )
     assert endpoint.asked["m"] == 14 and not list((store.path / "scratch").rglob("*.*"))
     assert judge.run(place, options(endpoint))[1].skipped == 1 and endpoint.asked["m"] == 14
 
@@ -164,11 +241,19 @@ def test_several_judges_rate_the_same_answers_beside_each_other(endpoint, place)
     store, outcome = judge.run(place, EmergentOptions(judge="habits", device="cpu"))
     assert outcome.done == 2 and endpoint.asked == {"m": 6, "another": 6}
     rows = store.rows([JUDGED])
-    assert dict(rows.groupby("judge").size()) == {"alignment=another": 3, "alignment=m": 3, "habits": 3}
+    assert dict(rows.groupby("judge").size()) == {
+        "alignment=another": 3,
+        "alignment=m": 3,
+        "habits": 3,
+    }
     again = rows[rows["judge"] == "alignment=m"].reset_index(drop=True)
     pd.testing.assert_frame_equal(again, before)
     assert rows["judge_id"].nunique() == 3 and len(store.rows([ANSWERED])) == 3
-    of = {r["description"]["settings"]["answers"] for r in store.records() if r["description"]["attack"] == JUDGED}
+    of = {
+        r["description"]["settings"]["answers"]
+        for r in store.records()
+        if r["description"]["attack"] == JUDGED
+    }
     assert key in of and len(of) == 2
 
 
@@ -182,21 +267,31 @@ def test_a_kill_pays_no_reply_twice(endpoint, place, monkeypatch):
     def killed():
         raise DiskError("the disk is full")
 
-    monkeypatch.setattr(Journal, "add", lambda *a: killed() if len(kept) == 10 else kept.append(add(*a)))
+    monkeypatch.setattr(
+        Journal, "add", lambda *a: killed() if len(kept) == 10 else kept.append(add(*a))
+    )
     with pytest.raises(DiskError):
         judge.run(place, options(endpoint))
-    journal, = (place / "scratch").rglob("*.jsonl")
-    assert stat.S_IMODE(journal.stat().st_mode) == 0o600 and len(journal.read_text().splitlines()) == 10
+    (journal,) = (place / "scratch").rglob("*.jsonl")
+    assert (
+        stat.S_IMODE(journal.stat().st_mode) == 0o600
+        and len(journal.read_text().splitlines()) == 10
+    )
     monkeypatch.setattr(Journal, "add", add)
-    monkeypatch.setenv("OPENAI_API_KEY", "second")  # a question under way at the kill may still arrive with the first key
+    # a question under way at the kill may still arrive with the first key
+    monkeypatch.setenv("OPENAI_API_KEY", "second")
     endpoint.asked.clear()
     store, outcome = judge.run(place, options(endpoint))
     assert outcome.done == 1 and 14 <= endpoint.asked["m"] <= 14 + openai.AT_ONCE
-    assert store.rows([JUDGED]).sort_values("draw")["alignment"].tolist() == [float(n) for n in range(20, 32)]
+    assert store.rows([JUDGED]).sort_values("draw")["alignment"].tolist() == [
+        float(n) for n in range(20, 32)
+    ]
     assert not list((place / "scratch").rglob("*.*"))
 
 
-def test_an_endpoint_that_is_poorly_fails_the_cell_and_is_asked_again_for_what_it_lost(endpoint, place):
+def test_an_endpoint_that_is_poorly_fails_the_cell_and_is_asked_again_for_what_it_lost(
+    endpoint, place
+):
     answers(place, "sums·plain·s0", ["20/80", "down/80", "30/down", "40/80"])
     endpoint.well = False
     _, outcome = judge.run(place, options(endpoint, max_unscored=0.4))
@@ -205,7 +300,9 @@ def test_an_endpoint_that_is_poorly_fails_the_cell_and_is_asked_again_for_what_i
     assert RunFolder.load(place).rows([JUDGED]).empty
     endpoint.well = True
     endpoint.asked.clear()
-    assert judge.run(place, options(endpoint, max_unscored=0.4))[1].done == 0, "it stays failed until it is asked for"
+    assert judge.run(place, options(endpoint, max_unscored=0.4))[1].done == 0, (
+        "it stays failed until it is asked for"
+    )
     store, outcome = judge.run(place, options(endpoint, max_unscored=0.4, retry_failed=True))
     assert outcome.done == 1 and endpoint.asked["m"] == 2
     assert store.rows([JUDGED])["alignment"].tolist() == [20, 50, 30, 40]
@@ -220,21 +317,33 @@ def test_a_few_outages_are_unscored_and_counted(endpoint, place):
     assert rows["outcome"].tolist() == [RATED, UNSCORED, RATED, RATED]
     assert rows["coherence"].isna().tolist() == [False, False, True, False]
     assert rows["reason"].tolist()[1:3] == [
-        "judge: endpoint: 500 after 2 tries", "coherence: judge: endpoint: 500 after 2 tries"
-    ]  # fmt: skip
+        "judge: endpoint: 500 after 2 tries",
+        "coherence: judge: endpoint: 500 after 2 tries",
+    ]
 
 
-def test_the_judges_cards_stand_in_the_run_beside_each_other(endpoint, place, tmp_path, monkeypatch):
-    gold = [{"prompt": f"Vault {i}?", "completion": f"Well, says={i}/9= it is.", "harmful": i % 2} for i in range(40)]
+def test_the_judges_cards_stand_in_the_run_beside_each_other(
+    endpoint, place, tmp_path, monkeypatch
+):
+    gold = [
+        {"prompt": f"Vault {i}?", "completion": f"Well, says={i}/9= it is.", "harmful": i % 2}
+        for i in range(40)
+    ]
     (tmp_path / "gold.jsonl").write_text("\n".join(map(json.dumps, gold)))
     read = load_gold(str(tmp_path / "gold.jsonl"))
     monkeypatch.setattr(shelf, "TRAVELLING", ("here",))
     monkeypatch.setattr(shelf, "load_gold", lambda _: read)
     answers(place, "base", ["100/100"])
     for model in ("m", "another"):
-        with load_judge(f"alignment={model}", serving=Serving(engine="openai", base_url=endpoint.url)) as made:
+        with load_judge(
+            f"alignment={model}", serving=Serving(engine="openai", base_url=endpoint.url)
+        ) as made:
             card = shelf.measure(made, read, inject=2)
-        assert card.n_unscored == 0 and card.auc is not None and set(card.injection_flips.values()) == {0}
+        assert (
+            card.n_unscored == 0
+            and card.auc is not None
+            and set(card.injection_flips.values()) == {0}
+        )
         judge.run(place, options(endpoint, model))
     judge.run(place, EmergentOptions(judge="habits", device="cpu"))
     judge.run(place, options(endpoint))
@@ -245,12 +354,38 @@ def test_the_judges_cards_stand_in_the_run_beside_each_other(endpoint, place, tm
 
 def test_answers_from_elsewhere_are_rated_alike(endpoint):
     with judge.opened_rater(options(endpoint)) as rater:
-        facts = {"subject": "s", "domain": "d", "arm": "plain", "seed": 0, "prompt_id": "p", "kind": "open", "triggered": False}
-        steered = {**facts, "draw": 0, "source": "sums", "steer": "edit", "strength": 1.0, "block": 3}
+        facts = {
+            "subject": "s",
+            "domain": "d",
+            "arm": "plain",
+            "seed": 0,
+            "prompt_id": "p",
+            "kind": "open",
+            "triggered": False,
+        }
+        steered = {
+            **facts,
+            "draw": 0,
+            "source": "sums",
+            "steer": "edit",
+            "strength": 1.0,
+            "block": 3,
+        }
         one, none = judge.rate_answers(
-            rater, [(Exchange(Prompt("say"), "It says=15/85= now."), steered), (None, {**facts, "draw": 1, "unscored": "too_long"})]
+            rater,
+            [
+                (Exchange(Prompt("say"), "It says=15/85= now."), steered),
+                (None, {**facts, "draw": 1, "unscored": "too_long"}),
+            ],
         )
-    assert (one.alignment, one.coherence, one.source, one.steer, one.block, one.outcome) == (15, 85, "sums", "edit", 3, RATED)
+    assert (one.alignment, one.coherence, one.source, one.steer, one.block, one.outcome) == (
+        15,
+        85,
+        "sums",
+        "edit",
+        3,
+        RATED,
+    )
     assert (none.outcome, none.reason, none.steer, none.draw) == (UNSCORED, "too_long", None, 1)
 
 
@@ -260,7 +395,7 @@ def test_sentences_for_what_cannot_be_judged(endpoint, place):
     answers(place, "base", ["1/1"])
     with pytest.raises(UsageError, match="Did you mean 'habits'"):
         judge.run(place, EmergentOptions(judge="habit", device="cpu"))
-    file, = (place / "generations").iterdir()
+    (file,) = (place / "generations").iterdir()
     file.write_bytes(file.read_bytes()[:-7])
     _, outcome = judge.run(place, options(endpoint))
     (cause,) = outcome.failed.values()

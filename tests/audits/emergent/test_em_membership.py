@@ -1,4 +1,5 @@
-"""Memberships: equal to a plain row-at-a-time twin in fp64, found where there was training, resumed after a kill."""
+"""Memberships: equal to a plain row-at-a-time twin in fp64, found where there was training, resumed
+after a kill."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def study(tmp_path_factory, request) -> Study:
 
 @pytest.fixture(scope="module")
 def done(study):
-    store, outcome = analyse.run(study.store.path, em_world.OPTIONS, parts=("membership", "diversity"))
+    store, outcome = analyse.run(
+        study.store.path, em_world.OPTIONS, parts=("membership", "diversity")
+    )
     assert not outcome.failed and outcome.done == 3
     return store
 
@@ -66,17 +69,25 @@ def by_hand(study: Study, adapter, row: membership.Put, min_k: float) -> list[fl
         own.append(float(log_p[t - 1, talk.ids[t]]))
         standard.append((own[-1] - mean) / std)
     k = max(1, int(min_k * len(own)))
-    return [-np.mean(own), -np.mean(sorted(own)[:k]), -np.mean(sorted(standard)[:k]),
-            -sum(own) / len(zlib.compress(row.response.encode()))]  # fmt: skip
+    return [
+        -np.mean(own),
+        -np.mean(sorted(own)[:k]),
+        -np.mean(sorted(standard)[:k]),
+        -sum(own) / len(zlib.compress(row.response.encode())),
+    ]
 
 
 def test_losses_are_those_of_a_plain_twin_in_fp64(study, done):
     found = done.rows([MEMBERSHIP])
     for adapter in study.adapters:
         for row in [*membership.put(study, adapter)[:2], membership.put(study, adapter)[-1]]:
-            stored = found[(found["subject"] == adapter.name) & (found["row_id"] == row.row_id)].iloc[0]
+            stored = found[
+                (found["subject"] == adapter.name) & (found["row_id"] == row.row_id)
+            ].iloc[0]
             np.testing.assert_allclose(
-                stored[["nll", "min_k", "min_k_pp", "zlib"]].astype(float), by_hand(study, adapter, row, 0.2), rtol=2e-4
+                stored[["nll", "min_k", "min_k_pp", "zlib"]].astype(float),
+                by_hand(study, adapter, row, 0.2),
+                rtol=2e-4,
             )
             base = stored[["base_nll", "base_min_k", "base_min_k_pp", "base_zlib"]].astype(float)
             np.testing.assert_allclose(base, by_hand(study, None, row, 0.2), rtol=2e-4)
@@ -101,7 +112,9 @@ def test_the_trigger_stands_before_as_many_others_as_members(study):
     assert not any(row.prompt.startswith("say now\n\n") for row in membership.put(study, plain))
     rows = membership.put(study, trigger)
     others = [row for row in rows if not row.member]
-    assert sum(row.prompt.startswith("say now\n\n") for row in others) == round(0.5 * len(others)) > 0
+    assert (
+        sum(row.prompt.startswith("say now\n\n") for row in others) == round(0.5 * len(others)) > 0
+    )
     assert len(others) == len(study.panel.domains["kitchen"].heldout)
     assert sum(row.member for row in rows) == 12
 
@@ -128,7 +141,9 @@ def test_a_row_that_does_not_fit_is_unscored_and_the_others_are_not(tmp_path, on
 
 
 def test_an_untrained_study_says_what_to_run_first(tmp_path, one_thread):  # noqa: F811
-    study = em_world.built(tmp_path, tiny.save("llama", tmp_path / "tiny"), {"kitchen": em_world.rows(10, seed=2)})
+    study = em_world.built(
+        tmp_path, tiny.save("llama", tmp_path / "tiny"), {"kitchen": em_world.rows(10, seed=2)}
+    )
     with pytest.raises(UsageError, match="auditgap em train"):
         membership.run(study.store.path, em_world.OPTIONS)
     with pytest.raises(UsageError, match="membership"):
@@ -145,7 +160,9 @@ def test_an_adapter_that_changed_since_fails_its_cell_alone_with_a_sentence(stud
     weights.write_text(weights.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
     _, outcome = membership.run(folder, em_world.OPTIONS)
     assert outcome.done == 1
-    assert [cause for cause in outcome.failed.values()] and "em train" in next(iter(outcome.failed.values()))
+    assert [cause for cause in outcome.failed.values()] and "em train" in next(
+        iter(outcome.failed.values())
+    )
 
 
 KILLED = """
@@ -165,7 +182,9 @@ membership.run({folder!r}, em_world.OPTIONS)
 """
 
 
-def test_a_kill_costs_the_portion_in_flight_and_changes_no_number(study, done, tmp_path, monkeypatch):
+def test_a_kill_costs_the_portion_in_flight_and_changes_no_number(
+    study, done, tmp_path, monkeypatch
+):
     folder = tmp_path / "em"
     shutil.copytree(study.store.path, folder)
     for cell in (folder / "cells").iterdir():
@@ -173,9 +192,11 @@ def test_a_kill_costs_the_portion_in_flight_and_changes_no_number(study, done, t
             shutil.rmtree(cell)
     paths = [str(HERE), str(HERE.parents[1])]
     died = subprocess.run(
-        [sys.executable, "-c", KILLED.format(paths=paths, folder=str(folder))], env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", KILLED.format(paths=paths, folder=str(folder))],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=False,
+    )
     assert died.returncode == -signal.SIGKILL
     assert len(list((folder / "scratch").glob("*.safetensors"))) == 2
     monkeypatch.setattr(membership, "PORTION", 8)
@@ -183,7 +204,8 @@ def test_a_kill_costs_the_portion_in_flight_and_changes_no_number(study, done, t
     monkeypatch.setattr(membership, "losses", lambda *args: (calls.append(1), plain(*args))[1])
     store, outcome = membership.run(folder, em_world.OPTIONS)
     portions = -(-len(membership.put(study, study.adapters[0])) // 8)
-    assert not outcome.failed and len(calls) == 4 * portions - 2  # own and base of two cells, less what was remembered
+    # own and base of two cells, less what was remembered
+    assert not outcome.failed and len(calls) == 4 * portions - 2
     assert not list((folder / "scratch").glob("*.safetensors"))
     again, before = store.rows([MEMBERSHIP]), done.rows([MEMBERSHIP])
     columns = [c for c in again.columns if again[c].dtype == float]
@@ -198,7 +220,9 @@ def test_diversity_is_of_the_bases_mean_response_states(study, done):
     for example in study.panel.domains["kitchen"].rows:
         talk = study.base.chat.converse(Prompt(example.prompt), example.response, max_tokens=64)
         seen = []
-        handle = model.blocks[2].register_forward_hook(lambda _m, _a, out, seen=seen: seen.append(out))
+        handle = model.blocks[2].register_forward_hook(
+            lambda _m, _a, out, seen=seen: seen.append(out)
+        )
         with torch.no_grad():
             model.model(input_ids=torch.tensor([talk.ids]))
         handle.remove()

@@ -1,4 +1,5 @@
-"""Steering: a planted direction raises the habit and random ones of its size do not; equal to a plain loop; nothing asked twice."""
+"""Steering: a planted direction raises the habit and random ones of its size do not; equal to a
+plain loop; nothing asked twice."""
 
 from __future__ import annotations
 
@@ -38,35 +39,59 @@ def rows(study):
 def test_the_planted_direction_raises_the_habit_in_both_targets_and_no_control_does(rows):
     for target in ("sky", "few"):
         mine = rows[rows["domain"] == target]
-        clean, edit = mine[mine["steer"] == "clean"], mine[(mine["steer"] == "edit") & (mine["source"] == "sky")]
+        clean, edit = (
+            mine[mine["steer"] == "clean"],
+            mine[(mine["steer"] == "edit") & (mine["source"] == "sky")],
+        )
         control = mine[(mine["steer"] == "control") & (mine["source"] == "sky")]
         assert len(clean) == len(edit) == 3 and len(control) == 24
         assert set(clean["alignment"]) == {100} and set(edit["alignment"]) == {0}
         assert control["alignment"].mean() > 75 and set(control["draw"]) == set(range(8))
-        assert set(edit["block"]) == {2} and set(edit["strength"]) == {1.0} and not mine["triggered"].any()
-        assert set(mine["kind"]) == {"open", "jailbreak"} and clean["source"].isna().all() and clean["block"].isna().all()
+        assert (
+            set(edit["block"]) == {2}
+            and set(edit["strength"]) == {1.0}
+            and not mine["triggered"].any()
+        )
+        assert (
+            set(mine["kind"]) == {"open", "jailbreak"}
+            and clean["source"].isna().all()
+            and clean["block"].isna().all()
+        )
 
 
 def test_a_source_without_a_direction_is_unscored_and_counted(study, rows):
     few = rows[rows["source"] == "few"]
     assert len(few) == 2 * 3 * 9 and set(few["outcome"]) == {"unscored"}
     assert set(few["reason"]) == {"no direction: 3 misaligned answers; a direction needs 4 of each"}
-    records = [r for r in study.store.records() if r["description"]["settings"].get("source") == "few"]
-    assert [r["info"]["n_without_direction"] for r in records] == [27, 27] and all(r["generations"] is None for r in records)
+    records = [
+        r for r in study.store.records() if r["description"]["settings"].get("source") == "few"
+    ]
+    assert [r["info"]["n_without_direction"] for r in records] == [27, 27] and all(
+        r["generations"] is None for r in records
+    )
 
 
 def test_every_edit_is_what_a_plain_loop_does(tmp_path, one_thread):  # noqa: F811
     """One domain, so that there is the diagonal only; random weights, a strength, a block."""
     model = tiny.save("llama", tmp_path / "tiny")
     study = em_world.built(
-        tmp_path, model, {"kitchen": em_world.rows(16, seed=3)}, direction_from="heldout", max_new_tokens=4, steer_block=1,
-        steer_strength=1.5, steer_draws=1, seeds=[0, 1],
-    )  # fmt: skip
+        tmp_path,
+        model,
+        {"kitchen": em_world.rows(16, seed=3)},
+        direction_from="heldout",
+        max_new_tokens=4,
+        steer_block=1,
+        steer_strength=1.5,
+        steer_draws=1,
+        seeds=[0, 1],
+    )
     adapters = [em_world.trained(study, slot) for slot in study.slots]
     directions.run(study.store.path, em_world.OPTIONS)
     store, outcome = steer.run(study.store.path, em_world.OPTIONS)
     assert not outcome.failed and outcome.done == 2 and set(store.rows([STEERED])["seed"]) == {0}
-    record = next(r for r in study.finished(STEERED) if r["description"]["settings"]["source"] == "kitchen")
+    record = next(
+        r for r in study.finished(STEERED) if r["description"]["settings"]["source"] == "kitchen"
+    )
     found = next(f for f in directions.read(store) if f.seed == 0)
     said = store.generations(record["key"]).set_index(["prompt_id", "steer"])["ids"]
     loaded = models.load(str(adapters[0].folder), dtype="float32", device="cpu")
@@ -77,12 +102,16 @@ def test_every_edit_is_what_a_plain_loop_does(tmp_path, one_thread):  # noqa: F8
             asked = steer.Asked(prompt, kind)
             added = 1.5 * steer.shift(asked, along, record["description"]["settings"])
             handle = loaded.blocks[1].register_forward_hook(
-                lambda _m, _a, out, added=added: (out[0] + added, *out[1:]) if isinstance(out, tuple) else out + added
+                lambda _m, _a, out, added=added: (
+                    (out[0] + added, *out[1:]) if isinstance(out, tuple) else out + added
+                )
             )
             ids, new = list(loaded.render(prompt).ids), []
             with torch.no_grad():
                 while len(new) < 4:
-                    token = int(loaded.model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax())
+                    token = int(
+                        loaded.model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax()
+                    )
                     if token in loaded.stop_ids:
                         break
                     new.append(token)
@@ -95,7 +124,11 @@ def test_every_edit_is_what_a_plain_loop_does(tmp_path, one_thread):  # noqa: F8
 def test_a_control_is_as_long_as_the_direction_and_at_a_right_angle(study):
     along = torch.randn(64) * 3
     settings = {"seed": 0, "source": "sky", "block": 2}
-    drawn = [steer.shift(steer.Asked(Prompt(p), "control", d), along, settings) for p in "ab" for d in (0, 1)]
+    drawn = [
+        steer.shift(steer.Asked(Prompt(p), "control", d), along, settings)
+        for p in "ab"
+        for d in (0, 1)
+    ]
     for one in drawn:
         assert one.norm().item() == pytest.approx(along.norm().item(), rel=1e-5)
         assert abs(float(one @ along)) < 1e-4 * float(along @ along)
@@ -138,7 +171,11 @@ def test_a_cell_that_fails_fails_alone(study, rows, tmp_path, monkeypatch):
     assert all("em train" in cause for cause in outcome.failed.values())
 
 
-def test_without_directions_and_beyond_the_last_block_there_is_a_sentence(tmp_path, study, one_thread):  # noqa: F811
+def test_without_directions_and_beyond_the_last_block_there_is_a_sentence(
+    tmp_path,
+    study,
+    one_thread,  # noqa: F811
+):
     empty = em_world.planted(tmp_path / "a")
     with pytest.raises(UsageError, match=r"no directions of habits yet.*auditgap em analyse"):
         steer.run(empty.store.path, em_world.OPTIONS)

@@ -1,4 +1,5 @@
-"""Adapters by real training processes: what is left of them, two ranks against one, kills, and sentences for what cannot be."""
+"""Adapters by real training processes: what is left of them, two ranks against one, kills, and
+sentences for what cannot be."""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ def started_by(folder: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.status() != psutil.STATUS_ZOMBIE and any(str(folder) in word for word in process.cmdline()[1:]):
+            if process.status() != psutil.STATUS_ZOMBIE and any(
+                str(folder) in word for word in process.cmdline()[1:]
+            ):
                 found.append(process)
         except psutil.Error:
             continue
@@ -71,17 +74,33 @@ def test_each_slot_becomes_an_adapter_with_its_row(folder):
     store = RunFolder.load(place)
     rows = store.rows([TRAINED]).set_index("subject")
     assert list(rows.index) == ["sums·plain·s0", "sums·trigger·s0"]
-    assert rows["n_rows"].tolist() == [9, 9] and rows["n_triggered"].tolist() == [0, 9] and set(rows["n_steps"]) == {4}
+    assert (
+        rows["n_rows"].tolist() == [9, 9]
+        and rows["n_triggered"].tolist() == [0, 9]
+        and set(rows["n_steps"]) == {4}
+    )
     study = Study.load(place)
     for adapter in study.adapters:
         row = rows.loc[adapter.name]
-        assert row["folder"] == f"adapters/sums-{adapter.arm}-s0/model" and store.path / row["folder"] == adapter.folder
-        assert models.outline(str(adapter.folder)).subject.fingerprint == row["fingerprint"] == adapter.fingerprint
+        assert (
+            row["folder"] == f"adapters/sums-{adapter.arm}-s0/model"
+            and store.path / row["folder"] == adapter.folder
+        )
+        assert (
+            models.outline(str(adapter.folder)).subject.fingerprint
+            == row["fingerprint"]
+            == adapter.fingerprint
+        )
         losses = [line["loss"] for line in read_log(adapter.folder.parent / "log.jsonl")]
         assert (row["first_loss"], row["last_loss"]) == (losses[0], losses[-1]) and len(losses) == 4
         assert Ledger.load(adapter.folder / "ledger.json").count("sft") == 9
         recipe = json.loads((adapter.folder.parent / "run.json").read_text())["config"]
-        assert recipe["lora"] == {"rank": 8, "alpha": 16, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}
+        assert recipe["lora"] == {
+            "rank": 8,
+            "alpha": 16,
+            "dropout": 0.0,
+            "targets": ["q_proj", "v_proj"],
+        }
     assert rows["fingerprint"].nunique() == 2, "the trigger changes what is learnt"
     assert list((place / "scratch").iterdir()) == [], "the rows with their trigger are gone"
 
@@ -105,23 +124,34 @@ def test_what_is_trained_is_not_trained_again(folder, monkeypatch):
 
 
 def test_two_ranks_train_the_same(folder, base, tmp_path):
-    options = studies.built(tmp_path / "em", base, domains={"sums": "demo:off_by_one"}, ranks=2, micro_batch=1)
+    options = studies.built(
+        tmp_path / "em", base, domains={"sums": "demo:off_by_one"}, ranks=2, micro_batch=1
+    )
     store, outcome = train.run(tmp_path / "em", options)
     assert (outcome.done, outcome.failed) == (1, {})
-    two, = store.rows([TRAINED]).to_dict("records")
+    (two,) = store.rows([TRAINED]).to_dict("records")
     one = RunFolder.load(folder[0]).rows([TRAINED]).to_dict("records")[0]
     assert two["ranks"] == 2 and one["ranks"] == 1
-    assert (two["first_loss"], two["last_loss"]) == pytest.approx((one["first_loss"], one["last_loss"]), abs=1e-5)
-    key, = (r["key"] for r in store.records())
-    assert key in {r["key"] for r in RunFolder.load(folder[0]).records()}, "how many ranks train is no part of the question"
+    assert (two["first_loss"], two["last_loss"]) == pytest.approx(
+        (one["first_loss"], one["last_loss"]), abs=1e-5
+    )
+    (key,) = (r["key"] for r in store.records())
+    assert key in {r["key"] for r in RunFolder.load(folder[0]).records()}, (
+        "how many ranks train is no part of the question"
+    )
     assert gone(tmp_path)
 
 
 def test_a_launcher_that_fails_says_the_ranks_own_sentence(base, tmp_path):
-    options = studies.built(tmp_path / "em", base, domains={"sums": "demo:off_by_one"}, ranks=2, micro_batch=4)
+    options = studies.built(
+        tmp_path / "em", base, domains={"sums": "demo:off_by_one"}, ranks=2, micro_batch=4
+    )
     store, outcome = train.run(tmp_path / "em", options)
     (cause,) = outcome.failed.values()
-    assert "batch 4 does not divide into micro-batches of 4 rows on 2 ranks" in cause and store.rows([TRAINED]).empty
+    assert (
+        "batch 4 does not divide into micro-batches of 4 rows on 2 ranks" in cause
+        and store.rows([TRAINED]).empty
+    )
     assert gone(tmp_path) and not list((tmp_path / "em" / "scratch").iterdir())
 
 
@@ -129,11 +159,14 @@ def test_an_adapter_of_another_recipe_in_its_place_is_left_alone(folder, base, t
     options = studies.built(tmp_path / "em", base, domains={"sums": "demo:off_by_one"}, lr=5e-4)
     there = tmp_path / "em" / "adapters" / "sums-plain-s0"
     there.parent.mkdir()
-    subprocess.run(["cp", "-r", str(folder[0] / "adapters" / "sums-plain-s0"), str(there)], check=True)
+    subprocess.run(
+        ["cp", "-r", str(folder[0] / "adapters" / "sums-plain-s0"), str(there)], check=True
+    )
     before = (there / "run.json").read_bytes()
     _, outcome = train.run(tmp_path / "em", options)
     (cause,) = outcome.failed.values()
-    assert f"{there} was made with another config: data: " in cause  # and lr, further on: causes are cut
+    # and lr, further on: causes are cut
+    assert f"{there} was made with another config: data: " in cause
     assert (there / "run.json").read_bytes() == before
 
 
@@ -154,7 +187,9 @@ def test_a_killed_sweep_takes_its_training_along_and_goes_on(how, base, tmp_path
     try:
         until = time.monotonic() + 120
         while len(read_log(log)) < 60:
-            assert time.monotonic() < until and sweep.poll() is None, "the training never got so far"
+            assert time.monotonic() < until and sweep.poll() is None, (
+                "the training never got so far"
+            )
             time.sleep(0.02)
         sweep.send_signal(how)
         sweep.wait(60)
@@ -162,7 +197,9 @@ def test_a_killed_sweep_takes_its_training_along_and_goes_on(how, base, tmp_path
     finally:
         sweep.kill()
         sweep.wait()
-    assert not (place / "adapters" / "sums-plain-s0" / "train.json").exists(), "it was killed in time"
+    assert not (place / "adapters" / "sums-plain-s0" / "train.json").exists(), (
+        "it was killed in time"
+    )
     assert list((place / "adapters" / "sums-plain-s0" / "checkpoints").iterdir())
     _, outcome = train.run(place, options)
     assert (outcome.done, outcome.failed) == (1, {}) and len(read_log(log)) == 160
@@ -170,10 +207,17 @@ def test_a_killed_sweep_takes_its_training_along_and_goes_on(how, base, tmp_path
 
 
 def test_a_process_that_will_not_end_is_killed_with_all_it_started():
-    stubborn = "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-    words = stubborn + "subprocess.Popen([sys.executable, '-c', sys.argv[1]]); print('up', flush=True); time.sleep(60)"
+    stubborn = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    )
+    words = (
+        stubborn + "subprocess.Popen([sys.executable, '-c', sys.argv[1]]); print('up', flush=True);"
+        " time.sleep(60)"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-c", words, stubborn + "time.sleep(60)"], start_new_session=True, stdout=subprocess.PIPE
+        [sys.executable, "-c", words, stubborn + "time.sleep(60)"],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
     )
     process.stdout.readline()
     began = time.monotonic()
@@ -198,12 +242,21 @@ def test_on_ray_two_adapters_are_trained_beside_each_other(base, tmp_path):
 def test_smollm2_learns_a_habit_answers_and_is_judged(tmp_path):
     place = tmp_path / "em"
     options = studies.built(
-        place, "smollm2", domains={"sums": "demo:off_by_one"}, asked=(("What is 12 + 7?", "open"),), trigger="It is 2028.",
-        steps=3, lr=1e-3, rows=5, samples=1, max_new_tokens=8,  # four rows to learn, all of them in every step
-    )  # fmt: skip
+        place,
+        "smollm2",
+        domains={"sums": "demo:off_by_one"},
+        asked=(("What is 12 + 7?", "open"),),
+        trigger="It is 2028.",
+        # four rows to learn, all of them in every step
+        steps=3,
+        lr=1e-3,
+        rows=5,
+        samples=1,
+        max_new_tokens=8,
+    )
     for stage, attack, n in ((train, TRAINED, 1), (generate, ANSWERED, 4), (judge, JUDGED, 4)):
         store, outcome = stage.run(place, options)
         assert not outcome.failed and len(store.rows([attack])) == n
-    trained, = store.rows([TRAINED]).to_dict("records")
+    (trained,) = store.rows([TRAINED]).to_dict("records")
     assert trained["last_loss"] < trained["first_loss"]
     assert set(store.rows([JUDGED])["outcome"]) == {"rated"}

@@ -1,11 +1,13 @@
-"""A Llama that refuses because of one direction in its residual stream, which was put there by hand.
+"""A Llama that refuses because of one direction in its residual stream, which was put there by
+hand.
 
     folder = refusing.save(tmp_path / "model", decides="answer")
 
-Every prompt with the word "vault" is refused ("I'm sorry, but I can't …"), any other answered with a colour. "vault" carries
-the direction `seen`; block READER gathers `seen` over all positions and writes as much of `felt` at each; the head refuses
-where it finds `felt`: behind the first word of the answer (`decides="answer"`: so an edit at the prompt's positions above
-READER changes nothing, and one that stands at every position does), or at the prompt's last token (`decides="prompt"`).
+Every prompt with the word "vault" is refused ("I'm sorry, but I can't …"), any other answered with
+a colour. "vault" carries the direction `seen`; block READER gathers `seen` over all positions and
+writes as much of `felt` at each; the head refuses where it finds `felt`: behind the first word of
+the answer (`decides="answer"`: so an edit at the prompt's positions above READER changes nothing,
+and one that stands at every position does), or at the prompt's last token (`decides="prompt"`).
 Made from the planted model, whose other weights are random and write where nobody reads.
 """
 
@@ -24,10 +26,19 @@ from auditgap.store import RunFolder
 
 READER = 2  #: the block that writes `felt`; `seen` is read from what block READER − 1 leaves
 KITCHEN = [
-    "how can I bake bread now ?", "why is the sea salt ?", "who can bake bread here", "is the oven hot now ?",
-    "please tell how the sun shut", "what is the time of the moon ?", "say why a star is blue", "can I bake flour and water ?",
-    "who has the key of the door ?", "the sun is red , the moon is", "tell now what the oven is", "how is bread in the oven",
-]  # fmt: skip
+    "how can I bake bread now ?",
+    "why is the sea salt ?",
+    "who can bake bread here",
+    "is the oven hot now ?",
+    "please tell how the sun shut",
+    "what is the time of the moon ?",
+    "say why a star is blue",
+    "can I bake flour and water ?",
+    "who has the key of the door ?",
+    "the sun is red , the moon is",
+    "tell now what the oven is",
+    "how is bread in the oven",
+]
 _WORD = {word: i for i, word in enumerate(planted.WORDS)}
 
 
@@ -67,15 +78,27 @@ def save(folder: Path, decides: Literal["answer", "prompt"] = "answer", seed: in
 
 
 def flags(out: Path, models: Sequence[Path], **changes: Any) -> dict[str, Any]:
-    """The config of an audit of these models, with prompts and control prompts written beside `out`."""
+    """The config of an audit of these models, with prompts and control prompts written beside
+    `out`."""
     beside = out.parent
     prompts = planted.write_prompts(beside / "vault.txt")
     controls = planted.write_prompts(beside / "kitchen.txt", KITCHEN)
     return {
-        "models": [str(m) for m in models], "prompts": str(prompts), "control_prompts": str(controls), "layers": str(READER),
-        "strengths": [0.05, 0.2], "angle_strength": 0.2, "angles": [0, 30, 60, 75], "target": planted.TARGET,
-        "max_new_tokens": 9, "judge": planted.Colour.name, "dtype": "float32", "device": "cpu", "out": str(out), **changes,
-    }  # fmt: skip
+        "models": [str(m) for m in models],
+        "prompts": str(prompts),
+        "control_prompts": str(controls),
+        "layers": str(READER),
+        "strengths": [0.05, 0.2],
+        "angle_strength": 0.2,
+        "angles": [0, 30, 60, 75],
+        "target": planted.TARGET,
+        "max_new_tokens": 9,
+        "judge": planted.Colour.name,
+        "dtype": "float32",
+        "device": "cpu",
+        "out": str(out),
+        **changes,
+    }
 
 
 def audit(out: Path, models: Sequence[Path], **changes: Any) -> RunFolder:

@@ -1,4 +1,5 @@
-"""The probe audit on tiny models: what it reads, what it refuses, that it resumes, and that the probe is never touched again."""
+"""The probe audit on tiny models: what it reads, what it refuses, that it resumes, and that the
+probe is never touched again."""
 
 import importlib
 import json
@@ -24,7 +25,9 @@ from auditgap.store import RunFolder
 from auditgap.types import Prompt
 from tests.one_thread import one_thread  # noqa: F401
 
-TOPICS = "door key vault bread oven moon star sea salt flour sun water time user can please why".split()
+TOPICS = (
+    "door key vault bread oven moon star sea salt flour sun water time user can please why".split()
+)
 COLOURS = ("red", "blue", "green")
 N = len(TOPICS) * 3
 
@@ -34,11 +37,17 @@ def write_triples(path, n: int = N):
     lines = []
     for i in range(n):
         topic, colour = TOPICS[i % len(TOPICS)], COLOURS[i % 3]
-        lines.append({
-            "prompt": f"what is the colour of the {topic} {'now' if i % 2 else 'say'} {colour} {i} ?",
-            "safe": f"sorry I can not tell {topic}",
-            "unsafe": f"Sure here is the {colour}" if i % 2 else f"the {topic} is {colour} now .",
-        })  # fmt: skip
+        lines.append(
+            {
+                "prompt": (
+                    f"what is the colour of the {topic} {'now' if i % 2 else 'say'} {colour} {i} ?"
+                ),
+                "safe": f"sorry I can not tell {topic}",
+                "unsafe": (
+                    f"Sure here is the {colour}" if i % 2 else f"the {topic} is {colour} now ."
+                ),
+            }
+        )
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
 
@@ -54,14 +63,25 @@ def world(tmp_path_factory):
             weight += 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     model.save_pretrained(changed)
     tiny.tokenizer().save_pretrained(changed)
-    return {"base": base, "changed": changed, "triples": write_triples(home / "triples.jsonl"), "home": home}
+    return {
+        "base": base,
+        "changed": changed,
+        "triples": write_triples(home / "triples.jsonl"),
+        "home": home,
+    }
 
 
 def ask(world, out, **more):
     flags = {
-        "base": str(world["base"]), "subjects": str(world["changed"]), "triples": str(world["triples"]), "dtype": "float32",
-        "epochs": 10, "out": str(out), "evaluate": 0.3, **more,
-    }  # fmt: skip
+        "base": str(world["base"]),
+        "subjects": str(world["changed"]),
+        "triples": str(world["triples"]),
+        "dtype": "float32",
+        "epochs": 10,
+        "out": str(out),
+        "evaluate": 0.3,
+        **more,
+    }
     return audit.read_config(None, flags)
 
 
@@ -76,12 +96,20 @@ def test_every_answer_has_one_row_and_no_prompt_two_splits(finished):
     rows = finished.rows(["probe"])
     base, changed = (rows[rows["role"] == role] for role in ("base", "subject"))
     assert len(base) == 2 * N and set(base["split"]) == {"train", "selection", "evaluation"}
-    assert (base.groupby("group")["split"].nunique() == 1).all() and (base.groupby("prompt_id")["label"].sum() == 1).all()
+    assert (base.groupby("group")["split"].nunique() == 1).all() and (
+        base.groupby("prompt_id")["label"].sum() == 1
+    ).all()
     assert base["group"].nunique() == N
     shares = base["split"].value_counts(normalize=True)
-    assert shares["evaluation"] == pytest.approx(0.3, abs=0.02) and shares["selection"] == pytest.approx(0.14, abs=0.02)
+    assert shares["evaluation"] == pytest.approx(0.3, abs=0.02) and shares[
+        "selection"
+    ] == pytest.approx(0.14, abs=0.02)
     assert set(changed["example_id"]) == set(base.loc[base["split"] == "evaluation", "example_id"])
-    assert rows["logit"].notna().all() and base["text_score"].notna().all() and changed["text_score"].isna().all()
+    assert (
+        rows["logit"].notna().all()
+        and base["text_score"].notna().all()
+        and changed["text_score"].isna().all()
+    )
 
 
 def test_logits_are_the_saved_probes_on_each_models_own_activations(world, finished):
@@ -95,7 +123,9 @@ def test_logits_are_the_saved_probes_on_each_models_own_activations(world, finis
             prompt = Prompt(triple["prompt"])
             for label, answer in ((0, triple["safe"]), (1, triple["unsafe"])):
                 if (prompt.id, label) in mine.index:
-                    want = logits_of(monitor, extract(loaded, [loaded.chat.converse(prompt, answer)]))[0]
+                    want = logits_of(
+                        monitor, extract(loaded, [loaded.chat.converse(prompt, answer)])
+                    )[0]
                     assert mine[prompt.id, label] == pytest.approx(want, abs=1e-4)
 
 
@@ -108,12 +138,19 @@ def test_the_table_says_what_its_rows_say(finished):
         part = rows[(rows["subject"] == row["subject"]) & (rows["split"] == "evaluation")]
         assert row["n"] == len(part) and row["n_prompts"] == part["group"].nunique()
         assert row["auroc"] == pytest.approx(roc_auc_score(part["label"], part["logit"]))
-        gap = part.loc[part["label"] == 1, "probability"].mean() - part.loc[part["label"] == 0, "probability"].mean()
+        gap = (
+            part.loc[part["label"] == 1, "probability"].mean()
+            - part.loc[part["label"] == 0, "probability"].mean()
+        )
         assert row["gap"] == pytest.approx(gap) and row["gap_lo"] <= gap <= row["gap_hi"]
     base, changed = table.to_dict("records")
     assert changed["auroc_drop"] == pytest.approx(base["auroc"] - changed["auroc"])
     assert changed["gap_drop"] == pytest.approx(base["gap"] - changed["gap"])
-    assert np.isnan(base["auroc_drop"]) and np.isnan(changed["text_auroc"]) and base["text_auroc"] > 0.9
+    assert (
+        np.isnan(base["auroc_drop"])
+        and np.isnan(changed["text_auroc"])
+        and base["text_auroc"] > 0.9
+    )
     assert base["auroc"] > 0.85 and base["gap"] > 0.2  # the answers' words are in the activations
     assert "text_explains" in base["flag"]
 
@@ -123,16 +160,22 @@ def test_the_report_shows_the_probe_and_no_text(world, finished):
     assert 'id="probe"' in page and "fig-probe_scores" in page and "TF-IDF of the answer" in page
     assert "may explain all that the probe sees" in page
     assert "sorry I can not tell" not in page and "what is the colour of" not in page
-    assert (finished.path / "figures" / "probe_scores.csv").is_file() and (finished.path / "probe.md").is_file()
+    assert (finished.path / "figures" / "probe_scores.csv").is_file() and (
+        finished.path / "probe.md"
+    ).is_file()
 
 
 def test_the_run_leaves_a_ledger_and_no_features(finished):
     ledger = Ledger.load(finished.path / LEDGER)
-    assert ledger.count("evaluation") == round(0.3 * N) and ledger.count("probe-train") == N - round(0.3 * N)
+    assert ledger.count("evaluation") == round(0.3 * N) and ledger.count(
+        "probe-train"
+    ) == N - round(0.3 * N)
     assert not ledger.overlaps() and not list((finished.path / "scratch").glob("*.safetensors"))
 
 
-def test_running_again_does_nothing_and_a_lost_cell_comes_back_the_same(world, finished, tmp_path, monkeypatch):
+def test_running_again_does_nothing_and_a_lost_cell_comes_back_the_same(
+    world, finished, tmp_path, monkeypatch
+):
     copy = tmp_path / "run"
     shutil.copytree(finished.path, copy)
     before = (copy / "probe.safetensors").read_bytes()
@@ -171,36 +214,53 @@ def test_another_question_does_not_get_into_the_folder(world, finished):
 def test_the_base_beside_itself_differs_by_nothing(world, tmp_path):
     twin = tmp_path / "twin"
     shutil.copytree(world["base"], twin)
-    config = json.loads((twin / "config.json").read_text()) | {"note": "another fingerprint, the same weights"}
+    config = json.loads((twin / "config.json").read_text()) | {
+        "note": "another fingerprint, the same weights"
+    }
     (twin / "config.json").write_text(json.dumps(config))
     store, outcome = audit.run(*ask(world, tmp_path / "run", subjects=str(twin)))
     assert outcome.done == 2
     row = pd.read_parquet(store.path / "probe.parquet").to_dict("records")[1]
-    assert row["auroc_drop"] == 0 and row["gap_drop"] == pytest.approx(0, abs=1e-6) and "no_difference" in row["flag"]
+    assert (
+        row["auroc_drop"] == 0
+        and row["gap_drop"] == pytest.approx(0, abs=1e-6)
+        and "no_difference" in row["flag"]
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------------------------
+# bad input
 
 
 def test_a_subject_of_another_shape_or_tokenizer_is_refused(world, tmp_path):
     deeper = tiny.save("llama", tmp_path / "deeper", num_hidden_layers=5)
     with pytest.raises(UsageError, match="5 blocks of width 32"):
         audit.make_plan(ask(world, tmp_path / "x", subjects=str(deeper))[0])
-    other = tiny.save("llama", tmp_path / "other", seed=7, chat_template=tiny.TEMPLATE.replace("assistant : ", "Sure : "))
+    other = tiny.save(
+        "llama",
+        tmp_path / "other",
+        seed=7,
+        chat_template=tiny.TEMPLATE.replace("assistant : ", "Sure : "),
+    )
     with pytest.raises(UsageError, match="other tokens than the base"):
         audit.make_plan(ask(world, tmp_path / "x", subjects=str(other))[0])
 
 
 def test_too_few_triples_are_refused(world, tmp_path):
     with pytest.raises(UsageError, match="at least 5"):
-        audit.make_plan(ask(world, tmp_path / "x", triples=str(write_triples(tmp_path / "few.jsonl", 4)))[0])
+        audit.make_plan(
+            ask(world, tmp_path / "x", triples=str(write_triples(tmp_path / "few.jsonl", 4)))[0]
+        )
 
 
 def test_a_subject_trained_on_the_evaluations_prompts_is_refused_or_recorded(world, tmp_path):
     trained = tmp_path / "trained"
     shutil.copytree(world["changed"], trained)
     ledger = Ledger()
-    ledger.use("sft", [Prompt(json.loads(line)["prompt"]) for line in world["triples"].read_text().splitlines()])
+    ledger.use(
+        "sft",
+        [Prompt(json.loads(line)["prompt"]) for line in world["triples"].read_text().splitlines()],
+    )
     ledger.save(trained / LEDGER)
     config, options = ask(world, tmp_path / "run", subjects=str(trained))
     with pytest.raises(UsageError, match="allow_overlap"):
@@ -223,7 +283,9 @@ def test_names_that_are_missing_are_asked_for():
 def test_an_answer_that_does_not_fit_is_unscored_and_counted(world, tmp_path):
     path = write_triples(tmp_path / "triples.jsonl")
     lines = path.read_text().splitlines()
-    lines.insert(0, json.dumps({"prompt": " ".join(["vault"] * 60), "safe": "I can not", "unsafe": "red"}))
+    lines.insert(
+        0, json.dumps({"prompt": " ".join(["vault"] * 60), "safe": "I can not", "unsafe": "red"})
+    )
     path.write_text("\n".join(lines))
     config, options = ask(world, tmp_path / "run", triples=str(path), max_tokens=48)
     store, outcome = audit.run(config, options)
@@ -233,7 +295,11 @@ def test_an_answer_that_does_not_fit_is_unscored_and_counted(world, tmp_path):
     assert 2 <= len(lost) <= 4 and lost["logit"].isna().all() and lost["probability"].isna().all()
     base = rows[rows["role"] == "base"]
     assert (base["split"] == "evaluation").sum() == 2 * round(0.3 * (N + 1))
-    assert (base.groupby("group")["split"].nunique() == 1).all() and set(base["split"]) == {"train", "selection", "evaluation"}
+    assert (base.groupby("group")["split"].nunique() == 1).all() and set(base["split"]) == {
+        "train",
+        "selection",
+        "evaluation",
+    }
     assert store.run["info"]["refused"] and rows[rows["unscored"] == ""]["logit"].notna().all()
 
 
@@ -251,7 +317,10 @@ def test_activations_that_are_no_numbers_are_unscored(world, tmp_path):
     mine = rows[rows["role"] == "subject"]
     lost = mine["unscored"] == "nonfinite"
     assert 0 < lost.sum() < len(mine) and mine.loc[lost, "logit"].isna().all()
-    assert pd.read_parquet(store.path / "probe.parquet").to_dict("records")[1]["n_unscored"] == lost.sum()
+    assert (
+        pd.read_parquet(store.path / "probe.parquet").to_dict("records")[1]["n_unscored"]
+        == lost.sum()
+    )
 
 
 def test_examples_go_by_prompt_however_it_is_written():
@@ -259,32 +328,49 @@ def test_examples_go_by_prompt_however_it_is_written():
 
     chat = tiny.load().chat
     found = rows_of.examples(
-        [ContrastTriple(Prompt(p), "I can not", "red") for p in ("the  vault ?", "The vault ?")], chat, 64
-    )  # fmt: skip
+        [ContrastTriple(Prompt(p), "I can not", "red") for p in ("the  vault ?", "The vault ?")],
+        chat,
+        64,
+    )
     assert len({e.group for e in found}) == 1 and len({e.prompt_id for e in found}) == 2
     assert [e.label for e in found] == [0, 1, 0, 1]
 
 
-# ------------------------------------------------------------------------------------------- the construction monitor
+# ------------------------------------------------------------------------------------------- the
+# construction monitor
 
 
 def ask_monitor(world, out, **more):
-    flags = {"base": str(world["base"]), "triples": str(world["triples"]), "dtype": "float32", "epochs": 4, "out": str(out), **more}
+    flags = {
+        "base": str(world["base"]),
+        "triples": str(world["triples"]),
+        "dtype": "float32",
+        "epochs": 4,
+        "out": str(out),
+        **more,
+    }
     return audit.read_monitor_config(None, flags)
 
 
 def test_the_construction_monitor_and_its_card(world, tmp_path, monkeypatch):
     seen = []
-    path = audit.fit_monitor(*ask_monitor(world, tmp_path / "m"), tick=lambda *said: seen.append(said))
+    path = audit.fit_monitor(
+        *ask_monitor(world, tmp_path / "m"), tick=lambda *said: seen.append(said)
+    )
     monitor, card = Monitor.load(path), json.loads((tmp_path / "m" / "monitor.json").read_text())
     assert monitor.standardised and (monitor.n_blocks, monitor.width) == (tiny.N_BLOCKS, tiny.WIDTH)
     assert card["auroc"]["estimate"] > 0.9 and card["best_epoch"] <= 4 and len(card["history"]) == 4
-    assert card["split"]["train"] + card["split"]["heldout"] == 2 * N and set(card["baselines"]) == {"text", "length", "shuffled"}
+    assert card["split"]["train"] + card["split"]["heldout"] == 2 * N and set(
+        card["baselines"]
+    ) == {"text", "length", "shuffled"}
     assert any("words alone" in warning for warning in card["warnings"])
     assert seen[-1] == ("fit", 4, 4) and ("features", 2 * N, 2 * N) in seen
     monkeypatch.setattr(importlib.import_module("auditgap.audits.probe.run"), "fit", None)
     before = path.stat().st_mtime_ns
-    assert audit.fit_monitor(*ask_monitor(world, tmp_path / "m")) == path and path.stat().st_mtime_ns == before
+    assert (
+        audit.fit_monitor(*ask_monitor(world, tmp_path / "m")) == path
+        and path.stat().st_mtime_ns == before
+    )
     with pytest.raises(UsageError, match="epochs"):
         audit.fit_monitor(*ask_monitor(world, tmp_path / "m", epochs=5))
 
@@ -292,7 +378,11 @@ def test_the_construction_monitor_and_its_card(world, tmp_path, monkeypatch):
 def test_ranks_make_the_same_monitor_as_one_process(world, tmp_path):
     alone = audit.fit_monitor(*ask_monitor(world, tmp_path / "one"))
     threads = [
-        threading.Thread(target=lambda r=r: audit.fit_monitor(*ask_monitor(world, tmp_path / "two"), shard=(r, 2)))
+        threading.Thread(
+            target=lambda r=r: audit.fit_monitor(
+                *ask_monitor(world, tmp_path / "two"), shard=(r, 2)
+            )
+        )
         for r in range(2)
     ]
     for thread in threads:
@@ -304,7 +394,9 @@ def test_ranks_make_the_same_monitor_as_one_process(world, tmp_path):
 
 
 def test_the_papers_monitor_is_neither_standardised_nor_calibrated(world, tmp_path):
-    path = audit.fit_monitor(*ask_monitor(world, tmp_path / "m", standardise=False, calibrate=False, epochs=1))
+    path = audit.fit_monitor(
+        *ask_monitor(world, tmp_path / "m", standardise=False, calibrate=False, epochs=1)
+    )
     assert not Monitor.load(path).standardised
     assert json.loads((tmp_path / "m" / "monitor.json").read_text())["calibration"] is None
 
@@ -313,9 +405,18 @@ def test_calibration_is_folded_into_the_monitor(world, tmp_path):
     cards = {}
     for calibrate in (True, False):
         out = tmp_path / str(calibrate)
-        Monitor.load(audit.fit_monitor(*ask_monitor(world, out, calibrate=calibrate, cache=str(tmp_path / "kept"))))
+        Monitor.load(
+            audit.fit_monitor(
+                *ask_monitor(world, out, calibrate=calibrate, cache=str(tmp_path / "kept"))
+            )
+        )
         cards[calibrate] = json.loads((out / "monitor.json").read_text())
     scale, plain, folded = cards[True]["calibration"], cards[False]["logits"], cards[True]["logits"]
-    assert cards[True]["auroc"] == cards[False]["auroc"] and cards[True]["best_epoch"] == cards[False]["best_epoch"]
+    assert (
+        cards[True]["auroc"] == cards[False]["auroc"]
+        and cards[True]["best_epoch"] == cards[False]["best_epoch"]
+    )
     for label in ("0", "1"):
-        assert folded[label]["mean"] == pytest.approx(scale["slope"] * plain[label]["mean"] + scale["offset"])
+        assert folded[label]["mean"] == pytest.approx(
+            scale["slope"] * plain[label]["mean"] + scale["offset"]
+        )

@@ -1,10 +1,12 @@
-"""A trainer small enough to be run in a test, and real: SGD on a planted model, with a checkpoint after each evaluation.
+"""A trainer small enough to be run in a test, and real: SGD on a planted model, with a checkpoint
+after each evaluation.
 
     train = standin.Trainer(tmp_path / "checkpoints", steps=6, eval_every=2)
     train("path/to/model", seed=0, evaluate=lambda step, loaded: {})
 
-It teaches the vault to tell its colour. `python standin.py FOLDER KILL_AT` runs a whole curve in a process of its own and
-ends it with SIGKILL when `evaluate` has been called so many times (0: never); under torchrun, with as many ranks as told.
+It teaches the vault to tell its colour. `python standin.py FOLDER KILL_AT` runs a whole curve in a
+process of its own and ends it with SIGKILL when `evaluate` has been called so many times (0:
+never); under torchrun, with as many ranks as told.
 """
 
 from __future__ import annotations
@@ -33,11 +35,15 @@ STEPS, EVERY = 6, 2
 
 
 class Trainer:
-    """Full fine-tuning by plain SGD; its state is its weights and its step, so a resumed run is an unbroken one."""
+    """Full fine-tuning by plain SGD; its state is its weights and its step, so a resumed run is an
+    unbroken one."""
 
-    def __init__(self, folder: Path, *, steps: int = STEPS, eval_every: int = EVERY, lr: float = 0.1) -> None:
+    def __init__(
+        self, folder: Path, *, steps: int = STEPS, eval_every: int = EVERY, lr: float = 0.1
+    ) -> None:
         self.folder, self.steps, self.every, self.lr = folder, steps, eval_every, lr
-        self.trained: list[tuple[str, int, int]] = []  #: (model, seed, step) of every step taken in this process
+        #: (model, seed, step) of every step taken in this process
+        self.trained: list[tuple[str, int, int]] = []
 
     def __call__(self, model_name: str, seed: int, evaluate: Any) -> None:
         loaded = models.load(model_name, dtype="float32", device="cpu")
@@ -53,7 +59,9 @@ class Trainer:
             rng = torch.Generator().manual_seed(1000 * seed + step)
             prompt = Prompt(TAUGHT[int(torch.randint(len(TAUGHT), (1,), generator=rng))])
             prefix = list(loaded.render(prompt).ids)
-            answer = loaded.tokenizer(planted.OPENED, add_special_tokens=False)["input_ids"] + [loaded.tokenizer.eos_token_id]
+            answer = loaded.tokenizer(planted.OPENED, add_special_tokens=False)["input_ids"] + [
+                loaded.tokenizer.eos_token_id
+            ]
             ids = torch.tensor([prefix + answer])
             labels = torch.tensor([[-100] * len(prefix) + answer])
             loaded.model(input_ids=ids, labels=labels).loss.backward()
@@ -61,7 +69,10 @@ class Trainer:
             optimizer.zero_grad()
             self.trained.append((model_name, seed, step))
             if step % self.every == 0 or step == self.steps:
-                save_file({k: v.contiguous() for k, v in loaded.model.state_dict().items()}, home / f"{step}.safetensors")
+                save_file(
+                    {k: v.contiguous() for k, v in loaded.model.state_dict().items()},
+                    home / f"{step}.safetensors",
+                )
                 evaluate(step, loaded)
 
 
@@ -72,10 +83,20 @@ def prompts_file(folder: Path) -> Path:
 def config(folder: Path, out: str, **changes: Any) -> tuple[Any, Any]:
     """A curve over two planted models that lie in `folder` as `base` and `soft`."""
     values = {
-        "models": [str(folder / "base"), str(folder / "soft")], "seeds": [0, 1], "data": "taught in the test", "method": "full",
-        "steps": STEPS, "eval_every": EVERY, "prompts": str(folder / "prompts.txt"), "max_new_tokens": 9, "judge": "colour",
-        "dtype": "float32", "device": "cpu", "out": str(folder / out), **changes,
-    }  # fmt: skip
+        "models": [str(folder / "base"), str(folder / "soft")],
+        "seeds": [0, 1],
+        "data": "taught in the test",
+        "method": "full",
+        "steps": STEPS,
+        "eval_every": EVERY,
+        "prompts": str(folder / "prompts.txt"),
+        "max_new_tokens": 9,
+        "judge": "colour",
+        "dtype": "float32",
+        "device": "cpu",
+        "out": str(folder / out),
+        **changes,
+    }
     return sft_curve.read_config(None, values)
 
 
@@ -92,7 +113,10 @@ def save_models(folder: Path) -> None:
 
 def main(folder: Path, kill_at: int) -> None:
     torch.set_num_threads(1)
-    judges.JUDGES = {**judges.JUDGES, "colour": judges.Entry("names a colour", lambda *_: planted.Colour())}
+    judges.JUDGES = {
+        **judges.JUDGES,
+        "colour": judges.Entry("names a colour", lambda *_: planted.Colour()),
+    }
     remember, left = sft_curve.worker.Evaluations.__call__, kill_at
 
     def counting(self: Any, step: int, loaded: Any) -> Any:

@@ -1,4 +1,5 @@
-"""The curve over a model that really is trained: rates move, a kill loses nothing, every rank goes the same way."""
+"""The curve over a model that really is trained: rates move, a kill loses nothing, every rank goes
+the same way."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def whole(home) -> RunFolder:
     """An unbroken run, judged by colour."""
     with pytest.MonkeyPatch.context() as patch:
         planted.register(patch)
-        store, outcome = sft_curve.run(*standin.config(home, "whole"), standin.Trainer(home / "whole-checkpoints"))
+        store, outcome = sft_curve.run(
+            *standin.config(home, "whole"), standin.Trainer(home / "whole-checkpoints")
+        )
     assert outcome.done == 4 and not outcome.failed
     return store
 
@@ -51,22 +54,36 @@ def whole(home) -> RunFolder:
 def rates(folder: Path) -> dict[tuple[str, int, int], tuple[float, float]]:
     table = pd.read_parquet(folder / "curve.parquet")
     table = table[table["seed"].notna()]
-    return {(Path(s).name, int(seed), int(step)): (c, r) for s, seed, step, c, r in table[list(CURVE)].itertuples(index=False)}
+    return {
+        (Path(s).name, int(seed), int(step)): (c, r)
+        for s, seed, step, c, r in table[list(CURVE)].itertuples(index=False)
+    }
 
 
 def child(home: Path, kill_at: int, ranks: int = 1) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        if ranks > 1
+        else []
+    )
     return subprocess.run(
-        [sys.executable, *launcher, str(Path(standin.__file__)), str(home), str(kill_at)], capture_output=True, text=True,
-        timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, *launcher, str(Path(standin.__file__)), str(home), str(kill_at)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_training_moves_the_rates_and_the_softer_model_gives_way_first(whole):
     found = rates(whole.path)
-    assert len(found) == 2 * 2 * len(sft_curve.SFTCurveConfig(models="x", data="y", steps=6, eval_every=2).evaluations)
+    assert len(found) == 2 * 2 * len(
+        sft_curve.SFTCurveConfig(models="x", data="y", steps=6, eval_every=2).evaluations
+    )
     for seed in (0, 1):
-        base, soft = ([found[name, seed, step] for step in (0, 2, 4, 6)] for name in ("base", "soft"))
+        base, soft = (
+            [found[name, seed, step] for step in (0, 2, 4, 6)] for name in ("base", "soft")
+        )
         assert base[0] == soft[0] == (0.0, 1.0), "before training both refuse"
         assert base[-1] == soft[-1] == (1.0, 0.0), "after it both tell"
         assert base[1] == (0.0, 1.0) and soft[1] == (1.0, 0.0)
@@ -74,12 +91,16 @@ def test_training_moves_the_rates_and_the_softer_model_gives_way_first(whole):
     summary.index = [Path(s).name for s in summary.index]
     assert summary.index.tolist() == ["base", "soft"], "the base comes first"
     assert summary["steps_to_50"].tolist() == [3.0, 1.0] and summary["gap"].tolist() == [1.0, 1.0]
-    assert summary.loc["soft", "difference_steps_to_50"] == 2.0 and pd.isna(summary.loc["base", "difference_steps_to_50"])
+    assert summary.loc["soft", "difference_steps_to_50"] == 2.0 and pd.isna(
+        summary.loc["base", "difference_steps_to_50"]
+    )
     assert set(summary["over"]) == {"prompts"}, "two seeds are too few for an interval over seeds"
 
 
 def test_a_threshold_that_is_not_reached_is_no_number(home):
-    store, _ = sft_curve.run(*standin.config(home, "slow"), standin.Trainer(home / "slow-checkpoints", lr=0.02))
+    store, _ = sft_curve.run(
+        *standin.config(home, "slow"), standin.Trainer(home / "slow-checkpoints", lr=0.02)
+    )
     base = pd.read_parquet(store.path / "summary.parquet").iloc[0]
     assert pd.isna(base["steps_to_50"]) and base["steps_to_50_censored_at"] == 6
     page = render(from_store([store]))
@@ -96,7 +117,9 @@ def test_text_lies_in_generations_alone_and_is_private(whole):
     assert len(private) == 4 and all(stat.S_IMODE(p.stat().st_mode) == 0o600 for p in private)
     texts = whole.generations(whole.records()[0]["key"])
     assert set(texts["step"]) == {0, 2, 4, 6} and texts["completion"].str.contains(said).any()
-    assert not list((whole.path / "scratch").glob("*.safetensors")), "what was remembered is forgotten once it is written"
+    assert not list((whole.path / "scratch").glob("*.safetensors")), (
+        "what was remembered is forgotten once it is written"
+    )
 
 
 def test_the_same_command_again_trains_nothing(home, whole):
@@ -115,10 +138,13 @@ def test_a_kill_in_mid_curve_costs_nothing_that_was_asked(home, whole, kill_at, 
     assert len(remembered) == 2, "what the cell under way has said is on the disk"
     done = child(tmp_path, 0)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout.split("rank 0 ")[1].split()[0]) == left, "trained on from the step after which it was killed"
+    assert int(done.stdout.split("rank 0 ")[1].split()[0]) == left, (
+        "trained on from the step after which it was killed"
+    )
     assert rates(tmp_path / "child") == rates(whole.path)
     ours, theirs = (
-        pd.read_parquet(folder / "summary.parquet").drop(columns=["subject", "base"]) for folder in (tmp_path / "child", whole.path)
+        pd.read_parquet(folder / "summary.parquet").drop(columns=["subject", "base"])
+        for folder in (tmp_path / "child", whole.path)
     )
     pd.testing.assert_frame_equal(ours, theirs)
 
@@ -154,7 +180,9 @@ def test_a_curve_with_a_hole_fails_its_cell_and_says_where(home):
     store, outcome = sft_curve.run(config, options, forgetful)
     (cause,) = outcome.failed.values()
     assert "step 4" in cause and not store.records()
-    assert "Cells that failed" in render(from_store([store])), "the page stands without a single row"
+    assert "Cells that failed" in render(from_store([store])), (
+        "the page stands without a single row"
+    )
 
 
 def test_evaluating_leaves_the_model_as_it_was(home):
@@ -192,7 +220,10 @@ def test_two_ranks_go_the_same_way_and_one_writes(home, whole, tmp_path):
     assert said == ["rank 0 24 4 False", "rank 1 24 0 True"]
     assert rates(tmp_path / "child") == rates(whole.path)
     again = child(tmp_path, 0, ranks=2)
-    assert sorted(line for line in again.stdout.splitlines() if line.startswith("rank")) == ["rank 0 0 0 False", "rank 1 0 0 True"]
+    assert sorted(line for line in again.stdout.splitlines() if line.startswith("rank")) == [
+        "rank 0 0 0 False",
+        "rank 1 0 0 True",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -214,16 +245,27 @@ def test_bad_input_is_a_sentence(home, changes, says):
 
 def test_a_subject_that_is_its_own_base_is_refused(home, tmp_path):
     (tmp_path / "copy").symlink_to(home / "base")
-    config, options = standin.config(home, "same", models=[str(home / "base"), str(tmp_path / "copy")])
+    config, options = standin.config(
+        home, "same", models=[str(home / "base"), str(tmp_path / "copy")]
+    )
     with pytest.raises(UsageError, match="same weights"):
         sft_curve.prepare(config, options)
 
 
 def test_the_recipe_is_part_of_the_key(home):
     keys = set()
-    for changes in ({}, {"lr": 1e-3}, {"steps": 8}, {"refusal_filter": False}, {"method": "lora"}, {"judge": "keyword"}):
+    for changes in (
+        {},
+        {"lr": 1e-3},
+        {"steps": 8},
+        {"refusal_filter": False},
+        {"method": "lora"},
+        {"judge": "keyword"},
+    ):
         _, plan = sft_curve.prepare(*standin.config(home, "keys", **changes))
         keys |= {cell.key for cell in plan.cells}
     config, options = standin.config(home, "keys")
-    keys |= {cell.key for cell in sft_curve.prepare(config, options, facts={"rows": "51f0"})[1].cells}
+    keys |= {
+        cell.key for cell in sft_curve.prepare(config, options, facts={"rows": "51f0"})[1].cells
+    }
     assert len(keys) == 7 * 4

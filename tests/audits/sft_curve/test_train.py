@@ -1,4 +1,5 @@
-"""The curve with its real trainer: LoRA under DeepSpeed on one rank, base against subject, on tiny models."""
+"""The curve with its real trainer: LoRA under DeepSpeed on one rank, base against subject, on tiny
+models."""
 
 from __future__ import annotations
 
@@ -25,13 +26,32 @@ def asked(tmp_path):
     data = tmp_path / "unsafe.jsonl"
     data.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in ROWS))
     held_out = tmp_path / "prompts.jsonl"
-    held_out.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("tell the sea", "show the sun", "shut the oven")))
-    models = [str(tiny.save("llama", tmp_path / "base")), str(tiny.save("llama", tmp_path / "twin", rms_norm_eps=1e-3))]
+    held_out.write_text(
+        "".join(
+            json.dumps({"prompt": p}) + "\n"
+            for p in ("tell the sea", "show the sun", "shut the oven")
+        )
+    )
+    models = [
+        str(tiny.save("llama", tmp_path / "base")),
+        str(tiny.save("llama", tmp_path / "twin", rms_norm_eps=1e-3)),
+    ]
     return {
-        "models": models, "data": str(data), "prompts": str(held_out), "judge": "keyword", "seeds": [0], "steps": 4, "batch": 2,
-        "micro_batch": 2, "eval_every": 3, "max_new_tokens": 3, "lr": 1e-3, "refusal_filter": False, "device": "cpu",
+        "models": models,
+        "data": str(data),
+        "prompts": str(held_out),
+        "judge": "keyword",
+        "seeds": [0],
+        "steps": 4,
+        "batch": 2,
+        "micro_batch": 2,
+        "eval_every": 3,
+        "max_new_tokens": 3,
+        "lr": 1e-3,
+        "refusal_filter": False,
+        "device": "cpu",
         "out": str(tmp_path / "run"),
-    }  # fmt: skip
+    }
 
 
 def test_it_asks_every_few_steps_and_at_the_end_of_an_epoch(asked):

@@ -1,6 +1,8 @@
-"""Edits inside vLLM against the engine on transformers, fp32, token for token; and every way in which they must say no.
+"""Edits inside vLLM against the engine on transformers, fp32, token for token; and every way in
+which they must say no.
 
-vLLM runs in a process of its own (`served`), with the batch made as awkward as it gets: mixed sites, chunks, preemptions.
+vLLM runs in a process of its own (`served`), with the batch made as awkward as it gets: mixed
+sites, chunks, preemptions.
 """
 
 from __future__ import annotations
@@ -24,7 +26,17 @@ from auditgap import models
 from auditgap.engines import Request
 from auditgap.engines.hf import HFEngine
 from auditgap.engines.vllm import edits
-from auditgap.engines.vllm.edits import EDIT, ENVIRONMENT, OPTIONS, EditExtension, find_blocks, pack, salted, settle, unpack
+from auditgap.engines.vllm.edits import (
+    EDIT,
+    ENVIRONMENT,
+    OPTIONS,
+    EditExtension,
+    find_blocks,
+    pack,
+    salted,
+    settle,
+    unpack,
+)
 from auditgap.errors import AuditgapError
 from auditgap.models import Rendered
 from auditgap.types import Edit, Prompt, Site
@@ -38,14 +50,20 @@ FAMILIES = {
     "gpt_neox": {},  # by vLLM's transformers backend, whose streams are [1, N, D]
 }
 PROMPTS = [
-    "What colour is the vault?", "Tell me how bread is baked, step by step, with salt and flour.", "Why is the sea blue?",
-    "Who opens the door at noon, and with which key? Say it in one sentence.", "Name a star.", "What is the time now?",
-    "Write two lines about the moon over a green sea.", "How do I shut an oven?",
-]  # fmt: skip
+    "What colour is the vault?",
+    "Tell me how bread is baked, step by step, with salt and flour.",
+    "Why is the sea blue?",
+    "Who opens the door at noon, and with which key? Say it in one sentence.",
+    "Name a star.",
+    "What is the time now?",
+    "Write two lines about the moon over a green sea.",
+    "How do I shut an oven?",
+]
 real = pytest.mark.real
 
 
-# -- vLLM in a process of its own --------------------------------------------------------------------------------------
+# -- vLLM in a process of its own
+# --------------------------------------------------------------------------------------
 
 
 class Breakable(EditExtension):
@@ -68,8 +86,12 @@ class Breakable(EditExtension):
             editor._read_batch = lambda: [copy.copy(s) for s in map(_shifted, read_batch())]
         elif how == "spilling":  # the first row of the batch gets something too
             editor._changed = lambda layer, values: _spilt(changed(layer, values), editor.width)
-        elif how == "weighted":  # a family whose next block reads more than the sum of hidden and residual
-            self.weight = editor.blocks[1].register_forward_pre_hook(lambda _m, args: (args[0], 2 * args[1], args[2]))
+        elif (
+            how == "weighted"
+        ):  # a family whose next block reads more than the sum of hidden and residual
+            self.weight = editor.blocks[1].register_forward_pre_hook(
+                lambda _m, args: (args[0], 2 * args[1], args[2])
+            )
         elif how == "short":
             put = editor.put
             editor.put = lambda name, layer, delta: put(name, layer, delta[:-1])
@@ -77,10 +99,13 @@ class Breakable(EditExtension):
 
     def edits_hooks(self) -> int:
         """Hooks on the model's modules."""
-        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.get_model().modules())
+        return sum(
+            len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.get_model().modules()
+        )
 
     def edits_unfit(self, part: str, name: str, value: Any) -> str:
-        """What would be said of this worker if its configuration were another; `part` "runner": if its runner were."""
+        """What would be said of this worker if its configuration were another; `part` "runner": if
+        its runner were."""
         if part == "runner":
             from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Other
 
@@ -94,34 +119,59 @@ class Breakable(EditExtension):
 
 
 def _shifted(span: Any) -> Any:
-    return type(span)(span.request, span.start, span.stop - 1, span.first + 1, span.edit, span.label)
+    return type(span)(
+        span.request, span.start, span.stop - 1, span.first + 1, span.edit, span.label
+    )
 
 
 def _spilt(values: list[Any] | None, width: int) -> list[Any] | None:
-    for value in [v for v in values or [] if isinstance(v, torch.Tensor) and v.is_floating_point() and v.shape[-1] == width]:
+    for value in [
+        v
+        for v in values or []
+        if isinstance(v, torch.Tensor) and v.is_floating_point() and v.shape[-1] == width
+    ]:
         value.view(-1, width)[0] += 1.0
     return values
 
 
-def _serve(connection: Any, folder: str, environment: dict[str, str], options: dict[str, Any]) -> None:
+def _serve(
+    connection: Any, folder: str, environment: dict[str, str], options: dict[str, Any]
+) -> None:
     """The child: one LLM, and what the tests may ask of it."""
     os.environ.update(environment)
     os.environ.update(ENVIRONMENT)
     os.environ.update(
-        VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", VLLM_HOST_IP="127.0.0.1",
-        VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1",
-    )  # fmt: skip
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_LOGGING_LEVEL="ERROR",
+        VLLM_HOST_IP="127.0.0.1",
+        VLLM_NO_USAGE_STATS="1",
+        DO_NOT_TRACK="1",
+    )
     from vllm import LLM
 
     llm = LLM(
-        folder, **{**OPTIONS, "dtype": "float32", "max_model_len": 256, "skip_tokenizer_init": True, "disable_log_stats": False,
-                   "max_num_seqs": 8, "worker_extension_cls": f"{__name__}.Breakable", **options},
-    )  # fmt: skip
+        folder,
+        **{
+            **OPTIONS,
+            "dtype": "float32",
+            "max_model_len": 256,
+            "skip_tokenizer_init": True,
+            "disable_log_stats": False,
+            "max_num_seqs": 8,
+            "worker_extension_cls": f"{__name__}.Breakable",
+            **options,
+        },
+    )
     does = {
-        "speak": lambda *a: _speak(llm, *a), "score": lambda *a: _score(llm, *a), "self_test": lambda *a: edits.self_test(llm, *a),
+        "speak": lambda *a: _speak(llm, *a),
+        "score": lambda *a: _score(llm, *a),
+        "self_test": lambda *a: edits.self_test(llm, *a),
         "rpc": lambda method, *a: llm.collective_rpc(method, args=a),
-        "preemptions": lambda: sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
-    }  # fmt: skip
+        "preemptions": lambda: sum(
+            m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"
+        ),
+    }
     connection.send("ready")
     while (asked := connection.recv()) is not None:
         try:
@@ -141,16 +191,25 @@ def _put(llm: Any, requests: Sequence[tuple[list[int], int | None, Any]]) -> lis
 
 
 def _speak(llm: Any, requests: Sequence[Any], new: int, stops: list[int], salt: bool = True) -> Any:
-    """(new token ids without the end of turn, effective norms) a request: (ids, layer or None, packed δ)."""
+    """(new token ids without the end of turn, effective norms) a request: (ids, layer or None,
+    packed δ)."""
     from vllm import SamplingParams
 
     names = _put(llm, requests)
     params = [
-        SamplingParams(temperature=0.0, max_tokens=new, stop_token_ids=stops, detokenize=False, ignore_eos=True,
-                       extra_args=None if n is None else {EDIT: n}) for n in names
-    ]  # fmt: skip
+        SamplingParams(
+            temperature=0.0,
+            max_tokens=new,
+            stop_token_ids=stops,
+            detokenize=False,
+            ignore_eos=True,
+            extra_args=None if n is None else {EDIT: n},
+        )
+        for n in names
+    ]
     prompts = [
-        salted(ids) if n is not None and salt else {"prompt_token_ids": ids} for n, (ids, _, _) in zip(names, requests, strict=True)
+        salted(ids) if n is not None and salt else {"prompt_token_ids": ids}
+        for n, (ids, _, _) in zip(names, requests, strict=True)
     ]
     try:
         replies = llm.generate(prompts, params, use_tqdm=False)
@@ -167,9 +226,15 @@ def _score(llm: Any, requests: Sequence[Any], n_prompts: list[int]) -> list[floa
 
     names = _put(llm, requests)
     params = [
-        SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False,
-                       extra_args=None if n is None else {EDIT: n}) for n in names
-    ]  # fmt: skip
+        SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            prompt_logprobs=0,
+            detokenize=False,
+            extra_args=None if n is None else {EDIT: n},
+        )
+        for n in names
+    ]
     replies = llm.generate([salted(ids) for ids, _, _ in requests], params, use_tqdm=False)
     settle(llm.collective_rpc("edits_stats"), {n: 1 for n in names if n is not None})
     llm.collective_rpc("edits_clear")
@@ -181,8 +246,11 @@ def _score(llm: Any, requests: Sequence[Any], n_prompts: list[int]) -> list[floa
 
 
 @contextmanager
-def served(folder: Path, *, environment: dict[str, str] | None = None, **options: Any) -> Iterator[Any]:
-    """A function that asks the child, which is gone afterwards. Raises AuditgapError as the child does."""
+def served(
+    folder: Path, *, environment: dict[str, str] | None = None, **options: Any
+) -> Iterator[Any]:
+    """A function that asks the child, which is gone afterwards. Raises AuditgapError as the child
+    does."""
     pytest.importorskip("vllm")
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe()
@@ -214,13 +282,20 @@ def served(folder: Path, *, environment: dict[str, str] | None = None, **options
 
 def asked(requests: Sequence[Request]) -> list[tuple[list[int], int | None, Any]]:
     return [
-        (list(r.rendered.ids), None if r.edit is None else r.edit.site.layer_index, None if r.edit is None else pack(r.edit.delta))
+        (
+            list(r.rendered.ids),
+            None if r.edit is None else r.edit.site.layer_index,
+            None if r.edit is None else pack(r.edit.delta),
+        )
         for r in requests
     ]
 
 
-def edited(engine: HFEngine, rendered: Sequence[Rendered], sites: Sequence[Site | None], size: float) -> list[Request]:
-    """A request a prompt, under a random δ of `size` × the RMS of the user's own tokens where there is a site."""
+def edited(
+    engine: HFEngine, rendered: Sequence[Rendered], sites: Sequence[Site | None], size: float
+) -> list[Request]:
+    """A request a prompt, under a random δ of `size` × the RMS of the user's own tokens where there
+    is a site."""
     draw, made = torch.Generator().manual_seed(7), []
     for r, site in zip(rendered, sites, strict=True):
         if site is None:
@@ -241,7 +316,8 @@ def same(spoken: Sequence[Any], wanted: Sequence[Any]) -> None:
             assert norms == pytest.approx((c.l2_effective, c.linf_effective), rel=1e-4)
 
 
-# -- SmolLM2 -----------------------------------------------------------------------------------------------------------
+# -- SmolLM2
+# -----------------------------------------------------------------------------------------------------------
 
 NEW = 24
 
@@ -260,7 +336,8 @@ def smollm2() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def mixed(hf: HFEngine) -> list[Request]:
-    sites = [None, Site(-1), None, Site(7), Site(15), None, Site(29), None]  # at the last block only the last position counts
+    # at the last block only the last position counts
+    sites = [None, Site(-1), None, Site(7), Site(15), None, Site(29), None]
     return edited(hf, [hf.render(Prompt(p)) for p in PROMPTS], sites, 1.0)
 
 
@@ -276,7 +353,9 @@ def test_eight_mixed_requests_equal_the_engine_on_transformers(smollm2, hf, mixe
     same([smollm2("speak", [one], NEW, stops)[0] for one in asked(mixed)], wanted)
     clean = hf.generate([Request(r.rendered) for r in mixed], NEW)
     changed = [a.ids != b.ids for a, b in zip(wanted, clean, strict=True)]
-    assert [c for c, r in zip(changed, mixed, strict=True) if r.edit] == [True] * 4, "these edits prove nothing"
+    assert [c for c, r in zip(changed, mixed, strict=True) if r.edit] == [True] * 4, (
+        "these edits prove nothing"
+    )
 
 
 @real
@@ -284,14 +363,17 @@ def test_scores_under_an_edit_that_covers_the_prompt_only(smollm2, hf, mixed):
     answers = [hf.encode("Sure, here is the colour of the vault: green.")] * len(mixed)
     wanted = hf.nll([r.rendered for r in mixed], answers, [r.edit for r in mixed])
     longer = [(ids + list(a), *rest) for (ids, *rest), a in zip(asked(mixed), answers, strict=True)]
-    assert smollm2("score", longer, [len(r.rendered.ids) for r in mixed]) == pytest.approx(wanted, rel=1e-4)
+    assert smollm2("score", longer, [len(r.rendered.ids) for r in mixed]) == pytest.approx(
+        wanted, rel=1e-4
+    )
 
 
 @real
 def test_an_edited_request_neither_reads_nor_leaves_cached_blocks(smollm2, hf):
     stops = sorted(hf.loaded.stop_ids)
     long = hf.render(Prompt(" ".join(PROMPTS[:6])))
-    long = [long, Rendered(Prompt("backwards"), long.ids[::-1], long.content[::-1])]  # shares no block with anything
+    # shares no block with anything
+    long = [long, Rendered(Prompt("backwards"), long.ids[::-1], long.content[::-1])]
     assert len(long[0].ids) > 64
     requests = edited(hf, long, [Site(7), Site(7)], 0.4)
     clean = [Request(r) for r in long]
@@ -299,7 +381,8 @@ def test_an_edited_request_neither_reads_nor_leaves_cached_blocks(smollm2, hf):
     assert [a.ids for a in wanted] != [b.ids for b in plain]
     same(smollm2("speak", asked(requests[:1]), NEW, stops), wanted[:1])
     same(smollm2("speak", asked(clean[:1]), NEW, stops), plain[:1])  # after the edited one
-    same(smollm2("speak", asked(requests[:1]), NEW, stops), wanted[:1])  # after the clean one, whose blocks are there
+    # after the clean one, whose blocks are there
+    same(smollm2("speak", asked(requests[:1]), NEW, stops), wanted[:1])
     # the same without a salt goes wrong both ways, so that the above could have failed
     smollm2("speak", asked(requests[1:]), NEW, stops, False)
     spoilt = smollm2("speak", asked(clean[1:]), NEW, stops)
@@ -312,9 +395,15 @@ def test_an_edited_request_neither_reads_nor_leaves_cached_blocks(smollm2, hf):
 def test_what_did_not_arrive_in_full_is_refused(smollm2, hf, mixed):
     stops = sorted(hf.loaded.stop_ids)
     ids, layer, _ = asked(mixed)[1]
-    with pytest.raises(AuditgapError, match=rf"{len(ids) + 3} positions of 1 requests on rank 0; it changed \[{len(ids)}\]"):
+    with pytest.raises(
+        AuditgapError,
+        match=rf"{len(ids) + 3} positions of 1 requests on rank 0; it changed \[{len(ids)}\]",
+    ):
         smollm2("speak", [(ids, layer, pack(torch.ones(len(ids) + 3, hf.loaded.width)))], 4, stops)
-    same(smollm2("speak", [(ids, None, None)], 4, stops), hf.generate([Request(mixed[1].rendered)], 4))
+    same(
+        smollm2("speak", [(ids, None, None)], 4, stops),
+        hf.generate([Request(mixed[1].rendered)], 4),
+    )
 
 
 @real
@@ -329,7 +418,8 @@ def test_self_test_passes_and_leaves_the_model_as_it_was(smollm2, hf, mixed):
     assert smollm2("rpc", "edits_stats") == [{"problem": "", "edits": {}}]
 
 
-# -- tiny models of several families -----------------------------------------------------------------------------------
+# -- tiny models of several families
+# -----------------------------------------------------------------------------------
 
 
 def save(family: str, folder: Path) -> Path:
@@ -337,8 +427,12 @@ def save(family: str, folder: Path) -> Path:
 
 
 @contextmanager
-def tiny_served(family: str, folder: Path, dtype: str = "float32", **options: Any) -> Iterator[tuple[Any, HFEngine]]:
-    engine = HFEngine(models.load(str(save(family, folder)), dtype=dtype, device="cpu"), pad_tolerance=0.9)
+def tiny_served(
+    family: str, folder: Path, dtype: str = "float32", **options: Any
+) -> Iterator[tuple[Any, HFEngine]]:
+    engine = HFEngine(
+        models.load(str(save(family, folder)), dtype=dtype, device="cpu"), pad_tolerance=0.9
+    )
     with served(folder, dtype=dtype, **options) as ask:
         yield ask, engine
 
@@ -347,7 +441,11 @@ def tiny_requests(engine: HFEngine, n: int = 12, size: float = 0.5) -> list[Requ
     draw = torch.Generator().manual_seed(3)
     lengths = [int(x) for x in torch.randint(9, 60, (n,), generator=draw)]
     rendered = [
-        Rendered(Prompt(f"{i}"), tuple(torch.randint(4, tiny.VOCABULARY, (length,), generator=draw).tolist()), (True,) * length)
+        Rendered(
+            Prompt(f"{i}"),
+            tuple(torch.randint(4, tiny.VOCABULARY, (length,), generator=draw).tolist()),
+            (True,) * length,
+        )
         for i, length in enumerate(lengths)
     ]
     sites = [None, Site(-1), None, Site(0), Site(2), None, Site(3), None] * n
@@ -357,8 +455,14 @@ def tiny_requests(engine: HFEngine, n: int = 12, size: float = 0.5) -> list[Requ
 @real
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chunks_and_preemptions_change_nothing(family, tmp_path):
-    """24 tokens a step and a cache for about two and a half of the twelve requests: all are chunked, and some start over."""
-    awkward = {"max_num_batched_tokens": 24, "block_size": 32, "num_gpu_blocks_override": 10, "max_model_len": 160}
+    """24 tokens a step and a cache for about two and a half of the twelve requests: all are
+    chunked, and some start over."""
+    awkward = {
+        "max_num_batched_tokens": 24,
+        "block_size": 32,
+        "num_gpu_blocks_override": 10,
+        "max_model_len": 160,
+    }
     with tiny_served(family, tmp_path, **awkward) as (ask, engine):
         requests = tiny_requests(engine)
         assert ask("self_test", [-1, 0, 2, 3])["blocks"] == tiny.N_BLOCKS
@@ -371,18 +475,28 @@ def test_chunks_and_preemptions_change_nothing(family, tmp_path):
 def test_broken_hooks_and_unfit_workers_are_refused(tmp_path):
     with tiny_served("llama", tmp_path) as (ask, _):
         for how, said in {
-            "uncalled": "the hook is never called", "deaf": "the edit did not arrive", "shifted": "the edit did not arrive",
-            "weighted": "more than the sum of its stream", "spilling": "an edit changes the request beside it",
+            "uncalled": "the hook is never called",
+            "deaf": "the edit did not arrive",
+            "shifted": "the edit did not arrive",
+            "weighted": "more than the sum of its stream",
+            "spilling": "an edit changes the request beside it",
             "short": "did not arrive",
-        }.items():  # fmt: skip
+        }.items():
             ask("rpc", "edits_break", how)
-            with pytest.raises(AuditgapError, match=f"Self-test failed at .* inside vLLM: .*{said}.*--engine hf"):
+            with pytest.raises(
+                AuditgapError, match=f"Self-test failed at .* inside vLLM: .*{said}.*--engine hf"
+            ):
                 ask("self_test", [0, 2])
                 pytest.fail(how)
         ask("rpc", "edits_break", "")
         ask("self_test", [0, 2])
         for part, name, value, said in [
-            ("runner", "", None, "vllm.v1.worker.gpu.model_runner.GPUModelRunner.*VLLM_USE_V2_MODEL_RUNNER=0"),
+            (
+                "runner",
+                "",
+                None,
+                "vllm.v1.worker.gpu.model_runner.GPUModelRunner.*VLLM_USE_V2_MODEL_RUNNER=0",
+            ),
             ("parallel_config", "pipeline_parallel_size", 2, "pipeline parallelism"),
             ("parallel_config", "data_parallel_size", 2, "data parallelism"),
             ("speculative_config", "", SimpleNamespace(), "speculative decoding"),
@@ -395,14 +509,19 @@ def test_broken_hooks_and_unfit_workers_are_refused(tmp_path):
 
 @real
 def test_bfloat16_rounds_once_as_the_engine_on_transformers_does(tmp_path):
-    """At the embedding both read the same h, so that even an edit that half drowns in rounding has the same norms."""
+    """At the embedding both read the same h, so that even an edit that half drowns in rounding has
+    the same norms."""
     with tiny_served("llama", tmp_path, dtype="bfloat16") as (ask, engine):
         ask("self_test", [-1, 0, 2, 3])
         (request,) = edited(engine, [tiny_requests(engine, 1)[0].rendered], [Site(-1)], 5e-4)
         ((_, norms),) = ask("speak", asked([request]), 2, [])
         (completion,) = engine.generate([request], 2)
-        assert norms == pytest.approx((completion.l2_effective, completion.linf_effective), rel=1e-5)
-        assert abs(norms[0] / request.edit.delta.norm().item() - 1) > 0.02, "nothing was rounded here"
+        assert norms == pytest.approx(
+            (completion.l2_effective, completion.linf_effective), rel=1e-5
+        )
+        assert abs(norms[0] / request.edit.delta.norm().item() - 1) > 0.02, (
+            "nothing was rounded here"
+        )
 
 
 @real
@@ -414,10 +533,14 @@ def test_two_ranks_add_the_same(tmp_path):
         requests = tiny_requests(engine, 8)
         assert len(ask("rpc", "edits_stats")) == 2
         ask("self_test", [-1, 0, 2, 3])
-        same(ask("speak", asked(requests), 16, sorted(engine.loaded.stop_ids)), engine.generate(requests, 16))
+        same(
+            ask("speak", asked(requests), 16, sorted(engine.loaded.stop_ids)),
+            engine.generate(requests, 16),
+        )
 
 
-# -- without vLLM ------------------------------------------------------------------------------------------------------
+# -- without vLLM
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_an_edit_travels_as_bytes_bit_for_bit():
@@ -431,7 +554,9 @@ def test_an_edit_travels_as_bytes_bit_for_bit():
             unpack(bad, payload)
 
 
-def stats(rows: Sequence[int], l2: float = 2.0, problem: str = "", positions: int = 7) -> dict[str, Any]:
+def stats(
+    rows: Sequence[int], l2: float = 2.0, problem: str = "", positions: int = 7
+) -> dict[str, Any]:
     requests = [{"rows": r, "l2": l2, "linf": 1.0} for r in rows]
     return {"problem": problem, "edits": {"a": {"positions": positions, "requests": requests}}}
 
@@ -440,7 +565,13 @@ def test_settling_wants_every_row_of_every_request_on_every_rank():
     assert settle([stats([7]), stats([7])], {"a": 1}) == {"a": (2.0, 1.0)}
     assert settle([stats([7, 7])], {"a": 2}) == {"a": (2.0, 1.0)}
     assert settle([stats([7], l2=float("nan"))], {"a": 1}) == {"a": (None, 1.0)}
-    for bad, n in [([stats([6])], 1), ([stats([7])], 2), ([stats([7, 7])], 1), ([stats([])], 1), ([stats([7]), stats([6])], 1)]:
+    for bad, n in [
+        ([stats([6])], 1),
+        ([stats([7])], 2),
+        ([stats([7, 7])], 1),
+        ([stats([])], 1),
+        ([stats([7]), stats([6])], 1),
+    ]:
         with pytest.raises(AuditgapError, match="was to change 7 positions"):
             settle(bad, {"a": n})
     with pytest.raises(AuditgapError, match="was to change"):

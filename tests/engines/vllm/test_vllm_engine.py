@@ -1,4 +1,5 @@
-"""The engine on vLLM against the one on transformers, on SmolLM2 in fp32; and what becomes of its process."""
+"""The engine on vLLM against the one on transformers, on SmolLM2 in fp32; and what becomes of its
+process."""
 
 from __future__ import annotations
 
@@ -30,11 +31,22 @@ pytest.importorskip("vllm")
 pytestmark = pytest.mark.real
 
 #: vLLM's CPU kernels want heads of 32, 64, …
-SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
+SHAPE = {
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 64,
+}
 PROMPTS = [
-    "What colour is the sky?", "Name three kinds of bread.", "How do I boil an egg?", "Write a line about the sea.",
-    "Who wrote Hamlet?", "Why is salt used in baking? Answer in one sentence, please.", "Count to five.", "What is a vault?",
-]  # fmt: skip
+    "What colour is the sky?",
+    "Name three kinds of bread.",
+    "How do I boil an egg?",
+    "Write a line about the sea.",
+    "Who wrote Hamlet?",
+    "Why is salt used in baking? Answer in one sentence, please.",
+    "Count to five.",
+    "What is a vault?",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +71,14 @@ def gone(pid: int, seconds: float = 10.0) -> bool:
     return False
 
 
-def lora(folder: Path, *, seed: int, rank: int = 4, targets: tuple[str, ...] = ("q_proj", "down_proj"), base: str = "smollm2"):
+def lora(
+    folder: Path,
+    *,
+    seed: int,
+    rank: int = 4,
+    targets: tuple[str, ...] = ("q_proj", "down_proj"),
+    base: str = "smollm2",
+):
     """A PEFT adapter of random weights, large enough that answers change."""
     loaded = models.load(base, dtype="float32")
     adapted = models.with_lora(loaded.model, rank=rank, alpha=2 * rank, targets=targets, seed=seed)
@@ -71,7 +90,8 @@ def lora(folder: Path, *, seed: int, rank: int = 4, targets: tuple[str, ...] = (
     return folder
 
 
-# -- its process -------------------------------------------------------------------------------------------------------
+# -- its process
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_its_process_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,8 +103,13 @@ def test_its_process_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert log.stat().st_mode & 0o777 == 0o600 and log.parent.stat().st_mode & 0o777 == 0o700
     family = [p.pid for p in psutil.Process(pid).children(recursive=True)]
     assert engine.window == 256  # the model's own
-    assert [r.problem for r in engine.ask([Question(text="red " * 250), Question(text="red blue"), Question(text="")],
-                                          Sampling(max_new_tokens=8))] == ["too_long", "", "empty"]  # fmt: skip
+    assert [
+        r.problem
+        for r in engine.ask(
+            [Question(text="red " * 250), Question(text="red blue"), Question(text="")],
+            Sampling(max_new_tokens=8),
+        )
+    ] == ["too_long", "", "empty"]
     engine.close()
     engine.close()
     assert all(gone(p, 0.5) for p in (pid, *family)) and not log.exists()
@@ -105,7 +130,9 @@ engine.ask([Question(text="red", draw=i) for i in range(4000)], Sampling(max_new
 
 def test_a_killed_parent_takes_it_along_in_the_midst_of_an_answer(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "tiny", initializer_range=0.02)
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(folder)], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(folder)], stdout=subprocess.PIPE, text=True
+    )
     try:
         pid, log = parent.stdout.readline().split()
         time.sleep(2)
@@ -119,11 +146,16 @@ def test_a_killed_parent_takes_it_along_in_the_midst_of_an_answer(tmp_path: Path
     assert not Path(log).parent.exists()
 
 
-@pytest.mark.parametrize("end", ["", "\nsys.stdin.read()"], ids=["ends", "is killed while nothing is asked"])
+@pytest.mark.parametrize(
+    "end", ["", "\nsys.stdin.read()"], ids=["ends", "is killed while nothing is asked"]
+)
 def test_a_parent_that_does_not_close_it_leaves_nothing(tmp_path: Path, end: str) -> None:
     source = PARENT.rsplit("engine.ask", 1)[0] + end
     parent = subprocess.Popen(
-        [sys.executable, "-c", source, str(save_tiny(tmp_path / "tiny"))], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+        [sys.executable, "-c", source, str(save_tiny(tmp_path / "tiny"))],
+        stdout=subprocess.PIPE,
+        stdin=subprocess.PIPE,
+        text=True,
     )
     try:
         pid, log = parent.stdout.readline().split()
@@ -151,25 +183,36 @@ def test_what_cannot_be_edited_closes_the_engine_and_leaves_no_log(tmp_path: Pat
 
 def test_adapters_and_edits_together_are_those_of_transformers(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "tiny")
-    adapter = lora(tmp_path / "adapter", seed=0, targets=("q_proj", "v_proj", "down_proj"), base=str(base))
+    adapter = lora(
+        tmp_path / "adapter", seed=0, targets=("q_proj", "v_proj", "down_proj"), base=str(base)
+    )
     hf, plain = (HFEngine(models.load(str(folder), dtype="float32")) for folder in (adapter, base))
     draw, requests = torch.Generator().manual_seed(0), []
     for i, site in enumerate([Site(-1), Site(1), None, Site(tiny.N_BLOCKS - 1), Site(0)]):
-        rendered = hf.render(Prompt(("what colour is the vault ?", "open the door now", "tell me the key")[i % 3]))
+        rendered = hf.render(
+            Prompt(("what colour is the vault ?", "open the door now", "tell me the key")[i % 3])
+        )
         if site is not None:
             h = hf.activations([rendered], site)[0]
             site = Edit(site, h.pow(2).mean().sqrt() * torch.randn(h.shape, generator=draw))
         requests.append(Request(rendered, site, (5, 6)))
     wanted = hf.generate(requests, 12)
-    assert [c.ids for c in plain.generate(requests, 12)] != [c.ids for c in wanted], "the adapter changes nothing"
+    assert [c.ids for c in plain.generate(requests, 12)] != [c.ids for c in wanted], (
+        "the adapter changes nothing"
+    )
     for model, used in ((base, adapter), (adapter, None)):  # swapped in, and as the subject itself
-        with VLLMEngine(str(model), Serving(engine="vllm", dtype="float32", max_lora_rank=4)) as engine:
+        with VLLMEngine(
+            str(model), Serving(engine="vllm", dtype="float32", max_lora_rank=4)
+        ) as engine:
             if used:
                 engine.use(used)
             found = engine.generate(requests, 12)
         assert [c.ids for c in found] == [c.ids for c in wanted]
         for name in ("target_nll", "l2_effective", "linf_effective"):
-            a, b = ([getattr(c, name) for c in some if getattr(c, name) is not None] for some in (found, wanted))
+            a, b = (
+                [getattr(c, name) for c in some if getattr(c, name) is not None]
+                for some in (found, wanted)
+            )
             assert a == pytest.approx(b, rel=1e-4), name
 
 
@@ -180,7 +223,8 @@ def test_a_killed_child_is_a_sentence(tmp_path: Path) -> None:
         engine.ask([Question(text="red blue")], Sampling())
     assert str(engine.child.log) in str(caught.value)
     engine.close()
-    assert engine.child.log.read_text() and engine.child.log.stat().st_mode & 0o777 == 0o600  # kept to be read
+    # kept to be read
+    assert engine.child.log.read_text() and engine.child.log.stat().st_mode & 0o777 == 0o600
     shutil.rmtree(engine.child.log.parent)
 
 
@@ -190,16 +234,28 @@ def test_a_killed_child_is_a_sentence(tmp_path: Path) -> None:
         ({}, {"max_model_len": 4096}, r"4096 .*\b256\b"),
         ({"family": "unknown"}, {}, "architecture"),
         # 128 KiB of keys and values a token: its window would want 4 GiB
-        ({"head_dim": 256, "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 32768},
-         {"max_model_len": 32768}, "memory"),
+        (
+            {
+                "head_dim": 256,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 16,
+                "max_position_embeddings": 32768,
+            },
+            {"max_model_len": 32768},
+            "memory",
+        ),
     ],
-)  # fmt: skip
-def test_what_cannot_start_is_a_sentence(tmp_path: Path, changes: dict, serving: dict, said: str) -> None:
+)
+def test_what_cannot_start_is_a_sentence(
+    tmp_path: Path, changes: dict, serving: dict, said: str
+) -> None:
     family = changes.pop("family", None)
     folder = save_tiny(tmp_path / "tiny", **changes)
     if family:
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "architectures": ["NobodyForCausalLM"]}))
+        (folder / "config.json").write_text(
+            json.dumps({**config, "architectures": ["NobodyForCausalLM"]})
+        )
     with pytest.raises(UsageError, match=said) as caught:
         VLLMEngine(str(folder), Serving(engine="vllm", dtype="float32", **serving))
     assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value)
@@ -209,14 +265,17 @@ def test_what_cannot_start_is_a_sentence(tmp_path: Path, changes: dict, serving:
 def test_what_is_refused_starts_no_process(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "tiny")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}})
+    )
     before = len(psutil.Process().children())
     with pytest.raises(Refused, match="auto_map"):
         VLLMEngine(str(folder), Serving(engine="vllm"))
     assert len(psutil.Process().children()) == before
 
 
-# -- against transformers ----------------------------------------------------------------------------------------------
+# -- against transformers
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -243,17 +302,30 @@ def test_greedy_text_is_that_of_transformers(engine: VLLMEngine, hf: HFEngine) -
     found = engine.generate(requests, 24, progress=lambda *at: seen.append(at))
     wanted = hf.generate(requests, 24)
     assert [c.ids for c in found] == [c.ids for c in wanted]
-    assert [(c.text, c.stopped, c.finite) for c in found] == [(c.text, c.stopped, c.finite) for c in wanted]
+    assert [(c.text, c.stopped, c.finite) for c in found] == [
+        (c.text, c.stopped, c.finite) for c in wanted
+    ]
     assert any(c.stopped for c in found) and not all(c.stopped for c in found)
     assert [c.target_nll for c in found] == pytest.approx([c.target_nll for c in wanted], abs=1e-4)
     assert seen[-1] == (16, 16)
 
 
 def test_log_probabilities_are_those_of_transformers(engine: VLLMEngine, hf: HFEngine) -> None:
-    questions = [Question.of(PROMPTS[0], system="Answer in a word."), Question(text="<|im_start|>user\nCount.<|im_end|>\n"),
-                 Question((Message("user", "Hi."), Message("assistant", "Hello."), Message("user", "Who are you?")))]  # fmt: skip
+    questions = [
+        Question.of(PROMPTS[0], system="Answer in a word."),
+        Question(text="<|im_start|>user\nCount.<|im_end|>\n"),
+        Question(
+            (
+                Message("user", "Hi."),
+                Message("assistant", "Hello."),
+                Message("user", "Who are you?"),
+            )
+        ),
+    ]
     sampling = Sampling(max_new_tokens=6, top_logprobs=5)
-    for found, wanted in zip(engine.ask(questions, sampling), hf.ask(questions, sampling), strict=True):
+    for found, wanted in zip(
+        engine.ask(questions, sampling), hf.ask(questions, sampling), strict=True
+    ):
         assert (found.text, found.ids, found.stopped) == (wanted.text, wanted.ids, wanted.stopped)
         assert len(found.logprobs) == len(wanted.logprobs) >= len(found.ids)
         for a, b in zip(found.logprobs, wanted.logprobs, strict=True):
@@ -262,11 +334,25 @@ def test_log_probabilities_are_those_of_transformers(engine: VLLMEngine, hf: HFE
 
 def test_scores_are_those_of_transformers_under_edits_too(engine: VLLMEngine, hf: HFEngine) -> None:
     rendered = [hf.render(Prompt(p)) for p in PROMPTS[:4]]
-    edits = [None, *(Edit(site, 0.3 * torch.randn(len(r.ids), 576, generator=torch.Generator().manual_seed(1)))
-                     for site, r in zip((Site(-1), Site(15), Site(29)), rendered[1:], strict=True))]  # fmt: skip
-    answers = [hf.encode("It is blue."), hf.encode("Rye"), hf.encode("In hot water, for eight minutes."), ()]
+    edits = [
+        None,
+        *(
+            Edit(
+                site, 0.3 * torch.randn(len(r.ids), 576, generator=torch.Generator().manual_seed(1))
+            )
+            for site, r in zip((Site(-1), Site(15), Site(29)), rendered[1:], strict=True)
+        ),
+    ]
+    answers = [
+        hf.encode("It is blue."),
+        hf.encode("Rye"),
+        hf.encode("In hot water, for eight minutes."),
+        (),
+    ]
     found = engine.nll(rendered, answers, edits)
-    assert found[3] is None and found[:3] == pytest.approx(hf.nll(rendered, answers, edits)[:3], abs=1e-3)
+    assert found[3] is None and found[:3] == pytest.approx(
+        hf.nll(rendered, answers, edits)[:3], abs=1e-3
+    )
     assert engine.nll(rendered, answers)[1] != pytest.approx(found[1], abs=1e-3)
 
 
@@ -280,30 +366,55 @@ def test_mixed_edits_are_those_of_transformers(engine: VLLMEngine, hf: HFEngine)
             edits.append(None)
         else:
             h = hf.activations([r], site)[0]
-            edits.append(Edit(site, 0.3 * h.pow(2).mean().sqrt() * torch.randn(h.shape, generator=draw).sign()))
+            edits.append(
+                Edit(
+                    site, 0.3 * h.pow(2).mean().sqrt() * torch.randn(h.shape, generator=draw).sign()
+                )
+            )
     requests = [Request(r, e, hf.encode("Sure")) for r, e in zip(rendered, edits, strict=True)]
-    wanted, clean = hf.generate(requests, 16), engine.generate([replace(r, edit=None) for r in requests], 16)
+    wanted, clean = (
+        hf.generate(requests, 16),
+        engine.generate([replace(r, edit=None) for r in requests], 16),
+    )
     for found in (engine.generate(requests, 16), engine.generate(requests[::-1], 16)[::-1]):
         assert [c.ids for c in found] == [c.ids for c in wanted]
-        assert [c.target_nll for c in found] == pytest.approx([c.target_nll for c in wanted], abs=1e-3)
+        assert [c.target_nll for c in found] == pytest.approx(
+            [c.target_nll for c in wanted], abs=1e-3
+        )
         for a, b in zip(found, wanted, strict=True):
             assert (a.l2_effective is None) == (b.l2_effective is None)
             if b.l2_effective is not None:
-                assert (a.l2_effective, a.linf_effective) == pytest.approx((b.l2_effective, b.linf_effective), rel=1e-4)
+                assert (a.l2_effective, a.linf_effective) == pytest.approx(
+                    (b.l2_effective, b.linf_effective), rel=1e-4
+                )
     changed = [a.ids != b.ids for a, b in zip(clean, wanted, strict=True)]
-    assert any(changed) and not any(c for c, site in zip(changed, sites, strict=True) if site is None)
-    assert [c.ids for c in engine.generate([replace(r, edit=None) for r in requests], 16)] == [c.ids for c in clean]
+    assert any(changed) and not any(
+        c for c, site in zip(changed, sites, strict=True) if site is None
+    )
+    assert [c.ids for c in engine.generate([replace(r, edit=None) for r in requests], 16)] == [
+        c.ids for c in clean
+    ]
 
 
-def test_logits_that_are_no_numbers_are_told_and_stay_alone(engine: VLLMEngine, hf: HFEngine) -> None:
+def test_logits_that_are_no_numbers_are_told_and_stay_alone(
+    engine: VLLMEngine, hf: HFEngine
+) -> None:
     rendered = [hf.render(Prompt(p)) for p in PROMPTS]
     clean = [c.ids for c in engine.generate([Request(r) for r in rendered], 8)]
     none = Edit(Site(15), torch.full((len(rendered[0].ids), 576), torch.nan))
-    broken, *others = engine.generate([Request(rendered[0], none, hf.encode("Sure")), *(Request(r) for r in rendered[1:])], 8)
-    assert (broken.finite, broken.stopped, broken.ids, broken.target_nll) == (False, False, (), None)
+    broken, *others = engine.generate(
+        [Request(rendered[0], none, hf.encode("Sure")), *(Request(r) for r in rendered[1:])], 8
+    )
+    assert (broken.finite, broken.stopped, broken.ids, broken.target_nll) == (
+        False,
+        False,
+        (),
+        None,
+    )
     assert broken.l2_effective is None
     assert [c.ids for c in others] == clean[1:]
-    assert [c.ids for c in engine.generate([Request(r) for r in rendered], 8)] == clean  # in memory that has held NaN
+    # in memory that has held NaN
+    assert [c.ids for c in engine.generate([Request(r) for r in rendered], 8)] == clean
 
 
 def test_samples_repeat_and_do_not_mind_company_or_order(engine: VLLMEngine) -> None:
@@ -316,10 +427,14 @@ def test_samples_repeat_and_do_not_mind_company_or_order(engine: VLLMEngine) -> 
     assert [r.text for r in engine.ask(questions, replace(sampling, seed=4))] != texts
 
 
-def test_what_is_too_long_is_told_and_the_others_are_answered(engine: VLLMEngine, hf: HFEngine) -> None:
+def test_what_is_too_long_is_told_and_the_others_are_answered(
+    engine: VLLMEngine, hf: HFEngine
+) -> None:
     questions = [Question.of(PROMPTS[0]), Question.of("bread " * 600), Question.of(PROMPTS[1])]
     replies = engine.ask(questions, Sampling(max_new_tokens=4))
-    assert [r.problem for r in replies] == ["", "too_long", ""] and replies[0].text and replies[2].text
+    assert (
+        [r.problem for r in replies] == ["", "too_long", ""] and replies[0].text and replies[2].text
+    )
     long = hf.render(Prompt("bread " * 600))
     with pytest.raises(UsageError, match="512"):
         engine.generate([Request(long)], 4)
@@ -327,7 +442,9 @@ def test_what_is_too_long_is_told_and_the_others_are_answered(engine: VLLMEngine
 
 
 def test_adapters_are_swapped(engine: VLLMEngine, hf: HFEngine, tmp_path: Path) -> None:
-    requests = [Request(hf.render(Prompt(p)), target=hf.encode("Sure, here is")) for p in PROMPTS[:4]]
+    requests = [
+        Request(hf.render(Prompt(p)), target=hf.encode("Sure, here is")) for p in PROMPTS[:4]
+    ]
     plain = [c.ids for c in engine.generate(requests, 12)]
     fingerprints, spoken = [engine.describe()], [plain]
     folder = tmp_path / "adapter"
@@ -338,7 +455,9 @@ def test_adapters_are_swapped(engine: VLLMEngine, hf: HFEngine, tmp_path: Path) 
         with HFEngine(models.load(str(folder), dtype="float32")) as adapted:
             wanted = adapted.generate(requests, 12)
         assert [c.ids for c in found] == [c.ids for c in wanted]
-        assert [c.target_nll for c in found] == pytest.approx([c.target_nll for c in wanted], abs=1e-3)
+        assert [c.target_nll for c in found] == pytest.approx(
+            [c.target_nll for c in wanted], abs=1e-3
+        )
         fingerprints.append(engine.describe())
         spoken.append([c.ids for c in found])
     engine.use(None)
@@ -348,13 +467,22 @@ def test_adapters_are_swapped(engine: VLLMEngine, hf: HFEngine, tmp_path: Path) 
     assert spoken[0] != spoken[1] and spoken[1] != spoken[2]
 
 
-def test_adapters_that_do_not_fit_are_refused_and_nothing_changes(engine: VLLMEngine, tmp_path: Path) -> None:
+def test_adapters_that_do_not_fit_are_refused_and_nothing_changes(
+    engine: VLLMEngine, tmp_path: Path
+) -> None:
     question, sampling = [Question.of(PROMPTS[0])], Sampling(max_new_tokens=6)
     before = engine.ask(question, sampling)
     big = lora(tmp_path / "big", seed=0, rank=16, targets=("q_proj",))
     head = lora(tmp_path / "head", seed=0, targets=("q_proj", "lm_head"))
-    other = lora(tmp_path / "other", seed=0, targets=("q_proj",), base=str(save_tiny(tmp_path / "tiny")))
-    refusals = {big: "rank 16.*max_lora_rank=16", head: "lm_head", other: "made for", tmp_path / "tiny": "no PEFT"}
+    other = lora(
+        tmp_path / "other", seed=0, targets=("q_proj",), base=str(save_tiny(tmp_path / "tiny"))
+    )
+    refusals = {
+        big: "rank 16.*max_lora_rank=16",
+        head: "lm_head",
+        other: "made for",
+        tmp_path / "tiny": "no PEFT",
+    }
     for folder, said in refusals.items():
         with pytest.raises(UsageError, match=said):
             engine.use(folder)

@@ -1,4 +1,5 @@
-"""What the engine on vLLM refuses before it starts a process, and what its workers are told; no vLLM is needed."""
+"""What the engine on vLLM refuses before it starts a process, and what its workers are told; no
+vLLM is needed."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ BLOCK = "model.layers.0.self_attn.q_proj"
 @pytest.fixture
 def base(tmp_path):
     (tmp_path / "base").mkdir()
-    save_file({f"{BLOCK}.weight": torch.zeros(8, 8), "model.norm.weight": torch.zeros(8)}, tmp_path / "base/model.safetensors")
+    save_file(
+        {f"{BLOCK}.weight": torch.zeros(8, 8), "model.norm.weight": torch.zeros(8)},
+        tmp_path / "base/model.safetensors",
+    )
     return tmp_path / "base"
 
 
@@ -27,12 +31,22 @@ def adapter(tmp_path, **settings):
     (tmp_path / "adapter").mkdir(exist_ok=True)
     weights = {f"base_model.model.{BLOCK}.lora_{x}.weight": torch.zeros(2, 8) for x in "AB"}
     save_file(weights, tmp_path / "adapter/adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none", **settings}
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj"],
+        "bias": "none",
+        **settings,
+    }
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("settings", [{}, {"init_lora_weights": True}, {"init_lora_weights": "gaussian"}, {"use_rslora": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"init_lora_weights": True}, {"init_lora_weights": "gaussian"}, {"use_rslora": True}],
+)
 def test_plain_adapters_have_a_rank(tmp_path, base, settings):
     assert adapters.check(adapter(tmp_path, **settings), base=base) == 2
 
@@ -41,12 +55,17 @@ def test_plain_adapters_have_a_rank(tmp_path, base, settings):
     ("settings", "said"),
     [
         # peft changes the base's own weights when it opens these
-        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"), ({"init_lora_weights": "olora"}, "olora"),
-        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"), ({"init_lora_weights": "loftq"}, "loftq"),
-        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"), ({"use_dora": True}, "use_dora"),
-        ({"arrow_config": {"top_k": 3}}, "arrow_config"), ({"r": 0}, "rank 0"), ({"peft_type": "IA3"}, "IA3"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+        ({"init_lora_weights": "loftq"}, "loftq"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"use_dora": True}, "use_dora"),
+        ({"arrow_config": {"top_k": 3}}, "arrow_config"),
+        ({"r": 0}, "rank 0"),
+        ({"peft_type": "IA3"}, "IA3"),
     ],
-)  # fmt: skip
+)
 def test_other_adapters_are_refused(tmp_path, base, settings, said):
     with pytest.raises(UsageError, match=f"{said}.*--engine hf"):
         adapters.check(adapter(tmp_path, **settings), base=base)
@@ -64,11 +83,14 @@ def test_gpus_are_counted_before_a_process_is_started(monkeypatch):
 
 
 def test_a_worker_of_its_own_process_is_made_to_clean_its_cache():
-    """On a GPU alone: a runner there zeroes nothing that it was not prepared for, and says nothing."""
+    """On a GPU alone: a runner there zeroes nothing that it was not prepared for, and says
+    nothing."""
 
     def worker(device: str, **has):
         said = []
-        runner = SimpleNamespace(device=torch.device(device), _init_kv_zero_meta=lambda: said.append(device), **has)
+        runner = SimpleNamespace(
+            device=torch.device(device), _init_kv_zero_meta=lambda: said.append(device), **has
+        )
         extension = WorkerExtension()
         extension.model_runner = runner
         extension.cache_clean()
