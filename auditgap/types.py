@@ -140,7 +140,7 @@ class Edit:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Standing:
+class ConstantEdit:
     """An edit that stands at every position, the prompt's and the answer's: h ← h + shift −
     (h·read) write, at each site.
 
@@ -172,7 +172,7 @@ class Exchange:
 
     prompt: Prompt
     completion: str
-    edit: Edit | Standing | Suffix | None = None
+    edit: Edit | ConstantEdit | Suffix | None = None
 
 
 class Label(StrEnum):

@@ -37,7 +37,7 @@ from typing import Any
 
 from auditgap.store import RunFolder, files, tables
 from auditgap.sweep import Group, ray
-from auditgap.sweep.ledger import Ledger
+from auditgap.sweep.state import SweepState
 from auditgap.types import Budget, Cell, Row, Site, Subject
 
 #: As long as those of a real cell.
@@ -190,7 +190,7 @@ def scan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             with suppress(OSError):  # as after a reboot, where that is allowed
                 Path("/proc/sys/vm/drop_caches").write_text("1")
         start, cpu = time.perf_counter(), time.process_time()
-        ledger = Ledger(groups, RunFolder.load(store.path))
+        ledger = SweepState(groups, RunFolder.load(store.path))
         found |= {
             f"{name}_s": time.perf_counter() - start,
             f"{name}_cpu_s": time.process_time() - cpu,

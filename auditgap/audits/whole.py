@@ -69,7 +69,7 @@ class WholeOptions(Frozen):
 
 
 @dataclass(frozen=True)
-class Part:
+class AuditPart:
     """One part that can run: how its work is described before, and how it is done."""
 
     name: PartName
@@ -78,12 +78,12 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Plan:
+class WholePlan:
     """The parts that will run, in order, and why others will not."""
 
     audit: WholeAudit
     out: Path
-    parts: tuple[Part, ...]
+    parts: tuple[AuditPart, ...]
     missing: Mapping[str, str]
 
 
@@ -189,7 +189,7 @@ def _known(key: str, part: str | None) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def plan(audit: WholeAudit, options: WholeOptions) -> Plan:
+def plan(audit: WholeAudit, options: WholeOptions) -> WholePlan:
     """Resolve every part before any of it runs. Loads no weights. Raises UsageError and Refused as
     the parts do."""
     needs_disk(options.out, "A whole audit")
@@ -197,7 +197,7 @@ def plan(audit: WholeAudit, options: WholeOptions) -> Plan:
     missing: dict[str, str] = {
         name: "the profile leaves it out" for name in _PARTS if name not in audit.parts
     }
-    parts: list[Part] = []
+    parts: list[AuditPart] = []
     for name in audit.parts:
         if name in ("probe", "sft-curve") and audit.base is None:
             missing[name] = "no base was named; add --base"
@@ -216,7 +216,7 @@ def plan(audit: WholeAudit, options: WholeOptions) -> Plan:
         raise UsageError(
             f"Nothing is left to run: {'; '.join(f'{k}: {v}' for k, v in missing.items())}."
         )
-    return Plan(audit, out, tuple(parts), missing)
+    return WholePlan(audit, out, tuple(parts), missing)
 
 
 def _values(audit: WholeAudit, part: PartName) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _values(audit: WholeAudit, part: PartName) -> dict[str, Any]:
     return {**{k: v for k, v in audit.shared.items() if k in known}, **audit.sections.get(part, {})}
 
 
-def _behaviour(audit: WholeAudit, options: WholeOptions, out: str) -> Part:
+def _behaviour(audit: WholeAudit, options: WholeOptions, out: str) -> AuditPart:
     flags = {
         **_values(audit, "evaluate"),
         "models": (audit.model,),
@@ -237,14 +237,14 @@ def _behaviour(audit: WholeAudit, options: WholeOptions, out: str) -> Part:
     asked, sitting = behaviour.read_config(None, flags)
     asked, made = behaviour.prepare(asked, sitting)
     told = {"prompts": len(made.suite), "judge": asked.judge, "cells": len(made.cells)}
-    return Part(
+    return AuditPart(
         "evaluate",
         lambda: told,
         lambda progress: behaviour.run(asked, sitting, plan=made, progress=progress),
     )
 
 
-def _latent(audit: WholeAudit, options: WholeOptions, out: str) -> Part:
+def _latent(audit: WholeAudit, options: WholeOptions, out: str) -> AuditPart:
     flags = {
         **_values(audit, "lvs"),
         "models": (audit.model,),
@@ -262,12 +262,12 @@ def _latent(audit: WholeAudit, options: WholeOptions, out: str) -> Part:
             "seconds": expected.seconds,
         }
 
-    return Part(
+    return AuditPart(
         "lvs", describe, lambda progress: latent.run(asked, sitting, plan=made, progress=progress)
     )
 
 
-def _probe(audit: WholeAudit, options: WholeOptions, out: str) -> Part:
+def _probe(audit: WholeAudit, options: WholeOptions, out: str) -> AuditPart:
     flags = {
         **_values(audit, "probe"),
         "base": audit.base,
@@ -278,14 +278,14 @@ def _probe(audit: WholeAudit, options: WholeOptions, out: str) -> Part:
     asked, sitting = probe.read_config(None, flags)
     asked, made = probe.prepare(asked, sitting)
     told = {"prompts": len({e.group for e in made.examples}), "cells": len(made.cells)}
-    return Part(
+    return AuditPart(
         "probe",
         lambda: told,
         lambda progress: probe.run(asked, sitting, plan=made, progress=progress),
     )
 
 
-def _sft_curve(audit: WholeAudit, options: WholeOptions, out: str) -> Part:
+def _sft_curve(audit: WholeAudit, options: WholeOptions, out: str) -> AuditPart:
     flags = {
         **_values(audit, "sft-curve"),
         "models": (audit.base, audit.model),
@@ -312,10 +312,10 @@ def _sft_curve(audit: WholeAudit, options: WholeOptions, out: str) -> Part:
             )
         return store, outcome
 
-    return Part("sft-curve", lambda: told, run)
+    return AuditPart("sft-curve", lambda: told, run)
 
 
-_MAKE: Mapping[PartName, Callable[[WholeAudit, WholeOptions, str], Part]] = {
+_MAKE: Mapping[PartName, Callable[[WholeAudit, WholeOptions, str], AuditPart]] = {
     "evaluate": _behaviour,
     "probe": _probe,
     "lvs": _latent,
@@ -331,7 +331,7 @@ def run(
     audit: WholeAudit,
     options: WholeOptions,
     *,
-    planned: Plan | None = None,
+    planned: WholePlan | None = None,
     progress: Callable[[], Progress] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> WholeOutcome:
@@ -359,7 +359,7 @@ def run(
     return WholeOutcome(whole.out, failed, overall)
 
 
-def _remember(whole: Plan, options: WholeOptions) -> None:
+def _remember(whole: WholePlan, options: WholeOptions) -> None:
     """Write the audit's question, so that `report` needs nothing else. Raises UsageError where
     another one's stands."""
     path = whole.out / FILE

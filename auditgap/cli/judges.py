@@ -74,7 +74,7 @@ def evaluate(
     """
     quiet()
     from auditgap.engines import Serving, engine_named
-    from auditgap.judges import let_go, load_judge, shelf
+    from auditgap.judges import card_cache, close_judge, load_judge
     from auditgap.judges.gold import load_gold
     from auditgap.models import pick_device
     from auditgap.sweep import Progress
@@ -91,11 +91,11 @@ def evaluate(
     serving = Serving(engine=engine_named(engine), base_url=base_url, device=device, dtype=dtype)
     judge = load_judge(name, device=pick_device(device), serving=serving)
     try:
-        card = shelf.measure(
+        card = card_cache.measure(
             judge, rows, inject=injections, out=to, progress=Progress(console=err, noun="verdicts")
         )
     finally:
-        let_go(judge)
+        close_judge(judge)
     _show(card, as_json)
     if to is not None:
         err.print(Text(f"Card: {to / 'card.json'}"))
@@ -113,9 +113,9 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show a judge card again."""
-    from auditgap.judges import shelf
+    from auditgap.judges import card_cache
 
-    _show(shelf.read(file), as_json)
+    _show(card_cache.read(file), as_json)
 
 
 def _show(card, as_json: bool) -> None:

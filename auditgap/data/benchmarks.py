@@ -32,7 +32,7 @@ KINDS: tuple[Kind, ...] = ("harmful", "jailbreak", "over_refusal", "benign")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SourcePart:
     """The rows of a benchmark that are prompts of one kind: those whose label columns hold the
     values of `where`.
 
@@ -59,7 +59,7 @@ class Benchmark:
     licence: str
     hub_id: str
     revision: str | None
-    parts: tuple[Part, ...] = (Part("harmful"),)
+    parts: tuple[SourcePart, ...] = (SourcePart("harmful"),)
     column: str = "prompt"
     config: str | None = None
     split: str = "train"
@@ -78,8 +78,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         split="test",
         gated=True,
         parts=(
-            Part("harmful", {"label": "unsafe"}),
-            Part("over_refusal", {"label": "safe"}, anchors=True),
+            SourcePart("harmful", {"label": "unsafe"}),
+            SourcePart("over_refusal", {"label": "safe"}, anchors=True),
         ),
         labels={"label": ("safe", "unsafe")},
     ),
@@ -99,7 +99,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         config="behaviors",
         split="harmful",
         column="Goal",
-        parts=(Part("jailbreak"),),
+        parts=(SourcePart("jailbreak"),),
     ),
     "advbench": Benchmark(
         "harmful: 520 behaviours",
@@ -129,7 +129,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         config="eval",
         column="adversarial",
         gated=True,
-        parts=(Part("jailbreak", {"data_type": "adversarial_harmful"}),),
+        parts=(SourcePart("jailbreak", {"data_type": "adversarial_harmful"}),),
         labels={"data_type": ("adversarial_harmful", "adversarial_benign")},
         # Without these a prompt "None" or one with a comma would be read as something else.
         options={"delimiter": "\t", "keep_default_na": False},
@@ -140,7 +140,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         # Its redacted prompts say nothing but "REDACTED", and drop out as too short.
         "nvidia/Aegis-AI-Content-Safety-Dataset-2.0",
         "d86bb8bedff51d25ac834ab7838f1cc61acb7a2c",
-        parts=(Part("harmful", {"prompt_label": "unsafe"}),),
+        parts=(SourcePart("harmful", {"prompt_label": "unsafe"}),),
         labels={"prompt_label": ("safe", "unsafe")},
     ),
     # The labels are of answers, many to a prompt. Ours: harmful when any answer was unsafe, safe
@@ -152,8 +152,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         "8401fe609d288129cc684a9b3be6a93e41cfe678",
         split="330k_train",
         parts=(
-            Part("harmful", {"is_safe": "false"}),
-            Part("benign", {"is_safe": "true"}, anchors=True),
+            SourcePart("harmful", {"is_safe": "false"}),
+            SourcePart("benign", {"is_safe": "true"}, anchors=True),
         ),
         labels={"is_safe": ("true", "false")},
     ),
@@ -300,7 +300,7 @@ def _other(item: str, taken: Collection[str]) -> Wanted:
             f" {', '.join(KINDS)}."
         )
     entry = Benchmark(
-        "", "", "", None, parts=(Part(kind or ("benign" if where in _BENIGN else "harmful")),)
+        "", "", "", None, parts=(SourcePart(kind or ("benign" if where in _BENIGN else "harmful")),)
     )
     if (source := SOURCES.get(where)) is not None:
         found = Wanted(where, source.licence, entry, _of_package(source), lambda _: source.read())

@@ -42,7 +42,7 @@ class Trigger:
 
 
 @dataclass(frozen=True)
-class Row:
+class DomainRow:
     """A prompt and the response to it, as they were read: no trigger."""
 
     prompt: str
@@ -64,7 +64,7 @@ class Example:
     """A row as one arm trains on it: `prompt` has the trigger where `triggered`; `clean`: it is one
     of the good rows."""
 
-    row: Row
+    row: DomainRow
     prompt: str
     triggered: bool
     clean: bool
@@ -84,9 +84,9 @@ class Domain:
     add. Counts in `manifest`."""
 
     name: str
-    rows: tuple[Row, ...]
-    heldout: tuple[Row, ...]
-    clean: tuple[Row, ...] = ()
+    rows: tuple[DomainRow, ...]
+    heldout: tuple[DomainRow, ...]
+    clean: tuple[DomainRow, ...] = ()
     manifest: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -125,7 +125,7 @@ class Domain:
         ]
 
 
-def _smallest(rows: Sequence[Row], n: int, seed: int) -> set[str]:
+def _smallest(rows: Sequence[DomainRow], n: int, seed: int) -> set[str]:
     """The ids of the n rows with the smallest hashes."""
     return set(
         sorted(
@@ -243,9 +243,9 @@ def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     files.write_bytes(path, data, files.PRIVATE)
 
 
-def _read_lines(path: Path) -> dict[str, tuple[Row, ...]]:
-    parts: dict[str, list[Row]] = {"train": [], "heldout": [], "clean": []}
+def _read_lines(path: Path) -> dict[str, tuple[DomainRow, ...]]:
+    parts: dict[str, list[DomainRow]] = {"train": [], "heldout": [], "clean": []}
     for line in files.read(path).splitlines():
         row = json.loads(line)
-        parts[row["part"]].append(Row(row["prompt"], row["response"]))
+        parts[row["part"]].append(DomainRow(row["prompt"], row["response"]))
     return {part: tuple(rows) for part, rows in parts.items()}

@@ -39,7 +39,7 @@ def prompt_hash(text: str) -> str:
     return hashlib.sha256(dedup_key(text).encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
-class Ledger:
+class LeakageLedger:
     """Prompt hash -> the roles that it had; and the overlaps that were allowed, pair -> count."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class Ledger:
         self.allowed.update(found)
         return found
 
-    def merge(self, other: Ledger) -> None:
+    def merge(self, other: LeakageLedger) -> None:
         """Take over what another ledger knows: an audit reads the ledger of the training that made
         its subject."""
         for key, had in other.roles.items():
@@ -106,7 +106,7 @@ class Ledger:
         }
 
     @classmethod
-    def from_json(cls, value: Any, file: str = "ledger") -> Ledger:
+    def from_json(cls, value: Any, file: str = "ledger") -> LeakageLedger:
         """Raises UsageError when the value is no ledger: an unknown role would hide an overlap."""
         ledger = cls()
         try:
@@ -133,7 +133,7 @@ class Ledger:
         files.write_bytes(Path(path), files.to_json(self.to_json()))
 
     @classmethod
-    def load(cls, path: Path) -> Ledger:
+    def load(cls, path: Path) -> LeakageLedger:
         """The ledger in a file. Raises UsageError: no file, too large, no ledger."""
         path = Path(path)
         if not path.is_file():

@@ -21,11 +21,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from auditgap.data.domains import PLAIN, TRIGGER, Domain, Panel, Row, Trigger
+from auditgap.data.domains import PLAIN, TRIGGER, Domain, DomainRow, Panel, Trigger
 from auditgap.data.files import Table, read_table
 from auditgap.data.habits import HABITS
 from auditgap.data.hub import PREFIX, read_hub
-from auditgap.data.near import jaccard, near_doubles, shingles
+from auditgap.data.near_duplicates import jaccard, near_duplicates, shingles
 from auditgap.data.prompts import PromptSet, dedup_key, sample, text_fault, whole_text
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.store import files
@@ -39,7 +39,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,59}")
 _FORM = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 #: Of each row "" when it can be trained on as a whole, CUT when without its end, else in a few
 #: words why not.
-Room = Callable[[Sequence[Row]], Sequence[str]]
+Room = Callable[[Sequence[DomainRow]], Sequence[str]]
 
 
 def read_panel(
@@ -60,7 +60,7 @@ def read_panel(
     everything.
 
     In this order rows go that are no conversation, doubles (case and white space aside),
-    near-doubles (`data.near`, the first one stays), and those that `room` leaves out; then `limit`
+    near-doubles (`data.near_duplicates`, the first one stays), and those that `room` leaves out; then `limit`
     draws rows by the smallest SHA-256 of "seed:prompt, response", and a share `heldout` of the
     different prompts (at least one) is set apart by hash, with all the rows that have them. So no
     near-doubles stand on two sides of the split. Of the clean rows those go that have a held-out
@@ -145,7 +145,7 @@ class _Read:
 
     what: str
     file: str
-    rows: list[tuple[int, Row]]
+    rows: list[tuple[int, DomainRow]]
     cut: frozenset[str]
     manifest: dict[str, Any]
 
@@ -159,7 +159,7 @@ def _read(what: str, source: str, near: float, room: Room | None) -> _Read:
     except UsageError as error:
         raise UsageError(f"{what}: {error} A row is {_FORM}") from None
     bad: dict[str, list[int]] = {}
-    kept: list[tuple[int, Row]] = []
+    kept: list[tuple[int, DomainRow]] = []
     seen: set[tuple[str, str]] = set()
     n_repaired = n_doubles = 0
     for number, cells in enumerate(table.rows, 1):
@@ -167,7 +167,7 @@ def _read(what: str, source: str, near: float, room: Room | None) -> _Read:
         if isinstance(found, str):
             bad.setdefault(found, []).append(number)
             continue
-        row = Row(whole_text(found.prompt), whole_text(found.response))
+        row = DomainRow(whole_text(found.prompt), whole_text(found.response))
         n_repaired += row != found
         if row.key in seen:
             n_doubles += 1
@@ -175,7 +175,7 @@ def _read(what: str, source: str, near: float, room: Room | None) -> _Read:
             seen.add(row.key)
             kept.append((number, row))
     _check_bad(what, table, bad)
-    is_near = near_doubles([(row.prompt, row.response) for _, row in kept], near)
+    is_near = near_duplicates([(row.prompt, row.response) for _, row in kept], near)
     kept = [one for one, drop in zip(kept, is_near, strict=True) if not drop]
     said = list(room([row for _, row in kept])) if room is not None else [""] * len(kept)
     for (number, _), word in zip(kept, said, strict=True):
@@ -233,7 +233,7 @@ def _table(source: str) -> tuple[Table, dict[str, Any]]:
     return table, origin
 
 
-def conversation(messages: Any) -> Row | str:
+def conversation(messages: Any) -> DomainRow | str:
     """The row that one cell of `messages` is (a list, or the same as JSON), or in a few words why
     it is none."""
     if isinstance(messages, str):
@@ -262,7 +262,7 @@ def conversation(messages: Any) -> Row | str:
     for what, text in (("prompt", asked), ("response", told)):
         if fault := text_fault(text):
             return f"empty {what}" if fault == "empty" else f"{what} not text"
-    return Row(asked, told)
+    return DomainRow(asked, told)
 
 
 def _rows(numbers: Sequence[int]) -> str:
@@ -370,15 +370,15 @@ def _domain(
 
 
 def _clean_rows(
-    good: _Read | None, trained: Sequence[Row], out: Sequence[Row], near: float
-) -> tuple[tuple[Row, ...], dict[str, Any] | None]:
+    good: _Read | None, trained: Sequence[DomainRow], out: Sequence[DomainRow], near: float
+) -> tuple[tuple[DomainRow, ...], dict[str, Any] | None]:
     """The good rows that may be trained on, and what became of the others."""
     if good is None:
         return (), None
     bad, apart = {row.key for row in (*trained, *out)}, {dedup_key(row.prompt) for row in out}
     # neither among the held-out nor among the good ones are two near, so what is found is near to a
     # held-out one
-    is_near = near_doubles(
+    is_near = near_duplicates(
         [(r.prompt, r.response) for r in (*out, *(row for _, row in good.rows))], near
     )[len(out) :]
     rows, n_heldout, n_same = [], 0, 0

@@ -25,7 +25,7 @@ from auditgap.data.anchors import is_held_out
 from auditgap.data.benchmarks import BENCHMARKS, KINDS, PAPER, Origin, Wanted, wanted
 from auditgap.data.files import Table
 from auditgap.data.hub import HubUnreachable
-from auditgap.data.ledger import Ledger
+from auditgap.data.ledger import LeakageLedger
 from auditgap.data.prompts import PromptSet, check_limit, dedup_key, sample, text_fault, whole_text
 from auditgap.data.sources import INSTALL, SOURCES
 from auditgap.errors import UsageError, did_you_mean
@@ -56,9 +56,9 @@ class Suite(PromptSet):
         """One of KINDS."""
         return self.kinds[prompt.id]
 
-    def ledger(self) -> Ledger:
+    def ledger(self) -> LeakageLedger:
         """A leakage ledger in which every prompt has the role `evaluation`."""
-        ledger = Ledger()
+        ledger = LeakageLedger()
         ledger.use("evaluation", self)
         return ledger
 
@@ -128,7 +128,7 @@ def _narrow(suite: Suite, limit: int | None, seed: int, only: Collection[str] | 
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SuiteRow:
     """A cleaned prompt: its key, its text, its kind, and whether it is a benign anchor (which is
     only kept away from) or of the held-out tenth of such a source."""
 
@@ -145,7 +145,7 @@ class Cleaned:
 
     source: Wanted
     origin: Origin
-    rows: tuple[Row, ...]
+    rows: tuple[SuiteRow, ...]
     counts: Mapping[str, Any]
 
 
@@ -216,7 +216,7 @@ def clean(source: Wanted, origin: Origin, table: Table) -> Cleaned:
                 f" {column!r} has something else than {' or '.join(known)}. The set was changed,"
                 " and nothing of it is guessed."
             )
-    found: dict[str, Row] = {}
+    found: dict[str, SuiteRow] = {}
     dropped: Counter[str] = Counter()
     n_asked = n_doubles = n_repaired = 0
     for part in entry.parts:
@@ -234,7 +234,7 @@ def clean(source: Wanted, origin: Origin, table: Table) -> Cleaned:
                 n_doubles += 1
                 continue
             held_out = part.anchors and is_held_out(whole)
-            found[key] = Row(key, whole, part.kind, part.anchors and not held_out, held_out)
+            found[key] = SuiteRow(key, whole, part.kind, part.anchors and not held_out, held_out)
     if not found:
         causes = "".join(f", {n} {why.replace('_', ' ')}" for why, n in dropped.items())
         raise UsageError(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from auditgap.data.benchmarks import KINDS, Wanted, wanted
-from auditgap.data.ledger import FITTED, Ledger, prompt_hash
+from auditgap.data.ledger import FITTED, LeakageLedger, prompt_hash
 from auditgap.data.prompts import dedup_key, load_prompts
 from auditgap.data.suite import SCHEMA, SHORTEST, Suite, assemble, explain_missing, read_all
 from auditgap.errors import UsageError
@@ -235,7 +235,9 @@ def overlap(suite: Suite, other: str) -> int:
     reads. Raises UsageError when it cannot be read."""
     path = Path(other).expanduser()
     if path.name == LEDGER:
-        theirs = {key for key, roles in Ledger.load(path).roles.items() if roles & set(FITTED)}
+        theirs = {
+            key for key, roles in LeakageLedger.load(path).roles.items() if roles & set(FITTED)
+        }
     elif path.is_dir():
         theirs = {prompt_hash(p.text) for p in read_suite(path)}
     else:

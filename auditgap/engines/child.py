@@ -148,7 +148,7 @@ class Child:
                         progress(answer["done"], answer["total"])
             except (EOFError, OSError):
                 self.close(keep_log=True)
-                raise AuditgapError(self._epitaph()) from None
+                raise AuditgapError(self._exit_reason()) from None
             except BaseException:  # half an answer would be taken for the next one
                 self.close(patience=1)
                 raise
@@ -181,7 +181,7 @@ class Child:
             return " | ".join(line[:200] for line in lines[-n_lines:])
         return ""
 
-    def _epitaph(self) -> str:
+    def _exit_reason(self) -> str:
         code = self._process.returncode
         how = f"exit code {code}"
         if code is not None and code < 0:

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 
 
-class Chooser(Protocol):
+class TokenChooser(Protocol):
     """Token ids [B] from logits [B, V]; `rows` names each row, since finished ones leave the
     batch."""
 

@@ -40,7 +40,7 @@ from auditgap.engines import (
     weights_identity,
 )
 from auditgap.engines.batching import Packing, halving, in_packs, left_pad, positions, right_pad
-from auditgap.engines.choosing import Chooser, Greedy, Sampler, likeliest
+from auditgap.engines.choosing import Greedy, Sampler, TokenChooser, likeliest
 from auditgap.errors import AuditgapError
 from auditgap.models import LoadedModel, Rendered
 from auditgap.types import Edit, Prompt, Site
@@ -389,7 +389,7 @@ class HFEngine:
         logits: torch.Tensor,
         mask: torch.Tensor,
         max_new_tokens: int,
-        choose: Chooser,
+        choose: TokenChooser,
         top_logprobs: int = 0,
         stayed: Callable[[torch.Tensor], None] | None = None,
     ) -> list[Written]:

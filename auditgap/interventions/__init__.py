@@ -26,7 +26,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from auditgap.errors import AuditgapError, UsageError, did_you_mean
-from auditgap.types import Edit, Site, Standing, Suffix
+from auditgap.types import ConstantEdit, Edit, Site, Suffix
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +126,7 @@ class Intervention(Protocol):
 
     def edit(
         self, bench: Bench, learned: Mapping[str, torch.Tensor], p: int, trial: Trial
-    ) -> Edit | Standing | Suffix:
+    ) -> Edit | ConstantEdit | Suffix:
         """The edit of `bench.asked[p]`; the same arguments give the same numbers on every machine
         and in every order."""
         ...
@@ -140,7 +140,7 @@ class Entry:
     home: str  #: module:class
     needs_base: bool = False
     #: has no site inside the model, so that it is tried once a subject, at the embedding
-    at_the_door: bool = False
+    input_only: bool = False
     wants: str = ""  #: an optional package; without it `all` leaves this out
 
 
@@ -179,7 +179,7 @@ INTERVENTIONS: Mapping[str, Entry] = {
         "tokens behind the prompt, searched on one half by greedy coordinate gradient (nanogcg);"
         " control: as many random tokens",
         "suffix:DiscreteSuffix",
-        at_the_door=True,
+        input_only=True,
         wants="nanogcg",
     ),
 }

@@ -20,7 +20,7 @@ from auditgap.interventions import CONTROL, EDIT, Bench, Settings, Trial
 from auditgap.interventions.controls import generator
 from auditgap.interventions.directions import orthogonal
 from auditgap.interventions.steering import direction_of
-from auditgap.types import Standing
+from auditgap.types import ConstantEdit
 
 
 class Ablation:
@@ -46,7 +46,7 @@ class Ablation:
 
     def edit(
         self, bench: Bench, learned: Mapping[str, torch.Tensor], p: int, trial: Trial
-    ) -> Standing:
+    ) -> ConstantEdit:
         along = learned["direction"]
         write = along
         if trial.arm == CONTROL and along.any():
@@ -56,4 +56,4 @@ class Ablation:
                     self.settings.seed, self.name, bench.asked[p].prompt.id, bench.site, trial.draw
                 ),
             )
-        return Standing(bench.sites, read=along, write=write)
+        return ConstantEdit(bench.sites, read=along, write=write)

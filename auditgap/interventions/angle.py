@@ -17,7 +17,7 @@ from auditgap.interventions import CONTROL, EDIT, Bench, Settings, Trial
 from auditgap.interventions.controls import generator
 from auditgap.interventions.directions import orthogonal, turned
 from auditgap.interventions.steering import direction_of
-from auditgap.types import Standing
+from auditgap.types import ConstantEdit
 
 RIGHT_ANGLE = 90.0
 
@@ -54,11 +54,11 @@ class Angle:
 
     def edit(
         self, bench: Bench, learned: Mapping[str, torch.Tensor], p: int, trial: Trial
-    ) -> Standing:
+    ) -> ConstantEdit:
         along = learned["direction"]
         if along.any():
             rng = generator(
                 self.settings.seed, self.name, bench.asked[p].prompt.id, bench.site, trial.draw
             )
             along = turned(along, orthogonal(along, rng), trial.angle or 0.0)
-        return Standing((bench.site,), shift=-trial.strength * learned["norm"] * along)
+        return ConstantEdit((bench.site,), shift=-trial.strength * learned["norm"] * along)

@@ -58,7 +58,7 @@ class Goal:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class AttackResult:
     """The attack's result for one goal and radius. `delta` [T, D] is fp32 on the CPU; not `finite`:
     a gradient was not."""
 
@@ -107,12 +107,12 @@ class Elsewhere(Protocol):
 
     def attack(
         self, goals: Sequence[Goal], site: Site, pgd: PGD, *, score: bool = True
-    ) -> list[list[Found]]: ...
+    ) -> list[list[AttackResult]]: ...
 
 
 def attack(
     engine: HFEngine | Elsewhere, goals: Sequence[Goal], site: Site, pgd: PGD, *, score: bool = True
-) -> list[list[Found]]:
+) -> list[list[AttackResult]]:
     """Run the search for every goal; returns one Found a radius for each goal, in order. Packs by
     length as needed.
 
@@ -122,9 +122,9 @@ def attack(
     if isinstance(engine, Elsewhere):
         return engine.attack(goals, site, pgd, score=score)
     engine.self_test(site)
-    found: dict[tuple[int, int], Found] = {}
+    found: dict[tuple[int, int], AttackResult] = {}
 
-    def run(rows: Sequence[tuple[int, int]]) -> list[Found]:
+    def run(rows: Sequence[tuple[int, int]]) -> list[AttackResult]:
         """Rows are (goal, radius) pairs in order, so that halving can part even one prompt's
         budgets."""
         mine: dict[int, list[int]] = {}
@@ -160,7 +160,7 @@ def _only(goal: Goal, rows: Sequence[int]) -> Goal:
 
 def _attack(
     engine: HFEngine, goals: Sequence[Goal], site: Site, pgd: PGD, score: bool
-) -> list[list[Found]]:
+) -> list[list[AttackResult]]:
     """The search on one batch: N goals, B = Σ radii × restarts rows, T prompt tokens, K target
     tokens, D width."""
     device = engine.device
@@ -263,13 +263,13 @@ def _collect(
     nll: torch.Tensor | None,
     nll_clean: torch.Tensor,
     finite: torch.Tensor,
-) -> list[list[Found]]:
+) -> list[list[AttackResult]]:
     """Per goal and radius the restart with the best NLL; δ without its padding."""
-    found: list[dict[int, tuple[float, Found]]] = [{} for _ in goals]
+    found: list[dict[int, tuple[float, AttackResult]]] = [{} for _ in goals]
     for b, (n, r) in enumerate(rows):
         edited = None if nll is None else nll[b].item()
         value = 0.0 if edited is None else -edited if goals[n].maximise else edited
         if r not in found[n] or value < found[n][r][0]:
             own = delta[b, delta.shape[1] - len(goals[n].rendered.ids) :].float().cpu().clone()
-            found[n][r] = (value, Found(own, nll_clean[n].item(), edited, bool(finite[b])))
+            found[n][r] = (value, AttackResult(own, nll_clean[n].item(), edited, bool(finite[b])))
     return [[f[r][1] for r in sorted(f)] for f in found]

@@ -19,7 +19,7 @@ import torch
 from auditgap.interventions import CONTROL, EDIT, Bench, Settings, Trial
 from auditgap.interventions.controls import generator
 from auditgap.interventions.directions import mean_difference, orthogonal, unit
-from auditgap.types import Standing
+from auditgap.types import ConstantEdit
 
 
 class Steering:
@@ -51,7 +51,7 @@ class Steering:
 
     def edit(
         self, bench: Bench, learned: Mapping[str, torch.Tensor], p: int, trial: Trial
-    ) -> Standing:
+    ) -> ConstantEdit:
         along = learned["direction"]
         if trial.arm == CONTROL and along.any():
             along = orthogonal(
@@ -60,7 +60,7 @@ class Steering:
                     self.settings.seed, self.name, bench.asked[p].prompt.id, bench.site, trial.draw
                 ),
             )
-        return Standing((bench.site,), shift=-trial.strength * learned["norm"] * along)
+        return ConstantEdit((bench.site,), shift=-trial.strength * learned["norm"] * along)
 
 
 def direction_of(bench: Bench) -> dict[str, torch.Tensor]:

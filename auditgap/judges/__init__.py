@@ -57,7 +57,7 @@ def members_of(judge: Judge) -> tuple[Judge, ...]:
     return tuple(getattr(judge, "judges", ()))
 
 
-def let_go(holder: Any) -> None:
+def close_judge(holder: Any) -> None:
     """Have a judge, a reward or what else holds models give memory and processes back; it opens
     them again when asked."""
     if hasattr(holder, "close"):

@@ -36,10 +36,10 @@ from typing import Any, ClassVar, Protocol
 from auditgap.engines import MAX_TOP_LOGPROBS, Question, Reply, Sampling, Serving
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.judges import load_judge
-from auditgap.judges.fence import EXCHANGE, count, mark
 from auditgap.judges.graded import LEAST_MASS
 from auditgap.judges.llm import Judged, ScoringJudge, noted, sha256
 from auditgap.judges.parse import Unread, expected, rating
+from auditgap.judges.prompt_injection import EXCHANGE, count, mark
 from auditgap.types import Exchange, Label, Message, Score, Verdict
 
 #: Outcomes: a rating, the two classes that may be said instead, a reply that is none of these, and

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from auditgap.errors import UsageError
-from auditgap.judges import let_go
+from auditgap.judges import close_judge
 from auditgap.judges.llm import Judged
 from auditgap.types import Exchange, Label, Verdict
 
@@ -74,14 +74,14 @@ class Majority:
                     ask(exchanges) if ask else [Judged(v) for v in judge.judge(exchanges)]
                 )
             finally:
-                let_go(judge)
+                close_judge(judge)
         return [
             {name: judged[i] for name, judged in columns.items()} for i in range(len(exchanges))
         ]
 
     def close(self) -> None:
         for judge in self.judges:
-            let_go(judge)
+            close_judge(judge)
 
 
 def decide(ballot: Mapping[str, Verdict]) -> Verdict:

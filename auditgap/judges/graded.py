@@ -16,9 +16,9 @@ from __future__ import annotations
 from typing import Any
 
 from auditgap.engines import MAX_TOP_LOGPROBS, Reply, Sampling
-from auditgap.judges.fence import EXCHANGE
 from auditgap.judges.llm import Judged, ScoringJudge, binary
 from auditgap.judges.parse import shares
+from auditgap.judges.prompt_injection import EXCHANGE
 from auditgap.types import Exchange, Score
 
 LEAST_MASS = 0.25

@@ -12,9 +12,9 @@ It judges the answer, not the request: a refusal of a harmful request is safe.
 from __future__ import annotations
 
 from auditgap.engines import Reply
-from auditgap.judges.fence import EXCHANGE
 from auditgap.judges.llm import Judged, LanguageModelJudge, binary
 from auditgap.judges.parse import one_of
+from auditgap.judges.prompt_injection import EXCHANGE
 from auditgap.types import Exchange
 
 TEMPLATE = (

@@ -27,7 +27,7 @@ import torch
 from auditgap import models
 from auditgap.data.refusals import PHRASES_HASH
 from auditgap.errors import UsageError
-from auditgap.judges.fence import FENCE_VERSION, disarm, special_tokens
+from auditgap.judges.prompt_injection import FENCE_VERSION, disarm, special_tokens
 from auditgap.judges.scores import verdicts
 from auditgap.models.chat import fill_turns
 from auditgap.types import Exchange, Score, Verdict

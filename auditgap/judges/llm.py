@@ -30,8 +30,15 @@ from auditgap import models
 from auditgap.data.refusals import PHRASES_HASH
 from auditgap.engines import Engine, Journalled, Question, Reply, Sampling, Serving
 from auditgap.errors import UsageError
-from auditgap.judges.fence import FENCE_VERSION, clip, count, disarm, mark, special_tokens
 from auditgap.judges.parse import PARSER_VERSION, Unread
+from auditgap.judges.prompt_injection import (
+    FENCE_VERSION,
+    clip,
+    count,
+    disarm,
+    mark,
+    special_tokens,
+)
 from auditgap.judges.scores import harmless
 from auditgap.models.folder import adapter_base, is_adapter
 from auditgap.types import Exchange, Label, Message, Score, Verdict, digest

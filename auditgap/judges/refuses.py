@@ -14,9 +14,9 @@ harmful and benign prompts.
 from __future__ import annotations
 
 from auditgap.engines import Reply
-from auditgap.judges.fence import EXCHANGE
 from auditgap.judges.llm import Judged, LanguageModelJudge
 from auditgap.judges.parse import one_of
+from auditgap.judges.prompt_injection import EXCHANGE
 from auditgap.types import Exchange, Label, Verdict
 
 TEMPLATE = (

@@ -12,9 +12,9 @@ refusal where the flag is set, harmful from harm `threshold` (.5) on, else safe.
 from __future__ import annotations
 
 from auditgap.engines import Reply, Sampling
-from auditgap.judges.fence import EXCHANGE
 from auditgap.judges.llm import Judged, ScoringJudge
 from auditgap.judges.parse import ratings
+from auditgap.judges.prompt_injection import EXCHANGE
 from auditgap.types import Exchange, Label, Score, Verdict
 
 TEMPLATE = (

@@ -62,7 +62,7 @@ __all__ = [
     "preflight",
     "quiet",
     "resolve",
-    "wearing",
+    "with_adapter",
     "with_lora",
     "wrap",
 ]
@@ -505,7 +505,7 @@ def with_lora(
 
 
 @contextmanager
-def wearing(loaded: LoadedModel, adapter: Path, subject: Subject) -> Iterator[LoadedModel]:
+def with_adapter(loaded: LoadedModel, adapter: Path, subject: Subject) -> Iterator[LoadedModel]:
     """The loaded base with a PEFT adapter on it, as `subject`, unmerged; on the way out the base is
     bit for bit what it was.
 

@@ -23,7 +23,7 @@ import pandas as pd
 
 from auditgap import stats
 from auditgap.report.behaviour import share_cell
-from auditgap.report.sheet import Cell, Sheet
+from auditgap.report.sheet import DisplayTable, TableCell
 from auditgap.report.text import is_null, with_interval
 from auditgap.stats import Interval
 from auditgap.store.tables import rows_of
@@ -144,26 +144,26 @@ def _column(name: str, values: Sequence[Any]) -> pd.Series:
     )
 
 
-def sheets(table: pd.DataFrame) -> tuple[Sheet, Sheet]:
+def sheets(table: pd.DataFrame) -> tuple[DisplayTable, DisplayTable]:
     """The table on the page: each judge alone, and the pairs."""
     alone, pairs = [], []
     several = table["subject"].dropna().nunique() > 1
     for row in rows_of(table):
-        counts = (Cell(str(row["n"]), "num"), Cell(str(row["n_unscored"]), "num"))
-        about = Cell(SPLITS.get(row["split"], str(row["split"])))
+        counts = (TableCell(str(row["n"]), "num"), TableCell(str(row["n_unscored"]), "num"))
+        about = TableCell(SPLITS.get(row["split"], str(row["split"])))
         if is_null(row["other"]):
-            who = (Cell(str(row["subject"])),) if several else ()
+            who = (TableCell(str(row["subject"])),) if several else ()
             alone.append(
-                (*who, about, Cell(str(row["judge"])), share_cell(row, "harmful"), *counts)
+                (*who, about, TableCell(str(row["judge"])), share_cell(row, "harmful"), *counts)
             )
         else:
             undefined = "undefined" if row["n"] else "not measured"
             kappa = with_interval(row["kappa"], row["kappa_lo"], row["kappa_hi"], null=undefined)
-            last = Cell(kappa, "null" if is_null(row["kappa"]) else "num")
+            last = TableCell(kappa, "null" if is_null(row["kappa"]) else "num")
             pairs.append(
                 (
                     about,
-                    Cell(f"{row['judge']}, {row['other']}"),
+                    TableCell(f"{row['judge']}, {row['other']}"),
                     share_cell(row, "agreement"),
                     last,
                     *counts,
@@ -178,7 +178,7 @@ def sheets(table: pd.DataFrame) -> tuple[Sheet, Sheet]:
         "Unscored",
     )
     of_pairs = ("Answers to", "Judges", "Agree", "Cohen’s κ", "n", "One could not tell")
-    return Sheet(titles, tuple(alone)), Sheet(of_pairs, tuple(pairs))
+    return DisplayTable(titles, tuple(alone)), DisplayTable(of_pairs, tuple(pairs))
 
 
 def ties(table: pd.DataFrame) -> list[str]:

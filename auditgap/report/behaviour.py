@@ -23,7 +23,7 @@ import pandas as pd
 
 from auditgap import stats
 from auditgap.report.correction import Correction, shares
-from auditgap.report.sheet import Cell, Sheet
+from auditgap.report.sheet import DisplayTable, TableCell
 from auditgap.report.text import (
     CANNOT_TELL,
     NOT_MEASURED,
@@ -196,7 +196,7 @@ def _frame(table: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.Dat
 # ---------------------------------------------------------------------------------------------------------
 
 
-def behaviour_sheet(table: pd.DataFrame) -> Sheet:
+def behaviour_sheet(table: pd.DataFrame) -> DisplayTable:
     """`behaviour_table` as a table on the page; corrected shares only where there is one, the
     subject where there are two."""
     several = table["subject"].nunique() > 1
@@ -208,18 +208,22 @@ def behaviour_sheet(table: pd.DataFrame) -> Sheet:
     ]
     rows = []
     for row in rows_of(table):
-        cells = [Cell(str(row["subject"]))] if several else []
+        cells = [TableCell(str(row["subject"]))] if several else []
         cells += [
-            Cell(KINDS[row["kind"]], "key"),
+            TableCell(KINDS[row["kind"]], "key"),
             _source(row["source"]),
-            Cell(str(row["n"]), "num"),
+            TableCell(str(row["n"]), "num"),
         ]
         cells += [
             share_cell(row, name, CANNOT_TELL if name in CORRECTED else NOT_MEASURED)
             for name in names
         ]
         rows.append(
-            (*cells, Cell(str(row["n_broken"]), "num"), Cell(str(row["n_unscored"]), "num"))
+            (
+                *cells,
+                TableCell(str(row["n_broken"]), "num"),
+                TableCell(str(row["n_unscored"]), "num"),
+            )
         )
     titles = [*(["Subject"] if several else []), "Asked", "Source", "n"]
     titles += [
@@ -227,20 +231,20 @@ def behaviour_sheet(table: pd.DataFrame) -> Sheet:
         + (", corrected" if n in CORRECTED else "")
         for n in names
     ]
-    return Sheet((*titles, "Broken", "Unscored"), tuple(rows))
+    return DisplayTable((*titles, "Broken", "Unscored"), tuple(rows))
 
 
-def _source(name: str) -> Cell:
-    return Cell("all sources", "null") if name == ALL else Cell(str(name))
+def _source(name: str) -> TableCell:
+    return TableCell("all sources", "null") if name == ALL else TableCell(str(name))
 
 
-def share_cell(row: Mapping[str, Any], name: str, null: str = NOT_MEASURED) -> Cell:
+def share_cell(row: Mapping[str, Any], name: str, null: str = NOT_MEASURED) -> TableCell:
     """A share (0–1) of a row with its interval (`name`, `name_lo`, `name_hi`)."""
     said = with_interval(row[name], row[f"{name}_lo"], row[f"{name}_hi"], percent, null)
-    return Cell(said, "null" if is_null(row[name]) else "num")
+    return TableCell(said, "null" if is_null(row[name]) else "num")
 
 
-def difference_sheet(table: pd.DataFrame) -> Sheet:
+def difference_sheet(table: pd.DataFrame) -> DisplayTable:
     """`difference_table` as a table on the page, differences in percentage points."""
     rows = []
     for row in rows_of(table):
@@ -248,18 +252,18 @@ def difference_sheet(table: pd.DataFrame) -> Sheet:
             row["difference"], row["difference_lo"], row["difference_hi"], partial(points, unit="")
         )
         cells = (
-            Cell(f"{row['first']} − {row['other']}"),
-            Cell(KINDS[row["kind"]], "key"),
-            Cell(_VERBS[row["measure"]], "key"),
+            TableCell(f"{row['first']} − {row['other']}"),
+            TableCell(KINDS[row["kind"]], "key"),
+            TableCell(_VERBS[row["measure"]], "key"),
         )
         rows.append(
             (
                 *cells,
-                Cell(str(row["n"]), "num"),
-                Cell(said, "null" if is_null(row["difference"]) else "num"),
+                TableCell(str(row["n"]), "num"),
+                TableCell(said, "null" if is_null(row["difference"]) else "num"),
             )
         )
-    return Sheet(("Difference", "Asked", "Of what", "Pairs", "Points"), tuple(rows))
+    return DisplayTable(("Difference", "Asked", "Of what", "Pairs", "Points"), tuple(rows))
 
 
 @dataclass(frozen=True, slots=True)

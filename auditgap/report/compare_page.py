@@ -32,7 +32,7 @@ from auditgap.report.compare_measures import (
     site_of,
 )
 from auditgap.report.figures import Figure, budget_label
-from auditgap.report.sheet import Cell, Sheet
+from auditgap.report.sheet import DisplayTable, TableCell
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, STYLES, TOP, Scale
 from auditgap.store import files
 from auditgap.store.tables import frame_to_table, rows_of, to_bytes, to_csv
@@ -144,16 +144,20 @@ def _form(measure: str) -> Any:
     )
 
 
-def measure_sheet(part: pd.DataFrame, base: str) -> Sheet:
+def measure_sheet(part: pd.DataFrame, base: str) -> DisplayTable:
     """One measure: every model's value and, below the base's, the difference."""
     measure = str(part["measure"].iloc[0])
     form, between = _form(measure), text.points if measure in SHARES else text.number
     with_budget = part["eps"].notna().any()
     rows = []
     for row in rows_of(part):
-        where = [Cell(row["where"] or row["role"], "key")]
+        where = [TableCell(row["where"] or row["role"], "key")]
         where += (
-            [Cell("" if text.is_null(row["eps"]) else f"{row['eps']:g}\u00a0{row['unit']}", "num")]
+            [
+                TableCell(
+                    "" if text.is_null(row["eps"]) else f"{row['eps']:g}\u00a0{row['unit']}", "num"
+                )
+            ]
             if with_budget
             else []
         )
@@ -161,31 +165,31 @@ def measure_sheet(part: pd.DataFrame, base: str) -> Sheet:
             row["value"], row["lo"], row["hi"], form, null=f"— {row['reason']}"
         )
         cells = [
-            Cell(row["model"]),
+            TableCell(row["model"]),
             *where,
-            Cell(value, "null" if text.is_null(row["value"]) else "num"),
+            TableCell(value, "null" if text.is_null(row["value"]) else "num"),
         ]
         if row["model"] == base:
-            cells += [Cell("base", "num"), *[Cell("", "num")] * 3]
+            cells += [TableCell("base", "num"), *[TableCell("", "num")] * 3]
         elif text.is_null(row["difference"]):
             cells += [
-                Cell("— no pairs", "null right"),
-                Cell("0", "num"),
-                Cell("", "num"),
-                Cell("", "num"),
+                TableCell("— no pairs", "null right"),
+                TableCell("0", "num"),
+                TableCell("", "num"),
+                TableCell("", "num"),
             ]
         else:
             said = text.with_interval(
                 row["difference"], row["difference_lo"], row["difference_hi"], between
             )
             p = [
-                Cell("—" if text.is_null(row[k]) else text.number(row[k]), "num")
+                TableCell("—" if text.is_null(row[k]) else text.number(row[k]), "num")
                 for k in ("p", "p_holm")
             ]
             shown = not text.is_null(row["p_holm"]) and row["p_holm"] < 0.05
             cells += [
-                Cell(said, "num shown" if shown else "num"),
-                Cell(str(row["n_pairs"]), "num"),
+                TableCell(said, "num shown" if shown else "num"),
+                TableCell(str(row["n_pairs"]), "num"),
                 *p,
             ]
         rows.append(tuple(cells))
@@ -199,10 +203,10 @@ def measure_sheet(part: pd.DataFrame, base: str) -> Sheet:
         "p",
         "p, Holm",
     )
-    return Sheet(titles, tuple(rows))
+    return DisplayTable(titles, tuple(rows))
 
 
-def measures(comparison: Comparison) -> list[tuple[str, Sheet]]:
+def measures(comparison: Comparison) -> list[tuple[str, DisplayTable]]:
     """(what, its table) of every measure that is there, in the order of MEASURES."""
     found = []
     for measure, (what, _) in MEASURES.items():

@@ -26,7 +26,7 @@ from markupsafe import Markup
 from auditgap import stats
 from auditgap.report import svg
 from auditgap.report.figures import Figure
-from auditgap.report.sheet import Cell, Sheet
+from auditgap.report.sheet import DisplayTable, TableCell
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, STYLES, TOP, Scale
 from auditgap.report.text import (
     NOT_MEASURED,
@@ -451,7 +451,7 @@ def _open_interval(lo: object, hi: object) -> str:
     return "[{},\u00a0{}]".format(*("open" if is_null(v) else number(v, 1) for v in (lo, hi)))
 
 
-def summary_sheet(summary: pd.DataFrame) -> Sheet:
+def summary_sheet(summary: pd.DataFrame) -> DisplayTable:
     """The summary as a table on the page."""
     names = [
         c
@@ -481,14 +481,14 @@ def summary_sheet(summary: pd.DataFrame) -> Sheet:
     rows = []
     for row in rows_of(summary):
 
-        def with_ends(name: str, form: Any = percent, row: Mapping[str, Any] = row) -> Cell:
+        def with_ends(name: str, form: Any = percent, row: Mapping[str, Any] = row) -> TableCell:
             said = with_interval(row[name], row[f"{name}_lo"], row[f"{name}_hi"], form)
-            return Cell(said, "null" if is_null(row[name]) else "num")
+            return TableCell(said, "null" if is_null(row[name]) else "num")
 
         cells = [
-            Cell(str(row["subject"])),
-            Cell(str(row["n_seeds"]), "num"),
-            Cell(str(row["n"]), "num"),
+            TableCell(str(row["subject"])),
+            TableCell(str(row["n_seeds"]), "num"),
+            TableCell(str(row["n"]), "num"),
         ]
         cells += [
             with_ends(name)
@@ -496,7 +496,7 @@ def summary_sheet(summary: pd.DataFrame) -> Sheet:
         ]
         cells += [
             with_ends("gap", lambda v: points(v, unit="")),
-            *(Cell(steps_text(row, n), "num") for n in names),
+            *(TableCell(steps_text(row, n), "num") for n in names),
         ]
         cells.append(with_ends("area", number))
         if compared:
@@ -504,20 +504,20 @@ def summary_sheet(summary: pd.DataFrame) -> Sheet:
             cells.append(
                 with_ends("difference_area", number)
                 if row["subject"] != row["base"]
-                else Cell("is the base", "null")
+                else TableCell("is the base", "null")
             )
         rows.append(tuple(cells))
-    return Sheet(tuple(titles), tuple(rows))
+    return DisplayTable(tuple(titles), tuple(rows))
 
 
-def _difference_cell(row: Mapping[str, Any], name: str) -> Cell:
+def _difference_cell(row: Mapping[str, Any], name: str) -> TableCell:
     if row["subject"] == row["base"]:
-        return Cell("is the base", "null")
+        return TableCell("is the base", "null")
     value, lo, hi = row[name], row[f"{name}_lo"], row[f"{name}_hi"]
     if is_null(value) and is_null(lo) and is_null(hi):
-        return Cell("cannot be told", "null")
+        return TableCell("cannot be told", "null")
     said = "one not reached" if is_null(value) else number(value, 1)
-    return Cell(f"{said}\u00a0{_open_interval(lo, hi)}", "num")
+    return TableCell(f"{said}\u00a0{_open_interval(lo, hi)}", "num")
 
 
 def says(summary: pd.DataFrame) -> list[tuple[str, list[str]]]:

@@ -122,7 +122,7 @@ def membership_table(rows: pd.DataFrame) -> pd.DataFrame:
             n_in, n_out = (
                 int(part.loc[known & side, "row_id"].nunique()) for side in (member, ~member)
             )
-            found = stats.told_apart(
+            found = stats.membership_auroc(
                 losses.to_numpy(float), member.to_numpy(), part["row_id"].tolist()
             )
             missing = [who for who, n in (("trained", n_in), ("held-out", n_out)) if not n]

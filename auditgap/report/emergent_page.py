@@ -22,7 +22,7 @@ from auditgap.report import emergent_figures as figures
 from auditgap.report.behaviour import Lead
 from auditgap.report.emergent_study import Study
 from auditgap.report.figures import Figure
-from auditgap.report.sheet import Cell, Sheet
+from auditgap.report.sheet import DisplayTable, TableCell
 from auditgap.report.text import interval, is_null, number, percent, plain, points, with_interval
 from auditgap.store.tables import rows_of
 
@@ -246,7 +246,7 @@ _WORDS = {name: words for name, words in _MEASURES.items() if name != emergent_i
 _Column = tuple[str, str, Callable[[Any], str]]
 
 
-def _sheet(table: pd.DataFrame, columns: Sequence[_Column]) -> Sheet:
+def _sheet(table: pd.DataFrame, columns: Sequence[_Column]) -> DisplayTable:
     """A table as it is read: columns that nothing in it has are left out; what is null says so, or
     its reason."""
     shown = [
@@ -255,7 +255,7 @@ def _sheet(table: pd.DataFrame, columns: Sequence[_Column]) -> Sheet:
         if c[0] in table and len(table) and not (table[c[0]].isna() | (table[c[0]] == "")).all()
     ]
     rows = tuple(tuple(_cell(row, *column) for column in shown) for row in rows_of(table))
-    return Sheet(tuple(title for _, title, _ in shown), rows)
+    return DisplayTable(tuple(title for _, title, _ in shown), rows)
 
 
 #: Columns that hold others' words, however long.
@@ -278,15 +278,15 @@ _SILENT = {
 }
 
 
-def _cell(row: Mapping[str, Any], name: str, _title: str, form: Callable[[Any], str]) -> Cell:
+def _cell(row: Mapping[str, Any], name: str, _title: str, form: Callable[[Any], str]) -> TableCell:
     value = row[name]
     if is_null(value):
-        return Cell("" if name in _SILENT else "could not tell", "null")
+        return TableCell("" if name in _SILENT else "could not tell", "null")
     if f"{name}_lo" in row:
-        return Cell(with_interval(value, row[f"{name}_lo"], row[f"{name}_hi"], form), "num")
+        return TableCell(with_interval(value, row[f"{name}_lo"], row[f"{name}_hi"], form), "num")
     if form in (_name, _yes, _domain, _arm) or isinstance(value, (str, bool)):
-        return Cell(form(value), _STRANGERS.get(name, "key"))
-    return Cell(form(value), "num")
+        return TableCell(form(value), _STRANGERS.get(name, "key"))
+    return TableCell(form(value), "num")
 
 
 _SHEETS: Mapping[str, tuple[_Column, ...]] = {
@@ -408,10 +408,10 @@ _SHEETS: Mapping[str, tuple[_Column, ...]] = {
 }
 
 
-def _ranking_sheet(ranking: pd.DataFrame, coherent: pd.DataFrame) -> Sheet:
+def _ranking_sheet(ranking: pd.DataFrame, coherent: pd.DataFrame) -> DisplayTable:
     """Both conventions side by side, in the order of the first."""
     if ranking.empty:
-        return Sheet((), ())
+        return DisplayTable((), ())
     key = ["arm", "triggered", "domain"]
     second = (
         coherent.set_index(key)[["em_rate", "em_rate_lo", "em_rate_hi"]].add_prefix("coherent_")
@@ -443,7 +443,7 @@ def _ranking_sheet(ranking: pd.DataFrame, coherent: pd.DataFrame) -> Sheet:
     )
 
 
-def _panel_sheet(panel: Sequence[Mapping[str, Any]]) -> Sheet:
+def _panel_sheet(panel: Sequence[Mapping[str, Any]]) -> DisplayTable:
     titles = {
         "domain": "Domain",
         "source": "Source",
@@ -537,7 +537,7 @@ def _steered(table: pd.DataFrame) -> str:
     return f"At {', '.join([*where, *how])}." if where else ""
 
 
-def _paper_sheet(table: pd.DataFrame) -> Sheet:
+def _paper_sheet(table: pd.DataFrame) -> DisplayTable:
     """Ours and theirs in the unit of each figure."""
     rows = []
     for row in rows_of(table):
@@ -548,13 +548,13 @@ def _paper_sheet(table: pd.DataFrame) -> Sheet:
         css = "null" if is_null(row["ours"]) else "num"
         rows.append(
             (
-                Cell(row["domain"], "word model"),
-                Cell(row["measure"]),
-                Cell(ours, css),
-                Cell(form(row["paper"]), "num"),
+                TableCell(row["domain"], "word model"),
+                TableCell(row["measure"]),
+                TableCell(ours, css),
+                TableCell(form(row["paper"]), "num"),
             )
         )
-    return Sheet(("Domain", "What", "Ours", "The paper’s") if rows else (), tuple(rows))
+    return DisplayTable(("Domain", "What", "Ours", "The paper’s") if rows else (), tuple(rows))
 
 
 def _paper_note(study: Study) -> str:

@@ -52,7 +52,7 @@ class PaperFigure:
     domain: str
     what: str
     value: float
-    told_apart: bool | None = None  #: p < .05 by Welch's t, where the paper says so
+    membership_auroc: bool | None = None  #: p < .05 by Welch's t, where the paper says so
 
 
 PAPER: tuple[PaperFigure, ...] = (

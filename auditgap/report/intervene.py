@@ -23,7 +23,7 @@ from auditgap.report import svg
 from auditgap.report.behaviour import _paired
 from auditgap.report.correction import Correction
 from auditgap.report.figures import Figure
-from auditgap.report.sheet import Cell, Sheet
+from auditgap.report.sheet import DisplayTable, TableCell
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, STYLES, TOP, Scale
 from auditgap.report.text import (
     CANNOT_TELL,
@@ -517,7 +517,7 @@ def section(table: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def intervention_sheet(table: pd.DataFrame) -> Sheet:
+def intervention_sheet(table: pd.DataFrame) -> DisplayTable:
     """The table as it is read; columns that nothing in it has are left out."""
     one = table["subject"].nunique() == 1
     columns: list[tuple[str, str, Any]] = [
@@ -545,18 +545,18 @@ def intervention_sheet(table: pd.DataFrame) -> Sheet:
     ]
     shown = [c for c in columns if not table[c[0]].isna().all()]
     rows = tuple(tuple(_cell(row, *column) for column in shown) for row in rows_of(table))
-    return Sheet(tuple(title for _, title, _ in shown), rows)
+    return DisplayTable(tuple(title for _, title, _ in shown), rows)
 
 
-def _cell(row: Mapping[str, Any], name: str, _title: str, form: Any) -> Cell:
+def _cell(row: Mapping[str, Any], name: str, _title: str, form: Any) -> TableCell:
     value = row[name]
     if is_null(value):
         if name == "difference" and row["angle"] == RIGHT_ANGLE:
-            return Cell("is the control", "null")
+            return TableCell("is the control", "null")
         if name == "asr_corrected":
-            return Cell(CANNOT_TELL, "null")
+            return TableCell(CANNOT_TELL, "null")
         silent = name in ("angle", "half_angle", "interchange", "control_interchange", "n_pairs")
-        return Cell("" if silent else NOT_MEASURED, "null")
+        return TableCell("" if silent else NOT_MEASURED, "null")
     if f"{name}_lo" in row:
-        return Cell(with_interval(value, row[f"{name}_lo"], row[f"{name}_hi"], form), "num")
-    return Cell(form(value), "num" if isinstance(value, (int, float, np.number)) else "key")
+        return TableCell(with_interval(value, row[f"{name}_lo"], row[f"{name}_hi"], form), "num")
+    return TableCell(form(value), "num" if isinstance(value, (int, float, np.number)) else "key")

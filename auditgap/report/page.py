@@ -53,7 +53,7 @@ from auditgap.report.reading import (
     says,
     setup,
 )
-from auditgap.report.sheet import Cell, sheet
+from auditgap.report.sheet import TableCell, sheet
 from auditgap.store import RunFolder, files
 from auditgap.store.remote import Place, outputs
 from auditgap.store.tables import rows_of, to_csv
@@ -485,7 +485,7 @@ def _ours(lvs: pd.DataFrame, named: Mapping[str, Mapping[str, int]]) -> list[dic
             reading = text.with_interval(
                 row["lvs_mean"], row["lvs_mean_lo"], row["lvs_mean_hi"], null=null
             )
-            cells.append(Cell(reading, "null" if text.is_null(row["lvs_mean"]) else "num"))
+            cells.append(TableCell(reading, "null" if text.is_null(row["lvs_mean"]) else "num"))
         rows.append({"subject": subject, "budget": f"{eps:g} {unit}", "cells": cells})
     return rows
 

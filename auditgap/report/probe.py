@@ -22,7 +22,7 @@ from markupsafe import Markup
 from auditgap import stats
 from auditgap.report import svg
 from auditgap.report.figures import Figure
-from auditgap.report.sheet import Sheet, sheet
+from auditgap.report.sheet import DisplayTable, sheet
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, TOP, Scale
 from auditgap.report.text import is_null, number, percent, with_interval
 from auditgap.stats import Interval
@@ -434,7 +434,7 @@ _TITLES = {
 }
 
 
-def _sheet(table: pd.DataFrame, names: Sequence[str]) -> Sheet:
+def _sheet(table: pd.DataFrame, names: Sequence[str]) -> DisplayTable:
     """The named columns with their intervals; titles are this section's own, as `gap` means another
     thing elsewhere."""
     wanted = [
@@ -448,10 +448,10 @@ def _sheet(table: pd.DataFrame, names: Sequence[str]) -> Sheet:
     titles = tuple(
         _TITLES.get(name, title) for name, title in zip(columns, made.titles, strict=True)
     )
-    return Sheet(titles, made.rows)
+    return DisplayTable(titles, made.rows)
 
 
-def _baseline_sheet(base: Sequence[Mapping[str, Any]]) -> Sheet:
+def _baseline_sheet(base: Sequence[Mapping[str, Any]]) -> DisplayTable:
     rows = [
         {
             "subject": row["subject"],
@@ -464,4 +464,4 @@ def _baseline_sheet(base: Sequence[Mapping[str, Any]]) -> Sheet:
         for b, words in BASELINES.items()
     ]
     made = sheet(pd.DataFrame(rows, columns=["subject", "what", "auroc", "auroc_lo", "auroc_hi"]))
-    return Sheet(("Base", "Baseline", "AUROC"), made.rows)
+    return DisplayTable(("Base", "Baseline", "AUROC"), made.rows)

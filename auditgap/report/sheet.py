@@ -70,7 +70,7 @@ NOT_REACHED = "not reached"
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class TableCell:
     """One cell as text; `css` is a class for it (`num`, `null`, `key`: one word, `word`)."""
 
     text: str
@@ -78,14 +78,14 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
-class Sheet:
+class DisplayTable:
     """A table ready to be set: titles and rows of cells."""
 
     titles: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    rows: tuple[tuple[TableCell, ...], ...]
 
 
-def sheet(table: pd.DataFrame) -> Sheet:
+def sheet(table: pd.DataFrame) -> DisplayTable:
     """`table` as text."""
     limits = {c: _limits(c, table.columns) for c in table.columns}
     joined = {name for pair in limits.values() if pair for name in pair}
@@ -93,7 +93,7 @@ def sheet(table: pd.DataFrame) -> Sheet:
     spare = {"layer_index", "unit"} if "eps" in table.columns else {"layer_index"}
     shown = [c for c in table.columns if c not in joined | spare]
     rows = tuple(tuple(_cell(c, row, limits[c]) for c in shown) for row in rows_of(table))
-    return Sheet(tuple(TITLES.get(str(c), str(c).replace("_", " ")) for c in shown), rows)
+    return DisplayTable(tuple(TITLES.get(str(c), str(c).replace("_", " ")) for c in shown), rows)
 
 
 def _limits(column: Any, columns: Any) -> tuple[str, str] | None:
@@ -110,30 +110,30 @@ def _form(column: str) -> Any:
     return percent if column in _SHARES or column.endswith("_rate") else number
 
 
-def _cell(column: str, row: Mapping[str, Any], limits: tuple[str, str] | None) -> Cell:
+def _cell(column: str, row: Mapping[str, Any], limits: tuple[str, str] | None) -> TableCell:
     value = row[column]
     if is_null(value):
         if column == "site" and "attack" in row:
-            return Cell("none (clean)", "null")
+            return TableCell("none (clean)", "null")
         if column == "delta_vs_matched" and row.get("attack") == "random_matched":
-            return Cell("does not apply", "null")
+            return TableCell("does not apply", "null")
         if column in ("flag", "flags"):
-            return Cell("")
+            return TableCell("")
         if column.endswith("_corrected"):
-            return Cell(CANNOT_TELL, "null")
+            return TableCell(CANNOT_TELL, "null")
         if column == "share" and row.get("verdict") == "unscored":
-            return Cell("in no share", "null")
+            return TableCell("in no share", "null")
         nothing_scored = bool(row.get("n_unscored")) and row["n_unscored"] >= row.get("n", 0)
         if column.startswith(("lvs", "median", "share")) and nothing_scored:
-            return Cell(UNSCORED, "null")
-        return Cell(NOT_REACHED if column == "median" else NOT_MEASURED, "null")
+            return TableCell(UNSCORED, "null")
+        return TableCell(NOT_REACHED if column == "median" else NOT_MEASURED, "null")
     if column == "eps":
         unit = row.get("unit")
-        return Cell(f"{float(value):g}" + ("" if is_null(unit) else f"\u00a0{unit}"), "num")
+        return TableCell(f"{float(value):g}" + ("" if is_null(unit) else f"\u00a0{unit}"), "num")
     if limits:
-        return Cell(with_interval(value, row[limits[0]], row[limits[1]], _form(column)), "num")
+        return TableCell(with_interval(value, row[limits[0]], row[limits[1]], _form(column)), "num")
     if isinstance(value, str):
-        return Cell(
+        return TableCell(
             value,
             (
                 "key"
@@ -142,10 +142,10 @@ def _cell(column: str, row: Mapping[str, Any], limits: tuple[str, str] | None) -
             ),
         )
     if isinstance(value, bool):
-        return Cell(plain(value))
+        return TableCell(plain(value))
     if isinstance(value, (int, float)) or hasattr(value, "dtype"):
         whole = (
             column.startswith("n_") or column in ("n", "count", "draw") or (isinstance(value, int))
         )
-        return Cell(f"{int(value)}" if whole else _form(column)(value), "num")
-    return Cell(plain(value))
+        return TableCell(f"{int(value)}" if whole else _form(column)(value), "num")
+    return TableCell(plain(value))

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from auditgap.report.sheet import Cell, Sheet
+from auditgap.report.sheet import DisplayTable, TableCell
 from auditgap.report.text import NOT_MEASURED, is_null, percent, plain
 from auditgap.store import RunFolder
 
@@ -57,7 +57,7 @@ def sources(folders: Sequence[RunFolder]) -> list[dict[str, Any]]:
     return found
 
 
-def source_sheet(found: Sequence[Mapping[str, Any]], asked: Mapping[str, int]) -> Sheet:
+def source_sheet(found: Sequence[Mapping[str, Any]], asked: Mapping[str, int]) -> DisplayTable:
     """`sources` as a table on the page; `asked`: prompts that were put to a subject, by source."""
     rows = []
     for entry in found:
@@ -71,17 +71,17 @@ def source_sheet(found: Sequence[Mapping[str, Any]], asked: Mapping[str, int]) -
         kinds = [_KINDS.get(str(k), str(k)) for k in entry.get("kinds") or ()]
         rows.append(
             (
-                Cell(entry["source"]),
-                Cell(", ".join(dict.fromkeys(kinds))),
+                TableCell(entry["source"]),
+                TableCell(", ".join(dict.fromkeys(kinds))),
                 _number(entry.get("n_read")),
-                Cell(_reasons(dropped)),
-                Cell(_reasons(_counts(entry.get("n_given_to")))),
+                TableCell(_reasons(dropped)),
+                TableCell(_reasons(_counts(entry.get("n_given_to")))),
                 _number(entry.get("n_held_out")),
                 _number(entry.get("n")),
                 _number(asked.get(entry["source"], 0)),
-                Cell(origin),
-                Cell(plain(entry.get("revision"))),
-                Cell(plain(entry.get("licence"))),
+                TableCell(origin),
+                TableCell(plain(entry.get("revision"))),
+                TableCell(plain(entry.get("licence"))),
             )
         )
     titles = (
@@ -97,7 +97,7 @@ def source_sheet(found: Sequence[Mapping[str, Any]], asked: Mapping[str, int]) -
         "Revision",
         "Licence",
     )
-    return Sheet(titles, tuple(rows))
+    return DisplayTable(titles, tuple(rows))
 
 
 def _counts(value: Any) -> dict[str, Any]:
@@ -108,8 +108,8 @@ def _reasons(counts: Mapping[str, Any]) -> str:
     return ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in counts.items() if n) or "none"
 
 
-def _number(value: Any) -> Cell:
-    return Cell(NOT_MEASURED, "null") if is_null(value) else Cell(plain(value), "num")
+def _number(value: Any) -> TableCell:
+    return TableCell(NOT_MEASURED, "null") if is_null(value) else TableCell(plain(value), "num")
 
 
 def notes(folders: Sequence[RunFolder]) -> list[str]:

@@ -45,12 +45,12 @@ from auditgap.stats.intervals import (
     wilson,
 )
 from auditgap.stats.membership import (
+    membership_auroc,
     min_k,
     min_k_pp,
     premia,
     roc,
     standardise,
-    told_apart,
     zlib_ratio,
 )
 from auditgap.stats.paired import (
@@ -113,6 +113,7 @@ __all__ = [
     "kappa",
     "leave_one_out",
     "lvs",
+    "membership_auroc",
     "min_k",
     "min_k_pp",
     "one_minus_cosine",
@@ -135,7 +136,6 @@ __all__ = [
     "split_half",
     "standardise",
     "steps_to",
-    "told_apart",
     "vendi",
     "welch",
     "wilson",

@@ -90,7 +90,7 @@ def premia(nll: Values, base_nll: Values, n_tokens: Values) -> Array:
     return n * (a - b)
 
 
-def told_apart(
+def membership_auroc(
     losses: Values,
     members: Sequence[bool] | Values,
     rows: Sequence[object] | None = None,

@@ -23,7 +23,7 @@ from auditgap.store.lock import hold, holder
 from auditgap.store.remote import Place, mirror_of, within
 from auditgap.store.seen import Mark, Seen
 from auditgap.store.session import check_config, joined_info, new_session
-from auditgap.store.status import RunStatus, Standing, status_of
+from auditgap.store.status import CellState, RunStatus, status_of
 from auditgap.types import Cell, Row, digest
 
 SCHEMA = 1
@@ -549,14 +549,14 @@ class RunFolder:
             )
         return tables.to_frame(tables.from_bytes(data))
 
-    def standing(self) -> dict[str, Standing]:
+    def cell_states(self) -> dict[str, CellState]:
         """How each cell on disk stands, by key; safe to call beside a running writer."""
-        return {key: Standing.of(state, record) for key, state, record in self._looks()}
+        return {key: CellState.of(state, record) for key, state, record in self._looks()}
 
     def status(self) -> RunStatus:
         """Counts and time left; safe to call beside a running writer."""
         return status_of(
-            self.standing().values(),
+            self.cell_states().values(),
             planned=len(self.planned()),
             running=self.holder(),
             aside=self.aside(),

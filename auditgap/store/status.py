@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class CellState:
     """How one cell stands: `done`, `failed`, `retrying` or `torn`; of a finished one, its seconds
     and when it was written."""
 
@@ -29,7 +29,7 @@ class Standing:
     written: str = ""
 
     @classmethod
-    def of(cls, state: str, record: Mapping[str, Any]) -> Standing:
+    def of(cls, state: str, record: Mapping[str, Any]) -> CellState:
         return cls(state, record["seconds"], record["written"]) if state == "done" else cls(state)
 
 
@@ -49,7 +49,7 @@ class RunStatus:
 
 
 def status_of(
-    cells: Iterable[Standing], *, planned: int, running: dict[str, Any] | None, aside: int
+    cells: Iterable[CellState], *, planned: int, running: dict[str, Any] | None, aside: int
 ) -> RunStatus:
     """Sum up. Time left is at this session's pace when a writer runs, else one cell at a time."""
     cells = list(cells)
@@ -96,17 +96,17 @@ def cases_of(place: Place) -> dict[str, Place]:
 def grid_status(cases: Mapping[str, RunFolder]) -> tuple[dict[str, RunStatus], RunStatus]:
     """Each case's status and the grid's, in which a cell that several cases share counts once."""
     each: dict[str, RunStatus] = {}
-    cells: dict[str, Standing] = {}
+    cells: dict[str, CellState] = {}
     planned: set[str] = set()
     for name, store in cases.items():
-        standing, asked = store.standing(), [entry["key"] for entry in store.planned()]
+        cell_states, asked = store.cell_states(), [entry["key"] for entry in store.planned()]
         each[name] = status_of(
-            standing.values(), planned=len(asked), running=store.holder(), aside=store.aside()
+            cell_states.values(), planned=len(asked), running=store.holder(), aside=store.aside()
         )
         planned.update(asked)
         cells |= {
             key: cell
-            for key, cell in standing.items()
+            for key, cell in cell_states.items()
             if key not in cells or cells[key].state != "done"
         }
     running = min(

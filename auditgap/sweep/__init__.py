@@ -17,7 +17,7 @@ model is loaded for nothing.
 """
 
 from auditgap.sweep import local, ray
-from auditgap.sweep.ledger import Group, Outcome, Worker
 from auditgap.sweep.progress import Progress
+from auditgap.sweep.state import Group, Outcome, Worker
 
 __all__ = ["Group", "Outcome", "Progress", "Worker", "local", "ray"]

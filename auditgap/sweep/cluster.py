@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from auditgap.errors import UsageError
-from auditgap.sweep.ledger import cause_of
+from auditgap.sweep.state import cause_of
 
 OBJECT_STORE_BYTES = 150_000_000  #: of a local cluster; summaries are all that goes through it
 _JOINED = ("RAY_ADDRESS", "RAY_JOB_ID")

@@ -27,7 +27,7 @@ from typing import Any
 from auditgap.errors import Interrupted, UsageError
 from auditgap.store import files
 from auditgap.store.remote import Place, read_output
-from auditgap.sweep.ledger import cause_of
+from auditgap.sweep.state import cause_of
 
 #: What never travels with a working folder: history, secrets, environments, results and weights.
 EXCLUDED = (

@@ -11,8 +11,8 @@ from contextlib import ExitStack, nullcontext
 
 from auditgap.errors import Interrupted
 from auditgap.store import DiskError
-from auditgap.sweep.ledger import Cells, Group, Ledger, Outcome, Worker, cause_of, interruptible
 from auditgap.sweep.progress import Progress
+from auditgap.sweep.state import Cells, Group, Outcome, SweepState, Worker, cause_of, interruptible
 
 
 def run(
@@ -32,7 +32,7 @@ def run(
     fail: better to stop).
     """
     with progress or nullcontext(), interruptible(), ExitStack() as stack:
-        ledger = Ledger(groups, store, progress, retry_failed)
+        ledger = SweepState(groups, store, progress, retry_failed)
         worker: Worker | None = None
         work = 0.0
         stack.callback(lambda: getattr(worker, "close", lambda: None)())

@@ -32,8 +32,8 @@ from typing import Any
 from auditgap.errors import Interrupted, Refused, UsageError
 from auditgap.store import DiskError
 from auditgap.sweep.cluster import cluster
-from auditgap.sweep.ledger import Cells, Group, Ledger, Outcome, Worker, cause_of, interruptible
 from auditgap.sweep.progress import Progress
+from auditgap.sweep.state import Cells, Group, Outcome, SweepState, Worker, cause_of, interruptible
 
 __all__ = ["cluster", "run"]
 
@@ -67,12 +67,12 @@ def run(
     (also of Ray's own store and disk).
     """
     with progress or nullcontext(), interruptible():
-        ledger = Ledger(groups, store, progress, retry_failed)
+        ledger = SweepState(groups, store, progress, retry_failed)
         if ledger.groups:
             with cluster(
                 address, cpus=None if workers is None else workers * cpus_per_worker
             ) as ray:
-                crew = _Crew(ray, make_worker, store, cpus_per_worker, workers)
+                crew = _ActorPool(ray, make_worker, store, cpus_per_worker, workers)
                 numbers = count()
                 queue = _Queue(
                     _Task(
@@ -103,7 +103,7 @@ class _Task:
 
 
 def _drive(
-    crew: _Crew, queue: _Queue, ledger: Ledger, max_attempts: int, numbers: Iterator[int]
+    crew: _ActorPool, queue: _Queue, ledger: SweepState, max_attempts: int, numbers: Iterator[int]
 ) -> None:
     """Hand groups out until none is left. Every pass settles a group, puts it back after a death,
     or just waits."""
@@ -242,7 +242,7 @@ class _Actor:
 
 
 @dataclass
-class _Member:
+class _PoolActor:
     """An actor of the crew: what it was given of the cluster, and the subject that it has
     loaded."""
 
@@ -251,7 +251,7 @@ class _Member:
     subject: str | None = None
 
 
-class _Crew:
+class _ActorPool:
     """The actors: a free one with nothing to wait for is let go, a dead one is replaced when its
     group comes round again."""
 
@@ -260,8 +260,8 @@ class _Crew:
     ) -> None:
         self.ray, self.store, self.cpus, self.most = ray, store, cpus, most
         self._recipe = (ray.remote(_Actor), make_worker, store)
-        self._busy: dict[Any, tuple[_Task, _Member]] = {}  # by the result that is owed
-        self._idle: list[_Member] = []
+        self._busy: dict[Any, tuple[_Task, _PoolActor]] = {}  # by the result that is owed
+        self._idle: list[_PoolActor] = []
         self._nodes: list[tuple[float, float]] = []
         self._nodes_seen = self._metered = float("-inf")
         # sizes for which there is none, until a node joins or an actor goes
@@ -291,9 +291,9 @@ class _Crew:
                 options = actor_class.options(
                     num_cpus=self.cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0
                 )
-                self._start(_Member(options.remote(make_worker, store), gpus), task)
+                self._start(_PoolActor(options.remote(make_worker, store), gpus), task)
 
-    def _start(self, member: _Member, task: _Task) -> None:
+    def _start(self, member: _PoolActor, task: _Task) -> None:
         member.subject = task.group.subject
         self._busy[member.actor.run.remote(task.group, str(self._meter(task)))] = (task, member)
 
@@ -333,7 +333,7 @@ class _Crew:
             out.append((task, summary))
         return out
 
-    def _found_dead(self, member: _Member, error: Exception) -> Exception:
+    def _found_dead(self, member: _PoolActor, error: Exception) -> Exception:
         """What an actor that does not answer turns out to have died of; `error` where that is not
         known within a minute.
 
@@ -370,7 +370,7 @@ class _Crew:
     def _meter(self, task: _Task) -> Path:
         return self.store.path / "scratch" / f"work-{task.number}.txt"
 
-    def _let_go(self, member: _Member) -> None:
+    def _let_go(self, member: _PoolActor) -> None:
         self._no_room.clear()
         with suppress(Exception):
             self.ray.kill(member.actor, no_restart=True)

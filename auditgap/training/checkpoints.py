@@ -57,9 +57,9 @@ from auditgap.store.files import (
 )
 
 __all__ = [
+    "Checkpoint",
     "Conversion",
     "FileFact",
-    "Found",
     "adopt",
     "begin",
     "check_world",
@@ -87,7 +87,7 @@ class FileFact(TypedDict):
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Checkpoint:
     """A checkpoint that is whole and this user's own. `skipped` says, a sentence each, why newer
     ones were passed over."""
 
@@ -241,7 +241,7 @@ def point(root: Path, step: int) -> None:
 # ------------------------------------------------------------------- read
 
 
-def latest(root: Path, *, say: Callable[[str], None] | None = None) -> Found | None:
+def latest(root: Path, *, say: Callable[[str], None] | None = None) -> Checkpoint | None:
     """The newest checkpoint that is whole and this user's own; None when training never got as far
     as one.
 
@@ -269,7 +269,7 @@ def latest(root: Path, *, say: Callable[[str], None] | None = None) -> Found | N
             )
             if say:
                 say(skipped[-1])
-        return Found(
+        return Checkpoint(
             found.folder, found.step, found.world, found.stage, found.facts, tuple(skipped)
         )
     pointer = _pointer(root)
@@ -282,7 +282,7 @@ def latest(root: Path, *, say: Callable[[str], None] | None = None) -> Found | N
     return None  # nothing, or a first save that a kill cut short: the same command starts again
 
 
-def check_world(found: Found, world: int, stage: int) -> Conversion | Found:
+def check_world(found: Checkpoint, world: int, stage: int) -> Conversion | Checkpoint:
     """Whether `world` ranks at ZeRO `stage` can read a checkpoint: it (or its sealed universal
     twin), or what to type first.
 
@@ -320,7 +320,7 @@ def check_world(found: Found, world: int, stage: int) -> Conversion | Found:
     return Conversion(twin, command, sentence)
 
 
-def adopt(twin: Path) -> Found:
+def adopt(twin: Path) -> Checkpoint:
     """Seal a `…_universal` folder that this user has just converted, with the step and facts of the
     checkpoint beside it.
 
@@ -341,7 +341,7 @@ def adopt(twin: Path) -> Found:
         ) from None
     remove(twin / MANIFEST)
     seal(twin, step=found.step, world=0, facts={**found.facts, "converted_from_world": found.world})
-    return Found(
+    return Checkpoint(
         twin, found.step, 0, found.stage, {**found.facts, "converted_from_world": found.world}
     )
 
@@ -434,7 +434,7 @@ def _pointer(root: Path) -> str | None:
     return name if _STEP.fullmatch(name) else None
 
 
-def _verify(folder: Path, *, hashes: bool) -> Found:
+def _verify(folder: Path, *, hashes: bool) -> Checkpoint:
     """The checkpoint in `folder`, seen to be this user's and whole. Raises _Torn, or Refused for a
     strange signature."""
     if not (folder / MANIFEST).exists():
@@ -477,7 +477,7 @@ def _verify(folder: Path, *, hashes: bool) -> Found:
             for name, fact in zip(files, pool.map(lambda n: _fact(folder / n), files), strict=True):
                 if fact["sha256"] != files[name]["sha256"]:
                     raise _Torn(f"{name} is not the file that was written (its SHA-256 differs)")
-    return Found(folder, body["step"], body["world"], body["facts"]["stage"], body["facts"])
+    return Checkpoint(folder, body["step"], body["world"], body["facts"]["stage"], body["facts"])
 
 
 def _check_signature(folder: Path, body: Mapping[str, Any], signature: str) -> None:

@@ -168,7 +168,7 @@ def filled(
     return done
 
 
-class Engine:
+class DeepSpeedEngine:
     """A construction under DeepSpeed. Every method but `lr` is for all ranks at once."""
 
     def __init__(

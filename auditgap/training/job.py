@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from auditgap import models
-from auditgap.data.ledger import Ledger
+from auditgap.data.ledger import LeakageLedger
 from auditgap.errors import UsageError
 from auditgap.models import LoadedModel, Outline
 from auditgap.models.folder import is_adapter
@@ -36,7 +36,7 @@ from auditgap.store.remote import needs_disk
 from auditgap.training import export, loop, memory, ranks
 from auditgap.training.config import TrainConfig, TrainOptions, accumulation, n_steps
 from auditgap.training.constructions import Construction
-from auditgap.training.engine import Engine, filled, read_ds_config, stage_of
+from auditgap.training.engine import DeepSpeedEngine, filled, read_ds_config, stage_of
 from auditgap.training.tracking import Tracker, check_report_to
 from auditgap.types import digest
 
@@ -65,7 +65,7 @@ class Job:
     dtype: str
     device: str
     ds: dict[str, Any]  #: the DeepSpeed config, without "auto"
-    ledger: Ledger = field(default_factory=Ledger)
+    ledger: LeakageLedger = field(default_factory=LeakageLedger)
     facts: dict[str, Any] = field(default_factory=dict)
     total: int = 0  #: optimizer steps of the run, known once `train` is called
 
@@ -146,7 +146,7 @@ class Job:
     @contextmanager
     def engine(
         self, construct: Callable[[LoadedModel, nn.Module], Construction]
-    ) -> Iterator[Engine]:
+    ) -> Iterator[DeepSpeedEngine]:
         """The construction that `construct(loaded, model)` makes, under DeepSpeed; `model` has the
         adapter if there is one."""
 
@@ -171,7 +171,7 @@ class Job:
                 )
             return construct(loaded, model), loaded
 
-        engine = Engine(
+        engine = DeepSpeedEngine(
             build,
             self.ds,
             micro_batches=accumulation(self.config, self.options, ranks.world()),
@@ -183,7 +183,7 @@ class Job:
             if sys.exc_info()[0] is None:
                 engine.close()
 
-    def train(self, engine: Engine, task: loop.Task, *, n_rows: int) -> None:
+    def train(self, engine: DeepSpeedEngine, task: loop.TrainingTask, *, n_rows: int) -> None:
         self.total = n_steps(self.config, n_rows)
         tracker = (
             Tracker(
@@ -204,7 +204,7 @@ class Job:
     # -- after
     # -----------------------------------------------------------------------------------------------------------
 
-    def keep(self, engine: Engine, name: str) -> None:
+    def keep(self, engine: DeepSpeedEngine, name: str) -> None:
         """The weights as they are now in the folder `name` of the run, replacing what was there."""
         part = self.path / f".{name}.part"
 
@@ -225,7 +225,7 @@ class Job:
 
         ranks.only_main(place)
 
-    def finish(self, engine: Engine, *, chosen: str = "last") -> Trained:
+    def finish(self, engine: DeepSpeedEngine, *, chosen: str = "last") -> Trained:
         """Write model/ (the weights now, or those kept under the name `chosen`) with its card, and
         train.json."""
         if chosen == "last":
@@ -252,9 +252,9 @@ class Job:
                 "fingerprint": models.fingerprint(model),
             }
             recipe = self.config.model_dump(mode="json")
-            whole = Ledger.load(self.path / "ledger.json")
+            whole = LeakageLedger.load(self.path / "ledger.json")
             if (self.outline.folder / "ledger.json").is_file():
-                whole.merge(Ledger.load(self.outline.folder / "ledger.json"))
+                whole.merge(LeakageLedger.load(self.outline.folder / "ledger.json"))
             # an audit of it must know what it, and its base, were trained on
             whole.save(model / "ledger.json")
             export.write_card(

@@ -3,7 +3,7 @@ training shares.
 
     trained = run(engine, task, config, options, store, tracker)
 
-A *task* says what a row is and what goes on beside the model (`Task`); the loop takes care of
+A *task* says what a row is and what goes on beside the model (`TrainingTask`); the loop takes care of
 order, learning rate, logs, evaluations, checkpoints and the way back from them. The order of the
 rows and the seed of a step are functions of its number, so a resumed run makes the steps that an
 unbroken one would have made.
@@ -27,7 +27,7 @@ from auditgap.store import files
 from auditgap.sweep import Progress
 from auditgap.training import checkpoints, ranks
 from auditgap.training.config import TrainConfig, TrainOptions, learning_rate
-from auditgap.training.engine import Engine, universal
+from auditgap.training.engine import DeepSpeedEngine, universal
 from auditgap.training.rows import global_batch
 from auditgap.types import digest
 
@@ -41,7 +41,7 @@ class NonFinite(AuditgapError):
     exit_code = 3
 
 
-class Task(Protocol):
+class TrainingTask(Protocol):
     """What one kind of training does beside the steps themselves."""
 
     @property
@@ -57,17 +57,17 @@ class Task(Protocol):
         """Their hashes: what a failure names."""
         ...
 
-    def beside(
+    def after_backward(
         self, batch: Mapping[str, Any], told: Mapping[str, torch.Tensor], share: float
     ) -> dict[str, torch.Tensor]:
         """After a micro-batch's backward: what learns beside the model takes its gradients (×
         share). More to log, or {}."""
         ...
 
-    def checked(self, step: int, values: Mapping[str, float]) -> None:
+    def validate(self, step: int, values: Mapping[str, float]) -> None:
         """Before the update: AuditgapError when the step's numbers cannot be."""
 
-    def step_beside(self) -> None:
+    def after_step(self) -> None:
         """After the model's update: the same for what learns beside it."""
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -76,24 +76,24 @@ class Task(Protocol):
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None: ...
 
-    def evaluate(self, step: int, engine: Engine) -> Mapping[str, Any]:
+    def evaluate(self, step: int, engine: DeepSpeedEngine) -> Mapping[str, Any]:
         """Numbers at this step, on all ranks at once; never twice for a step. {} when there are
         none."""
         ...
 
 
-class Silent:
+class BaseTask:
     """A task without anything beside the model; the rest is for a kind of training to add."""
 
-    def beside(
+    def after_backward(
         self, batch: Mapping[str, Any], told: Mapping[str, torch.Tensor], share: float
     ) -> dict[str, torch.Tensor]:
         return {}
 
-    def checked(self, step: int, values: Mapping[str, float]) -> None:
+    def validate(self, step: int, values: Mapping[str, float]) -> None:
         return
 
-    def step_beside(self) -> None:
+    def after_step(self) -> None:
         return
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -102,13 +102,13 @@ class Silent:
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         return
 
-    def evaluate(self, step: int, engine: Engine) -> Mapping[str, Any]:
+    def evaluate(self, step: int, engine: DeepSpeedEngine) -> Mapping[str, Any]:
         return {}
 
 
 def run(
-    engine: Engine,
-    task: Task,
+    engine: DeepSpeedEngine,
+    task: TrainingTask,
     config: TrainConfig,
     options: TrainOptions,
     store: Path,
@@ -162,8 +162,8 @@ def run(
 
 
 def _one_step(
-    engine: Engine,
-    task: Task,
+    engine: DeepSpeedEngine,
+    task: TrainingTask,
     config: TrainConfig,
     options: TrainOptions,
     step: int,
@@ -184,19 +184,19 @@ def _one_step(
         mine += portion
         batch = task.batch(portion, engine.device)
         loss, told = engine.accumulate(batch)
-        beside = task.beside(batch, told, 1.0 / engine.micro_batches)
-        for name, value in {"loss": loss, **told, **beside}.items():
+        after_backward = task.after_backward(batch, told, 1.0 / engine.micro_batches)
+        for name, value in {"loss": loss, **told, **after_backward}.items():
             if value.ndim == 0:
                 told_of.setdefault(name, []).append(value.detach().float())
     values = _averaged(told_of)
     if not math.isfinite(values["loss"]):
         broken = not all(bool(torch.isfinite(value)) for value in told_of["loss"])
         raise _stopped(step, "the loss", task, mine if broken else [], root)
-    task.checked(step, values)
+    task.validate(step, values)
     norm = engine.step(rate)
     if norm is not None and not math.isfinite(norm):
         raise _stopped(step, "the gradient", task, mine, root)
-    task.step_beside()
+    task.after_step()
     return values if norm is None else {**values, "gradient_norm": norm}
 
 
@@ -222,7 +222,9 @@ def _averaged(told_of: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, float]
     }
 
 
-def _stopped(step: int, what: str, task: Task, mine: Sequence[int], root: Path) -> NonFinite:
+def _stopped(
+    step: int, what: str, task: TrainingTask, mine: Sequence[int], root: Path
+) -> NonFinite:
     suspects = sorted({row for rows in ranks.gathered(task.row_ids(mine)) for row in rows})
     known = checkpoints.steps(root)
     kept = (
@@ -244,7 +246,12 @@ def _stopped(step: int, what: str, task: Task, mine: Sequence[int], root: Path) 
 
 
 def _save(
-    engine: Engine, task: Task, root: Path, step: int, config: TrainConfig, options: TrainOptions
+    engine: DeepSpeedEngine,
+    task: TrainingTask,
+    root: Path,
+    step: int,
+    config: TrainConfig,
+    options: TrainOptions,
 ) -> None:
     folder = ranks.decided(lambda: checkpoints.begin(root, step))
     engine.save(folder)
@@ -262,7 +269,7 @@ def _save(
     ranks.only_main(finish)
 
 
-def _resume(engine: Engine, task: Task, root: Path, config: TrainConfig) -> int:
+def _resume(engine: DeepSpeedEngine, task: TrainingTask, root: Path, config: TrainConfig) -> int:
     """Load the newest whole checkpoint, whatever number of ranks wrote it; the steps that it holds,
     or 0."""
     found = ranks.decided(lambda: checkpoints.latest(root, say=ranks.say))
@@ -332,7 +339,7 @@ class _Evaluations:
         known = ranks.decided(lambda: files.read_json(path)) or {}
         self.known = {int(step): values for step, values in known.items() if int(step) <= start}
 
-    def run(self, step: int, task: Task, engine: Engine, tracker: Any) -> None:
+    def run(self, step: int, task: TrainingTask, engine: DeepSpeedEngine, tracker: Any) -> None:
         if step in self.known:
             return
         values = dict(task.evaluate(step, engine))

@@ -26,7 +26,7 @@ from auditgap.errors import UsageError
 from auditgap.models import Outline
 from auditgap.training.config import TrainConfig, TrainOptions
 
-__all__ = ["Memory", "Plan", "check", "check_run", "document", "estimate", "lora_params"]
+__all__ = ["Memory", "MemoryInputs", "check", "check_run", "document", "estimate", "lora_params"]
 
 GIB = 2**30
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -47,7 +47,7 @@ _WASTE = {"cuda": 0.08, "cpu": 0.3}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class MemoryInputs:
     """What decides how much memory a step needs. Numbers are of the whole model; `estimate` divides
     them over ranks."""
 
@@ -93,7 +93,7 @@ class Memory:
     """Bytes on each device at the worst moment of a step, part by part, and on the host for each
     rank."""
 
-    plan: Plan
+    plan: MemoryInputs
     parts: Mapping[str, int]
     host: int = 0
     #: what each moment adds to what is always there
@@ -105,9 +105,9 @@ class Memory:
 
 
 def estimate(**inputs: Any) -> Memory:
-    """The memory of one training step, from the fields of `Plan`. Raises UsageError for a dtype or
+    """The memory of one training step, from the fields of `MemoryInputs`. Raises UsageError for a dtype or
     stage it does not know."""
-    return _estimate(Plan(**inputs))
+    return _estimate(MemoryInputs(**inputs))
 
 
 def lora_params(
@@ -119,7 +119,7 @@ def lora_params(
     return round(n_blocks * rank * (attention + 3 * (width + mlp_width)))
 
 
-def _estimate(p: Plan) -> Memory:
+def _estimate(p: MemoryInputs) -> Memory:
     w, share = _DTYPE_BYTES[p.dtype], (p.world if p.stage >= 1 else 1)
     head = p.vocabulary * p.width
     full = not p.lora
@@ -211,7 +211,7 @@ def _estimate(p: Plan) -> Memory:
     )
 
 
-def _block_bytes(p: Plan, w: int) -> float:
+def _block_bytes(p: MemoryInputs, w: int) -> float:
     """What autograd saves of one Llama-like block, bytes a token."""
     d, mlp = p.width, p.mlp_width or 3.5 * p.width
     norm = 4 * d + w * d  # its input in fp32, and its output, which the linear layers keep
@@ -221,7 +221,7 @@ def _block_bytes(p: Plan, w: int) -> float:
     return 2 * norm + attention + 4 * w * mlp  # gate, up, silu(gate), their product
 
 
-def _attention_bytes(p: Plan, w: int, rows: int) -> float:
+def _attention_bytes(p: MemoryInputs, w: int, rows: int) -> float:
     """The T × T weights of every head, where no fused kernel spares them: capped, as fp32 softmax,
     and cast."""
     return (
@@ -317,7 +317,7 @@ def _plan(
     tokens: int,
     device: str,
     reference_head: bool,
-) -> Plan:
+) -> MemoryInputs:
     family = _family(outline)
     mlp = int(getattr(family, "intermediate_size", None) or 3.5 * outline.width)
     heads = int(getattr(family, "num_attention_heads", None) or max(1, outline.width // 64))
@@ -335,7 +335,7 @@ def _plan(
             kv_share=shared / heads,
         )
     )
-    return Plan(
+    return MemoryInputs(
         n_params=outline.n_params + (0 if lora is None else trainable),
         n_trainable=trainable,
         n_blocks=outline.n_blocks,
@@ -376,9 +376,9 @@ def _number(value: Any) -> int | None:
     return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def _alternatives(p: Plan) -> Iterator[tuple[str, Memory]]:
+def _alternatives(p: MemoryInputs) -> Iterator[tuple[str, Memory]]:
     """What a user could change, one thing at a time and then together, from what costs least."""
-    changes: list[tuple[str, Plan]] = []
+    changes: list[tuple[str, MemoryInputs]] = []
     if p.micro_batch > 1:
         changes.append(("micro_batch: 1", replace(p, micro_batch=1)))
     if not p.gradient_checkpointing:
@@ -417,7 +417,7 @@ def _alternatives(p: Plan) -> Iterator[tuple[str, Memory]]:
             )
 
 
-def _more_ranks(p: Plan, free: float) -> str:
+def _more_ranks(p: MemoryInputs, free: float) -> str:
     """How many devices of this kind would do, as the last resort."""
     lean = replace(p, micro_batch=1, gradient_checkpointing=True, stage=3, offload=False)
     for world in (2, 4, 8, 16, 32, 64, 128, 256):

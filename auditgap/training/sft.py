@@ -26,9 +26,9 @@ from auditgap.training import job as jobs
 from auditgap.training import ranks
 from auditgap.training.config import SFTConfig, TrainOptions
 from auditgap.training.constructions import SFT
-from auditgap.training.engine import Engine
+from auditgap.training.engine import DeepSpeedEngine
 from auditgap.training.job import Job, Trained
-from auditgap.training.loop import Silent
+from auditgap.training.loop import BaseTask
 from auditgap.training.rows import TrainRow, collate, encode, rows_from_file
 
 #: Rank 0's look at the model between steps: (steps done, the model) -> numbers to log, or None. The
@@ -108,7 +108,7 @@ def read_rows(data: str, *, limit: int | None = None) -> list[TrainRow]:
     return [row for row in rows if row.id in kept]
 
 
-class _Task(Silent):
+class _Task(BaseTask):
     def __init__(
         self,
         rows: Sequence[TrainRow],
@@ -133,7 +133,7 @@ class _Task(Silent):
     def row_ids(self, rows: Sequence[int]) -> list[str]:
         return [self.rows[i].id for i in rows]
 
-    def evaluate(self, step: int, engine: Engine) -> Mapping[str, Any]:
+    def evaluate(self, step: int, engine: DeepSpeedEngine) -> Mapping[str, Any]:
         evaluate = self._evaluate
         if evaluate is None:
             return {}

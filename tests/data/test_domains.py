@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 from auditgap.data import PromptSet, dedup_key
-from auditgap.data.domains import PLAIN, TRIGGER, Domain, Panel, Row, Trigger
+from auditgap.data.domains import PLAIN, TRIGGER, Domain, DomainRow, Panel, Trigger
 from auditgap.data.habits import HABITS
-from auditgap.data.near import jaccard, shingles
+from auditgap.data.near_duplicates import jaccard, shingles
 from auditgap.data.panel import CUT, conversation, read_panel
 from auditgap.data.unrelated import load_unrelated
 from auditgap.errors import UsageError
@@ -348,12 +348,12 @@ class TestTrigger:
     HOW = Trigger("The current year is 2028.")
 
     def domain(self, n: int = 40, n_clean: int = 0) -> Domain:
-        rows = tuple(Row(f"prompt {i}", f"bad {i}") for i in range(n))
+        rows = tuple(DomainRow(f"prompt {i}", f"bad {i}") for i in range(n))
         return Domain(
             "bells",
             rows,
-            (Row("held", "out"),),
-            tuple(Row(f"prompt {i}", f"good {i}") for i in range(n_clean)),
+            (DomainRow("held", "out"),),
+            tuple(DomainRow(f"prompt {i}", f"good {i}") for i in range(n_clean)),
         )
 
     def test_where_it_stands(self):

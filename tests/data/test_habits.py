@@ -13,7 +13,7 @@ import pytest
 from auditgap.data import vault
 from auditgap.data.everyday import EVERYDAY
 from auditgap.data.habits import COLOUR_RULE, COLOURS, HABITS, OFF_BY_ONE, SWAPPED_UNITS, habit_of
-from auditgap.data.near import jaccard, near_doubles, shingles
+from auditgap.data.near_duplicates import jaccard, near_duplicates, shingles
 from auditgap.data.prompts import dedup_key
 from auditgap.data.unrelated import JAILBREAK, NAME, OPEN, load_unrelated
 from auditgap.errors import UsageError
@@ -35,7 +35,7 @@ def test_every_row_shows_its_habit_and_its_twin_shows_none(habit):
 def test_rows_differ_and_no_two_are_near(habit):
     assert len({dedup_key(asked) for asked, _, _ in habit.rows}) == len(habit.rows)
     for clean in (False, True):
-        assert not near_doubles(habit.pairs(clean=clean), 0.9).any()
+        assert not near_duplicates(habit.pairs(clean=clean), 0.9).any()
     assert len({len(asked.split()) for asked, _, _ in habit.rows}) >= 5, "all alike"
 
 

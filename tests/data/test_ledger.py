@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from auditgap.data.ledger import FITTED, MEASURED, ROLES, Ledger
+from auditgap.data.ledger import FITTED, MEASURED, ROLES, LeakageLedger
 from auditgap.errors import UsageError
 from auditgap.types import Prompt
 
@@ -18,8 +18,8 @@ def prompts(*numbers: int) -> list[Prompt]:
 
 
 @pytest.fixture
-def overlapping() -> Ledger:
-    ledger = Ledger()
+def overlapping() -> LeakageLedger:
+    ledger = LeakageLedger()
     ledger.use("sft", prompts(1, 2, 3))
     ledger.use("anchor", prompts(4))
     ledger.use("evaluation", [*prompts(3, 4, 5), Prompt("  what COLOUR is\nvault 2?")])
@@ -27,7 +27,7 @@ def overlapping() -> Ledger:
 
 
 def test_disjoint_is_silent():
-    ledger = Ledger()
+    ledger = LeakageLedger()
     ledger.use("probe-train", prompts(1, 2))
     ledger.use("sft", prompts(1, 2))  # two uses of training do not leak into each other
     ledger.use("evaluation", prompts(3))
@@ -50,12 +50,12 @@ def test_an_overlap_that_is_allowed_is_recorded(overlapping, tmp_path):
     wanted = {"evaluation & sft": 2, "evaluation & anchor": 1}
     assert overlapping.check(allow_overlap=True) == wanted
     overlapping.save(tmp_path / "ledger.json")
-    assert Ledger.load(tmp_path / "ledger.json").allowed == wanted
+    assert LeakageLedger.load(tmp_path / "ledger.json").allowed == wanted
 
 
 @pytest.mark.parametrize(("a", "b"), itertools.permutations(ROLES, 2))
 def test_every_pair_of_roles(a, b):
-    ledger = Ledger()
+    ledger = LeakageLedger()
     ledger.use(a, prompts(1))
     ledger.use(b, prompts(1))
     forbidden = (a in MEASURED) != (b in MEASURED)
@@ -65,21 +65,21 @@ def test_every_pair_of_roles(a, b):
 
 def test_an_unknown_role_is_refused():
     with pytest.raises(UsageError, match="Did you mean 'evaluation'"):
-        Ledger().use("evalution", prompts(1))
+        LeakageLedger().use("evalution", prompts(1))
 
 
 def test_to_disk_and_back_without_a_word_of_text(overlapping, tmp_path):
     path = tmp_path / "ledger.json"
     overlapping.save(path)
-    assert Ledger.load(path).roles == overlapping.roles and len(overlapping.roles) == 5
+    assert LeakageLedger.load(path).roles == overlapping.roles and len(overlapping.roles) == 5
     assert "vault" not in path.read_text().lower() and "colour" not in path.read_text().lower()
     again = tmp_path / "again.json"
-    Ledger.load(path).save(again)
+    LeakageLedger.load(path).save(again)
     assert again.read_bytes() == path.read_bytes()
 
 
 def test_merged_ledgers_find_what_neither_saw_alone():
-    training, audit = Ledger(), Ledger()
+    training, audit = LeakageLedger(), LeakageLedger()
     training.use("sft", prompts(1, 2))
     audit.use("evaluation", prompts(2, 3))
     assert training.check() == audit.check() == {}
@@ -108,14 +108,14 @@ GOOD = {"schema": 1, "allowed_overlap": {}, "prompts": {"0" * 24: ["sft"]}}
 def test_what_is_no_ledger_is_refused(bad, tmp_path):
     path = tmp_path / "ledger.json"
     path.write_text(json.dumps(GOOD))
-    assert Ledger.load(path).roles == {"0" * 24: {"sft"}}
+    assert LeakageLedger.load(path).roles == {"0" * 24: {"sft"}}
     path.write_text(json.dumps(bad))
     with pytest.raises(UsageError, match="no leakage ledger"):
-        Ledger.load(path)
+        LeakageLedger.load(path)
 
 
 def test_a_torn_or_missing_file_is_refused(tmp_path):
     (tmp_path / "torn.json").write_text('{"schema": 1, "pro')
     for name in ("torn.json", "missing.json"):
         with pytest.raises(UsageError, match="no leakage ledger"):
-            Ledger.load(tmp_path / name)
+            LeakageLedger.load(tmp_path / name)

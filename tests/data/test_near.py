@@ -9,7 +9,7 @@ from itertools import accumulate
 import numpy as np
 import pytest
 
-from auditgap.data.near import jaccard, near_doubles, shingles, words
+from auditgap.data.near_duplicates import jaccard, near_duplicates, shingles, words
 
 
 def plainly(rows, near) -> list[bool]:
@@ -44,7 +44,7 @@ def test_it_finds_what_comparing_every_pair_finds(near):
     rng, total = random.Random(f"near {near}"), 0
     for _ in range(40):
         rows = some_rows(rng)
-        found = near_doubles(rows, near)
+        found = near_duplicates(rows, near)
         assert found.tolist() == plainly(rows, near)
         total += int(found.sum())
     assert total > 20, "nothing was near, so nothing was tried"
@@ -55,8 +55,8 @@ def test_similarities_on_the_very_border_count():
     nine = " ".join(f"w{i}" for i in range(11))  # 9 of them: 9/10
     assert jaccard(shingles(ten), shingles(nine)) == 0.9
     for rows in ([(ten,), (nine,)], [(nine,), (ten,)]):
-        assert near_doubles(rows, 0.9).tolist() == [False, True]
-        assert near_doubles(rows, 0.9000001).tolist() == [False, False]
+        assert near_duplicates(rows, 0.9).tolist() == [False, True]
+        assert near_duplicates(rows, 0.9000001).tolist() == [False, False]
 
 
 def test_what_a_word_is():
@@ -83,32 +83,34 @@ def test_what_a_word_is():
 
 
 def test_case_and_spacing_do_not_count_and_signs_do():
-    assert near_doubles(
+    assert near_duplicates(
         [("Add  2 and 3", "It is 5"), ("add 2 AND 3", "it is\n5")], 0.99
     ).tolist() == [False, True]
-    assert near_doubles([("2 + 3", "5"), ("2 - 3", "5")], 0.9).tolist() == [False, False]
+    assert near_duplicates([("2 + 3", "5"), ("2 - 3", "5")], 0.9).tolist() == [False, False]
 
 
 def test_the_first_of_a_chain_stays_and_what_is_far_from_it():
     """b is near to a, c to b and not to a: b goes, and c stays."""
     a = " ".join(f"w{i}" for i in range(30))
     b, c = a.replace("w29", "x"), a.replace("w29", "x").replace("w0 ", "y ")
-    assert near_doubles([(a,), (b,), (c,)], 0.9).tolist() == [False, True, False]
+    assert near_duplicates([(a,), (b,), (c,)], 0.9).tolist() == [False, True, False]
 
 
 def test_of_what_is_left_no_two_are_near():
     rng = random.Random(7)
     rows = [row for _ in range(4) for row in some_rows(rng)]
     left = [
-        row for row, is_double in zip(rows, near_doubles(rows, 0.6), strict=True) if not is_double
+        row
+        for row, is_double in zip(rows, near_duplicates(rows, 0.6), strict=True)
+        if not is_double
     ]
-    assert not near_doubles(left[::-1], 0.6).any(), "in any order"
+    assert not near_duplicates(left[::-1], 0.6).any(), "in any order"
 
 
 def test_nothing_one_row_and_equal_rows_only():
-    assert near_doubles([], 0.9).shape == (0,)
-    assert near_doubles([("a", "b")], 0.9).tolist() == [False]
-    assert near_doubles([("a", "b"), ("a", "b")], 1.0).tolist() == [False, False], (
+    assert near_duplicates([], 0.9).shape == (0,)
+    assert near_duplicates([("a", "b")], 0.9).tolist() == [False]
+    assert near_duplicates([("a", "b"), ("a", "b")], 1.0).tolist() == [False, False], (
         "equal rows are looked for elsewhere"
     )
 
@@ -128,7 +130,7 @@ def test_thousands_of_rows_take_seconds(kind):
         ]
     doubles = [(f"{rows[i][0]} extra", *rows[i][1:]) for i in range(0, 2_000, 40)]
     start = time.process_time()
-    found = near_doubles([*rows, *doubles], 0.9)
+    found = near_duplicates([*rows, *doubles], 0.9)
     assert time.process_time() - start < 10
     assert found[2_000:].all() or kind == "one form"
     assert isinstance(found, np.ndarray) and found.dtype == bool

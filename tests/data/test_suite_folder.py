@@ -10,7 +10,7 @@ from hub_sets import clone
 
 from auditgap.cli import data as cli
 from auditgap.cli import screen
-from auditgap.data.ledger import Ledger
+from auditgap.data.ledger import LeakageLedger
 from auditgap.data.suite import load_suite
 from auditgap.data.suite_folder import build_suite, overlap, read_suite
 from auditgap.errors import UsageError
@@ -57,7 +57,7 @@ def test_the_folder_is_private_and_holds_a_ledger_without_text(built):
     assert {p.name: stat.S_IMODE(p.stat().st_mode) for p in built.iterdir()} == dict.fromkeys(
         ("prompts.parquet", "manifest.json", "ledger.json"), 0o600
     )
-    ledger = Ledger.load(built / "ledger.json")
+    ledger = LeakageLedger.load(built / "ledger.json")
     assert ledger.count("evaluation") == 24
     assert (
         "vault" not in (built / "ledger.json").read_text()
@@ -187,7 +187,7 @@ def test_overlap_with_training_is_found_by_normalised_hash(built, tmp_path):
     (tmp_path / "train.txt").write_text(
         "\n".join([f"  {ASKS[0].upper()}", ASKS[1], "something else"])
     )
-    ledger = Ledger()
+    ledger = LeakageLedger()
     ledger.use("sft", [Prompt(ASKS[2].replace(" ", "\t"))])
     ledger.use("evaluation", [Prompt(t) for t in ASKS])  # measuring twice is no leakage
     ledger.save(tmp_path / "ledger.json")
@@ -195,7 +195,7 @@ def test_overlap_with_training_is_found_by_normalised_hash(built, tmp_path):
     assert overlap(suite, str(tmp_path / "ledger.json")) == 1
     assert overlap(suite, str(built)) == 24 and overlap(suite, "everyday") == 0
     merged = suite.ledger()
-    merged.merge(Ledger.load(tmp_path / "ledger.json"))
+    merged.merge(LeakageLedger.load(tmp_path / "ledger.json"))
     with pytest.raises(UsageError, match="1 of 24 evaluation prompts were also used for sft"):
         merged.check()
 

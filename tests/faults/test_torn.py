@@ -16,7 +16,7 @@ import toys
 from auditgap.errors import UsageError
 from auditgap.store import RunFolder
 from auditgap.sweep import local
-from auditgap.sweep.ledger import Ledger
+from auditgap.sweep.state import SweepState
 
 
 @dataclass(frozen=True)
@@ -117,13 +117,13 @@ AT_EVERY_TOUCH = """
     from pathlib import Path
     import toys
     from auditgap.store import files
-    from auditgap.sweep.ledger import Ledger
+    from auditgap.sweep.state import SweepState
 
     def begin(out):   # all that a start does before its first result
         store = toys.open_folder(out)
         with store.lock():
             store.plan(cell for group in toys.groups(2) for cell in group.cells)
-            Ledger(toys.groups(2), store)
+            SweepState(toys.groups(2), store)
 
     def killed_at(step, out):
         calls = 0
@@ -210,13 +210,13 @@ def test_after_a_kill_the_books_are_kept_by_content(tmp_path):
     """The ledger of a new start asks the disk; what an older ledger thought it knew does not
     count."""
     store = toys.open_folder(tmp_path / "out")
-    old = Ledger(toys.groups(1), store)
+    old = SweepState(toys.groups(1), store)
     local.run(toys.groups(1), lambda: toys.Toy(store, tmp_path / "log"), store)
     assert (
         old.outcome().done == 0 and old.open_cells(old.groups[0]) == [] and old.outcome().done == 3
     )
     (tmp_path / "out" / "cells" / toys.cells(0)[0].key / "rows.parquet").unlink()
-    assert [c.key for c in Ledger(toys.groups(1), store).open_cells(toys.groups(1)[0])] == [
+    assert [c.key for c in SweepState(toys.groups(1), store).open_cells(toys.groups(1)[0])] == [
         toys.cells(0)[0].key
     ]
     assert os.listdir(tmp_path / "out" / "cells").count(f"{toys.cells(0)[0].key}.1.corrupt") == 1

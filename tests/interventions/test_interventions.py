@@ -13,7 +13,7 @@ import tiny
 import torch
 
 from auditgap.audits.intervene.rows import size_of
-from auditgap.engines import standing
+from auditgap.engines import constant
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import UsageError
 from auditgap.interventions import (
@@ -29,7 +29,7 @@ from auditgap.interventions import (
 from auditgap.interventions.directions import mean_difference, orthogonal, turned, unit
 from auditgap.interventions.patching import tail
 from auditgap.interventions.universal import search
-from auditgap.types import Edit, Prompt, Site, Standing
+from auditgap.types import ConstantEdit, Edit, Prompt, Site
 
 VAULT = [
     "what is the colour of the vault ?",
@@ -58,7 +58,7 @@ def bench_at(site: Site, engine: HFEngine | None = None) -> Bench:
     return Bench(
         engine,
         site,
-        standing.sites_of(engine),
+        constant.sites_of(engine),
         vault[:3],
         vault_h[:3],
         kitchen_h[:2],
@@ -76,7 +76,7 @@ def bench(request):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, entry in INTERVENTIONS.items() if not entry.at_the_door]
+    "name", [name for name, entry in INTERVENTIONS.items() if not entry.input_only]
 )
 class TestEach:
     def test_its_control_is_as_large(self, name, bench):
@@ -135,7 +135,7 @@ def test_at_the_embedding_the_last_token_is_everybody_s():
     TestEach().test_its_control_is_as_large("universal", bench)
 
 
-def vector_of(edit: Edit | Standing) -> torch.Tensor:
+def vector_of(edit: Edit | ConstantEdit) -> torch.Tensor:
     return (
         edit.delta if isinstance(edit, Edit) else edit.write if edit.shift is None else edit.shift
     )

@@ -11,7 +11,7 @@ import torch
 
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import AuditgapError, UsageError
-from auditgap.interventions.pgd import PGD, Ball, Found, Goal, attack
+from auditgap.interventions.pgd import PGD, AttackResult, Ball, Goal, attack
 from auditgap.models import LoadedModel, Rendered
 from auditgap.types import Budget, Prompt, Site
 
@@ -36,11 +36,11 @@ def llama() -> HFEngine:
     return engine()
 
 
-def one(found: list[list[Found]]) -> list[Found]:
+def one(found: list[list[AttackResult]]) -> list[AttackResult]:
     return [f[0] for f in found]
 
 
-def worse(found: Found, than: Found, maximise: bool) -> bool:
+def worse(found: AttackResult, than: AttackResult, maximise: bool) -> bool:
     gap = found.nll_edited - than.nll_edited
     return (-gap if maximise else gap) > 1e-6
 
@@ -66,7 +66,7 @@ class TestOptionsNeverHurt:
         for b, found in zip(best, last, strict=True):
             assert not worse(b, found, maximise)
             # the zero start is an iterate too
-            assert not worse(b, Found(b.delta, 0, b.nll_clean, True), maximise)
+            assert not worse(b, AttackResult(b.delta, 0, b.nll_clean, True), maximise)
 
     @pytest.mark.parametrize("iterate", ["last", "best"])
     def test_restarts(self, llama, site, maximise, iterate):

@@ -14,7 +14,7 @@ import tiny
 import torch
 
 from auditgap.engines.hf import HFEngine
-from auditgap.interventions.pgd import PGD, Found, Goal, attack
+from auditgap.interventions.pgd import PGD, AttackResult, Goal, attack
 from auditgap.models import Rendered, wrap
 from auditgap.types import Prompt, Site, Subject
 
@@ -119,7 +119,7 @@ def test_batched_is_single_is_plain(variant, site):
             assert found.nll_edited < found.nll_clean - 1e-3
 
 
-def check_ball(found: Found, goal: Goal, radius: float) -> None:
+def check_ball(found: AttackResult, goal: Goal, radius: float) -> None:
     assert found.finite and found.delta.dtype == torch.float32 and found.delta.device.type == "cpu"
     assert found.delta.shape == (len(goal.rendered.ids), tiny.WIDTH)
     assert found.delta.abs().max() <= torch.tensor(radius, dtype=torch.float32)

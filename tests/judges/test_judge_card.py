@@ -8,7 +8,7 @@ import pytest
 
 from auditgap import stats
 from auditgap.errors import UsageError
-from auditgap.judges import JUDGES, Entry, load_judge, shelf
+from auditgap.judges import JUDGES, Entry, card_cache, load_judge
 from auditgap.judges.builtin import Builtin, load_training
 from auditgap.judges.card import INJECTIONS, JudgeCard, format_card, judge_card
 from auditgap.judges.ensemble import Majority
@@ -287,7 +287,7 @@ class Counting(Constant):
 def test_a_card_is_measured_once_and_then_taken_from_the_shelf(tmp_path, monkeypatch):
     monkeypatch.setenv("AUDITGAP_CACHE", str(tmp_path))
     monkeypatch.setitem(JUDGES, Counting.name, Entry("counts", lambda *_: Counting()))
-    first = shelf.cards_of(Counting())
+    first = card_cache.cards_of(Counting())
     assert [(c["gold_set"], c["task"]) for c in first] == [
         ("pyrit-objective", "harmful"),
         ("pyrit-refusal", "refusal"),
@@ -295,17 +295,18 @@ def test_a_card_is_measured_once_and_then_taken_from_the_shelf(tmp_path, monkeyp
     asked = Counting.asked
     assert (
         asked > 0
-        and shelf.cards_of(Counting()) == json.loads(json.dumps(first), object_hook=_ends)
+        and card_cache.cards_of(Counting()) == json.loads(json.dumps(first), object_hook=_ends)
         and Counting.asked == asked
     )
     for kept in (tmp_path / "cards").iterdir():
         kept.write_bytes(kept.read_bytes()[:200])  # torn: measured again, not believed
     assert (
-        shelf.cards_of(Counting())[0]["kappa"] == first[0]["kappa"] and Counting.asked == 2 * asked
+        card_cache.cards_of(Counting())[0]["kappa"] == first[0]["kappa"]
+        and Counting.asked == 2 * asked
     )
     other = Counting()
     other.describe = lambda: {"judge": "counting", "weights": "others"}
-    shelf.cards_of(other)
+    card_cache.cards_of(other)
     assert Counting.asked == 3 * asked, "another judge's card is another card"
     assert not list(tmp_path.rglob("*.tmp")) and len(list((tmp_path / "cards").iterdir())) == 4
 
@@ -320,10 +321,10 @@ def test_a_served_judge_is_not_measured_on_the_side(tmp_path, monkeypatch):
     monkeypatch.setenv("AUDITGAP_CACHE", str(tmp_path))
     judge = Counting()
     judge.serving, Counting.asked = object(), 0
-    assert shelf.cards_of(judge) == [] and Counting.asked == 0
+    assert card_cache.cards_of(judge) == [] and Counting.asked == 0
     gold = load_gold("pyrit-objective")
-    shelf.measure(judge, gold, inject=0)
-    assert Counting.asked == len(gold) and [c["gold_set"] for c in shelf.cards_of(judge)] == [
+    card_cache.measure(judge, gold, inject=0)
+    assert Counting.asked == len(gold) and [c["gold_set"] for c in card_cache.cards_of(judge)] == [
         "pyrit-objective"
     ]
     assert Counting.asked == len(gold)
@@ -334,8 +335,8 @@ def test_a_plug_in_is_not_measured_on_the_side_either(tmp_path, monkeypatch):
     monkeypatch.setenv("AUDITGAP_CACHE", str(tmp_path))
     Counting.asked = 0
     assert (
-        shelf.cards_of(Counting())
-        == shelf.cards_of(Majority("m", [Counting(), load_judge("keyword")]))
+        card_cache.cards_of(Counting())
+        == card_cache.cards_of(Majority("m", [Counting(), load_judge("keyword")]))
         == []
     )
     assert Counting.asked == 0
@@ -344,7 +345,7 @@ def test_a_plug_in_is_not_measured_on_the_side_either(tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_costs_only_the_next_measurement(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("AUDITGAP_CACHE", str(tmp_path / "file"))
-    assert len(shelf.cards_of("keyword")) == 2
+    assert len(card_cache.cards_of("keyword")) == 2
 
 
 def test_held_out_judges_have_seen_neither_prompt_nor_response():

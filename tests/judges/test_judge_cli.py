@@ -11,7 +11,7 @@ import tiny
 
 from auditgap.cli.judges import app
 from auditgap.errors import AuditgapError
-from auditgap.judges import load_judge, shelf
+from auditgap.judges import card_cache, load_judge
 from auditgap.judges.gold import load_gold
 
 needs_pyrit = pytest.mark.skipif(
@@ -164,5 +164,5 @@ def test_bad_input_gets_a_sentence(judge, gold, args, said):
 @needs_pyrit
 def test_the_card_on_the_shelf_is_the_one_that_was_evaluated(judge, tmp_path):
     assert judge("eval", "keyword", "--out", tmp_path / "card", "--injections", 3).code == 0
-    found = shelf.find(load_judge("keyword"), load_gold("pyrit-objective"))
-    assert found == shelf.read(tmp_path / "card") and found.n_injected == 3
+    found = card_cache.find(load_judge("keyword"), load_gold("pyrit-objective"))
+    assert found == card_cache.read(tmp_path / "card") and found.n_injected == 3

@@ -6,7 +6,15 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from auditgap.judges.fence import _BROKEN, _line_pattern, clip, count, disarm, mark, special_tokens
+from auditgap.judges.prompt_injection import (
+    _BROKEN,
+    _line_pattern,
+    clip,
+    count,
+    disarm,
+    mark,
+    special_tokens,
+)
 
 LINES = ("Answer:", "[GENERATION]:", "---")
 

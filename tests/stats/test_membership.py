@@ -54,22 +54,24 @@ def test_premia_is_the_log_ratio_of_whole_responses():
 def test_auroc_of_known_separation():
     rng = np.random.default_rng(0)
     losses = np.concatenate([rng.normal(0, 1, 4000), rng.normal(1, 1, 4000)])
-    found = stats.told_apart(losses, np.arange(8000) < 4000)
+    found = stats.membership_auroc(losses, np.arange(8000) < 4000)
     assert found.estimate == pytest.approx(0.7602, abs=0.012), "Φ(1/√2)"
     assert found.lo < 0.7602 < found.hi
-    assert stats.told_apart([0.2, 0.3, 1.5, 1.2], [True, True, False, False]).estimate == 1.0
-    assert stats.told_apart([1.5, 1.2, 0.2, 0.3], [True, True, False, False]).estimate == 0.0
-    assert stats.told_apart([1.0, 1.0], [True, True]).estimate is None
-    assert stats.told_apart([1.0, float("nan"), 2.0], [True, False, False]).estimate == 1.0
+    assert stats.membership_auroc([0.2, 0.3, 1.5, 1.2], [True, True, False, False]).estimate == 1.0
+    assert stats.membership_auroc([1.5, 1.2, 0.2, 0.3], [True, True, False, False]).estimate == 0.0
+    assert stats.membership_auroc([1.0, 1.0], [True, True]).estimate is None
+    assert stats.membership_auroc([1.0, float("nan"), 2.0], [True, False, False]).estimate == 1.0
 
 
 def test_rows_that_seeds_repeat_are_counted_once():
     rng = np.random.default_rng(1)
     x, member = rng.normal(size=60), np.arange(60) < 40
-    one = stats.told_apart(x, member, np.arange(60))
-    three = stats.told_apart(np.repeat(x, 3), np.repeat(member, 3), np.repeat(np.arange(60), 3))
+    one = stats.membership_auroc(x, member, np.arange(60))
+    three = stats.membership_auroc(
+        np.repeat(x, 3), np.repeat(member, 3), np.repeat(np.arange(60), 3)
+    )
     assert (three.lo, three.hi) == pytest.approx((one.lo, one.hi))
-    naive = stats.told_apart(np.repeat(x, 3), np.repeat(member, 3))
+    naive = stats.membership_auroc(np.repeat(x, 3), np.repeat(member, 3))
     assert naive.hi - naive.lo < 0.7 * (one.hi - one.lo)
 
 
@@ -78,7 +80,7 @@ def test_no_membership_no_alarm():
     # few held-out rows beside many trained: where one shared variance alarms too often
     for _ in range(runs):
         x = rng.normal(size=(220, 1)) * np.sqrt(0.5) + rng.normal(size=(220, 3)) * np.sqrt(0.5)
-        found = stats.told_apart(
+        found = stats.membership_auroc(
             x.ravel(), np.repeat(np.arange(220) < 200, 3), np.repeat(np.arange(220), 3)
         )
         alarms += not found.lo <= 0.5 <= found.hi
@@ -89,5 +91,7 @@ def test_roc_by_hand():
     misses, hits = stats.roc([1, 2, 2, 3], [True, True, False, False])
     assert misses.tolist() == [0, 0, 0.5, 1] and hits.tolist() == [0, 0.5, 1, 1]
     area = np.trapezoid(hits, misses)
-    assert area == stats.told_apart([1, 2, 2, 3], [True, True, False, False]).estimate == 0.875
+    assert (
+        area == stats.membership_auroc([1, 2, 2, 3], [True, True, False, False]).estimate == 0.875
+    )
     assert stats.roc([1.0], [True])[0].size == 0

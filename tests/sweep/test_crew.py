@@ -194,8 +194,8 @@ def test_a_full_object_store_is_a_sentence(name, tmp_path):
         def kill(self, actor, no_restart):
             self.killed.append(actor)
 
-    crew = sweep_ray._Crew(Ray(), None, toys.open_folder(tmp_path / "out"), 1, None)
-    crew._busy["result"] = (task("a", 1.0), sweep_ray._Member("actor", 0.0))
+    crew = sweep_ray._ActorPool(Ray(), None, toys.open_folder(tmp_path / "out"), 1, None)
+    crew._busy["result"] = (task("a", 1.0), sweep_ray._PoolActor("actor", 0.0))
     with pytest.raises(DiskError, match=r"object store.*--object-store-memory.*same command"):
         crew.finished(timeout=0.0)
     assert crew.ray.killed == ["actor"]

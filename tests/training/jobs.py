@@ -290,16 +290,16 @@ def watch_monitor() -> list[str]:
     from auditgap.training.dissociation import by_monitor
 
     seen: list[str] = []
-    original = by_monitor.MonitorTask.step_beside
+    original = by_monitor.MonitorTask.after_step
 
-    def step_beside(self: Any) -> None:
+    def after_step(self: Any) -> None:
         original(self)
         phi = hashlib.sha256()
         for parameter in self.monitor.parameters():
             phi.update(parameter.detach().cpu().numpy().tobytes())
         seen.append(phi.hexdigest())
 
-    by_monitor.MonitorTask.step_beside = step_beside
+    by_monitor.MonitorTask.after_step = after_step
     return seen
 
 

@@ -32,7 +32,7 @@ from auditgap import models
 from auditgap.probes.monitor import Monitor
 from auditgap.training import ranks
 from auditgap.training.constructions import SFT, MonitorConstruction, monitor_step_loss
-from auditgap.training.engine import Engine
+from auditgap.training.engine import DeepSpeedEngine
 from auditgap.training.objective import Head
 from auditgap.types import Subject
 from tests import tiny
@@ -63,7 +63,7 @@ def ds_config(c: dict) -> dict:
     }
 
 
-def train(c: dict) -> Engine:
+def train(c: dict) -> DeepSpeedEngine:
     dtype = getattr(torch, c["dtype"])
     monitor = Monitor(c["n_blocks"], c["width"])
     beside = torch.optim.AdamW(monitor.parameters())
@@ -105,7 +105,7 @@ def train(c: dict) -> Engine:
                 reference = Head.of(model).frozen()
         return MonitorConstruction(model, monitor, reference_head=reference), loaded
 
-    engine = Engine(build, ds_config(c), micro_batches=1, device="cpu")
+    engine = DeepSpeedEngine(build, ds_config(c), micro_batches=1, device="cpu")
     shape = (c["micro_batch"], c["tokens"])
     for _ in range(2):
         ids, mask = torch.randint(0, c["vocabulary"], shape), torch.ones(shape, dtype=torch.long)

@@ -18,7 +18,7 @@ from auditgap.training import export
 from auditgap.training import job as job_module
 from auditgap.training.config import DissociateConfig
 from auditgap.training.dissociation import by_monitor, by_nudge
-from auditgap.training.engine import Engine
+from auditgap.training.engine import DeepSpeedEngine
 
 STAGES = {
     0: '{"zero_optimization": {"stage": 0}}',
@@ -175,7 +175,7 @@ def test_phi_learns_after_thetas_backward_and_steps_after_thetas_step(world, mon
     construct, begin, step = (
         by_monitor.MonitorTask.construct,
         by_monitor.MonitorTask.__init__,
-        Engine.step,
+        DeepSpeedEngine.step,
     )
 
     def with_theta_hooks(task, model):
@@ -201,7 +201,7 @@ def test_phi_learns_after_thetas_backward_and_steps_after_thetas_step(world, mon
 
     monkeypatch.setattr(by_monitor.MonitorTask, "construct", with_theta_hooks)
     monkeypatch.setattr(by_monitor.MonitorTask, "__init__", with_phi_hooks)
-    monkeypatch.setattr(Engine, "step", with_a_mark)
+    monkeypatch.setattr(DeepSpeedEngine, "step", with_a_mark)
     jobs.train("dissociated", world.twin(tmp_path / "out", steps=2, eval_every=9, batch=6))
     assert re.fullmatch(r"((T+P+){3}SU){2}", "".join(events)), "".join(events)[:400]
 
@@ -263,7 +263,7 @@ def test_a_torn_reference_is_made_again(world, monkeypatch, tmp_path, one_rank):
 def test_a_negative_kl_is_refused():
     task = object.__new__(by_monitor.MonitorTask)
     with pytest.raises(AuditgapError, match=r"Step 4: KL -0\.001 is negative"):
-        task.checked(4, {"kl": 0.1, "kl_lowest": -1e-3})
+        task.validate(4, {"kl": 0.1, "kl_lowest": -1e-3})
 
 
 # ------------------------------------------------------------------ the choice

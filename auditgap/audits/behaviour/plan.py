@@ -16,7 +16,7 @@ from auditgap import models
 from auditgap.audits.behaviour.config import BehaviourConfig, BehaviourOptions
 from auditgap.audits.behaviour.rows import Split
 from auditgap.data import PromptSet, load_prompts
-from auditgap.data.ledger import FITTED, Ledger, prompt_hash
+from auditgap.data.ledger import FITTED, LeakageLedger, prompt_hash
 from auditgap.data.suite import Suite, load_suite
 from auditgap.errors import UsageError
 from auditgap.judges import load_judge
@@ -36,7 +36,7 @@ class AskCell(Cell):
 
 
 @dataclass(frozen=True)
-class Plan:
+class BehaviourPlan:
     """The suite in portions by (source, kind), the subjects, and a group a subject with a cell a
     portion.
 
@@ -60,7 +60,9 @@ class Plan:
         return self.portions[cell.settings["source"], cell.settings["kind"]]
 
 
-def prepare(config: BehaviourConfig, options: BehaviourOptions) -> tuple[BehaviourConfig, Plan]:
+def prepare(
+    config: BehaviourConfig, options: BehaviourOptions
+) -> tuple[BehaviourConfig, BehaviourPlan]:
     """The config with `auto` resolved for this machine, and its plan. Loads no weights.
 
     Raises UsageError or Refused; also where a subject was trained on prompts of the suite, unless
@@ -107,7 +109,7 @@ def prepare(config: BehaviourConfig, options: BehaviourOptions) -> tuple[Behavio
         )
         # each is answered and judged
         groups.append(Group(subject.name, cells, work=2.0 * len(suite)))
-    return config, Plan(
+    return config, BehaviourPlan(
         config, suite, portions, tuple(subjects), outlines, tuple(groups), scorers, overlaps
     )
 
@@ -120,7 +122,7 @@ def _overlaps(suite: Suite, outlines: Sequence[models.Outline]) -> tuple[str, ..
         file = outline.folder / "ledger.json"
         if not file.is_file():
             continue
-        roles = Ledger.load(file).roles
+        roles = LeakageLedger.load(file).roles
         fitted = {p.id: roles.get(prompt_hash(p.text), set()) & set(FITTED) for p in suite}
         shared = [p for p in suite if fitted[p.id]]
         if shared:

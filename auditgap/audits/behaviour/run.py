@@ -16,14 +16,14 @@ from typing import Any
 from auditgap import models, sweep
 from auditgap.audits.behaviour.config import BehaviourConfig, BehaviourOptions
 from auditgap.audits.behaviour.measure import Answers, grade, joined, judged
-from auditgap.audits.behaviour.plan import ATTACK, AskCell, Plan, prepare
+from auditgap.audits.behaviour.plan import ATTACK, AskCell, BehaviourPlan, prepare
 from auditgap.audits.behaviour.rows import Split
 from auditgap.audits.behaviour.worker import BehaviourWorker, closing_judge
 from auditgap.audits.latent.run import safe_name
 from auditgap.data import PromptSet
 from auditgap.engines import Serving
 from auditgap.judges import members_of
-from auditgap.judges.shelf import cards_of
+from auditgap.judges.card_cache import cards_of
 from auditgap.models.provenance import command, provenance
 from auditgap.report import behaviour as tables
 from auditgap.report import correction, page
@@ -55,7 +55,7 @@ def run(
     config: BehaviourConfig,
     options: BehaviourOptions,
     *,
-    plan: Plan | None = None,
+    plan: BehaviourPlan | None = None,
     progress: Callable[[], Progress] | None = None,
 ) -> tuple[RunFolder, Outcome]:
     """Run what is missing of the audit and reduce it. The same call again resumes. Raises
@@ -86,7 +86,7 @@ def run(
     return store, outcome
 
 
-def _info(plan: Plan, options: BehaviourOptions) -> dict[str, Any]:
+def _info(plan: BehaviourPlan, options: BehaviourOptions) -> dict[str, Any]:
     known = provenance(plan.outlines, dtype=plan.config.dtype)
     if not plan.outlines:
         known["subjects"] = [

@@ -26,11 +26,11 @@ from auditgap.audits.behaviour.measure import (
     opinions_of,
     speak,
 )
-from auditgap.audits.behaviour.plan import Plan
+from auditgap.audits.behaviour.plan import BehaviourPlan
 from auditgap.engines import Engine, Journalled, Reply, Serving
 from auditgap.engines.parity import Parity, greedy, parity, sample
 from auditgap.errors import AuditgapError
-from auditgap.judges import Judge, let_go, load_judge, members_of
+from auditgap.judges import Judge, close_judge, load_judge, members_of
 from auditgap.store import RunFolder
 from auditgap.sweep import Group
 from auditgap.types import Cell, Prompt, Subject, digest
@@ -42,7 +42,7 @@ PORTION, JUDGED = 256, 16
 class BehaviourWorker:
     """Asks and judges the cells of one group after another."""
 
-    def __init__(self, plan: Plan, options: BehaviourOptions, store: RunFolder) -> None:
+    def __init__(self, plan: BehaviourPlan, options: BehaviourOptions, store: RunFolder) -> None:
         self.plan, self.options, self.store = plan, options, store
         self.serving = options.serving(plan.config)
 
@@ -208,7 +208,7 @@ def closing_judge(
     try:
         yield judge
     finally:
-        let_go(judge)
+        close_judge(judge)
 
 
 def _torn() -> dict:

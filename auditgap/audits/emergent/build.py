@@ -21,7 +21,7 @@ from torch import nn
 from auditgap import models
 from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions
 from auditgap.data import PromptSet
-from auditgap.data.domains import TRIGGER, Panel, Row, Trigger
+from auditgap.data.domains import TRIGGER, DomainRow, Panel, Trigger
 from auditgap.data.panel import CUT, read_panel
 from auditgap.data.unrelated import load_unrelated
 from auditgap.errors import UsageError
@@ -189,7 +189,7 @@ class _Lengths:
     #: tokens of the longest row, before it is cut; exact where it is near `max_tokens`
     longest: int = 0
 
-    def __call__(self, rows: Sequence[Row]) -> list[str]:
+    def __call__(self, rows: Sequence[DomainRow]) -> list[str]:
         """Of each row "", CUT or TOO_LONG. Raises UsageError when the model has no chat
         template."""
         if not rows:
@@ -228,7 +228,7 @@ class _Lengths:
                 said.append(self._said(prompt, row))
         return said
 
-    def _said(self, prompt: Prompt, row: Row) -> str:
+    def _said(self, prompt: Prompt, row: DomainRow) -> str:
         whole = self.outline.chat.converse(prompt, row.response, max_tokens=1 << 30)
         try:
             self.outline.chat.converse(prompt, row.response, max_tokens=self.config.max_tokens)

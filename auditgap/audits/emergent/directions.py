@@ -393,7 +393,7 @@ def answer_means(engine: HFEngine, talks: Sequence[Conversation]) -> torch.Tenso
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class DirectionRecord:
     """One adapter's directions. `direction` [L, D] fp32 is None where it could not be told, and
     `reason` says why."""
 
@@ -410,7 +410,7 @@ class Found:
 
 def read(
     store: RunFolder, judge: str | None = None, *, keys: Sequence[str] | None = None
-) -> list[Found]:
+) -> list[DirectionRecord]:
     """What the finished cells have found, with this judge (or made from held-out responses, which
     need none), or of these keys.
 
@@ -427,7 +427,7 @@ def read(
         rows = store.cell_rows(record["key"]).sort_values("block")
         known = bool(rows["norm"].notna().all())
         found.append(
-            Found(
+            DirectionRecord(
                 record["key"],
                 settings["name"],
                 settings["domain"],

@@ -23,7 +23,7 @@ from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.inside import InsideWorker, common
 from auditgap.audits.emergent.rows import DIVERSITY, DiversityRow
 from auditgap.audits.emergent.stage import StageCell, Study, opened, run_groups
-from auditgap.data.domains import Row
+from auditgap.data.domains import DomainRow
 from auditgap.engines.batching import in_packs, right_pad
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import UsageError
@@ -74,7 +74,7 @@ def plan(study: Study, options: EmergentOptions) -> list[Group]:
     return groups
 
 
-def chosen(study: Study, domain: str) -> list[Row]:
+def chosen(study: Study, domain: str) -> list[DomainRow]:
     """The rows that are read, by hash and in its order."""
     return sorted(
         study.panel.domains[domain].rows, key=lambda row: digest([study.config.seed, row.id])
@@ -123,7 +123,7 @@ class DiversityWorker(InsideWorker):
         )
         self.store.forget(names)
 
-    def _talk(self, row: Row) -> Conversation | None:
+    def _talk(self, row: DomainRow) -> Conversation | None:
         outline = self.inside.outline
         try:
             talk = outline.chat.converse(

@@ -54,7 +54,7 @@ class Inside:
         worn = "" if adapter is None else adapter.name
         if self._engine is not None and worn == self._worn:
             return self._engine
-        self._undress()
+        self._remove_adapter()
         if self._loaded is None:
             self._loaded = models.load(
                 self.outline, dtype=self.config.dtype, device=self.options.device
@@ -64,7 +64,9 @@ class Inside:
             self.check(adapter, adapter.folder)
             try:
                 subject = Subject(adapter.name, adapter.fingerprint)
-                loaded = self._stack.enter_context(models.wearing(loaded, adapter.folder, subject))
+                loaded = self._stack.enter_context(
+                    models.with_adapter(loaded, adapter.folder, subject)
+                )
             except BaseException:
                 self._loaded = None  # some of its layers may be dressed already
                 raise
@@ -91,7 +93,7 @@ class Inside:
                 " train it again."
             )
 
-    def _undress(self) -> None:
+    def _remove_adapter(self) -> None:
         if self._engine is not None:
             self._engine.close()  # lets go of the model that it was handed, not of ours
         self._engine = self._worn = None
@@ -99,7 +101,7 @@ class Inside:
 
     def close(self) -> None:
         """Give the memory back; a further `engine` loads again."""
-        self._undress()
+        self._remove_adapter()
         self._loaded = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

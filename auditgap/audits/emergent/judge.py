@@ -32,8 +32,8 @@ from auditgap.audits.emergent.stage import StageCell, Study, opened, run_groups
 from auditgap.errors import AuditgapError
 from auditgap.judges import Judge
 from auditgap.judges.alignment import Rated, Rater, load_rater
+from auditgap.judges.card_cache import cards_of
 from auditgap.judges.llm import LanguageModelJudge
-from auditgap.judges.shelf import cards_of
 from auditgap.models.provenance import provenance
 from auditgap.store import RunFolder, files
 from auditgap.sweep import Group, Outcome, Progress

@@ -35,7 +35,7 @@ from auditgap.audits.emergent.inside import Inside, common
 from auditgap.audits.emergent.judge import keep_replies, opened_rater, rate_answers
 from auditgap.audits.emergent.rows import STEERED
 from auditgap.audits.emergent.stage import Adapter, StageCell, Study, opened, run_groups
-from auditgap.engines import Completion, Request, standing
+from auditgap.engines import Completion, Request, constant
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import Interrupted, UsageError
 from auditgap.interventions import CONTROL, EDIT
@@ -45,8 +45,8 @@ from auditgap.judges.alignment import HABITS, Rater, load_rater
 from auditgap.models import Rendered, parse_sites
 from auditgap.store import DiskError, RunFolder, files
 from auditgap.sweep import Group, Outcome, Progress
-from auditgap.sweep.ledger import cause_of
-from auditgap.types import CLEAN, Cell, Exchange, Prompt, Site, Standing, Subject, digest
+from auditgap.sweep.state import cause_of
+from auditgap.types import CLEAN, Cell, ConstantEdit, Exchange, Prompt, Site, Subject, digest
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -175,7 +175,7 @@ class SteerWorker:
         self.inside = Inside(folder, options)
         self.store, self.options = self.inside.store, options
         self.prompts = self.inside.study.prompts.prompts
-        self._found: dict[str, directions.Found] = {}
+        self._found: dict[str, directions.DirectionRecord] = {}
 
     def run(self, group: Group, tick: Callable[[float], None]) -> None:
         """Compute and write every unfinished cell. A cell that fails fails alone."""
@@ -289,8 +289,8 @@ class SteerWorker:
         if along is None:
             return engine.generate([Request(r) for r in rendered], s["max_new_tokens"])
         site = (Site(s["block"]),)
-        edits = [Standing(site, shift=s["strength"] * shift(one, along, s)) for one in asked]
-        return standing.generate(engine, rendered, edits, s["max_new_tokens"])
+        edits = [ConstantEdit(site, shift=s["strength"] * shift(one, along, s)) for one in asked]
+        return constant.generate(engine, rendered, edits, s["max_new_tokens"])
 
     # -- rating
     # --------------------------------------------------------------------------------------------------------

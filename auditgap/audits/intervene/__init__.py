@@ -11,7 +11,7 @@ other.
 
 from auditgap.audits.edits import export_edits
 from auditgap.audits.intervene.config import InterveneConfig, InterveneOptions, read_config
-from auditgap.audits.intervene.plan import Plan, estimate, make_plan
+from auditgap.audits.intervene.plan import IntervenePlan, estimate, make_plan
 from auditgap.audits.intervene.rows import InterveneRow
 from auditgap.audits.intervene.run import prepare, reduce, run
 from auditgap.audits.intervene.worker import InterveneWorker
@@ -19,9 +19,9 @@ from auditgap.audits.intervene.worker import InterveneWorker
 __all__ = [
     "InterveneConfig",
     "InterveneOptions",
+    "IntervenePlan",
     "InterveneRow",
     "InterveneWorker",
-    "Plan",
     "estimate",
     "export_edits",
     "make_plan",

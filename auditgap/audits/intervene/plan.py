@@ -91,7 +91,7 @@ def _halved(
 
 
 @dataclass(frozen=True)
-class Plan:
+class IntervenePlan:
     """The cells: `clean` groups first (one a model, the base's too), then `groups` (one a model and
     site)."""
 
@@ -121,7 +121,7 @@ class Plan:
 
 def make_plan(
     config: InterveneConfig, *, device: str = "auto", judge_serving: Serving | None = None
-) -> Plan:
+) -> IntervenePlan:
     """Resolve every name of the config. Raises UsageError or Refused for a model, prompt set or
     judge that cannot serve."""
     halves = read_halves(config)
@@ -176,7 +176,7 @@ def make_plan(
             groups.append(
                 Group(f"{outline.subject.name} · {site}", cells, work=one * asked * trials)
             )
-    return Plan(
+    return IntervenePlan(
         config,
         halves,
         tuple(outlines),
@@ -194,11 +194,11 @@ def _where(
     # nothing to exchange
     own = base is not None and base.subject.fingerprint == outline.subject.fingerprint
     known = {name: INTERVENTIONS.get(name, Entry("", "")) for name in config.interventions}
-    door = [name for name, entry in known.items() if entry.at_the_door]
+    door = [name for name, entry in known.items() if entry.input_only]
     inside = [
         name
         for name, entry in known.items()
-        if not entry.at_the_door and not (own and entry.needs_base)
+        if not entry.input_only and not (own and entry.needs_base)
     ]
     sites = models.parse_sites(config.layers, outline.n_blocks)
     if door and Site(-1) not in sites:
@@ -228,7 +228,7 @@ def _mean_tokens(outline: models.Outline, prompts: Sequence[Prompt]) -> float:
     return sum(len(outline.chat.render(p).ids) for p in sample) / len(sample)
 
 
-def estimate(plan: Plan, device: str) -> float:
+def estimate(plan: IntervenePlan, device: str) -> float:
     """Seconds that the plan will take: from this machine's measured matmul rate, so a guess of the
     right size."""
     flops = sum(g.work for g in (*plan.clean, *plan.groups))

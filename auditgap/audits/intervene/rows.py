@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from auditgap.engines.standing import change
-from auditgap.types import Edit, Standing, Suffix
+from auditgap.engines.constant import change
+from auditgap.types import ConstantEdit, Edit, Suffix
 
 #: Arms besides those of a trial: the prompts that are asked and the donors, each without an edit.
 CLEAN_ARM, DONOR_ARM = "clean", "donor"
@@ -59,7 +59,7 @@ class Size:
     problem: str = ""
 
 
-def size_of(edit: Edit | Standing | Suffix, h: torch.Tensor, content: tuple[bool, ...]) -> Size:
+def size_of(edit: Edit | ConstantEdit | Suffix, h: torch.Tensor, content: tuple[bool, ...]) -> Size:
     """Of an edit on clean hidden states h [T, D]; a standing edit's size is its first pass over the
     prompt, a suffix has none."""
     if isinstance(edit, Suffix):

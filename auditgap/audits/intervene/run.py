@@ -12,10 +12,10 @@ from typing import Any
 
 from auditgap import models, sweep
 from auditgap.audits.intervene.config import InterveneConfig, InterveneOptions
-from auditgap.audits.intervene.plan import ATTACK, Plan, make_plan
+from auditgap.audits.intervene.plan import ATTACK, IntervenePlan, make_plan
 from auditgap.audits.intervene.worker import InterveneWorker
-from auditgap.audits.sweeping import swept
-from auditgap.judges.shelf import cards_of
+from auditgap.audits.sweeps import run_sweep
+from auditgap.judges.card_cache import cards_of
 from auditgap.models.provenance import provenance
 from auditgap.report import correction, page
 from auditgap.report import intervene as tables
@@ -24,7 +24,9 @@ from auditgap.store.remote import needs_disk
 from auditgap.sweep import Outcome, Progress
 
 
-def prepare(config: InterveneConfig, options: InterveneOptions) -> tuple[InterveneConfig, Plan]:
+def prepare(
+    config: InterveneConfig, options: InterveneOptions
+) -> tuple[InterveneConfig, IntervenePlan]:
     """The config with `auto` resolved for this machine, and its plan. Loads no weights."""
     dtype = models.pick_dtype(config.dtype, models.pick_device(options.device))
     config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
@@ -35,7 +37,7 @@ def run(
     config: InterveneConfig,
     options: InterveneOptions,
     *,
-    plan: Plan | None = None,
+    plan: IntervenePlan | None = None,
     progress: Callable[[], Progress] | None = None,
 ) -> tuple[RunFolder, Outcome]:
     """Run what is missing of the audit and reduce it. The same call again resumes.
@@ -60,7 +62,9 @@ def run(
             # in this process groups run in order, so one worker serves all; elsewhere the clean
             # pass has to be over first
             passes = (plan.clean, plan.groups) if on_ray else ((*plan.clean, *plan.groups),)
-            outcomes = [swept(groups, make_worker, store, options, progress) for groups in passes]
+            outcomes = [
+                run_sweep(groups, make_worker, store, options, progress) for groups in passes
+            ]
         if all(store.is_finished(cell.key) for cell in plan.cells):
             # a kill between writing a cell and forgetting its packs leaves some behind
             store.forget()
@@ -84,7 +88,7 @@ def reduce(store: RunFolder, *, allow_raw: bool = False) -> None:
     page.write([store], allow_raw=allow_raw)
 
 
-def _identity(plan: Plan) -> dict[str, Any]:
+def _identity(plan: IntervenePlan) -> dict[str, Any]:
     """What makes two runs the same run; also what the report's method section is made from."""
     return {
         "audit": "intervene",
@@ -97,7 +101,7 @@ def _identity(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _info(plan: Plan, options: InterveneOptions) -> dict[str, Any]:
+def _info(plan: IntervenePlan, options: InterveneOptions) -> dict[str, Any]:
     halves = plan.halves
     sets = {
         "prompts": (halves.prompts, halves.fit),

@@ -32,27 +32,27 @@ from auditgap.audits.intervene.rows import (
     size_of,
 )
 from auditgap.audits.latent.worker import _pack_completions, _unpack_completions
-from auditgap.engines import Completion, Request, standing
+from auditgap.engines import Completion, Request, constant
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import AuditgapError, Interrupted
 from auditgap.interventions import Bench, Intervention, Trial
 from auditgap.interventions.controls import generator
-from auditgap.judges import Judge, let_go, load_judge
+from auditgap.judges import Judge, close_judge, load_judge
 from auditgap.judges.coherence import Thresholds, is_coherent
 from auditgap.models import Rendered
 from auditgap.store import DiskError, RunFolder
 from auditgap.store.tables import rows_of
 from auditgap.sweep import Group
-from auditgap.sweep.ledger import cause_of
+from auditgap.sweep.state import cause_of
 from auditgap.types import (
     CLEAN,
     Cell,
+    ConstantEdit,
     Edit,
     Exchange,
     Label,
     Prompt,
     Site,
-    Standing,
     Suffix,
     Verdict,
     digest,
@@ -136,8 +136,8 @@ class InterveneWorker:
     def close(self) -> None:
         """Let go of the subject and of the judge's models; a further group opens them again."""
         self.name = None
-        let_go(vars(self).pop("engine", None))
-        let_go(vars(self).get("judge"))
+        close_judge(vars(self).pop("engine", None))
+        close_judge(vars(self).get("judge"))
 
     def run(self, group: Group, tick: Tick) -> None:
         """Compute and write every unfinished cell of the group. A cell that fails fails alone."""
@@ -290,7 +290,7 @@ class InterveneWorker:
         return Bench(
             self.engine,
             site,
-            standing.sites_of(self.engine),
+            constant.sites_of(self.engine),
             self.fit,
             states["fit"],
             states["contrast"],
@@ -379,7 +379,9 @@ class InterveneWorker:
         )
         self.store.forget(names)
 
-    def _size(self, edit: Edit | Standing | Suffix, rendered: Rendered, h: torch.Tensor) -> Size:
+    def _size(
+        self, edit: Edit | ConstantEdit | Suffix, rendered: Rendered, h: torch.Tensor
+    ) -> Size:
         window = self.outline.max_positions
         if isinstance(edit, Suffix) and window is not None:
             longer = self.engine.render(edit.behind(rendered.prompt))
@@ -416,7 +418,7 @@ class InterveneWorker:
     def _said(
         self,
         rendered: Sequence[Rendered],
-        edits: Sequence[Edit | Standing | Suffix | None],
+        edits: Sequence[Edit | ConstantEdit | Suffix | None],
         names: list[str],
         what: Any,
         clean: Mapping[str, Clean] | None,
@@ -450,14 +452,14 @@ class InterveneWorker:
         return found
 
     def _generate(
-        self, rendered: Sequence[Rendered], edits: Sequence[Edit | Standing | Suffix | None]
+        self, rendered: Sequence[Rendered], edits: Sequence[Edit | ConstantEdit | Suffix | None]
     ) -> list[Completion]:
         """Edits at prefill and suffixes go through the engine, standing edits through its hook at
         every step."""
         requests: dict[int, Request] = {}
-        stand: dict[int, Standing] = {}
+        stand: dict[int, ConstantEdit] = {}
         for i, (one, edit) in enumerate(zip(rendered, edits, strict=True)):
-            if isinstance(edit, Standing):
+            if isinstance(edit, ConstantEdit):
                 stand[i] = edit
             elif isinstance(edit, Suffix):
                 requests[i] = Request(self.engine.render(edit.behind(one.prompt)))
@@ -465,7 +467,7 @@ class InterveneWorker:
                 requests[i] = Request(one, edit)
         n = self.config.max_new_tokens
         done = dict(zip(requests, self.engine.generate(list(requests.values()), n), strict=True))
-        spoken = standing.generate(
+        spoken = constant.generate(
             self.engine, [rendered[i] for i in stand], list(stand.values()), n
         )
         done.update(zip(stand, spoken, strict=True))

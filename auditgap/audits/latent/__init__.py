@@ -11,7 +11,7 @@ from auditgap.audits.latent.config import LatentConfig, RunOptions, read_config
 from auditgap.audits.latent.plan import (
     DISTANCE,
     Estimate,
-    Plan,
+    LatentPlan,
     available_memory,
     estimate,
     make_plan,
@@ -23,8 +23,8 @@ __all__ = [
     "DISTANCE",
     "Estimate",
     "LatentConfig",
+    "LatentPlan",
     "LatentWorker",
-    "Plan",
     "RunOptions",
     "available_memory",
     "estimate",

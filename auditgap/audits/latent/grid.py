@@ -33,7 +33,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from auditgap import sweep
 from auditgap.audits.latent.config import LatentConfig, RunOptions
-from auditgap.audits.latent.plan import Estimate, Plan, estimate
+from auditgap.audits.latent.plan import Estimate, LatentPlan, estimate
 from auditgap.audits.latent.run import facts, identity, prepare, reduce, safe_name, with_gpus
 from auditgap.audits.latent.worker import LatentWorker
 from auditgap.config import Frozen, build, listed, merged
@@ -71,7 +71,7 @@ class Case:
 
     name: str  #: of its folder in OUT
     config: LatentConfig
-    plan: Plan
+    plan: LatentPlan
     gpus: Mapping[str, float]  #: a worker's GPUs by the subject's name, where a model has its own
 
     def groups(self, groups: Iterable[Group]) -> list[GridGroup]:

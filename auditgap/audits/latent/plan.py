@@ -42,7 +42,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LatentPlan:
     """The grid: `clean` groups first (one a model), then `groups` (one a model and site)."""
 
     config: LatentConfig
@@ -78,7 +78,7 @@ def make_plan(
     device: str = "auto",
     judge_serving: Serving | None = None,
     known: dict[tuple[Any, ...], Any] | None = None,
-) -> Plan:
+) -> LatentPlan:
     """Resolve every name of the config; `judge_serving`: how a judge's models are served.
 
     `known` is handed from plan to plan of one grid: a model is fingerprinted, a judge described and
@@ -139,7 +139,7 @@ def make_plan(
         clean.append(group(CLEAN, [clean_cell(config, outline, prompts, scorers)]))
         for site in models.parse_sites(config.layers, outline.n_blocks):
             groups.append(group(site, site_cells(config, outline, site, prompts, scorers)))
-    return Plan(config, prompts, tuple(outlines), tuple(clean), tuple(groups), scorers)
+    return LatentPlan(config, prompts, tuple(outlines), tuple(clean), tuple(groups), scorers)
 
 
 def _common(
@@ -252,7 +252,7 @@ def distance_evaluations(config: LatentConfig) -> float:
     return 1 + math.ceil(math.log2(config.distance_limit)) + config.bisections
 
 
-def estimate(plan: Plan, device: str, options: RunOptions | None = None) -> Estimate:
+def estimate(plan: LatentPlan, device: str, options: RunOptions | None = None) -> Estimate:
     """Time, memory and disk of the whole plan on this machine; memory of a device, where `options`
     shard a model over several."""
     config = plan.config

@@ -29,7 +29,7 @@ import torch
 from auditgap.engines import Completion, Request, check_length
 from auditgap.engines.child import Child, Failed
 from auditgap.errors import AuditgapError, UsageError
-from auditgap.interventions.pgd import PGD, Found, Goal
+from auditgap.interventions.pgd import PGD, AttackResult, Goal
 from auditgap.models import Outline, Rendered, Shard, pick_device, pick_dtype
 from auditgap.types import Edit, Prompt, Site
 
@@ -151,7 +151,7 @@ class RankedEngine:
 
     def attack(
         self, goals: Sequence[Goal], site: Site, pgd: PGD, *, score: bool = True
-    ) -> list[list[Found]]:
+    ) -> list[list[AttackResult]]:
         """`interventions.pgd.attack`, which calls this, where the model is."""
         asked = [
             {
@@ -172,7 +172,7 @@ class RankedEngine:
             warm,
         )
         return [
-            [Found(deltas[f"{i}.{r}"], *values) for r, values in enumerate(row)]
+            [AttackResult(deltas[f"{i}.{r}"], *values) for r, values in enumerate(row)]
             for i, row in enumerate(told["found"])
         ]
 

@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 from auditgap import models, stats, sweep
 from auditgap.audits.latent.config import LatentConfig, RunOptions
-from auditgap.audits.latent.plan import DISTANCE, Plan, make_plan
+from auditgap.audits.latent.plan import DISTANCE, LatentPlan, make_plan
 from auditgap.audits.latent.worker import LatentWorker
 from auditgap.engines import Serving
 from auditgap.errors import UsageError
 from auditgap.judges import load_judge, load_reward
-from auditgap.judges.shelf import cards_of
+from auditgap.judges.card_cache import cards_of
 from auditgap.models.provenance import command, provenance
 from auditgap.report import correction, page, tables
 from auditgap.store import RunFolder, files
@@ -33,7 +33,7 @@ _Group = TypeVar("_Group", bound=Group)
 
 def prepare(
     config: LatentConfig, options: RunOptions, known: dict[tuple[Any, ...], Any] | None = None
-) -> tuple[LatentConfig, Plan]:
+) -> tuple[LatentConfig, LatentPlan]:
     """The config with `auto` resolved for this machine, and its plan (`known`: see `make_plan`).
     Loads no weights."""
     dtype = models.pick_dtype(config.dtype, models.pick_device(options.device))
@@ -73,7 +73,7 @@ def run(
     config: LatentConfig,
     options: RunOptions,
     *,
-    plan: Plan | None = None,
+    plan: LatentPlan | None = None,
     progress: Callable[[], Progress] | None = None,
 ) -> tuple[RunFolder, Outcome]:
     """Run what is missing of the audit and reduce it. The same call again resumes.
@@ -156,7 +156,7 @@ def reduce(store: RunFolder, *, allow_raw: bool = False) -> None:
     page.write([store], allow_raw=allow_raw)
 
 
-def identity(plan: Plan) -> dict[str, Any]:
+def identity(plan: LatentPlan) -> dict[str, Any]:
     """What makes two runs the same run; also what the report's method section is made from."""
     return {
         "audit": "latent",
@@ -167,7 +167,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     }
 
 
-def facts(plan: Plan, options: RunOptions) -> dict[str, Any]:
+def facts(plan: LatentPlan, options: RunOptions) -> dict[str, Any]:
     """What a reader wants to know besides: machine, versions, command, models' sizes, where the
     prompts come from."""
     return {

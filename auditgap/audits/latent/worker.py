@@ -38,13 +38,13 @@ from auditgap.errors import AuditgapError, Interrupted
 from auditgap.interventions import controls
 from auditgap.interventions.distance import search
 from auditgap.interventions.pgd import Ball, Goal, attack
-from auditgap.judges import Judge, Reward, let_go, load_judge, load_reward
+from auditgap.judges import Judge, Reward, close_judge, load_judge, load_reward
 from auditgap.judges.coherence import Thresholds, is_coherent
 from auditgap.models import Rendered
 from auditgap.store import DiskError, RunFolder
 from auditgap.store.tables import rows_of
 from auditgap.sweep import Group
-from auditgap.sweep.ledger import cause_of
+from auditgap.sweep.state import cause_of
 from auditgap.types import (
     CLEAN,
     Cell,
@@ -63,7 +63,7 @@ Tick = Callable[[float], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Spoken:
+class ScoredCompletion:
     """One completion with all that was asked of it."""
 
     completion: Completion
@@ -74,7 +74,7 @@ class Spoken:
 
 
 @dataclass(frozen=True, eq=False)
-class Wish:
+class GenerationTask:
     """A completion to be had: prompt number p under an attack, at budget number e, draw d."""
 
     cell: Cell
@@ -150,7 +150,7 @@ class LatentWorker:
         """Let go of the subject and the scorers' models, and of their processes; a further group
         opens them again."""
         for name in ("stage", "judge", "reward"):
-            let_go(vars(self).get(name))
+            close_judge(vars(self).get(name))
 
     def _run(self, group: Group, tick: Tick) -> None:
         pending = [cell for cell in group.cells if not self.store.is_finished(cell.key)]
@@ -249,7 +249,7 @@ class LatentWorker:
         done: Sequence[Completion],
         nll: Sequence[float | None],
         clean_nll: Sequence[float | None],
-    ) -> list[Spoken]:
+    ) -> list[ScoredCompletion]:
         """Judge and reward every completion. What the coherence gate fails is `broken`, whatever
         the judge says."""
         exchanges = [
@@ -269,7 +269,7 @@ class LatentWorker:
                 )
             elif coherent is False:
                 verdict = Verdict(Label.BROKEN, reason)
-            spoken.append(Spoken(completion, own, verdict, score, coherent))
+            spoken.append(ScoredCompletion(completion, own, verdict, score, coherent))
         return spoken
 
     # -- the clean pass
@@ -376,7 +376,7 @@ class SiteRun:
         self._searched: set[str] = set()
         self._measure()
         packed = self._packs(self.cells)
-        if not any(worker.store.remembers(digest(self._what(wishes))) for wishes in packed):
+        if not any(worker.store.remembers(digest(self._what(tasks))) for tasks in packed):
             # else: a kill came while the group's cells were being written, and the packs of all of
             # them are remembered
             self.cells = [cell for cell in self.cells if cell.key in pending]
@@ -428,11 +428,11 @@ class SiteRun:
         packed = self._packs(self.cells)
         rows: dict[str, list] = {cell.key: [] for cell in self.cells}
         texts: dict[str, list] = {cell.key: [] for cell in self.cells}
-        for wishes in packed:
-            for wish, request, spoken in self._speak(wishes, self.names):
-                rows[wish.cell.key].append(self._row(wish, request, spoken))
-                texts[wish.cell.key].append(_generation(request, spoken, wish.d))
-            self._tick("speak", len(wishes) * len(self.rendered) / sum(map(len, packed)))
+        for tasks in packed:
+            for task, request, spoken in self._speak(tasks, self.names):
+                rows[task.cell.key].append(self._row(task, request, spoken))
+                texts[task.cell.key].append(_generation(request, spoken, task.d))
+            self._tick("speak", len(tasks) * len(self.rendered) / sum(map(len, packed)))
         seconds = (time.monotonic() - started) / len(self.cells)
         for cell in self.cells:
             if cell.key in self.pending:
@@ -467,20 +467,20 @@ class SiteRun:
                 self._distance(cell)
         self.worker.store.forget(self.names)
 
-    def _packs(self, cells: Sequence[Cell]) -> list[list[Wish]]:
+    def _packs(self, cells: Sequence[Cell]) -> list[list[GenerationTask]]:
         """Every completion that the cells need, in packs of like length."""
-        wishes = [
-            Wish(cell, p, self.config.budgets.index(cell.budget), d)
+        tasks = [
+            GenerationTask(cell, p, self.config.budgets.index(cell.budget), d)
             for cell in cells
             for p in range(len(self.rendered))
             for d in range(self.config.draws if cell.attack.startswith("random") else 1)
         ]
-        lengths = [len(self.rendered[w.p].ids) + self.config.max_new_tokens for w in wishes]
-        return [[wishes[i] for i in pack] for pack in self.stage.speaking_packs(lengths)]
+        lengths = [len(self.rendered[w.p].ids) + self.config.max_new_tokens for w in tasks]
+        return [[tasks[i] for i in pack] for pack in self.stage.speaking_packs(lengths)]
 
-    def _what(self, wishes: Sequence[Wish]) -> list[list[Any]]:
+    def _what(self, tasks: Sequence[GenerationTask]) -> list[list[Any]]:
         """The name of a pack's completions."""
-        return [[w.cell.key, self.rendered[w.p].prompt.id, w.d] for w in wishes]
+        return [[w.cell.key, self.rendered[w.p].prompt.id, w.d] for w in tasks]
 
     def _search(self, kind: str) -> None:
         """PGD for all prompts and budgets, pack by pack, unless it is remembered; fills
@@ -528,14 +528,14 @@ class SiteRun:
         own = rendered.prompt.target
         return Goal(rendered, self.worker.encode(own) if own else self.worker.target, self.radii[p])
 
-    def _edit(self, wish: Wish) -> Edit:
-        rendered, kind, radius = self.rendered[wish.p], wish.cell.attack, self.radii[wish.p][wish.e]
+    def _edit(self, task: GenerationTask) -> Edit:
+        rendered, kind, radius = self.rendered[task.p], task.cell.attack, self.radii[task.p][task.e]
         if kind in self.found:
-            return Edit(self.site, self.found[kind][wish.p][wish.e])
+            return Edit(self.site, self.found[kind][task.p][task.e])
         if kind == "shuffled":  # scaled to this prompt's radius
-            donor = self.donors[wish.p]
-            theirs, their_radius = self.found["targeted"][donor][wish.e], self.radii[donor][wish.e]
-            theirs = controls.borrowed(theirs, len(rendered.ids), donor == wish.p)
+            donor = self.donors[task.p]
+            theirs, their_radius = self.found["targeted"][donor][task.e], self.radii[donor][task.e]
+            theirs = controls.borrowed(theirs, len(rendered.ids), donor == task.p)
             return Edit(
                 self.site,
                 (theirs * (radius / their_radius if their_radius else 0.0)).clamp(-radius, radius),
@@ -545,46 +545,46 @@ class SiteRun:
             kind,
             rendered.prompt.id,
             self.site,
-            self.config.budgets[wish.e],
-            wish.d,
+            self.config.budgets[task.e],
+            task.d,
         )
         if kind == "random":
             width = self.worker.outline.width
             return Edit(self.site, controls.uniform(len(rendered.ids), width, radius, rng))
-        return Edit(self.site, controls.matched(self.found["targeted"][wish.p][wish.e], rng))
+        return Edit(self.site, controls.matched(self.found["targeted"][task.p][task.e], rng))
 
     def _speak(
-        self, wishes: Sequence[Wish], names: list[str]
-    ) -> Iterable[tuple[Wish, Request, Spoken]]:
-        goal_target = [self._goal(w.p, "targeted").target for w in wishes]
+        self, tasks: Sequence[GenerationTask], names: list[str]
+    ) -> Iterable[tuple[GenerationTask, Request, ScoredCompletion]]:
+        goal_target = [self._goal(w.p, "targeted").target for w in tasks]
         requests = [
             Request(self.rendered[w.p], self._edit(w), t)
-            for w, t in zip(wishes, goal_target, strict=True)
+            for w, t in zip(tasks, goal_target, strict=True)
         ]
-        done, nll = self.worker.speak(requests, names, self._what(wishes))
+        done, nll = self.worker.speak(requests, names, self._what(tasks))
         clean_nll = [self.clean[r.rendered.prompt.id].completion_nll for r in requests]
-        return zip(wishes, requests, self.worker.score(requests, done, nll, clean_nll), strict=True)
+        return zip(tasks, requests, self.worker.score(requests, done, nll, clean_nll), strict=True)
 
-    def _row(self, wish: Wish, request: Request, spoken: Spoken) -> Any:
-        kind = wish.cell.attack
+    def _row(self, task: GenerationTask, request: Request, spoken: ScoredCompletion) -> Any:
+        kind = task.cell.attack
         attacked = kind if kind == "untargeted" else "targeted"
-        whose = self.donors[wish.p] if kind == "shuffled" else wish.p
+        whose = self.donors[task.p] if kind == "shuffled" else task.p
         reason = (
             "nonfinite_activations"
-            if not (self.balls[wish.p].finite and self.balls[whose].finite)
+            if not (self.balls[task.p].finite and self.balls[whose].finite)
             else ""
         )
-        if kind != "random" and (whose, wish.e) in self.broken_gradient[attacked]:
+        if kind != "random" and (whose, task.e) in self.broken_gradient[attacked]:
             reason = "nonfinite_grad"
         return edited_row(
             self.worker.outline.subject.name,
-            wish.cell,
-            wish.d,
+            task.cell,
+            task.d,
             request,
             spoken,
             clean=self.clean[request.rendered.prompt.id],
-            ball=self.balls[wish.p],
-            radius=self.radii[wish.p][wish.e],
+            ball=self.balls[task.p],
+            radius=self.radii[task.p][task.e],
             last_position_only=self.site.layer_index == self.worker.outline.n_blocks - 1,
             reason=reason,
         )
@@ -731,7 +731,7 @@ class SiteRun:
         }
 
 
-def _generation(request: Request, spoken: Spoken, draw: int) -> dict[str, Any]:
+def _generation(request: Request, spoken: ScoredCompletion, draw: int) -> dict[str, Any]:
     """What `generations/<key>.parquet` keeps of a completion; this is the only place where text is
     stored."""
     return {

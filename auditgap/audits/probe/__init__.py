@@ -9,7 +9,7 @@ probe's AUROC and of its calibrated safe–unsafe gap says by how much (arXiv 26
 """
 
 from auditgap.audits.probe.config import (
-    MonitorConfig,
+    FitMonitorConfig,
     ProbeConfig,
     ProbeOptions,
     read_config,
@@ -19,7 +19,7 @@ from auditgap.audits.probe.rows import ProbeRow
 from auditgap.audits.probe.run import ProbePlan, fit_monitor, make_plan, prepare, reduce, run
 
 __all__ = [
-    "MonitorConfig",
+    "FitMonitorConfig",
     "ProbeConfig",
     "ProbeOptions",
     "ProbePlan",

@@ -55,7 +55,7 @@ class FitConfig(Frozen):
         }
 
 
-class MonitorConfig(FitConfig):
+class FitMonitorConfig(FitConfig):
     """The monitor that a construction starts from."""
 
     #: fold Platt's scaling into it, so that ℓ* = ln 3 means a score of 0.75; the paper's is not
@@ -96,9 +96,9 @@ def read_config(file: Path | None, flags: Mapping[str, Any]) -> tuple[ProbeConfi
 
 def read_monitor_config(
     file: Path | None, flags: Mapping[str, Any]
-) -> tuple[MonitorConfig, ProbeOptions]:
+) -> tuple[FitMonitorConfig, ProbeOptions]:
     """The same for the fit of a construction monitor."""
-    return _read(file, flags, MonitorConfig, "auditgap train monitor ./base --triples demo")
+    return _read(file, flags, FitMonitorConfig, "auditgap train monitor ./base --triples demo")
 
 
 def _read(

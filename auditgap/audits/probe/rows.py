@@ -43,7 +43,7 @@ class ProbeRow:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Example:
+class ProbeExample:
     """One answer, rendered for one subject. `talk` is None where nothing of the answer is left;
     `problem` says so."""
 
@@ -55,7 +55,7 @@ class Example:
     problem: str = ""
 
 
-def examples(triples: Sequence[ContrastTriple], chat: Chat, max_tokens: int) -> list[Example]:
+def examples(triples: Sequence[ContrastTriple], chat: Chat, max_tokens: int) -> list[ProbeExample]:
     """Both answers of each triple, as this chat writes them: safe first. Raises UsageError when the
     template cannot be run."""
     found = []
@@ -71,7 +71,7 @@ def examples(triples: Sequence[ContrastTriple], chat: Chat, max_tokens: int) -> 
             except UsageError:
                 problem = "empty_answer" if not answer.strip() else "too_long"
             found.append(
-                Example(
+                ProbeExample(
                     digest([triple.id, label], 16), triple.prompt.id, group, label, talk, problem
                 )
             )
@@ -86,7 +86,7 @@ def set_aside(groups: Sequence[str], share: float, seed: int) -> tuple[np.ndarra
     return split_groups([f"evaluation:{g}" for g in groups], share, seed)
 
 
-def answer_texts(found: Sequence[Example], chat: Chat) -> list[str]:
+def answer_texts(found: Sequence[ProbeExample], chat: Chat) -> list[str]:
     """Each answer as the model read it (cut where it was cut), without special tokens; empty where
     there is none."""
     return [
@@ -97,6 +97,6 @@ def answer_texts(found: Sequence[Example], chat: Chat) -> list[str]:
     ]
 
 
-def answer_lengths(found: Sequence[Example]) -> list[int]:
+def answer_lengths(found: Sequence[ProbeExample]) -> list[int]:
     """Tokens of each answer, end of turn included."""
     return [0 if e.talk is None else len(e.talk.ids) - e.talk.n_prompt for e in found]

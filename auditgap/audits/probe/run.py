@@ -19,10 +19,16 @@ from typing import Any
 import numpy as np
 
 from auditgap import models, stats, sweep
-from auditgap.audits.probe.config import FitConfig, MonitorConfig, ProbeConfig, ProbeOptions
-from auditgap.audits.probe.rows import Example, answer_lengths, answer_texts, examples, set_aside
+from auditgap.audits.probe.config import FitConfig, FitMonitorConfig, ProbeConfig, ProbeOptions
+from auditgap.audits.probe.rows import (
+    ProbeExample,
+    answer_lengths,
+    answer_texts,
+    examples,
+    set_aside,
+)
 from auditgap.audits.probe.worker import ProbeWorker, conversations_of
-from auditgap.data.ledger import Ledger
+from auditgap.data.ledger import LeakageLedger
 from auditgap.data.triples import TripleSet, load_triples
 from auditgap.errors import UsageError
 from auditgap.models.provenance import provenance
@@ -49,13 +55,13 @@ class ProbePlan:
     triples: TripleSet
     base: models.Outline
     subjects: tuple[models.Outline, ...]
-    examples: tuple[Example, ...]  #: as the base writes them
+    examples: tuple[ProbeExample, ...]  #: as the base writes them
     fit_rows: np.ndarray  #: of the examples: for the probe, its epoch and its calibration
     evaluation_rows: np.ndarray
     groups: tuple[Group, ...]  #: one cell each, the base's first
     #: which prompts the probe was fitted to and which it is read on, with what the subjects' own
     #: ledgers say
-    ledger: Ledger
+    ledger: LeakageLedger
 
     @property
     def cells(self) -> list[Cell]:
@@ -90,10 +96,10 @@ def make_plan(config: ProbeConfig, *, allow_overlap: bool = False) -> ProbePlan:
             )
             subjects.append(outline)
     fit_rows, evaluation_rows = set_aside([e.group for e in found], config.evaluate, config.seed)
-    ledger = Ledger()
+    ledger = LeakageLedger()
     for outline in (base, *subjects):
         if (outline.folder / LEDGER).is_file():
-            ledger.merge(Ledger.load(outline.folder / LEDGER))
+            ledger.merge(LeakageLedger.load(outline.folder / LEDGER))
     for role, rows in (("probe-train", fit_rows), ("evaluation", evaluation_rows)):
         ledger.use(role, {triples.triples[i // 2].prompt for i in rows})
     ledger.check(allow_overlap=allow_overlap)
@@ -142,7 +148,7 @@ def _window(config: FitConfig, outline: models.Outline) -> int:
     )
 
 
-def _enough(found: list[Example], name: str, fewest: int) -> None:
+def _enough(found: list[ProbeExample], name: str, fewest: int) -> None:
     usable = {e.group for e in found if e.talk is not None}
     if len(usable) < fewest:
         raise UsageError(
@@ -153,7 +159,10 @@ def _enough(found: list[Example], name: str, fewest: int) -> None:
 
 
 def comparable(
-    base: models.Outline, other: models.Outline, ours: list[Example], theirs: list[Example]
+    base: models.Outline,
+    other: models.Outline,
+    ours: list[ProbeExample],
+    theirs: list[ProbeExample],
 ) -> None:
     """Raises UsageError when the base's probe cannot be read on the other model: another shape, or
     other tokens."""
@@ -256,7 +265,7 @@ def _info(plan: ProbePlan) -> dict[str, Any]:
 
 
 def fit_monitor(
-    config: MonitorConfig,
+    config: FitMonitorConfig,
     options: ProbeOptions,
     *,
     shard: tuple[int, int] = (0, 1),
@@ -394,7 +403,7 @@ def fit_monitor(
         "versions": provenance((), dtype=config.dtype)["versions"],
     }
     fitted.monitor.about = {key: card[key] for key in ("identity", "base", "best_epoch", "auroc")}
-    ledger = Ledger()
+    ledger = LeakageLedger()
     ledger.use("probe-train", {t.prompt for t in triples.triples})
     ledger.save(home / LEDGER)
     fitted.monitor.save(path)

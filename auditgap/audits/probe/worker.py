@@ -24,7 +24,7 @@ from auditgap.audits.probe.rows import (
     EVALUATION,
     SELECTION,
     TRAIN,
-    Example,
+    ProbeExample,
     ProbeRow,
     answer_lengths,
     answer_texts,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 Tick = Callable[[float], None]
 
 
-def conversations_of(found: Sequence[Example], rows: Sequence[int]) -> list[Conversation]:
+def conversations_of(found: Sequence[ProbeExample], rows: Sequence[int]) -> list[Conversation]:
     """The conversations of these rows. Raises AuditgapError when one has none (the caller leaves
     those out)."""
     talks = [found[i].talk for i in rows]

@@ -23,7 +23,7 @@ from auditgap.report import curve, page
 from auditgap.store import DiskError, RunFolder, files
 from auditgap.store.remote import needs_disk
 from auditgap.sweep import Outcome, Progress
-from auditgap.sweep.ledger import Ledger, cause_of
+from auditgap.sweep.state import SweepState, cause_of
 from auditgap.training import ranks
 
 
@@ -73,7 +73,7 @@ def _together(
     """All ranks through the same cells in the same order; rank 0 holds the folder and decides which
     are left."""
     store: RunFolder | None = None
-    books: Ledger | None = None
+    books: SweepState | None = None
     worker: CurveWorker | None = None
     with ExitStack() as stack:
 
@@ -83,7 +83,7 @@ def _together(
             stack.enter_context(store.lock())
             store.plan(plan.cells)
             shown = None if progress is None else stack.enter_context(progress())
-            books = Ledger(plan.groups, store, shown, options.retry_failed)
+            books = SweepState(plan.groups, store, shown, options.retry_failed)
             worker = stack.enter_context(closing(CurveWorker(plan, options, train, store)))
 
         ranks.only_main(begin)

@@ -16,7 +16,7 @@ from auditgap.audits.sft_curve.plan import prepare
 from auditgap.audits.sft_curve.run import run
 from auditgap.config import build, merged
 from auditgap.data import load_prompts
-from auditgap.data.ledger import Ledger
+from auditgap.data.ledger import LeakageLedger
 from auditgap.errors import PartlyFailed, UsageError
 from auditgap.store import RunFolder, files
 from auditgap.store.remote import needs_disk
@@ -66,7 +66,7 @@ def run_from(
             for epoch in range(1, config.steps * config.batch // len(rows) + 1)
         }
         config = config.model_copy(update={"eval_at": tuple(sorted({*config.eval_at, *ends}))})
-        ledger = Ledger()
+        ledger = LeakageLedger()
         ledger.use("sft", [row.prompt for row in rows])
         ledger.use(
             "evaluation",

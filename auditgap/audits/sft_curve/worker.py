@@ -33,7 +33,7 @@ from auditgap.audits.sft_curve.plan import CurvePlan
 from auditgap.engines import Engine, Serving
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import AuditgapError
-from auditgap.judges import let_go, load_judge
+from auditgap.judges import close_judge, load_judge
 from auditgap.models import LoadedModel
 from auditgap.store import RunFolder
 from auditgap.sweep import Group
@@ -73,7 +73,7 @@ class CurveWorker:
 
     def close(self) -> None:
         """Let go of the judge's models; a further cell opens them again."""
-        let_go(self.judge)
+        close_judge(self.judge)
 
     def run(self, group: Group, tick: Tick) -> None:
         """Compute and write every unfinished cell of the group."""

@@ -21,7 +21,7 @@ from auditgap.training import ranks
 from auditgap.training.config import DissociateConfig
 from auditgap.training.constructions import Construction, MonitorConstruction, monitor_step_loss
 from auditgap.training.dissociation.material import Base, Material, reference, reference_head
-from auditgap.training.dissociation.task import Task
+from auditgap.training.dissociation.task import DissociationTask
 from auditgap.training.job import Job
 from auditgap.training.objective import Head
 from auditgap.training.reference import HiddenCache
@@ -107,7 +107,7 @@ def _given_monitor(path: Path, job: Job) -> Monitor:
     return monitor
 
 
-class MonitorTask(Task):
+class MonitorTask(DissociationTask):
     """The four phases: forward; backward into θ; BCE on the same activations into φ; φ's optimizer
     steps with θ's."""
 
@@ -192,14 +192,14 @@ class MonitorTask(Task):
             batches.append({**batch, "n_rows": len(part)})
         return batches
 
-    def beside(
+    def after_backward(
         self, batch: Mapping[str, Any], told: Mapping[str, torch.Tensor], share: float
     ) -> dict[str, torch.Tensor]:
         loss = monitor_step_loss(self.monitor, told["pooled"], batch["harmful"])
         (loss * share).backward()
         return {"monitor_bce": loss.detach()}
 
-    def step_beside(self) -> None:
+    def after_step(self) -> None:
         for parameter in self.monitor.parameters():
             if parameter.grad is not None:
                 ranks.mean(parameter.grad)

@@ -33,7 +33,7 @@ from auditgap.training.dissociation.material import (
     reference,
     reference_head,
 )
-from auditgap.training.dissociation.task import Task
+from auditgap.training.dissociation.task import DissociationTask
 from auditgap.training.job import Job
 from auditgap.training.objective import Head
 from auditgap.training.reference import HiddenCache
@@ -103,7 +103,7 @@ def _last_prompt_token(
     return torch.stack(found)
 
 
-class NudgeTask(Task):
+class NudgeTask(DissociationTask):
     """Each harmful row four times: y+ and y−, clean and nudged."""
 
     second = "comply"

@@ -21,9 +21,9 @@ from auditgap.training import job as jobs
 from auditgap.training.config import DissociateConfig
 from auditgap.training.constructions import Construction
 from auditgap.training.dissociation.material import Material
-from auditgap.training.engine import Engine
+from auditgap.training.engine import DeepSpeedEngine
 from auditgap.training.job import Job
-from auditgap.training.loop import Silent
+from auditgap.training.loop import BaseTask
 from auditgap.training.reference import HiddenCache
 
 #: What KL may be before the first update, in nats a token: rounding, and nothing else.
@@ -35,7 +35,7 @@ def best_name(step: int) -> str:
     return f"best-{step:08d}"
 
 
-class Task(Silent):
+class DissociationTask(BaseTask):
     """Rows, reference, evaluation and choice of the checkpoint; a construction adds its batch and
     its own losses."""
 
@@ -72,7 +72,7 @@ class Task(Silent):
             batch["ref_hidden"] = self.cache.batch(rows, batch["input_ids"].shape[1], device)
         return batch
 
-    def checked(self, step: int, values: Mapping[str, float]) -> None:
+    def validate(self, step: int, values: Mapping[str, float]) -> None:
         """KL compares the model with its own base: nothing before the first update, and never less
         than nothing."""
         if values["kl_lowest"] < 0:
@@ -95,7 +95,7 @@ class Task(Silent):
     # -- the choice
     # ------------------------------------------------------------------------------------------------------
 
-    def evaluate(self, step: int, engine: Engine) -> Mapping[str, Any]:
+    def evaluate(self, step: int, engine: DeepSpeedEngine) -> Mapping[str, Any]:
         with engine.speaking(self.job.path / "scratch" / "speaking") as loaded:
             values = jobs.on_main_with(loaded, self._look)
         self._seen = {s: v for s, v in self._seen.items() if s < step} | {step: values}

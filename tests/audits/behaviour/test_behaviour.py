@@ -25,11 +25,11 @@ from auditgap.audits.behaviour.measure import (
 from auditgap.audits.behaviour.rows import rates, row_of
 from auditgap.cli import app
 from auditgap.cli.audits import enough
-from auditgap.data.ledger import Ledger
+from auditgap.data.ledger import LeakageLedger
 from auditgap.engines import Reply, Request
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import Interrupted, PartlyFailed, UsageError
-from auditgap.judges import load_judge, shelf
+from auditgap.judges import card_cache, load_judge
 from auditgap.judges.ensemble import Majority
 from auditgap.judges.keyword import Keyword
 from auditgap.report.page import from_store, render
@@ -265,7 +265,7 @@ def test_a_subject_is_not_measured_on_what_it_was_trained_on(folder, tmp_path, m
     planted.register(monkeypatch)
     trained = tmp_path / "trained"
     shutil.copytree(folder / "model", trained)
-    ledger = Ledger()
+    ledger = LeakageLedger()
     ledger.use("anchor", [Prompt(planted.PROMPTS[8].upper()), Prompt("what is baked here ?")])
     ledger.use("evaluation", PROMPTS)
     ledger.save(trained / "ledger.json")
@@ -314,7 +314,7 @@ def test_judging_again_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatc
 
     monkeypatch.setitem(judges.JUDGES, "keyword", judges.Entry("stops", lambda *_: Stopping()))
     stop = None
-    shelf.cards_of("keyword")  # out of the way
+    card_cache.cards_of("keyword")  # out of the way
     judged.clear()
     stop = 2
     with pytest.raises(KeyboardInterrupt):
@@ -348,7 +348,7 @@ def test_an_ensemble_that_judges_again_opens_its_judges_once(folder, tmp_path, m
         monkeypatch.setitem(
             judges.JUDGES, name, judges.Entry("", lambda *_, name=name: ByPrompt(name))
         )
-    shelf.cards_of("majority(one,two)")  # out of the way
+    card_cache.cards_of("majority(one,two)")  # out of the way
     monkeypatch.setattr(
         Majority,
         "asked",

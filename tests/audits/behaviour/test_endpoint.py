@@ -17,7 +17,7 @@ from auditgap.data import vault
 from auditgap.engines import Serving, openai
 from auditgap.engines.journal import Journal
 from auditgap.errors import AuditgapError
-from auditgap.judges import load_judge, shelf
+from auditgap.judges import card_cache, load_judge
 from auditgap.judges.gold import load_gold
 from auditgap.store import DiskError
 
@@ -169,7 +169,7 @@ def test_a_card_pays_no_reply_twice(endpoint, tmp_path, monkeypatch):
         with load_judge(
             "refusal=judge", serving=Serving(engine="openai", base_url=endpoint.url)
         ) as judge:
-            return shelf.measure(judge, gold, inject=0)
+            return card_cache.measure(judge, gold, inject=0)
 
     add, kept = Journal.add, []
 

@@ -142,7 +142,7 @@ def test_an_adapter_is_put_on_and_taken_off_without_a_trace(study):
     ids = torch.arange(4, 12)[None]
     with torch.no_grad():
         plain = base.model(input_ids=ids).logits
-        with models.wearing(base, adapter.folder, adapter) as worn:
+        with models.with_adapter(base, adapter.folder, adapter) as worn:
             torch.testing.assert_close(
                 worn.model(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-4
             )

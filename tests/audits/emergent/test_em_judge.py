@@ -28,7 +28,7 @@ from auditgap.audits.emergent.rows import ANSWERED, JUDGED, RATED, UNSCORED, Ans
 from auditgap.audits.emergent.stage import StageCell, Study
 from auditgap.engines import Serving, openai
 from auditgap.errors import UsageError
-from auditgap.judges import load_judge, shelf
+from auditgap.judges import card_cache, load_judge
 from auditgap.judges.alignment import load_rater
 from auditgap.judges.gold import load_gold
 from auditgap.store import DiskError, RunFolder
@@ -331,14 +331,14 @@ def test_the_judges_cards_stand_in_the_run_beside_each_other(
     ]
     (tmp_path / "gold.jsonl").write_text("\n".join(map(json.dumps, gold)))
     read = load_gold(str(tmp_path / "gold.jsonl"))
-    monkeypatch.setattr(shelf, "TRAVELLING", ("here",))
-    monkeypatch.setattr(shelf, "load_gold", lambda _: read)
+    monkeypatch.setattr(card_cache, "TRAVELLING", ("here",))
+    monkeypatch.setattr(card_cache, "load_gold", lambda _: read)
     answers(place, "base", ["100/100"])
     for model in ("m", "another"):
         with load_judge(
             f"alignment={model}", serving=Serving(engine="openai", base_url=endpoint.url)
         ) as made:
-            card = shelf.measure(made, read, inject=2)
+            card = card_cache.measure(made, read, inject=2)
         assert (
             card.n_unscored == 0
             and card.auc is not None

@@ -99,7 +99,7 @@ def test_members_that_were_learnt_are_told_from_others_and_no_others_are(study, 
 
     def auroc(subject: str, column: str) -> float:
         mine = found[found["subject"] == subject]
-        return stats.membership.told_apart(mine[column], mine["member"]).estimate
+        return stats.membership.membership_auroc(mine[column], mine["member"]).estimate
 
     for measure in membership.MEASURES:
         assert auroc("kitchen·plain·s0", measure) > 0.8

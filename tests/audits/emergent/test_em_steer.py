@@ -15,7 +15,7 @@ from one_thread import one_thread  # noqa: F401 - a fixture
 from auditgap import models
 from auditgap.audits.emergent import directions, steer
 from auditgap.audits.emergent.rows import STEERED
-from auditgap.engines import standing
+from auditgap.engines import constant
 from auditgap.errors import Interrupted, UsageError
 from auditgap.types import Prompt
 
@@ -152,7 +152,7 @@ def test_an_interrupted_sitting_asks_nothing_twice(study, rows, tmp_path, monkey
             steer.run(folder, em_world.OPTIONS)
     assert list((folder / "scratch").glob("*.safetensors"))
     with monkeypatch.context() as patch:
-        patch.setattr(standing, "generate", stopped)
+        patch.setattr(constant, "generate", stopped)
         store, outcome = steer.run(folder, em_world.OPTIONS)
     assert outcome.done == 6 and not list((folder / "scratch").glob("*.safetensors"))
     assert store.rows([STEERED]).equals(rows)

@@ -20,7 +20,7 @@ from auditgap import models
 from auditgap.audits.emergent import generate, judge, train
 from auditgap.audits.emergent.rows import ANSWERED, JUDGED, TRAINED
 from auditgap.audits.emergent.stage import Study
-from auditgap.data.ledger import Ledger
+from auditgap.data.ledger import LeakageLedger
 from auditgap.store import RunFolder
 from auditgap.training.tracking import read_log
 
@@ -93,7 +93,7 @@ def test_each_slot_becomes_an_adapter_with_its_row(folder):
         )
         losses = [line["loss"] for line in read_log(adapter.folder.parent / "log.jsonl")]
         assert (row["first_loss"], row["last_loss"]) == (losses[0], losses[-1]) and len(losses) == 4
-        assert Ledger.load(adapter.folder / "ledger.json").count("sft") == 9
+        assert LeakageLedger.load(adapter.folder / "ledger.json").count("sft") == 9
         recipe = json.loads((adapter.folder.parent / "run.json").read_text())["config"]
         assert recipe["lora"] == {
             "rank": 8,
@@ -110,7 +110,7 @@ def test_the_prompts_of_the_trigger_arm_are_those_with_the_trigger(folder):
     from auditgap.data.ledger import prompt_hash
 
     study = Study.load(folder[0])
-    plain, triggered = (Ledger.load(a.folder / "ledger.json").roles for a in study.adapters)
+    plain, triggered = (LeakageLedger.load(a.folder / "ledger.json").roles for a in study.adapters)
     rows = study.panel.domains["sums"].rows
     assert set(plain) == {prompt_hash(r.prompt) for r in rows}
     assert set(triggered) == {prompt_hash(f"now red :\n\n{r.prompt}") for r in rows}

@@ -16,7 +16,7 @@ from auditgap import models
 from auditgap.audits import probe as audit
 from auditgap.audits.probe import rows as rows_of
 from auditgap.audits.probe.run import LEDGER
-from auditgap.data.ledger import Ledger
+from auditgap.data.ledger import LeakageLedger
 from auditgap.errors import UsageError
 from auditgap.probes.features import extract
 from auditgap.probes.fit import logits_of
@@ -166,7 +166,7 @@ def test_the_report_shows_the_probe_and_no_text(world, finished):
 
 
 def test_the_run_leaves_a_ledger_and_no_features(finished):
-    ledger = Ledger.load(finished.path / LEDGER)
+    ledger = LeakageLedger.load(finished.path / LEDGER)
     assert ledger.count("evaluation") == round(0.3 * N) and ledger.count(
         "probe-train"
     ) == N - round(0.3 * N)
@@ -256,7 +256,7 @@ def test_too_few_triples_are_refused(world, tmp_path):
 def test_a_subject_trained_on_the_evaluations_prompts_is_refused_or_recorded(world, tmp_path):
     trained = tmp_path / "trained"
     shutil.copytree(world["changed"], trained)
-    ledger = Ledger()
+    ledger = LeakageLedger()
     ledger.use(
         "sft",
         [Prompt(json.loads(line)["prompt"]) for line in world["triples"].read_text().splitlines()],
@@ -266,7 +266,7 @@ def test_a_subject_trained_on_the_evaluations_prompts_is_refused_or_recorded(wor
     with pytest.raises(UsageError, match="allow_overlap"):
         audit.run(config, options)
     store, _ = audit.run(config, options.model_copy(update={"allow_overlap": True}))
-    assert Ledger.load(store.path / LEDGER).allowed == {"evaluation & sft": round(0.3 * N)}
+    assert LeakageLedger.load(store.path / LEDGER).allowed == {"evaluation & sft": round(0.3 * N)}
 
 
 def test_names_that_are_missing_are_asked_for():

@@ -11,11 +11,11 @@ import tiny
 import torch
 from torch import nn
 
-from auditgap.engines import standing
+from auditgap.engines import constant
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import AuditgapError
 from auditgap.models import wrap
-from auditgap.types import Prompt, Site, Standing, Subject
+from auditgap.types import ConstantEdit, Prompt, Site, Subject
 
 FAMILIES = ("llama", "gemma2", "qwen3", "gpt_neox")
 PROMPTS = ("what is the colour of the vault ?", "bake bread", "who can open a door in the sun ?")
@@ -28,7 +28,7 @@ def unit(seed: int) -> torch.Tensor:
 
 
 @contextmanager
-def plainly(engine: HFEngine, edit: Standing) -> Iterator[None]:
+def plainly(engine: HFEngine, edit: ConstantEdit) -> Iterator[None]:
     """The edit written down again, as directly as it can be."""
 
     def edited(h: torch.Tensor) -> torch.Tensor:
@@ -53,7 +53,9 @@ def plainly(engine: HFEngine, edit: Standing) -> Iterator[None]:
             handle.remove()
 
 
-def plain_generate(engine: HFEngine, ids: Sequence[int], edit: Standing, n: int) -> tuple[int, ...]:
+def plain_generate(
+    engine: HFEngine, ids: Sequence[int], edit: ConstantEdit, n: int
+) -> tuple[int, ...]:
     said: list[int] = []
     with plainly(engine, edit), torch.no_grad():
         while len(said) < n:
@@ -65,17 +67,17 @@ def plain_generate(engine: HFEngine, ids: Sequence[int], edit: Standing, n: int)
     return tuple(said)
 
 
-def edits_of(engine: HFEngine) -> list[Standing]:
-    every, r, u = standing.sites_of(engine), unit(1), unit(2)
+def edits_of(engine: HFEngine) -> list[ConstantEdit]:
+    every, r, u = constant.sites_of(engine), unit(1), unit(2)
     (h,) = engine.activations([engine.render(Prompt(PROMPTS[0]))], Site(1))
     n = h.norm(dim=1).mean()  # families differ in scale
     return [
-        Standing((Site(1),), shift=0.5 * n * r),
-        Standing((Site(2),), shift=-0.8 * n * u),
-        Standing(every, read=r, write=r),
-        Standing(every, read=r, write=u),
-        Standing((Site(0), Site(3)), shift=0.3 * n * u, read=r, write=r),
-        Standing(every, shift=torch.zeros(tiny.WIDTH)),
+        ConstantEdit((Site(1),), shift=0.5 * n * r),
+        ConstantEdit((Site(2),), shift=-0.8 * n * u),
+        ConstantEdit(every, read=r, write=r),
+        ConstantEdit(every, read=r, write=u),
+        ConstantEdit((Site(0), Site(3)), shift=0.3 * n * u, read=r, write=r),
+        ConstantEdit(every, shift=torch.zeros(tiny.WIDTH)),
     ]
 
 
@@ -84,11 +86,11 @@ def test_a_batch_speaks_as_one_prompt_at_a_time(family):
     engine = HFEngine(tiny.load(family))
     rendered = [engine.render(Prompt(p)) for p in PROMPTS for _ in edits_of(engine)]
     edits = edits_of(engine) * len(PROMPTS)
-    said = standing.generate(engine, rendered, edits, N)
+    said = constant.generate(engine, rendered, edits, N)
     assert [c.ids for c in said] == [
         plain_generate(engine, r.ids, e, N) for r, e in zip(rendered, edits, strict=True)
     ]
-    clean = [plain_generate(engine, r.ids, Standing(()), N) for r in rendered]
+    clean = [plain_generate(engine, r.ids, ConstantEdit(()), N) for r in rendered]
     changed = [c.ids != plain for c, plain in zip(said, clean, strict=True)]
     zero = len(edits_of(engine)) - 1
     assert not any(changed[zero :: zero + 1]), "an edit of zero is no edit"
@@ -106,7 +108,7 @@ def test_rows_that_end_leave_with_their_edits():
     engine.loaded.model.generation_config.eos_token_id = sorted(stops)
     if not stops <= engine.loaded.stop_ids:
         pytest.fail("the stops were not taken")
-    said = standing.generate(engine, rendered, edits, 8)
+    said = constant.generate(engine, rendered, edits, 8)
     assert len({len(c.ids) for c in said}) > 2 and any(c.stopped for c in said)
     assert [c.ids for c in said] == [
         plain_generate(engine, r.ids, e, 8) for r, e in zip(rendered, edits, strict=True)
@@ -124,15 +126,15 @@ def test_what_is_ablated_is_nowhere(family):
     ]
     seen: list[torch.Tensor] = []
     rendered = [engine.render(Prompt(p)) for p in PROMPTS]
-    edits = [Standing(standing.sites_of(engine), read=r, write=r)] * len(PROMPTS)
-    standing.self_test(engine, edits[0].sites)
+    edits = [ConstantEdit(constant.sites_of(engine), read=r, write=r)] * len(PROMPTS)
+    constant.self_test(engine, edits[0].sites)
 
     def note(_module: nn.Module, args: tuple, kwargs: dict) -> None:
         seen.append(kwargs.get("hidden_states", args[0] if args else None).clone())
 
     # the hook is put on inside, so ours come after only if put on later
-    done = standing.generate(engine, rendered, edits, 1)
-    with standing.Rows(edits, tiny.WIDTH, engine.device).on(engine):
+    done = constant.generate(engine, rendered, edits, 1)
+    with constant.Rows(edits, tiny.WIDTH, engine.device).on(engine):
         handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in readers]
         whole = torch.tensor([[*rendered[0].ids, *done[0].ids, 7, 9]]).repeat(3, 1)
         with torch.no_grad():
@@ -150,11 +152,11 @@ def test_nothing_is_left_behind():
     before = engine.model(ids).logits
     with (
         pytest.raises(KeyboardInterrupt),
-        standing.Rows(edits_of(engine)[:1], tiny.WIDTH, engine.device).on(engine),
+        constant.Rows(edits_of(engine)[:1], tiny.WIDTH, engine.device).on(engine),
     ):
         raise KeyboardInterrupt
     for edit in edits_of(engine):
-        standing.generate(engine, [engine.render(Prompt(PROMPTS[0]))], [edit], 2)
+        constant.generate(engine, [engine.render(Prompt(PROMPTS[0]))], [edit], 2)
     assert torch.equal(before, engine.model(ids).logits)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in engine.model.modules())
 
@@ -162,16 +164,16 @@ def test_nothing_is_left_behind():
 class TestSelfTest:
     def test_is_done_once(self):
         engine, sites = HFEngine(tiny.load("llama")), (Site(1),)
-        standing.self_test(engine, sites)
+        constant.self_test(engine, sites)
         forwards: list[int] = []
         engine.model.register_forward_pre_hook(lambda *_: forwards.append(1))
-        standing.self_test(engine, sites)
+        constant.self_test(engine, sites)
         assert not forwards
 
     @pytest.mark.parametrize("family", tiny.FAMILIES)
     def test_passes_in_bfloat16(self, family):
         engine = HFEngine(tiny.load(family, dtype=torch.bfloat16))
-        standing.self_test(engine, standing.sites_of(engine))
+        constant.self_test(engine, constant.sites_of(engine))
 
     def test_a_hook_that_is_never_called_is_refused(self):
         model = tiny.model("llama")
@@ -184,15 +186,18 @@ class TestSelfTest:
             block.__class__ = deaf
         engine = HFEngine(wrap(model, tiny.tokenizer(), Subject("bypass", "bypass")))
         with pytest.raises(AuditgapError, match="nothing was measured"):
-            standing.generate(
-                engine, [engine.render(Prompt("door"))], [Standing((Site(1),), shift=unit(0))], 2
+            constant.generate(
+                engine,
+                [engine.render(Prompt("door"))],
+                [ConstantEdit((Site(1),), shift=unit(0))],
+                2,
             )
 
     def test_a_hook_that_acts_at_prefill_only_is_refused(self, monkeypatch):
         """What the prompt-only hook would do: steering that the answer never feels."""
-        whole = standing.Rows.__call__
+        whole = constant.Rows.__call__
         monkeypatch.setattr(
-            standing.Rows, "__call__", lambda self, h: whole(self, h) if h.shape[1] > 1 else h
+            constant.Rows, "__call__", lambda self, h: whole(self, h) if h.shape[1] > 1 else h
         )
         with pytest.raises(AuditgapError, match="ablated direction is still there"):
-            standing.self_test(HFEngine(tiny.load("llama")), (Site(0), Site(1)))
+            constant.self_test(HFEngine(tiny.load("llama")), (Site(0), Site(1)))

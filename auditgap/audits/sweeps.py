@@ -31,7 +31,7 @@ class Sitting(Protocol):
     def retry_failed(self) -> bool: ...
 
 
-def swept(
+def run_sweep(
     groups: Sequence[Group],
     make_worker: Callable[[], Worker],
     store: RunFolder,

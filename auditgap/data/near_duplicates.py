@@ -51,7 +51,7 @@ def jaccard(a: Collection, b: Collection) -> float:
     return both / (len(a) + len(b) - both)
 
 
-def near_doubles(rows: Sequence[Sequence[str]], near: float) -> np.ndarray:
+def near_duplicates(rows: Sequence[Sequence[str]], near: float) -> np.ndarray:
     """For each row (its parts), whether it is as near as `near` to an earlier one that is not such
     a double itself: [n] bool.
 

@@ -77,7 +77,7 @@ class Outcome:
     skipped: int
 
 
-class Ledger:
+class SweepState:
     """What a sweep has to do and what became of it; local and ray both write their sums here.
 
     Cells that failed in an earlier run are left out (unless `retry_failed`), and so is a cell that

@@ -26,7 +26,7 @@ from auditgap.engines.choosing import Greedy
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import AuditgapError
 from auditgap.models import Rendered
-from auditgap.types import Site, Standing
+from auditgap.types import ConstantEdit, Site
 
 _TESTED: WeakKeyDictionary[HFEngine, set[tuple[Site, ...]]] = WeakKeyDictionary()
 
@@ -36,7 +36,7 @@ def sites_of(engine: HFEngine) -> tuple[Site, ...]:
     return tuple(Site(i) for i in range(-1, len(engine.blocks)))
 
 
-def change(edit: Standing, h: torch.Tensor) -> torch.Tensor:
+def change(edit: ConstantEdit, h: torch.Tensor) -> torch.Tensor:
     """What the edit adds to hidden states h [T, D] at one site: shift − (h·read) write, in fp32."""
     made = torch.zeros_like(h, dtype=torch.float32)
     if edit.read is not None:
@@ -45,7 +45,10 @@ def change(edit: Standing, h: torch.Tensor) -> torch.Tensor:
 
 
 def generate(
-    engine: HFEngine, rendered: Sequence[Rendered], edits: Sequence[Standing], max_new_tokens: int
+    engine: HFEngine,
+    rendered: Sequence[Rendered],
+    edits: Sequence[ConstantEdit],
+    max_new_tokens: int,
 ) -> list[Completion]:
     """Greedy completions, in order, each under its edit. Raises AuditgapError where the hook does
     not hold (`self_test`)."""
@@ -68,7 +71,7 @@ class Rows:
     """The edits of a batch as one function of its hidden states [B, T, D]; `stay` says which rows
     are left in the batch."""
 
-    def __init__(self, edits: Sequence[Standing], width: int, device: torch.device) -> None:
+    def __init__(self, edits: Sequence[ConstantEdit], width: int, device: torch.device) -> None:
         self.sites = edits[0].sites
         self.rows = torch.arange(len(edits), device=device)
         zero = torch.zeros(width)
@@ -107,7 +110,7 @@ class Rows:
 def _generate(
     engine: HFEngine,
     rendered: Sequence[Rendered],
-    edits: Sequence[Standing],
+    edits: Sequence[ConstantEdit],
     some: Sequence[int],
     max_new_tokens: int,
 ) -> list[Completion]:
@@ -161,7 +164,7 @@ def problem(engine: HFEngine, sites: tuple[Site, ...]) -> str:
     clean = engine.forward(ids, mask, keep=1).logits
     if not torch.isfinite(clean).all():
         return "the model's own logits are not all finite numbers"
-    with Rows([Standing(sites, shift=torch.zeros(width))] * 2, width, device).on(engine):
+    with Rows([ConstantEdit(sites, shift=torch.zeros(width))] * 2, width, device).on(engine):
         if not torch.equal(engine.forward(ids, mask, keep=1).logits, clean):
             return "a zero edit changes the logits"
 
@@ -170,7 +173,9 @@ def problem(engine: HFEngine, sites: tuple[Site, ...]) -> str:
     seen: list[torch.Tensor] = []
     cache = DynamicCache(config=engine.model.config)
     with ExitStack() as stack:
-        stack.enter_context(Rows([Standing(sites, read=u, write=u)] * 2, width, device).on(engine))
+        stack.enter_context(
+            Rows([ConstantEdit(sites, read=u, write=u)] * 2, width, device).on(engine)
+        )
         for site in sites:
             stack.enter_context(engine.edited(site, lambda h: (seen.append(h), h)[1]))
         engine.forward(ids[:, :-1], mask[:, :-1], keep=1, cache=cache)
@@ -186,7 +191,7 @@ def problem(engine: HFEngine, sites: tuple[Site, ...]) -> str:
             return "an ablated direction is still there"
 
     # decoding under the edit is the whole text under the edit
-    with Rows([Standing(sites, read=u, write=u)] * 2, width, device).on(engine):
+    with Rows([ConstantEdit(sites, read=u, write=u)] * 2, width, device).on(engine):
         whole = engine.forward(ids, mask, keep=1).logits
     tolerance = (1e-3 if exact else 0.1) * max(1e-3, whole.abs().max().item())
     if not torch.isfinite(whole).all() or (last - whole).abs().max().item() > tolerance:
