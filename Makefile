@@ -1,4 +1,4 @@
-# make audit: install, then measure a real chat model's latent vulnerability.   make test: install, then run the tests.
+# make audit: install, then measure a real chat model's latent vulnerability.   make test: install, then run the tests.   make check: what CI runs
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2# processes of the tests; much of them is waiting for engines, clusters and children
@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup audit test bench lint types clean
+.PHONY: setup audit test bench lint types check clean
 
 setup: $(INSTALLED)
 
@@ -31,11 +31,13 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/lvs_throughput.py
 
 lint: $(INSTALLED)
-	$(PIP) ruff
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
 types: $(INSTALLED)
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+check: lint types test
 
 clean:
 	rm -rf .venv build *.egg-info

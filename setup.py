@@ -59,6 +59,7 @@ setup(
             "moto[s3]>=5.2",
             "flask>=3",
             "flask-cors>=5",  # an S3 server
+            "ruff>=0.15",
             "basedpyright>=1.40",
             "pandas-stubs>=3.1",  # make types
         ],

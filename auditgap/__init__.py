@@ -24,3 +24,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     raise AttributeError(f"module 'auditgap' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What completion should offer: the verbs, not the modules that happen to be imported."""
+    return sorted(__all__)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from auditgap.errors import PartlyFailed
+from auditgap.errors import PartlyFailed, UsageError
 from auditgap.store import RunFolder
 
 if TYPE_CHECKING:
@@ -49,10 +49,22 @@ class Result:
     def table(self) -> pd.DataFrame:
         """The run's table: `lvs.parquet` of attacks, `behaviour.parquet` of questions; columns as
         in the reference."""
-        for name in ("lvs", "behaviour"):
-            if (self.path / f"{name}.parquet").is_file():
-                return pd.read_parquet(self.path / f"{name}.parquet")
-        return pd.DataFrame()
+        from auditgap.audits import TABLES
+
+        audit = self.store.run["config"].get("audit")
+        name = TABLES.get(audit)
+        if name is None or not (self.path / f"{name}.parquet").is_file():
+            known = ", ".join(self.tables) or "none"
+            raise UsageError(
+                f"{self.path} ({audit or 'a training run'}) has no single table. Its tables are:"
+                f" {known}; read one as `.tables[NAME]`."
+            )
+        return self.tables[name]
+
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table that the folder holds, by name."""
+        return {path.stem: pd.read_parquet(path) for path in sorted(self.path.glob("*.parquet"))}
 
     @property
     def rows(self) -> pd.DataFrame:

@@ -105,6 +105,34 @@ def test_a_whole_audit(world):
     assert found.overall == found.data["overall"] and found.report.is_file()
 
 
+def test_the_table_of_every_audit_or_a_sentence_never_an_empty_frame(tmp_path):
+    """A run folder of any audit gives its own table; one without gives its tables' names."""
+    from auditgap.audits import TABLES
+    from auditgap.store import RunFolder
+
+    frame = pd.DataFrame({"subject": ["s"], "n": [3]})
+    for audit, name in TABLES.items():
+        store = RunFolder.open(tmp_path / audit, config={"audit": audit}, info={})
+        with pytest.raises(UsageError, match=r"has no single table\. Its tables are: none"):
+            auditgap.load(tmp_path / audit).table  # noqa: B018
+        store.write_table(f"{name or 'em_rates'}.parquet", frame)
+        found = auditgap.load(tmp_path / audit)
+        if name is None:
+            pd.testing.assert_frame_equal(found.tables["em_rates"], frame)
+            with pytest.raises(UsageError, match="em_rates"):
+                found.table  # noqa: B018
+        else:
+            pd.testing.assert_frame_equal(found.table, frame)
+    RunFolder.open(tmp_path / "training", config={"training": "sft"}, info={})
+    with pytest.raises(UsageError, match="a training run"):
+        auditgap.load(tmp_path / "training").table  # noqa: B018
+
+
+def test_completion_finds_the_verbs():
+    assert {"lvs", "audit", "distance", "evaluate", "load"} <= set(dir(auditgap))
+    assert "TYPE_CHECKING" not in dir(auditgap)
+
+
 def test_failures_are_kept_and_can_be_raised(world):
     home, _ = world
     lost = auditgap.Result(home / "lvs", {"targeted at block1": "it broke"})

@@ -436,7 +436,25 @@ def test_report_of_two_runs(auditgap, bench, finished, tmp_path):
     assert "model" in page and "other" in page
 
 
+def test_every_terminal_table_of_two_models_names_them(auditgap, bench, tmp_path):
+    other = tiny.save("qwen2", tmp_path / "other")
+    some = flags(bench, tmp_path / "run")
+    said = auditgap("lvs", bench / "model", other, *some, "--distance")
+    assert said.code == 0
+    tables = said.out.split("Minimum distance")
+    assert len(tables) == 2
+    for table in tables:
+        assert "subject" in table and "model" in table and "other" in table
+
+
 class TestGrade:
+    def test_a_training_run_is_refused_in_a_sentence(self, auditgap, tmp_path):
+        RunFolder.open(tmp_path / "sft", config={"training": "sft"}, info={})
+        said = auditgap("grade", tmp_path / "sft", "--judge=keyword")
+        assert said.code == 2 and "a training run, which cannot be judged again" in " ".join(
+            said.err.split()
+        )
+
     def test_the_same_judge_gives_the_same_tables(self, auditgap, finished):
         said = auditgap("grade", finished, "--judge=keyword")
         assert said.code == 0

@@ -5,8 +5,20 @@ reduce(RunFolder.load("runs/probe"))        # its tables, figures and report, an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from auditgap.errors import UsageError
 from auditgap.store import RunFolder
+
+#: The main table of each audit's folder, `NAME.parquet`; a study of emergent misalignment has many.
+TABLES: Mapping[str, str | None] = {
+    "latent": "lvs",
+    "behaviour": "behaviour",
+    "probe": "probe",
+    "intervene": "interventions",
+    "sft_curve": "curve",
+    "emergent": None,
+}
 
 
 def reduce(store: RunFolder, *, allow_raw: bool = False) -> None:

@@ -333,8 +333,14 @@ def _show_summary(store: Any) -> None:
     table = pd.read_parquet(store.path / "lvs.parquet")
     corrected = bool(table["asr_corrected"].notna().any())
     targeted: Any = table[table["attack"] == "targeted"]
+    several = len(store.run["info"].get("subjects", ())) > 1
+
+    def whose(subject: str) -> dict[str, str]:
+        return {"subject": subject} if several else {}
+
     rows = [
         {
+            **whose(r.subject),
             "site": r.site,
             "eps": f"{r.eps:g} {r.unit}",
             "LVS": interval(r.lvs_mean, r.lvs_mean_lo, r.lvs_mean_hi),
@@ -363,8 +369,11 @@ def _show_summary(store: Any) -> None:
         print_table(
             [
                 {
+                    **whose(r.subject),
                     "site": r.site,
-                    "median eps": interval(r.median, r.lo, r.hi),
+                    "median eps": "not reached"  # measured, and above everything that was tried
+                    if pd.isna(r.median) and r.n > r.n_unscored
+                    else interval(r.median, r.lo, r.hi),
                     "collapsed": f"{r.n_collapsed} of {r.n}",
                     "could not tell": r.n_unscored,
                 }
@@ -518,10 +527,10 @@ def grade(
             f"A study of emergent misalignment is judged again by: auditgap em judge {folder}"
             " --judge NAME"
         )
-    if audit in ("intervene", "probe", "sft_curve"):
+    if audit not in ("latent", "behaviour"):
         raise UsageError(
-            f"{folder} is the folder of {audit}, which cannot be judged again; grade one of `lvs`"
-            " or `evaluate`."
+            f"{folder} is the folder of {audit or 'a training run'}, which cannot be judged again;"
+            " grade one of `lvs` or `evaluate`."
         )
     if audit != "behaviour":
         _show_summary(

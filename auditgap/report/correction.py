@@ -74,8 +74,10 @@ def corrections(cards: Iterable[Mapping[str, Any]]) -> dict[str, Correction]:
 
 def of_runs(folders: Sequence[RunFolder]) -> dict[str, Correction]:
     """The corrections of one or more runs; several runs are corrected only where their cards
-    agree."""
-    each = [corrections(cards_in(folder.run.get("info", {}))) for folder in folders]
+    agree. A run that judged nothing (a probe's) lists no cards and has no say."""
+    infos = [folder.run.get("info", {}) for folder in folders]
+    judged = [info for info in infos if "judge_cards" in info] or infos[:1]
+    each = [corrections(cards_in(info)) for info in judged]
     found = {}
     for task in CORRECTS:
         different = list(dict.fromkeys(corrected[task] for corrected in each))

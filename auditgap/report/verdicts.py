@@ -281,7 +281,9 @@ def _distance(
         table[(table["subject"] == subject) & (table["unit"] == budget[1])] if len(table) else table
     )
     if not len(mine):
-        reason = why.get("lvs") or "no minimum distance was searched for; add --distance"
+        reason = (
+            why.get("lvs") or "no minimum distance was searched for; add --set lvs.distance=true"
+        )
         return Line(subject, question, NOT_MEASURED, "", reason)
     rows = rows_of(mine)
     worst = min(

@@ -7,6 +7,7 @@ import pytest
 from auditgap import stats
 from auditgap.errors import UsageError
 from auditgap.report import correction, tables
+from auditgap.store import RunFolder
 from auditgap.types import ATTACKS, ROW_COLUMNS, TABLE_COLUMNS
 
 PROMPTS = 20
@@ -454,6 +455,10 @@ def test_runs_of_different_judges_are_not_corrected_together(toy_run, tmp_path):
         for name, judge in (("a", "one"), ("b", "one"), ("c", "two"))
     ]
     assert correction.of_runs(runs[:2])["harmful"].counts == (90, 100, 70, 100)
+    probe = RunFolder.open(tmp_path / "probe", config={"audit": "probe"}, info={})
+    assert correction.of_runs([*runs[:2], probe]) == correction.of_runs(runs[:2]), (
+        "a run that judged nothing has no say"
+    )
     apart = correction.of_runs(runs)["harmful"]
     assert apart.counts is None and "different judges" in apart.why_not
     assert correction.of_runs(runs)["refusal"].why_not.startswith("the judge has no card"), (

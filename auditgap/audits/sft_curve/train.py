@@ -77,7 +77,12 @@ def run_from(
         if config.benign:
             ledger.use(
                 "evaluation",
-                load_prompts(config.benign, limit=config.benign_limit, seed=config.seed),
+                load_prompts(
+                    config.benign,
+                    limit=config.benign_limit,
+                    seed=config.seed,
+                    column=config.column,
+                ),
             )
         ranks.agree(lambda: ledger.check(allow_overlap=config.allow_overlap))
         facts = {"rows": digest([row.id for row in rows])}
