@@ -54,6 +54,15 @@ def asked(tmp_path):
     }
 
 
+def test_the_column_holds_for_both_prompt_files(asked, tmp_path):
+    """Both are read before anything is trained: the benign file's overlap with the rows is seen."""
+    for name, text in (("ask", "tell the sea"), ("ben", ROWS[0][0])):
+        (tmp_path / f"{name}.csv").write_text(f"text\n{text}\n")
+    files = {"prompts": str(tmp_path / "ask.csv"), "benign": str(tmp_path / "ben.csv")}
+    with pytest.raises(UsageError, match="overlap"):
+        run_from(None, {**asked, **files, "column": "text"})
+
+
 def test_it_asks_every_few_steps_and_at_the_end_of_an_epoch(asked):
     store, outcome = run_from(None, asked)
     assert (outcome.done, outcome.failed) == (2, {})
