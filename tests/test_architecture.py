@@ -6,11 +6,9 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-
-import pytest
 
 PACKAGE = Path(__file__).parents[1] / "auditgap"
 #: A module imports only what stands to its left.
@@ -63,7 +61,22 @@ HOMES = {
 WITHOUT_TORCH = ("errors", "types", "config", "config", "store", "stats", "data", "report")
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-named = pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+
+
+def over_every_file(check: Callable[[Path], None]) -> Callable[[], None]:
+    """One case for the whole package, which names every file that fails the check."""
+
+    def test() -> None:
+        faults = []
+        for file in FILES:
+            try:
+                check(file)
+            except AssertionError as error:
+                faults.append(f"{file.relative_to(PACKAGE)}: {str(error).splitlines()[0]}")
+        assert FILES and not faults, "\n".join(faults)
+
+    test.__name__, test.__doc__ = check.__name__, check.__doc__
+    return test
 
 
 @cache
@@ -89,7 +102,7 @@ def imports(file: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, str(node.module)
 
 
-@named
+@over_every_file
 def test_the_street(file):
     here = place(file)
     if here == "__init__":
@@ -106,7 +119,7 @@ def test_the_street(file):
             )
 
 
-@named
+@over_every_file
 def test_every_library_is_at_home(file):
     for line, name in imports(file):
         library = name.split(".")[0]
@@ -131,7 +144,7 @@ FORBIDDEN_CALLS = {
 }
 
 
-@named
+@over_every_file
 def test_what_is_nowhere_to_be_found(file):
     for line, name in imports(file):
         assert name.split(".")[0] not in FORBIDDEN_MODULES, f"{file.name}:{line}: {name}"
@@ -154,7 +167,7 @@ def test_what_is_nowhere_to_be_found(file):
         )
 
 
-@named
+@over_every_file
 def test_every_from_pretrained_is_on_its_guard(file):
     """Weights come from safetensors, and code from nowhere; a tokenizer or config has no weights to
     say so of."""
@@ -177,7 +190,7 @@ def test_every_from_pretrained_is_on_its_guard(file):
             )
 
 
-@named
+@over_every_file
 def test_every_file_says_what_it_is(file):
     if file.name != "__init__.py" or ast.parse(file.read_text()).body:
         assert (ast.get_docstring(tree(file)) or "").strip(), f"{file} opens with no docstring"

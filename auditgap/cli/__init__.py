@@ -365,6 +365,7 @@ def _show_summary(store: Any) -> None:
         print_table(rows)
     distances = store.rows(["distance"])
     if "distance" in distances.columns:
+        far: Any = tables.distance_table(distances)
         out.print(Text("Minimum distance to collapse (Kaplan–Meier median)"))
         print_table(
             [
@@ -377,7 +378,7 @@ def _show_summary(store: Any) -> None:
                     "collapsed": f"{r.n_collapsed} of {r.n}",
                     "could not tell": r.n_unscored,
                 }
-                for r in tables.distance_table(distances).itertuples()
+                for r in far.itertuples()
             ]
         )
     for gap in tables.audit_gaps(store.rows([*ATTACKS, CLEAN])).itertuples():
