@@ -34,7 +34,7 @@ REFUSED = {
         "{% for i in range(99999) %}{{ 'a' * 1024 }}{% endfor %}",
         "writes more than",
     ),
-    "a gigabyte at once": ("{{ 'a' * 10**9 }}", "needs more than"),
+    "two gigabytes at once": ("{{ 'a' * (2 * 10**9) }}", "needs more than"),
     "more than there is": ("{{ 'a' * 10**13 }}", "needs more than"),
     "doubled and doubled": (
         (
