@@ -47,24 +47,29 @@ class Result:
 
     @property
     def table(self) -> pd.DataFrame:
-        """The run's table: `lvs.parquet` of attacks, `behaviour.parquet` of questions; columns as
-        in the reference."""
-        from auditgap.audits import TABLES
+        """The run's main table: `lvs.parquet` of attacks, `behaviour.parquet` of questions;
+        columns as in the reference. Raises UsageError where the folder has none, or several."""
+        from auditgap.audits import AUDITS
 
         audit = self.store.run["config"].get("audit")
-        name = TABLES.get(audit)
-        if name is None or not (self.path / f"{name}.parquet").is_file():
-            known = ", ".join(self.tables) or "none"
+        _, name = AUDITS.get(audit, ("", None))
+        path = self.path / f"{name}.parquet"
+        if name is None or not path.is_file():
+            known = ", ".join(path.stem for path in self._table_files) or "none"
             raise UsageError(
                 f"{self.path} ({audit or 'a training run'}) has no single table. Its tables are:"
                 f" {known}; read one as `.tables[NAME]`."
             )
-        return self.tables[name]
+        return pd.read_parquet(path)
 
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table that the folder holds, by name."""
-        return {path.stem: pd.read_parquet(path) for path in sorted(self.path.glob("*.parquet"))}
+        return {path.stem: pd.read_parquet(path) for path in self._table_files}
+
+    @property
+    def _table_files(self) -> list[Path]:
+        return sorted(self.path.glob("*.parquet"))
 
     @property
     def rows(self) -> pd.DataFrame:

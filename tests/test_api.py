@@ -4,6 +4,7 @@ is typed."""
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
@@ -107,11 +108,12 @@ def test_a_whole_audit(world):
 
 def test_the_table_of_every_audit_or_a_sentence_never_an_empty_frame(tmp_path):
     """A run folder of any audit gives its own table; one without gives its tables' names."""
-    from auditgap.audits import TABLES
+    from auditgap.audits import AUDITS
     from auditgap.store import RunFolder
 
     frame = pd.DataFrame({"subject": ["s"], "n": [3]})
-    for audit, name in TABLES.items():
+    for audit, (module, name) in AUDITS.items():
+        assert callable(import_module(module).reduce)
         store = RunFolder.open(tmp_path / audit, config={"audit": audit}, info={})
         with pytest.raises(UsageError, match=r"has no single table\. Its tables are: none"):
             auditgap.load(tmp_path / audit).table  # noqa: B018

@@ -6,43 +6,31 @@ reduce(RunFolder.load("runs/probe"))        # its tables, figures and report, an
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 
 from auditgap.errors import UsageError
 from auditgap.store import RunFolder
 
-#: The main table of each audit's folder, `NAME.parquet`; a study of emergent misalignment has many.
-TABLES: Mapping[str, str | None] = {
-    "latent": "lvs",
-    "behaviour": "behaviour",
-    "probe": "probe",
-    "intervene": "interventions",
-    "sft_curve": "curve",
-    "emergent": None,
+#: Of each audit: the module whose `reduce` writes its tables, opened when it is asked for, and the
+#: main table, `NAME.parquet`; a study of emergent misalignment has many.
+AUDITS: Mapping[str, tuple[str, str | None]] = {
+    "latent": ("auditgap.audits.latent.run", "lvs"),
+    "behaviour": ("auditgap.audits.behaviour.run", "behaviour"),
+    "probe": ("auditgap.audits.probe.run", "probe"),
+    "intervene": ("auditgap.audits.intervene.run", "interventions"),
+    "sft_curve": ("auditgap.audits.sft_curve.run", "curve"),
+    "emergent": ("auditgap.audits.emergent.report", None),
 }
 
 
 def reduce(store: RunFolder, *, allow_raw: bool = False) -> None:
     """Write a run's tables and report anew, by the audit that made it. Raises UsageError for a
     folder of something else."""
-    from auditgap.audits.behaviour.run import reduce as behaviour
-    from auditgap.audits.emergent.report import reduce as emergent
-    from auditgap.audits.intervene.run import reduce as intervene
-    from auditgap.audits.latent.run import reduce as latent
-    from auditgap.audits.probe.run import reduce as probe
-    from auditgap.audits.sft_curve.run import reduce as sft_curve
-
-    by_audit = {
-        "latent": latent,
-        "probe": probe,
-        "behaviour": behaviour,
-        "sft_curve": sft_curve,
-        "intervene": intervene,
-        "emergent": emergent,
-    }
     audit = store.run["config"].get("audit")
-    if audit not in by_audit:
+    if audit not in AUDITS:
         raise UsageError(
             f"{store.path} is the folder of {audit or 'a training run'}, which has no report; give"
             " an audit's folder."
         )
-    by_audit[audit](store, allow_raw=allow_raw)
+    module, _ = AUDITS[audit]
+    import_module(module).reduce(store, allow_raw=allow_raw)

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from auditgap.audits.behaviour.plan import prompt_sets
 from auditgap.audits.sft_curve.config import SFTCurveConfig, SFTCurveOptions, checked
 from auditgap.audits.sft_curve.plan import prepare
 from auditgap.audits.sft_curve.run import run
 from auditgap.config import build, merged
-from auditgap.data import load_prompts
 from auditgap.data.ledger import LeakageLedger
 from auditgap.errors import PartlyFailed, UsageError
 from auditgap.store import RunFolder, files
@@ -68,22 +68,8 @@ def run_from(
         config = config.model_copy(update={"eval_at": tuple(sorted({*config.eval_at, *ends}))})
         ledger = LeakageLedger()
         ledger.use("sft", [row.prompt for row in rows])
-        ledger.use(
-            "evaluation",
-            load_prompts(
-                config.prompts, limit=config.limit, seed=config.seed, column=config.column
-            ),
-        )
-        if config.benign:
-            ledger.use(
-                "evaluation",
-                load_prompts(
-                    config.benign,
-                    limit=config.benign_limit,
-                    seed=config.seed,
-                    column=config.column,
-                ),
-            )
+        for prompts in prompt_sets(config).values():
+            ledger.use("evaluation", prompts)
         ranks.agree(lambda: ledger.check(allow_overlap=config.allow_overlap))
         facts = {"rows": digest([row.id for row in rows])}
         config, plan = ranks.agree(lambda: prepare(config, options, facts=facts))
