@@ -436,15 +436,16 @@ def test_report_of_two_runs(auditgap, bench, finished, tmp_path):
     assert "model" in page and "other" in page
 
 
-def test_every_terminal_table_of_two_models_names_them(auditgap, bench, tmp_path):
-    other = tiny.save("qwen2", tmp_path / "other")
-    some = flags(bench, tmp_path / "run")
-    said = auditgap("lvs", bench / "model", other, *some, "--distance")
+def test_every_terminal_table_of_two_models_names_them(auditgap, bench, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # short names, which no narrow terminal breaks
+    for name, family in (("alpha", "llama"), ("omega", "qwen2")):
+        tiny.save(family, tmp_path / name)
+    said = auditgap("lvs", "./alpha", "./omega", *flags(bench, tmp_path / "run"), "--distance")
     assert said.code == 0
     tables = said.out.split("Minimum distance")
     assert len(tables) == 2
     for table in tables:
-        assert "subject" in table and "model" in table and "other" in table
+        assert "subject" in table and "alpha" in table and "omega" in table
 
 
 class TestGrade:
