@@ -1,7 +1,7 @@
 """A sweep of an audit's groups where its options say: in this process, or on Ray with what the
 machine has for a worker.
 
-    outcome = swept(groups, partial(InterveneWorker, config, options, folder), store, options, progress)
+    outcome = run_sweep(groups, partial(InterveneWorker, config, options, folder), store, options, progress)
 """
 
 from __future__ import annotations

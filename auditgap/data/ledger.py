@@ -1,7 +1,7 @@
 """The leakage ledger: which prompt was used for what, so that nothing is measured on what it was
 fitted to.
 
-    ledger = Ledger()
+    ledger = LeakageLedger()
     ledger.use("sft", train_prompts)
     ledger.use("evaluation", test_prompts)
     # UsageError: "3 prompts of evaluation were also used for sft. …"

@@ -2,7 +2,7 @@
 enough for tens of thousands.
 
     # array([False, True])
-    near_doubles([("Add 2 and 3.", "It is 5."), ("Add 2 and 3!", "It is 5.")], 0.6)
+    near_duplicates([("Add 2 and 3.", "It is 5."), ("Add 2 and 3!", "It is 5.")], 0.6)
 
 A shingle is three words in a row; every sign that is neither letter, digit nor white space is a
 word of its own. Nothing is estimated: an inverted index over each row's rarest shingles (prefix and

@@ -3,7 +3,7 @@ ablation need.
 
     r = direction / direction.norm()                                      # [D]
     # ablation: no site's stream has a component along r
-    edits = [Standing(sites_of(engine), read=r, write=r)] * len(prompts)
+    edits = [ConstantEdit(sites_of(engine), read=r, write=r)] * len(prompts)
     generate(engine, [engine.render(p) for p in prompts], edits, max_new_tokens=32)
 
 It hangs on the engine's own hook, one a site, in the model's own whole forward: at prefill and at

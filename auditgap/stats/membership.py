@@ -4,7 +4,7 @@ tells members from others.
     # mean NLL of the two least likely of five tokens, nats
     >>> min_k([0.1, 0.2, 4.0, 2.0, 0.1], 0.4)
     3.0
-    >>> told_apart([0.2, 0.3, 1.5, 1.2], [True, True, False, False]).estimate
+    >>> membership_auroc([0.2, 0.3, 1.5, 1.2], [True, True, False, False]).estimate
     1.0
 
 Every score is a loss: larger = less likely to have been trained on. None: could not be told.

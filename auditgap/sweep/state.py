@@ -1,9 +1,9 @@
 """What is to be swept, and the books that both sweeps keep: which cells are open, finished, failed.
 
-ledger = Ledger(groups, store)          # asks the store what is finished already
-for group in ledger.groups:             # only groups with something left to do
-    worker.run(group, tick);  ledger.close(group, "the worker came back without this cell")
-ledger.outcome()                        # Outcome(done=12, failed={}, skipped=40)
+state = SweepState(groups, store)  # asks the store what is finished already
+for group in state.groups:  # only groups with something left to do
+    worker.run(group, tick);  state.close(group, "the worker came back without this cell")
+state.outcome()                        # Outcome(done=12, failed={}, skipped=40)
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import torch
 
 from auditgap.data import Source, Table
 from auditgap.interventions import CONTROL, EDIT, Bench, Settings, Trial
-from auditgap.types import Exchange, Label, Score, Standing, Verdict
+from auditgap.types import ConstantEdit, Exchange, Label, Score, Verdict
 
 COLOURS = ("red", "blue", "green")
 
@@ -101,7 +101,7 @@ class Push:
 
     def edit(
         self, bench: Bench, learned: Mapping[str, torch.Tensor], p: int, trial: Trial
-    ) -> Standing:
+    ) -> ConstantEdit:
         along = torch.zeros(bench.asked_h[p].shape[1])
         along[1 if trial.arm == CONTROL else 0] = 1.0
-        return Standing((bench.site,), shift=trial.strength * learned["norm"] * along)
+        return ConstantEdit((bench.site,), shift=trial.strength * learned["norm"] * along)
