@@ -46,6 +46,8 @@ from auditgap.types import Cell, digest
 #: Seconds that a training run has to end when it is asked to (it writes a checkpoint first), and
 #: when its sweep has died.
 PATIENCE = 30.0
+#: Seconds at most that a killed group is waited for: the kernel takes a moment to end it.
+DYING = 5.0
 #: Seconds between two looks at how far it is.
 _EVERY = 0.5
 #: This module, as the process that it starts knows it.
@@ -301,6 +303,9 @@ def end(process: subprocess.Popen[bytes], patience: float = PATIENCE) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + DYING
+    while time.monotonic() < deadline and _has_members(process.pid):  # a kill is not instant
+        time.sleep(0.02)
 
 
 def _has_ended(process: subprocess.Popen[bytes]) -> bool:
