@@ -22,6 +22,9 @@ from typing import Any, Literal
 
 from auditgap.errors import UsageError
 
+#: A JSON object, as it is read from or written to disk.
+Document = dict[str, Any]
+
 Unit = Literal["rms", "max", "absolute"]
 UNITS: tuple[Unit, ...] = ("rms", "max", "absolute")
 
