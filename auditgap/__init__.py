@@ -9,7 +9,7 @@ interventions.
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from auditgap.api import AuditResult, Result, audit, distance, evaluate, load, lvs
