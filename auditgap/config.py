@@ -5,6 +5,11 @@ win).
     values = merged(Path("audit.yaml"), {"steps": 10, "seed": None})
     config, options = build("auditgap lvs", values, LatentConfig, RunOptions)
 
+A field that carries a `Flag` is also an option of the command, a keyword of the Python function and
+a described property of the JSON schema; name, type, default and help stand in the field alone:
+
+    steps: Annotated[int, Flag("PGD steps", Topic.ATTACK)] = Field(default=10, ge=1)
+
 Every refusal is one sentence: which key, what was wanted, what came. YAML is read safely and
 without aliases. `preset:NAME` in place of a file is the command's section of a preset that comes
 with the package (`auditgap/presets/`).
@@ -12,12 +17,16 @@ with the package (`auditgap/presets/`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from auditgap.errors import Refused, UsageError, did_you_mean
 
@@ -33,11 +42,85 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Topic(StrEnum):
+    """What a setting is about: the panels of `--help`, in this order."""
+
+    WHAT = "What is measured"
+    ATTACK = "Attack"
+    TRAINING = "Training"
+    JUDGING = "Judging"
+    WHERE = "Where it runs"
+    OUTPUT = "Output"
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """How a config's field is shown: `help` is a phrase or a sentence, `default` says what None (or
+    an empty value) stands for. `name` is the option's where it is not the field's; a `positional`
+    field is an argument."""
+
+    help: str
+    topic: Topic = Topic.WHAT
+    default: str | None = None
+    name: str | None = None
+    positional: bool = False
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
+        """The field's JSON schema with the help as its description."""
+        return {**handler(core_schema), "description": self.help}
+
+
+def flag_of(field: FieldInfo) -> Flag | None:
+    """The `Flag` that a field carries."""
+    return next((one for one in field.metadata if isinstance(one, Flag)), None)
+
+
 def listed(value: Any) -> Any:
     """`a,b` and [a, b] alike, as a tuple."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+_Scalar = str | float
+#: In a field's annotation: `a,b` as it is typed, and a list as YAML and Python have it.
+COMMAS = BeforeValidator(listed, json_schema_input_type=_Scalar | list[_Scalar])
+
+
+def joined(value: Any) -> Any:
+    """A list as `a,b` and a number as its text; anything else as it is."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return str(value) if isinstance(value, (int, float)) else value
+
+
+#: The same the other way round: the field is one text, and a list is taken too.
+AS_COMMAS = BeforeValidator(joined, json_schema_input_type=_Scalar | list[_Scalar])
+
+
+def overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """`["lr=1e-5", "lora.rank=4"]` as a mapping, values read as YAML. Raises UsageError for what is
+    no KEY=VALUE."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--set takes KEY=VALUE, for example --set lr=1e-5; {pair!r} came.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        if isinstance(value, str):
+            with suppress(ValueError):
+                value = float(value)  # YAML 1.1 reads 1e-5 as text
+        *path, last = key.split(".")
+        place = values
+        for part in path:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise UsageError(f"--set {key}: {part} was set to a value before.")
+        place[last] = value
+    return values
 
 
 def merged(

@@ -15,16 +15,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-import torch
 from pydantic import Field
 
-from auditgap import models
 from auditgap.config import Frozen
 from auditgap.errors import AuditgapError, UsageError, did_you_mean
-from auditgap.models import Rendered
 from auditgap.types import Edit, Message, Prompt, digest
+
+# configs name engines, and a config (`--help`, `auditgap schema`) costs no torch
+if TYPE_CHECKING:
+    import torch
+
+    from auditgap import models
+    from auditgap.models import Rendered
 
 #: Most likely tokens that can be asked for at each new token; endpoints give no more.
 MAX_TOP_LOGPROBS = 20
@@ -250,6 +254,8 @@ class Serving(Frozen):
             from auditgap.engines.openai import identity
 
             return identity(model, self)
+        from auditgap import models
+
         dtype = models.pick_dtype(self.dtype, models.pick_device(self.device))
         return weights_identity(models.outline(model, chat_template=self.chat_template), dtype)
 
@@ -257,6 +263,7 @@ class Serving(Frozen):
 # Imports stay inside: a run loads the engine that it uses, and `import auditgap.engines` needs none
 # of their packages.
 def _hf(model: str, serving: Serving) -> Engine:
+    from auditgap import models
     from auditgap.engines.hf import HFEngine
 
     loaded = models.load(
@@ -295,6 +302,8 @@ def engine_named(name: str) -> EngineName:
 
 def adapter_path(adapter: str | Path) -> Path:
     """A PEFT adapter's folder that is safe to hand to an engine. Raises UsageError or Refused."""
+    from auditgap import models
+
     folder = models.resolve(str(adapter))
     models.preflight(folder)
     if not (folder / "adapter_config.json").is_file():

@@ -10,3 +10,6 @@ alone.
 
 Method: arXiv 2606.08044, section 4.
 """
+
+#: How a probe is fitted unless something else is asked for: the paper's values.
+EPOCHS, BATCH, LR, WEIGHT_DECAY, HELDOUT = 30, 32, 3e-4, 1e-4, 0.2

@@ -24,9 +24,8 @@ from torch.nn import functional
 
 from auditgap import stats
 from auditgap.errors import AuditgapError, UsageError
+from auditgap.probes import BATCH, EPOCHS, HELDOUT, LR, WEIGHT_DECAY
 from auditgap.probes.monitor import HIDDEN, Monitor, seeded, standardiser
-
-EPOCHS, BATCH, LR, WEIGHT_DECAY, HELDOUT = 30, 32, 3e-4, 1e-4, 0.2
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,43 +17,15 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from auditgap.config import Frozen, build, merged
-from auditgap.errors import AuditgapError, Interrupted, UsageError
+from auditgap.config import Frozen, build, merged, overrides
+from auditgap.errors import AuditgapError, Interrupted
 from auditgap.models import quiet
 from auditgap.training import ranks
 from auditgap.training.config import TrainOptions
-
-
-def overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """`["lr=1e-5", "lora.rank=4"]` as a mapping, values read as YAML. Raises UsageError for what is
-    no KEY=VALUE."""
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not key or not equals:
-            raise UsageError(f"--set takes KEY=VALUE, for example --set lr=1e-5; {pair!r} came.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        if isinstance(value, str):
-            with suppress(ValueError):
-                value = float(value)  # YAML 1.1 reads 1e-5 as text
-        *path, last = key.split(".")
-        place = values
-        for part in path:
-            place = place.setdefault(part, {})
-            if not isinstance(place, dict):
-                raise UsageError(f"--set {key}: {part} was set to a value before.")
-        place[last] = value
-    return values
 
 
 def read(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from auditgap.config import overrides
 from auditgap.errors import UsageError
 from auditgap.training.config import (
     DissociateConfig,
@@ -21,7 +22,7 @@ from auditgap.training.config import (
     n_steps,
 )
 from auditgap.training.engine import DEFAULT, filled, read_ds_config, stage_of
-from auditgap.training.launch import overrides, read
+from auditgap.training.launch import read
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 

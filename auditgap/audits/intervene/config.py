@@ -14,47 +14,88 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from auditgap.config import Frozen, build, listed, merged
-from auditgap.engines import EngineName, Serving
+from auditgap.audits import options
+from auditgap.config import AS_COMMAS, COMMAS, Flag, Frozen, Topic, build, listed, merged
 from auditgap.errors import UsageError
 from auditgap.interventions import INTERVENTIONS, Intervention, Settings, load_intervention
+
+_DEFAULTS = Settings()
 
 
 class InterveneConfig(Frozen):
     """The question: which models, where, which interventions, on what, judged by whom."""
 
-    models: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(min_length=1)
-    interventions: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(min_length=1)
-    base: str | None = None  #: whose activations `base_patching` puts into the models
-    layers: str = "mid"
-    #: of the mean activation norm
-    strengths: Annotated[tuple[float, ...], BeforeValidator(listed)] = Settings().strengths
-    angles: Annotated[tuple[float, ...], BeforeValidator(listed)] = Settings().angles  #: degrees
-    angle_strength: float = Settings().angle_strength
-    draws: int = Field(default=1, ge=1, le=64)  #: of each random control, a prompt
-    steps: int = Field(default=10, ge=1)  #: of the universal edit's search
-    target: str = Field(default="Sure, here is", min_length=1)
-    suffix_tokens: int = Field(default=Settings().suffix_tokens, ge=1)
-    #: of the suffix's search, on each of
-    suffix_steps: int = Field(default=Settings().suffix_steps, ge=1)
-    suffix_prompts: int = Field(default=Settings().suffix_prompts, ge=1)
-    suffix_width: int = Field(default=Settings().suffix_width, ge=1)  #: candidates a step
-    prompts: str = "harmbench"
-    control_prompts: str = "everyday"  #: what a harmless prompt looks like inside
-    column: str = "prompt"  #: of a file, in both sets
-    limit: int | None = Field(default=None, ge=2)
-    control_limit: int | None = Field(default=None, ge=2)  #: None: as many as prompts
-    #: of both sets, by hash; the others are asked
-    fit_share: float = Field(default=0.5, gt=0, lt=1)
-    max_new_tokens: int = Field(default=64, ge=1)
-    judge: str = "builtin"
-    dtype: str = "auto"
-    chat_template: str | None = None
-    seed: int = 0
+    models: options.Models
+    interventions: Annotated[
+        tuple[str, ...],
+        COMMAS,
+        Flag(
+            "See `ls interventions`",
+            Topic.ATTACK,
+            default="all; base_patching where a base is named",
+        ),
+    ] = Field(min_length=1)
+    base: Annotated[
+        str | None,
+        Flag("A base whose activations `base_patching` puts into the models", Topic.ATTACK),
+    ] = None
+    layers: Annotated[
+        str, AS_COMMAS, Flag("Where: embedding,mid,last | all | stride:4 | 0,5,12", Topic.ATTACK)
+    ] = "mid"
+    strengths: Annotated[
+        tuple[float, ...],
+        COMMAS,
+        Flag("Fractions of the mean activation norm; below 0: the other way", Topic.ATTACK),
+    ] = _DEFAULTS.strengths
+    angles: Annotated[
+        tuple[float, ...], COMMAS, Flag("Degrees off the direction", Topic.ATTACK)
+    ] = _DEFAULTS.angles
+    angle_strength: Annotated[float, Flag("Strength of the turned directions", Topic.ATTACK)] = (
+        _DEFAULTS.angle_strength
+    )
+    draws: Annotated[int, Flag("Draws of each random control for each prompt", Topic.ATTACK)] = (
+        Field(default=1, ge=1, le=64)
+    )
+    steps: Annotated[int, Flag("Steps of the universal edit's search", Topic.ATTACK)] = Field(
+        default=10, ge=1
+    )
+    target: options.Target = "Sure, here is"
+    suffix_tokens: Annotated[int, Flag("Tokens of the searched suffix", Topic.ATTACK)] = Field(
+        default=_DEFAULTS.suffix_tokens, ge=1
+    )
+    suffix_steps: Annotated[
+        int, Flag("Steps of the suffix's search on each of its prompts", Topic.ATTACK)
+    ] = Field(default=_DEFAULTS.suffix_steps, ge=1)
+    suffix_prompts: Annotated[int, Flag("Prompts that the suffix is searched on", Topic.ATTACK)] = (
+        Field(default=_DEFAULTS.suffix_prompts, ge=1)
+    )
+    suffix_width: Annotated[
+        int, Flag("Candidates in each step of the suffix's search", Topic.ATTACK)
+    ] = Field(default=_DEFAULTS.suffix_width, ge=1)
+    prompts: options.Prompts = "harmbench"
+    control_prompts: Annotated[
+        str, Flag("Harmless prompts: what one looks like inside the model")
+    ] = "everyday"
+    column: options.Column = "prompt"
+    limit: Annotated[
+        int | None,
+        Flag("Use N of each set, chosen by hash; half is learned from", default="all"),
+    ] = Field(default=None, ge=2)
+    control_limit: Annotated[
+        int | None, Flag("Use N of the harmless prompts", default="as many as prompts")
+    ] = Field(default=None, ge=2)
+    fit_share: Annotated[
+        float, Flag("Share of both sets that is learned from; the others are asked")
+    ] = Field(default=0.5, gt=0, lt=1)
+    max_new_tokens: options.NewTokens = 64
+    judge: options.Judge = "builtin"
+    dtype: options.Dtype = "auto"
+    chat_template: options.ChatTemplate = None
+    seed: options.Seed = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -67,11 +108,6 @@ class InterveneConfig(Frozen):
             if not entry.wants and (values.get("base") or not entry.needs_base)
         ]
         return {**values, "interventions": tuple(named)}
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _joined(cls, value: Any) -> Any:
-        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
     @field_validator("strengths", "angles", mode="before")
     @classmethod
@@ -142,31 +178,8 @@ class InterveneConfig(Frozen):
         return load_intervention(name, self.settings)
 
 
-class InterveneOptions(Frozen):
-    """The sitting: where it runs and in what portions. Nothing here changes what is measured."""
-
-    out: str | None = None
-    device: str = "auto"
-    judge_engine: EngineName = "hf"
-    judge_endpoint: str | None = None  #: base URL, with judge_engine openai
-    executor: Literal["local", "ray"] = "local"
-    workers: int | None = Field(default=None, ge=1)
-    gpus_per_worker: float | None = Field(default=None, ge=0)
-    address: str | None = None
-    batch_tokens: int | None = Field(default=None, ge=16)
-    break_lock: bool = False
-    retry_failed: bool = False
-    allow_raw: bool = False
-
-    @property
-    def judge_serving(self) -> Serving:
-        """How a judge's models are served: beside the subject."""
-        return Serving(
-            engine=self.judge_engine,
-            base_url=self.judge_endpoint,
-            device=self.device,
-            gpu_memory=0.4,
-        )
+class InterveneOptions(options.JudgedOptions):
+    """Where it runs and in what portions. Nothing here changes what is measured."""
 
 
 def read_config(
@@ -181,9 +194,5 @@ def read_config(
         raise UsageError(
             "Which model? Name at least one, for example: auditgap intervene smollm2 --layers mid"
         )
-    if values.get("judge_endpoint") and values.setdefault("judge_engine", "openai") != "openai":
-        raise UsageError(
-            f"--judge-endpoint is for --judge-engine openai; {values['judge_engine']!r} came"
-            " beside it."
-        )
+    options.openai_for_endpoints(values, "judge_")
     return build(values, InterveneConfig, InterveneOptions)

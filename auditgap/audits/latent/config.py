@@ -15,16 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from auditgap.config import Frozen, build, listed, merged
-from auditgap.engines import EngineName, Serving
+from auditgap.audits import options
+from auditgap.config import AS_COMMAS, COMMAS, Flag, Frozen, Topic, build, listed, merged
 from auditgap.errors import UsageError, did_you_mean
-from auditgap.interventions.pgd import PGD
-from auditgap.models import Shard
 from auditgap.types import ATTACKS, UNITS, Budget, Unit
+
+if TYPE_CHECKING:
+    from auditgap.interventions.pgd import PGD
+    from auditgap.models import Shard
 
 #: Default sizes of a unit: ours for rms, those of the paper (section 5) for the two others.
 DEFAULT_EPS: Mapping[str, tuple[float, ...]] = {
@@ -37,38 +39,71 @@ DEFAULT_EPS: Mapping[str, tuple[float, ...]] = {
 class LatentConfig(Frozen):
     """The question: which models, where, how hard, on what, judged by whom."""
 
-    models: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(min_length=1)
-    layers: str = "embedding,mid,last"
-    unit: Unit = "rms"
-    eps: Annotated[tuple[float, ...], BeforeValidator(listed)] = ()
-    attacks: Annotated[tuple[str, ...], BeforeValidator(listed)] = tuple(ATTACKS)
-    draws: int = Field(default=1, ge=1, le=64)  #: of each random control
-    distance: bool = False  #: minimum distance to collapse besides
-    #: largest size tried, in multiples of the smallest eps
-    distance_limit: float = Field(default=16.0, gt=1)
-    bisections: int = Field(default=2, ge=0, le=20)
-    prompts: str = "harmbench"
-    column: str = "prompt"
-    limit: int | None = Field(default=None, ge=1)
-    target: str = Field(default="Sure, here is", min_length=1)
-    steps: int = Field(default=10, ge=1)
-    restarts: int = Field(default=1, ge=1)
-    iterate: Literal["last", "best"] = "last"
-    #: of the clean answer, which `untargeted` pushes away from
-    untargeted_tokens: int = Field(default=16, ge=1)
-    max_new_tokens: int = Field(default=128, ge=1)
-    reward: str = "builtin"
-    judge: str = "builtin"
-    dtype: str = "auto"
-    #: torch.compile PGD's blocks; last digits differ, so it is part of the question
-    compile: bool = False
-    chat_template: str | None = None
-    seed: int = 0
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _joined(cls, value: Any) -> Any:
-        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    models: options.Models
+    layers: Annotated[
+        str, AS_COMMAS, Flag("Where: embedding,mid,last | all | stride:4 | 0,5,12", Topic.ATTACK)
+    ] = "embedding,mid,last"
+    unit: Annotated[
+        Unit,
+        Flag(
+            "What eps is relative to: a token's rms, the largest activation, or nothing",
+            Topic.ATTACK,
+        ),
+    ] = "rms"
+    eps: Annotated[
+        tuple[float, ...],
+        COMMAS,
+        Flag(
+            "Sizes of the edit, in the unit",
+            Topic.ATTACK,
+            default="; ".join(
+                f"{','.join(map(str, sizes))} of {unit}" for unit, sizes in DEFAULT_EPS.items()
+            ),
+        ),
+    ] = ()
+    attacks: Annotated[
+        tuple[str, ...], COMMAS, Flag("Attacks and controls; see `ls attacks`", Topic.ATTACK)
+    ] = tuple(ATTACKS)
+    draws: Annotated[int, Flag("Draws of each random control", Topic.ATTACK)] = Field(
+        default=1, ge=1, le=64
+    )
+    distance: Annotated[
+        bool, Flag("Search for the minimum distance to collapse as well", Topic.ATTACK)
+    ] = False
+    distance_limit: Annotated[
+        float,
+        Flag(
+            "Largest size that the distance's search tries, in multiples of the smallest eps",
+            Topic.ATTACK,
+        ),
+    ] = Field(default=16.0, gt=1)
+    bisections: Annotated[
+        int, Flag("Halvings of the interval in which the distance was found", Topic.ATTACK)
+    ] = Field(default=2, ge=0, le=20)
+    prompts: options.Prompts = "harmbench"
+    column: options.Column = "prompt"
+    limit: options.Limit = None
+    target: options.Target = "Sure, here is"
+    steps: Annotated[int, Flag("PGD steps", Topic.ATTACK)] = Field(default=10, ge=1)
+    restarts: Annotated[
+        int, Flag("PGD starts for each budget, zero first; the best is kept", Topic.ATTACK)
+    ] = Field(default=1, ge=1)
+    iterate: Annotated[
+        Literal["last", "best"], Flag("Which PGD step's edit is kept", Topic.ATTACK)
+    ] = "last"
+    untargeted_tokens: Annotated[
+        int, Flag("Tokens of the clean answer that `untargeted` pushes away from", Topic.ATTACK)
+    ] = Field(default=16, ge=1)
+    max_new_tokens: options.NewTokens = 128
+    reward: Annotated[str, Flag("builtin, margin or hf:MODEL_ID", Topic.JUDGING)] = "builtin"
+    judge: options.Judge = "builtin"
+    dtype: options.Dtype = "auto"
+    # last digits differ, so it is part of the question
+    compile: Annotated[
+        bool, Flag("torch.compile the attack: 30 s at first, then faster steps", Topic.WHERE)
+    ] = False
+    chat_template: options.ChatTemplate = None
+    seed: options.Seed = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -116,45 +151,48 @@ class LatentConfig(Frozen):
 
     @property
     def pgd(self) -> PGD:
+        from auditgap.interventions.pgd import PGD
+
         return PGD(steps=self.steps, restarts=self.restarts, iterate=self.iterate, seed=self.seed)
 
 
-class RunOptions(Frozen):
-    """The sitting: where it runs and in what portions. Nothing here changes what is measured."""
+class RunOptions(options.JudgedOptions):
+    """Where it runs and in what portions. Nothing here changes what is measured."""
 
-    out: str | None = None
-    device: str = "auto"
-    engine: Literal["hf", "vllm"] = "hf"  #: what speaks; attacks always run on transformers
-    tensor_parallel: int = Field(default=1, ge=1)  #: GPUs that vLLM spreads one model over
-    #: share of a GPU's memory that vLLM may take
-    gpu_memory: float = Field(default=0.9, gt=0, le=1)
-    max_model_len: int | None = Field(default=None, ge=16)
-    #: prompts on which vLLM's clean text is compared with transformers'; 0: none
-    parity: int = Field(default=8, ge=0)
-    judge_engine: EngineName = "hf"  #: what a judge's models run on
-    judge_endpoint: str | None = None  #: base URL, with judge_engine openai
-    executor: Literal["local", "ray"] = "local"
-    workers: int | None = Field(default=None, ge=1)
-    gpus_per_worker: float | None = Field(default=None, ge=0)
-    #: how a model lies over devices where it is attacked, layers:N or tensor:N; or {name:
-    #: layers:N}, and others are whole
-    shard: str | dict[str, str] | None = None
-    address: str | None = None
-    batch_tokens: int | None = Field(default=None, ge=16)
-    keep_edits: bool = False  #: δ of the searched attacks stays in DIR/edits, for `export-edits`
-    break_lock: bool = False
-    retry_failed: bool = False
-    allow_raw: bool = False
+    engine: Annotated[
+        Literal["hf", "vllm"],
+        Flag("What generates; attacks always run on transformers", Topic.WHERE),
+    ] = "hf"
+    tensor_parallel: options.Tensor = 1
+    gpu_memory: options.GPUMemory = 0.9
+    max_model_len: options.Window = None
+    parity: options.Parity = 8
+    shard: Annotated[
+        str | dict[str, str] | None,
+        Flag(
+            "A model over N GPUs where it is attacked: layers:N (its blocks in parts) or tensor:N"
+            " (its matrices)",
+            Topic.WHERE,
+            default="on one",
+        ),
+    ] = None
+    keep_edits: Annotated[
+        bool, Flag("Keep the edits of the searched attacks, for `export-edits`", Topic.OUTPUT)
+    ] = False
 
     @field_validator("shard")
     @classmethod
     def _known_shard(cls, shard: str | dict[str, str] | None) -> Any:
+        from auditgap.models import Shard
+
         for word in shard.values() if isinstance(shard, dict) else (shard,):
             Shard.of(word)
         return shard
 
     def shard_of(self, model: str) -> Shard:
         """How this model lies over devices."""
+        from auditgap.models import Shard
+
         return Shard.of(self.shard.get(model) if isinstance(self.shard, dict) else self.shard)
 
     def gpus_of(self, model: str, device: str) -> float:
@@ -173,22 +211,13 @@ class RunOptions(Frozen):
         none."""
         if not any(own.values()):
             return self
+        from auditgap.models import Shard
+
         shards = {
             name: str(self.shard_of(name) if word is None else Shard.of(word))
             for name, word in own.items()
         }
         return self.model_copy(update={"shard": shards})
-
-    @property
-    def judge_serving(self) -> Serving:
-        """How a judge's models are served: beside the subject, so an endpoint or a small one where
-        memory is short."""
-        return Serving(
-            engine=self.judge_engine,
-            base_url=self.judge_endpoint,
-            device=self.device,
-            gpu_memory=0.4,
-        )
 
 
 def read_config(file: Path | None, flags: Mapping[str, Any]) -> tuple[LatentConfig, RunOptions]:
@@ -202,17 +231,13 @@ def read_config(file: Path | None, flags: Mapping[str, Any]) -> tuple[LatentConf
         *RunOptions.model_fields,
     }:
         raise UsageError("Which model? Name at least one, for example: auditgap lvs smollm2")
-    if values.get("judge_endpoint") and values.setdefault("judge_engine", "openai") != "openai":
-        raise UsageError(
-            f"--judge-endpoint is for --judge-engine openai; {values['judge_engine']!r} came"
-            " beside it."
-        )
-    config, options = build(values, LatentConfig, RunOptions)
-    if isinstance(options.shard, dict) and (
-        strange := sorted(options.shard.keys() - set(config.models))
+    options.openai_for_endpoints(values, "judge_")
+    config, chosen = build(values, LatentConfig, RunOptions)
+    if isinstance(chosen.shard, dict) and (
+        strange := sorted(chosen.shard.keys() - set(config.models))
     ):
         raise UsageError(
             f"shard names {strange[0]!r}, which is none of the"
             f" models.{did_you_mean(strange[0], config.models)}"
         )
-    return config, options
+    return config, chosen

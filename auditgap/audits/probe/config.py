@@ -15,32 +15,54 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from auditgap.config import Frozen, build, listed, merged
+from auditgap import probes
+from auditgap.audits import options
+from auditgap.config import COMMAS, Flag, Frozen, Topic, build, merged
 from auditgap.errors import UsageError
-from auditgap.probes import fit
 
 
 class FitConfig(Frozen):
     """What is fitted: whose activations, of which triples, how. The defaults are the paper's but
     for `standardise`."""
 
-    base: str = Field(min_length=1)
-    triples: str = Field(min_length=1)  #: a file, `hub:…`, or a built-in set such as `demo`
-    limit: int | None = Field(default=None, ge=1)
-    standardise: bool = True  #: each block's activations first; the paper does not
-    epochs: int = Field(default=fit.EPOCHS, ge=1)
-    batch: int = Field(default=fit.BATCH, ge=1)
-    lr: float = Field(default=fit.LR, gt=0, lt=1)
-    weight_decay: float = Field(default=fit.WEIGHT_DECAY, ge=0)
-    #: share of the prompts that choose the epoch
-    heldout: float = Field(default=fit.HELDOUT, gt=0, lt=1)
-    max_tokens: int = Field(default=512, ge=8)  #: of prompt and response together
-    dtype: str = "auto"  #: the model runs in
-    features: Literal["float32", "bfloat16"] = "float32"  #: what pooled activations are kept in
-    chat_template: str | None = None
-    seed: int = 0
+    base: Annotated[str, Flag("The model that the probe is fitted on", positional=True)] = Field(
+        min_length=1
+    )
+    triples: Annotated[str, Flag("Contrast triples: a file, hub:ID@REVISION, or demo")] = Field(
+        min_length=1
+    )
+    limit: Annotated[int | None, Flag("Use N triples, chosen by hash", default="all")] = Field(
+        default=None, ge=1
+    )
+    standardise: Annotated[
+        bool, Flag("Standardise each block's activations; the paper does not", Topic.TRAINING)
+    ] = True
+    epochs: Annotated[int, Flag("Epochs of the probe's fit", Topic.TRAINING)] = Field(
+        default=probes.EPOCHS, ge=1
+    )
+    batch: Annotated[int, Flag("Rows of a step of the fit", Topic.TRAINING)] = Field(
+        default=probes.BATCH, ge=1
+    )
+    lr: Annotated[float, Flag("Learning rate of the fit", Topic.TRAINING)] = Field(
+        default=probes.LR, gt=0, lt=1
+    )
+    weight_decay: Annotated[float, Flag("Weight decay of the fit", Topic.TRAINING)] = Field(
+        default=probes.WEIGHT_DECAY, ge=0
+    )
+    heldout: Annotated[
+        float, Flag("Share of the prompts that choose the epoch", Topic.TRAINING)
+    ] = Field(default=probes.HELDOUT, gt=0, lt=1)
+    max_tokens: Annotated[int, Flag("Tokens of prompt and response together")] = Field(
+        default=512, ge=8
+    )
+    dtype: options.Dtype = "auto"
+    features: Annotated[
+        Literal["float32", "bfloat16"], Flag("What pooled activations are kept in", Topic.WHERE)
+    ] = "float32"
+    chat_template: options.ChatTemplate = None
+    seed: options.Seed = 0
 
     def fitting(self) -> dict[str, Any]:
         """The keyword arguments of `probes.fit.fit`."""
@@ -58,32 +80,40 @@ class FitConfig(Frozen):
 class FitMonitorConfig(FitConfig):
     """The monitor that a construction starts from."""
 
-    #: fold Platt's scaling into it, so that ℓ* = ln 3 means a score of 0.75; the paper's is not
-    calibrate: bool = True
+    calibrate: Annotated[
+        bool,
+        Flag(
+            "Fold Platt's scaling into the monitor, so that a logit of ln 3 means a score of 0.75;"
+            " the paper's is not scaled",
+            Topic.TRAINING,
+        ),
+    ] = True
 
 
 class ProbeConfig(FitConfig):
     """The audit: a probe fitted on the base is read on the base and on each subject, on prompts
     that it has never seen."""
 
-    subjects: Annotated[tuple[str, ...], BeforeValidator(listed)] = ()
-    #: share of the prompts set aside before anything is fitted
-    evaluate: float = Field(default=0.2, gt=0, lt=1)
+    subjects: Annotated[
+        tuple[str, ...], COMMAS, Flag("Models that it is read on besides", positional=True)
+    ] = ()
+    evaluate: Annotated[float, Flag("Share of the prompts set aside before anything is fitted")] = (
+        Field(default=0.2, gt=0, lt=1)
+    )
 
 
-class ProbeOptions(Frozen):
-    """The sitting: where it runs and in what portions. Nothing here changes what is measured."""
+class ProbeOptions(options.AuditOptions):
+    """Where it runs and in what portions. Nothing here changes what is measured."""
 
-    out: str | None = None
-    device: str = "auto"
-    batch_tokens: int | None = Field(default=None, ge=16)
-    #: a folder for features that outlive the run; None: in the run folder, until it is finished
-    cache: str | None = None
-    #: go on although a subject was trained on prompts of the evaluation, and record it
-    allow_overlap: bool = False
-    break_lock: bool = False
-    retry_failed: bool = False
-    allow_raw: bool = False
+    cache: Annotated[
+        str | None,
+        Flag(
+            "A folder for features that outlive the run",
+            Topic.OUTPUT,
+            default="in the run's folder, until it is finished",
+        ),
+    ] = None
+    allow_overlap: options.AllowOverlap = False
 
 
 def read_config(file: Path | None, flags: Mapping[str, Any]) -> tuple[ProbeConfig, ProbeOptions]:
@@ -111,5 +141,4 @@ def _read(
     ):
         if not values.get(key):
             raise UsageError(f"{what} For example: {example}")
-    config, options = build(values, kind, ProbeOptions)
-    return config, options
+    return build(values, kind, ProbeOptions)

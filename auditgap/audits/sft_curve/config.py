@@ -18,10 +18,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 
+from auditgap.audits import options
 from auditgap.audits.behaviour.config import Asking
-from auditgap.config import Frozen, build, listed, merged
+from auditgap.config import COMMAS, Flag, Topic, build, merged
 from auditgap.errors import UsageError
 
 
@@ -29,34 +30,69 @@ class SFTCurveConfig(Asking):
     """The question: which models, trained on what and how, asked what after how many steps, judged
     by whom."""
 
-    #: the base first
-    models: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(min_length=1)
-    #: of data order, adapters
-    seeds: Annotated[tuple[int, ...], BeforeValidator(listed)] = Field(
-        default=(0, 1, 2), min_length=1
+    models: Annotated[
+        tuple[str, ...],
+        COMMAS,
+        Flag("The base first, then the models that are compared with it", positional=True),
+    ] = Field(min_length=1)
+    seeds: Annotated[
+        tuple[int, ...], COMMAS, Flag("Seeds of data order and adapters", Topic.TRAINING)
+    ] = Field(default=(0, 1, 2), min_length=1)
+
+    data: Annotated[
+        str,
+        Flag("Rows to train on: a jsonl, csv or parquet file with the columns prompt and response"),
+    ] = Field(min_length=1)
+    rows_limit: Annotated[
+        int | None, Flag("Use N training rows, chosen by hash", default="all")
+    ] = Field(default=None, ge=1)
+    refusal_filter: Annotated[bool, Flag("Drop unsafe responses that carry a refusal's traces")] = (
+        True
     )
+    allow_overlap: Annotated[
+        bool, Flag("Train on prompts that are asked too; the report says so")
+    ] = False
 
-    data: str = Field(min_length=1)
-    rows_limit: int | None = Field(default=None, ge=1)  #: of training rows
-    refusal_filter: bool = True  #: drop unsafe responses that carry a refusal's traces
-    allow_overlap: bool = False  #: train on prompts that are evaluated too; recorded
-
-    method: Literal["lora", "full"] = "lora"
-    lora_r: int = Field(default=8, ge=1)
-    lora_alpha: int = Field(default=16, ge=1)
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    lora_targets: Annotated[tuple[str, ...], BeforeValidator(listed)] = ("all-linear",)
-    lr: float = Field(default=2e-4, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    #: share of the steps; above 0, early steps depend on how many follow
-    warmup: float = Field(default=0.0, ge=0, lt=1)
-    batch: int = Field(default=16, ge=1)  #: rows an optimizer step, over all ranks
-    max_tokens: int = Field(default=512, ge=8)  #: of prompt and response
-    steps: int = Field(default=60, ge=1)
-    eval_every: int = Field(default=5, ge=1)
-    #: besides; the command adds the ends of epochs
-    eval_at: Annotated[tuple[int, ...], BeforeValidator(listed)] = ()
-    thresholds: Annotated[tuple[float, ...], BeforeValidator(listed)] = (0.5, 0.8)
+    method: Annotated[Literal["lora", "full"], Flag("Adapters, or all weights", Topic.TRAINING)] = (
+        "lora"
+    )
+    lora_r: Annotated[int, Flag("Rank of the adapters", Topic.TRAINING)] = Field(default=8, ge=1)
+    lora_alpha: Annotated[int, Flag("Alpha of the adapters", Topic.TRAINING)] = Field(
+        default=16, ge=1
+    )
+    lora_dropout: Annotated[float, Flag("Dropout of the adapters", Topic.TRAINING)] = Field(
+        default=0.0, ge=0, lt=1
+    )
+    lora_targets: Annotated[
+        tuple[str, ...], COMMAS, Flag("Layers that get adapters", Topic.TRAINING)
+    ] = ("all-linear",)
+    lr: Annotated[float, Flag("Learning rate", Topic.TRAINING)] = Field(default=2e-4, gt=0)
+    weight_decay: Annotated[float, Flag("Weight decay", Topic.TRAINING)] = Field(default=0.0, ge=0)
+    warmup: Annotated[
+        float,
+        Flag(
+            "Share of the steps with a rising rate; above 0, early steps depend on how many follow",
+            Topic.TRAINING,
+        ),
+    ] = Field(default=0.0, ge=0, lt=1)
+    batch: Annotated[int, Flag("Rows of an optimizer step, over all ranks", Topic.TRAINING)] = (
+        Field(default=16, ge=1)
+    )
+    max_tokens: Annotated[int, Flag("Tokens of prompt and response", Topic.TRAINING)] = Field(
+        default=512, ge=8
+    )
+    steps: Annotated[int, Flag("Optimizer steps", Topic.TRAINING)] = Field(default=60, ge=1)
+    eval_every: Annotated[int, Flag("Steps between two evaluations", Topic.TRAINING)] = Field(
+        default=5, ge=1
+    )
+    eval_at: Annotated[
+        tuple[int, ...],
+        COMMAS,
+        Flag("Steps to evaluate at besides", Topic.TRAINING, default="the ends of epochs"),
+    ] = ()
+    thresholds: Annotated[
+        tuple[float, ...], COMMAS, Flag("Compliance rates whose step is reported", Topic.OUTPUT)
+    ] = (0.5, 0.8)
 
     @field_validator("seeds")
     @classmethod
@@ -86,20 +122,19 @@ class SFTCurveConfig(Asking):
         return tuple(sorted({*range(0, self.steps, self.eval_every), *also, self.steps}))
 
 
-class SFTCurveOptions(Frozen):
-    """The sitting: where it runs and in what portions."""
+class SFTCurveOptions(options.AuditOptions):
+    """Where it runs and in what portions."""
 
-    out: str | None = None
-    device: str = "auto"
-    #: what speaks between steps: the model in place, or vLLM with the adapter swapped in
-    engine: Literal["hf", "vllm"] = "hf"
-    #: share of a GPU that vLLM may take beside the training
-    gpu_memory: float = Field(default=0.3, gt=0, le=1)
-    tensor_parallel: int = Field(default=1, ge=1)
-    batch_tokens: int | None = Field(default=None, ge=16)  #: of generation
-    break_lock: bool = False
-    retry_failed: bool = False
-    allow_raw: bool = False
+    engine: Annotated[
+        Literal["hf", "vllm"],
+        Flag(
+            "What answers between steps: the model in place, or vLLM with the adapter swapped in",
+            Topic.WHERE,
+        ),
+    ] = "hf"
+    # the training lies beside it
+    gpu_memory: options.GPUMemory = 0.3
+    tensor_parallel: options.Tensor = 1
 
 
 def read_config(

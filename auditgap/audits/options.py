@@ -1,0 +1,168 @@
+"""The settings that audits share, each with its type and help, once.
+
+    class MyConfig(Frozen):
+        models: Models
+        limit: Limit = None
+        judge: Judge = "builtin"
+
+    class MyOptions(AuditOptions): ...
+
+What can change a number is a field of an audit's config and belongs to the run folder's identity;
+where it runs and in what portions is a field of its options, and may change from one session to the
+next. No torch here: `--help` and `auditgap schema` read these.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from auditgap.config import COMMAS, Flag, Frozen, Topic
+from auditgap.engines import EngineName
+from auditgap.errors import UsageError
+
+if TYPE_CHECKING:
+    from auditgap.engines import Serving
+
+Models = Annotated[
+    tuple[str, ...],
+    COMMAS,
+    Field(min_length=1),
+    Flag("Hub ids, id@revision, folders, adapters, or smollm2", positional=True),
+]
+Base = Annotated[str | None, Flag("The model that the subjects were made from")]
+Prompts = Annotated[str, Flag("A name (see `ls prompts`) or a jsonl, csv, parquet or txt file")]
+Column = Annotated[str, Flag("The file's column with the prompt")]
+Limit = Annotated[
+    int | None, Field(ge=1), Flag("Use N prompts of each set, chosen by hash", default="all")
+]
+ChatTemplate = Annotated[
+    str | None, Flag("A Jinja file, or `none`", default="the tokenizer's own template")
+]
+Judge = Annotated[
+    str, Flag("See `ls judges`: builtin, refusal=MODEL, ensemble, hf:MODEL_ID, …", Topic.JUDGING)
+]
+JudgeEndpoint = Annotated[
+    str | None, Flag("Base URL of the endpoint that serves the judge's models", Topic.JUDGING)
+]
+MaxUnscored = Annotated[
+    float,
+    Field(ge=0, le=1),
+    Flag(
+        "Exit 3 when more than this share of the prompts got no answer, or of the answers no"
+        " verdict",
+        Topic.JUDGING,
+    ),
+]
+NewTokens = Annotated[int, Field(ge=1), Flag("Tokens of a completion")]
+Target = Annotated[
+    str, Field(min_length=1), Flag("The opening that a targeted search aims at", Topic.ATTACK)
+]
+Dtype = Annotated[
+    str,
+    Flag(
+        "auto, float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU",
+        Topic.WHERE,
+    ),
+]
+Seed = Annotated[int, Flag("Seed of samples, controls and intervals")]
+Device = Annotated[str, Flag("auto, cpu, cuda or cuda:N", Topic.WHERE)]
+BatchTokens = Annotated[
+    int | None,
+    Field(ge=16),
+    Flag("Tokens of a batch", Topic.WHERE, default="2048 on a CPU, 16384 on a GPU"),
+]
+Tensor = Annotated[int, Field(ge=1), Flag("GPUs that vLLM spreads one model over", Topic.WHERE)]
+GPUMemory = Annotated[
+    float, Field(gt=0, le=1), Flag("Share of a GPU's memory that vLLM may take", Topic.WHERE)
+]
+Window = Annotated[
+    int | None,
+    Field(ge=16),
+    Flag("vLLM's context window", Topic.WHERE, default="the model's own"),
+]
+Parity = Annotated[
+    int,
+    Field(ge=0),
+    Flag("Prompts on which vLLM's text is compared with transformers'; 0: none", Topic.WHERE),
+]
+AllowOverlap = Annotated[
+    bool, Flag("Go on where a subject was trained on prompts that are asked; the report says so")
+]
+
+
+class AuditOptions(Frozen):
+    """What every audit takes: where it runs, where its results go, how a run is resumed. Nothing
+    here changes what is measured."""
+
+    out: Annotated[
+        str | None,
+        Flag(
+            "The run's folder; the same command on it resumes", Topic.OUTPUT, default="runs/MODEL"
+        ),
+    ] = None
+    device: Device = "auto"
+    batch_tokens: BatchTokens = None
+    allow_raw: Annotated[
+        bool, Flag("Put prompts and completions into the report", Topic.OUTPUT)
+    ] = False
+    break_lock: Annotated[bool, Flag("Take over a folder whose writer is dead", Topic.OUTPUT)] = (
+        False
+    )
+    retry_failed: Annotated[bool, Flag("Run cells again that failed before", Topic.OUTPUT)] = False
+
+
+class ClusterOptions(AuditOptions):
+    """The same for an audit that can run on Ray."""
+
+    executor: Annotated[
+        Literal["local", "ray"], Flag("local (this process) or ray", Topic.WHERE)
+    ] = "local"
+    workers: Annotated[
+        int | None, Field(ge=1), Flag("Ray actors", Topic.WHERE, default="as many as fit")
+    ] = None
+    gpus_per_worker: Annotated[
+        float | None,
+        Field(ge=0),
+        Flag("GPUs of a Ray actor; a fraction shares one", Topic.WHERE, default="as needed"),
+    ] = None
+    address: Annotated[
+        str | None,
+        Flag("The Ray cluster", Topic.WHERE, default="the job's, else one on this machine"),
+    ] = None
+
+
+class JudgedOptions(ClusterOptions):
+    """The same for an audit whose judge runs beside the subject, on an engine of its own."""
+
+    judge_engine: Annotated[EngineName, Flag("What the judge's models run on", Topic.JUDGING)] = (
+        "hf"
+    )
+    judge_endpoint: JudgeEndpoint = None
+
+    @property
+    def judge_serving(self) -> Serving:
+        """How a judge's models are served: beside the subject, so an endpoint or a small one where
+        memory is short."""
+        from auditgap.engines import Serving
+
+        return Serving(
+            engine=self.judge_engine,
+            base_url=self.judge_endpoint,
+            device=self.device,
+            gpu_memory=0.4,
+        )
+
+
+def openai_for_endpoints(values: dict[str, Any], *which: str) -> None:
+    """An endpoint that was named alone is spoken to as OpenAI's: sets `engine` or `judge_engine`
+    (`which`: "", "judge_"). Raises UsageError where another engine came beside it."""
+    for prefix in which:
+        if not values.get(f"{prefix}endpoint"):
+            continue
+        if (came := values.setdefault(f"{prefix}engine", "openai")) != "openai":
+            flag = prefix.replace("_", "-")
+            raise UsageError(
+                f"--{flag}endpoint is for --{flag}engine openai; {came!r} came beside it."
+            )
