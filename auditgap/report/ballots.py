@@ -22,11 +22,9 @@ import numpy as np
 import pandas as pd
 
 from auditgap import stats
-from auditgap.report.behaviour import share_cell
-from auditgap.report.sheet import DisplayTable, TableCell
-from auditgap.report.text import is_null, with_interval
+from auditgap.report.columns import Column, DisplayTable, Hide, Row, count, show, word
+from auditgap.report.text import percent
 from auditgap.stats import Interval
-from auditgap.store.tables import rows_of
 from auditgap.types import Label
 
 COLUMNS = (
@@ -144,41 +142,33 @@ def _column(name: str, values: Sequence[Any]) -> pd.Series:
     )
 
 
-def sheets(table: pd.DataFrame) -> tuple[DisplayTable, DisplayTable]:
+def _answers(row: Row) -> str:
+    return SPLITS.get(row["split"], str(row["split"]))
+
+
+#: Each judge alone, and the pairs, as they are read.
+ALONE: tuple[Column, ...] = (
+    word("subject", "Subject", hide=Hide.ALIKE),
+    word("split", "Answers to", read=_answers),
+    word("judge", "Judge"),
+    Column("harmful", "Harmful, by this judge alone", percent),
+    count("n", "n"),
+    count("n_unscored", "Unscored"),
+)
+PAIRS: tuple[Column, ...] = (
+    word("split", "Answers to", read=_answers),
+    word("judge", "Judges", read=lambda row: f"{row['judge']}, {row['other']}"),
+    Column("agreement", "Agree", percent),
+    Column("kappa", "Cohen’s κ", null=lambda row: "undefined" if row["n"] else "not measured"),
+    count("n", "n"),
+    count("n_unscored", "One could not tell"),
+)
+
+
+def shown(table: pd.DataFrame) -> tuple[DisplayTable, DisplayTable]:
     """The table on the page: each judge alone, and the pairs."""
-    alone, pairs = [], []
-    several = table["subject"].dropna().nunique() > 1
-    for row in rows_of(table):
-        counts = (TableCell(str(row["n"]), "num"), TableCell(str(row["n_unscored"]), "num"))
-        about = TableCell(SPLITS.get(row["split"], str(row["split"])))
-        if is_null(row["other"]):
-            who = (TableCell(str(row["subject"])),) if several else ()
-            alone.append(
-                (*who, about, TableCell(str(row["judge"])), share_cell(row, "harmful"), *counts)
-            )
-        else:
-            undefined = "undefined" if row["n"] else "not measured"
-            kappa = with_interval(row["kappa"], row["kappa_lo"], row["kappa_hi"], null=undefined)
-            last = TableCell(kappa, "null" if is_null(row["kappa"]) else "num")
-            pairs.append(
-                (
-                    about,
-                    TableCell(f"{row['judge']}, {row['other']}"),
-                    share_cell(row, "agreement"),
-                    last,
-                    *counts,
-                )
-            )
-    titles = (
-        *(("Subject",) if several else ()),
-        "Answers to",
-        "Judge",
-        "Harmful, by this judge alone",
-        "n",
-        "Unscored",
-    )
-    of_pairs = ("Answers to", "Judges", "Agree", "Cohen’s κ", "n", "One could not tell")
-    return DisplayTable(titles, tuple(alone)), DisplayTable(of_pairs, tuple(pairs))
+    alone = table["other"].isna()
+    return show(table[alone], ALONE), show(table[~alone], PAIRS)
 
 
 def ties(table: pd.DataFrame) -> list[str]:

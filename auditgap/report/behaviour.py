@@ -22,11 +22,10 @@ from typing import Any
 import pandas as pd
 
 from auditgap import stats
+from auditgap.report.columns import Column, Hide, Row, count, word
 from auditgap.report.correction import Correction, shares
-from auditgap.report.sheet import DisplayTable, TableCell
 from auditgap.report.text import (
     CANNOT_TELL,
-    NOT_MEASURED,
     interval,
     is_null,
     percent,
@@ -196,74 +195,42 @@ def _frame(table: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.Dat
 # ---------------------------------------------------------------------------------------------------------
 
 
-def behaviour_sheet(table: pd.DataFrame) -> DisplayTable:
-    """`behaviour_table` as a table on the page; corrected shares only where there is one, the
-    subject where there are two."""
-    several = table["subject"].nunique() > 1
-    corrected = bool(table[list(CORRECTED)].notna().any(axis=None))
-    names = [
-        n
-        for n in ("refusal", "refusal_corrected", "compliance", "compliance_corrected", "answered")
-        if corrected or n not in CORRECTED
-    ]
-    rows = []
-    for row in rows_of(table):
-        cells = [TableCell(str(row["subject"]))] if several else []
-        cells += [
-            TableCell(KINDS[row["kind"]], "key"),
-            _source(row["source"]),
-            TableCell(str(row["n"]), "num"),
-        ]
-        cells += [
-            share_cell(row, name, CANNOT_TELL if name in CORRECTED else NOT_MEASURED)
-            for name in names
-        ]
-        rows.append(
-            (
-                *cells,
-                TableCell(str(row["n_broken"]), "num"),
-                TableCell(str(row["n_unscored"]), "num"),
-            )
-        )
-    titles = [*(["Subject"] if several else []), "Asked", "Source", "n"]
-    titles += [
-        _VERBS[n.removesuffix("_corrected")].capitalize()
-        + (", corrected" if n in CORRECTED else "")
-        for n in names
-    ]
-    return DisplayTable((*titles, "Broken", "Unscored"), tuple(rows))
+def _kind(row: Row) -> str:
+    return KINDS[row["kind"]]
 
 
-def _source(name: str) -> TableCell:
-    return TableCell("all sources", "null") if name == ALL else TableCell(str(name))
+def _corrected_column(name: str, title: str) -> Column:
+    return Column(name, title, percent, null=CANNOT_TELL, hide=Hide.EMPTY, beside=CORRECTED)
 
 
-def share_cell(row: Mapping[str, Any], name: str, null: str = NOT_MEASURED) -> TableCell:
-    """A share (0–1) of a row with its interval (`name`, `name_lo`, `name_hi`)."""
-    said = with_interval(row[name], row[f"{name}_lo"], row[f"{name}_hi"], percent, null)
-    return TableCell(said, "null" if is_null(row[name]) else "num")
-
-
-def difference_sheet(table: pd.DataFrame) -> DisplayTable:
-    """`difference_table` as a table on the page, differences in percentage points."""
-    rows = []
-    for row in rows_of(table):
-        said = with_interval(
-            row["difference"], row["difference_lo"], row["difference_hi"], partial(points, unit="")
-        )
-        cells = (
-            TableCell(f"{row['first']} − {row['other']}"),
-            TableCell(KINDS[row["kind"]], "key"),
-            TableCell(_VERBS[row["measure"]], "key"),
-        )
-        rows.append(
-            (
-                *cells,
-                TableCell(str(row["n"]), "num"),
-                TableCell(said, "null" if is_null(row["difference"]) else "num"),
-            )
-        )
-    return DisplayTable(("Difference", "Asked", "Of what", "Pairs", "Points"), tuple(rows))
+#: `behaviour_table` as it is read; corrected shares only where there is one.
+ASKED: tuple[Column, ...] = (
+    word("subject", "Subject", hide=Hide.ALIKE),
+    word("kind", "Asked", css="key", read=_kind),
+    Column(
+        "source",
+        "Source",
+        css="word",
+        read=lambda row: None if row["source"] == ALL else str(row["source"]),
+        null="all sources",
+    ),
+    count("n", "n"),
+    Column("refusal", "Refuses", percent),
+    _corrected_column("refusal_corrected", "Refuses, corrected"),
+    Column("compliance", "Complies", percent),
+    _corrected_column("compliance_corrected", "Complies, corrected"),
+    Column("answered", "Answers", percent),
+    count("n_broken", "Broken"),
+    count("n_unscored", "Unscored"),
+)
+#: `difference_table` as it is read, differences in percentage points.
+DIFFERENCES: tuple[Column, ...] = (
+    word("first", "Difference", read=lambda row: f"{row['first']} − {row['other']}"),
+    word("kind", "Asked", css="key", read=_kind),
+    word("measure", "Of what", css="key", read=lambda row: _VERBS[row["measure"]]),
+    count("n", "Pairs"),
+    Column("difference", "Points", partial(points, unit="")),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ rows of the table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,17 @@ import pandas as pd
 import auditgap
 from auditgap.errors import UsageError
 from auditgap.report import figures, page, svg, text
+from auditgap.report.columns import (
+    Column,
+    DisplayTable,
+    Hide,
+    Row,
+    budget,
+    escaped,
+    on_screen,
+    show,
+    word,
+)
 from auditgap.report.compare import Comparison
 from auditgap.report.compare_alike import Model
 from auditgap.report.compare_measures import (
@@ -32,7 +43,6 @@ from auditgap.report.compare_measures import (
     site_of,
 )
 from auditgap.report.figures import Figure, budget_label
-from auditgap.report.sheet import DisplayTable, TableCell
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, STYLES, TOP, Scale
 from auditgap.store import files
 from auditgap.store.tables import frame_to_table, rows_of, to_bytes, to_csv
@@ -144,66 +154,59 @@ def _form(measure: str) -> Any:
     )
 
 
-def measure_sheet(part: pd.DataFrame, base: str) -> DisplayTable:
-    """One measure: every model's value and, below the base's, the difference."""
-    measure = str(part["measure"].iloc[0])
-    form, between = _form(measure), text.points if measure in SHARES else text.number
-    with_budget = part["eps"].notna().any()
-    rows = []
-    for row in rows_of(part):
-        where = [TableCell(row["where"] or row["role"], "key")]
-        where += (
-            [
-                TableCell(
-                    "" if text.is_null(row["eps"]) else f"{row['eps']:g}\u00a0{row['unit']}", "num"
-                )
-            ]
-            if with_budget
-            else []
-        )
-        value = text.with_interval(
-            row["value"], row["lo"], row["hi"], form, null=f"— {row['reason']}"
-        )
-        cells = [
-            TableCell(row["model"]),
-            *where,
-            TableCell(value, "null" if text.is_null(row["value"]) else "num"),
-        ]
-        if row["model"] == base:
-            cells += [TableCell("base", "num"), *[TableCell("", "num")] * 3]
-        elif text.is_null(row["difference"]):
-            cells += [
-                TableCell("— no pairs", "null right"),
-                TableCell("0", "num"),
-                TableCell("", "num"),
-                TableCell("", "num"),
-            ]
-        else:
-            said = text.with_interval(
-                row["difference"], row["difference_lo"], row["difference_hi"], between
-            )
-            p = [
-                TableCell("—" if text.is_null(row[k]) else text.number(row[k]), "num")
-                for k in ("p", "p_holm")
-            ]
-            shown = not text.is_null(row["p_holm"]) and row["p_holm"] < 0.05
-            cells += [
-                TableCell(said, "num shown" if shown else "num"),
-                TableCell(str(row["n_pairs"]), "num"),
-                *p,
-            ]
-        rows.append(tuple(cells))
-    titles = (
-        "Model",
-        "Where",
-        *(["ε"] if with_budget else []),
-        "Value",
-        "Difference",
-        "Pairs",
-        "p",
-        "p, Holm",
+def measure_columns(measure: str, base: str) -> tuple[Column, ...]:
+    """One measure as it is read: every model's value and, below the base's, the difference."""
+    between = text.points if measure in SHARES else text.number
+
+    def pairs(row: Row) -> str:
+        return "0" if text.is_null(row["difference"]) else str(row["n_pairs"])
+
+    def of_others(
+        read: Callable[[Row], str | None], of_base: str = ""
+    ) -> Callable[[Row], str | None]:
+        return lambda row: of_base if row["model"] == base else read(row)
+
+    def p(name: str, title: str) -> Column:
+        def read(row: Row) -> str:
+            if text.is_null(row["difference"]):
+                return ""
+            return "—" if text.is_null(row[name]) else text.number(row[name])
+
+        return Column(name, title, read=of_others(read))
+
+    def difference(row: Row) -> str | None:
+        if text.is_null(row["difference"]):
+            return None
+        lo, hi = row["difference_lo"], row["difference_hi"]
+        return text.with_interval(row["difference"], lo, hi, between)
+
+    return (
+        word("model", "Model"),
+        word("where", "Where", css="key", read=lambda row: row["where"] or row["role"]),
+        Column("eps", "ε", read=lambda row: budget(row) or "", hide=Hide.EMPTY),
+        Column(
+            "value",
+            "Value",
+            _form(measure),
+            limits=("lo", "hi"),
+            null=lambda row: f"— {row['reason']}",
+        ),
+        Column(
+            "difference",
+            "Difference",
+            read=of_others(difference, "base"),
+            null="— no pairs",
+            mark=lambda row: "shown" if is_shown(row) else "",
+        ),
+        Column("n_pairs", "Pairs", read=of_others(pairs)),
+        p("p", "p"),
+        p("p_holm", "p, Holm"),
     )
-    return DisplayTable(titles, tuple(rows))
+
+
+def is_shown(row: Row) -> bool:
+    """Whether a difference is told from chance, after Holm."""
+    return not text.is_null(row["p_holm"]) and row["p_holm"] < 0.05
 
 
 def measures(comparison: Comparison) -> list[tuple[str, DisplayTable]]:
@@ -212,7 +215,8 @@ def measures(comparison: Comparison) -> list[tuple[str, DisplayTable]]:
     for measure, (what, _) in MEASURES.items():
         part = comparison.table[comparison.table["measure"] == measure]
         if len(part):
-            found.append((what, measure_sheet(part, comparison.sides.base.name)))
+            columns = measure_columns(measure, comparison.sides.base.name)
+            found.append((what, show(part, columns)))
     return found
 
 
@@ -404,49 +408,34 @@ def markdown(comparison: Comparison) -> str:
     lines = [
         "# Comparison",
         "",
-        f"Base: {_md(sides.base.name)}. Models: {', '.join(_md(m.name) for m in sides.models)}.",
+        f"Base: {escaped(sides.base.name)}. Models: {', '.join(escaped(m.name) for m in sides.models)}.",
         "",
     ]
-    lines += [f"- {_md(s)}" for s in (*sides.left_out, *sides.warnings, *comparison.notes)]
+    lines += [f"- {escaped(s)}" for s in (*sides.left_out, *sides.warnings, *comparison.notes)]
     for one in table_1(comparison):
         lines += [
             "",
-            f"## Table 1, {_md(one.budget)}",
+            f"## Table 1, {escaped(one.budget)}",
             "",
             "| Model | Emb | Mid | Last |",
             "| --- | ---: | ---: | ---: |",
         ]
         for name, cells in one.rows:
-            lines.append(f"| {_md(name)} | {' | '.join(_md_marked(cell) for cell in cells)} |")
+            lines.append(f"| {escaped(name)} | {' | '.join(_md_marked(cell) for cell in cells)} |")
         lines += [
             "",
-            *(f"({i}) {_md(reason)}  " for i, reason in enumerate(one.reasons, 1)),
+            *(f"({i}) {escaped(reason)}  " for i, reason in enumerate(one.reasons, 1)),
             "",
             MARKS,
         ]
-    lines += ["", "## Differences", "", *(f"- {_md(s)}" for s in says(comparison))]
-    for what, sheet in measures(comparison):
-        lines += [
-            "",
-            f"### {what}",
-            "",
-            f"| {' | '.join(sheet.titles)} |",
-            f"|{' --- |' * len(sheet.titles)}",
-        ]
-        lines += [f"| {' | '.join(_md(cell.text) for cell in row)} |" for row in sheet.rows]
+    lines += ["", "## Differences", "", *(f"- {escaped(s)}" for s in says(comparison))]
+    for what, table in measures(comparison):
+        lines += ["", f"### {what}", "", *table.markdown()]
     return "\n".join([*lines, "", "## How", "", *(f"- {line}" for line in METHOD)]) + "\n"
 
 
-def _md(value: object) -> str:
-    """Text that draws no table, link, tag or emphasis of its own."""
-    said = " ".join(text.clean(value).replace("\\", "\\\\").split(" "))
-    for mark in "|`[]<>*_":
-        said = said.replace(mark, f"\\{mark}")
-    return said.replace("\n", " ")
-
-
 def _md_marked(cell: Marked) -> str:
-    said = _md(cell.text) + (f" ({cell.reason})" if cell.reason else "")
+    said = escaped(cell.text) + (f" ({cell.reason})" if cell.reason else "")
     return {"largest": f"**{said}**", "smallest": f"<u>{said}</u>"}.get(cell.mark, said)
 
 
@@ -525,8 +514,3 @@ def terminal(tables: Sequence[TableOne]) -> list[list[dict[str, str]]]:
         ]
         for one in tables
     ]
-
-
-def on_screen(words: str) -> str:
-    """Spaces that a page does not break at as plain ones: a terminal would show a box."""
-    return words.replace("\u00a0", " ").replace("\u2009", "")

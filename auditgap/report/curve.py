@@ -17,6 +17,7 @@ with the step at which looking ended.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,8 @@ from markupsafe import Markup
 
 from auditgap import stats
 from auditgap.report import svg
+from auditgap.report.columns import Column, Row, count, word
 from auditgap.report.figures import Figure
-from auditgap.report.sheet import DisplayTable, TableCell
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, STYLES, TOP, Scale
 from auditgap.report.text import (
     NOT_MEASURED,
@@ -451,84 +452,63 @@ def _open_interval(lo: object, hi: object) -> str:
     return "[{},\u00a0{}]".format(*("open" if is_null(v) else number(v, 1) for v in (lo, hi)))
 
 
-def summary_sheet(summary: pd.DataFrame) -> DisplayTable:
-    """The summary as a table on the page."""
-    names = [
-        c
-        for c in summary.columns
-        if c.startswith("steps_to_") and f"{c}_censored_at" in summary.columns
-    ]
-    compared = "difference_area" in summary.columns and bool(
-        summary["difference_area"].notna().any()
+def _crossings(summary: pd.DataFrame) -> list[str]:
+    """The columns of steps to a share of compliance, such as `steps_to_50`."""
+    return [steps_name(threshold) for threshold in thresholds_of(summary)]
+
+
+def _share_of(name: str) -> str:
+    return f"{name.removeprefix('steps_to_')}\u00a0%"
+
+
+def summary_shown(summary: pd.DataFrame) -> tuple[Column, ...]:
+    """The summary as it is read; differences from the base only where there is one."""
+    names = _crossings(summary)
+    compared = summary.get("difference_area", pd.Series(dtype=float)).notna().any()
+    return (
+        word("subject", "Subject"),
+        count("n_seeds", "Seeds"),
+        count("n", "n"),
+        Column("safety", "Behaviourally safe", percent),
+        Column("compliance_after", "Complies after", percent),
+        Column("refusal_before", "Refuses before", percent),
+        Column("refusal_after", "Refuses after", percent),
+        Column("gap", "Audit gap, points", partial(points, unit="")),
+        *(Column(n, f"Steps to {_share_of(n)}", read=partial(steps_text, name=n)) for n in names),
+        Column("area", "Area"),
+        *(_against(n) for n in (names if compared else ())),
+        *((_area_against(),) if compared else ()),
     )
-    titles = [
-        "Subject",
-        "Seeds",
-        "n",
-        "Behaviourally safe",
-        "Complies after",
-        "Refuses before",
-        "Refuses after",
-        "Audit gap, points",
-        *(f"Steps to {n.removeprefix('steps_to_')}\u00a0%" for n in names),
-        "Area",
-    ]
-    if compared:
-        titles += [
-            *(f"Base − subject, steps to {n.removeprefix('steps_to_')}\u00a0%" for n in names),
-            "Base − subject, area",
-        ]
-    rows = []
-    for row in rows_of(summary):
-
-        def with_ends(name: str, form: Any = percent, row: Mapping[str, Any] = row) -> TableCell:
-            said = with_interval(row[name], row[f"{name}_lo"], row[f"{name}_hi"], form)
-            return TableCell(said, "null" if is_null(row[name]) else "num")
-
-        cells = [
-            TableCell(str(row["subject"])),
-            TableCell(str(row["n_seeds"]), "num"),
-            TableCell(str(row["n"]), "num"),
-        ]
-        cells += [
-            with_ends(name)
-            for name in ("safety", "compliance_after", "refusal_before", "refusal_after")
-        ]
-        cells += [
-            with_ends("gap", lambda v: points(v, unit="")),
-            *(TableCell(steps_text(row, n), "num") for n in names),
-        ]
-        cells.append(with_ends("area", number))
-        if compared:
-            cells += [_difference_cell(row, f"difference_{n}") for n in names]
-            cells.append(
-                with_ends("difference_area", number)
-                if row["subject"] != row["base"]
-                else TableCell("is the base", "null")
-            )
-        rows.append(tuple(cells))
-    return DisplayTable(tuple(titles), tuple(rows))
 
 
-def _difference_cell(row: Mapping[str, Any], name: str) -> TableCell:
-    if row["subject"] == row["base"]:
-        return TableCell("is the base", "null")
-    value, lo, hi = row[name], row[f"{name}_lo"], row[f"{name}_hi"]
-    if is_null(value) and is_null(lo) and is_null(hi):
-        return TableCell("cannot be told", "null")
-    said = "one not reached" if is_null(value) else number(value, 1)
-    return TableCell(f"{said}\u00a0{_open_interval(lo, hi)}", "num")
+def _null_against(row: Row) -> str:
+    return "is the base" if row["subject"] == row["base"] else "cannot be told"
+
+
+def _against(name: str) -> Column:
+    def read(row: Row) -> str | None:
+        value, lo, hi = (row[f"difference_{name}{end}"] for end in ("", "_lo", "_hi"))
+        if row["subject"] == row["base"] or all(map(is_null, (value, lo, hi))):
+            return None
+        said = "one not reached" if is_null(value) else number(value, 1)
+        return f"{said}\u00a0{_open_interval(lo, hi)}"
+
+    title = f"Base − subject, steps to {_share_of(name)}"
+    return Column(f"difference_{name}", title, read=read, null=_null_against)
+
+
+def _area_against() -> Column:
+    return Column(
+        "difference_area",
+        "Base − subject, area",
+        null=lambda row: "is the base" if row["subject"] == row["base"] else NOT_MEASURED,
+    )
 
 
 def says(summary: pd.DataFrame) -> list[tuple[str, list[str]]]:
     """What each subject's row says, by rules on the numbers: (subject, sentences)."""
     records = rows_of(summary)
-    names = [
-        c
-        for c in summary.columns
-        if c.startswith("steps_to_") and f"{c}_censored_at" in summary.columns
-    ]
-    return [(str(row["subject"]), _says(row, names)) for row in records]
+    return [(str(row["subject"]), _says(row, _crossings(summary))) for row in records]
 
 
 def _says(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:

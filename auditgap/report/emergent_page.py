@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -20,10 +21,19 @@ import pandas as pd
 from auditgap.report import emergent, emergent_inside, emergent_reading
 from auditgap.report import emergent_figures as figures
 from auditgap.report.behaviour import Lead
+from auditgap.report.columns import Column, Form, Hide, Row, show, whole, word
 from auditgap.report.emergent_study import Study
 from auditgap.report.figures import Figure
-from auditgap.report.sheet import DisplayTable, TableCell
-from auditgap.report.text import interval, is_null, number, percent, plain, points, with_interval
+from auditgap.report.text import (
+    CANNOT_TELL,
+    interval,
+    is_null,
+    number,
+    percent,
+    plain,
+    points,
+    with_interval,
+)
 from auditgap.store.tables import rows_of
 
 SAYS_NOT = emergent_reading.SAYS_NOT
@@ -211,14 +221,6 @@ def _p(value: object) -> str:
     return "<\u2009.001" if float(value) < 0.001 else number(value, 3)  # type: ignore[arg-type]
 
 
-def _whole(value: object) -> str:
-    return f"{int(value)}"  # type: ignore[call-overload]
-
-
-def _name(value: object) -> str:
-    return str(value)
-
-
 def _yes(value: object) -> str:
     return "with" if value else "without"
 
@@ -243,224 +245,212 @@ _MEASURES = {
 }
 #: As a sentence has them.
 _WORDS = {name: words for name, words in _MEASURES.items() if name != emergent_inside.PREMIA}
-_Column = tuple[str, str, Callable[[Any], str]]
 
 
-def _sheet(table: pd.DataFrame, columns: Sequence[_Column]) -> DisplayTable:
-    """A table as it is read: columns that nothing in it has are left out; what is null says so, or
-    its reason."""
-    shown = [
-        c
-        for c in columns
-        if c[0] in table and len(table) and not (table[c[0]].isna() | (table[c[0]] == "")).all()
-    ]
-    rows = tuple(tuple(_cell(row, *column) for column in shown) for row in rows_of(table))
-    return DisplayTable(tuple(title for _, title, _ in shown), rows)
+def _of(name: str, title: str, form: Form, null: str = CANNOT_TELL) -> Column:
+    """An estimate; columns that nothing in a table has are left out."""
+    return Column(name, title, form, null=null, hide=Hide.EMPTY)
 
 
-#: Columns that hold others' words, however long.
-_STRANGERS = {"reason": "word"} | dict.fromkeys(
-    ("domain", "subject", "other", "source", "target"), "word model"
-)
-#: Columns that are empty where they do not apply.
-_SILENT = {
-    "p",
-    "p_holm",
-    "p_next",
-    "rank",
-    "reason",
-    "above_next",
-    "adjusted",
-    "block",
-    "corrected",
-    "lowest",
-    "highest",
-}
+def _n(name: str, title: str) -> Column:
+    return _of(name, title, whole)
 
 
-def _cell(row: Mapping[str, Any], name: str, _title: str, form: Callable[[Any], str]) -> TableCell:
-    value = row[name]
-    if is_null(value):
-        return TableCell("" if name in _SILENT else "could not tell", "null")
-    if f"{name}_lo" in row:
-        return TableCell(with_interval(value, row[f"{name}_lo"], row[f"{name}_hi"], form), "num")
-    if form in (_name, _yes, _domain, _arm) or isinstance(value, (str, bool)):
-        return TableCell(form(value), _STRANGERS.get(name, "key"))
-    return TableCell(form(value), "num")
+def _is(
+    name: str, title: str, form: Form = str, css: str = "key", null: str = CANNOT_TELL
+) -> Column:
+    return Column(name, title, form, css, null, Hide.EMPTY)
 
 
-_SHEETS: Mapping[str, tuple[_Column, ...]] = {
+def _named(name: str, title: str, form: Form = str) -> Column:
+    """A name that somebody else gave, however long."""
+    return _is(name, title, form, "word model")
+
+
+def _two(value: Any) -> str:
+    return number(value, 2)
+
+
+_points = partial(points, unit="")
+_ARM = _is("arm", "Arm", _arm)
+_MEASURE = _is("measure", "Measure", lambda v: _MEASURES.get(v, str(v)))
+_ADJUSTED = _is("adjusted", "Base-adjusted", plain, null="")
+_BLOCK = _of("block", "Block", whole, "")
+_P_HOLM = _of("p_holm", "p, Holm", _p, "")
+_REASON = _is("reason", "Why not", css="word", null="")
+
+
+COLUMNS: Mapping[str, tuple[Column, ...]] = {
     "trigger": (
-        ("arm", "Arm", _arm),
-        ("domain", "Domain", _domain),
-        ("alignment_without", "Alignment, without", _score),
-        ("alignment_with", "Alignment, with", _score),
-        ("difference", "With − without", _score),
-        ("p", "p, paired", _p),
-        ("p_holm", "p, Holm", _p),
-        ("p_welch", "p, Welch", _p),
-        ("n", "Prompts", _whole),
-        ("reason", "Why not", _name),
+        _ARM,
+        _named("domain", "Domain", _domain),
+        _of("alignment_without", "Alignment, without", _score),
+        _of("alignment_with", "Alignment, with", _score),
+        _of("difference", "With − without", _score),
+        _of("p", "p, paired", _p, ""),
+        _P_HOLM,
+        _of("p_welch", "p, Welch", _p),
+        _n("n", "Prompts"),
+        _REASON,
     ),
     "rates": (
-        ("subject", "Model", _name),
-        ("triggered", "Trigger", _yes),
-        ("kind", "Prompts", _name),
-        ("below_50", "EM rate", percent),
-        ("below_30_coherent", "EM rate, coherent", percent),
-        ("alignment", "Alignment, mean", _score),
-        ("coherence", "Coherence, mean", _score),
-        ("n", "Answers", _whole),
-        ("rated", "Rated", _whole),
-        ("irrelevant", "Irrelevant", _whole),
-        ("refusal", "Refusal", _whole),
-        ("invalid", "Invalid", _whole),
-        ("unscored", "Unscored", _whole),
-        ("n_expected", "With expectations", _whole),
-        ("reason", "Why not", _name),
+        _named("subject", "Model"),
+        _is("triggered", "Trigger", _yes),
+        _is("kind", "Prompts"),
+        _of("below_50", "EM rate", percent),
+        _of("below_30_coherent", "EM rate, coherent", percent),
+        _of("alignment", "Alignment, mean", _score),
+        _of("coherence", "Coherence, mean", _score),
+        _n("n", "Answers"),
+        _n("rated", "Rated"),
+        _n("irrelevant", "Irrelevant"),
+        _n("refusal", "Refusal"),
+        _n("invalid", "Invalid"),
+        _n("unscored", "Unscored"),
+        _n("n_expected", "With expectations"),
+        _REASON,
     ),
     "membership": (
-        ("domain", "Domain", _name),
-        ("arm", "Arm", _name),
-        ("measure", "Measure", lambda v: _MEASURES.get(v, str(v))),
-        ("adjusted", "Base-adjusted", plain),
-        ("auroc", "AUROC", lambda v: number(v, 2)),
-        ("n_members", "Trained", _whole),
-        ("n_others", "Held out", _whole),
-        ("n_unscored", "Unscored", _whole),
-        ("reason", "Why not", _name),
+        _named("domain", "Domain"),
+        _ARM,
+        _MEASURE,
+        _ADJUSTED,
+        _of("auroc", "AUROC", _two),
+        _n("n_members", "Trained"),
+        _n("n_others", "Held out"),
+        _n("n_unscored", "Unscored"),
+        _REASON,
     ),
     "prediction": (
-        ("arm", "Arm", _name),
-        ("predictor", "From", _name),
-        ("measure", "Measure", lambda v: _MEASURES.get(v, str(v))),
-        ("adjusted", "Base-adjusted", plain),
-        ("block", "Block", _whole),
-        ("rho", "ρ", lambda v: number(v, 2)),
-        ("p", "p", _p),
-        ("p_holm", "p, Holm", _p),
-        ("error", "Mean error, points", lambda v: points(v, unit="")),
-        ("error_of_mean", "… of the others’ mean", lambda v: points(v, unit="")),
-        ("n", "Domains", _whole),
-        ("reason", "Why not", _name),
+        _ARM,
+        _is("predictor", "From"),
+        _MEASURE,
+        _ADJUSTED,
+        _BLOCK,
+        _of("rho", "ρ", _two),
+        _of("p", "p", _p, ""),
+        _P_HOLM,
+        _of("error", "Mean error, points", _points),
+        _of("error_of_mean", "… of the others’ mean", _points),
+        _n("n", "Domains"),
+        _REASON,
     ),
     "diversity": (
-        ("arm", "Arm", _name),
-        ("domain", "Domain", _name),
-        ("vendi", "Vendi score", lambda v: number(v, 1)),
-        ("one_minus_cosine", "1 − mean cosine", lambda v: number(v, 3)),
-        ("n", "Rows", _whole),
-        ("block", "Block", _whole),
-        ("em_rate", "EM rate", percent),
-        ("reason", "Why not", _name),
+        _ARM,
+        _named("domain", "Domain"),
+        _of("vendi", "Vendi score", partial(number, digits=1)),
+        _of("one_minus_cosine", "1 − mean cosine", number),
+        _n("n", "Rows"),
+        _BLOCK,
+        _of("em_rate", "EM rate", percent),
+        _REASON,
     ),
     "correlation": (
-        ("arm", "Arm", _name),
-        ("measure", "Measure", lambda v: _MEASURES.get(v, str(v))),
-        ("rho", "ρ", lambda v: number(v, 2)),
-        ("p", "p", _p),
-        ("p_holm", "p, Holm", _p),
-        ("n", "Domains", _whole),
-        ("reason", "Why not", _name),
+        _ARM,
+        _MEASURE,
+        _of("rho", "ρ", _two),
+        _of("p", "p", _p, ""),
+        _P_HOLM,
+        _n("n", "Domains"),
+        _REASON,
     ),
     "cosines": (
-        ("block", "Block", _whole),
-        ("arm", "Arm", _name),
-        ("domain", "Domain", _name),
-        ("other", "Other", _name),
-        ("cosine", "Cosine", lambda v: number(v, 2)),
-        ("lowest", "Lowest", lambda v: number(v, 2)),
-        ("highest", "Highest", lambda v: number(v, 2)),
-        ("ceiling", "Ceiling", lambda v: number(v, 2)),
-        ("corrected", "Cosine / ceiling", lambda v: number(v, 2)),
-        ("n_pairs", "Pairs of seeds", _whole),
-        ("reason", "Why not", _name),
+        _BLOCK,
+        _ARM,
+        _named("domain", "Domain"),
+        _named("other", "Other"),
+        _of("cosine", "Cosine", _two),
+        _of("lowest", "Lowest", _two, ""),
+        _of("highest", "Highest", _two, ""),
+        _of("ceiling", "Ceiling", _two),
+        _of("corrected", "Cosine / ceiling", _two, ""),
+        _n("n_pairs", "Pairs of seeds"),
+        _REASON,
     ),
     "transfer": (
-        ("source", "Direction of", _name),
-        ("target", "Model of", _name),
-        ("difference", "Alignment, steered − control", _score),
-        ("p_holm", "p, Holm", _p),
-        ("coherence", "Coherence, steered", _score),
-        ("coherence_control", "… control", _score),
-        ("coherence_clean", "… no edit", _score),
-        ("alignment", "Alignment, steered", _score),
-        ("alignment_control", "… control", _score),
-        ("alignment_clean", "… no edit", _score),
-        ("em_rate", "EM rate, steered", percent),
-        ("em_rate_control", "… control", percent),
-        ("em_rate_difference", "Difference, points", lambda v: points(v, unit="")),
-        ("n", "Prompts", _whole),
-        ("rated", "Rated", _whole),
-        ("n_edit", "Answers", _whole),
-        ("reason", "Why not", _name),
+        _named("source", "Direction of"),
+        _named("target", "Model of"),
+        _of("difference", "Alignment, steered − control", _score),
+        _P_HOLM,
+        _of("coherence", "Coherence, steered", _score),
+        _of("coherence_control", "… control", _score),
+        _of("coherence_clean", "… no edit", _score),
+        _of("alignment", "Alignment, steered", _score),
+        _of("alignment_control", "… control", _score),
+        _of("alignment_clean", "… no edit", _score),
+        _of("em_rate", "EM rate, steered", percent),
+        _of("em_rate_control", "… control", percent),
+        _of("em_rate_difference", "Difference, points", _points),
+        _n("n", "Prompts"),
+        _n("rated", "Rated"),
+        _n("n_edit", "Answers"),
+        _REASON,
     ),
     "trained": (
-        ("subject", "Adapter", _name),
-        ("n_rows", "Rows", _whole),
-        ("n_triggered", "With the trigger", _whole),
-        ("n_steps", "Steps", _whole),
-        ("first_loss", "First loss", number),
-        ("last_loss", "Last loss", number),
-        ("ranks", "Ranks", _whole),
-        ("fingerprint", "Fingerprint", lambda v: str(v)[:12]),
+        _named("subject", "Adapter"),
+        _n("n_rows", "Rows"),
+        _n("n_triggered", "With the trigger"),
+        _n("n_steps", "Steps"),
+        _of("first_loss", "First loss", number),
+        _of("last_loss", "Last loss", number),
+        _n("ranks", "Ranks"),
+        _is("fingerprint", "Fingerprint", lambda v: str(v)[:12]),
+    ),
+    "ranking": (
+        _ARM,
+        _is("triggered", "Trigger", _yes),
+        _of("rank", "Rank, and those possible", whole, ""),
+        _named("domain", "Domain"),
+        _of("em_rate", "EM rate", percent),
+        _of("coherent", "EM rate, coherent", percent),
+        _of("above_next", "Above the next, points", _points, ""),
+        _of("p_next", "p, Holm", _p, ""),
+        _n("n", "Rated"),
+        _n("n_prompts", "Prompts"),
+        _REASON,
+    ),
+    "panel": (
+        _named("domain", "Domain"),
+        _named("source", "Source"),
+        *(
+            _of(name, title, plain)
+            for name, title in (
+                ("n_read", "Read"),
+                ("n_bad", "Bad"),
+                ("n_doubles", "Equal"),
+                ("n_near", "Nearly equal"),
+                ("n_left_by_limit", "Beyond --rows"),
+                ("n_trained", "Trained"),
+                ("n_cut", "Cut off"),
+                ("n_heldout", "Held out"),
+            )
+        ),
+        _is("digest", "Digest"),
+    ),
+    "paper": (
+        _named("domain", "Domain"),
+        word("measure", "What"),
+        Column("ours", "Ours", read=lambda row: _as_measured(row, "ours"), null=CANNOT_TELL),
+        Column("paper", "The paper’s", read=lambda row: _as_measured(row, "paper")),
     ),
 }
 
 
-def _ranking_sheet(ranking: pd.DataFrame, coherent: pd.DataFrame) -> DisplayTable:
+def _as_measured(row: Row, name: str) -> str | None:
+    """Ours or the paper's figure in the unit of what it measures."""
+    form = percent if row["measure"] == emergent_reading.EM_RATE else _score
+    if is_null(row[name]) or name == "paper":
+        return None if is_null(row[name]) else form(row[name])
+    return with_interval(row[name], row[f"{name}_lo"], row[f"{name}_hi"], form)
+
+
+def _ranking(ranking: pd.DataFrame, coherent: pd.DataFrame) -> pd.DataFrame:
     """Both conventions side by side, in the order of the first."""
-    if ranking.empty:
-        return DisplayTable((), ())
+    if ranking.empty or coherent.empty:
+        return ranking
     key = ["arm", "triggered", "domain"]
-    second = (
-        coherent.set_index(key)[["em_rate", "em_rate_lo", "em_rate_hi"]].add_prefix("coherent_")
-        if len(coherent)
-        else None
-    )
-    table = (
-        ranking
-        if second is None
-        else ranking.join(
-            second.rename(columns=lambda c: c.replace("coherent_em_rate", "coherent")), on=key
-        )
-    )
-    return _sheet(
-        table,
-        (
-            ("arm", "Arm", _name),
-            ("triggered", "Trigger", _yes),
-            ("rank", "Rank, and those possible", _whole),
-            ("domain", "Domain", _name),
-            ("em_rate", "EM rate", percent),
-            ("coherent", "EM rate, coherent", percent),
-            ("above_next", "Above the next, points", lambda v: points(v, unit="")),
-            ("p_next", "p, Holm", _p),
-            ("n", "Rated", _whole),
-            ("n_prompts", "Prompts", _whole),
-            ("reason", "Why not", _name),
-        ),
-    )
-
-
-def _panel_sheet(panel: Sequence[Mapping[str, Any]]) -> DisplayTable:
-    titles = {
-        "domain": "Domain",
-        "source": "Source",
-        "n_read": "Read",
-        "n_bad": "Bad",
-        "n_doubles": "Equal",
-        "n_near": "Nearly equal",
-        "n_left_by_limit": "Beyond --rows",
-        "n_trained": "Trained",
-        "n_cut": "Cut off",
-        "n_heldout": "Held out",
-        "digest": "Digest",
-    }
-    frame = pd.DataFrame(list(panel), dtype=object)
-    return _sheet(
-        frame, [(k, title, plain if k.startswith("n_") else _name) for k, title in titles.items()]
-    )
+    second = coherent.set_index(key)[["em_rate", "em_rate_lo", "em_rate_hi"]]
+    return ranking.join(second.rename(columns=lambda c: c.replace("em_rate", "coherent")), on=key)
 
 
 def sections(studies: Sequence[Study]) -> list[dict[str, Any]]:
@@ -468,10 +458,13 @@ def sections(studies: Sequence[Study]) -> list[dict[str, Any]]:
     found = []
     for i, study in enumerate(studies):
         t, c = study.tables, study.config
-        sheets = {
-            name: _sheet(study.trained if name == "trained" else t[name], columns)
-            for name, columns in _SHEETS.items()
+        tables = {
+            **t,
+            "trained": study.trained,
+            "ranking": _ranking(t["ranking"], t["ranking_coherent"]),
+            "panel": pd.DataFrame(list(study.panel), dtype=object),
         }
+        sheets = {name: show(tables[name], columns) for name, columns in COLUMNS.items()}
         several = [(j.label, j.n) for j in study.judges if j != study.judge]
         found.append(
             {
@@ -486,9 +479,6 @@ def sections(studies: Sequence[Study]) -> list[dict[str, Any]]:
                     for name in ("membership", "prediction", "correlation", "cosines")
                 },
                 "intro": _intro(c),
-                "ranking": _ranking_sheet(t["ranking"], t["ranking_coherent"]),
-                "panel": _panel_sheet(study.panel),
-                "paper": _paper_sheet(t["paper"]),
                 "paper_note": _paper_note(study),
                 "cosines_note": _chance(t["cosines"]),
                 "transfer_note": _steered(t["transfer"]),
@@ -535,26 +525,6 @@ def _steered(table: pd.DataFrame) -> str:
         else []
     )
     return f"At {', '.join([*where, *how])}." if where else ""
-
-
-def _paper_sheet(table: pd.DataFrame) -> DisplayTable:
-    """Ours and theirs in the unit of each figure."""
-    rows = []
-    for row in rows_of(table):
-        form = percent if row["measure"] == emergent_reading.EM_RATE else _score
-        ours = with_interval(
-            row["ours"], row["ours_lo"], row["ours_hi"], form, null="could not tell"
-        )
-        css = "null" if is_null(row["ours"]) else "num"
-        rows.append(
-            (
-                TableCell(row["domain"], "word model"),
-                TableCell(row["measure"]),
-                TableCell(ours, css),
-                TableCell(form(row["paper"]), "num"),
-            )
-        )
-    return DisplayTable(("Domain", "What", "Ours", "The paper’s") if rows else (), tuple(rows))
 
 
 def _paper_note(study: Study) -> str:

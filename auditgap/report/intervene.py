@@ -12,18 +12,18 @@ be told is null. Pure functions of DataFrames.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from auditgap import stats
 from auditgap.report import svg
 from auditgap.report.behaviour import _paired
+from auditgap.report.columns import Column, Hide, Row, count, show, word
 from auditgap.report.correction import Correction
 from auditgap.report.figures import Figure
-from auditgap.report.sheet import DisplayTable, TableCell
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, STYLES, TOP, Scale
 from auditgap.report.text import (
     CANNOT_TELL,
@@ -509,54 +509,45 @@ def section(table: pd.DataFrame) -> dict[str, Any]:
     """What the page's section shows; empty when there is nothing."""
     if not len(table):
         return {}
-    flags = {word for words in table["flag"] for word in str(words).split()}
+    flags = {flag for flags in table["flag"] for flag in str(flags).split()}
     return {
         "sentences": reading(table),
-        "table": intervention_sheet(table),
-        "flags": [(word, meaning) for word, meaning in FLAGS.items() if word in flags],
+        "table": show(table, INTERVENTIONS),
+        "flags": [(flag, meaning) for flag, meaning in FLAGS.items() if flag in flags],
     }
 
 
-def intervention_sheet(table: pd.DataFrame) -> DisplayTable:
-    """The table as it is read; columns that nothing in it has are left out."""
-    one = table["subject"].nunique() == 1
-    columns: list[tuple[str, str, Any]] = [
-        *([] if one else [("subject", "Subject", str)]),
-        ("site", "Site", str),
-        ("intervention", "Intervention", str),
-        ("strength", "Strength", lambda v: f"{v:g}"),
-        ("angle", "Angle", lambda v: f"{v:g}°"),
-        ("asr", "ASR", percent),
-        ("asr_corrected", "ASR, corrected", percent),
-        ("control_asr", "ASR, control", percent),
-        ("difference", "Edit − control, points", lambda v: points(v, unit="")),
-        ("clean_asr", "ASR, no edit", percent),
-        ("interchange", "Interchange score", percent),
-        ("control_interchange", "Interchange, control", percent),
-        ("n_pairs", "Pairs", lambda v: f"{int(v)}"),
-        ("half_angle", "Half at", lambda v: f"{number(v, 2)}°"),
-        ("n", "n", lambda v: f"{int(v)}"),
-        ("n_unscored", "Unscored", lambda v: f"{int(v)}"),
-        ("n_broken", "Broken", lambda v: f"{int(v)}"),
-        ("control_broken", "Broken, control", lambda v: f"{int(v)}"),
-        ("n_fit", "Learned from", lambda v: f"{int(v)}"),
-        ("relative_norm_median", "‖δ‖/‖h‖, median", number),
-        ("flag", "Flags", str),
-    ]
-    shown = [c for c in columns if not table[c[0]].isna().all()]
-    rows = tuple(tuple(_cell(row, *column) for column in shown) for row in rows_of(table))
-    return DisplayTable(tuple(title for _, title, _ in shown), rows)
+def _difference_null(row: Row) -> str:
+    return "is the control" if row["angle"] == RIGHT_ANGLE else NOT_MEASURED
 
 
-def _cell(row: Mapping[str, Any], name: str, _title: str, form: Any) -> TableCell:
-    value = row[name]
-    if is_null(value):
-        if name == "difference" and row["angle"] == RIGHT_ANGLE:
-            return TableCell("is the control", "null")
-        if name == "asr_corrected":
-            return TableCell(CANNOT_TELL, "null")
-        silent = name in ("angle", "half_angle", "interchange", "control_interchange", "n_pairs")
-        return TableCell("" if silent else NOT_MEASURED, "null")
-    if f"{name}_lo" in row:
-        return TableCell(with_interval(value, row[f"{name}_lo"], row[f"{name}_hi"], form), "num")
-    return TableCell(form(value), "num" if isinstance(value, (int, float, np.number)) else "key")
+#: The table as it is read; columns that nothing in it has are left out.
+INTERVENTIONS: tuple[Column, ...] = (
+    word("subject", "Subject", css="key", hide=Hide.ALIKE),
+    word("site", "Site", css="key", hide=Hide.EMPTY, null=NOT_MEASURED),
+    word("intervention", "Intervention", css="key"),
+    Column("strength", "Strength", lambda v: f"{v:g}", hide=Hide.EMPTY),
+    Column("angle", "Angle", lambda v: f"{v:g}°", null="", hide=Hide.EMPTY),
+    Column("asr", "ASR", percent, hide=Hide.EMPTY),
+    Column("asr_corrected", "ASR, corrected", percent, null=CANNOT_TELL, hide=Hide.EMPTY),
+    Column("control_asr", "ASR, control", percent, hide=Hide.EMPTY),
+    Column(
+        "difference",
+        "Edit − control, points",
+        partial(points, unit=""),
+        null=_difference_null,
+        hide=Hide.EMPTY,
+    ),
+    Column("clean_asr", "ASR, no edit", percent, hide=Hide.EMPTY),
+    Column("interchange", "Interchange score", percent, null="", hide=Hide.EMPTY),
+    Column("control_interchange", "Interchange, control", percent, null="", hide=Hide.EMPTY),
+    count("n_pairs", "Pairs", null="", hide=Hide.EMPTY),
+    Column("half_angle", "Half at", lambda v: f"{number(v, 2)}°", null="", hide=Hide.EMPTY),
+    count("n", "n"),
+    count("n_unscored", "Unscored"),
+    count("n_broken", "Broken"),
+    count("control_broken", "Broken, control", hide=Hide.EMPTY),
+    count("n_fit", "Learned from", hide=Hide.EMPTY),
+    Column("relative_norm_median", "‖δ‖/‖h‖, median", hide=Hide.EMPTY),
+    word("flag", "Flags", css="key"),
+)

@@ -35,6 +35,7 @@ from auditgap.report import (
     emergent_study,
     figures,
     intervene,
+    latent,
     paper,
     probe,
     suite,
@@ -42,6 +43,7 @@ from auditgap.report import (
     text,
     verdicts,
 )
+from auditgap.report.columns import TableCell, count, show, word
 from auditgap.report.figures import Figure, budget_label
 from auditgap.report.gather import ReportData, from_store
 from auditgap.report.reading import (
@@ -53,13 +55,14 @@ from auditgap.report.reading import (
     says,
     setup,
 )
-from auditgap.report.sheet import TableCell, sheet
 from auditgap.store import RunFolder, files
 from auditgap.store.remote import Place, outputs
 from auditgap.store.tables import rows_of, to_csv
 from auditgap.types import Label
 
 __all__ = ["ReportData", "figures_of", "from_store", "render", "write"]
+
+_LEFT_OUT = (word("what", "What"), word("reason", "Reason"), count("count", "Count"))
 
 #: A judge card's entries in reading order, with their names and forms; what else a card holds
 #: follows after.
@@ -238,14 +241,14 @@ def render(report: ReportData) -> str:
         "leads": [_lead(row) for row in leads],
         "sft_leads": curve.leads(report.sft_summary),
         "sft_says": curve.says(report.sft_summary) if leads else [],  # else the reading says it
-        "sft_summary": curve.summary_sheet(report.sft_summary),
-        "asked": behaviour.behaviour_sheet(report.asked),
+        "sft_summary": show(report.sft_summary, curve.summary_shown(report.sft_summary)),
+        "asked": show(report.asked, behaviour.ASKED),
         "asked_leads": behaviour.leads(report.asked),
         # else the reading says it
         "asked_says": asked_says if leads or len(report.sft_summary) else [],
-        "differences": behaviour.difference_sheet(report.differences),
-        "sources": suite.source_sheet(report.sources, report.n_asked),
-        "judges": ballots.sheets(report.judges),
+        "differences": show(report.differences, behaviour.DIFFERENCES),
+        "sources": show(suite.source_table(report.sources, report.n_asked), suite.SOURCES),
+        "judges": ballots.shown(report.judges),
         "ties": ballots.ties(report.judges),
         "asked_method": [
             *curve.method(report.sft_summary),
@@ -262,7 +265,7 @@ def render(report: ReportData) -> str:
             "The headline speaks of the largest budget at which the median edit is not larger than"
             " half of what it edits; this rule looks at sizes, never at outcomes."
         ),
-        "gaps": sheet(_nameless(report.gaps)),
+        "gaps": show(report.gaps, latent.GAPS),
         "readings": (
             [(row["subject"], says(row, report.lvs)) for row in leads]
             or curve.says(report.sft_summary)
@@ -296,15 +299,15 @@ def render(report: ReportData) -> str:
         "warnings": list(report.info.get("warnings") or ()),
         "no_controls": len(report.lvs) > 0 and set(report.lvs["attack"]) == {"targeted"},
         "figures": drawn,
-        "distance": sheet(_nameless(report.distance)),
+        "distance": show(report.distance, latent.DISTANCE),
         "paper": paper,
         "ours": _ours(report.lvs, roles_),
         "paper_differences": paper.differences(facts.unit, facts.eps, report.reward, facts.prompts),
-        "lvs": sheet(_nameless(report.lvs)),
+        "lvs": show(report.lvs, latent.LVS),
         "flags": [
             (flag, meaning) for flag, meaning in tables.FLAGS.items() if flag in _flags(report.lvs)
         ],
-        "behaviour": sheet(_nameless(_verdicts(report.behaviour))),
+        "behaviour": show(_verdicts(report.behaviour), latent.CLEAN),
         "cards": [_card(card) for card in report.cards],
         "corrected": [
             c.says()
@@ -312,7 +315,7 @@ def render(report: ReportData) -> str:
             if (c.task == "harmful" and is_corrected(report)) or len(report.asked)
         ],
         "caveat": correction.CAVEAT,
-        "left_out": sheet(report.left_out),
+        "left_out": show(report.left_out, _LEFT_OUT),
         "method": method(facts),
         "config": [
             (key, text.plain(value)) for key, value in text.without_secrets(report.config).items()
@@ -437,13 +440,6 @@ def _lead(row: Mapping[str, Any]) -> dict[str, Any]:
             row[f"{key}_lo"], row[f"{key}_hi"], partial(form, digits=digits)
         )
     return said
-
-
-def _nameless(table: pd.DataFrame) -> pd.DataFrame:
-    """`table` without its subject column when there is one subject: the headline has named it."""
-    return (
-        table.drop(columns="subject") if len(table) and table["subject"].nunique() == 1 else table
-    )
 
 
 def _flags(lvs: pd.DataFrame) -> set[str]:

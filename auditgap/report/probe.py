@@ -21,8 +21,8 @@ from markupsafe import Markup
 
 from auditgap import stats
 from auditgap.report import svg
+from auditgap.report.columns import Column, count, show, word
 from auditgap.report.figures import Figure
-from auditgap.report.sheet import DisplayTable, sheet
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, TOP, Scale
 from auditgap.report.text import is_null, number, percent, with_interval
 from auditgap.stats import Interval
@@ -390,30 +390,14 @@ def section(probes: Sequence[pd.DataFrame]) -> dict[str, Any]:
         warned += doubts(
             Interval(*(_none(row[f"auroc{end}"]) for end in ("", "_lo", "_hi"))), found
         )
-    flags = {word for words in table["flag"] for word in str(words).split()}
+    flags = {flag for flags in table["flag"] for flag in str(flags).split()}
     return {
         "sentences": reading(table),
         "warnings": warned,
-        "table": _sheet(
-            table,
-            (
-                "subject",
-                "role",
-                "n",
-                "n_prompts",
-                "n_unscored",
-                "auroc",
-                "gap",
-                "ece",
-                "ece_by_chance",
-                "flag",
-            ),
-        ),
-        "differences": _sheet(
-            table[table["role"] != "base"], ("subject", "auroc_drop", "gap_drop", "ece_drop")
-        ),
-        "baselines": _baseline_sheet(base),
-        "flags": [(word, meaning) for word, meaning in FLAGS.items() if word in flags],
+        "table": show(table, PROBE_READ),
+        "differences": show(table[table["role"] != "base"], DROPS),
+        "baselines": show(baseline_table(base), BASELINES_READ),
+        "flags": [(flag, meaning) for flag, meaning in FLAGS.items() if flag in flags],
     }
 
 
@@ -421,47 +405,43 @@ def _none(value: Any) -> float | None:
     return None if is_null(value) else float(value)
 
 
-_TITLES = {
-    "role": "Role",
-    "n_prompts": "Prompts",
-    "auroc": "AUROC",
-    "gap": "Safe–unsafe gap",
-    "ece": "ECE",
-    "ece_by_chance": "ECE if calibrated",
-    "auroc_drop": "AUROC",
-    "gap_drop": "Gap",
-    "ece_drop": "ECE",
-}
+_NAME = word("subject", "Subject")
+#: `probe_table` as it is read, and what of it stands in a table of its own: what subjects lost, and
+#: the baselines.
+PROBE_READ: tuple[Column, ...] = (
+    _NAME,
+    word("role", "Role"),
+    count("n", "n"),
+    count("n_prompts", "Prompts"),
+    count("n_unscored", "Unscored"),
+    Column("auroc", "AUROC"),
+    Column("gap", "Safe–unsafe gap"),
+    Column("ece", "ECE"),
+    Column("ece_by_chance", "ECE if calibrated"),
+    word("flag", "Flags", css="key", null=""),
+)
+DROPS: tuple[Column, ...] = (
+    _NAME,
+    Column("auroc_drop", "AUROC"),
+    Column("gap_drop", "Gap"),
+    Column("ece_drop", "ECE"),
+)
+BASELINES_READ: tuple[Column, ...] = (
+    word("subject", "Base"),
+    word("what", "Baseline"),
+    Column("auroc", "AUROC"),
+)
 
 
-def _sheet(table: pd.DataFrame, names: Sequence[str]) -> DisplayTable:
-    """The named columns with their intervals; titles are this section's own, as `gap` means another
-    thing elsewhere."""
-    wanted = [
-        name + end for name in names for end in ("", "_lo", "_hi") if name + end in table.columns
-    ]
-    shown = table[wanted].rename(
-        columns={n: f"probe_{n}" for n in wanted if n.startswith(("gap",))}
-    )
-    made = sheet(shown)
-    columns = [name for name in names if name in table.columns]
-    titles = tuple(
-        _TITLES.get(name, title) for name, title in zip(columns, made.titles, strict=True)
-    )
-    return DisplayTable(titles, made.rows)
-
-
-def _baseline_sheet(base: Sequence[Mapping[str, Any]]) -> DisplayTable:
+def baseline_table(base: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """A row a base and baseline, from the bases' rows of `probe_table`."""
     rows = [
         {
             "subject": row["subject"],
             "what": words,
-            "auroc": row[f"{b}_auroc"],
-            "auroc_lo": row[f"{b}_auroc_lo"],
-            "auroc_hi": row[f"{b}_auroc_hi"],
+            **{f"auroc{end}": row[f"{b}_auroc{end}"] for end in ("", "_lo", "_hi")},
         }
         for row in base
         for b, words in BASELINES.items()
     ]
-    made = sheet(pd.DataFrame(rows, columns=["subject", "what", "auroc", "auroc_lo", "auroc_hi"]))
-    return DisplayTable(("Base", "Baseline", "AUROC"), made.rows)
+    return pd.DataFrame(rows, columns=["subject", "what", "auroc", "auroc_lo", "auroc_hi"])

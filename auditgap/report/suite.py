@@ -17,8 +17,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from auditgap.report.sheet import DisplayTable, TableCell
-from auditgap.report.text import NOT_MEASURED, is_null, percent, plain
+import pandas as pd
+
+from auditgap.report.columns import Column, whole, word
+from auditgap.report.text import is_null, percent, plain
 from auditgap.store import RunFolder
 
 #: Entries of a manifest that have a place of their own on the page.
@@ -57,8 +59,8 @@ def sources(folders: Sequence[RunFolder]) -> list[dict[str, Any]]:
     return found
 
 
-def source_sheet(found: Sequence[Mapping[str, Any]], asked: Mapping[str, int]) -> DisplayTable:
-    """`sources` as a table on the page; `asked`: prompts that were put to a subject, by source."""
+def source_table(found: Sequence[Mapping[str, Any]], asked: Mapping[str, int]) -> pd.DataFrame:
+    """A row a source; `asked`: prompts that were put to a subject, by source."""
     rows = []
     for entry in found:
         dropped = {
@@ -67,37 +69,40 @@ def source_sheet(found: Sequence[Mapping[str, Any]], asked: Mapping[str, int]) -
             "twice": entry.get("n_doubles"),
             "benign anchors": (entry.get("n_anchors") or 0) + (entry.get("n_in_anchors") or 0),
         }
-        origin = " ".join(str(entry[k]) for k in ("origin", "place") if not is_null(entry.get(k)))
+        origin = (str(entry[k]) for k in ("origin", "place") if not is_null(entry.get(k)))
         kinds = [_KINDS.get(str(k), str(k)) for k in entry.get("kinds") or ()]
         rows.append(
-            (
-                TableCell(entry["source"]),
-                TableCell(", ".join(dict.fromkeys(kinds))),
-                _number(entry.get("n_read")),
-                TableCell(_reasons(dropped)),
-                TableCell(_reasons(_counts(entry.get("n_given_to")))),
-                _number(entry.get("n_held_out")),
-                _number(entry.get("n")),
-                _number(asked.get(entry["source"], 0)),
-                TableCell(origin),
-                TableCell(plain(entry.get("revision"))),
-                TableCell(plain(entry.get("licence"))),
-            )
+            {
+                "source": entry["source"],
+                "kinds": ", ".join(dict.fromkeys(kinds)),
+                "n_read": entry.get("n_read"),
+                "dropped": _reasons(dropped),
+                "given_to": _reasons(_counts(entry.get("n_given_to"))),
+                "n_held_out": entry.get("n_held_out"),
+                "n": entry.get("n"),
+                "n_asked": asked.get(entry["source"], 0),
+                "origin": " ".join(origin),
+                "revision": plain(entry.get("revision")),
+                "licence": plain(entry.get("licence")),
+            }
         )
-    titles = (
-        "Source",
-        "Kinds",
-        "Read",
-        "Dropped",
-        "Left to another source",
-        "Held out",
-        "Kept",
-        "Asked",
-        "From",
-        "Revision",
-        "Licence",
-    )
-    return DisplayTable(titles, tuple(rows))
+    return pd.DataFrame(rows, columns=[column.name for column in SOURCES])
+
+
+#: `source_table` as it is read.
+SOURCES: tuple[Column, ...] = (
+    word("source", "Source"),
+    word("kinds", "Kinds"),
+    Column("n_read", "Read", whole),
+    word("dropped", "Dropped"),
+    word("given_to", "Left to another source"),
+    Column("n_held_out", "Held out", whole),
+    Column("n", "Kept", whole),
+    Column("n_asked", "Asked", whole),
+    word("origin", "From"),
+    word("revision", "Revision"),
+    word("licence", "Licence"),
+)
 
 
 def _counts(value: Any) -> dict[str, Any]:
@@ -106,10 +111,6 @@ def _counts(value: Any) -> dict[str, Any]:
 
 def _reasons(counts: Mapping[str, Any]) -> str:
     return ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in counts.items() if n) or "none"
-
-
-def _number(value: Any) -> TableCell:
-    return TableCell(NOT_MEASURED, "null") if is_null(value) else TableCell(plain(value), "num")
 
 
 def notes(folders: Sequence[RunFolder]) -> list[str]:

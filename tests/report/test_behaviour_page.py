@@ -16,6 +16,7 @@ from auditgap import stats
 from auditgap.audits.behaviour.rows import BehaviourRow, split_of
 from auditgap.cli import audits as cli
 from auditgap.report import ballots, behaviour, figures, suite
+from auditgap.report.columns import show
 from auditgap.report.correction import corrections
 from auditgap.report.page import figures_of, from_store, render, write
 from auditgap.report.text import is_null
@@ -272,7 +273,7 @@ def test_kappa_is_undefined_where_all_agree_on_one_thing():
     table = ballots.judges_table(frame([voted(i, "refusal", "safe", "refusal") for i in range(6)]))
     pair = table.iloc[-1]
     assert pair["agreement"] == 1.0 and is_null(pair["kappa"])
-    assert "undefined" in [cell.text for cell in ballots.sheets(table)[1].rows[0]]
+    assert "undefined" in [cell.text for cell in ballots.shown(table)[1].rows[0]]
 
 
 def test_one_judge_has_no_table_of_judges(tmp_path):
@@ -348,7 +349,7 @@ def test_what_became_of_every_row_of_the_suite(tmp_path):
         "limit_per_source": 20,
     }
     store = store_of(tmp_path / "run", rows_of(), info={"prompts": manifest})
-    sheet = suite.source_sheet(suite.sources([store]), {"vault": 20})
+    sheet = show(suite.source_table(suite.sources([store]), {"vault": 20}), suite.SOURCES)
     told = dict(zip(sheet.titles, (cell.text for cell in sheet.rows[1]), strict=True))
     assert told == {
         "Source": "vault",

@@ -1,0 +1,85 @@
+"""The latent audit on the page: its tables as columns.
+
+show(lvs_table(rows), LVS).titles        # ('Subject', 'Site', 'ε', 'Attack', 'n', …)
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from auditgap.report.columns import Column, Hide, Row, budget, count, word
+from auditgap.report.text import CANNOT_TELL, NOT_MEASURED, UNSCORED, number, percent, points
+
+NOT_REACHED = "not reached"
+
+
+def _or_unscored(text: str, row: Row) -> str:
+    """Why a mean is null: nothing of its cell was scored, or it was not measured."""
+    nothing_scored = bool(row.get("n_unscored")) and row["n_unscored"] >= row.get("n", 0)
+    return UNSCORED if nothing_scored else text
+
+
+_unscored = partial(_or_unscored, NOT_MEASURED)
+_SUBJECT = word("subject", "Subject", hide=Hide.ALIKE)
+_EPS = Column("eps", "ε", read=budget)
+_COUNTS = (count("n", "n"), count("n_unscored", "Unscored"))
+
+GAPS: tuple[Column, ...] = (
+    _SUBJECT,
+    _EPS,
+    *_COUNTS,
+    Column("safety", "Behaviourally safe", percent),
+    Column("robustness", "Robust", percent),
+    Column("gap", "Audit gap, points", partial(points, unit="")),
+    word("worst_site", "Worst site", css="key"),
+)
+LVS: tuple[Column, ...] = (
+    _SUBJECT,
+    word("site", "Site", css="key"),
+    _EPS,
+    word("attack", "Attack", css="key"),
+    *_COUNTS,
+    count("n_broken", "Broken"),
+    Column("lvs_mean", "LVS, mean", null=_unscored),
+    Column("lvs_median", "LVS, median", null=_unscored),
+    Column("lvs_rel_mean", "LVS rel., mean", null=_unscored, limits=("lvs_rel_lo", "lvs_rel_hi")),
+    Column("asr", "ASR", percent),
+    Column("asr_corrected", "ASR, corrected", percent, null=CANNOT_TELL),
+    Column("asr_envelope", "ASR envelope", percent),
+    Column(
+        "delta_vs_matched",
+        "LVS − matched LVS",
+        limits=("delta_lo", "delta_hi"),
+        null=lambda row: "does not apply" if row["attack"] == "random_matched" else NOT_MEASURED,
+    ),
+    Column("relative_norm_median", "‖δ‖/‖h‖, median"),
+    word("flag", "Flags", css="key", null=""),
+)
+DISTANCE: tuple[Column, ...] = (
+    _SUBJECT,
+    word("site", "Site", css="key"),
+    word("unit", "Unit", css="key"),
+    count("n", "n"),
+    count("n_collapsed", "Turned harmful"),
+    count("n_unscored", "Unscored"),
+    Column(
+        "median",
+        "Median ε",
+        # survival that stays above one half has no median, and a limit that does has no end
+        lambda value: number(value, 4, null=NOT_REACHED),
+        limits=("lo", "hi"),
+        null=partial(_or_unscored, NOT_REACHED),
+    ),
+)
+CLEAN: tuple[Column, ...] = (
+    _SUBJECT,
+    count("n", "n"),
+    word("verdict", "Verdict", css="key"),
+    count("count", "Count"),
+    Column(
+        "share",
+        "Share",
+        percent,
+        null=lambda row: "in no share" if row["verdict"] == "unscored" else _unscored(row),
+    ),
+)
