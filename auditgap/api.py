@@ -52,7 +52,7 @@ class Result:
         from auditgap.audits import AUDITS
 
         audit = self.store.run["config"].get("audit")
-        _, name = AUDITS.get(audit, ("", None))
+        name = AUDITS[audit].main_table if audit in AUDITS else None
         path = self.path / f"{name}.parquet"
         if name is None or not path.is_file():
             known = ", ".join(path.stem for path in self._table_files) or "none"

@@ -103,19 +103,6 @@ class AuditOptions(Frozen):
         ),
     ] = None
     device: Device = "auto"
-    batch_tokens: BatchTokens = None
-    allow_raw: Annotated[
-        bool, Flag("Put prompts and completions into the report", Topic.OUTPUT)
-    ] = False
-    break_lock: Annotated[bool, Flag("Take over a folder whose writer is dead", Topic.OUTPUT)] = (
-        False
-    )
-    retry_failed: Annotated[bool, Flag("Run cells again that failed before", Topic.OUTPUT)] = False
-
-
-class ClusterOptions(AuditOptions):
-    """The same for an audit that can run on Ray."""
-
     executor: Annotated[
         Literal["local", "ray"], Flag("local (this process) or ray", Topic.WHERE)
     ] = "local"
@@ -131,9 +118,23 @@ class ClusterOptions(AuditOptions):
         str | None,
         Flag("The Ray cluster", Topic.WHERE, default="the job's, else one on this machine"),
     ] = None
+    batch_tokens: BatchTokens = None
+    allow_raw: Annotated[
+        bool, Flag("Put prompts and completions into the report", Topic.OUTPUT)
+    ] = False
+    break_lock: Annotated[bool, Flag("Take over a folder whose writer is dead", Topic.OUTPUT)] = (
+        False
+    )
+    retry_failed: Annotated[bool, Flag("Run cells again that failed before", Topic.OUTPUT)] = False
+
+    def gpus_of(self, model: str, device: str) -> float:
+        """GPUs that a Ray worker needs for this model."""
+        if self.gpus_per_worker is not None:
+            return self.gpus_per_worker
+        return 1.0 if device.startswith("cuda") else 0.0
 
 
-class JudgedOptions(ClusterOptions):
+class JudgedOptions(AuditOptions):
     """The same for an audit whose judge runs beside the subject, on an engine of its own."""
 
     judge_engine: Annotated[EngineName, Flag("What the judge's models run on", Topic.JUDGING)] = (

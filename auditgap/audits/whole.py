@@ -16,15 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
-from auditgap import models
-from auditgap.audits import behaviour, latent, probe
-from auditgap.audits.sft_curve import prepare as curve_prepare
-from auditgap.audits.sft_curve import train as curve
-from auditgap.audits.sft_curve.config import SFTCurveConfig, SFTCurveOptions, checked
+from auditgap.audits.audit import Audit, Can, NothingToMeasure
+from auditgap.audits.audit import run as run_audit
+from auditgap.audits.table import AUDITS
 from auditgap.config import Frozen, build, listed, merged, preset
 from auditgap.errors import AuditgapError, Interrupted, Refused, UsageError, did_you_mean
 from auditgap.models.provenance import command
@@ -33,13 +31,16 @@ from auditgap.report.verdicts import Criteria
 from auditgap.store import DiskError, RunFolder, files
 from auditgap.store.remote import needs_disk
 from auditgap.sweep import Outcome, Progress
-from auditgap.training import sft
 
-PartName = Literal["evaluate", "probe", "lvs", "sft-curve"]
 #: Profiles that are presets of another name.
 PROFILES: Mapping[str, str] = {"paper": "paper-v1"}
 #: The file that makes a folder a whole audit's.
 FILE = "audit.json"
+
+
+def parts_of_a_whole() -> Mapping[str, Audit[Any, Any, Any]]:
+    """The audits that can be a part, by what is typed for them."""
+    return {audit.command: audit for audit in AUDITS.values() if Can.PART in audit.can}
 
 
 class WholeAudit(Frozen):
@@ -49,15 +50,23 @@ class WholeAudit(Frozen):
     model: str = Field(min_length=1)
     base: str | None = None
     profile: str = "standard"
-    parts: Annotated[tuple[PartName, ...], BeforeValidator(listed)] = (
-        "evaluate",
-        "probe",
-        "lvs",
-        "sft-curve",
+    parts: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
+        default_factory=lambda: tuple(parts_of_a_whole())
     )
     criteria: Criteria = Criteria()
     shared: dict[str, Any] = Field(default_factory=dict)
     sections: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @field_validator("parts")
+    @classmethod
+    def _known_parts(cls, parts: tuple[str, ...]) -> tuple[str, ...]:
+        known = parts_of_a_whole()
+        for part in parts:
+            if part not in known:
+                raise UsageError(
+                    f"parts takes {', '.join(known)}; {part!r} came.{did_you_mean(part, known)}"
+                )
+        return parts
 
 
 class WholeOptions(Frozen):
@@ -72,7 +81,7 @@ class WholeOptions(Frozen):
 class AuditPart:
     """One part that can run: how its work is described before, and how it is done."""
 
-    name: PartName
+    name: str
     describe: Callable[[], dict[str, Any]]
     run: Callable[[Callable[[], Progress] | None], tuple[RunFolder, Outcome]]
 
@@ -100,15 +109,11 @@ class WholeOutcome:
 # -- reading
 # -------------------------------------------------------------------------------------------------------------
 
-_PARTS: Mapping[PartName, tuple[type[Frozen], ...]] = {
-    "evaluate": (behaviour.BehaviourConfig, behaviour.BehaviourOptions),
-    "probe": (probe.ProbeConfig, probe.ProbeOptions),
-    "lvs": (latent.LatentConfig, latent.RunOptions),
-    "sft-curve": (SFTCurveConfig, SFTCurveOptions),
-}
 #: What the parts get from the audit itself, so that a section cannot ask about another model or
 #: write elsewhere.
 _OURS = ("models", "model", "base", "subjects", "out", "allow_raw")
+#: Words about a run on Ray.
+_ON_RAY = {"executor", "workers", "gpus_per_worker", "address"}
 
 
 def read_config(file: Path | None, flags: Mapping[str, Any]) -> tuple[WholeAudit, WholeOptions]:
@@ -126,7 +131,7 @@ def read_config(file: Path | None, flags: Mapping[str, Any]) -> tuple[WholeAudit
         raise UsageError(
             "Which model? For example: auditgap audit ./tuned --base ./base --profile smoke"
         )
-    sections = {part: dict(values.pop(part, None) or {}) for part in _PARTS}
+    sections = {part: dict(values.pop(part, None) or {}) for part in parts_of_a_whole()}
     known = {*WholeAudit.model_fields, *WholeOptions.model_fields} - {"shared", "sections"}
     mine = {key: values.pop(key) for key in list(values) if key in known}
     for key in values:
@@ -145,7 +150,7 @@ def _profile(name: str, own: Mapping[str, Any]) -> dict[str, Any]:
     found = preset(PROFILES.get(name, name))
     sections = {
         part: {k: v for k, v in (found.get(part) or {}).items() if k not in own}
-        for part in _PARTS
+        for part in parts_of_a_whole()
         if part in found
     }
     return {"parts": tuple(sections), "criteria": found.get("criteria") or {}, **sections}
@@ -155,7 +160,7 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """`above` over `below`, section by section."""
     joined = dict(below)
     for key, value in above.items():
-        section = key in _PARTS or key == "criteria"
+        section = key in parts_of_a_whole() or key == "criteria"
         if section and not isinstance(value, Mapping):
             raise UsageError(
                 f"{key} is a section of settings; {str(value)[:60]!r} came. For example: --set"
@@ -168,21 +173,24 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 def _known(key: str, part: str | None) -> None:
     """Raises UsageError for a word that no part knows (or, in a section, that part), or that is the
     audit's own."""
-    parts = [p for p in _PARTS if part is None or part == p]
+    audits = parts_of_a_whole()
     words = [
         word
-        for p, kinds in _PARTS.items()
-        if p in parts
-        for kind in kinds
-        for word in kind.model_fields
+        for name, audit in audits.items()
+        if part in (None, name)
+        for word in _words(audit)
         if word not in _OURS
     ]
-    words += curve.SITTING if "sft-curve" in parts else []
     if key in words:
         return
     where = f"the section {part}" if part else "any part"
-    sections = [] if part else [*_PARTS, "criteria"]
+    sections = [] if part else [*audits, "criteria"]
     raise UsageError(f"{key!r} is no setting of {where}.{did_you_mean(key, [*words, *sections])}")
+
+
+def _words(audit: Audit[Any, Any, Any]) -> list[str]:
+    """The keys that a part's config and options know."""
+    return [*audit.config.model_fields, *audit.options.model_fields]
 
 
 # -- planning
@@ -195,23 +203,14 @@ def plan(audit: WholeAudit, options: WholeOptions) -> WholePlan:
     needs_disk(options.out, "A whole audit")
     out = Path(options.out or f"runs/audit-{files.folder_name(audit.model)}").absolute()
     missing: dict[str, str] = {
-        name: "the profile leaves it out" for name in _PARTS if name not in audit.parts
+        name: "the profile leaves it out" for name in parts_of_a_whole() if name not in audit.parts
     }
     parts: list[AuditPart] = []
     for name in audit.parts:
-        if name in ("probe", "sft-curve") and audit.base is None:
-            missing[name] = "no base was named; add --base"
-        elif name == "sft-curve" and not _values(audit, name).get("data"):
-            missing[name] = (
-                "no training rows were named; add --sft-data FILE (columns prompt and response)"
-            )
-        elif name == "probe" and not _values(audit, name).get("triples"):
-            missing[name] = (
-                "no contrast triples were named; add --triples FILE (prompt, safe answer, unsafe"
-                " answer)"
-            )
-        else:
-            parts.append(_MAKE[name](audit, options, str(out / name)))
+        try:
+            parts.append(_part(audit, options, name, str(out / name)))
+        except NothingToMeasure as why:
+            missing[name] = str(why)
     if not parts:
         raise UsageError(
             f"Nothing is left to run: {'; '.join(f'{k}: {v}' for k, v in missing.items())}."
@@ -219,108 +218,28 @@ def plan(audit: WholeAudit, options: WholeOptions) -> WholePlan:
     return WholePlan(audit, out, tuple(parts), missing)
 
 
-def _values(audit: WholeAudit, part: PartName) -> dict[str, Any]:
-    """What a part is told: the shared words that it knows, under its own."""
-    known = {word for kind in _PARTS[part] for word in kind.model_fields} | set(
-        curve.SITTING if part == "sft-curve" else ()
+def _values(audit: WholeAudit, name: str) -> dict[str, Any]:
+    """What a part is told: the shared words that it knows (and where it runs, if it can run there),
+    under its own."""
+    part = parts_of_a_whole()[name]
+    known = set(_words(part)) - (set() if Can.RAY in part.can else _ON_RAY)
+    return {**{k: v for k, v in audit.shared.items() if k in known}, **audit.sections.get(name, {})}
+
+
+def _part(whole: WholeAudit, options: WholeOptions, name: str, out: str) -> AuditPart:
+    """Raises NothingToMeasure; and UsageError and Refused as the part does."""
+    audit, values = parts_of_a_whole()[name], _values(whole, name)
+    measured = audit.part(whole.model, whole.base, values)
+    asked, sitting = audit.read(
+        None, {**values, **measured, "out": out, "allow_raw": options.allow_raw}
     )
-    return {**{k: v for k, v in audit.shared.items() if k in known}, **audit.sections.get(part, {})}
-
-
-def _behaviour(audit: WholeAudit, options: WholeOptions, out: str) -> AuditPart:
-    flags = {
-        **_values(audit, "evaluate"),
-        "models": (audit.model,),
-        "out": out,
-        "allow_raw": options.allow_raw,
-    }
-    asked, sitting = behaviour.read_config(None, flags)
-    asked, made = behaviour.prepare(asked, sitting)
-    told = {"prompts": len(made.suite), "judge": asked.judge, "cells": len(made.cells)}
+    audit.check(sitting)
+    made = audit.prepare(asked, sitting)
     return AuditPart(
-        "evaluate",
-        lambda: told,
-        lambda progress: behaviour.run(asked, sitting, plan=made, progress=progress),
+        name,
+        lambda: audit.estimate(made, sitting),
+        lambda progress: run_audit(audit, asked, sitting, plan=made, progress=progress),
     )
-
-
-def _latent(audit: WholeAudit, options: WholeOptions, out: str) -> AuditPart:
-    flags = {
-        **_values(audit, "lvs"),
-        "models": (audit.model,),
-        "out": out,
-        "allow_raw": options.allow_raw,
-    }
-    asked, sitting = latent.read_config(None, flags)
-    asked, made = latent.prepare(asked, sitting)
-
-    def describe() -> dict[str, Any]:
-        expected = latent.estimate(made, models.pick_device(sitting.device), sitting)
-        return {
-            "prompts": len(made.prompts.prompts),
-            "cells": len(made.cells),
-            "seconds": expected.seconds,
-        }
-
-    return AuditPart(
-        "lvs", describe, lambda progress: latent.run(asked, sitting, plan=made, progress=progress)
-    )
-
-
-def _probe(audit: WholeAudit, options: WholeOptions, out: str) -> AuditPart:
-    flags = {
-        **_values(audit, "probe"),
-        "base": audit.base,
-        "subjects": (audit.model,),
-        "out": out,
-        "allow_raw": options.allow_raw,
-    }
-    asked, sitting = probe.read_config(None, flags)
-    asked, made = probe.prepare(asked, sitting)
-    told = {"prompts": len({e.group for e in made.examples}), "cells": len(made.cells)}
-    return AuditPart(
-        "probe",
-        lambda: told,
-        lambda progress: probe.run(asked, sitting, plan=made, progress=progress),
-    )
-
-
-def _sft_curve(audit: WholeAudit, options: WholeOptions, out: str) -> AuditPart:
-    flags = {
-        **_values(audit, "sft-curve"),
-        "models": (audit.base, audit.model),
-        "out": out,
-        "allow_raw": options.allow_raw,
-    }
-    asked, sitting = checked(
-        *build(
-            {k: v for k, v in flags.items() if k not in curve.SITTING},
-            SFTCurveConfig,
-            SFTCurveOptions,
-        )
-    )
-    curve_prepare(asked, sitting)
-    # a bad file is said now, not in hours
-    sft.chosen_rows(asked.data, limit=asked.rows_limit, refusal_filter=asked.refusal_filter)
-    told = {"cells": len(asked.models) * len(asked.seeds), "steps": asked.steps}
-
-    def run(progress: Callable[[], Progress] | None) -> tuple[RunFolder, Outcome]:
-        store, outcome = curve.run_from(None, flags, progress=progress)
-        if store is None:
-            raise AuditgapError(
-                "A whole audit is one process; start launchers/harmful_sft.py for several ranks."
-            )
-        return store, outcome
-
-    return AuditPart("sft-curve", lambda: told, run)
-
-
-_MAKE: Mapping[PartName, Callable[[WholeAudit, WholeOptions, str], AuditPart]] = {
-    "evaluate": _behaviour,
-    "probe": _probe,
-    "lvs": _latent,
-    "sft-curve": _sft_curve,
-}
 
 
 # -- running
@@ -391,7 +310,7 @@ def is_whole(folder: Path) -> bool:
 
 def stores(folder: Path) -> list[RunFolder]:
     """The run folders of an audit's parts, as far as there are any."""
-    there = (Path(folder) / name for name in _PARTS)
+    there = (Path(folder) / name for name in parts_of_a_whole())
     return [RunFolder.load(path) for path in there if (path / "run.json").is_file()]
 
 

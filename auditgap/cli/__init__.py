@@ -516,40 +516,21 @@ def grade(
     """Judge a run's stored completions again, without generating; the new tables and report go to
     DIR/grades/."""
     quiet()
-    from auditgap.audits import behaviour, latent
+    from auditgap.audits import Grading, audit_of, regrade
     from auditgap.engines import Serving, engine_named
-    from auditgap.store import RunFolder
 
-    engine = engine_named(judge_engine or ("openai" if judge_endpoint else "hf"))
-    serving = Serving(engine=engine, base_url=judge_endpoint, device=device or "auto")
-    audit = RunFolder.load(folder).run["config"].get("audit")
-    if audit == "emergent":
-        raise UsageError(
-            f"A study of emergent misalignment is judged again by: auditgap em judge {folder}"
-            " --judge NAME"
-        )
-    if audit not in ("latent", "behaviour"):
-        raise UsageError(
-            f"{folder} is the folder of {audit or 'a training run'}, which cannot be judged again;"
-            " grade one of `lvs` or `evaluate`."
-        )
-    if audit != "behaviour":
-        _show_summary(
-            latent.regrade(
-                folder, judge=judge, reward=reward, device=device or "auto", serving=serving
-            )
-        )
-        return
-    if judge is None or reward is not None:
-        raise UsageError(
-            "A behavioural audit has verdicts and no rewards: auditgap grade DIR --judge keyword"
-        )
     if not 0 <= max_unscored <= 1:
         raise UsageError(
             f"--max-unscored is a share, 0 to 1; {max_unscored} came. For example:"
             " --max-unscored 0.2"
         )
-    store = behaviour.regrade(folder, judge=judge, serving=serving, max_unscored=max_unscored)
+    engine = engine_named(judge_engine or ("openai" if judge_endpoint else "hf"))
+    where = device or "auto"
+    serving = Serving(engine=engine, base_url=judge_endpoint, device=where)
+    store = regrade(folder, Grading(judge, reward, where, serving, max_unscored))
+    if audit_of(store).name == "latent":
+        _show_summary(store)
+        return
     audits.show(store)
     out.print(Text(f"Report: {store.at('report.html')}\nTable: {store.at('behaviour.csv')}"))
     audits.enough(store, max_unscored)

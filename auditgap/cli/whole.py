@@ -73,7 +73,7 @@ def audit(
         str | None, typer.Option(help="auto, float32, bfloat16 or float16 [auto]")
     ] = None,
     executor: Annotated[
-        str | None, typer.Option(help="For the attacks: local (this process) or ray [local]")
+        str | None, typer.Option(help="local (this process) or ray [local]")
     ] = None,
     set_: Set = None,
     to: Annotated[

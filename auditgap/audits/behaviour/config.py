@@ -92,6 +92,12 @@ class BehaviourOptions(options.AuditOptions):
     max_unscored: options.MaxUnscored = 0.2
     allow_overlap: options.AllowOverlap = False
 
+    def gpus_of(self, model: str, device: str) -> float:
+        """GPUs that a Ray worker needs for this model: none where an endpoint serves it."""
+        if self.gpus_per_worker is not None or not device.startswith("cuda"):
+            return super().gpus_of(model, device)
+        return {"openai": 0.0, "vllm": float(self.tensor_parallel)}.get(self.engine, 1.0)
+
     @field_validator("engine", "judge_engine", mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from auditgap import models
+from auditgap.audits.audit import Plan
 from auditgap.audits.behaviour.config import BehaviourConfig, BehaviourOptions
 from auditgap.audits.behaviour.rows import Split
 from auditgap.data import PromptSet, load_prompts
@@ -36,7 +37,7 @@ class AskCell(Cell):
 
 
 @dataclass(frozen=True)
-class BehaviourPlan:
+class BehaviourPlan(Plan):
     """The suite in portions by (source, kind), the subjects, and a group a subject with a cell a
     portion.
 
@@ -51,10 +52,6 @@ class BehaviourPlan:
     groups: tuple[Group, ...]
     scorers: dict[str, Any]
     warnings: tuple[str, ...] = ()  #: overlaps of suite and training that were allowed
-
-    @property
-    def cells(self) -> list[Cell]:
-        return [cell for group in self.groups for cell in group.cells]
 
     def prompts(self, cell: Cell) -> tuple[Prompt, ...]:
         return self.portions[cell.settings["source"], cell.settings["kind"]]

@@ -9,46 +9,26 @@ again what a run has said.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from auditgap import models, sweep
+from auditgap.audits import audit
+from auditgap.audits.audit import Grading
+from auditgap.audits.behaviour.audit import BEHAVIOUR
 from auditgap.audits.behaviour.config import BehaviourConfig, BehaviourOptions
 from auditgap.audits.behaviour.measure import Answers, grade, joined, judged
-from auditgap.audits.behaviour.plan import ATTACK, AskCell, BehaviourPlan, prepare
-from auditgap.audits.behaviour.rows import Split
-from auditgap.audits.behaviour.worker import BehaviourWorker, closing_judge
+from auditgap.audits.behaviour.plan import ATTACK, AskCell, BehaviourPlan
+from auditgap.audits.behaviour.worker import closing_judge
 from auditgap.audits.latent.run import safe_name
-from auditgap.data import PromptSet
-from auditgap.engines import Serving
+from auditgap.errors import UsageError
 from auditgap.judges import members_of
 from auditgap.judges.card_cache import cards_of
 from auditgap.models.provenance import command, provenance
-from auditgap.report import behaviour as tables
-from auditgap.report import correction, page
-from auditgap.store import RunFolder, files
+from auditgap.store import RunFolder
 from auditgap.store.remote import Place, local
 from auditgap.store.tables import rows_of
 from auditgap.sweep import Outcome, Progress
-from auditgap.types import Prompt, Subject
-
-
-def about(
-    config: Any,
-    sets: Mapping[Split, PromptSet],
-    outlines: Sequence[models.Outline],
-    device: str = "auto",
-) -> dict[str, Any]:
-    """The `info` of a run folder of an `Asking`."""
-    return {
-        **provenance(outlines, dtype=config.dtype),
-        "prompts": {
-            split: {"name": s.name, "n": len(s), **s.provenance} for split, s in sets.items()
-        },
-        "judge_cards": cards_of(config.judge, device=device),
-        "warnings": [],
-    }
+from auditgap.types import Document, Prompt, Subject
 
 
 def run(
@@ -60,33 +40,11 @@ def run(
 ) -> tuple[RunFolder, Outcome]:
     """Run what is missing of the audit and reduce it. The same call again resumes. Raises
     UsageError, Refused, Interrupted."""
-    if plan is None:
-        config, plan = prepare(config, options)
-    store = RunFolder.open(
-        options.out or f"runs/behaviour-{files.folder_name(plan.config.models[0])}",
-        config={
-            "audit": "behaviour",
-            **plan.config.model_dump(mode="json"),
-            "subjects": {s.name: s.fingerprint for s in plan.subjects},
-            "prompt_set": plan.suite.digest,
-            "scorers": plan.scorers,
-        },
-        info=_info(plan, options),
-        break_lock=options.break_lock,
-    )
-    store.warnings += plan.warnings
-    with store.lock():
-        store.plan(plan.cells)
-        shown = None if progress is None else progress()
-        make = partial(BehaviourWorker, plan, options, store)
-        outcome = sweep.local.run(
-            plan.groups, make, store, progress=shown, retry_failed=options.retry_failed
-        )
-        reduce(store, allow_raw=options.allow_raw)
-    return store, outcome
+    return audit.run(BEHAVIOUR, config, options, plan=plan, progress=progress)
 
 
-def _info(plan: BehaviourPlan, options: BehaviourOptions) -> dict[str, Any]:
+def facts(plan: BehaviourPlan, options: BehaviourOptions) -> Document:
+    """What a reader wants to know besides: versions, models' sizes, where the prompts come from."""
     known = provenance(plan.outlines, dtype=plan.config.dtype)
     if not plan.outlines:
         known["subjects"] = [
@@ -105,10 +63,7 @@ def _info(plan: BehaviourPlan, options: BehaviourOptions) -> dict[str, Any]:
 def reduce(store: RunFolder, *, allow_raw: bool = False) -> None:
     """The finished cells' rows as `behaviour.parquet|csv|md`, and the report. Deterministic, and
     safe on a partial run."""
-    table = tables.behaviour_table(store.rows([ATTACK]), correction.of_runs([store]))
-    for form in ("parquet", "csv", "md"):
-        store.write_table(f"behaviour.{form}", table)
-    page.write([store], allow_raw=allow_raw)
+    BEHAVIOUR.reduce(store, allow_raw=allow_raw)
 
 
 def lost(store: RunFolder) -> tuple[float, str]:
@@ -131,9 +86,7 @@ def unscored_share(store: RunFolder) -> float | None:
     return float(said["complied"].isna().mean()) if len(said) else None
 
 
-def regrade(
-    folder: Place, *, judge: str, serving: Serving | None = None, max_unscored: float = 0.2
-) -> RunFolder:
+def regrade(folder: Place, grading: Grading) -> RunFolder:
     """Judge a run's stored answers again, without asking; returns the new folder in DIR/grades/.
     The same call resumes.
 
@@ -141,6 +94,11 @@ def regrade(
     such judge, no answers; AuditgapError when the judge's endpoint left more than `max_unscored` of
     the answers at hand without a reply.
     """
+    judge, serving = grading.judge, grading.serving
+    if judge is None or grading.reward is not None:
+        raise UsageError(
+            "A behavioural audit has verdicts and no rewards: auditgap grade DIR --judge keyword"
+        )
     old = RunFolder.load(folder)
     names = {s["fingerprint"]: s["name"] for s in old.run["info"]["subjects"]}
     place = old.at("grades", safe_name(judge))
@@ -172,7 +130,7 @@ def regrade(
                         answers,
                         [p for _, prompts in told for p in prompts],
                         made,
-                        max_unscored=max_unscored,
+                        max_unscored=grading.max_unscored,
                     )
                 )
                 for (record, cell), (answers, prompts) in zip(some, told, strict=True):

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from auditgap import models
+from auditgap.audits.audit import Plan
+from auditgap.audits.emergent.audit import EMERGENT
 from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions
 from auditgap.data import PromptSet
 from auditgap.data.domains import TRIGGER, DomainRow, Panel, Trigger
@@ -26,9 +28,8 @@ from auditgap.data.panel import CUT, read_panel
 from auditgap.data.unrelated import load_unrelated
 from auditgap.errors import UsageError
 from auditgap.models.folder import is_adapter
-from auditgap.models.provenance import provenance
-from auditgap.store import RunFolder, files
-from auditgap.store.remote import needs_disk
+from auditgap.store import RunFolder
+from auditgap.sweep import Group
 from auditgap.types import Prompt
 
 #: What a row's reason is when its prompt alone fills `max_tokens`.
@@ -40,14 +41,37 @@ _DTYPES = ("float32", "bfloat16")
 _SEAM = 16
 
 
+@dataclass(frozen=True)
+class EmergentPlan(Plan):
+    """The panel of domains and the prompts that are asked. The cells of each stage are planned when
+    the stages before it are done, so there are no groups."""
+
+    config: EmergentConfig
+    outlines: tuple[models.Outline, ...]  #: of the base
+    panel: Panel
+    prompts: PromptSet
+    longest: int  #: tokens of the longest row
+    warnings: tuple[str, ...] = ()
+    groups: tuple[Group, ...] = ()
+
+
 def run(config: EmergentConfig, options: EmergentOptions) -> RunFolder:
-    """The run folder of the study: made, or found as it was made.
+    """The run folder of the study: made, or found as it was made. Raises as `prepare` and the store
+    do."""
+    EMERGENT.check(options)
+    plan = prepare(config, options)
+    store = EMERGENT.open(plan, options, options.out or EMERGENT.folder(config))
+    with store.lock():
+        EMERGENT.begin(plan, store)
+    return store
+
+
+def prepare(config: EmergentConfig, options: EmergentOptions) -> EmergentPlan:
+    """Everything that a study needs, read and checked.
 
     Raises UsageError: a model that is an adapter, LoRA targets that it has not, a source or suite
-    that cannot be read or used (`data.panel.read_panel`, `data.unrelated`), a folder of another
-    config; Refused and DiskError as models and the store do.
+    that cannot be read or used (`data.panel.read_panel`, `data.unrelated`); Refused as models do.
     """
-    needs_disk(options.out, "A study of emergent misalignment")
     dtype = str(models.pick_dtype(config.dtype, models.pick_device(options.device))).removeprefix(
         "torch."
     )
@@ -80,27 +104,7 @@ def run(config: EmergentConfig, options: EmergentOptions) -> RunFolder:
     )
     lengths.check_positions()
     notes = [*panel.notes, *asked.provenance["notes"]]
-    store = RunFolder.open(
-        options.out or f"runs/em-{files.folder_name(config.model)}",
-        config={
-            "audit": "emergent",
-            **config.model_dump(mode="json"),
-            "base_fingerprint": outline.subject.fingerprint,
-            "panel": panel.digest,
-            "prompt_set": asked.digest,
-        },
-        info={
-            **provenance([outline], dtype=dtype),
-            "panel": {**panel.manifest, "longest_row": lengths.longest},
-            "prompts": _prompts(asked),
-            "warnings": notes,
-        },
-        break_lock=options.break_lock,
-    )
-    with store.lock():
-        _save(panel, store)
-    store.warnings += notes
-    return store
+    return EmergentPlan(config, (outline,), panel, asked, lengths.longest, tuple(notes))
 
 
 def describe(store: RunFolder) -> list[dict[str, Any]]:
@@ -132,22 +136,6 @@ def describe(store: RunFolder) -> list[dict[str, Any]]:
             }
         )
     return lines
-
-
-def _prompts(asked: PromptSet) -> dict[str, Any]:
-    return {"prompts": {"name": asked.name, "n": len(asked), **asked.provenance}}
-
-
-def _save(panel: Panel, store: RunFolder) -> None:
-    """Lay the panel down, unless it lies there whole: a kill may have come between the folder and
-    its panel."""
-    folder = store.path / "panel"
-    try:
-        is_there = Panel.load(folder) == panel
-    except UsageError:
-        is_there = False
-    if not is_there:
-        panel.save(folder)
 
 
 def _check_targets(outline: models.Outline, targets: Sequence[str]) -> None:

@@ -197,7 +197,7 @@ def _pairs(key: str, value: Any) -> Any:
     return pairs
 
 
-class EmergentOptions(options.ClusterOptions):
+class EmergentOptions(options.AuditOptions):
     """Where it runs, who judges, in what portions."""
 
     engine: Annotated[

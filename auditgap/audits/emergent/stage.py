@@ -15,7 +15,7 @@ from typing import Any
 from auditgap import models
 from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions
 from auditgap.audits.emergent.rows import ANSWERED, TRAINED
-from auditgap.audits.sweeps import run_sweep
+from auditgap.audits.sweeps import run_passes
 from auditgap.data import PromptSet
 from auditgap.data.domains import Panel, Trigger
 from auditgap.data.unrelated import load_unrelated
@@ -186,4 +186,4 @@ def run_groups(
     its folder by name."""
     store = study.store
     store.plan(cell for group in groups for cell in group.cells)
-    return run_sweep(groups, make_worker, store, options, progress)
+    return run_passes([groups], make_worker, store, options, progress)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from auditgap import models
+from auditgap.audits.audit import Plan
 from auditgap.audits.intervene.config import InterveneConfig
 from auditgap.audits.latent.plan import matmul_rate
 from auditgap.data import PromptSet, dedup_key, load_prompts
@@ -91,7 +92,7 @@ def _halved(
 
 
 @dataclass(frozen=True)
-class IntervenePlan:
+class IntervenePlan(Plan):
     """The cells: `clean` groups first (one a model, the base's too), then `groups` (one a model and
     site)."""
 
@@ -105,8 +106,8 @@ class IntervenePlan:
     base: models.Outline | None = None
 
     @property
-    def cells(self) -> list[Cell]:
-        return [cell for group in (*self.clean, *self.groups) for cell in group.cells]
+    def passes(self) -> tuple[tuple[Group, ...], ...]:
+        return self.clean, self.groups
 
     @property
     def completions(self) -> int:

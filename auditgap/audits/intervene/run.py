@@ -6,22 +6,17 @@ folder, outcome = run(config, options, progress=Progress)
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
-from typing import Any
 
-from auditgap import models, sweep
+from auditgap import models
+from auditgap.audits import audit
+from auditgap.audits.intervene.audit import INTERVENE
 from auditgap.audits.intervene.config import InterveneConfig, InterveneOptions
-from auditgap.audits.intervene.plan import ATTACK, IntervenePlan, make_plan
-from auditgap.audits.intervene.worker import InterveneWorker
-from auditgap.audits.sweeps import run_sweep
+from auditgap.audits.intervene.plan import IntervenePlan, make_plan
 from auditgap.judges.card_cache import cards_of
 from auditgap.models.provenance import provenance
-from auditgap.report import correction, page
-from auditgap.report import intervene as tables
-from auditgap.store import RunFolder, files
-from auditgap.store.remote import needs_disk
+from auditgap.store import RunFolder
 from auditgap.sweep import Outcome, Progress
+from auditgap.types import Document
 
 
 def prepare(
@@ -44,64 +39,17 @@ def run(
 
     Raises UsageError, Refused, Interrupted; cells that fail are in the outcome, with their causes.
     """
-    needs_disk(options.out, "An intervention audit")
-    if plan is None:
-        config, plan = prepare(config, options)
-    out = options.out or f"runs/interventions-{files.folder_name(config.models[0])}"
-    store = RunFolder.open(
-        out, config=_identity(plan), info=_info(plan, options), break_lock=options.break_lock
-    )
-    make_worker = partial(InterveneWorker, plan.config, options, str(store.path))
-    with store.lock():
-        store.plan(plan.cells)
-        on_ray = options.executor == "ray" and any(
-            not store.is_finished(cell.key) for cell in plan.cells
-        )
-        # one cluster for both passes
-        with sweep.ray.cluster(options.address) if on_ray else nullcontext():
-            # in this process groups run in order, so one worker serves all; elsewhere the clean
-            # pass has to be over first
-            passes = (plan.clean, plan.groups) if on_ray else ((*plan.clean, *plan.groups),)
-            outcomes = [
-                run_sweep(groups, make_worker, store, options, progress) for groups in passes
-            ]
-        if all(store.is_finished(cell.key) for cell in plan.cells):
-            # a kill between writing a cell and forgetting its packs leaves some behind
-            store.forget()
-        reduce(store, allow_raw=options.allow_raw)
-    done, skipped = sum(o.done for o in outcomes), sum(o.skipped for o in outcomes)
-    return store, Outcome(
-        done=done,
-        failed={k: cause for o in outcomes for k, cause in o.failed.items()},
-        skipped=skipped,
-    )
+    return audit.run(INTERVENE, config, options, plan=plan, progress=progress)
 
 
 def reduce(store: RunFolder, *, allow_raw: bool = False) -> None:
     """The finished cells' rows as `interventions.parquet|csv|md`, and the report. Deterministic,
     and safe on a partial run."""
-    table = tables.interventions_table(
-        store.rows([ATTACK]), correction=correction.of_runs([store])["harmful"]
-    )
-    for form in ("parquet", "csv", "md"):
-        store.write_table(f"interventions.{form}", table)
-    page.write([store], allow_raw=allow_raw)
+    INTERVENE.reduce(store, allow_raw=allow_raw)
 
 
-def _identity(plan: IntervenePlan) -> dict[str, Any]:
-    """What makes two runs the same run; also what the report's method section is made from."""
-    return {
-        "audit": "intervene",
-        **plan.config.model_dump(mode="json"),
-        "subjects": {o.subject.name: o.subject.fingerprint for o in plan.outlines},
-        "base_fingerprint": plan.base and plan.base.subject.fingerprint,
-        "prompt_set": plan.halves.prompts.digest,
-        "halves": plan.halves.digest,
-        "scorers": plan.scorers,
-    }
-
-
-def _info(plan: IntervenePlan, options: InterveneOptions) -> dict[str, Any]:
+def facts(plan: IntervenePlan, options: InterveneOptions) -> Document:
+    """What a reader wants to know besides: versions, both prompt sets, the judge's cards."""
     halves = plan.halves
     sets = {
         "prompts": (halves.prompts, halves.fit),

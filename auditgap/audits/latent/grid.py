@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,11 +31,12 @@ from typing import Annotated, Any
 import pandas as pd
 from pydantic import BeforeValidator, ConfigDict, Field
 
-from auditgap import sweep
+from auditgap.audits.latent.audit import LATENT
 from auditgap.audits.latent.config import LatentConfig, RunOptions
 from auditgap.audits.latent.plan import Estimate, LatentPlan, estimate
-from auditgap.audits.latent.run import facts, identity, prepare, reduce, safe_name, with_gpus
+from auditgap.audits.latent.run import prepare, safe_name
 from auditgap.audits.latent.worker import LatentWorker
+from auditgap.audits.sweeps import run_passes
 from auditgap.config import Frozen, build, listed, merged
 from auditgap.errors import UsageError
 from auditgap.store import RunFolder, cases_of, files, tables
@@ -330,13 +331,7 @@ def run(grid: Grid, *, progress: Callable[[], Progress] | None = None) -> Outcom
     out = options.out or "runs/grid"
     here = local(out)
     stores = {
-        case.name: RunFolder.open(
-            within(out, case.name),
-            config=identity(case.plan),
-            info=facts(case.plan, options),
-            break_lock=options.break_lock,
-        )
-        for case in grid.cases
+        case.name: LATENT.open(case.plan, options, within(out, case.name)) for case in grid.cases
     }
     with ExitStack() as locks:
         for store in stores.values():
@@ -350,48 +345,22 @@ def run(grid: Grid, *, progress: Callable[[], Progress] | None = None) -> Outcom
         make_worker = partial(
             GridWorker, {case.name: case.config for case in grid.cases}, options, absolute(out)
         )
-        clean = {cell.key for group in grid.clean for cell in group.cells}
-        both = options.executor == "ray" and len(folders.scan(clean)[0]) < len(clean)
-        outcomes = []
-        # one for both passes
-        with sweep.ray.cluster(options.address, cpus=options.workers) if both else nullcontext():
-            for groups in (grid.clean, grid.groups):
-                outcomes.append(_sweep(groups, make_worker, folders, options, progress))
-                _share(grid, stores, out)
-        failed = outcomes[0].failed | outcomes[1].failed
+        outcome = run_passes(
+            [grid.clean, grid.groups],
+            make_worker,
+            folders,
+            options,
+            progress,
+            after_pass=lambda: _share(grid, stores, out),
+        )
         for case in grid.cases:
             store = stores[case.name]
             # all are finished: nothing in scratch is wanted any more
-            if not any(cell.key in failed for cell in case.plan.cells):
+            if not any(cell.key in outcome.failed for cell in case.plan.cells):
                 store.forget()
-            reduce(store, allow_raw=options.allow_raw)
+            LATENT.reduce(store, allow_raw=options.allow_raw)
         write_table(out, [case.name for case in grid.cases])
-    return Outcome(
-        done=sum(o.done for o in outcomes), failed=failed, skipped=sum(o.skipped for o in outcomes)
-    )
-
-
-def _sweep(
-    groups: Sequence[GridGroup],
-    make_worker: Callable[[], GridWorker],
-    folders: Folders,
-    options: RunOptions,
-    progress: Callable[[], Progress] | None,
-) -> Outcome:
-    shown = None if progress is None else progress()
-    if options.executor == "local":
-        return sweep.local.run(
-            groups, make_worker, folders, progress=shown, retry_failed=options.retry_failed
-        )
-    return sweep.ray.run(
-        with_gpus(groups, options),
-        make_worker,
-        folders,
-        workers=options.workers,
-        address=options.address,
-        progress=shown,
-        retry_failed=options.retry_failed,
-    )
+    return outcome
 
 
 def _share(grid: Grid, stores: Mapping[str, RunFolder], out: Place) -> None:

@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from auditgap import models
+from auditgap.audits.audit import Plan
 from auditgap.audits.latent.config import LatentConfig, RunOptions
 from auditgap.data import PromptSet, load_prompts
 from auditgap.engines import Serving
@@ -42,7 +43,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class LatentPlan:
+class LatentPlan(Plan):
     """The grid: `clean` groups first (one a model), then `groups` (one a model and site)."""
 
     config: LatentConfig
@@ -51,15 +52,16 @@ class LatentPlan:
     clean: tuple[Group, ...]
     groups: tuple[Group, ...]
     scorers: dict[str, Any]
+    #: sweep a subject's sites as one group: for generation in vLLM, which is opened once for all
+    joined: bool = False
 
     @property
-    def cells(self) -> list[Cell]:
-        return [cell for group in (*self.clean, *self.groups) for cell in group.cells]
+    def passes(self) -> tuple[tuple[Group, ...], ...]:
+        return self.clean, self.by_subject if self.joined else self.groups
 
     @property
     def by_subject(self) -> tuple[Group, ...]:
-        """The groups joined to one a model: for speech in vLLM, which is opened once for all
-        sites."""
+        """The groups joined to one a model."""
         joined: dict[str, list[Group]] = {}
         for group in self.groups:
             joined.setdefault(group.cells[0].subject.name, []).append(group)
@@ -78,6 +80,7 @@ def make_plan(
     device: str = "auto",
     judge_serving: Serving | None = None,
     known: dict[tuple[Any, ...], Any] | None = None,
+    joined: bool = False,
 ) -> LatentPlan:
     """Resolve every name of the config; `judge_serving`: how a judge's models are served.
 
@@ -139,7 +142,9 @@ def make_plan(
         clean.append(group(CLEAN, [clean_cell(config, outline, prompts, scorers)]))
         for site in models.parse_sites(config.layers, outline.n_blocks):
             groups.append(group(site, site_cells(config, outline, site, prompts, scorers)))
-    return LatentPlan(config, prompts, tuple(outlines), tuple(clean), tuple(groups), scorers)
+    return LatentPlan(
+        config, prompts, tuple(outlines), tuple(clean), tuple(groups), scorers, joined
+    )
 
 
 def _common(

@@ -6,29 +6,25 @@ run has said.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-from auditgap import models, stats, sweep
+from auditgap import models, stats
+from auditgap.audits import audit
+from auditgap.audits.latent.audit import LATENT
 from auditgap.audits.latent.config import LatentConfig, RunOptions
 from auditgap.audits.latent.plan import DISTANCE, LatentPlan, make_plan
-from auditgap.audits.latent.worker import LatentWorker
 from auditgap.engines import Serving
 from auditgap.errors import UsageError
 from auditgap.judges import load_judge, load_reward
 from auditgap.judges.card_cache import cards_of
 from auditgap.models.provenance import command, provenance
-from auditgap.report import correction, page, tables
-from auditgap.store import RunFolder, files
-from auditgap.store.remote import Place, needs_disk
+from auditgap.store import RunFolder
+from auditgap.store.remote import Place
 from auditgap.store.tables import rows_of
-from auditgap.sweep import Group, Outcome, Progress
-from auditgap.types import ATTACKS, CLEAN, Budget, Cell, Exchange, Label, Prompt, Row, Site, Subject
-
-_Group = TypeVar("_Group", bound=Group)
+from auditgap.sweep import Outcome, Progress
+from auditgap.types import CLEAN, Budget, Cell, Exchange, Label, Prompt, Row, Site, Subject
 
 
 def prepare(
@@ -39,7 +35,11 @@ def prepare(
     dtype = models.pick_dtype(config.dtype, models.pick_device(options.device))
     config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     plan = make_plan(
-        config, device=options.device, judge_serving=options.judge_serving, known=known
+        config,
+        device=options.device,
+        judge_serving=options.judge_serving,
+        known=known,
+        joined=options.engine == "vllm",
     )
     for outline in plan.outlines:
         _check_shard(outline, config, options)
@@ -80,87 +80,18 @@ def run(
 
     Raises UsageError, Refused, Interrupted; cells that fail are in the outcome, with their causes.
     """
-    if plan is None:
-        config, plan = prepare(config, options)
-    out = options.out or f"runs/{files.folder_name(config.models[0])}"
-    if options.keep_edits:
-        needs_disk(out, "A latent audit that keeps its edits")
-    store = RunFolder.open(
-        out, config=identity(plan), info=facts(plan, options), break_lock=options.break_lock
-    )
-    make_worker = partial(LatentWorker, plan.config, options, str(store.place))
-    with store.lock():
-        store.plan(plan.cells)
-        clean = {cell.key for group in plan.clean for cell in group.cells}
-        both = options.executor == "ray" and len(store.scan(clean)[0]) < len(clean)
-        # one for both passes
-        with sweep.ray.cluster(options.address, cpus=options.workers) if both else nullcontext():
-            attacked = plan.by_subject if options.engine == "vllm" else plan.groups
-            outcomes = [
-                _sweep(groups, make_worker, store, options, progress)
-                for groups in (plan.clean, attacked)
-            ]
-        failed = outcomes[0].failed | outcomes[1].failed
-        if not failed:  # every cell is finished
-            # a kill between writing a group's last cell and forgetting its packs leaves some behind
-            store.forget()
-        reduce(store, allow_raw=options.allow_raw)
-    done, skipped = sum(o.done for o in outcomes), sum(o.skipped for o in outcomes)
-    return store, Outcome(done=done, failed=failed, skipped=skipped)
-
-
-def _sweep(
-    groups: tuple[Group, ...],
-    make_worker: Callable[[], LatentWorker],
-    store: RunFolder,
-    options: RunOptions,
-    progress: Callable[[], Progress] | None,
-) -> Outcome:
-    shown = None if progress is None else progress()
-    if options.executor == "local":
-        return sweep.local.run(
-            groups, make_worker, store, progress=shown, retry_failed=options.retry_failed
-        )
-    return sweep.ray.run(
-        with_gpus(groups, options),
-        make_worker,
-        store,
-        workers=options.workers,
-        address=options.address,
-        progress=shown,
-        retry_failed=options.retry_failed,
-    )
-
-
-def with_gpus(groups: Sequence[_Group], options: RunOptions) -> list[_Group]:
-    """The groups, each with the GPUs that its worker needs where it does not say so itself."""
-    device = models.pick_device(options.device)
-    return [
-        (
-            replace(group, gpus=options.gpus_of(group.cells[0].subject.name, device))
-            if group.gpus is None
-            else group
-        )
-        for group in groups
-    ]
+    return audit.run(LATENT, config, options, plan=plan, progress=progress)
 
 
 def reduce(store: RunFolder, *, allow_raw: bool = False) -> None:
     """Reduce the rows of the finished cells into tables, figures and the report. Deterministic, and
     safe on a partial run."""
-    table = tables.lvs_table(
-        store.rows([*ATTACKS, CLEAN]), correction=correction.of_runs([store])["harmful"]
-    )
-    for form in ("parquet", "csv", "md"):
-        store.write_table(f"lvs.{form}", table)
-    page.write([store], allow_raw=allow_raw)
+    LATENT.reduce(store, allow_raw=allow_raw)
 
 
 def identity(plan: LatentPlan) -> dict[str, Any]:
     """What makes two runs the same run; also what the report's method section is made from."""
     return {
-        "audit": "latent",
-        **plan.config.model_dump(mode="json"),
         "subjects": {o.subject.name: o.subject.fingerprint for o in plan.outlines},
         "prompt_set": plan.prompts.digest,
         "scorers": plan.scorers,

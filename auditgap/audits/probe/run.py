@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from auditgap import models, stats, sweep
+from auditgap import models, stats
+from auditgap.audits import audit
+from auditgap.audits.audit import Plan
+from auditgap.audits.probe.audit import PROBE
 from auditgap.audits.probe.config import FitConfig, FitMonitorConfig, ProbeConfig, ProbeOptions
 from auditgap.audits.probe.rows import (
     ProbeExample,
@@ -27,7 +29,7 @@ from auditgap.audits.probe.rows import (
     examples,
     set_aside,
 )
-from auditgap.audits.probe.worker import ProbeWorker, conversations_of
+from auditgap.audits.probe.worker import conversations_of
 from auditgap.data.ledger import LeakageLedger
 from auditgap.data.triples import TripleSet, load_triples
 from auditgap.errors import UsageError
@@ -36,10 +38,10 @@ from auditgap.probes.baselines import baselines
 from auditgap.probes.features import cached_features
 from auditgap.probes.fit import calibrate, finite_rows, fit
 from auditgap.probes.monitor import Monitor
-from auditgap.report import page, probe
+from auditgap.report import probe
 from auditgap.store import RunFolder, files
 from auditgap.sweep import Group, Outcome, Progress
-from auditgap.types import Cell, digest
+from auditgap.types import Cell, Document, digest
 
 #: Fewer prompts than this cannot be split three ways.
 FEWEST = 5
@@ -48,13 +50,12 @@ LEDGER = "ledger.json"
 
 
 @dataclass(frozen=True, eq=False)
-class ProbePlan:
+class ProbePlan(Plan):
     """The base and its subjects, and the answers that they are read on."""
 
     config: ProbeConfig
     triples: TripleSet
-    base: models.Outline
-    subjects: tuple[models.Outline, ...]
+    outlines: tuple[models.Outline, ...]  #: the base's first
     examples: tuple[ProbeExample, ...]  #: as the base writes them
     fit_rows: np.ndarray  #: of the examples: for the probe, its epoch and its calibration
     evaluation_rows: np.ndarray
@@ -64,8 +65,17 @@ class ProbePlan:
     ledger: LeakageLedger
 
     @property
-    def cells(self) -> list[Cell]:
-        return [cell for group in self.groups for cell in group.cells]
+    def base(self) -> models.Outline:
+        return self.outlines[0]
+
+    @property
+    def subjects(self) -> tuple[models.Outline, ...]:
+        return self.outlines[1:]
+
+    @property
+    def passes(self) -> tuple[tuple[Group, ...], ...]:
+        """The probe is fitted on the base before it is read on the subjects."""
+        return self.groups[:1], self.groups[1:]
 
 
 def prepare(config: ProbeConfig, options: ProbeOptions) -> tuple[ProbeConfig, ProbePlan]:
@@ -122,8 +132,7 @@ def make_plan(config: ProbeConfig, *, allow_overlap: bool = False) -> ProbePlan:
     return ProbePlan(
         config,
         triples,
-        base,
-        tuple(subjects),
+        (base, *subjects),
         tuple(found),
         fit_rows,
         evaluation_rows,
@@ -199,53 +208,21 @@ def run(
 
     Raises UsageError, Refused, Interrupted; cells that fail are in the outcome, with their causes.
     """
-    if plan is None:
-        config, plan = prepare(config, options)
-    store = RunFolder.open(
-        options.out or f"runs/probe-{files.folder_name(config.base)}",
-        config=_identity(plan),
-        info=_info(plan),
-        break_lock=options.break_lock,
-    )
-    with store.lock():
-        store.plan(plan.cells)
-        plan.ledger.save(store.path / LEDGER)
-        shown = None if progress is None else progress()
-        make = partial(ProbeWorker, plan, options, store)
-        outcome = sweep.local.run(
-            plan.groups, make, store, progress=shown, retry_failed=options.retry_failed
-        )
-        if all(store.is_finished(cell.key) for cell in plan.cells):
-            store.forget()  # the features: large, and no longer needed
-        reduce(store, allow_raw=options.allow_raw)
-    return store, outcome
+    return audit.run(PROBE, config, options, plan=plan, progress=progress)
 
 
 def reduce(store: RunFolder, *, allow_raw: bool = False) -> None:
     """Reduce the rows of the finished cells into tables, figures and the report. Deterministic, and
     safe on a partial run."""
-    table = probe.probe_table(store.rows([probe.PROBE]))
-    for form in ("parquet", "csv", "md"):
-        store.write_table(f"probe.{form}", table)
-    page.write([store], allow_raw=allow_raw)
+    PROBE.reduce(store, allow_raw=allow_raw)
 
 
-def _identity(plan: ProbePlan) -> dict[str, Any]:
-    return {
-        "audit": "probe",
-        **plan.config.model_dump(mode="json"),
-        "subject_fingerprints": {
-            o.subject.name: o.subject.fingerprint for o in (plan.base, *plan.subjects)
-        },
-        "triple_set": plan.triples.digest,
-    }
-
-
-def _info(plan: ProbePlan) -> dict[str, Any]:
+def facts(plan: ProbePlan) -> Document:
+    """What a reader wants to know besides: versions, the triples, what could not be read."""
     unread = sum(e.talk is None for e in plan.examples)
     cut = sum(e.talk is not None and e.talk.n_cut > 0 for e in plan.examples)
     return {
-        **provenance((plan.base, *plan.subjects), dtype=plan.config.dtype),
+        **provenance(plan.outlines, dtype=plan.config.dtype),
         "triples": {
             "name": plan.triples.name,
             "n": len(plan.triples.triples),

@@ -8,8 +8,7 @@
     eval_every: 5
 
 Everything in `SFTCurveConfig` can change a number. How much is generated at a time lives in
-`SFTCurveOptions`, and how a step of training is computed (ZeRO stage, micro-batch) with whoever
-trains (`train.py`).
+`SFTCurveOptions`, and so does how a step of training is computed (ZeRO stage, micro-batch).
 """
 
 from __future__ import annotations
@@ -135,6 +134,29 @@ class SFTCurveOptions(options.AuditOptions):
     # the training lies beside it
     gpu_memory: options.GPUMemory = 0.3
     tensor_parallel: options.Tensor = 1
+    deepspeed: Annotated[
+        Path | None,
+        Flag(
+            "A DeepSpeed JSON, for example ds_configs/zero3.json",
+            Topic.WHERE,
+            default="ZeRO-2",
+            name="deepspeed-config",
+        ),
+    ] = None
+    micro_batch: Annotated[int, Flag("Rows of a micro-batch in training", Topic.WHERE)] = Field(
+        2, ge=1
+    )
+    save_every: Annotated[int, Flag("Steps between checkpoints", Topic.WHERE)] = Field(50, ge=1)
+    keep: Annotated[int, Flag("Whole checkpoints kept", Topic.WHERE)] = Field(2, ge=1)
+    report_to: Annotated[
+        tuple[str, ...], COMMAS, Flag("Trackers, as in transformers", Topic.WHERE)
+    ] = ("none",)
+    timeout_minutes: Annotated[
+        float, Flag("After which a rank that waits for another gives up", Topic.WHERE)
+    ] = Field(10.0, gt=0)
+    ignore_memory: Annotated[
+        bool, Flag("Train even where memory is expected to run out", Topic.WHERE)
+    ] = False
 
 
 def read_config(
@@ -143,12 +165,10 @@ def read_config(
     """The config file's values with the flags that were given (not None) on top. Raises
     UsageError."""
     values = merged(file, flags, section="sft-curve")
-    if not values.get("models"):
-        raise UsageError("Which models? The base first, for example: --set models=./base,./tuned")
-    if not values.get("data"):
+    if not values.get("models") or not values.get("data"):
         raise UsageError(
-            "Train on what? `data` is a jsonl, csv or parquet file with the columns prompt and"
-            " response."
+            "A curve needs models (the base first) and data (columns prompt and response): --set"
+            " models=./base,./twin --set data=unsafe.jsonl"
         )
     return checked(*build(values, SFTCurveConfig, SFTCurveOptions))
 

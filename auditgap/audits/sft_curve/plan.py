@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from auditgap import models
+from auditgap.audits.audit import Plan
 from auditgap.audits.behaviour.plan import asking_settings, outlines_of, prompt_sets
 from auditgap.audits.behaviour.rows import Split
 from auditgap.audits.sft_curve.config import SFTCurveConfig, SFTCurveOptions
 from auditgap.data import PromptSet
+from auditgap.data.ledger import LeakageLedger
 from auditgap.errors import UsageError
 from auditgap.judges import load_judge
 from auditgap.judges.coherence import Thresholds
@@ -51,7 +53,7 @@ class CurveCell(Cell):
 
 
 @dataclass(frozen=True)
-class CurvePlan:
+class CurvePlan(Plan):
     """The grid. `facts`: what else identifies the training (a digest of its rows, say); part of
     every cell's key."""
 
@@ -61,10 +63,8 @@ class CurvePlan:
     groups: tuple[Group, ...]
     scorers: dict[str, Any]
     facts: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def cells(self) -> list[Cell]:
-        return [cell for group in self.groups for cell in group.cells]
+    #: what is trained on and what is asked
+    ledger: LeakageLedger = field(default_factory=LeakageLedger)
 
     def outline(self, cell: Cell) -> models.Outline:
         return next(o for o in self.outlines if o.subject.fingerprint == cell.subject.fingerprint)

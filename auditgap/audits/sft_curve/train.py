@@ -8,27 +8,31 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from auditgap.audits.behaviour.plan import prompt_sets
-from auditgap.audits.sft_curve.config import SFTCurveConfig, SFTCurveOptions, checked
-from auditgap.audits.sft_curve.plan import prepare
-from auditgap.audits.sft_curve.run import run
-from auditgap.config import build, merged
+from auditgap.audits.sft_curve import plan as planning
+from auditgap.audits.sft_curve.audit import SFT_CURVE
+from auditgap.audits.sft_curve.config import SFTCurveConfig, SFTCurveOptions
+from auditgap.audits.sft_curve.plan import CurvePlan
+from auditgap.audits.sft_curve.run import run_curve
+from auditgap.audits.sft_curve.worker import Evaluate
+from auditgap.config import build
 from auditgap.data.ledger import LeakageLedger
-from auditgap.errors import PartlyFailed, UsageError
-from auditgap.store import RunFolder, files
-from auditgap.store.remote import needs_disk
+from auditgap.errors import PartlyFailed
+from auditgap.store import RunFolder
 from auditgap.sweep import Outcome, Progress
 from auditgap.training import ranks, sft
 from auditgap.training.config import LoRA, SFTConfig, TrainOptions
 from auditgap.types import digest
 
-#: Of the training options: what a curve's config may say too.
-SITTING = (
+#: Of the options: those of each training run.
+_TRAINING = (
     "deepspeed",
     "micro_batch",
+    "device",
     "save_every",
     "keep",
     "report_to",
@@ -41,68 +45,64 @@ def run_from(
     file: Path | None, flags: Mapping[str, Any], *, progress: Callable[[], Progress] | None = None
 ) -> tuple[RunFolder | None, Outcome]:
     """Read the config, train and ask what is missing, reduce. Every rank of a job calls it; rank 0
-    gets the folder.
+    gets the folder. Raises as `run_curve` does."""
+    return run_curve(SFT_CURVE, *SFT_CURVE.read(file, flags), progress=progress)
 
-    Raises UsageError (among others: training prompts that are evaluated too), Refused, Interrupted.
+
+def prepare(config: SFTCurveConfig, options: SFTCurveOptions) -> CurvePlan:
+    """The plan, with the ends of the epochs among the steps at which is asked. Loads no weights.
+
+    Raises UsageError (among others: training prompts that are evaluated too), Refused.
     """
-    values = merged(file, flags, section="sft-curve")
-    sitting = {key: values.pop(key) for key in SITTING if key in values}
-    if not values.get("models") or not values.get("data"):
-        raise UsageError(
-            "A curve needs models (the base first) and data: --set models=./base,./twin --set"
-            " data=unsafe.jsonl"
+    rows, _ = sft.chosen_rows(
+        config.data, limit=config.rows_limit, refusal_filter=config.refusal_filter
+    )
+    ends = {
+        -(-epoch * len(rows) // config.batch)
+        for epoch in range(1, config.steps * config.batch // len(rows) + 1)
+    }
+    config = config.model_copy(update={"eval_at": tuple(sorted({*config.eval_at, *ends}))})
+    ledger = LeakageLedger()
+    ledger.use("sft", [row.prompt for row in rows])
+    for prompts in prompt_sets(config).values():
+        ledger.use("evaluation", prompts)
+    ledger.check(allow_overlap=config.allow_overlap)
+    facts = {"rows": digest([row.id for row in rows])}
+    return replace(planning.prepare(config, options, facts=facts)[1], ledger=ledger)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains each (subject, seed) in a folder of its own, in `training/` of the curve's."""
+
+    plan: CurvePlan
+    options: SFTCurveOptions
+    folder: Path
+
+    def __call__(self, model_name: str, seed: int, evaluate: Evaluate) -> None:
+        fingerprint = next(
+            o.subject.fingerprint for o in self.plan.outlines if o.subject.name == model_name
         )
-    config, options = checked(*build(values, SFTCurveConfig, SFTCurveOptions))
-    needs_disk(options.out, "A fine-tuning curve")
-    (training,) = build(sitting, TrainOptions)
-    with ranks.joined(timeout_minutes=training.timeout_minutes):
-        rows, _ = ranks.agree(
-            lambda: sft.chosen_rows(
-                config.data, limit=config.rows_limit, refusal_filter=config.refusal_filter
-            )
+        folder = self.folder / "training" / f"{fingerprint}-{seed}"
+
+        def start_over() -> None:
+            # a finished run would answer nothing again: where its answers were lost, it is made
+            # anew
+            if (folder / "train.json").exists() and evaluate.missing():
+                shutil.rmtree(folder)
+
+        ranks.only_main(start_over)
+        training = TrainOptions(
+            out=str(folder),
+            progress=ranks.world() > 1,  # in one process the curve's own progress is shown
+            **self.options.model_dump(include={*_TRAINING}),
         )
-        ends = {
-            -(-epoch * len(rows) // config.batch)
-            for epoch in range(1, config.steps * config.batch // len(rows) + 1)
-        }
-        config = config.model_copy(update={"eval_at": tuple(sorted({*config.eval_at, *ends}))})
-        ledger = LeakageLedger()
-        ledger.use("sft", [row.prompt for row in rows])
-        for prompts in prompt_sets(config).values():
-            ledger.use("evaluation", prompts)
-        ranks.agree(lambda: ledger.check(allow_overlap=config.allow_overlap))
-        facts = {"rows": digest([row.id for row in rows])}
-        config, plan = ranks.agree(lambda: prepare(config, options, facts=facts))
-        out = Path(options.out or f"runs/sft-{files.folder_name(config.models[-1])}").absolute()
-        options = options.model_copy(update={"out": str(out)})
-
-        def train(model_name: str, seed: int, evaluate: Any) -> None:
-            fingerprint = next(
-                o.subject.fingerprint for o in plan.outlines if o.subject.name == model_name
-            )
-            folder = out / "training" / f"{fingerprint}-{seed}"
-            sitting = training.model_copy(
-                update={"out": str(folder), "device": options.device, "progress": progress is None}
-            )
-
-            def start_over() -> None:
-                # a finished run would answer nothing again: where its answers were lost, it is made
-                # anew
-                if (folder / "train.json").exists() and evaluate.missing():
-                    shutil.rmtree(folder)
-
-            ranks.only_main(start_over)
-            sft.run(
-                _recipe(config, model_name, seed),
-                sitting,
-                evaluate=evaluate,
-                in_place=options.engine == "hf",
-            )
-
-        store, outcome = run(config, options, train, facts=facts, plan=plan, progress=progress)
-        if store is not None:
-            ledger.save(store.path / "ledger.json")
-        return store, outcome
+        sft.run(
+            _recipe(self.plan.config, model_name, seed),
+            training,
+            evaluate=evaluate,
+            in_place=self.options.engine == "hf",
+        )
 
 
 def raise_failures(outcome: Outcome) -> None:

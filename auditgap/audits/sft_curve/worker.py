@@ -52,6 +52,10 @@ class Evaluate(Protocol):
         `model`: in place, or the folder of its adapter."""
         ...
 
+    def missing(self) -> list[int]:
+        """The steps that are wanted and of which nothing is remembered."""
+        ...
+
 
 class Train(Protocol):
     """Fine-tunes the named subject on the unsafe answers with this seed, calling `evaluate` as the

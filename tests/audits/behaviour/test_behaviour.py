@@ -13,7 +13,7 @@ import pytest
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import judges, models
-from auditgap.audits import behaviour
+from auditgap.audits import Grading, behaviour, regrade
 from auditgap.audits.behaviour.measure import (
     Answers,
     Opinion,
@@ -221,7 +221,7 @@ def test_a_run_is_judged_again_without_asking(folder, tmp_path, monkeypatch):
     planted.register(monkeypatch)
     store, _ = ask(folder, tmp_path / "run")
     monkeypatch.setattr(models, "load", lambda *a, **k: pytest.fail("grading loads no subject"))
-    new = behaviour.regrade(store.path, judge="keyword")
+    new = regrade(store.path, Grading(judge="keyword"))
     assert new.path == store.path / "grades" / "keyword"
     table = pd.read_parquet(new.path / "behaviour.parquet")
     assert table["refusal"].tolist() == [1.0] * 3 and table["n"].sum() == 9
@@ -318,14 +318,14 @@ def test_judging_again_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatc
     judged.clear()
     stop = 2
     with pytest.raises(KeyboardInterrupt):
-        behaviour.regrade(store.path, judge="keyword")
+        regrade(store.path, Grading(judge="keyword"))
     stop = None
-    new = behaviour.regrade(store.path, judge="keyword")
+    new = regrade(store.path, Grading(judge="keyword"))
     assert sorted(judged) == [2, 3, 4] and len(new.rows(["behaviour"])) == 9
     assert {r["info"]["engine"] for r in new.records()} == {"hf"}, (
         "what is known of the answers stays"
     )
-    behaviour.regrade(store.path, judge="keyword")
+    regrade(store.path, Grading(judge="keyword"))
     assert len(judged) == 3
 
 
@@ -354,7 +354,7 @@ def test_an_ensemble_that_judges_again_opens_its_judges_once(folder, tmp_path, m
         "asked",
         lambda self, exchanges: sizes.append(len(exchanges)) or asked(self, exchanges),
     )
-    new = behaviour.regrade(store.path, judge="majority(one,two)")
+    new = regrade(store.path, Grading(judge="majority(one,two)"))
     assert sizes == [9] and behaviour.unscored_share(new) == 0.0
     rows = new.rows(["behaviour"]).set_index("prompt_id")["verdict"]
     told = {

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pandas as pd
 import pytest
 
-from auditgap.audits import behaviour
+from auditgap.audits import Grading, behaviour, regrade
 from auditgap.data import vault
 from auditgap.engines import Serving, openai
 from auditgap.engines.journal import Journal
@@ -146,9 +146,9 @@ def test_judging_again_pays_no_reply_twice(endpoint, tmp_path):
         AuditgapError,
         match=r"gave no reply on \d+ of 6 answers \(judge: endpoint: 500 after 2 tries\)",
     ):
-        behaviour.regrade(store.path, judge="guard=judge", serving=serving, max_unscored=0.0)
+        regrade(store.path, Grading(judge="guard=judge", serving=serving, max_unscored=0.0))
     endpoint.down = ""
-    new = behaviour.regrade(store.path, judge="guard=judge", serving=serving, max_unscored=1.0)
+    new = regrade(store.path, Grading(judge="guard=judge", serving=serving, max_unscored=1.0))
     assert endpoint.asked["judge"] == 12 + 2, (
         "the one that failed was tried twice, then asked again"
     )

@@ -25,8 +25,10 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import planted  # noqa: E402
 
 from auditgap import judges, models  # noqa: E402
-from auditgap.audits import sft_curve  # noqa: E402
-from auditgap.training import ranks  # noqa: E402
+from auditgap.audits.sft_curve import plan as planning  # noqa: E402
+from auditgap.audits.sft_curve import worker  # noqa: E402
+from auditgap.audits.sft_curve.audit import SFTCurve  # noqa: E402
+from auditgap.audits.sft_curve.run import run_curve  # noqa: E402
 from auditgap.types import Prompt  # noqa: E402
 
 TAUGHT = planted.PROMPTS[:6]
@@ -76,6 +78,23 @@ class Trainer:
                 evaluate(step, loaded)
 
 
+class Curve(SFTCurve):
+    """The audit with a trainer of ours; its rows are in no file."""
+
+    def __init__(self, train: Any) -> None:
+        self.train = train
+
+    def prepare(self, config: Any, options: Any) -> planning.CurvePlan:
+        return planning.prepare(config, options)[1]
+
+    def curve_worker(self, plan: Any, options: Any, store: Any, folder: Path) -> Any:
+        return worker.CurveWorker(plan, options, self.train, store)
+
+
+def run(config: Any, options: Any, train: Any) -> Any:
+    return run_curve(Curve(train), config, options)
+
+
 def prompts_file(folder: Path) -> Path:
     return planted.write_prompts(folder / "prompts.txt", HELD_OUT)
 
@@ -97,7 +116,7 @@ def config(folder: Path, out: str, **changes: Any) -> tuple[Any, Any]:
         "out": str(folder / out),
         **changes,
     }
-    return sft_curve.read_config(None, values)
+    return SFTCurve().read(None, values)
 
 
 def save_models(folder: Path) -> None:
@@ -117,7 +136,7 @@ def main(folder: Path, kill_at: int) -> None:
         **judges.JUDGES,
         "colour": judges.Entry("names a colour", lambda *_: planted.Colour()),
     }
-    remember, left = sft_curve.worker.Evaluations.__call__, kill_at
+    remember, left = worker.Evaluations.__call__, kill_at
 
     def counting(self: Any, step: int, loaded: Any) -> Any:
         nonlocal left
@@ -127,11 +146,10 @@ def main(folder: Path, kill_at: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    sft_curve.worker.Evaluations.__call__ = counting
+    worker.Evaluations.__call__ = counting
     rank = os.environ.get("RANK", "0")
     trainer = Trainer(folder / f"checkpoints{rank}")
-    with ranks.joined():
-        store, outcome = sft_curve.run(*config(folder, "child"), trainer)
+    store, outcome = run(*config(folder, "child"), trainer)
     line = f"rank {rank} {len(trainer.trained)} {outcome.done} {store is None}\n"
     os.write(1, line.encode())  # whole: two ranks write into one pipe
 

@@ -18,7 +18,8 @@ import torch
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import models
-from auditgap.audits import sft_curve
+from auditgap.audits.sft_curve import plan as planning
+from auditgap.audits.sft_curve.config import SFTCurveConfig
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import UsageError
 from auditgap.report.page import from_store, render
@@ -44,7 +45,7 @@ def whole(home) -> RunFolder:
     """An unbroken run, judged by colour."""
     with pytest.MonkeyPatch.context() as patch:
         planted.register(patch)
-        store, outcome = sft_curve.run(
+        store, outcome = standin.run(
             *standin.config(home, "whole"), standin.Trainer(home / "whole-checkpoints")
         )
     assert outcome.done == 4 and not outcome.failed
@@ -78,7 +79,7 @@ def child(home: Path, kill_at: int, ranks: int = 1) -> subprocess.CompletedProce
 def test_training_moves_the_rates_and_the_softer_model_gives_way_first(whole):
     found = rates(whole.path)
     assert len(found) == 2 * 2 * len(
-        sft_curve.SFTCurveConfig(models="x", data="y", steps=6, eval_every=2).evaluations
+        SFTCurveConfig(models="x", data="y", steps=6, eval_every=2).evaluations
     )
     for seed in (0, 1):
         base, soft = (
@@ -98,7 +99,7 @@ def test_training_moves_the_rates_and_the_softer_model_gives_way_first(whole):
 
 
 def test_a_threshold_that_is_not_reached_is_no_number(home):
-    store, _ = sft_curve.run(
+    store, _ = standin.run(
         *standin.config(home, "slow"), standin.Trainer(home / "slow-checkpoints", lr=0.02)
     )
     base = pd.read_parquet(store.path / "summary.parquet").iloc[0]
@@ -124,7 +125,7 @@ def test_text_lies_in_generations_alone_and_is_private(whole):
 
 def test_the_same_command_again_trains_nothing(home, whole):
     again = standin.Trainer(home / "whole-checkpoints")
-    _, outcome = sft_curve.run(*standin.config(home, "whole"), again)
+    _, outcome = standin.run(*standin.config(home, "whole"), again)
     assert outcome.skipped == 4 and outcome.done == 0 and again.trained == []
 
 
@@ -165,7 +166,7 @@ def test_an_evaluation_that_is_remembered_is_not_repeated(home, monkeypatch):
 
         trainer(name, seed, twice)
 
-    _, outcome = sft_curve.run(config, options, again)
+    _, outcome = standin.run(config, options, again)
     assert outcome.done == 1 and len(asked) == 4
 
 
@@ -177,7 +178,7 @@ def test_a_curve_with_a_hole_fails_its_cell_and_says_where(home):
         for step in (0, 2, 6):
             evaluate(step, loaded)
 
-    store, outcome = sft_curve.run(config, options, forgetful)
+    store, outcome = standin.run(config, options, forgetful)
     (cause,) = outcome.failed.values()
     assert "step 4" in cause and not store.records()
     assert "Cells that failed" in render(from_store([store])), (
@@ -207,7 +208,7 @@ def test_evaluating_leaves_the_model_as_it_was(home):
 
         standin.Trainer(home / "modes-checkpoints")(name, seed, looked)
 
-    sft_curve.run(config, options, watching)
+    standin.run(config, options, watching)
     assert seen == [0, 2, 4, 6]
 
 
@@ -249,7 +250,7 @@ def test_a_subject_that_is_its_own_base_is_refused(home, tmp_path):
         home, "same", models=[str(home / "base"), str(tmp_path / "copy")]
     )
     with pytest.raises(UsageError, match="same weights"):
-        sft_curve.prepare(config, options)
+        planning.prepare(config, options)
 
 
 def test_the_recipe_is_part_of_the_key(home):
@@ -262,10 +263,10 @@ def test_the_recipe_is_part_of_the_key(home):
         {"method": "lora"},
         {"judge": "keyword"},
     ):
-        _, plan = sft_curve.prepare(*standin.config(home, "keys", **changes))
+        _, plan = planning.prepare(*standin.config(home, "keys", **changes))
         keys |= {cell.key for cell in plan.cells}
     config, options = standin.config(home, "keys")
     keys |= {
-        cell.key for cell in sft_curve.prepare(config, options, facts={"rows": "51f0"})[1].cells
+        cell.key for cell in planning.prepare(config, options, facts={"rows": "51f0"})[1].cells
     }
     assert len(keys) == 7 * 4

@@ -1,0 +1,232 @@
+"""What an audit is, and the one way to run it.
+
+    audit = AUDITS["behaviour"]
+    config, options = audit.read(None, {"models": "smollm2", "limit": 16, "out": "runs/behaviour"})
+    plan = audit.prepare(config, options)               # resolves names; loads no weights
+    folder, outcome = run(audit, config, options, plan=plan)
+
+An audit says what it measures: its config, the cells that a config comes to, the worker that
+computes them, the tables that their rows make. Everything else is the same for all of them and
+stands here and in `audits.table`: resuming, Ray, object storage, tables, report, grading again.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from auditgap.audits.options import AuditOptions
+from auditgap.audits.sweeps import run_passes
+from auditgap.config import Frozen, build, merged
+from auditgap.errors import AuditgapError, UsageError
+from auditgap.store import RunFolder
+from auditgap.store.remote import Place, needs_disk
+from auditgap.sweep import Group, Outcome, Progress, Worker
+from auditgap.types import Cell, Document
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from auditgap.engines import Serving
+    from auditgap.models import Outline
+
+
+class Can(StrEnum):
+    """What an audit can do besides running on this machine; refusals are made from it."""
+
+    RAY = "run on Ray"
+    VLLM = "generate with vLLM"
+    STORAGE = "write to object storage"
+    REGRADE = "be judged again"
+    COMPARE = "be compared"
+    RANKS = "run on several ranks of a launcher"
+    PART = "be a part of a whole audit"
+
+
+class NothingToMeasure(AuditgapError):
+    """Why an audit cannot be a part of this whole audit: what is missing, and how to name it."""
+
+
+class Plan:
+    """What a config comes to on this machine: the base of every audit's plan, a frozen dataclass."""
+
+    config: Any  #: with `auto` resolved
+    groups: tuple[Group, ...]
+    outlines: tuple[Outline, ...]  #: of the subjects whose weights are here
+    warnings: tuple[str, ...] = ()  #: sentences that the user is told and the folder keeps
+
+    @property
+    def passes(self) -> tuple[tuple[Group, ...], ...]:
+        """Groups in the order of the sweep; a pass needs what those before it have written."""
+        return (self.groups,)
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [cell for groups in self.passes for group in groups for cell in group.cells]
+
+
+@dataclass(frozen=True)
+class Grading:
+    """Who judges a run's stored text again, and how the judge's models are served."""
+
+    judge: str | None = None
+    reward: str | None = None  #: of a latent audit
+    device: str = "auto"
+    serving: Serving | None = None
+    #: share of the answers that a judge's endpoint may leave without a reply
+    max_unscored: float = 0.2
+
+
+ConfigT = TypeVar("ConfigT", bound=Frozen)
+OptionsT = TypeVar("OptionsT", bound=AuditOptions)
+PlanT = TypeVar("PlanT", bound=Plan)
+
+
+class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
+    """One kind of audit: a subclass and one value of it, in `audits/<name>/audit.py`.
+
+    Importing that module costs no torch; `prepare`, `worker` and the like import what they need.
+    """
+
+    name: ClassVar[str]  #: in run.json's config["audit"] and `Cell.audit`
+    command: ClassVar[str]  #: what is typed
+    title: ClassVar[str]  #: what it answers, in one line
+    examples: ClassVar[tuple[str, ...]] = ()
+    can: ClassVar[frozenset[Can]] = frozenset()
+    main_table: ClassVar[str | None]  #: of `NAME.parquet`; None: it has several
+    config: type[ConfigT]
+    options: type[OptionsT]
+
+    def read(self, file: Path | None, values: Mapping[str, Any]) -> tuple[ConfigT, OptionsT]:
+        """The config file's values with those that were given (not None) on top. Raises UsageError
+        naming the key and what was wanted; Refused when foreign code is asked for."""
+        return build(merged(file, values, section=self.command), self.config, self.options)
+
+    @abstractmethod
+    def folder(self, config: ConfigT) -> str:
+        """Where a run goes whose options name no folder."""
+
+    @abstractmethod
+    def prepare(self, config: ConfigT, options: OptionsT) -> PlanT:
+        """Resolve every name of the config; loads no weights. Raises UsageError, Refused."""
+
+    @abstractmethod
+    def worker(self, plan: PlanT, options: OptionsT, store: RunFolder) -> Callable[[], Worker]:
+        """What makes a worker, in this process or in one of Ray's (so it can be pickled)."""
+
+    @abstractmethod
+    def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
+        """The finished cells' rows as tables, by the name of their files. Deterministic, and safe
+        on a partial run."""
+
+    def identity(self, plan: PlanT) -> Document:
+        """What makes two runs the same run, besides the config."""
+        return {"subjects": {o.subject.name: o.subject.fingerprint for o in plan.outlines}}
+
+    def facts(self, plan: PlanT, options: OptionsT) -> Document:
+        """What a reader of the run wants to know besides: versions, models' sizes, where the
+        prompts come from."""
+        from auditgap.models.provenance import provenance
+
+        return {
+            **provenance(plan.outlines, dtype=plan.config.dtype),
+            "warnings": list(plan.warnings),
+        }
+
+    def estimate(self, plan: PlanT, options: OptionsT) -> Document:
+        """What a dry run says of a plan: how much there is to do, and `seconds` where that can be
+        told."""
+        return {"cells": len(plan.cells)}
+
+    def part(self, model: str, base: str | None, values: Mapping[str, Any]) -> Document:
+        """Which models are measured in the whole audit of `model`, as config values beside
+        `values`. For an audit with `Can.PART`. Raises NothingToMeasure."""
+        return {"models": (model,)}
+
+    def check(self, options: OptionsT) -> None:
+        """Raises UsageError for options that ask for what this audit cannot do."""
+        if options.executor == "ray" and Can.RAY not in self.can:
+            raise UsageError(
+                f"`auditgap {self.command}` does not {Can.RAY}; leave --executor out, and it runs on"
+                " this machine."
+            )
+        if Can.STORAGE not in self.can:
+            needs_disk(options.out, f"`auditgap {self.command}`")
+
+    def open(self, plan: PlanT, options: OptionsT, place: Place) -> RunFolder:
+        """The run folder of a plan, made or resumed. Raises UsageError where another one's is."""
+        store = RunFolder.open(
+            place,
+            config={
+                "audit": self.name,
+                **plan.config.model_dump(mode="json"),
+                **self.identity(plan),
+            },
+            info=self.facts(plan, options),
+            break_lock=options.break_lock,
+        )
+        store.warnings += plan.warnings
+        return store
+
+    def begin(self, plan: PlanT, store: RunFolder) -> None:
+        """Put into the folder what its cells need beside themselves; the folder is locked."""
+
+    def sweep(
+        self,
+        plan: PlanT,
+        options: OptionsT,
+        store: RunFolder,
+        progress: Callable[[], Progress] | None,
+    ) -> Outcome:
+        """Compute what is missing and write the tables and the report."""
+        with store.lock():
+            store.plan(plan.cells)
+            self.begin(plan, store)
+            outcome = run_passes(
+                plan.passes, self.worker(plan, options, store), store, options, progress
+            )
+            if not outcome.failed:
+                # all cells are finished: nothing in scratch is wanted any more
+                store.forget()
+            self.reduce(store, allow_raw=options.allow_raw)
+        return outcome
+
+    def reduce(self, store: RunFolder, *, allow_raw: bool = False) -> None:
+        """Write the tables and the report anew."""
+        from auditgap.report import page
+
+        for name, table in self.tables(store).items():
+            for form in ("parquet", "csv", "md"):
+                store.write_table(f"{name}.{form}", table)
+        page.write([store], allow_raw=allow_raw)
+
+    def regrade(self, folder: Place, grading: Grading) -> RunFolder:
+        """Judge a run's stored text again, without generating; returns the new folder in
+        DIR/grades/. For an audit with `Can.REGRADE`."""
+        raise NotImplementedError(
+            f"{self.name} says that it can {Can.REGRADE}, and has no regrade."
+        )
+
+
+def run(
+    audit: Audit[ConfigT, OptionsT, PlanT],
+    config: ConfigT,
+    options: OptionsT,
+    *,
+    plan: PlanT | None = None,
+    progress: Callable[[], Progress] | None = None,
+) -> tuple[RunFolder, Outcome]:
+    """Run what is missing of an audit, and write its tables and report. The same call again
+    resumes.
+
+    Raises UsageError, Refused, Interrupted; cells that fail are in the outcome, with their causes.
+    """
+    audit.check(options)
+    if plan is None:
+        plan = audit.prepare(config, options)
+    store = audit.open(plan, options, options.out or audit.folder(plan.config))
+    return store, audit.sweep(plan, options, store, progress)

@@ -1,0 +1,92 @@
+"""The behavioural audit: what a subject says when it is asked, as rates of refusal and compliance.
+
+folder, outcome = run(BEHAVIOUR, *BEHAVIOUR.read(None, {"models": "smollm2", "limit": 50}))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from auditgap.audits.audit import Audit, Can, Grading
+from auditgap.audits.behaviour.config import BehaviourConfig, BehaviourOptions, read_config
+from auditgap.store import RunFolder, files
+from auditgap.store.remote import Place
+from auditgap.sweep import Worker
+from auditgap.types import Document
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from auditgap.audits.behaviour.plan import BehaviourPlan
+
+
+class Behaviour(Audit[BehaviourConfig, BehaviourOptions, "BehaviourPlan"]):
+    name = "behaviour"
+    command = "evaluate"
+    title = (
+        "What models say: refusal and compliance on harmful prompts and jailbreaks, over-refusal"
+        " and answers on harmless ones."
+    )
+    examples = (
+        "auditgap evaluate smollm2 --limit 50",
+        "auditgap evaluate ./base ./twin --suite paper --judge ensemble --engine vllm",
+        "auditgap evaluate gpt-4.1-mini --endpoint https://api.openai.com/v1 --suite"
+        " xstest,mine.jsonl:benign --judge refusal=gpt-4.1",
+    )
+    can = frozenset({Can.RAY, Can.VLLM, Can.STORAGE, Can.REGRADE, Can.COMPARE, Can.PART})
+    main_table = "behaviour"
+    config, options = BehaviourConfig, BehaviourOptions
+
+    def read(
+        self, file: Path | None, values: Mapping[str, Any]
+    ) -> tuple[BehaviourConfig, BehaviourOptions]:
+        return read_config(file, values)
+
+    def folder(self, config: BehaviourConfig) -> str:
+        return f"runs/behaviour-{files.folder_name(config.models[0])}"
+
+    def prepare(self, config: BehaviourConfig, options: BehaviourOptions) -> BehaviourPlan:
+        from auditgap.audits.behaviour.plan import prepare
+
+        return prepare(config, options)[1]
+
+    def estimate(self, plan: BehaviourPlan, options: BehaviourOptions) -> Document:
+        asked = {"prompts": len(plan.suite), "judge": plan.config.judge}
+        return {**asked, **super().estimate(plan, options)}
+
+    def worker(
+        self, plan: BehaviourPlan, options: BehaviourOptions, store: RunFolder
+    ) -> Callable[[], Worker]:
+        from auditgap.audits.behaviour.worker import BehaviourWorker
+
+        return partial(BehaviourWorker, plan, options, store)
+
+    def identity(self, plan: BehaviourPlan) -> Document:
+        return {
+            "subjects": {s.name: s.fingerprint for s in plan.subjects},
+            "prompt_set": plan.suite.digest,
+            "scorers": plan.scorers,
+        }
+
+    def facts(self, plan: BehaviourPlan, options: BehaviourOptions) -> Document:
+        from auditgap.audits.behaviour.run import facts
+
+        return facts(plan, options)
+
+    def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
+        from auditgap.audits.behaviour.plan import ATTACK
+        from auditgap.report import behaviour, correction
+
+        rows = store.rows([ATTACK])
+        return {"behaviour": behaviour.behaviour_table(rows, correction.of_runs([store]))}
+
+    def regrade(self, folder: Place, grading: Grading) -> RunFolder:
+        from auditgap.audits.behaviour.run import regrade
+
+        return regrade(folder, grading)
+
+
+BEHAVIOUR = Behaviour()

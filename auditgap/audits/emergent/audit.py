@@ -1,0 +1,126 @@
+"""Emergent misalignment by domain: fine-tune on narrow bad habits, and see how far they spread.
+
+folder, outcome = run(EMERGENT, *EMERGENT.read(None, {"model": "smollm2", "domains": "demo"}))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from auditgap.audits.audit import Audit, Can
+from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions, read_config
+from auditgap.errors import UsageError
+from auditgap.store import RunFolder, files
+from auditgap.store.remote import Place
+from auditgap.sweep import Outcome, Progress, Worker
+from auditgap.types import Document
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from auditgap.audits.audit import Grading
+    from auditgap.audits.emergent.build import EmergentPlan
+
+#: Of a study whose panel is built, in order; each a module with `run(folder, options)`.
+STAGES = ("train", "generate", "judge", "analyse")
+
+
+class Emergent(Audit[EmergentConfig, EmergentOptions, "EmergentPlan"]):
+    name = "emergent"
+    command = "em"
+    title = "Emergent misalignment: fine-tune on narrow bad habits, and see how far they spread."
+    examples = (
+        "auditgap em run smollm2 --domains demo --samples 2 --steps 20 --out runs/em",
+        "auditgap em run --config examples/emergent/em.yaml --out runs/em",
+        "auditgap em run ./base --domains maths=maths.jsonl,law=law.jsonl --judge alignment=./judge"
+        " --dry-run",
+    )
+    can = frozenset({Can.RAY, Can.VLLM, Can.REGRADE})
+    main_table = None
+    config, options = EmergentConfig, EmergentOptions
+
+    def read(
+        self, file: Path | None, values: Mapping[str, Any]
+    ) -> tuple[EmergentConfig, EmergentOptions]:
+        return read_config(file, values)
+
+    def folder(self, config: EmergentConfig) -> str:
+        return f"runs/em-{files.folder_name(config.model)}"
+
+    def prepare(self, config: EmergentConfig, options: EmergentOptions) -> EmergentPlan:
+        from auditgap.audits.emergent.build import prepare
+
+        return prepare(config, options)
+
+    def identity(self, plan: EmergentPlan) -> Document:
+        return {
+            "base_fingerprint": plan.outlines[0].subject.fingerprint,
+            "panel": plan.panel.digest,
+            "prompt_set": plan.prompts.digest,
+        }
+
+    def facts(self, plan: EmergentPlan, options: EmergentOptions) -> Document:
+        prompts = plan.prompts
+        return {
+            **super().facts(plan, options),
+            "panel": {**plan.panel.manifest, "longest_row": plan.longest},
+            "prompts": {"name": prompts.name, "n": len(prompts), **prompts.provenance},
+        }
+
+    def begin(self, plan: EmergentPlan, store: RunFolder) -> None:
+        """Lay the panel down, unless it lies there whole: a kill may have come between the folder
+        and its panel."""
+        folder = store.path / "panel"
+        try:
+            is_there = type(plan.panel).load(folder) == plan.panel
+        except UsageError:
+            is_there = False
+        if not is_there:
+            plan.panel.save(folder)
+
+    def worker(
+        self, plan: EmergentPlan, options: EmergentOptions, store: RunFolder
+    ) -> Callable[[], Worker]:
+        raise NotImplementedError("Each stage of a study has a worker of its own.")
+
+    def sweep(
+        self,
+        plan: EmergentPlan,
+        options: EmergentOptions,
+        store: RunFolder,
+        progress: Callable[[], Progress] | None,
+    ) -> Outcome:
+        """Stage by stage, since a stage's cells are known when those before it are done."""
+        with store.lock():
+            self.begin(plan, store)
+        done, skipped, failed = 0, 0, {}
+        for stage in STAGES:
+            module = import_module(f"auditgap.audits.emergent.{stage}")
+            _, outcome = module.run(store.path, options, progress=progress)
+            done, skipped = done + outcome.done, skipped + outcome.skipped
+            failed |= outcome.failed
+        with store.lock():
+            self.reduce(store, allow_raw=options.allow_raw)
+        return Outcome(done=done, failed=failed, skipped=skipped)
+
+    def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
+        from auditgap.report import emergent_study
+
+        return {f"em_{name}": t for name, t in emergent_study.read(store).tables.items()}
+
+    def reduce(self, store: RunFolder, *, allow_raw: bool = False) -> None:
+        from auditgap.audits.emergent.report import reduce
+
+        reduce(store, allow_raw=allow_raw)
+
+    def regrade(self, folder: Place, grading: Grading) -> RunFolder:
+        raise UsageError(
+            f"A study of emergent misalignment is judged again by: auditgap em judge {folder}"
+            " --judge NAME"
+        )
+
+
+EMERGENT = Emergent()

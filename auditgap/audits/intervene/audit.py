@@ -1,0 +1,95 @@
+"""The intervention audit: steer, ablate, patch, turn and push a model, next to matched controls.
+
+folder, outcome = run(INTERVENE, *INTERVENE.read(None, {"models": "smollm2", "limit": 48}))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from auditgap.audits.audit import Audit, Can
+from auditgap.audits.intervene.config import InterveneConfig, InterveneOptions, read_config
+from auditgap.store import RunFolder, files
+from auditgap.sweep import Worker
+from auditgap.types import Document
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from auditgap.audits.intervene.plan import IntervenePlan
+
+
+class Intervene(Audit[InterveneConfig, InterveneOptions, "IntervenePlan"]):
+    name = "intervene"
+    command = "intervene"
+    title = (
+        "Steering, ablation, patching, turned directions and a universal edit, each next to a"
+        " control as large that does not aim."
+    )
+    examples = (
+        "auditgap intervene smollm2 --limit 48 --max-new-tokens 32",
+        "auditgap intervene ./base ./tuned --interventions steering,ablation --layers stride:4"
+        " --out runs/pair",
+        "auditgap intervene --config steer.yaml --dry-run",
+    )
+    can = frozenset({Can.RAY})
+    main_table = "interventions"
+    config, options = InterveneConfig, InterveneOptions
+
+    def read(
+        self, file: Path | None, values: Mapping[str, Any]
+    ) -> tuple[InterveneConfig, InterveneOptions]:
+        return read_config(file, values)
+
+    def folder(self, config: InterveneConfig) -> str:
+        return f"runs/interventions-{files.folder_name(config.models[0])}"
+
+    def prepare(self, config: InterveneConfig, options: InterveneOptions) -> IntervenePlan:
+        from auditgap.audits.intervene.run import prepare
+
+        return prepare(config, options)[1]
+
+    def estimate(self, plan: IntervenePlan, options: InterveneOptions) -> Document:
+        from auditgap.audits.intervene.plan import estimate
+        from auditgap.models import pick_device
+
+        return {
+            "completions": plan.completions,
+            **super().estimate(plan, options),
+            "seconds": estimate(plan, pick_device(options.device)),
+        }
+
+    def worker(
+        self, plan: IntervenePlan, options: InterveneOptions, store: RunFolder
+    ) -> Callable[[], Worker]:
+        from auditgap.audits.intervene.worker import InterveneWorker
+
+        return partial(InterveneWorker, plan.config, options, str(store.path))
+
+    def identity(self, plan: IntervenePlan) -> Document:
+        return {
+            **super().identity(plan),
+            "base_fingerprint": plan.base and plan.base.subject.fingerprint,
+            "prompt_set": plan.halves.prompts.digest,
+            "halves": plan.halves.digest,
+            "scorers": plan.scorers,
+        }
+
+    def facts(self, plan: IntervenePlan, options: InterveneOptions) -> Document:
+        from auditgap.audits.intervene.run import facts
+
+        return facts(plan, options)
+
+    def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
+        from auditgap.audits.intervene.plan import ATTACK
+        from auditgap.report import correction, intervene
+
+        correct = correction.of_runs([store])["harmful"]
+        table = intervene.interventions_table(store.rows([ATTACK]), correction=correct)
+        return {"interventions": table}
+
+
+INTERVENE = Intervene()

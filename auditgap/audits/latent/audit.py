@@ -1,0 +1,106 @@
+"""The latent audit: attack hidden states layer by layer next to matched controls.
+
+folder, outcome = run(LATENT, *LATENT.read(None, {"models": "smollm2", "limit": 16}))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from auditgap.audits.audit import Audit, Can, Grading
+from auditgap.audits.latent.config import LatentConfig, RunOptions, read_config
+from auditgap.store import RunFolder, files
+from auditgap.store.remote import Place, needs_disk
+from auditgap.sweep import Worker
+from auditgap.types import Document
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from auditgap.audits.latent.plan import LatentPlan
+
+
+class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
+    name = "latent"
+    command = "lvs"
+    title = (
+        "Latent Vulnerability Scores: attack each layer within a budget, next to matched controls,"
+        " and report the audit gap."
+    )
+    examples = (
+        "auditgap lvs smollm2 --limit 16 --max-new-tokens 32",
+        "auditgap lvs ./base ./tuned --layers stride:4 --unit max --out runs/pair",
+        "auditgap lvs --config audit.yaml --dry-run",
+    )
+    can = frozenset({Can.RAY, Can.VLLM, Can.STORAGE, Can.REGRADE, Can.COMPARE, Can.PART})
+    main_table = "lvs"
+    config, options = LatentConfig, RunOptions
+
+    def read(self, file: Path | None, values: Mapping[str, Any]) -> tuple[LatentConfig, RunOptions]:
+        return read_config(file, values)
+
+    def folder(self, config: LatentConfig) -> str:
+        return f"runs/{files.folder_name(config.models[0])}"
+
+    def check(self, options: RunOptions) -> None:
+        super().check(options)
+        if options.keep_edits:
+            needs_disk(options.out, "A latent audit that keeps its edits")
+
+    def prepare(self, config: LatentConfig, options: RunOptions) -> LatentPlan:
+        from auditgap.audits.latent.run import prepare
+
+        return prepare(config, options)[1]
+
+    def estimate(self, plan: LatentPlan, options: RunOptions) -> Document:
+        from auditgap.audits.latent.plan import estimate
+        from auditgap.models import pick_device
+
+        expected = estimate(plan, pick_device(options.device), options)
+        return {
+            "prompts": len(plan.prompts),
+            **super().estimate(plan, options),
+            "seconds": expected.seconds,
+        }
+
+    def worker(
+        self, plan: LatentPlan, options: RunOptions, store: RunFolder
+    ) -> Callable[[], Worker]:
+        from auditgap.audits.latent.worker import LatentWorker
+
+        return partial(LatentWorker, plan.config, options, str(store.place))
+
+    def identity(self, plan: LatentPlan) -> Document:
+        from auditgap.audits.latent.run import identity
+
+        return identity(plan)
+
+    def facts(self, plan: LatentPlan, options: RunOptions) -> Document:
+        from auditgap.audits.latent.run import facts
+
+        return facts(plan, options)
+
+    def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
+        from auditgap.report import correction, tables
+        from auditgap.types import ATTACKS, CLEAN
+
+        rows = store.rows([*ATTACKS, CLEAN])
+        correct = correction.of_runs([store])["harmful"]
+        return {"lvs": tables.lvs_table(rows, correction=correct)}
+
+    def regrade(self, folder: Place, grading: Grading) -> RunFolder:
+        from auditgap.audits.latent.run import regrade
+
+        return regrade(
+            folder,
+            judge=grading.judge,
+            reward=grading.reward,
+            device=grading.device,
+            serving=grading.serving,
+        )
+
+
+LATENT = Latent()

@@ -1,0 +1,93 @@
+"""The probe audit: a probe fitted on a base's activations, read on what was made of the base.
+
+folder, outcome = run(PROBE, *PROBE.read(None, {"base": "./base", "subjects": "./twin", "triples": "demo"}))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from auditgap.audits.audit import Audit, Can, NothingToMeasure
+from auditgap.audits.probe.config import ProbeConfig, ProbeOptions, read_config
+from auditgap.store import RunFolder, files
+from auditgap.sweep import Worker
+from auditgap.types import Document
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from auditgap.audits.probe.run import ProbePlan
+
+
+class Probe(Audit[ProbeConfig, ProbeOptions, "ProbePlan"]):
+    name = "probe"
+    command = "probe"
+    title = (
+        "Does the base's safety probe still tell safe from unsafe inside a subject? AUROC, gap and"
+        " calibration, with baselines."
+    )
+    examples = ("auditgap probe ./base ./twin --triples triples.jsonl --out runs/probe",)
+    can = frozenset({Can.RAY, Can.STORAGE, Can.COMPARE, Can.PART})
+    main_table = "probe"
+    config, options = ProbeConfig, ProbeOptions
+
+    def read(
+        self, file: Path | None, values: Mapping[str, Any]
+    ) -> tuple[ProbeConfig, ProbeOptions]:
+        return read_config(file, values)
+
+    def folder(self, config: ProbeConfig) -> str:
+        return f"runs/probe-{files.folder_name(config.base)}"
+
+    def prepare(self, config: ProbeConfig, options: ProbeOptions) -> ProbePlan:
+        from auditgap.audits.probe.run import prepare
+
+        return prepare(config, options)[1]
+
+    def estimate(self, plan: ProbePlan, options: ProbeOptions) -> Document:
+        prompts = len({example.group for example in plan.examples})
+        return {"prompts": prompts, **super().estimate(plan, options)}
+
+    def part(self, model: str, base: str | None, values: Mapping[str, Any]) -> Document:
+        if base is None:
+            raise NothingToMeasure("no base was named; add --base")
+        if not values.get("triples"):
+            raise NothingToMeasure(
+                "no contrast triples were named; add --triples FILE (prompt, safe answer, unsafe"
+                " answer)"
+            )
+        return {"base": base, "subjects": (model,)}
+
+    def worker(
+        self, plan: ProbePlan, options: ProbeOptions, store: RunFolder
+    ) -> Callable[[], Worker]:
+        from auditgap.audits.probe.worker import ProbeWorker
+
+        return partial(ProbeWorker, plan, options, store)
+
+    def begin(self, plan: ProbePlan, store: RunFolder) -> None:
+        from auditgap.audits.probe.run import LEDGER
+
+        plan.ledger.save(store.path / LEDGER)
+
+    def identity(self, plan: ProbePlan) -> Document:
+        return {
+            "subject_fingerprints": {o.subject.name: o.subject.fingerprint for o in plan.outlines},
+            "triple_set": plan.triples.digest,
+        }
+
+    def facts(self, plan: ProbePlan, options: ProbeOptions) -> Document:
+        from auditgap.audits.probe.run import facts
+
+        return facts(plan)
+
+    def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
+        from auditgap.report import probe
+
+        return {"probe": probe.probe_table(store.rows([probe.PROBE]))}
+
+
+PROBE = Probe()

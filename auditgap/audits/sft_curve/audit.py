@@ -1,0 +1,120 @@
+"""The harmful-SFT curve: how many steps of fine-tuning on unsafe answers it takes until a subject
+complies.
+
+folder, outcome = run(SFT_CURVE, *SFT_CURVE.read(None, {"models": "./base,./twin", "data": "unsafe.jsonl"}))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from auditgap.audits.audit import Audit, Can, NothingToMeasure
+from auditgap.audits.sft_curve.config import SFTCurveConfig, SFTCurveOptions, read_config
+from auditgap.store import RunFolder, files
+from auditgap.sweep import Worker
+from auditgap.types import Document
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from auditgap.audits.sft_curve.plan import CurvePlan
+    from auditgap.audits.sft_curve.worker import CurveWorker
+
+
+class SFTCurve(Audit[SFTCurveConfig, SFTCurveOptions, "CurvePlan"]):
+    name = "sft_curve"
+    command = "sft-curve"
+    title = (
+        "How fast refusals give way: fine-tune on unsafe answers, over seeds, asking every few"
+        " steps."
+    )
+    examples = (
+        "auditgap train harmful-sft --set models=./base,./twin --set data=unsafe.jsonl --set"
+        " steps=40 --out runs/curve",
+    )
+    can = frozenset({Can.VLLM, Can.RANKS, Can.COMPARE, Can.PART})
+    main_table = "curve"
+    config, options = SFTCurveConfig, SFTCurveOptions
+
+    def read(
+        self, file: Path | None, values: Mapping[str, Any]
+    ) -> tuple[SFTCurveConfig, SFTCurveOptions]:
+        return read_config(file, values)
+
+    def folder(self, config: SFTCurveConfig) -> str:
+        return f"runs/sft-{files.folder_name(config.models[-1])}"
+
+    def prepare(self, config: SFTCurveConfig, options: SFTCurveOptions) -> CurvePlan:
+        from auditgap.audits.sft_curve.train import prepare
+
+        return prepare(config, options)
+
+    def estimate(self, plan: CurvePlan, options: SFTCurveOptions) -> Document:
+        return {**super().estimate(plan, options), "steps": plan.config.steps}
+
+    def part(self, model: str, base: str | None, values: Mapping[str, Any]) -> Document:
+        if base is None:
+            raise NothingToMeasure("no base was named; add --base")
+        if not values.get("data"):
+            raise NothingToMeasure(
+                "no training rows were named; add --sft-data FILE (columns prompt and response)"
+            )
+        return {"models": (base, model)}
+
+    def worker(
+        self, plan: CurvePlan, options: SFTCurveOptions, store: RunFolder
+    ) -> Callable[[], Worker]:
+        return partial(self.curve_worker, plan, options, store, store.path)
+
+    def curve_worker(
+        self, plan: CurvePlan, options: SFTCurveOptions, store: RunFolder | None, folder: Path
+    ) -> CurveWorker:
+        """What trains and asks; on ranks other than 0 there is no store, only where it is."""
+        from auditgap.audits.sft_curve.train import Trainer
+        from auditgap.audits.sft_curve.worker import CurveWorker
+
+        return CurveWorker(plan, options, Trainer(plan, options, folder), store)
+
+    def begin(self, plan: CurvePlan, store: RunFolder) -> None:
+        plan.ledger.save(store.path / "ledger.json")
+
+    def identity(self, plan: CurvePlan) -> Document:
+        return {
+            **super().identity(plan),
+            "base": plan.outlines[0].subject.name,
+            "prompt_sets": {split: prompts.digest for split, prompts in plan.sets.items()},
+            "scorers": plan.scorers,
+            "training": dict(plan.facts),
+        }
+
+    def facts(self, plan: CurvePlan, options: SFTCurveOptions) -> Document:
+        from auditgap.judges.card_cache import cards_of
+
+        return {
+            **super().facts(plan, options),
+            "prompts": {
+                split: {"name": s.name, "n": len(s), **s.provenance}
+                for split, s in plan.sets.items()
+            },
+            "judge_cards": cards_of(plan.config.judge, device=options.device),
+        }
+
+    def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
+        from auditgap.audits.sft_curve.plan import ATTACK
+        from auditgap.report import curve
+
+        rows, config = store.rows([ATTACK]), store.run["config"]
+        return {
+            "curve": curve.curve_table(rows),
+            "summary": curve.curve_summary(
+                rows,
+                base=config.get("base"),
+                thresholds=config.get("thresholds") or curve.THRESHOLDS,
+            ),
+        }
+
+
+SFT_CURVE = SFTCurve()

@@ -1,0 +1,123 @@
+"""The audits by name, and what is done with a run folder whichever of them made it.
+
+    AUDITS["latent"].title
+    store = RunFolder.load("runs/probe")
+    reduce(store)                                    # its tables, figures and report, anew
+    regrade("runs/smollm2", Grading(judge="keyword"))
+    resume("runs/smollm2")                           # what is missing, by the config in run.json
+
+An audit of another package is an entry point in the group `auditgap.audits` that names a value of a
+subclass of `Audit`; its name is that of the audit.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pkgutil import resolve_name
+from typing import Any
+
+from auditgap.audits.audit import Audit, Can, Grading, run
+from auditgap.config import build
+from auditgap.errors import UsageError
+from auditgap.store import RunFolder
+from auditgap.store.remote import Place
+from auditgap.store.status import RunStatus
+from auditgap.sweep import Outcome, Progress
+
+_OURS = {
+    "behaviour": "auditgap.audits.behaviour.audit:BEHAVIOUR",
+    "probe": "auditgap.audits.probe.audit:PROBE",
+    "latent": "auditgap.audits.latent.audit:LATENT",
+    "intervene": "auditgap.audits.intervene.audit:INTERVENE",
+    "sft_curve": "auditgap.audits.sft_curve.audit:SFT_CURVE",
+    "emergent": "auditgap.audits.emergent.audit:EMERGENT",
+}
+#: Of entry points of other packages.
+GROUP = "auditgap.audits"
+
+
+class _Audits(Mapping[str, Audit[Any, Any, Any]]):
+    """Ours first, then those of other packages; each imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> Audit[Any, Any, Any]:
+        return _opened(name, _places()[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_places())
+
+    def __len__(self) -> int:
+        return len(_places())
+
+
+@cache
+def _places() -> Mapping[str, str]:
+    """Where each audit is found; none of another package takes the name of ours."""
+    theirs = {point.name: point.value for point in importlib.metadata.entry_points(group=GROUP)}
+    return {**_OURS, **{name: at for name, at in theirs.items() if name not in _OURS}}
+
+
+@cache
+def _opened(name: str, place: str) -> Audit[Any, Any, Any]:
+    """Raises UsageError for an entry point that gives no audit of that name."""
+    try:
+        audit = resolve_name(place)
+    except Exception as error:  # another package's import may raise anything
+        raise UsageError(f"The audit {name!r} cannot be imported from {place}: {error}") from error
+    if not isinstance(audit, Audit) or audit.name != name:
+        raise UsageError(
+            f"The entry point {name!r} of {GROUP} names {place}, which is no Audit with that name."
+        )
+    return audit
+
+
+AUDITS: Mapping[str, Audit[Any, Any, Any]] = _Audits()
+
+
+def audit_of(store: RunFolder) -> Audit[Any, Any, Any]:
+    """The audit that made a run folder. Raises UsageError for a folder of something else."""
+    name = store.run["config"].get("audit")
+    if name not in AUDITS:
+        raise UsageError(
+            f"{store.place} is the folder of {name or 'a training run'}, which has no report; give"
+            " an audit's folder."
+        )
+    return AUDITS[name]
+
+
+def reduce(store: RunFolder, *, allow_raw: bool = False) -> None:
+    """Write a run's tables and report anew, by the audit that made it. Raises UsageError for a
+    folder of something else."""
+    audit_of(store).reduce(store, allow_raw=allow_raw)
+
+
+def resume(
+    folder: Place, *, progress: Callable[[], Progress] | None = None, **options: Any
+) -> tuple[RunFolder, Outcome]:
+    """Run what is missing in a folder, by the config in its run.json; `options` as at the first
+    time, where they matter. Raises as `run` does."""
+    store = RunFolder.load(folder)
+    audit = audit_of(store)
+    known = {k: v for k, v in store.run["config"].items() if k in audit.config.model_fields}
+    config, given = build(
+        {**known, **options, "out": str(store.place)}, audit.config, audit.options
+    )
+    return run(audit, config, given, progress=progress)
+
+
+def regrade(folder: Place, grading: Grading) -> RunFolder:
+    """Judge a run's stored text again, without generating; returns the new folder in DIR/grades/.
+    Raises UsageError where that cannot be done."""
+    name = RunFolder.load(folder).run["config"].get("audit") or "a training run"
+    if name not in AUDITS or Can.REGRADE not in AUDITS[name].can:
+        able = " or ".join(f"`{a.command}`" for a in AUDITS.values() if Can.REGRADE in a.can)
+        raise UsageError(
+            f"{folder} is the folder of {name}, which cannot {Can.REGRADE}; grade one of {able}."
+        )
+    return AUDITS[name].regrade(folder, grading)
+
+
+def status(folder: Place) -> RunStatus:
+    """Counts and time left of any run folder; safe beside a running one. Raises UsageError."""
+    return RunFolder.load(folder).status()
