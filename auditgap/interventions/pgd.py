@@ -4,9 +4,9 @@ batch.
     attack(engine, [Goal(rendered, target_ids, radii=(0.2, 0.6))], Site(15), PGD())
 
 finds for each goal and radius the δ [T, D] with ‖δ‖∞ ≤ radius that makes the target likeliest (or,
-for `maximise`, the least likely): zero start, sign gradient, step radius/4, projection after every
-step (paper, section 4 and appendix C.1). The blocks below the site run once; each step runs only
-the blocks above it, with logits only where the target stands.
+for `maximise`, the least likely), from zero, by `descent` (paper, section 4 and appendix C.1). The
+blocks below the site run once; each step runs only the blocks above it, with logits only where the
+target stands.
 """
 
 from __future__ import annotations
@@ -18,31 +18,13 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from auditgap.engines.batching import halving, left_pad
+from auditgap.engines.batching import halving, left_pad, right_pad
 from auditgap.engines.hf import HFEngine, add, mean_nll
-from auditgap.errors import UsageError
+from auditgap.interventions.descent import PGD, Descent, LinfBall, descend
 from auditgap.models import Rendered
 from auditgap.types import Budget, Site
 
-
-@dataclass(frozen=True, kw_only=True)
-class PGD:
-    """How hard the search tries. The defaults are the paper's."""
-
-    steps: int = 10
-    step_share: float = 0.25  #: step size as a share of the radius
-    #: beyond the first (zero) start, uniform random starts; the best final NLL wins
-    restarts: int = 1
-    iterate: str = "last"  #: or "best": the iterate with the best NLL seen
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.restarts < 1 or not 0 < self.step_share <= 1:
-            raise UsageError(
-                "--steps and --restarts must be at least 1, and the step share in (0, 1]."
-            )
-        if self.iterate not in ("last", "best"):
-            raise UsageError(f"iterate must be last or best; {self.iterate!r} came.")
+__all__ = ["PGD", "AttackResult", "Ball", "Elsewhere", "Goal", "Objective", "attack"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +46,10 @@ class AttackResult:
 
     delta: torch.Tensor
     nll_clean: float
-    nll_edited: float | None  #: None when it was not asked for
+    nll_edited: float | None  #: at `delta`; None when it was not asked for
     finite: bool
+    #: NLL at every iterate, the start first
+    curve: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,11 +97,11 @@ class Elsewhere(Protocol):
 def attack(
     engine: HFEngine | Elsewhere, goals: Sequence[Goal], site: Site, pgd: PGD, *, score: bool = True
 ) -> list[list[AttackResult]]:
-    """Run the search for every goal; returns one Found a radius for each goal, in order. Packs by
+    """Run the search for every goal; returns one result a radius for each goal, in order. Packs by
     length as needed.
 
     Without `score` the last iterate's NLL is not computed (one forward less), unless restarts or
-    `best` need it.
+    `best` need it. Targets may differ in length.
     """
     if isinstance(engine, Elsewhere):
         return engine.attack(goals, site, pgd, score=score)
@@ -141,14 +125,8 @@ def attack(
     lengths = [len(g.rendered.ids) + len(g.target) for g in goals]
     weight = max((len(g.radii) for g in goals), default=1) * pgd.restarts
     for pack in engine.packing.packs(lengths, weight):
-        # the target stands at the same columns in a batch
-        by_target: dict[int, list[tuple[int, int]]] = {}
-        for i in pack:
-            by_target.setdefault(len(goals[i].target), []).extend(
-                (i, r) for r in range(len(goals[i].radii))
-            )
-        for rows in by_target.values():
-            found.update(zip(rows, halving(run, rows), strict=True))
+        rows = [(i, r) for i in pack for r in range(len(goals[i].radii))]
+        found.update(zip(rows, halving(run, rows), strict=True))
     return [[found[i, r] for r in range(len(g.radii))] for i, g in enumerate(goals)]
 
 
@@ -158,72 +136,82 @@ def _only(goal: Goal, rows: Sequence[int]) -> Goal:
     return replace(goal, radii=tuple(goal.radii[r] for r in rows), warm=warm)
 
 
+class Objective:
+    """The target's NLL of N goals at a site, as a function of their edits, with the trunk run once.
+
+    T prompt tokens (padded on the left), K target tokens (padded on the right), D width. A row is
+    one edit [T, D] of goal number `of`.
+    """
+
+    def __init__(self, engine: HFEngine, goals: Sequence[Goal], site: Site) -> None:
+        self.engine, self.site = engine, site
+        device = engine.device
+        prompts, real = left_pad([g.rendered.ids for g in goals], engine.pad_id, device)
+        target, self.scored = right_pad([g.target for g in goals], engine.pad_id, device)
+        self.ids = torch.cat([prompts, target], 1)  # [N, T + K]
+        self.mask = torch.cat([real, self.scored], 1)
+        self.t, self.k = prompts.shape[1], target.shape[1]
+        self.on = real[:, :, None].float()  #: [N, T, 1], 1 where a prompt has a token
+        #: [N]; +1 where the NLL is to fall
+        self.sign = torch.tensor([-1.0 if g.maximise else 1.0 for g in goals], device=device)
+        self.clean = engine.capture(site, self.ids, self.mask)  # [N, T + K, D]
+
+    def zero(self) -> torch.Tensor:
+        """No edit: [N, T, D]."""
+        return torch.zeros(len(self.ids), self.t, self.clean.shape[-1], device=self.ids.device)
+
+    def nll(self, delta: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+        """Mean NLL of the targets [B] under the rows' edits [B, T, D]; differentiable."""
+        t, ids, mask = self.t, self.ids[of], self.mask[of]
+        hidden = torch.cat([add(self.clean[of, :t], delta), self.clean[of, t:]], 1)
+        logits = self.engine.logits_from(self.site, hidden, ids, mask, keep=self.k + 1)[:, :-1]
+        return mean_nll(logits, ids[:, t:], self.scored[of])
+
+    @torch.no_grad()
+    def value(self, delta: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+        """The loss [B], which falls as the attack comes nearer to what it wants."""
+        return self.sign[of] * self.engine.agreed(self.nll(delta, of))
+
+    def gradient(self, delta: torch.Tensor, of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss [B] and its gradient [B, T, D]."""
+        with torch.enable_grad():
+            leaf = delta.detach().requires_grad_(True)
+            nll = self.nll(leaf, of)
+            (slope,) = torch.autograd.grad(nll.sum(), leaf)
+        sign = self.sign[of]
+        agreed = self.engine.agreed
+        return sign * agreed(nll.detach()), sign[:, None, None] * agreed(slope)
+
+
 def _attack(
     engine: HFEngine, goals: Sequence[Goal], site: Site, pgd: PGD, score: bool
 ) -> list[list[AttackResult]]:
-    """The search on one batch: N goals, B = Σ radii × restarts rows, T prompt tokens, K target
-    tokens, D width."""
-    device = engine.device
-    # [N, T + K]
-    ids, mask = left_pad([(*g.rendered.ids, *g.target) for g in goals], engine.pad_id, device)
-    k = len(goals[0].target)
-    clean = engine.capture(site, ids, mask)  # [N, T + K, D]
-    t = ids.shape[1] - k
-    sign = torch.tensor([1.0 if g.maximise else -1.0 for g in goals], device=device)
-
+    """The search on one batch: N goals, B = Σ radii × restarts rows."""
+    objective = Objective(engine, goals, site)
     rows = [
         (n, r)
         for n, g in enumerate(goals)
         for r in range(len(g.radii))
         for _ in range(pgd.restarts)
     ]
-    source = torch.tensor([n for n, _ in rows], device=device)
-    radius = torch.tensor([goals[n].radii[r] for n, r in rows], device=device)[:, None, None]
-    on_prompt = mask[:, :t, None].float()[source]
-    delta = _starts(goals, rows, pgd, t, clean.shape[-1], device) * on_prompt
-
-    def loss(delta: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
-        """Mean target NLL [B'] of the rows `of`, under their δ."""
-        hidden = torch.cat([add(clean[of, :t], delta), clean[of, t:]], 1)
-        logits = engine.logits_from(site, hidden, ids[of], mask[of], keep=k + 1)[:, :-1]
-        return mean_nll(logits, ids[of, t:], torch.ones_like(ids[of, t:]))
-
-    def gradient(delta: torch.Tensor, of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.enable_grad():
-            leaf = delta.detach().requires_grad_(True)
-            nll = loss(leaf, of)
-            return engine.agreed(nll.detach()), engine.agreed(
-                torch.autograd.grad(nll.sum(), leaf)[0]
-            )
-
-    everyone = torch.arange(len(goals), device=device)
+    of = torch.tensor([n for n, _ in rows], device=engine.device)
+    radius = torch.tensor([goals[n].radii[r] for n, r in rows], device=engine.device)
+    ball = LinfBall(radius[:, None, None], objective.on[of])
+    zero = objective.zero()
+    start = _starts(goals, rows, pgd, objective.t, zero.shape[-1], engine.device) * ball.on
     # at δ = 0 every budget sees the same gradient: it is computed once a prompt, and gives the
     # clean NLL besides
-    nll_clean, gradient_at_zero = gradient(
-        torch.zeros(len(goals), t, clean.shape[-1], device=device), everyone
+    clean, slope = objective.gradient(zero, torch.arange(len(goals), device=engine.device))
+    found = descend(
+        lambda delta: objective.gradient(delta, of),
+        lambda delta: objective.value(delta, of),
+        start,
+        ball,
+        pgd,
+        first=(clean[of], slope[of]) if bool((start == 0).all()) else None,
+        score=score or pgd.restarts > 1,
     )
-    finite = torch.ones(len(rows), dtype=torch.bool, device=device)
-    best, best_nll = delta, torch.full((len(rows),), float("inf"), device=device)
-    cold = bool((delta == 0).all())
-    for step in range(pgd.steps):
-        if step == 0 and cold:
-            nll, grad = nll_clean[source], gradient_at_zero[source]
-        else:
-            nll, grad = gradient(delta, source)
-        finite &= torch.isfinite(grad).flatten(1).all(1) & torch.isfinite(nll)
-        if pgd.iterate == "best":
-            best, best_nll = _better(best, best_nll, delta, -sign[source] * nll)
-        moved = delta + sign[source, None, None] * (pgd.step_share * radius) * grad.sign()
-        moved = torch.minimum(torch.maximum(moved, -radius), radius) * on_prompt
-        # a row with a broken gradient stays where it was
-        delta = torch.where(finite[:, None, None], moved, delta)
-    if not (score or pgd.restarts > 1 or pgd.iterate == "best"):
-        return _collect(goals, rows, delta, None, nll_clean, finite)
-    with torch.no_grad():
-        last = -sign[source] * engine.agreed(loss(delta, source))
-    if pgd.iterate == "best":
-        delta, last = _better(best, best_nll, delta, last)
-    return _collect(goals, rows, delta, -sign[source] * last, nll_clean, finite)
+    return _collect(goals, rows, found, objective.sign, clean)
 
 
 def _starts(
@@ -249,27 +237,31 @@ def _starts(
     return starts.to(device)
 
 
-def _better(
-    best: torch.Tensor, best_score: torch.Tensor, delta: torch.Tensor, score: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    wins = score < best_score
-    return torch.where(wins[:, None, None], delta, best), torch.where(wins, score, best_score)
-
-
 def _collect(
     goals: Sequence[Goal],
     rows: Sequence[tuple[int, int]],
-    delta: torch.Tensor,
-    nll: torch.Tensor | None,
-    nll_clean: torch.Tensor,
-    finite: torch.Tensor,
+    found: Descent,
+    sign: torch.Tensor,
+    clean: torch.Tensor,
 ) -> list[list[AttackResult]]:
-    """Per goal and radius the restart with the best NLL; δ without its padding."""
-    found: list[dict[int, tuple[float, AttackResult]]] = [{} for _ in goals]
+    """Per goal and radius the restart with the lowest loss; δ without its padding."""
+    signs = sign.tolist()
+    before, finite = clean.tolist(), found.finite.tolist()
+    loss = None if found.loss is None else found.loss.tolist()
+    curves = found.curve.T.tolist()
+    kept: list[dict[int, tuple[float, AttackResult]]] = [{} for _ in goals]
     for b, (n, r) in enumerate(rows):
-        edited = None if nll is None else nll[b].item()
-        value = 0.0 if edited is None else -edited if goals[n].maximise else edited
-        if r not in found[n] or value < found[n][r][0]:
-            own = delta[b, delta.shape[1] - len(goals[n].rendered.ids) :].float().cpu().clone()
-            found[n][r] = (value, AttackResult(own, nll_clean[n].item(), edited, bool(finite[b])))
-    return [[f[r][1] for r in sorted(f)] for f in found]
+        value = 0.0 if loss is None else loss[b]
+        if r not in kept[n] or value < kept[n][r][0]:
+            own = found.x[b, found.x.shape[1] - len(goals[n].rendered.ids) :].float().cpu().clone()
+            kept[n][r] = (
+                value,
+                AttackResult(
+                    own,
+                    signs[n] * before[n],
+                    None if loss is None else signs[n] * value,
+                    finite[b],
+                    tuple(signs[n] * one for one in curves[b]),
+                ),
+            )
+    return [[f[r][1] for r in sorted(f)] for f in kept]

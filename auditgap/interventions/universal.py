@@ -21,6 +21,7 @@ from auditgap.engines.batching import left_pad
 from auditgap.engines.hf import HFEngine, add, mean_nll
 from auditgap.interventions import CONTROL, EDIT, Bench, Settings, Trial
 from auditgap.interventions.controls import generator
+from auditgap.interventions.descent import PGD, L2Ball, descend
 from auditgap.interventions.directions import orthogonal, unit
 from auditgap.models import Rendered
 from auditgap.types import Edit, Site
@@ -99,31 +100,28 @@ def search(
         ids, mask = left_pad([(*rendered[i].ids, *target) for i in pack], engine.pad_id, device)
         batches.append((ids, mask, engine.capture(site, ids, mask)))
 
-    def gradient(v: torch.Tensor) -> torch.Tensor:
-        """Of the mean target NLL over all prompts, [D]."""
-        total = torch.zeros_like(v)
+    def gradient(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of v [1, D]: the mean target NLL over all prompts [1], and its gradient."""
+        nll, slope = torch.zeros(1, device=device), torch.zeros_like(v)
         for ids, mask, clean in batches:
             t = ids.shape[1] - k
             with torch.enable_grad():
                 leaf = v.detach().requires_grad_(True)
                 hidden = torch.cat([add(clean[:, :t], leaf * mask[:, :t, None]), clean[:, t:]], 1)
                 logits = engine.logits_from(site, hidden, ids, mask, keep=k + 1)[:, :-1]
-                nll = mean_nll(logits, ids[:, t:], torch.ones_like(ids[:, t:])).sum()
-                total += torch.autograd.grad(nll, leaf)[0] / max(1, len(rendered))
-        return total
+                own = mean_nll(logits, ids[:, t:], torch.ones_like(ids[:, t:])).sum()
+                slope += torch.autograd.grad(own, leaf)[0] / max(1, len(rendered))
+                nll += own.detach() / max(1, len(rendered))
+        return nll, slope
 
+    zero = torch.zeros(1, engine.loaded.width, device=device)
+    at_zero = gradient(zero)
     found = []
-    zero = torch.zeros(engine.loaded.width, device=device)
-    at_zero = gradient(zero) if batches else zero
     for radius in radii:
-        v = zero.clone()
-        for step in range(steps):
-            g = at_zero if step == 0 else gradient(v)
-            size = g.double().norm().item()
-            # no gradient, or none that is a number: v stays where it was
-            if not 0 < size < float("inf"):
-                break
-            v = v - STEP_SHARE * radius / size * g
-            v = v * min(1.0, radius / max(v.double().norm().item(), 1e-30))
-        found.append(v.float().cpu())
+        pgd = PGD(steps=steps, step_share=STEP_SHARE)
+        ball = L2Ball(radius)
+        way = descend(
+            gradient, lambda v: gradient(v)[0], zero, ball, pgd, first=at_zero, score=False
+        )
+        found.append(way.x[0].float().cpu())
     return found

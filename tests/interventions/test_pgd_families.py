@@ -7,6 +7,8 @@ hook that replaces a block's output. It shares no code with the engine.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -58,14 +60,13 @@ def prompts() -> tuple[Rendered, ...]:
     )
 
 
-def plain_attack(
-    variant: str, ids: tuple[int, ...], site: Site, radius: float
-) -> tuple[torch.Tensor, float, float]:
-    """δ [T, D] after PGD_STEPS sign steps of radius/4, with the NLL of the target before and
-    after."""
+def plain_nll(
+    variant: str, ids: tuple[int, ...], site: Site, target: tuple[int, ...] = TARGET
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """NLL of the target under δ [T, D], as a function of δ."""
     model = plain_model(variant)
     blocks = model.gpt_neox.layers if hasattr(model, "gpt_neox") else model.model.layers
-    tokens, t = torch.tensor([[*ids, *TARGET]]), len(ids)
+    tokens, t = torch.tensor([[*ids, *target]]), len(ids)
 
     def nll(delta: torch.Tensor) -> torch.Tensor:
         def replaced(h: torch.Tensor) -> torch.Tensor:
@@ -83,13 +84,46 @@ def plain_attack(
             hook.remove()
         return torch.nn.functional.cross_entropy(logits[0, t - 1 : -1], tokens[0, t:])
 
-    delta = torch.zeros(t, tiny.WIDTH, dtype=torch.float64)
-    before = nll(delta).item()
+    return nll
+
+
+def plain_paper(
+    nll: Callable[[torch.Tensor], torch.Tensor], t: int, radius: float
+) -> tuple[torch.Tensor, list[float]]:
+    """δ [T, D] after sign steps of radius/4, the last iterate, and the NLL of every iterate."""
+    delta, curve = torch.zeros(t, tiny.WIDTH, dtype=torch.float64), []
     for _ in range(PGD_STEPS):
         leaf = delta.clone().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(nll(leaf), leaf)
+        loss = nll(leaf)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        curve.append(loss.item())
         delta = (delta - radius / 4 * gradient.sign()).clamp(-radius, radius)
-    return delta, before, nll(delta).item()
+    return delta, [*curve, nll(delta).item()]
+
+
+def plain_decreasing(
+    nll: Callable[[torch.Tensor], torch.Tensor], t: int, radius: float
+) -> tuple[torch.Tensor, list[float]]:
+    """The same with a step that falls from 2 · radius to 0 along a momentum, and the best
+    iterate."""
+    delta = torch.zeros(t, tiny.WIDTH, dtype=torch.float64)
+    momentum, seen = torch.zeros_like(delta), []
+    for k in range(PGD_STEPS):
+        leaf = delta.clone().requires_grad_(True)
+        loss = nll(leaf)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        seen.append((loss.item(), delta))
+        momentum = momentum / 2 + gradient / gradient.abs().mean()
+        size = radius * (1 + math.cos(math.pi * k / PGD_STEPS))
+        delta = (delta - size * momentum.sign()).clamp(-radius, radius)
+    seen.append((nll(delta).item(), delta))
+    return min(seen, key=lambda one: one[0])[1], [loss for loss, _ in seen]
+
+
+SEARCHES = {
+    "paper": (PGD(steps=PGD_STEPS), plain_paper),
+    "decreasing": (PGD(steps=PGD_STEPS, schedule="decreasing", iterate="best"), plain_decreasing),
+}
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -98,25 +132,52 @@ def same(a: torch.Tensor, b: torch.Tensor) -> float:
     return torch.isclose(a.double(), b.double(), rtol=0, atol=1e-6).double().mean().item()
 
 
+def as_good(
+    nll: Callable[[torch.Tensor], torch.Tensor], one: torch.Tensor, other: torch.Tensor
+) -> bool:
+    """Two iterates of a way may differ by less than fp32 can tell: then either is the best."""
+    return abs(nll(one.double()) - nll(other.double())).item() < 1e-5
+
+
+@pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("site", SITES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_batched_is_single_is_plain(variant, site):
+def test_batched_is_single_is_plain(variant, site, search):
+    pgd, plainly = SEARCHES[search]
     goals = [Goal(r, TARGET, RADII) for r in prompts()]
     padded = engine(variant, 0.9)
     assert padded.packing.packs([len(g.rendered.ids) + len(TARGET) for g in goals], len(RADII)) == [
         [1, 2, 0]
     ]  # padding is forced
-    batched = attack(padded, goals, site, PGD(steps=PGD_STEPS))
+    batched = attack(padded, goals, site, pgd)
     for goal, together in zip(goals, batched, strict=True):
-        alone = attack(engine(variant, 0.0), [goal], site, PGD(steps=PGD_STEPS))[0]
+        nll = plain_nll(variant, goal.rendered.ids, site)
+        alone = attack(engine(variant, 0.0), [goal], site, pgd)[0]
         for radius, found, single in zip(RADII, together, alone, strict=True):
-            plain, before, after = plain_attack(variant, goal.rendered.ids, site, radius)
-            assert same(found.delta, single.delta) >= SAME
-            assert same(found.delta, plain) >= SAME
-            assert found.nll_clean == pytest.approx(before, abs=1e-4)
-            assert found.nll_edited == pytest.approx(after, abs=2e-3)
+            plain, curve = plainly(nll, len(goal.rendered.ids), radius)
+            for other in (single.delta, plain):
+                assert same(found.delta, other) >= SAME or as_good(nll, found.delta, other)
+            assert found.curve == pytest.approx(curve, abs=2e-3)
+            assert found.nll_clean == pytest.approx(curve[0], abs=1e-4)
+            # at the same δ the two ways agree far better than along their own ways
+            assert found.nll_edited == pytest.approx(nll(found.delta.double()).item(), abs=1e-5)
+            assert found.nll_edited == pytest.approx(nll(plain).item(), abs=2e-3)
             check_ball(found, goal, radius)
             assert found.nll_edited < found.nll_clean - 1e-3
+
+
+@pytest.mark.parametrize("site", SITES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_targets_of_other_lengths_share_a_batch(variant, site):
+    """Shorter targets are padded behind, where nothing reads the padding."""
+    targets = [(13,), (13, 9, 14, 20, 21), (9, 14)]
+    goals = [Goal(r, target, (0.4,)) for r, target in zip(prompts(), targets, strict=True)]
+    pgd, _ = SEARCHES["decreasing"]
+    for goal, (found,) in zip(goals, attack(engine(variant, 0.9), goals, site, pgd), strict=True):
+        ((alone,),) = attack(engine(variant, 0.0), [goal], site, pgd)
+        nll = plain_nll(variant, goal.rendered.ids, site, goal.target)
+        assert same(found.delta, alone.delta) >= SAME or as_good(nll, found.delta, alone.delta)
+        assert found.nll_edited == pytest.approx(nll(found.delta.double()).item(), abs=1e-5)
 
 
 def check_ball(found: AttackResult, goal: Goal, radius: float) -> None:

@@ -118,7 +118,7 @@ class Rank:
         found = attack(
             self.engine, goals, Site(message["site"]), PGD(**message["pgd"]), score=message["score"]
         )
-        numbers = [[[f.nll_clean, f.nll_edited, f.finite] for f in row] for row in found]
+        numbers = [[[f.nll_clean, f.nll_edited, f.finite, f.curve] for f in row] for row in found]
         return {"found": numbers}, {
             f"{i}.{r}": f.delta for i, row in enumerate(found) for r, f in enumerate(row)
         }

@@ -172,7 +172,10 @@ class RankedEngine:
             warm,
         )
         return [
-            [AttackResult(deltas[f"{i}.{r}"], *values) for r, values in enumerate(row)]
+            [
+                AttackResult(deltas[f"{i}.{r}"], clean, edited, finite, tuple(curve))
+                for r, (clean, edited, finite, curve) in enumerate(row)
+            ]
             for i, row in enumerate(told["found"])
         ]
 
