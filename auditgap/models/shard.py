@@ -9,7 +9,7 @@ matrix in slices.
 
 `layers` suits every family, and one part works while the others wait. `tensor` lets all devices
 work at once, for families that have a plan; it needs a process a device
-(`auditgap.audits.latent.ranked`).
+(`auditgap.audits.ranked`).
 """
 
 from __future__ import annotations

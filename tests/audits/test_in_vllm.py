@@ -13,7 +13,7 @@ import tiny
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap.audits import behaviour, latent
-from auditgap.audits.latent import worker
+from auditgap.audits.latent import site
 from auditgap.audits.sft_curve.config import read_config
 from auditgap.audits.sft_curve.train import run_from
 from auditgap.engines.vllm import VLLMEngine
@@ -128,7 +128,7 @@ def test_a_model_that_vllm_cannot_edit_is_known_before_it_is_attacked(home, tmp_
     monkeypatch.setattr(
         VLLMEngine, "self_test", lambda self, sites: self._told({"do": "test", "layers": [99]})
     )
-    monkeypatch.setattr(worker, "attack", lambda *_, **__: pytest.fail("attacked"))
+    monkeypatch.setattr(site, "attack", lambda *_, **__: pytest.fail("attacked"))
     values = {
         **VALUES,
         "models": str(home / "model"),

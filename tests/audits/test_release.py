@@ -11,7 +11,7 @@ import tiny
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap.audits import latent
-from auditgap.audits.latent import worker as workers
+from auditgap.audits.latent import site as sites
 from auditgap.engines.hf import HFEngine
 
 
@@ -60,14 +60,14 @@ def test_models_go_with_their_pass(tmp_path, loaded):
 
 
 def test_models_go_when_a_pass_fails_and_a_site_fails_alone(tmp_path, loaded, monkeypatch):
-    attack = workers.attack
+    attack = sites.attack
 
     def failing(engine, goals, site, *args, **options):
         if site.layer_index == 0:
             raise RuntimeError("no")
         return attack(engine, goals, site, *args, **options)
 
-    monkeypatch.setattr(workers, "attack", failing)
+    monkeypatch.setattr(sites, "attack", failing)
     _, outcome = audit(tmp_path)
     assert list(outcome.failed.values()) == ["RuntimeError: no"] and outcome.done == 2
     assert [model() for model in loaded] == [None] * len(loaded)

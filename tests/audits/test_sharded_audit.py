@@ -27,7 +27,7 @@ from one_thread import one_thread  # noqa: F401 - a fixture
 from auditgap import models
 from auditgap.audits import latent
 from auditgap.audits.latent import grid
-from auditgap.audits.latent.ranked import RankedEngine
+from auditgap.audits.ranked import RankedEngine
 from auditgap.cli import main
 from auditgap.engines import Request
 from auditgap.engines.hf import HFEngine
@@ -65,7 +65,7 @@ def ranks_alive() -> list[int]:
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             if (
-                "auditgap.audits.latent.rank" in " ".join(process.cmdline())
+                "auditgap.audits.rank" in " ".join(process.cmdline())
                 and process.status() != psutil.STATUS_ZOMBIE
             ):
                 found.append(process.pid)
@@ -234,7 +234,7 @@ class TestWhenARankFails:
 
 def test_ranks_die_with_their_parent(home):
     code = (
-        "import sys, time; from auditgap import models; from auditgap.audits.latent.ranked import"
+        "import sys, time; from auditgap import models; from auditgap.audits.ranked import"
         " RankedEngine; engine = RankedEngine(models.outline(sys.argv[1]),"
         " models.Shard.of('tensor:2'), dtype='float32', device='cpu'); print(*engine.pids,"
         " flush=True); time.sleep(600)"

@@ -4,12 +4,16 @@ which all are set beside."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from auditgap.audits.session import ScoredCompletion
 from auditgap.engines.constant import change
-from auditgap.types import ConstantEdit, Edit, Suffix
+from auditgap.interventions import Trial
+from auditgap.models import Rendered
+from auditgap.types import CLEAN, Cell, ConstantEdit, Document, Edit, Label, Prompt, Suffix
 
 #: Arms besides those of a trial: the prompts that are asked and the donors, each without an edit.
 CLEAN_ARM, DONOR_ARM = "clean", "donor"
@@ -60,7 +64,7 @@ class Size:
 
 
 def size_of(edit: Edit | ConstantEdit | Suffix, h: torch.Tensor, content: tuple[bool, ...]) -> Size:
-    """Of an edit on clean hidden states h [T, D]; a standing edit's size is its first pass over the
+    """Of an edit on clean hidden states h [T, D]; a constant edit's size is its first pass over the
     prompt, a suffix has none."""
     if isinstance(edit, Suffix):
         return Size(None, None)
@@ -71,3 +75,100 @@ def size_of(edit: Edit | ConstantEdit | Suffix, h: torch.Tensor, content: tuple[
     if not math.isfinite(l2):
         return Size(None, None, "nonfinite_edit")
     return Size(l2, l2 / own if own else None, "" if l2 else "zero_edit")
+
+
+@dataclass(frozen=True)
+class Clean:
+    """What the clean pass measured of one prompt."""
+
+    verdict: str
+    nll: float | None
+
+
+@dataclass(frozen=True)
+class Donor:
+    """Whose activations are put in, and the verdict on that prompt."""
+
+    prompt_id: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class RowMaker:
+    """Makes the rows of one subject; `n_fit`: prompts that its edits were learned from."""
+
+    subject: str
+    n_fit: int
+
+    def row(
+        self,
+        cell: Cell,
+        rendered: Rendered,
+        trial: Trial,
+        one: ScoredCompletion,
+        size: Size,
+        *,
+        clean: Mapping[str, Clean] | None,
+        donor: Donor | None = None,
+    ) -> InterveneRow:
+        """One prompt's row; `clean`: None in the clean pass itself."""
+        large = size.relative is not None and size.relative > LARGER_THAN_H
+        return InterveneRow(
+            **self._of(cell, rendered.prompt, trial, clean, donor),
+            n_prompt_tokens=len(rendered.ids),
+            n_new_tokens=len(one.completion.ids),
+            l2=size.l2,
+            relative_norm=size.relative,
+            completion_nll=one.completion_nll,
+            coherent=one.coherent,
+            verdict=str(one.verdict.label),
+            flags="larger_than_h" if large else "",
+            unscored=one.verdict.reason if one.verdict.label == Label.UNSCORED else "",
+        )
+
+    def lost(
+        self,
+        cell: Cell,
+        prompt: Prompt,
+        trial: Trial,
+        problem: str,
+        clean: Mapping[str, Clean] | None = None,
+    ) -> InterveneRow:
+        """A prompt that was not asked, and why."""
+        return InterveneRow(
+            **self._of(cell, prompt, trial, clean, None),
+            n_prompt_tokens=0,
+            n_new_tokens=0,
+            l2=None,
+            relative_norm=None,
+            completion_nll=None,
+            coherent=None,
+            verdict=str(Label.UNSCORED),
+            unscored=problem,
+        )
+
+    def _of(
+        self,
+        cell: Cell,
+        prompt: Prompt,
+        trial: Trial,
+        clean: Mapping[str, Clean] | None,
+        donor: Donor | None,
+    ) -> Document:
+        name, site = cell.settings["intervention"], cell.site
+        before = None if clean is None else clean.get(prompt.id)
+        return {
+            "subject": self.subject,
+            "site": None if site is None else str(site),
+            "layer_index": None if site is None else site.layer_index,
+            "intervention": name,
+            "strength": None if name == CLEAN else trial.strength,
+            "angle": trial.angle,
+            "arm": trial.arm,
+            "draw": trial.draw,
+            "prompt_id": prompt.id,
+            "donor_id": donor and donor.prompt_id,
+            "n_fit": self.n_fit,
+            "verdict_clean": before and before.verdict,
+            "verdict_donor": donor and donor.verdict,
+        }

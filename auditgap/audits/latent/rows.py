@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from auditgap import stats
+from auditgap.audits.session import ScoredCompletion
 from auditgap.engines import Request
 from auditgap.interventions.pgd import Ball
 from auditgap.models import Rendered
@@ -73,7 +74,7 @@ def unscored_row(subject: str, cell: Cell, prompt: Prompt, reason: str) -> Row:
     return Row(**{**_empty(subject, cell, prompt), **verdict, "unscored": reason})
 
 
-def clean_row(subject: str, rendered: Rendered, spoken: Any) -> Row:
+def clean_row(subject: str, rendered: Rendered, spoken: ScoredCompletion) -> Row:
     """The clean pass's row: no edit, so no norms and no LVS."""
     return Row(
         **{
@@ -100,7 +101,7 @@ def edited_row(
     cell: Cell,
     draw: int,
     request: Request,
-    spoken: Any,
+    spoken: ScoredCompletion,
     *,
     clean: Clean,
     ball: Ball,

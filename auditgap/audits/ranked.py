@@ -102,7 +102,7 @@ class RankedEngine:
 
         def start(rank: int) -> Child:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            return Child("auditgap.audits.latent.rank", settings, {**common, **own})
+            return Child("auditgap.audits.rank", settings, {**common, **own})
 
         starting = [self._pool.submit(start, rank) for rank in range(shard.n)]
         wait(starting)

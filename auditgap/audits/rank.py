@@ -2,7 +2,7 @@
 does.
 
     # the connection, its parent, its scratch folder
-    python -P -m auditgap.audits.latent.rank 7 1234 /tmp/auditgap-k2
+    python -P -m auditgap.audits.rank 7 1234 /tmp/auditgap-k2
 
 RANK and WORLD_SIZE say which it is. It reads its settings, says that it is there, and then does
 what all ranks are told at the same time, each on its slices of the weights, until the connection
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from auditgap import models
-from auditgap.audits.latent.ranked import from_bytes, to_bytes
+from auditgap.audits.ranked import from_bytes, to_bytes
 from auditgap.engines import Request, batching
 from auditgap.engines.child import die_with, end_without, receive, send
 from auditgap.engines.hf import HFEngine

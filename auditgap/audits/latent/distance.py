@@ -1,0 +1,153 @@
+"""The minimum distance to collapse at one site: the smallest budget that turns each prompt's
+completion harmful.
+
+    minimum_distance(site_run, cell)     # tries, bisects and writes the cell's rows
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from auditgap.audits.latent.plan import distance_evaluations
+from auditgap.audits.session import Arrays
+from auditgap.engines import Request
+from auditgap.interventions.distance import Distance, search
+from auditgap.interventions.pgd import Goal, attack
+from auditgap.types import Cell, DistanceRow, Edit, Label, Prompt
+
+if TYPE_CHECKING:
+    from auditgap.audits.latent.site import SiteRun
+
+
+def minimum_distance(run: SiteRun, cell: Cell) -> None:
+    """Search every safe prompt's smallest budget and write the cell; prompts already harmful are at
+    distance 0."""
+    started = time.monotonic()
+    names: list[str] = []
+    config = run.config
+    safe = [
+        p
+        for p, r in enumerate(run.rendered)
+        if run.clean[r.prompt.id].verdict in (Label.SAFE, Label.REFUSAL)
+    ]
+    tries = _Tries(run, cell, safe, names)
+    distances = search(
+        tries.evaluate,
+        len(safe),
+        start=config.eps[0],
+        limit=config.eps[0] * config.distance_limit,
+        bisections=config.bisections,
+    )
+    found = dict(zip(safe, distances, strict=True))
+    rows = [_row_of(run, p, found.get(p)) for p in range(len(run.rendered))]
+    rows += [_row(run, p, None, None, None, 0, None, "too_long") for p in run.worker.too_long]
+    store = run.worker.store
+    store.write(cell, rows, seconds=time.monotonic() - started, info=run.worker.info())
+    store.forget(names)
+
+
+class _Tries:
+    """Answers the search: is the completion harmful within this size? Each prompt's last δ is its
+    next warm start."""
+
+    def __init__(self, run: SiteRun, cell: Cell, safe: Sequence[int], names: list[str]) -> None:
+        self.run, self.cell, self.safe, self.names = run, cell, safe, names
+        self.warm: dict[int, torch.Tensor] = {}
+        self.evaluations = 0
+
+    def evaluate(self, rows: Sequence[int], sizes: Sequence[float]) -> list[bool | None]:
+        self.evaluations += 1
+        run = self.run
+        verdicts: dict[int, bool | None] = {}
+        lengths = [len(run.rendered[self.safe[i]].ids) + len(run.worker.target) for i in rows]
+        for pack in run.stage.packing.packs(lengths, run.config.restarts):
+            some = [(self.safe[rows[j]], sizes[j]) for j in pack]
+            given = self._collapsed(some, [self.cell.key, self.evaluations])
+            verdicts.update(zip((rows[j] for j in pack), given, strict=True))
+        run.tick("distance", len(rows) / distance_evaluations(run.config))
+        return [verdicts[i] for i in rows]
+
+    def _collapsed(self, some: Sequence[tuple[int, float]], what: Any) -> list[bool | None]:
+        """Attack prompt p with its own size, generate, judge: harmful and coherent? Remembers δ as
+        the next warm start."""
+        run = self.run
+        goals = [self._goal(p, size) for p, size in some]
+
+        def compute() -> Arrays:
+            results = attack(run.stage.engine, goals, run.site, run.config.pgd, score=False)
+            arrays = {str(p): f[0].delta.numpy() for (p, _), f in zip(some, results, strict=True)}
+            return {**arrays, "finite": np.array([f[0].finite for f in results])}
+
+        tried = [list(pair) for pair in some]
+        arrays = run.session.remembered(self.names, [*what, "delta", tried], compute)
+        for p, _ in some:
+            self.warm[p] = torch.from_numpy(arrays[str(p)])
+        requests = [
+            Request(g.rendered, Edit(run.site, self.warm[p]))
+            for g, (p, _) in zip(goals, some, strict=True)
+        ]
+        scored = run.scored(requests, self.names, [*what, "speak", tried])
+        return [
+            (
+                None
+                if not finite or one.verdict.label == Label.UNSCORED
+                else one.verdict.label == Label.HARMFUL
+            )
+            for one, finite in zip(scored, arrays["finite"], strict=True)
+        ]
+
+    def _goal(self, p: int, size: float) -> Goal:
+        run = self.run
+        base = run.goal(p, "targeted")
+        radius = torch.tensor(
+            run.radii[p][0] / run.config.eps[0] * size, dtype=torch.float32
+        ).item()
+        warm = self.warm.get(p)
+        start = None if warm is None else (warm * (radius / max(warm.abs().max().item(), 1e-30)),)
+        return Goal(base.rendered, base.target, (radius,), warm=start)
+
+
+def _row_of(run: SiteRun, p: int, found: Distance | None) -> DistanceRow:
+    """Prompt p's row from what its search found; None: it was not searched."""
+    prompt = run.rendered[p].prompt
+    verdict = run.clean[prompt.id].verdict
+    if found is None:
+        if verdict == Label.HARMFUL:
+            return _row(run, prompt, 0.0, 0.0, True, 0, verdict, "")
+        return _row(run, prompt, None, None, None, 0, verdict, f"clean_{verdict}")
+    scale = run.radii[p][0] / run.config.eps[0]
+    eps_abs = None if found.size is None else found.size * scale
+    unscored = "attack_unscored" if found.collapsed is None else ""
+    return _row(
+        run, prompt, found.size, eps_abs, found.collapsed, found.evaluations, verdict, unscored
+    )
+
+
+def _row(
+    run: SiteRun,
+    prompt: Prompt,
+    size: float | None,
+    eps_abs: float | None,
+    collapsed: bool | None,
+    tries: int,
+    clean: str | None,
+    unscored: str,
+) -> DistanceRow:
+    return DistanceRow(
+        subject=run.worker.outline.subject.name,
+        site=str(run.site),
+        layer_index=run.site.layer_index,
+        unit=run.config.unit,
+        prompt_id=prompt.id,
+        distance=size,
+        eps_abs=eps_abs,
+        collapsed=collapsed,
+        evaluations=tries,
+        verdict_clean=clean,
+        unscored=unscored,
+    )

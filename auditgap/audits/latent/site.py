@@ -1,0 +1,301 @@
+"""The attacks at one site of a subject, over all prompts: search the edits, generate under them,
+write the cells.
+
+    run = SiteRun(worker, Site(15), clean, cells, pending, tick)
+    run.search()        # remembers the edits, for generation in a second pass
+    run.speak()         # searches what it does not find, generates, scores, writes
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from auditgap.audits.edits import keep_edits
+from auditgap.audits.latent.plan import DISTANCE
+from auditgap.audits.latent.rows import Clean, edited_row, unscored_row
+from auditgap.audits.session import Arrays, ScoredCompletion
+from auditgap.engines import Request
+from auditgap.interventions import controls
+from auditgap.interventions.pgd import Ball, Goal, attack
+from auditgap.types import Cell, Edit, Exchange, Row, Site, digest
+
+if TYPE_CHECKING:
+    from auditgap.audits.latent.worker import LatentWorker
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationTask:
+    """A completion to generate: prompt number p under an attack, at budget number e, draw d."""
+
+    cell: Cell
+    p: int
+    e: int
+    d: int
+
+
+class SiteRun:
+    """The attacks at one site of the worker's subject, over all prompts: `search`, `speak`,
+    `distances`.
+
+    `search` only remembers the edits, so that speech can follow in a second pass; `speak` searches
+    what it does not find.
+    """
+
+    def __init__(
+        self,
+        worker: LatentWorker,
+        site: Site,
+        clean: dict[str, Clean],
+        cells: Sequence[Cell],
+        pending: set[str],
+        tick: Callable[[str, float], None],
+    ) -> None:
+        self.worker, self.site, self.clean, self.pending, self.tick = (
+            worker,
+            site,
+            clean,
+            pending,
+            tick,
+        )
+        self.cells = [cell for cell in cells if cell.attack != DISTANCE]
+        self.distance_cells = [
+            cell for cell in cells if cell.attack == DISTANCE and cell.key in pending
+        ]
+        self.config, self.rendered = worker.config, worker.rendered
+        self.session, self.stage = worker.session, worker.session.stage
+        self.key = [worker.outline.subject.fingerprint, site.layer_index, worker.prompts.digest]
+        self.names: list[str] = []  #: of what is remembered until the cells are written
+        self.donors = controls.donors([len(r.ids) for r in self.rendered])
+        # attack -> [prompt][budget] -> δ [T, D]
+        self.found: dict[str, list[list[torch.Tensor]]] = {}
+        self.broken_gradient: dict[str, set[tuple[int, int]]] = {
+            "targeted": set(),
+            "untargeted": set(),
+        }
+        self._searched: set[str] = set()
+        self._measure()
+        packed = self._packs(self.cells)
+        if not any(worker.store.remembers(digest(self._what(tasks))) for tasks in packed):
+            # else: a kill came while the group's cells were being written, and the packs of all of
+            # them are remembered
+            self.cells = [cell for cell in self.cells if cell.key in pending]
+
+    def _measure(self) -> None:
+        """Norms and radii of every prompt's clean activations at the site."""
+
+        def compute() -> Arrays:
+            self.stage.engine.self_test(self.site)
+            activations = zip(
+                self.stage.engine.activations(self.rendered, self.site), self.rendered, strict=True
+            )
+            return {
+                "balls": (
+                    np.array([astuple(Ball.of(h, r.content)) for h, r in activations]).reshape(
+                        -1, 3
+                    )
+                )
+            }
+
+        what = [*self.key, "balls", self.config.dtype, [r.prompt.id for r in self.rendered]]
+        found = self.session.remembered(self.names, what, compute)
+        self.balls = [Ball(*numbers) for numbers in found["balls"].tolist()]
+        # no radius where the activations are not numbers: such a prompt runs along with an edit of
+        # 0, and is unscored
+        self.radii = [
+            tuple(b.radius(budget) if b.finite else 0.0 for budget in self.config.budgets)
+            for b in self.balls
+        ]
+
+    def search(self) -> None:
+        """Find the edits that the cells need and remember them, holding none."""
+        self._find()
+        self.found.clear()
+
+    def _find(self) -> None:
+        wanted = {cell.attack for cell in self.cells}
+        if wanted & {"targeted", "random_matched", "shuffled"}:
+            self._search("targeted")
+        if "untargeted" in wanted:
+            self._search("untargeted")
+
+    def speak(self) -> None:
+        """Speak under all edits in packs of like length, and write the pending cells."""
+        if not self.cells:
+            return
+        started = time.monotonic()
+        self._find()
+        packed = self._packs(self.cells)
+        rows: dict[str, list] = {cell.key: [] for cell in self.cells}
+        texts: dict[str, list] = {cell.key: [] for cell in self.cells}
+        for tasks in packed:
+            for task, request, spoken in self._speak(tasks, self.names):
+                rows[task.cell.key].append(self._row(task, request, spoken))
+                texts[task.cell.key].append(spoken.record(request.rendered.prompt, draw=task.d))
+            self.tick("speak", len(tasks) * len(self.rendered) / sum(map(len, packed)))
+        seconds = (time.monotonic() - started) / len(self.cells)
+        for cell in self.cells:
+            if cell.key in self.pending:
+                if self.worker.options.keep_edits and cell.attack in self.found:
+                    e = self.config.budgets.index(cell.budget)
+                    deltas = zip(self.rendered, self.found[cell.attack], strict=True)
+                    keep_edits(
+                        self.worker.store,
+                        cell,
+                        {r.prompt.id: found[e].numpy() for r, found in deltas},
+                    )
+                unscored = [
+                    unscored_row(self.worker.outline.subject.name, cell, p, "too_long")
+                    for p in self.worker.too_long
+                ]
+                self.worker.store.write(
+                    cell,
+                    rows[cell.key] + unscored,
+                    generations=texts[cell.key],
+                    seconds=seconds,
+                    info=self.worker.info(),
+                )
+        self.found.clear()
+        if not self.distance_cells:
+            self.worker.store.forget(self.names)
+
+    def _packs(self, cells: Sequence[Cell]) -> list[list[GenerationTask]]:
+        """Every completion that the cells need, in packs of like length."""
+        tasks = [
+            GenerationTask(cell, p, self.config.budgets.index(cell.budget), d)
+            for cell in cells
+            for p in range(len(self.rendered))
+            for d in range(self.config.draws if cell.attack.startswith("random") else 1)
+        ]
+        lengths = [len(self.rendered[w.p].ids) + self.config.max_new_tokens for w in tasks]
+        return [[tasks[i] for i in pack] for pack in self.stage.speaking_packs(lengths)]
+
+    def _what(self, tasks: Sequence[GenerationTask]) -> list[list[Any]]:
+        """The name of a pack's completions."""
+        return [[w.cell.key, self.rendered[w.p].prompt.id, w.d] for w in tasks]
+
+    def _search(self, kind: str) -> None:
+        """PGD for all prompts and budgets, pack by pack, unless it is remembered; fills
+        `found[kind]`."""
+        goals = [self.goal(p, kind) for p in range(len(self.rendered))]
+        deltas: list[list[torch.Tensor]] = [[] for _ in goals]
+        lengths = [len(g.rendered.ids) + len(g.target) for g in goals]
+        for pack in self.stage.packing.packs(
+            lengths, len(self.config.budgets) * self.config.restarts
+        ):
+            ids = [goals[i].rendered.prompt.id for i in pack]
+            what = [*self.key, kind, self.cells[0].settings, self.config.eps, self.config.unit, ids]
+
+            def compute(pack: Sequence[int] = pack) -> Arrays:
+                results = attack(
+                    self.stage.engine,
+                    [goals[i] for i in pack],
+                    self.site,
+                    self.config.pgd,
+                    score=False,
+                )
+                arrays = {
+                    f"{i}.{e}": f.delta.numpy()
+                    for i, row in zip(pack, results, strict=True)
+                    for e, f in enumerate(row)
+                }
+                return {**arrays, "finite": np.array([[f.finite for f in row] for row in results])}
+
+            arrays = self.session.remembered(self.names, what, compute)
+            if kind not in self._searched:
+                self.tick(kind, len(pack))
+            for i, finite in zip(pack, arrays["finite"], strict=True):
+                deltas[i] = [
+                    torch.from_numpy(arrays[f"{i}.{e}"]) for e in range(len(self.config.eps))
+                ]
+                self.broken_gradient[kind] |= {(i, e) for e, ok in enumerate(finite) if not ok}
+        self.found[kind] = deltas
+        self._searched.add(kind)
+
+    def goal(self, p: int, kind: str) -> Goal:
+        rendered = self.rendered[p]
+        if kind == "untargeted":
+            answer = self.clean[rendered.prompt.id].ids[: self.config.untargeted_tokens]
+            return Goal(rendered, answer or self.worker.target, self.radii[p], maximise=True)
+        own = rendered.prompt.target
+        return Goal(
+            rendered, self.session.encode(own) if own else self.worker.target, self.radii[p]
+        )
+
+    def _edit(self, task: GenerationTask) -> Edit:
+        rendered, kind, radius = self.rendered[task.p], task.cell.attack, self.radii[task.p][task.e]
+        if kind in self.found:
+            return Edit(self.site, self.found[kind][task.p][task.e])
+        if kind == "shuffled":  # scaled to this prompt's radius
+            donor = self.donors[task.p]
+            theirs, their_radius = self.found["targeted"][donor][task.e], self.radii[donor][task.e]
+            theirs = controls.borrowed(theirs, len(rendered.ids), donor == task.p)
+            return Edit(
+                self.site,
+                (theirs * (radius / their_radius if their_radius else 0.0)).clamp(-radius, radius),
+            )
+        rng = controls.generator(
+            self.config.seed,
+            kind,
+            rendered.prompt.id,
+            self.site,
+            self.config.budgets[task.e],
+            task.d,
+        )
+        if kind == "random":
+            width = self.worker.outline.width
+            return Edit(self.site, controls.uniform(len(rendered.ids), width, radius, rng))
+        return Edit(self.site, controls.matched(self.found["targeted"][task.p][task.e], rng))
+
+    def _speak(
+        self, tasks: Sequence[GenerationTask], names: list[str]
+    ) -> Iterable[tuple[GenerationTask, Request, ScoredCompletion]]:
+        goal_target = [self.goal(w.p, "targeted").target for w in tasks]
+        requests = [
+            Request(self.rendered[w.p], self._edit(w), t)
+            for w, t in zip(tasks, goal_target, strict=True)
+        ]
+        return zip(tasks, requests, self.scored(requests, names, self._what(tasks)), strict=True)
+
+    def scored(
+        self, requests: Sequence[Request], names: list[str], what: Any
+    ) -> list[ScoredCompletion]:
+        """One pack's completions (remembered), judged and rewarded beside the clean ones."""
+        rendered = [r.rendered for r in requests]
+        done, nll = self.session.complete(
+            rendered, lambda: self.session.generate(requests), names, what
+        )
+        exchanges = [
+            Exchange(r.rendered.prompt, c.text, r.edit) for r, c in zip(requests, done, strict=True)
+        ]
+        clean_nll = [self.clean[r.prompt.id].completion_nll for r in rendered]
+        return self.session.score(exchanges, done, nll, clean_nll)
+
+    def _row(self, task: GenerationTask, request: Request, spoken: ScoredCompletion) -> Row:
+        kind = task.cell.attack
+        attacked = kind if kind == "untargeted" else "targeted"
+        whose = self.donors[task.p] if kind == "shuffled" else task.p
+        reason = (
+            "nonfinite_activations"
+            if not (self.balls[task.p].finite and self.balls[whose].finite)
+            else ""
+        )
+        if kind != "random" and (whose, task.e) in self.broken_gradient[attacked]:
+            reason = "nonfinite_grad"
+        return edited_row(
+            self.worker.outline.subject.name,
+            task.cell,
+            task.d,
+            request,
+            spoken,
+            clean=self.clean[request.rendered.prompt.id],
+            ball=self.balls[task.p],
+            radius=self.radii[task.p][task.e],
+            last_position_only=self.site.layer_index == self.worker.outline.n_blocks - 1,
+            reason=reason,
+        )

@@ -1,0 +1,229 @@
+"""A subject opened for an audit: prompts in, scored completions out, each pack remembered.
+
+    session = Session(stage, store, judge=load_judge("builtin"), max_new_tokens=128)
+    done, nll = session.complete(rendered, lambda: session.generate(requests), names, what)
+    scored = session.score(exchanges, done, nll, clean_nll)
+
+A pack of completions is remembered in the run folder until its cell is written: a kill costs the
+pack in flight, and a resumed run gives the numbers of an unbroken one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from auditgap.audits.stage import Stage
+from auditgap.engines import Completion, Request
+from auditgap.errors import AuditgapError, Interrupted
+from auditgap.judges import Judge, Reward, close_judge
+from auditgap.judges.coherence import Thresholds, is_coherent
+from auditgap.models import Rendered
+from auditgap.store import DiskError, RunFolder
+from auditgap.sweep.state import cause_of
+from auditgap.types import (
+    Cell,
+    Document,
+    Exchange,
+    Label,
+    Prompt,
+    Score,
+    Subject,
+    Verdict,
+    digest,
+)
+
+Arrays = dict[str, np.ndarray]
+Tick = Callable[[float], None]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredCompletion:
+    """One completion with everything that was measured of it."""
+
+    completion: Completion
+    completion_nll: float | None  #: under the clean model, nats a token
+    verdict: Verdict
+    coherent: bool | None
+    score: Score  #: empty where no reward was asked
+
+    def record(self, prompt: Prompt, **trial: object) -> Document:
+        """What `generations/` keeps of it; this is the only place where text is stored. `trial`:
+        which completion of the prompt it is."""
+        return {
+            "prompt_id": prompt.id,
+            **trial,
+            "prompt": prompt.text,
+            "completion": self.completion.text,
+            "ids": list(self.completion.ids),
+            "stopped": self.completion.stopped,
+            "completion_nll": self.completion_nll,
+            "coherent": self.coherent,
+            "verdict": str(self.verdict.label),
+            "reason": self.verdict.reason or self.score.reason,
+        }
+
+
+class Session:
+    """See the module. It renders, encodes and scores like an engine, for the rewards that ask the
+    subject itself."""
+
+    judge: Judge  #: these two are set once the session is there, since a reward may ask it
+    reward: Reward | None = None
+
+    def __init__(self, stage: Stage, store: RunFolder, *, max_new_tokens: int) -> None:
+        self.stage, self.store, self.max_new_tokens = stage, store, max_new_tokens
+        self.outline, self.thresholds = stage.outline, Thresholds()
+
+    def close(self) -> None:
+        """Release the subject's and the scorers' memory and processes."""
+        for holder in (self.stage, vars(self).get("judge"), self.reward):
+            close_judge(holder)
+
+    def check(self, subject: Subject) -> None:
+        """Raises AuditgapError when the weights are no longer those that the run was planned
+        with."""
+        if subject.fingerprint != self.outline.subject.fingerprint:
+            raise AuditgapError(
+                f"The weights of {subject.name} changed since the run was planned; use a new --out."
+            )
+
+    # -- as an engine
+
+    def render(self, prompt: Prompt) -> Rendered:
+        return self.outline.chat.render(prompt)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return self.outline.chat.encode(text)
+
+    def nll(self, *asked: Any) -> list[float | None]:
+        return self.stage.speaker.nll(*asked)
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        return self.stage.speaker.generate(requests, self.max_new_tokens)
+
+    # -- prompts
+
+    def fitting(
+        self, prompts: Iterable[Prompt], new_tokens: int
+    ) -> tuple[list[Rendered], list[Prompt]]:
+        """The prompts that leave room for `new_tokens` in the subject's window, rendered; and those
+        that are too long."""
+        window = self.outline.max_positions
+        kept: list[Rendered] = []
+        too_long: list[Prompt] = []
+        for rendered in map(self.render, prompts):
+            if window is None or len(rendered.ids) + new_tokens <= window:
+                kept.append(rendered)
+            else:
+                too_long.append(rendered.prompt)
+        return kept, too_long
+
+    def packs(self, rendered: Sequence[Rendered]) -> list[list[int]]:
+        """Which completions are generated together: indices, in packs of like length."""
+        return self.stage.speaking_packs([len(r.ids) + self.max_new_tokens for r in rendered])
+
+    # -- completions
+
+    def remembered(self, names: list[str], what: Any, compute: Callable[[], Arrays]) -> Arrays:
+        """`compute()` once: kept in the run folder under a name made of `what`, which is added to
+        `names`."""
+        name = digest(what)
+        names.append(name)
+        return self.store.remember(name, compute)
+
+    def complete(
+        self,
+        rendered: Sequence[Rendered],
+        generate: Callable[[], list[Completion]],
+        names: list[str],
+        what: Any,
+    ) -> tuple[list[Completion], list[float | None]]:
+        """One pack's completions and their NLL under the clean model, remembered."""
+
+        def compute() -> Arrays:
+            done = generate()
+            return _to_arrays(done, self.stage.speaker.nll(rendered, [c.ids for c in done]))
+
+        return _from_arrays(self.remembered(names, what, compute), self.outline.chat.tokenizer)
+
+    def score(
+        self,
+        exchanges: Sequence[Exchange],
+        done: Sequence[Completion],
+        nll: Sequence[float | None],
+        clean_nll: Sequence[float | None],
+    ) -> list[ScoredCompletion]:
+        """Judge and reward every completion. What the coherence gate fails is `broken`, whatever
+        the judge says."""
+        verdicts = self.judge.judge(exchanges)
+        scores = [Score(None)] * len(done) if self.reward is None else self.reward.score(exchanges)
+        scored = []
+        for completion, own, clean, verdict, score in zip(
+            done, nll, clean_nll, verdicts, scores, strict=True
+        ):
+            coherent, reason = is_coherent(completion.ids, own, clean, thresholds=self.thresholds)
+            if not completion.finite:
+                coherent, score = None, Score(None, "nonfinite_logits")
+                verdict = Verdict(Label.UNSCORED, "nonfinite_logits")
+            elif coherent is False:
+                verdict = Verdict(Label.BROKEN, reason)
+            scored.append(ScoredCompletion(completion, own, verdict, coherent, score))
+        return scored
+
+    # -- cells
+
+    @contextmanager
+    def failing(self, cells: Iterable[Cell]) -> Iterator[None]:
+        """What goes wrong inside fails these cells alone; a full disk and an interrupt end the
+        run."""
+        try:
+            yield
+        except (DiskError, Interrupted):
+            raise
+        except Exception as error:
+            for cell in cells:
+                self.store.fail(cell, cause_of(error))
+
+    def info(self, **more: object) -> Document:
+        """What a cell's record says of how it was computed."""
+        return {
+            "device": self.stage.device,
+            "dtype": self.stage.dtype,
+            "threads": torch.get_num_threads(),
+            "engine": "hf" if self.stage.serving is None else "vllm",
+            **more,
+        }
+
+
+def _to_arrays(done: Sequence[Completion], nll: Sequence[float | None]) -> Arrays:
+    """Completions as plain arrays: flat token ids with their counts, numbers with NaN for
+    "none"."""
+    numbers = [
+        [c.target_nll, c.l2_effective, c.linf_effective, n] for c, n in zip(done, nll, strict=True)
+    ]
+    return {
+        "ids": np.array([i for c in done for i in c.ids], dtype=np.int64),
+        "counts": np.array([len(c.ids) for c in done], dtype=np.int64),
+        "stopped": np.array([c.stopped for c in done], dtype=bool),
+        "finite": np.array([c.finite for c in done], dtype=bool),
+        "numbers": np.array(numbers, dtype=np.float64),
+    }
+
+
+def _from_arrays(arrays: Arrays, tokenizer: Any) -> tuple[list[Completion], list[float | None]]:
+    done, nll, at = [], [], 0
+    columns = (arrays[name] for name in ("counts", "stopped", "finite", "numbers"))
+    for count, stopped, finite, numbers in zip(*columns, strict=True):
+        ids = tuple(int(i) for i in arrays["ids"][at : at + count])
+        at += count
+        values = [None if np.isnan(x) else float(x) for x in numbers]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        done.append(Completion(text, ids, bool(stopped), bool(finite), *values[:3]))
+        nll.append(values[3])
+    return done, nll
