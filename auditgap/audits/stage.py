@@ -72,8 +72,9 @@ class Stage:
     def vllm(self) -> Any:
         """The vLLM engine, whose package this machine may lack."""
         if self._vllm is None or self._vllm.closed:  # it ends itself after a failure
+            if self.serving is None:
+                raise ValueError("This stage was made without vLLM.")
             self.close()
-            assert self.serving is not None
             self._vllm = self.serving.open(self.outline.subject.name)
         return self._vllm
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -63,9 +63,7 @@ class InterveneWorker:
 
     @property
     def engine(self) -> HFEngine:
-        engine = self.session.stage.engine
-        assert isinstance(engine, HFEngine)
-        return engine
+        return cast(HFEngine, self.session.stage.engine)  # no shard is asked for
 
     def open(self, name: str) -> None:
         """Load the subject unless it is loaded, with its prompts rendered and its judge made."""
@@ -283,13 +281,14 @@ class InterveneWorker:
             p: Donor(r.prompt.id, verdicts[r.prompt.id].verdict) for p, r in enumerate(rendered)
         }
 
-    def _size(self, edit: AnyEdit, rendered: Rendered, h: torch.Tensor) -> Size:
+    def _size(
+        self, edit: Edit | ConstantEdit | Suffix, rendered: Rendered, h: torch.Tensor
+    ) -> Size:
         window = self.outline.max_positions
         if isinstance(edit, Suffix) and window is not None:
             longer = self.engine.render(edit.behind(rendered.prompt))
             if len(longer.ids) + self.config.max_new_tokens > window:
                 return Size(None, None, "too_long")
-        assert edit is not None
         return size_of(edit, h, rendered.content)
 
     def _speak(

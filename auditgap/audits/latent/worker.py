@@ -67,12 +67,17 @@ class LatentWorker:
         )
         self.session = Session(stage, self.store, max_new_tokens=config.max_new_tokens)
         self.target = self.session.encode(config.target)
-        self.session.reward = load_reward(
+        reward = self.session.reward = load_reward(
             config.reward, engine=self.session, target=config.target, device=options.device
         )
-        self.session.judge = load_judge(
+        judge = self.session.judge = load_judge(
             config.judge, device=options.device, serving=options.judge_serving
         )
+        self.scorers = {
+            "reward": reward.describe(),
+            "judge": judge.describe(),
+            "coherence": self.session.thresholds.describe(),
+        }
         self.rendered, self.too_long = self.session.fitting(
             self.prompts.prompts,
             max(len(self.target), config.untargeted_tokens, config.max_new_tokens),
@@ -205,14 +210,7 @@ class LatentWorker:
 
     def _clean_pass(self) -> dict[str, Clean]:
         """The clean cell's results by prompt id; computed first if no other worker has done so."""
-        session = self.session
-        assert session.reward is not None
-        scorers = {
-            "reward": session.reward.describe(),
-            "judge": session.judge.describe(),
-            "coherence": session.thresholds.describe(),
-        }
-        cell = clean_cell(self.config, self.outline, self.prompts, scorers)
+        cell = clean_cell(self.config, self.outline, self.prompts, self.scorers)
         if not self.store.is_finished(cell.key):
             self._run_clean(cell, lambda _: None)
         if not self.rendered:  # every prompt is too long: there is no completion to read
