@@ -3,7 +3,9 @@ small models."""
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -13,6 +15,9 @@ if n_workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 import pytest
 import torch
+import warm
+
+warm.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,3 +25,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_not_searched() -> Iterator[None]:
+    """Every engine that closes collects garbage, which takes half a second where torch and
+    transformers are among what is searched."""
+    gc.collect()
+    gc.freeze()
+    yield
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()

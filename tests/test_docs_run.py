@@ -9,7 +9,6 @@ with the reason (NOT_HERE). A failure says which of them a new name belongs to.
 
 from __future__ import annotations
 
-import gc
 import re
 import runpy
 import shlex
@@ -342,11 +341,7 @@ def session(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Session]:
     monkeypatch.chdir(tmp_path)
-    gc.collect()
-    # every command ends in collections, which then need not look through all that is imported
-    gc.freeze()
     yield Session(tmp_path, world, capsys)
-    gc.unfreeze()
 
 
 @pytest.mark.parametrize(

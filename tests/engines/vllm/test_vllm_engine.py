@@ -19,6 +19,7 @@ import psutil
 import pytest
 import tiny
 import torch
+import warm
 
 from auditgap import models
 from auditgap.engines import Question, Request, Sampling, Serving
@@ -114,7 +115,8 @@ def test_its_process_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     engine.close()
     assert all(gone(p, 0.5) for p in (pid, *family)) and not log.exists()
     assert not list(tmp_path.glob("auditgap-*"))  # nor anything else of it
-    assert {p.pid for p in psutil.Process().children(recursive=True)} <= before
+    left = {p.pid for p in psutil.Process().children(recursive=True)}
+    assert left <= before | warm.waiting_pids()
     with pytest.raises(AuditgapError, match="closed"):
         engine.ask([Question(text="red")], Sampling())
 

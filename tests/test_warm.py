@@ -1,0 +1,117 @@
+"""A child that is forked from a waiting process is the child that was asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import warm
+
+ROOT = Path(__file__).parents[1]
+ABOUT = """
+import json, os, sys, auditgap
+print(json.dumps({
+    "parent": os.getppid(), "session": os.getsid(0) == os.getpid(), "argv": sys.argv,
+    "cwd": os.getcwd(), "mood": os.environ.get("MOOD"), "name": __name__,
+    "kept": os.read(int(sys.argv[1]), 9).decode(), "in": sys.stdin.read(),
+    "fds": sorted(set(map(int, os.listdir("/proc/self/fd"))) & set(range(3, 400))),
+}))
+print("grüße", file=sys.stderr)
+raise SystemExit(7)
+"""
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), **changes}
+
+
+def test_it_is_what_was_asked_for(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.write(write, b"something")
+    done = subprocess.run(
+        [sys.executable, "-c", ABOUT, str(read), "two words"],
+        input="told",
+        capture_output=True,
+        text=True,
+        pass_fds=[read],
+        cwd=tmp_path,
+        env=environment(MOOD="good"),
+        start_new_session=True,
+    )
+    os.close(read)
+    os.close(write)
+    about = json.loads(done.stdout)
+    fds = about.pop("fds")
+    assert done.returncode == 7 and done.stderr == "grüße\n"
+    assert read in fds and len(fds) <= 2  # the other is the folder that was being listed
+    assert about == {
+        "parent": os.getpid(),
+        "session": True,
+        "argv": ["-c", str(read), "two words"],
+        "cwd": str(tmp_path),
+        "mood": "good",
+        "name": "__main__",
+        "kept": "something",
+        "in": "told",
+    }
+
+
+def test_it_has_imported_libraries_and_nothing_of_ours() -> None:
+    code = "import auditgap, sys; print(*vars(sys)['modules'])"
+    command = [sys.executable, "-c", code]
+    warmed, cold = (
+        subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
+        for command in (command, [*command[:1], "-B", *command[1:]])
+    )
+    assert "torch" in warmed.stdout.split() and "torch" not in cold.stdout.split()
+    assert [m for m in warmed.stdout.split() if m.startswith("auditgap")] == ["auditgap"]
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "said"),
+    [
+        ("sys.exit('no')", 1, "no\n"),
+        ("1 / 0", 1, 'Traceback (most recent call last):\n  File "<string>", line 1'),
+        ("os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM, ""),
+        ("os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT, "Traceback"),
+        ("atexit.register(print, 'bye', file=sys.stderr)", 0, "bye\n"),
+    ],
+)
+def test_it_ends_as_any(ending: str, code: int, said: str) -> None:
+    words = f"import atexit, os, signal, sys, auditgap; {ending}"
+    done = subprocess.run(
+        [sys.executable, "-c", words], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == code
+    assert done.stderr.startswith(said) and "warm.py" not in done.stderr
+
+
+def test_it_is_known_by_its_command_line() -> None:
+    code = "import auditgap; print(input(), flush=True); input()"
+    command = [sys.executable, "-c", code, "here I am"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+    ) as child:
+        assert child.stdin is not None and child.stdout is not None
+        child.stdin.write("told\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == "told\n"  # it is up
+        words = psutil.Process(child.pid).cmdline()
+        assert [word for word in words if word] == command
+        assert child.pid not in warm.waiting_pids()
+
+
+def test_a_module_in_the_way_of_a_library_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("print('not the real one')")
+    command = [sys.executable, "-c", "import auditgap, torch"]
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(PYTHONPATH=path), check=True
+    )
+    assert done.stdout == "not the real one\n"

@@ -1,0 +1,378 @@
+"""Children that start in a moment.
+
+Most of the time of these tests went into children that import torch and transformers, ten seconds
+each, and vLLM, twenty. So a child of a test process is forked from a process that has imported the
+libraries (none of ours) and waits: real processes with their own arguments, environment, streams,
+session and signals, and children of whoever asked for them, as ever.
+
+    install()                      # in conftest: from here on subprocess.Popen does it
+    with cold(): ...               # what has to start from nothing
+
+A child starts from nothing, as before, where its start itself may matter: another interpreter or
+options of it, a `preexec_fn`, code that looks at `sys.modules`, a module in the way of a library. A
+setting that libraries read while they are imported (VARIABLES) gets a process of its own to fork
+from.
+
+How it becomes the child of who asked: a grandchild whose parent ends is given to the nearest
+"subreaper" above, and that is what the asking process is for this moment (prctl(2)).
+"""
+
+from __future__ import annotations
+
+import atexit
+import builtins
+import ctypes
+import gc
+import importlib
+import importlib.util
+import io
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import types
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+#: What a child of ours imports before it does anything.
+LIBRARIES = (
+    "numpy pandas scipy.stats scipy.optimize scipy.special scipy.linalg sklearn.linear_model"
+    " sklearn.feature_extraction.text sklearn.metrics torch torch._dynamo torch.distributed.tensor"
+    " transformers transformers.modeling_utils transformers.generation.utils"
+    " transformers.models.llama.modeling_llama transformers.models.auto.modeling_auto"
+    " transformers.models.auto.tokenization_auto tokenizers safetensors.torch pyarrow.parquet peft"
+    " accelerate pydantic typer rich.console rich.table yaml jinja2 fsspec psutil"
+).split()
+#: module that is started -> what it imports besides
+MORE = {
+    "auditgap.engines.vllm.process": (
+        "vllm vllm.v1.engine.llm_engine vllm.v1.worker.cpu_worker vllm.v1.worker.cpu_model_runner"
+        " vllm.entrypoints.llm vllm.model_executor.models.llama vllm.lora.request"
+    ).split()
+}
+#: Beginnings of the names of variables that libraries read while they are imported.
+VARIABLES = (
+    "ACCELERATE_ CUDA_ DS_ HF_ HOME HUGGINGFACE_ KMP_ LANG LC_ LD_ MKL_ NUMEXPR_ OMP_ OPENBLAS_"
+    " PYTHON PYTORCH_ TORCH TRANSFORMERS_ VLLM_ XDG_"
+).split()
+#: ... and those among them that are read later, or are seen to below.
+READ_LATER = {"PYTHONPATH", "PYTHONSAFEPATH", "VLLM_CPU_KVCACHE_SPACE"}
+#: Processes to fork from at a time: each holds half a gigabyte or more.
+AT_MOST = 3
+#: Room for the words of a child's command line, which /proc shows.
+ROOM = 16384
+_PR_SET_CHILD_SUBREAPER = 36
+_start = subprocess._fork_exec  # type: ignore[attr-defined]
+
+
+@dataclass
+class Start:
+    """What `subprocess` asks the system for."""
+
+    args: list[str]
+    environment: dict[str, str]
+    cwd: str
+    streams: tuple[int, int, int]
+    pass_fds: tuple[int, ...]
+    new_session: bool
+    group: int
+    umask: int
+
+    @property
+    def words(self) -> list[str] | None:
+        """The arguments behind the interpreter and -P: `-m MODULE …` or `-c CODE …`; None where it
+        is something else."""
+        words = self.args[1:]
+        words = words[1:] if words[:1] == ["-P"] else words
+        return words if len(words) > 1 and words[0] in ("-m", "-c") else None
+
+    @property
+    def safe_path(self) -> bool:
+        return self.args[1] == "-P" or bool(self.environment.get("PYTHONSAFEPATH"))
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        words = self.words or ["", ""]
+        return (*LIBRARIES, *MORE.get(words[1], ()))
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return {
+            name: value
+            for name, value in self.environment.items()
+            if name.startswith(tuple(VARIABLES)) and name not in READ_LATER
+        }
+
+
+class Waiting:
+    """A process that has imported `libraries` under `environment` and waits to be forked."""
+
+    def __init__(self, libraries: Sequence[str], environment: dict[str, str]) -> None:
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with cold():
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", __file__, str(theirs.fileno())),
+                    *libraries,
+                    "".ljust(ROOM, "-"),
+                ],
+                env={k: v for k, v in environment.items() if k not in ("PYTHONPATH", "TMPDIR")},
+                cwd="/",
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        theirs.close()
+        if not self.socket.recv(16):
+            raise RuntimeError("a process to fork children from could not import its libraries")
+
+    def fork(self, start: Start) -> int:
+        libc = ctypes.CDLL(None)
+        message = {**start.__dict__, "words": start.words, "safe_path": start.safe_path}
+        streams = [i if fd < 0 else fd for i, fd in enumerate(start.streams)]
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        try:
+            socket.send_fds(
+                self.socket, [json.dumps(message).encode()], [*streams, *start.pass_fds]
+            )
+            return int(self.socket.recv(32))
+        finally:
+            libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+    def close(self) -> None:
+        self.socket.close()
+        self.process.wait()
+
+
+_waiting: OrderedDict[tuple[Any, ...], Waiting] = OrderedDict()
+_lock = threading.Lock()
+_cold = threading.local()
+
+
+@contextmanager
+def cold() -> Iterator[None]:
+    """What this thread starts inside starts from nothing."""
+    before, _cold.on = getattr(_cold, "on", False), True
+    try:
+        yield
+    finally:
+        _cold.on = before
+
+
+def install() -> None:
+    """`subprocess` forks children from the processes that wait."""
+    if sys.platform == "linux":
+        subprocess._fork_exec = _fork_exec  # type: ignore[attr-defined]
+
+
+def waiting_pids() -> set[int]:
+    """The processes that wait: no test has started them."""
+    return {one.process.pid for one in _waiting.values()}
+
+
+def _fork_exec(*asked: Any) -> int:
+    start = None if getattr(_cold, "on", False) else _understood(asked)
+    if start is None:
+        return _start(*asked)
+    with _lock:
+        key = (start.libraries, *sorted(start.settings.items()))
+        if key not in _waiting:
+            while len(_waiting) >= AT_MOST:
+                _waiting.popitem(last=False)[1].close()
+            _waiting[key] = Waiting(start.libraries, start.environment)
+        _waiting.move_to_end(key)
+        return _waiting[key].fork(start)
+
+
+def _understood(asked: Sequence[Any]) -> Start | None:
+    """What is asked for, where it can be forked."""
+    # fmt: off
+    (args, _, close_fds, kept, cwd, environment, stdin, _, _, stdout, _, stderr, _, said, restored,
+     session, group, *others, umask, preexec) = asked[:22]
+    # fmt: on
+    args = [os.fsdecode(word) for word in args]
+    if args[:1] != [sys.executable] or preexec or not (close_fds and restored):
+        return None
+    if any(one is not None for one in others):  # another user
+        return None
+    names = (
+        dict(os.environ)
+        if environment is None
+        else dict(os.fsdecode(line).split("=", 1) for line in environment)
+    )
+    start = Start(
+        args,
+        names,
+        os.getcwd() if cwd is None else os.fsdecode(cwd),
+        (stdin, stdout, stderr),
+        tuple(fd for fd in kept if fd != said),  # `said`: how a start that fails tells
+        bool(session),
+        group,
+        umask,
+    )
+    return start if _may_be_forked(start) else None
+
+
+def _may_be_forked(start: Start) -> bool:
+    if start.words is None or sum(map(len, start.args)) > ROOM // 2:
+        return False
+    kind, what = start.words[:2]
+    ours = what.startswith("auditgap.") if kind == "-m" else "auditgap" in what
+    if not ours or "sys.modules" in what or "resource" in what:
+        return False
+    folders = [p for p in start.environment.get("PYTHONPATH", "").split(os.pathsep) if p]
+    if not start.safe_path:
+        folders.append(start.cwd)
+    return not any(_hides(folder, start.libraries) for folder in folders)
+
+
+def _hides(folder: str, libraries: Sequence[str]) -> bool:
+    """Whether something in the folder would be imported in the place of a library."""
+    names = {name.split(".")[0] for name in libraries} | {"sitecustomize", "usercustomize"}
+    try:
+        return any(entry.split(".")[0] in names for entry in os.listdir(folder))
+    except OSError:
+        return False
+
+
+# ------------------------------------------------------------------------ the process that waits
+
+
+def _wait(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Import, then fork a child a message; returns in the child alone."""
+    for name in sys.argv[2:-1]:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a child that collects garbage would look through all of it, and copy it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sock.send(b"ready")
+    while True:
+        message, fds, _, _ = socket.recv_fds(sock, 1 << 20, 64)
+        if not message:
+            os._exit(0)
+        between = os.fork()
+        if between:
+            os.waitpid(between, 0)
+            for fd in fds:
+                os.close(fd)
+            continue
+        between = os.getpid()
+        if os.fork():
+            os._exit(0)
+        while os.getppid() == between:
+            pass
+        return json.loads(message), list(fds)
+
+
+def _become(asked: dict[str, Any], fds: list[int], sock: socket.socket) -> None:
+    """Be the child that was asked for, but for its program."""
+    if asked["new_session"]:
+        os.setsid()
+    elif asked["group"] >= 0:
+        os.setpgid(0, asked["group"])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sock.send(str(os.getpid()).encode())
+    sock.close()
+    _place(fds, [0, 1, 2, *asked["pass_fds"]])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if asked["umask"] >= 0:
+        os.umask(asked["umask"])
+    os.environ.clear()
+    os.environ.update(asked["environment"])
+    os.chdir(asked["cwd"])
+    tempfile.tempdir = None
+    for name, fd, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        old = getattr(sys, name)
+        raw = open(fd, mode + "b", closefd=False)  # noqa: SIM115
+        new = io.TextIOWrapper(
+            raw,
+            old.encoding,
+            "backslashreplace" if name == "stderr" else old.errors,
+            line_buffering=name == "stderr" or raw.isatty(),
+        )
+        setattr(sys, name, new)
+        setattr(sys, f"__{name}__", new)
+    _show(asked["args"])
+    path = [p for p in asked["environment"].get("PYTHONPATH", "").split(os.pathsep) if p]
+    sys.path[:] = [*path, *sys.path]
+    if not asked["safe_path"]:
+        sys.path.insert(0, "" if asked["words"][0] == "-c" else os.getcwd())
+    sys.argv[:] = [asked["words"][0], *asked["words"][2:]]
+    sys.orig_argv[:] = asked["args"]
+
+
+def _place(fds: list[int], places: list[int]) -> None:
+    """Put each where it is wanted, and close all others."""
+    import fcntl
+
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 600) for fd in fds]
+    for fd, place in zip(high, places, strict=True):
+        os.dup2(fd, place, inheritable=True)
+    last = 3
+    for place in sorted(place for place in places if place > 2):
+        os.closerange(last, place)
+        last = place + 1
+    os.closerange(last, 4096)
+
+
+def _show(args: Sequence[str]) -> None:
+    """Let the command line that others see be the child's."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    begin, end = int(fields[45]), int(fields[46])
+    words = b"\0".join(os.fsencode(word) for word in args)
+    ctypes.memmove(begin, words.ljust(end - begin, b"\0"), end - begin)
+
+
+def _run(words: Sequence[str]) -> None:
+    """What `python -m MODULE` or `-c CODE` does, in a fresh `__main__`."""
+    main = types.ModuleType("__main__")
+    main.__builtins__ = builtins  # type: ignore[attr-defined]
+    sys.modules["__main__"] = main
+    if words[0] == "-m":
+        runpy._run_module_as_main(words[1])  # type: ignore[attr-defined]
+    else:
+        exec(compile(words[1], "<string>", "exec"), main.__dict__)
+
+
+def _run_to_the_end(words: Sequence[str]) -> None:
+    """Run it and end as an interpreter ends, but for taking every module apart, which takes
+    seconds."""
+    code, interrupted = 0, False
+    try:
+        _run(words)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if not isinstance(stop.code, int | None):
+            print(stop.code, file=sys.stderr)
+    except BaseException as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+            trace = trace.tb_next  # not ours
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
+        code, interrupted = 1, isinstance(error, KeyboardInterrupt)
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            code = code or 120
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(code & 0xFF)
+
+
+if __name__ == "__main__":
+    _socket = socket.socket(fileno=int(sys.argv[1]))
+    _asked, _fds = _wait(_socket)
+    _become(_asked, _fds, _socket)
+    _run_to_the_end(_asked["words"])
