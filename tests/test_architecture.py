@@ -232,7 +232,7 @@ def test_the_core_imports_with_the_optional_parts_absent():
         [sys.executable, "-O", "-c", ABSENT.format(names=names)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
         cwd=PACKAGE.parent,
     )
     assert done.returncode == 0, done.stderr[-2000:]

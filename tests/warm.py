@@ -66,6 +66,8 @@ VARIABLES = (
 ).split()
 #: ... and those among them that are read later, or are seen to below.
 READ_LATER = {"PYTHONPATH", "PYTHONSAFEPATH", "VLLM_CPU_KVCACHE_SPACE"}
+#: Words of code that looks at imports or at its own memory: it starts from nothing.
+ABOUT_IMPORTS = ("sys.modules", "meta_path", "find_spec", "importlib", "resource")
 #: Processes to fork from at a time: each holds half a gigabyte or more.
 AT_MOST = 3
 #: Room for the words of a child's command line, which /proc shows.
@@ -226,7 +228,7 @@ def _may_be_forked(start: Start) -> bool:
         return False
     kind, what = start.words[:2]
     ours = what.startswith("auditgap.") if kind == "-m" else "auditgap" in what
-    if not ours or "sys.modules" in what or "resource" in what:
+    if not ours or any(word in what for word in ABOUT_IMPORTS):
         return False
     folders = [p for p in start.environment.get("PYTHONPATH", "").split(os.pathsep) if p]
     if not start.safe_path:
