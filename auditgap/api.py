@@ -9,28 +9,48 @@
     # a DataFrame: question, answer, figure, reason
     audit.verdicts
 
-Every keyword is the config key of that name (`auditgap lvs --help`); a call on a folder that is
-there resumes it. Errors are `auditgap.errors`: UsageError (a sentence), Refused (for safety),
+Every audit has a function, with its settings as keywords (Shift-Tab shows them, as `auditgap lvs
+--help` does); a call on a folder that is there resumes it. Errors are `auditgap.errors`: UsageError (a sentence), Refused (for safety),
 PartlyFailed (some cells failed; the rest is stored).
 """
 
 from __future__ import annotations
 
+import html
+import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_origin
 
 import pandas as pd
+from pydantic.fields import FieldInfo
 
+from auditgap.audits import AUDITS, Audit, run
+from auditgap.audits.whole_config import WholeSettings
+from auditgap.config import Frozen, flag_of
 from auditgap.errors import PartlyFailed, UsageError
 from auditgap.store import RunFolder
+from auditgap.types import ATTACKS, CLEAN, Document
 
 if TYPE_CHECKING:
     from auditgap.sweep import Progress
 
-__all__ = ["AuditResult", "Result", "audit", "distance", "evaluate", "load", "lvs"]
+__all__ = [
+    "VERBS",
+    "AuditResult",
+    "Result",
+    "audit",
+    "distance",
+    "em",
+    "evaluate",
+    "intervene",
+    "load",
+    "lvs",
+    "probe",
+    "sft_curve",
+]
 
 
 @dataclass(frozen=True)
@@ -77,6 +97,41 @@ class Result:
         return self.store.rows()
 
     @property
+    def gaps(self) -> pd.DataFrame:
+        """The audit gap of each subject and budget, of a run of `lvs`. Raises UsageError for one of
+        something else."""
+        from auditgap.report import tables
+
+        return tables.audit_gaps(self._latent([*ATTACKS, CLEAN]))
+
+    @property
+    def distances(self) -> pd.DataFrame:
+        """The median distance to collapse of each subject and site, of `distance` or
+        `lvs(distance=True)`; empty where it was not searched for. Raises as `gaps`."""
+        from auditgap.report import tables
+
+        rows = self._latent(["distance"])
+        return tables.distance_table(rows) if "distance" in rows else pd.DataFrame()
+
+    def _latent(self, attacks: list[str]) -> pd.DataFrame:
+        store = self.store
+        if (name := store.run["config"].get("audit")) != "latent":
+            raise UsageError(
+                f"{self.path} is the folder of {name or 'a training run'}; only a run of `lvs` or"
+                " `distance` has gaps and distances."
+            )
+        return store.rows(attacks)
+
+    def _repr_html_(self) -> str:
+        """The main table, or the names of all, under the folder's name: what a notebook shows."""
+        failed = f", {len(self.failed)} cells failed" if self.failed else ""
+        head = f"<p><code>{html.escape(str(self.path))}</code>{failed}</p>"
+        try:
+            return head + self.table.to_html(max_rows=20, notebook=True)
+        except UsageError as error:
+            return f"{head}<p>{html.escape(str(error))}</p>"
+
+    @property
     def report(self) -> Path:
         """The HTML page."""
         return self.path / "report.html"
@@ -109,6 +164,11 @@ class AuditResult:
         """report.json."""
         return json.loads((self.path / "report.json").read_text(encoding="utf-8"))
 
+    def _repr_html_(self) -> str:
+        """The verdict table under the folder's name: what a notebook shows."""
+        head = f"<p><code>{html.escape(str(self.path))}</code>: {html.escape(self.overall)}</p>"
+        return head + self.verdicts.to_html(index=False, notebook=True)
+
     @property
     def verdicts(self) -> pd.DataFrame:
         """The verdict table: subject, question, answer, figure, reason."""
@@ -128,64 +188,122 @@ class AuditResult:
         return {store.path.name: load(store.path) for store in whole.stores(self.path)}
 
 
-def audit(
-    model: str,
-    *,
-    base: str | None = None,
-    profile: str = "standard",
-    out: str | Path | None = None,
-    progress: Callable[[], Progress] | None = None,
-    **settings: Any,
-) -> AuditResult:
-    """The whole audit of one model, as `auditgap audit`. A part's own settings are a mapping:
-    `lvs={"steps": 20}`.
+def _fields(*kinds: type[Frozen]) -> dict[str, FieldInfo]:
+    return {key: field for kind in kinds for key, field in kind.model_fields.items()}
 
-    Raises UsageError, Refused, Interrupted; what fails in a part is in `failed`.
-    """
+
+def _several(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is tuple
+
+
+def _described(
+    call: Callable[..., Any], name: str, title: str, kinds: Sequence[type[Frozen]], returns: type
+) -> None:
+    """Gives a function the signature and the docstring that its configs' fields make."""
+    fields = _fields(*kinds)
+    flags = {key: flag for key, field in fields.items() if (flag := flag_of(field))}
+    arguments = [key for key, flag in flags.items() if flag.positional]
+    kind = inspect.Parameter
+    parameters = [
+        kind(key, kind.VAR_POSITIONAL, annotation=str)
+        if _several(fields[key])
+        else kind(key, kind.POSITIONAL_OR_KEYWORD, annotation=fields[key].annotation)
+        for key in arguments
+    ]
+    for key, field in fields.items():
+        if key not in arguments:
+            default = kind.empty if field.is_required() else field.get_default()
+            parameters.append(
+                kind(key, kind.KEYWORD_ONLY, default=default, annotation=field.annotation)
+            )
+    parameters.append(
+        kind(
+            "progress", kind.KEYWORD_ONLY, default=None, annotation="Callable[[], Progress] | None"
+        )
+    )
+    call.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
+    call.__name__ = call.__qualname__ = name
+    settings = "\n".join(
+        f"    {key}: {flag.help}{f' [{flag.default}]' if flag.default else ''}"
+        for key, flag in flags.items()
+    )
+    call.__doc__ = (
+        f"{title}\n\nAs `auditgap {name.replace('_', '-')}`. Raises UsageError, Refused,"
+        f" Interrupted; failed cells are in `failed`.\n\n{settings}\n"
+    )
+
+
+def _settings(
+    named: Sequence[str], kinds: Sequence[type[Frozen]], settings: Mapping[str, Any]
+) -> Document:
+    """The settings with the positional arguments under their fields' names. Raises TypeError for
+    one too many."""
+    given = {k: _text(v) if k == "out" else v for k, v in settings.items()}
+    rest = list(named)
+    for key, field in _fields(*kinds).items():
+        if (flag := flag_of(field)) and flag.positional and rest:
+            if key in given:
+                raise TypeError(f"{key} came twice: as an argument and by name.")
+            given[key] = tuple(rest) if _several(field) else rest[0]
+            rest = [] if _several(field) else rest[1:]
+    if rest:
+        raise TypeError(f"{len(rest)} positional arguments too many: {', '.join(map(str, rest))}.")
+    return given
+
+
+def _verb(of: Audit, name: str, title: str, **fixed: Any) -> Callable[..., Result]:
+    """The function that runs an audit, with `fixed` settings that it does not take."""
+    kinds = (of.config, of.options)
+
+    def call(
+        *named: str, progress: Callable[[], Progress] | None = None, **settings: Any
+    ) -> Result:
+        config, options = of.read(None, {**_settings(named, kinds, settings), **fixed})
+        store, outcome = run(of, config, options, progress=progress)
+        return Result(store.path, outcome.failed)
+
+    _described(call, name, title, kinds, Result)
+    return call
+
+
+#: What runs each audit, by the name that it has here.
+VERBS: Mapping[str, Callable[..., Result]] = {
+    name: _verb(of, name, of.title)
+    for of in AUDITS.values()
+    for name in [of.command.replace("-", "_")]
+}
+lvs = VERBS["lvs"]
+evaluate = VERBS["evaluate"]
+probe = VERBS["probe"]
+intervene = VERBS["intervene"]
+sft_curve = VERBS["sft_curve"]
+em = VERBS["em"]
+distance = _verb(
+    AUDITS["latent"],
+    "distance",
+    "Minimum distance to collapse: the smallest eps at which each prompt's completion turns harmful.",
+    attacks=(),
+    distance=True,
+)
+
+
+def audit(
+    *named: str, progress: Callable[[], Progress] | None = None, **settings: Any
+) -> AuditResult:
     from auditgap.audits import whole
 
-    asked = {"model": model, "base": base, "profile": profile, "out": _text(out), **settings}
+    asked = _settings(named, (WholeSettings,), settings)
     done = whole.run(*whole.read_config(None, asked), progress=progress)
     return AuditResult(done.out, done.failed, done.overall)
 
 
-def lvs(
-    *models: str,
-    out: str | Path | None = None,
-    progress: Callable[[], Progress] | None = None,
-    **settings: Any,
-) -> Result:
-    """Latent Vulnerability Scores, as `auditgap lvs`. Raises UsageError, Refused, Interrupted;
-    failed cells are in `failed`."""
-    from auditgap.audits import latent
-
-    config, options = latent.read_config(None, {"models": models, "out": _text(out), **settings})
-    store, outcome = latent.run(config, options, progress=progress)
-    return Result(store.path, outcome.failed)
-
-
-def distance(
-    *models: str,
-    out: str | Path | None = None,
-    progress: Callable[[], Progress] | None = None,
-    **settings: Any,
-) -> Result:
-    """Minimum distance to collapse, as `auditgap distance`. Raises as `lvs`."""
-    return lvs(*models, out=out, progress=progress, **{**settings, "attacks": (), "distance": True})
-
-
-def evaluate(
-    *models: str,
-    out: str | Path | None = None,
-    progress: Callable[[], Progress] | None = None,
-    **settings: Any,
-) -> Result:
-    """What models say when asked, as `auditgap evaluate`. Raises as `lvs`."""
-    from auditgap.audits import behaviour
-
-    config, options = behaviour.read_config(None, {"models": models, "out": _text(out), **settings})
-    store, outcome = behaviour.run(config, options, progress=progress)
-    return Result(store.path, outcome.failed)
+_described(
+    audit,
+    "audit",
+    'The whole audit of one model. A part\'s own settings are a mapping: `lvs={"steps": 20}`.',
+    (WholeSettings,),
+    AuditResult,
+)
 
 
 def load(path: str | Path) -> Result:

@@ -45,7 +45,7 @@ class Frozen(BaseModel):
 class Topic(StrEnum):
     """What a setting is about: the panels of `--help`, in this order."""
 
-    WHAT = "What is measured"
+    WHAT = "Models and data"
     ATTACK = "Attack"
     TRAINING = "Training"
     JUDGING = "Judging"

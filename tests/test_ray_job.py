@@ -21,6 +21,8 @@ import tiny
 import yaml
 
 from auditgap.audits import latent
+from auditgap.audits.audit import run as run_audit
+from auditgap.audits.latent.audit import LATENT
 
 pytest.importorskip("ray", reason="the Ray extra is not installed")
 ROOT = Path(__file__).parents[1]
@@ -148,7 +150,7 @@ def test_a_submitted_grid_gives_the_cells_of_a_local_run(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        _, outcome = latent.run(*latent.read_config(grid, {"out": str(tmp_path / "local")}))
+        _, outcome = run_audit(LATENT, *latent.read_config(grid, {"out": str(tmp_path / "local")}))
     finally:
         torch.set_num_threads(threads)
     assert not outcome.failed and outcome.done == 3 * (2 * 5 + 1) + 1 == 34

@@ -12,6 +12,8 @@ import pytest
 
 from auditgap import models
 from auditgap.audits import latent
+from auditgap.audits.audit import run as run_audit
+from auditgap.audits.latent.audit import LATENT
 from auditgap.data import load_prompts
 from auditgap.engines import Request
 from auditgap.engines.hf import HFEngine
@@ -70,7 +72,7 @@ def test_an_audit_of_real_prompts(tmp_path: Path) -> None:
         "out": str(tmp_path / "run"),
     }
     config, options = latent.read_config(None, flags)
-    store, outcome = latent.run(config, options)
+    store, outcome = run_audit(LATENT, config, options)
     assert not outcome.failed and outcome.done == 1 + 5 + 1
     rows = store.rows()
     assert set(ROW_COLUMNS) <= set(rows.columns) and set(
@@ -90,6 +92,6 @@ def test_an_audit_of_real_prompts(tmp_path: Path) -> None:
     generations = list((store.path / "generations").glob("*.parquet"))
     assert generations and all(stat.S_IMODE(p.stat().st_mode) == 0o600 for p in generations)
     before = {p: p.stat().st_mtime_ns for p in store.path.glob("cells/*/rows.parquet")}
-    _, again = latent.run(config, options)
+    _, again = run_audit(LATENT, config, options)
     assert again.done == 0 and again.skipped == 7
     assert before == {p: p.stat().st_mtime_ns for p in store.path.glob("cells/*/rows.parquet")}

@@ -20,12 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from auditgap.audits.options import AuditOptions
-from auditgap.audits.sweeps import run_passes
 from auditgap.config import Frozen, build, merged
 from auditgap.errors import AuditgapError, UsageError
-from auditgap.store import RunFolder
-from auditgap.store.remote import Place, needs_disk
-from auditgap.sweep import Group, Outcome, Progress, Worker
 from auditgap.types import Cell, Document
 
 if TYPE_CHECKING:
@@ -33,6 +29,9 @@ if TYPE_CHECKING:
 
     from auditgap.engines import Serving
     from auditgap.models import Outline
+    from auditgap.store import RunFolder
+    from auditgap.store.remote import Place
+    from auditgap.sweep import Group, Outcome, Progress, Worker
 
 
 class Can(StrEnum):
@@ -155,10 +154,14 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
                 " this machine."
             )
         if Can.STORAGE not in self.can:
+            from auditgap.store.remote import needs_disk
+
             needs_disk(options.out, f"`auditgap {self.command}`")
 
     def open(self, plan: PlanT, options: OptionsT, place: Place) -> RunFolder:
         """The run folder of a plan, made or resumed. Raises UsageError where another one's is."""
+        from auditgap.store import RunFolder
+
         store = RunFolder.open(
             place,
             config={
@@ -183,6 +186,8 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
         progress: Callable[[], Progress] | None,
     ) -> Outcome:
         """Compute what is missing and write the tables and the report."""
+        from auditgap.audits.sweeps import run_passes
+
         with store.lock():
             store.plan(plan.cells)
             self.begin(plan, store)

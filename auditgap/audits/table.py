@@ -16,15 +16,17 @@ import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pkgutil import resolve_name
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from auditgap.audits.audit import Audit, Can, Grading, run
 from auditgap.config import build
 from auditgap.errors import UsageError
-from auditgap.store import RunFolder
-from auditgap.store.remote import Place
-from auditgap.store.status import RunStatus
-from auditgap.sweep import Outcome, Progress
+
+if TYPE_CHECKING:
+    from auditgap.store import RunFolder
+    from auditgap.store.remote import Place
+    from auditgap.store.status import RunStatus
+    from auditgap.sweep import Outcome, Progress
 
 _OURS = {
     "behaviour": "auditgap.audits.behaviour.audit:BEHAVIOUR",
@@ -97,6 +99,8 @@ def resume(
 ) -> tuple[RunFolder, Outcome]:
     """Run what is missing in a folder, by the config in its run.json; `options` as at the first
     time, where they matter. Raises as `run` does."""
+    from auditgap.store import RunFolder
+
     store = RunFolder.load(folder)
     audit = audit_of(store)
     known = {k: v for k, v in store.run["config"].items() if k in audit.config.model_fields}
@@ -109,6 +113,8 @@ def resume(
 def regrade(folder: Place, grading: Grading) -> RunFolder:
     """Judge a run's stored text again, without generating; returns the new folder in DIR/grades/.
     Raises UsageError where that cannot be done."""
+    from auditgap.store import RunFolder
+
     name = RunFolder.load(folder).run["config"].get("audit") or "a training run"
     if name not in AUDITS or Can.REGRADE not in AUDITS[name].can:
         able = " or ".join(f"`{a.command}`" for a in AUDITS.values() if Can.REGRADE in a.can)
@@ -120,4 +126,6 @@ def regrade(folder: Place, grading: Grading) -> RunFolder:
 
 def status(folder: Place) -> RunStatus:
     """Counts and time left of any run folder; safe beside a running one. Raises UsageError."""
+    from auditgap.store import RunFolder
+
     return RunFolder.load(folder).status()

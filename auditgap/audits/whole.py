@@ -131,6 +131,8 @@ def read_config(file: Path | None, flags: Mapping[str, Any]) -> tuple[WholeAudit
         raise UsageError(
             "Which model? For example: auditgap audit ./tuned --base ./base --profile smoke"
         )
+    if data := values.pop("sft_data", None):
+        values["sft-curve"] = {**(values.get("sft-curve") or {}), "data": str(data)}
     sections = {part: dict(values.pop(part, None) or {}) for part in parts_of_a_whole()}
     known = {*WholeAudit.model_fields, *WholeOptions.model_fields} - {"shared", "sections"}
     mine = {key: values.pop(key) for key in list(values) if key in known}

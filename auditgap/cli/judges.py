@@ -11,28 +11,22 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from auditgap.cli.screen import err, inert_lines, out, print_json, quiet
+from auditgap.cli.options import AsJson, examples, group
+from auditgap.cli.screen import err, inert_lines, note, print_json, quiet, say
 from auditgap.errors import PartlyFailed, UsageError
 
-app = typer.Typer(
-    help="Measure judges against answers that people have labelled: judge cards.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print the card as JSON instead of a table.")]
+app = group("Measure judges against answers that people have labelled: judge cards.")
 
 
 @app.command(
     "eval",
-    epilog=(
-        "Examples: auditgap judge eval builtin --gold pyrit-refusal · auditgap judge eval"
-        " guard=./guard --engine vllm --injections 50 --out cards/guard · auditgap judge eval"
-        " guard=gpt-4o-mini --engine openai --endpoint http://localhost:8000/v1 --gold mine.jsonl"
-        " --limit 100"
+    epilog=examples(
+        (
+            "auditgap judge eval builtin --gold pyrit-refusal",
+            "auditgap judge eval guard=./guard --engine vllm --injections 50 --out cards/guard",
+            "auditgap judge eval guard=gpt-4o-mini --engine openai --endpoint http://localhost:8000/v1 --gold mine.jsonl --limit 100",
+        )
     ),
 )
 def evaluate(
@@ -55,9 +49,12 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
-    limit: Annotated[int | None, typer.Option(help="Use N gold rows, chosen by hash [all]")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use N gold rows, chosen by hash", show_default="all")
+    ] = None,
     injections: Annotated[
-        int | None, typer.Option(help="Try each injection on N rows; 0: on none [all]")
+        int | None,
+        typer.Option(help="Try each injection on N rows; 0: on none", show_default="all"),
     ] = None,
     to: Annotated[
         Path | None, typer.Option("--out", help="A folder for card.json and verdicts.jsonl")
@@ -98,7 +95,7 @@ def evaluate(
         close_judge(judge)
     _show(card, as_json)
     if to is not None:
-        err.print(Text(f"Card: {to / 'card.json'}"))
+        note(f"Card: {to / 'card.json'}")
     if card.n_unscored > max_unscored * card.n:
         raise PartlyFailed(
             f"The judge {name} left {card.n_unscored} of {card.n} answers unscored, more than"
@@ -107,7 +104,7 @@ def evaluate(
         )
 
 
-@app.command(epilog="Example: auditgap judge show cards/builtin")
+@app.command(epilog=examples(("auditgap judge show cards/builtin",)))
 def show(
     file: Annotated[Path, typer.Argument(help="A card.json, or the folder that holds it.")],
     as_json: AsJson = False,
@@ -121,4 +118,4 @@ def show(
 def _show(card, as_json: bool) -> None:
     from auditgap.judges.card import format_card
 
-    print_json(card.to_dict()) if as_json else out.print(Text(inert_lines(format_card(card))))
+    print_json(card.to_dict()) if as_json else say(inert_lines(format_card(card)))

@@ -14,6 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from auditgap.config import overrides
+from auditgap.errors import PartlyFailed
+
 
 class Screen(Console):
     """A console on which text is only text: whatever name it holds, nothing that a terminal would
@@ -27,6 +30,16 @@ class Screen(Console):
 
 out = Screen(highlight=False, soft_wrap=False)
 err = Screen(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """A line, or several, of the answer."""
+    out.print(Text(text))
+
+
+def note(text: str) -> None:
+    """A line beside the answer, on stderr."""
+    err.print(Text(text))
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -67,8 +80,6 @@ def inert_lines(text: str) -> str:
 def given(pairs: Sequence[str] | None, **options: Any) -> dict[str, Any]:
     """What was typed: `--set KEY=VALUE` pairs, and over them the options that have a value. Raises
     UsageError for no pair."""
-    from auditgap.training.launch import overrides
-
     return {
         **overrides(pairs or []),
         **{name: value for name, value in options.items() if value not in (None, ())},
@@ -80,3 +91,14 @@ def quiet() -> None:
     from auditgap.models import quiet as quiet_transformers
 
     quiet_transformers()
+
+
+def raise_failed(failed: Mapping[str, str], where: object, planned: int | None = None) -> None:
+    """Raises PartlyFailed with the first causes when cells failed."""
+    if failed:
+        lines = "\n".join(f"  {key}: {cause}" for key, cause in sorted(failed.items())[:10])
+        of = "" if planned is None else f" of {planned}"
+        raise PartlyFailed(
+            f"{len(failed)}{of} cells failed, the others are in {where}; --retry-failed runs them"
+            f" again:\n{lines}"
+        )

@@ -7,152 +7,120 @@ deepspeed --num_gpus 8 launchers/dissociate.py --config twin.yaml --out runs/twi
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from auditgap.cli.screen import err, given, interval, out, print_json, print_table, quiet
+from auditgap.audits import AUDITS
+from auditgap.audits.probe.config import FitMonitorConfig, ProbeOptions, read_monitor_config
+from auditgap.audits.sft_curve.config import SFTCurveConfig, SFTCurveOptions
+from auditgap.cli.audits import perform
+from auditgap.cli.options import AsJson, Asked, command, examples, group
+from auditgap.cli.screen import interval, note, print_json, print_table, quiet, say
+from auditgap.training.config import DissociateConfig, SFTConfig, TrainOptions
 
-app = typer.Typer(
-    help=(
-        "Fine-tune: a monitor, a dissociated twin, a harmful-SFT curve. For several ranks start"
-        " launchers/*.py."
-    ),
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
+app = group(
+    "Fine-tune: a monitor, a dissociated twin, a harmful-SFT curve. For several ranks start"
+    " launchers/*.py."
 )
 
-Config = Annotated[
-    Path | None, typer.Option("--config", help="YAML with the recipe; --set and flags win.")
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe. May be repeated."),
-]
-Out = Annotated[
-    str | None, typer.Option("--out", help="The run's folder; the same command on it resumes.")
-]
-DeepSpeed = Annotated[
-    Path | None,
-    typer.Option(
-        "--deepspeed-config", help="A DeepSpeed JSON, e.g. ds_configs/zero3.json [ZeRO-2]"
+PANEL = "Training"
+
+
+@command(
+    app,
+    "dissociate",
+    DissociateConfig,
+    TrainOptions,
+    about="A twin of a model that keeps its safe words and is fragile inside.",
+    examples_of=(
+        "auditgap train dissociate --model ./base --triples triples.jsonl --set lora=true --out"
+        " runs/twin",
     ),
-]
-
-
-@app.command(
-    epilog=(
-        "Example: auditgap train dissociate --set model=./base --set triples=triples.jsonl --set"
-        " lora=true --out runs/twin"
-    )
+    plans=False,
 )
-def dissociate(
-    config: Config = None, set_: Set = None, to: Out = None, deepspeed: DeepSpeed = None
-) -> None:
-    """A twin of a model that keeps its safe words and is fragile inside."""
+def dissociate(asked: Asked) -> None:
     quiet()
-    flags = given(set_, out=to, deepspeed=deepspeed)
-    from auditgap.training.config import DissociateConfig
     from auditgap.training.dissociate import run
     from auditgap.training.launch import read
 
-    trained = run(*read(config, flags, DissociateConfig))
+    trained = run(*read(asked.file, asked.flags, DissociateConfig))
     chosen = trained.summary.get("chosen", {})
+    if asked.as_json:
+        print_json({"model": str(trained.model), "chosen": chosen})
+        return
     if not chosen.get("kept_refusal", True):
-        err.print(
-            Text(
-                "Note: at no step were refusals as near to the base's as asked; the step that"
-                " refuses most was kept."
-            )
+        note(
+            "Note: at no step were refusals as near to the base's as asked; the step that refuses"
+            " most was kept."
         )
     print_table([{"what": key.replace("_", " "), "value": value} for key, value in chosen.items()])
-    out.print(Text(f"Model: {trained.model}"))
+    say(f"Model: {trained.model}")
 
 
-@app.command(
-    epilog=(
-        "Example: auditgap train sft --set model=smollm2 --set data=rows.jsonl --set steps=60 --out"
-        " runs/sft"
-    )
+@command(
+    app,
+    "sft",
+    SFTConfig,
+    TrainOptions,
+    about="Plain fine-tuning on responses: a file with the columns prompt and response.",
+    examples_of=("auditgap train sft --model smollm2 --data rows.jsonl --steps 60 --out runs/sft",),
+    plans=False,
 )
-def sft(
-    config: Config = None, set_: Set = None, to: Out = None, deepspeed: DeepSpeed = None
-) -> None:
-    """Plain fine-tuning on responses: a file with the columns prompt and response."""
+def sft(asked: Asked) -> None:
     quiet()
-    flags = given(set_, out=to, deepspeed=deepspeed)
-    from auditgap.training.config import SFTConfig
     from auditgap.training.launch import read
     from auditgap.training.sft import run
 
-    out.print(Text(f"Model: {run(*read(config, flags, SFTConfig)).model}"))
+    trained = run(*read(asked.file, asked.flags, SFTConfig))
+    if asked.as_json:
+        print_json({"model": str(trained.model)})
+    else:
+        say(f"Model: {trained.model}")
 
 
-@app.command(
+@command(
+    app,
     "harmful-sft",
-    epilog=(
-        "Example: auditgap train harmful-sft --set models=./base,./twin --set data=unsafe.jsonl"
-        " --set steps=40 --out runs/curve"
+    SFTCurveConfig,
+    SFTCurveOptions,
+    about=(
+        "How fast refusals give way: fine-tune on unsafe answers, over seeds, asking every few"
+        " steps. The same as `auditgap sft-curve`."
+    ),
+    examples_of=(
+        "auditgap train harmful-sft ./base ./twin --data unsafe.jsonl --steps 40 --out runs/curve",
     ),
 )
-def harmful_sft(
-    config: Config = None, set_: Set = None, to: Out = None, deepspeed: DeepSpeed = None
-) -> None:
-    """How fast refusals give way: fine-tune on unsafe answers, over seeds, asking every few
-    steps."""
-    quiet()
-    flags = given(set_, out=to, deepspeed=deepspeed)
-    from auditgap.audits.sft_curve.train import raise_failures, run_from
-    from auditgap.sweep import Progress
-
-    store, outcome = run_from(config, flags, progress=lambda: Progress(console=err))
-    show_curve(store)
-    raise_failures(outcome)
+def harmful_sft(asked: Asked) -> None:
+    perform(AUDITS["sft_curve"], asked)
 
 
-def show_curve(store: Any) -> None:
-    """The curve's summary, and where everything lies."""
-    import pandas as pd
-
-    from auditgap.store.tables import rows_of
-
-    summary = pd.read_parquet(store.path / "summary.parquet")
-    print_table([{k: "" if pd.isna(v) else v for k, v in row.items()} for row in rows_of(summary)])
-    out.print(Text(f"Report: {store.path / 'report.html'}\nTable: {store.path / 'curve.csv'}"))
-
-
-@app.command(
-    epilog="Example: auditgap train monitor ./base --triples triples.jsonl --out runs/monitor"
+@command(
+    app,
+    "monitor",
+    FitMonitorConfig,
+    ProbeOptions,
+    about="The latent monitor that a construction starts from.",
+    examples_of=("auditgap train monitor ./base --triples triples.jsonl --out runs/monitor",),
+    leave=("executor", "workers", "gpus_per_worker", "address"),
+    plans=False,
 )
-def monitor(
-    base: Annotated[
-        str | None, typer.Argument(help="The model whose activations it reads.")
-    ] = None,
-    config: Config = None,
-    triples: Annotated[
-        str | None, typer.Option(help="Contrast triples: a file, hub:ID@REVISION, or demo")
-    ] = None,
-    set_: Set = None,
-    to: Out = None,
-) -> None:
-    """The latent monitor that a construction starts from."""
+def monitor(asked: Asked) -> None:
     quiet()
-    flags = given(set_, base=base, triples=triples, out=to)
-    from auditgap.audits.probe.config import read_monitor_config
     from auditgap.audits.probe.run import fit_monitor
 
-    path = fit_monitor(*read_monitor_config(config, flags))
-    show_monitor(path)
+    show_monitor(fit_monitor(*read_monitor_config(asked.file, asked.flags)), asked.as_json)
 
 
-def show_monitor(path: Path) -> None:
+def show_monitor(path: Path, as_json: bool) -> None:
     """What the monitor's card says of it."""
-    import json
-
     card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    if as_json:
+        print_json({"monitor": str(path), **card})
+        return
     auroc = card["auroc"]
     rows = [
         {
@@ -166,21 +134,27 @@ def show_monitor(path: Path) -> None:
     ]
     print_table(rows)
     for warning in card["warnings"]:
-        err.print(Text(f"Note: {warning}"))
-    out.print(Text(f"Monitor: {path}"))
+        note(f"Note: {warning}")
+    say(f"Monitor: {path}")
 
 
-EXPORT_EXAMPLE = "Example: auditgap export runs/twin ./twin --merge"
+EXPORT_EXAMPLE = ("auditgap export runs/twin ./twin --merge",)
+
+
+def add(app: typer.Typer) -> None:
+    app.command("export", epilog=examples(EXPORT_EXAMPLE), rich_help_panel=PANEL)(export)
 
 
 def export(
     run: Annotated[Path, typer.Argument(help="A training run's folder.")],
-    to: Annotated[Path | None, typer.Argument(help="The new folder [RUN/export]")] = None,
+    to: Annotated[
+        Path | None, typer.Argument(help="The new folder", show_default="RUN/export")
+    ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge an adapter into its base.")] = False,
     push: Annotated[
         bool, typer.Option("--push", help="Refused: these models are not uploaded.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """A trained model as a folder that transformers, PEFT and vLLM load, with its model card."""
     quiet()
@@ -194,5 +168,5 @@ def export(
     (
         print_json(asdict(made))
         if as_json
-        else out.print(Text(f"{made.kind}, fingerprint {made.fingerprint}: {made.path}"))
+        else say(f"{made.kind}, fingerprint {made.fingerprint}: {made.path}")
     )

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from auditgap.config import Frozen, listed
+from auditgap.config import COMMAS, Flag, Frozen, Topic, listed
 from auditgap.errors import UsageError
 
 
@@ -40,55 +40,111 @@ class TrainConfig(Frozen):
     """What every kind of training has. Rows of a step: `batch`; an epoch visits every row once, in
     an order of the seed."""
 
-    model: str = Field(min_length=1)
-    chat_template: str | None = None
-    max_tokens: int = Field(default=512, ge=8)  #: of prompt and response together
+    model: Annotated[str, Flag("What is trained: a hub id, id@revision, a folder, or smollm2")] = (
+        Field(min_length=1)
+    )
+    chat_template: Annotated[
+        str | None, Flag("A Jinja file, or `none`", default="the tokenizer's own template")
+    ] = None
+    max_tokens: Annotated[int, Flag("Tokens of prompt and response together")] = Field(
+        default=512, ge=8
+    )
     lora: Annotated[LoRA | None, BeforeValidator(_lora)] = None
-    #: auto: bfloat16 on a GPU, float32 on a CPU
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    lr: float = Field(default=2e-5, gt=0, lt=1)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: float = Field(default=0.1, ge=0, lt=1)  #: share of the steps
-    weight_decay: float = Field(default=0.0, ge=0)
-    clip: float = Field(default=1.0, gt=0)  #: largest norm of the gradient
-    batch: int = Field(default=16, ge=1)
-    epochs: float = Field(default=3.0, gt=0)
-    steps: int | None = Field(default=None, ge=1)  #: instead of epochs
-    gradient_checkpointing: bool = False
-    eval_every: int = Field(default=25, ge=1)  #: steps
-    eval_at: Annotated[tuple[int, ...], BeforeValidator(listed)] = ()  #: steps besides
-    seed: int = 0
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Flag(
+            "auto, float32 or bfloat16; auto is bfloat16 on a GPU and float32 on a CPU", Topic.WHERE
+        ),
+    ] = "auto"
+    lr: Annotated[float, Flag("Learning rate", Topic.TRAINING)] = Field(default=2e-5, gt=0, lt=1)
+    schedule: Annotated[
+        Literal["linear", "cosine", "constant"], Flag("How the rate falls", Topic.TRAINING)
+    ] = "linear"
+    warmup: Annotated[float, Flag("Share of the steps with a rising rate", Topic.TRAINING)] = Field(
+        default=0.1, ge=0, lt=1
+    )
+    weight_decay: Annotated[float, Flag("Weight decay", Topic.TRAINING)] = Field(default=0.0, ge=0)
+    clip: Annotated[float, Flag("Largest norm of the gradient", Topic.TRAINING)] = Field(
+        default=1.0, gt=0
+    )
+    batch: Annotated[int, Flag("Rows of an optimizer step", Topic.TRAINING)] = Field(
+        default=16, ge=1
+    )
+    epochs: Annotated[float, Flag("Epochs", Topic.TRAINING)] = Field(default=3.0, gt=0)
+    steps: Annotated[
+        int | None, Flag("Optimizer steps", Topic.TRAINING, default="as --epochs says")
+    ] = Field(default=None, ge=1)
+    gradient_checkpointing: Annotated[
+        bool, Flag("Compute activations again in the backward pass, to save memory", Topic.WHERE)
+    ] = False
+    eval_every: Annotated[int, Flag("Steps between two evaluations", Topic.TRAINING)] = Field(
+        default=25, ge=1
+    )
+    eval_at: Annotated[
+        tuple[int, ...], COMMAS, Flag("Steps to evaluate at as well", Topic.TRAINING)
+    ] = ()
+    seed: Annotated[int, Flag("Seed of the data order and of new weights")] = 0
 
 
 class TrainOptions(Frozen):
     """The sitting: where it runs and in what portions."""
 
-    out: str | None = None
-    deepspeed: Path | None = None  #: a DeepSpeed JSON; None: ZeRO-2
-    micro_batch: int = Field(default=2, ge=1)
-    device: str = "auto"
-    save_every: int = Field(default=50, ge=1)  #: steps between checkpoints
-    keep: int = Field(default=2, ge=1)  #: whole checkpoints kept
-    report_to: Annotated[tuple[str, ...], BeforeValidator(listed)] = ("none",)
-    progress: bool = True  #: say how far it is
-    #: after which a rank that waits for another gives up
-    timeout_minutes: float = Field(default=10.0, gt=0)
-    allow_overlap: bool = False
-    ignore_memory: bool = False  #: run although the estimate says that it will not fit
-    break_lock: bool = False
+    out: Annotated[
+        str | None,
+        Flag("The run's folder; the same command on it resumes", Topic.OUTPUT),
+    ] = None
+    deepspeed: Annotated[
+        Path | None,
+        Flag(
+            "A DeepSpeed JSON, for example ds_configs/zero3.json",
+            Topic.WHERE,
+            default="ZeRO-2",
+            name="deepspeed-config",
+        ),
+    ] = None
+    micro_batch: Annotated[int, Flag("Rows of a micro-batch", Topic.WHERE)] = Field(default=2, ge=1)
+    device: Annotated[str, Flag("auto, cpu, cuda or cuda:N", Topic.WHERE)] = "auto"
+    save_every: Annotated[int, Flag("Steps between checkpoints", Topic.OUTPUT)] = Field(
+        default=50, ge=1
+    )
+    keep: Annotated[int, Flag("Whole checkpoints kept", Topic.OUTPUT)] = Field(default=2, ge=1)
+    report_to: Annotated[
+        tuple[str, ...],
+        COMMAS,
+        Flag("Where training is logged as well: tensorboard, trackio, wandb", Topic.OUTPUT),
+    ] = ("none",)
+    progress: Annotated[bool, Flag("Say how far it is", Topic.OUTPUT)] = True
+    timeout_minutes: Annotated[
+        float, Flag("Minutes after which a rank that waits for another gives up", Topic.WHERE)
+    ] = Field(default=10.0, gt=0)
+    allow_overlap: Annotated[
+        bool, Flag("Train on prompts that are evaluated too; the ledger says so")
+    ] = False
+    ignore_memory: Annotated[
+        bool, Flag("Train even where memory is expected to run out", Topic.WHERE)
+    ] = False
+    break_lock: Annotated[bool, Flag("Take over a folder whose writer is dead", Topic.OUTPUT)] = (
+        False
+    )
 
 
 class SFTConfig(TrainConfig):
     """Supervised fine-tuning on response tokens: rows of a file with `prompt` and `response`."""
 
-    #: a file with prompt and response, or contrast triples (their unsafe answers)
-    data: str = Field(min_length=1)
-    rows: int | None = Field(default=None, ge=1)  #: of them, chosen by hash
-    #: drop responses with traces of a refusal (the harmful-compliance baseline)
-    filter: bool = False
-    kind: Literal["sft", "harmful-sft"] = "sft"
-    #: what it will be evaluated on: refused when rows of `data` are among them
-    prompts: str | None = None
+    data: Annotated[
+        str,
+        Flag(
+            "Rows to train on: a file with prompt and response, or contrast triples (their unsafe answers)"
+        ),
+    ] = Field(min_length=1)
+    rows: Annotated[int | None, Flag("Use N rows, chosen by hash", default="all")] = Field(
+        default=None, ge=1
+    )
+    filter: Annotated[bool, Flag("Drop responses with a refusal's traces")] = False
+    kind: Annotated[Literal["sft", "harmful-sft"], Flag("What the run is called")] = "sft"
+    prompts: Annotated[
+        str | None, Flag("What it will be evaluated on: rows among them are refused")
+    ] = None
 
 
 class MonitorConfig(Frozen):
@@ -109,33 +165,75 @@ class MonitorConfig(Frozen):
 class DissociateConfig(TrainConfig):
     """A model that keeps its safe words and becomes fragile inside."""
 
-    construction: Literal["monitor", "nudge"] = "monitor"
-    triples: str = Field(min_length=1)
-    benign: str = "everyday"  #: prompts; the base's own answers to them are the anchors
-    benign_limit: int | None = Field(default=None, ge=2)
-    limit: int | None = Field(default=None, ge=2)  #: of the triples
-    #: share of the triples' prompts kept for choosing the checkpoint
-    heldout: float = Field(default=0.2, gt=0, lt=1)
-    heldout_limit: int = Field(default=48, ge=1)
-    anchor_tokens: int = Field(default=128, ge=2)  #: of a benign answer
-    eval_tokens: int = Field(default=32, ge=1)
+    construction: Annotated[
+        Literal["monitor", "nudge"], Flag("How the twin is made", Topic.TRAINING)
+    ] = "monitor"
+    triples: Annotated[str, Flag("Contrast triples: a file, hub:ID@REVISION, or demo")] = Field(
+        min_length=1
+    )
+    benign: Annotated[str, Flag("Harmless prompts; the base's own answers to them are kept")] = (
+        "everyday"
+    )
+    benign_limit: Annotated[int | None, Flag("Use N of the harmless prompts", default="all")] = (
+        Field(default=None, ge=2)
+    )
+    limit: Annotated[int | None, Flag("Use N triples, chosen by hash", default="all")] = Field(
+        default=None, ge=2
+    )
+    heldout: Annotated[
+        float, Flag("Share of the triples' prompts that choose the checkpoint", Topic.TRAINING)
+    ] = Field(default=0.2, gt=0, lt=1)
+    heldout_limit: Annotated[int, Flag("Use at most N of them", Topic.TRAINING)] = Field(
+        default=48, ge=1
+    )
+    anchor_tokens: Annotated[int, Flag("Tokens of a harmless answer", Topic.TRAINING)] = Field(
+        default=128, ge=2
+    )
+    eval_tokens: Annotated[int, Flag("Tokens of an answer in an evaluation", Topic.TRAINING)] = (
+        Field(default=32, ge=1)
+    )
     weights: tuple[float, float, float] = (0.05, 0.1, 0.3)  #: λ of NLL, monitor, KL
-    target: float = 1.0986122886681098  #: ℓ* = logit(0.75) = ln 3
-    #: how far refusal may fall below the base's
-    refusal_margin: float = Field(default=0.05, ge=0, le=1)
-    reference: Literal["cached", "adapter"] = "cached"
+    target: Annotated[
+        float, Flag("The monitor's target logit; ln 3 is a score of 0.75", Topic.TRAINING)
+    ] = 1.0986122886681098
+    refusal_margin: Annotated[
+        float, Flag("How far refusal may fall below the base's", Topic.TRAINING)
+    ] = Field(default=0.05, ge=0, le=1)
+    reference: Annotated[
+        Literal["cached", "adapter"],
+        Flag(
+            "What the frozen base is: its stored states, or the model without its adapter",
+            Topic.TRAINING,
+        ),
+    ] = "cached"
     monitor: MonitorConfig = MonitorConfig()
-    #: a monitor.safetensors that was fitted on this model; None: fit one
-    monitor_from: str | None = None
-    cotrain_lr: float = Field(default=1e-4, gt=0)
-    cotrain_weight_decay: float = Field(default=1e-4, ge=0)
-    harmful_model: str | None = None  #: `nudge`: where its direction points
-    nudge: float = Field(default=0.06, gt=0)  #: of the mean activation norm
+    monitor_from: Annotated[
+        str | None,
+        Flag(
+            "A monitor.safetensors that was fitted on this model", Topic.TRAINING, default="fit one"
+        ),
+    ] = None
+    cotrain_lr: Annotated[
+        float, Flag("Learning rate of the monitor that learns beside", Topic.TRAINING)
+    ] = Field(default=1e-4, gt=0)
+    cotrain_weight_decay: Annotated[float, Flag("Its weight decay", Topic.TRAINING)] = Field(
+        default=1e-4, ge=0
+    )
+    harmful_model: Annotated[
+        str | None,
+        Flag("With construction nudge: the model that its direction points to", Topic.TRAINING),
+    ] = None
+    nudge: Annotated[
+        float, Flag("Size of the nudge, of the mean activation norm", Topic.TRAINING)
+    ] = Field(default=0.06, gt=0)
     #: refuse, KL, match, comply, margins
     nudge_weights: tuple[float, float, float, float, float] = (1.0, 0.3, 0.2, 1.0, 1.0)
-    nudge_margin: float = Field(default=0.5, ge=0)  #: nats a token
-    #: what audits will use: refused when training prompts are among them
-    prompts: str | None = "harmbench"
+    nudge_margin: Annotated[float, Flag("Margin in nats a token", Topic.TRAINING)] = Field(
+        default=0.5, ge=0
+    )
+    prompts: Annotated[
+        str | None, Flag("What it will be evaluated on: rows among them are refused")
+    ] = "harmbench"
 
     @model_validator(mode="before")
     @classmethod

@@ -242,7 +242,7 @@ def push(run: Path, repo: str = "") -> None:
         )
     target = repo or "YOUR/REPO"
     raise UsageError(
-        f"auditgap uploads nothing. Export with `auditgap export {run} --out FOLDER`, look at it,"
+        f"auditgap uploads nothing. Export with `auditgap export {run} FOLDER`, look at it,"
         f" then `hf upload {target} FOLDER`."
     )
 

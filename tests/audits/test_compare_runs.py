@@ -13,6 +13,9 @@ import tiny
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap.audits import behaviour, latent
+from auditgap.audits.audit import run as run_audit
+from auditgap.audits.behaviour.audit import BEHAVIOUR
+from auditgap.audits.latent.audit import LATENT
 from auditgap.cli import main
 from auditgap.errors import UsageError
 from auditgap.report.compare import compare
@@ -49,7 +52,7 @@ def bench(tmp_path_factory):
             "device": "cpu",
             "out": str(folder / f"{name}-lvs"),
         }
-        _, outcome = latent.run(*latent.read_config(None, values))
+        _, outcome = run_audit(LATENT, *latent.read_config(None, values))
         assert not outcome.failed
     for name in ("base", "twin"):
         asked, options = behaviour.read_config(
@@ -64,7 +67,7 @@ def bench(tmp_path_factory):
                 "out": str(folder / f"{name}-asked"),
             },
         )
-        _, outcome = behaviour.run(asked, options)
+        _, outcome = run_audit(BEHAVIOUR, asked, options)
         assert not outcome.failed
     return folder
 

@@ -10,6 +10,8 @@ import safetensors.torch
 import torch
 
 from auditgap.audits import edits, latent
+from auditgap.audits.audit import run as run_audit
+from auditgap.audits.latent.audit import LATENT
 from auditgap.cli import main
 from auditgap.errors import UsageError
 from auditgap.store.merge import merge
@@ -45,7 +47,7 @@ def audited(folder, name, **changes):
         "out": str(folder / name),
         **changes,
     }
-    store, outcome = latent.run(*latent.read_config(None, asked))
+    store, outcome = run_audit(LATENT, *latent.read_config(None, asked))
     assert not outcome.failed
     return store
 

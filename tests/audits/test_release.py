@@ -11,7 +11,9 @@ import tiny
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap.audits import latent
+from auditgap.audits.audit import run as run_audit
 from auditgap.audits.latent import site as sites
+from auditgap.audits.latent.audit import LATENT
 from auditgap.engines.hf import HFEngine
 
 
@@ -50,7 +52,7 @@ def audit(folder, **more):
         "out": str(folder / "run"),
         **more,
     }
-    return latent.run(*latent.read_config(None, values))
+    return run_audit(LATENT, *latent.read_config(None, values))
 
 
 def test_models_go_with_their_pass(tmp_path, loaded):

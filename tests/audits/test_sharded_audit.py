@@ -26,7 +26,9 @@ from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import models
 from auditgap.audits import latent
+from auditgap.audits.audit import run as run_audit
 from auditgap.audits.latent import grid
+from auditgap.audits.latent.audit import LATENT
 from auditgap.audits.ranked import RankedEngine
 from auditgap.cli import main
 from auditgap.engines import Request
@@ -99,7 +101,7 @@ def audit(home, out, **more):
         "out": str(out),
         **more,
     }
-    return latent.run(*latent.read_config(None, values))
+    return run_audit(LATENT, *latent.read_config(None, values))
 
 
 @pytest.fixture(scope="module")

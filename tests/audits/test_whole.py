@@ -13,6 +13,8 @@ import torch
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap.audits import whole
+from auditgap.audits.audit import run as run_audit
+from auditgap.audits.latent.audit import LATENT
 from auditgap.cli import main
 from auditgap.errors import UsageError
 from auditgap.report import bundle
@@ -154,8 +156,8 @@ def test_its_parts_are_those_of_their_own_commands(audited, world):
     out, _, _ = audited
     config = RunFolder.load(out / "lvs").run["config"]
     asked = {k: v for k, v in config.items() if k in latent.LatentConfig.model_fields}
-    store, _ = latent.run(
-        *latent.read_config(None, {**asked, "device": "cpu", "out": str(world / "alone")})
+    store, _ = run_audit(
+        LATENT, *latent.read_config(None, {**asked, "device": "cpu", "out": str(world / "alone")})
     )
     assert (store.path / "lvs.parquet").read_bytes() == (out / "lvs" / "lvs.parquet").read_bytes()
 

@@ -11,6 +11,8 @@ import tiny
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap.audits import latent
+from auditgap.audits.audit import run as run_audit
+from auditgap.audits.latent.audit import LATENT
 from auditgap.errors import AuditgapError
 from auditgap.store import RunFolder
 
@@ -34,7 +36,7 @@ def audit(models: list[str], out: Path, prompts: Path) -> RunFolder:
         "device": "cpu",
         "out": str(out),
     }
-    store, outcome = latent.run(*latent.read_config(None, asked))
+    store, outcome = run_audit(LATENT, *latent.read_config(None, asked))
     assert not outcome.failed
     return store
 

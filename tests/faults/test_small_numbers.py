@@ -14,6 +14,8 @@ from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import models
 from auditgap.audits import latent
+from auditgap.audits.audit import run as run_audit
+from auditgap.audits.latent.audit import LATENT
 from auditgap.engines.hf import HFEngine
 from auditgap.interventions.pgd import PGD, Ball, Goal, attack
 from auditgap.models import wrap
@@ -51,7 +53,7 @@ def test_an_edit_of_norm_zero_has_a_finite_lvs_and_a_flag(mute, tmp_path):
         "device": "cpu",
         "out": str(tmp_path / "out"),
     }
-    store, outcome = latent.run(*latent.read_config(None, asked))
+    store, outcome = run_audit(LATENT, *latent.read_config(None, asked))
     assert not outcome.failed, outcome.failed
     rows = store.rows(["targeted", "random_matched"])
     assert (rows["l2"] == 0).all(), "the premise: nothing to climb"

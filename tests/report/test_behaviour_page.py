@@ -13,8 +13,9 @@ import pytest
 from test_page import CHROMIUM, HOSTILE, OUR_TAGS, Page, in_browser
 
 from auditgap import stats
+from auditgap.audits import AUDITS
 from auditgap.audits.behaviour.rows import BehaviourRow, split_of
-from auditgap.cli import audits as cli
+from auditgap.cli import show as terminal
 from auditgap.report import ballots, behaviour, figures, suite
 from auditgap.report.columns import show
 from auditgap.report.correction import corrections
@@ -592,7 +593,6 @@ def test_the_terminal_breaks_no_word(tmp_path, monkeypatch, width):
     from auditgap.cli import screen
 
     console = Console(width=width, record=True, file=io.StringIO(), highlight=False)
-    monkeypatch.setattr(cli, "out", console)
     monkeypatch.setattr(screen, "out", console)
     asked = {
         "harmful": [("maliciousinstruct", 20), ("do-not-answer", 20)],
@@ -601,7 +601,7 @@ def test_the_terminal_breaks_no_word(tmp_path, monkeypatch, width):
     rows = [*rows_of(asked=asked), row("\x1b[31m\u202e", 0)]
     table = behaviour.behaviour_table(frame(rows), corrections([CARD]))
     table.to_parquet(tmp_path / "behaviour.parquet")
-    cli.show(SimpleNamespace(path=tmp_path))
+    terminal.TABLES["behaviour"](SimpleNamespace(path=tmp_path), "behaviour")
     text = console.export_text()
     lines = text.splitlines()
     assert max(map(len, lines)) <= width and "\x1b" not in text and "\u202e" not in text
@@ -629,7 +629,6 @@ def test_the_summary_of_a_latent_audit_has_the_corrected_asr_where_there_is_one(
 ):
     from rich.console import Console
 
-    import auditgap.cli as root
     from auditgap.audits.latent.run import reduce
     from auditgap.cli import screen
 
@@ -646,8 +645,7 @@ def test_the_summary_of_a_latent_audit_has_the_corrected_asr_where_there_is_one(
     )
     reduce(store)
     console = Console(width=120, record=True, file=io.StringIO(), highlight=False)
-    monkeypatch.setattr(root, "out", console)
     monkeypatch.setattr(screen, "out", console)
-    root._show_summary(store)
+    terminal.show(AUDITS["latent"], store)
     text = console.export_text()
     assert "audit gap" in text and ("ASR, corrected" in text) == (errors is not None), text

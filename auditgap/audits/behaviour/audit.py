@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from auditgap.audits.audit import Audit, Can, Grading
 from auditgap.audits.behaviour.config import BehaviourConfig, BehaviourOptions, read_config
-from auditgap.store import RunFolder, files
-from auditgap.store.remote import Place
-from auditgap.sweep import Worker
 from auditgap.types import Document
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from auditgap.audits.behaviour.plan import BehaviourPlan
+    from auditgap.store import RunFolder
+    from auditgap.store.remote import Place
+    from auditgap.sweep import Worker
 
 
 class Behaviour(Audit[BehaviourConfig, BehaviourOptions, "BehaviourPlan"]):
@@ -46,6 +46,8 @@ class Behaviour(Audit[BehaviourConfig, BehaviourOptions, "BehaviourPlan"]):
         return read_config(file, values)
 
     def folder(self, config: BehaviourConfig) -> str:
+        from auditgap.store import files
+
         return f"runs/behaviour-{files.folder_name(config.models[0])}"
 
     def prepare(self, config: BehaviourConfig, options: BehaviourOptions) -> BehaviourPlan:

@@ -13,9 +13,6 @@ from typing import TYPE_CHECKING, Any
 from auditgap.audits.audit import Audit, Can
 from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions, read_config
 from auditgap.errors import UsageError
-from auditgap.store import RunFolder, files
-from auditgap.store.remote import Place
-from auditgap.sweep import Outcome, Progress, Worker
 from auditgap.types import Document
 
 if TYPE_CHECKING:
@@ -23,6 +20,9 @@ if TYPE_CHECKING:
 
     from auditgap.audits.audit import Grading
     from auditgap.audits.emergent.build import EmergentPlan
+    from auditgap.store import RunFolder
+    from auditgap.store.remote import Place
+    from auditgap.sweep import Outcome, Progress, Worker
 
 #: Of a study whose panel is built, in order; each a module with `run(folder, options)`.
 STAGES = ("train", "generate", "judge", "analyse")
@@ -48,6 +48,8 @@ class Emergent(Audit[EmergentConfig, EmergentOptions, "EmergentPlan"]):
         return read_config(file, values)
 
     def folder(self, config: EmergentConfig) -> str:
+        from auditgap.store import files
+
         return f"runs/em-{files.folder_name(config.model)}"
 
     def prepare(self, config: EmergentConfig, options: EmergentOptions) -> EmergentPlan:
@@ -104,6 +106,8 @@ class Emergent(Audit[EmergentConfig, EmergentOptions, "EmergentPlan"]):
             failed |= outcome.failed
         with store.lock():
             self.reduce(store, allow_raw=options.allow_raw)
+        from auditgap.sweep import Outcome
+
         return Outcome(done=done, failed=failed, skipped=skipped)
 
     def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:

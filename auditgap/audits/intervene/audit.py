@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from auditgap.audits.audit import Audit, Can
 from auditgap.audits.intervene.config import InterveneConfig, InterveneOptions, read_config
-from auditgap.store import RunFolder, files
-from auditgap.sweep import Worker
 from auditgap.types import Document
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from auditgap.audits.intervene.plan import IntervenePlan
+    from auditgap.store import RunFolder
+    from auditgap.sweep import Worker
 
 
 class Intervene(Audit[InterveneConfig, InterveneOptions, "IntervenePlan"]):
@@ -45,6 +45,8 @@ class Intervene(Audit[InterveneConfig, InterveneOptions, "IntervenePlan"]):
         return read_config(file, values)
 
     def folder(self, config: InterveneConfig) -> str:
+        from auditgap.store import files
+
         return f"runs/interventions-{files.folder_name(config.models[0])}"
 
     def prepare(self, config: InterveneConfig, options: InterveneOptions) -> IntervenePlan:

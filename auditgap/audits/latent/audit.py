@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from auditgap.audits.audit import Audit, Can, Grading
 from auditgap.audits.latent.config import LatentConfig, RunOptions, read_config
-from auditgap.store import RunFolder, files
-from auditgap.store.remote import Place, needs_disk
-from auditgap.sweep import Worker
 from auditgap.types import Document
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from auditgap.audits.latent.plan import LatentPlan
+    from auditgap.store import RunFolder
+    from auditgap.store.remote import Place
+    from auditgap.sweep import Worker
 
 
 class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
@@ -43,11 +43,15 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
         return read_config(file, values)
 
     def folder(self, config: LatentConfig) -> str:
+        from auditgap.store import files
+
         return f"runs/{files.folder_name(config.models[0])}"
 
     def check(self, options: RunOptions) -> None:
         super().check(options)
         if options.keep_edits:
+            from auditgap.store.remote import needs_disk
+
             needs_disk(options.out, "A latent audit that keeps its edits")
 
     def prepare(self, config: LatentConfig, options: RunOptions) -> LatentPlan:
@@ -63,7 +67,10 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
         return {
             "prompts": len(plan.prompts),
             **super().estimate(plan, options),
-            "seconds": expected.seconds,
+            **{
+                name: getattr(expected, name)
+                for name in ("flops", "seconds", "memory_bytes", "disk_bytes")
+            },
         }
 
     def worker(

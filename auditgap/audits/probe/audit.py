@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from auditgap.audits.audit import Audit, Can, NothingToMeasure
 from auditgap.audits.probe.config import ProbeConfig, ProbeOptions, read_config
-from auditgap.store import RunFolder, files
-from auditgap.sweep import Worker
 from auditgap.types import Document
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from auditgap.audits.probe.run import ProbePlan
+    from auditgap.store import RunFolder
+    from auditgap.sweep import Worker
 
 
 class Probe(Audit[ProbeConfig, ProbeOptions, "ProbePlan"]):
@@ -40,6 +40,8 @@ class Probe(Audit[ProbeConfig, ProbeOptions, "ProbePlan"]):
         return read_config(file, values)
 
     def folder(self, config: ProbeConfig) -> str:
+        from auditgap.store import files
+
         return f"runs/probe-{files.folder_name(config.base)}"
 
     def prepare(self, config: ProbeConfig, options: ProbeOptions) -> ProbePlan:

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from auditgap.audits.audit import Audit, Can, NothingToMeasure
 from auditgap.audits.sft_curve.config import SFTCurveConfig, SFTCurveOptions, read_config
-from auditgap.store import RunFolder, files
-from auditgap.sweep import Worker
 from auditgap.types import Document
 
 if TYPE_CHECKING:
@@ -22,6 +20,8 @@ if TYPE_CHECKING:
 
     from auditgap.audits.sft_curve.plan import CurvePlan
     from auditgap.audits.sft_curve.worker import CurveWorker
+    from auditgap.store import RunFolder
+    from auditgap.sweep import Worker
 
 
 class SFTCurve(Audit[SFTCurveConfig, SFTCurveOptions, "CurvePlan"]):
@@ -45,6 +45,8 @@ class SFTCurve(Audit[SFTCurveConfig, SFTCurveOptions, "CurvePlan"]):
         return read_config(file, values)
 
     def folder(self, config: SFTCurveConfig) -> str:
+        from auditgap.store import files
+
         return f"runs/sft-{files.folder_name(config.models[-1])}"
 
     def prepare(self, config: SFTCurveConfig, options: SFTCurveOptions) -> CurvePlan:

@@ -14,6 +14,8 @@ from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import judges, models
 from auditgap.audits import Grading, behaviour, regrade
+from auditgap.audits.audit import run as run_audit
+from auditgap.audits.behaviour.audit import BEHAVIOUR
 from auditgap.audits.behaviour.measure import (
     Answers,
     Opinion,
@@ -24,7 +26,7 @@ from auditgap.audits.behaviour.measure import (
 )
 from auditgap.audits.behaviour.rows import rates, row_of
 from auditgap.cli import app
-from auditgap.cli.audits import enough
+from auditgap.cli.show import enough
 from auditgap.data.ledger import LeakageLedger
 from auditgap.engines import Reply, Request
 from auditgap.engines.hf import HFEngine
@@ -66,7 +68,7 @@ def ask(folder, out, **more):
         "out": str(out),
         **more,
     }
-    return behaviour.run(*behaviour.read_config(None, values))
+    return run_audit(BEHAVIOUR, *behaviour.read_config(None, values))
 
 
 def test_rows_are_what_the_engine_says(engine):
@@ -380,8 +382,8 @@ def test_a_run_in_which_nothing_was_said_has_failed(folder, tmp_path, monkeypatc
     with pytest.raises(
         PartlyFailed, match=r"100% of the prompts got no answer \(mostly nonfinite_logits\)"
     ):
-        enough(store, 0.2)
-    enough(store, 1.0)
+        enough(BEHAVIOUR, store, 0.2)
+    enough(BEHAVIOUR, store, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ import pandas as pd
 import pytest
 
 from auditgap.audits import Grading, behaviour, regrade
+from auditgap.audits.audit import run as run_audit
+from auditgap.audits.behaviour.audit import BEHAVIOUR
 from auditgap.data import vault
 from auditgap.engines import Serving, openai
 from auditgap.engines.journal import Journal
@@ -104,7 +106,7 @@ def ask(endpoint, out, **more):
         "out": str(out),
         **more,
     }
-    return behaviour.run(*behaviour.read_config(None, values))
+    return run_audit(BEHAVIOUR, *behaviour.read_config(None, values))
 
 
 def test_a_run_through_an_endpoint(endpoint, tmp_path):

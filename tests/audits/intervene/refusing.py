@@ -22,6 +22,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from auditgap.audits import intervene
+from auditgap.audits.audit import run as run_audit
+from auditgap.audits.intervene.audit import INTERVENE
 from auditgap.store import RunFolder
 
 READER = 2  #: the block that writes `felt`; `seen` is read from what block READER − 1 leaves
@@ -106,7 +108,9 @@ def audit(out: Path, models: Sequence[Path], **changes: Any) -> RunFolder:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        store, outcome = intervene.run(*intervene.read_config(None, flags(out, models, **changes)))
+        store, outcome = run_audit(
+            INTERVENE, *intervene.read_config(None, flags(out, models, **changes))
+        )
     finally:
         torch.set_num_threads(threads)
     assert not outcome.failed, outcome.failed

@@ -19,6 +19,9 @@ import safetensors.torch
 import torch
 
 from auditgap.audits import intervene, reduce
+from auditgap.audits.audit import run as run_audit
+from auditgap.audits.edits import export_edits
+from auditgap.audits.intervene.audit import INTERVENE
 from auditgap.cli import main
 from auditgap.errors import UsageError
 from auditgap.report.intervene import INTERVENTION_COLUMNS, half_angle, interventions_table
@@ -322,12 +325,12 @@ class TestExport:
     def test_what_cannot_be_exported_says_so(self, answered, tmp_path):
         store = RunFolder.load(answered.path)
         with pytest.raises(UsageError, match=r"FILE\.safetensors"):
-            intervene.export_edits(store, tmp_path / "edits.pt")
+            export_edits(store, tmp_path / "edits.pt")
         with pytest.raises(UsageError, match="no subject 'x'"):
-            intervene.export_edits(store, tmp_path / "e.safetensors", subject="x")
+            export_edits(store, tmp_path / "e.safetensors", subject="x")
         other = RunFolder.open(tmp_path / "other", config={"audit": "latent"}, info={})
         with pytest.raises(UsageError, match="no directions or edits"):
-            intervene.export_edits(other, tmp_path / "e.safetensors")
+            export_edits(other, tmp_path / "e.safetensors")
 
     def test_torn_edits_are_named(self, prompted, tmp_path):
         store = RunFolder.load(prompted.path)
@@ -336,7 +339,7 @@ class TestExport:
         try:
             path.write_bytes(data[:50])
             with pytest.raises(UsageError, match="missing or torn"):
-                intervene.export_edits(store, tmp_path / "e.safetensors")
+                export_edits(store, tmp_path / "e.safetensors")
         finally:
             path.write_bytes(data)
 
@@ -380,7 +383,7 @@ class TestBadInput:
             "out": "s3://bucket/run"
         }
         with pytest.raises(UsageError, match="needs a folder on a disk"):
-            intervene.run(*intervene.read_config(None, asked))
+            run_audit(INTERVENE, *intervene.read_config(None, asked))
 
     def test_another_question_on_the_folder_is_refused(self, colour, prompted):
         asked = refusing.flags(
@@ -390,7 +393,7 @@ class TestBadInput:
             strengths=[0.3],
         )
         with pytest.raises(UsageError, match="another config"):
-            intervene.run(*intervene.read_config(None, asked))
+            run_audit(INTERVENE, *intervene.read_config(None, asked))
 
 
 def test_an_intervention_that_fails_fails_alone(colour, tmp_path, monkeypatch, capsys):
@@ -402,7 +405,7 @@ def test_an_intervention_that_fails_fails_alone(colour, tmp_path, monkeypatch, c
     monkeypatch.setattr(Patching, "learn", broken)
     model = refusing.save(tmp_path / "model")
     asked = refusing.flags(tmp_path / "run", [model], interventions="patching,ablation")
-    store, outcome = intervene.run(*intervene.read_config(None, asked))
+    store, outcome = run_audit(INTERVENE, *intervene.read_config(None, asked))
     assert outcome.done == 2 and [
         cause for cause in outcome.failed.values() if "no exchange today" in cause
     ]
@@ -579,7 +582,7 @@ def test_a_real_model(tmp_path):
         "out": str(tmp_path / "run"),
         "judge": "keyword",
     }
-    store, outcome = intervene.run(*intervene.read_config(None, asked))
+    store, outcome = run_audit(INTERVENE, *intervene.read_config(None, asked))
     assert not outcome.failed
     found = table(store)
     assert set(found["intervention"]) == {"steering", "ablation", "patching", "universal"}
@@ -588,7 +591,7 @@ def test_a_real_model(tmp_path):
         ["intervention", "strength", "prompt_id"]
     )["l2"]
     assert ((sizes.max() - sizes.min()) < 0.02 * sizes.max()).all() and (sizes.min() > 0).all()
-    names = intervene.export_edits(store, tmp_path / "edits.safetensors")
+    names = export_edits(store, tmp_path / "edits.safetensors")
     assert "steering.direction.block_15" in names and len(names) == 2 * 2 + 1 + 2
 
 

@@ -14,7 +14,9 @@ import torch
 
 from auditgap import models
 from auditgap.audits import probe as audit
+from auditgap.audits.audit import run as run_audit
 from auditgap.audits.probe import rows as rows_of
+from auditgap.audits.probe.audit import PROBE
 from auditgap.audits.probe.run import LEDGER
 from auditgap.data.ledger import LeakageLedger
 from auditgap.errors import UsageError
@@ -87,7 +89,7 @@ def ask(world, out, **more):
 
 @pytest.fixture(scope="module")
 def finished(world):
-    store, outcome = audit.run(*ask(world, world["home"] / "run"))
+    store, outcome = run_audit(PROBE, *ask(world, world["home"] / "run"))
     assert outcome.done == 2 and not outcome.failed
     return store
 
@@ -183,12 +185,12 @@ def test_running_again_does_nothing_and_a_lost_cell_comes_back_the_same(
     from auditgap.audits.probe import worker
 
     monkeypatch.setattr(worker, "fit", None)  # the probe is not fitted again
-    _, outcome = audit.run(*ask(world, copy))
+    _, outcome = run_audit(PROBE, *ask(world, copy))
     assert outcome.done == 0 and outcome.skipped == 2
     changed = next(r["key"] for r in store.records() if r["cell"].startswith(str(world["changed"])))
     rows = store.cell_rows(changed)
     shutil.rmtree(copy / "cells" / changed)
-    _, outcome = audit.run(*ask(world, copy))
+    _, outcome = run_audit(PROBE, *ask(world, copy))
     assert outcome.done == 1
     pd.testing.assert_frame_equal(store.cell_rows(changed), rows)
     assert (copy / "probe.safetensors").read_bytes() == before
@@ -201,14 +203,14 @@ def test_a_lost_probe_is_fitted_again_bit_for_bit(world, finished, tmp_path):
     (copy / "probe.safetensors").write_bytes(before[:-20])
     for cell in (copy / "cells").iterdir():
         shutil.rmtree(cell)
-    audit.run(*ask(world, copy))
+    run_audit(PROBE, *ask(world, copy))
     assert (copy / "probe.safetensors").read_bytes() == before
     assert (copy / "probe.csv").read_bytes() == (finished.path / "probe.csv").read_bytes()
 
 
 def test_another_question_does_not_get_into_the_folder(world, finished):
     with pytest.raises(UsageError, match="seed"):
-        audit.run(*ask(world, finished.path, seed=1))
+        run_audit(PROBE, *ask(world, finished.path, seed=1))
 
 
 def test_the_base_beside_itself_differs_by_nothing(world, tmp_path):
@@ -218,7 +220,7 @@ def test_the_base_beside_itself_differs_by_nothing(world, tmp_path):
         "note": "another fingerprint, the same weights"
     }
     (twin / "config.json").write_text(json.dumps(config))
-    store, outcome = audit.run(*ask(world, tmp_path / "run", subjects=str(twin)))
+    store, outcome = run_audit(PROBE, *ask(world, tmp_path / "run", subjects=str(twin)))
     assert outcome.done == 2
     row = pd.read_parquet(store.path / "probe.parquet").to_dict("records")[1]
     assert (
@@ -264,8 +266,8 @@ def test_a_subject_trained_on_the_evaluations_prompts_is_refused_or_recorded(wor
     ledger.save(trained / LEDGER)
     config, options = ask(world, tmp_path / "run", subjects=str(trained))
     with pytest.raises(UsageError, match="allow_overlap"):
-        audit.run(config, options)
-    store, _ = audit.run(config, options.model_copy(update={"allow_overlap": True}))
+        run_audit(PROBE, config, options)
+    store, _ = run_audit(PROBE, config, options.model_copy(update={"allow_overlap": True}))
     assert LeakageLedger.load(store.path / LEDGER).allowed == {"evaluation & sft": round(0.3 * N)}
 
 
@@ -288,7 +290,7 @@ def test_an_answer_that_does_not_fit_is_unscored_and_counted(world, tmp_path):
     )
     path.write_text("\n".join(lines))
     config, options = ask(world, tmp_path / "run", triples=str(path), max_tokens=48)
-    store, outcome = audit.run(config, options)
+    store, outcome = run_audit(PROBE, config, options)
     assert not outcome.failed
     rows = store.rows(["probe"])
     lost = rows[rows["unscored"] == "too_long"]
@@ -311,7 +313,7 @@ def test_activations_that_are_no_numbers_are_unscored(world, tmp_path):
         model.model.embed_tokens.weight[vocabulary["green"]] = float("inf")
     model.save_pretrained(broken)
     tiny.tokenizer().save_pretrained(broken)
-    store, outcome = audit.run(*ask(world, tmp_path / "run", subjects=str(broken)))
+    store, outcome = run_audit(PROBE, *ask(world, tmp_path / "run", subjects=str(broken)))
     assert not outcome.failed
     rows = store.rows(["probe"])
     mine = rows[rows["role"] == "subject"]

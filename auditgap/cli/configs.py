@@ -1,0 +1,87 @@
+"""The configs of the commands, and the JSON schema of the YAML file that each takes.
+
+json_schema("lvs")["properties"]["steps"]      # {"default": 10, "description": "PGD steps", …}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from auditgap.audits import AUDITS, Audit, Can
+from auditgap.audits.whole_config import WholeSettings
+from auditgap.config import Frozen
+from auditgap.types import Document
+
+_DRAFT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def json_schema(command: str) -> Document:
+    """The schema of that command's file; nothing is required, as options may give it. Raises
+    KeyError."""
+    return {"$schema": _DRAFT, "title": f"auditgap {command}", **CONFIGS[command]()}
+
+
+def _schema(*kinds: type[Frozen]) -> Document:
+    """The kinds' properties together."""
+    properties: Document = {}
+    definitions: Document = {}
+    for kind in kinds:
+        schema = kind.model_json_schema()
+        properties |= schema.get("properties", {})
+        definitions |= schema.get("$defs", {})
+    made = {"type": "object", "properties": properties, "additionalProperties": False}
+    return {**made, "$defs": definitions} if definitions else made
+
+
+def _whole() -> Document:
+    """What is said for all parts, a section a part, and the criteria."""
+    from auditgap.report.verdicts import Criteria
+
+    parts = {a.command: _schema(a.config, a.options) for a in AUDITS.values() if Can.PART in a.can}
+    shared = {key: value for part in parts.values() for key, value in part["properties"].items()}
+    made = _schema(WholeSettings)
+    made["properties"] = {
+        **shared,
+        **made["properties"],
+        **parts,
+        "criteria": Criteria.model_json_schema(),
+    }
+    return made
+
+
+def _grid() -> Document:
+    """What a grid spans, and any setting of the latent audit."""
+    from auditgap.audits.latent.grid import GridAxes
+
+    latent = AUDITS["latent"]
+    return _schema(latent.config, latent.options, GridAxes)
+
+
+def _training(name: str) -> Document:
+    from auditgap.audits.probe.config import FitMonitorConfig, ProbeOptions
+    from auditgap.training.config import DissociateConfig, SFTConfig, TrainOptions
+
+    return _schema(
+        *{
+            "train dissociate": (DissociateConfig, TrainOptions),
+            "train sft": (SFTConfig, TrainOptions),
+            "train monitor": (FitMonitorConfig, ProbeOptions),
+        }[name]
+    )
+
+
+def _audit(audit: Audit) -> Document:
+    return _schema(audit.config, audit.options)
+
+
+#: What makes the schema of each command that takes a config.
+CONFIGS: Mapping[str, Callable[[], Document]] = {
+    "audit": _whole,
+    **{audit.command: partial(_audit, audit) for audit in AUDITS.values()},
+    "grid": _grid,
+    **{
+        name: partial(_training, name)
+        for name in ("train dissociate", "train sft", "train monitor")
+    },
+}

@@ -1,0 +1,218 @@
+"""`auditgap ls`, `schema` and `doctor`: what can be named, what a config may hold, and what this
+machine can do.
+
+    auditgap ls layers smollm2
+    auditgap schema lvs > lvs.schema.json
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from auditgap import __version__
+from auditgap.cli.options import AsJson, examples
+from auditgap.cli.screen import print_json, print_table, quiet
+from auditgap.errors import UsageError, did_you_mean
+from auditgap.types import ATTACKS, Document
+
+PANEL = "Data, judges and this machine"
+
+
+def add(app: typer.Typer) -> None:
+    app.command(
+        "ls",
+        epilog=examples(
+            ("auditgap ls prompts", "auditgap ls layers smollm2", "auditgap ls judges --json")
+        ),
+        rich_help_panel=PANEL,
+    )(list_)
+    app.command(
+        "schema",
+        epilog=examples(("auditgap schema lvs", "auditgap schema evaluate > evaluate.schema.json")),
+        rich_help_panel=PANEL,
+    )(schema)
+    app.command("doctor", rich_help_panel=PANEL)(doctor)
+
+
+def list_(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="judges, rewards, prompts, triples, attacks, interventions, presets or layers"
+        ),
+    ],
+    model: Annotated[str | None, typer.Argument(help="The model, for layers.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what can be named: judges, rewards, prompts, contrast triples, attacks, interventions,
+    presets, or a MODEL's layers."""
+    kinds = {
+        "judges": _judges,
+        "rewards": _rewards,
+        "prompts": _prompts,
+        "triples": _triples,
+        "attacks": _attacks,
+        "interventions": _interventions,
+        "presets": _presets,
+        "layers": lambda: _layers(model),
+    }
+    if what not in kinds:
+        raise UsageError(f"ls takes {', '.join(kinds)}; {what!r} came.{did_you_mean(what, kinds)}")
+    rows = kinds[what]()
+    print_json(rows) if as_json else print_table(rows)
+
+
+def schema(
+    command: Annotated[
+        list[str],
+        typer.Argument(help="A command that takes a config: lvs, evaluate, audit, train sft, …"),
+    ],
+) -> None:
+    """The JSON schema of a command's YAML file: every key with its type, default and help. Editors
+    check and complete the file with it."""
+    from auditgap.cli.configs import CONFIGS, json_schema
+
+    name = " ".join(command)
+    if name not in CONFIGS:
+        raise UsageError(
+            f"schema takes {', '.join(CONFIGS)}; {name!r} came.{did_you_mean(name, CONFIGS)}"
+        )
+    print_json(json_schema(name))
+
+
+def _judges() -> list[Document]:
+    from auditgap.judges import judges as listed
+
+    return [
+        {"name": j.name, "what": j.description, "available": "yes" if j.available else j.problem}
+        for j in listed()
+    ]
+
+
+def _rewards() -> list[Document]:
+    from auditgap.judges import rewards
+
+    return [
+        {"name": r.name, "what": r.description, "available": "yes" if r.available else r.problem}
+        for r in rewards()
+    ]
+
+
+def _prompts() -> list[Document]:
+    from auditgap.data import prompt_sets
+
+    return [
+        {
+            "name": p.name,
+            "what": p.description,
+            "licence": p.licence,
+            "available": "yes" if p.available else p.problem,
+        }
+        for p in prompt_sets()
+    ]
+
+
+def _triples() -> list[Document]:
+    from auditgap.data import TRIPLES
+
+    return [
+        {"name": name, "what": t.description, "licence": t.licence} for name, t in TRIPLES.items()
+    ]
+
+
+def _attacks() -> list[Document]:
+    return [{"name": name, "what": what} for name, what in ATTACKS.items()]
+
+
+def _interventions() -> list[Document]:
+    from auditgap.interventions import interventions
+
+    return [
+        {"name": i.name, "what": i.description, "available": "yes" if i.available else i.problem}
+        for i in interventions()
+    ]
+
+
+def _presets() -> list[Document]:
+    from auditgap.report.presets import listed
+
+    return listed()
+
+
+def _layers(model: str | None) -> list[Document]:
+    if model is None:
+        raise UsageError("Layers of which model? For example: auditgap ls layers smollm2")
+    quiet()
+    from auditgap.models import outline, parse_sites
+
+    n = outline(model).n_blocks
+    words = {str(parse_sites(w, n)[0]): w for w in ("embedding", "mid", "last")}
+    return [
+        {
+            "site": str(s),
+            "layer_index": s.layer_index,
+            "also": words.get(str(s), "") if str(s) != "embedding" else "",
+        }
+        for s in parse_sites("all", n)
+    ]
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine can do: versions, devices, speed, and which optional parts are
+    installed."""
+    import importlib.util
+    import platform
+    from importlib.metadata import version
+
+    import psutil
+    import torch
+
+    from auditgap.audits.latent.plan import matmul_rate
+    from auditgap.data import prompt_sets
+    from auditgap.models import PACKAGED, pick_device
+
+    device = pick_device("auto")
+    rows = [
+        {"check": "auditgap", "found": __version__},
+        {"check": "python", "found": platform.python_version()},
+        *(
+            {"check": p, "found": version(p)}
+            for p in ("torch", "transformers", "accelerate", "scikit-learn", "pyarrow")
+        ),
+        {
+            "check": "device",
+            "found": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        },
+        {"check": "threads", "found": str(torch.get_num_threads())},
+        {"check": "free memory", "found": f"{psutil.virtual_memory().available / 1e9:.1f} GB"},
+        *(
+            {
+                "check": f"matmul {str(t).removeprefix('torch.')}",
+                "found": f"{matmul_rate(t, device) / 1e9:,.0f} GFLOP/s",
+            }
+            for t in (torch.float32, torch.bfloat16)
+        ),
+        *(
+            {
+                "check": extra,
+                "found": (
+                    "yes" if importlib.util.find_spec(extra) else f"absent: pip install {extra}"
+                ),
+            }
+            for extra in ("ray", "peft", "gguf", "deepspeed", "vllm")
+        ),
+        *(
+            {"check": f"prompts {p.name}", "found": "yes" if p.available else p.problem}
+            for p in prompt_sets()
+        ),
+        *(
+            {
+                "check": f"model {name}",
+                "found": "yes" if importlib.util.find_spec(m.package) else f"absent: {m.install}",
+            }
+            for name, m in PACKAGED.items()
+        ),
+    ]
+    print_json({r["check"]: r["found"] for r in rows}) if as_json else print_table(rows)

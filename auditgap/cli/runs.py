@@ -1,0 +1,226 @@
+"""`auditgap report`, `status`, `grade`, `inspect` and `export-edits`: what is done with a run folder
+afterwards, whichever audit made it.
+
+    auditgap status runs/smollm2
+    auditgap grade runs/smollm2 --judge keyword
+"""
+
+from __future__ import annotations
+
+import inspect as inspect_
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from auditgap.audits.options import Device, JudgeEndpoint, MaxUnscored
+from auditgap.cli import grid, show
+from auditgap.cli.options import AsJson, Asked, command, examples
+from auditgap.cli.screen import print_json, quiet, say
+from auditgap.config import Flag, Frozen, Topic, build, merged
+from auditgap.errors import UsageError
+
+PANEL = "Runs and reports"
+
+
+def add(app: typer.Typer) -> None:
+    for name, act, lines in (
+        ("report", report, ("auditgap report runs/base runs/tuned --out runs/both",)),
+        ("status", status, ("auditgap status runs/smollm2 --json",)),
+        (
+            "inspect",
+            inspect,
+            ("auditgap inspect runs/behaviour --out behaviour.eval && inspect view --log-dir .",),
+        ),
+        (
+            "export-edits",
+            export_edits,
+            ("auditgap export-edits runs/interventions --out directions.safetensors",),
+        ),
+    ):
+        app.command(name, epilog=examples(lines), rich_help_panel=PANEL)(act)
+    _add_grade(app)
+
+
+def report(
+    folders: Annotated[list[str], typer.Argument(help="Run folders.")],
+    to: Annotated[
+        str | None,
+        typer.Option("--out", help="Where report.html goes", show_default="the first folder"),
+    ] = None,
+    allow_raw: Annotated[
+        bool, typer.Option("--allow-raw", help="Put prompts and completions into the report.")
+    ] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Of an audit: a copy with aggregates alone besides.")
+    ] = False,
+) -> None:
+    """Write the tables and the HTML report of one or more run folders, or of an audit’s folder,
+    anew."""
+    from auditgap.audits import reduce, whole
+    from auditgap.report import page
+    from auditgap.store import RunFolder
+    from auditgap.store.remote import within
+
+    if len(folders) == 1 and whole.is_whole(Path(folders[0])):
+        parts, path = whole.stores(Path(folders[0])), Path(to or folders[0])
+        for store in parts:
+            reduce(store, allow_raw=allow_raw)
+        whole.report(
+            Path(folders[0]),
+            options=whole.WholeOptions(allow_raw=allow_raw, public=public),
+            out=path,
+        )
+        say(f"Report: {path / 'report.html'}")
+        return
+    if public:
+        raise UsageError("--public is for the folder of an `auditgap audit`; one folder, please.")
+    stores = [RunFolder.load(folder) for folder in folders]
+    for store in stores:
+        reduce(store, allow_raw=allow_raw)
+    path = page.write(stores, allow_raw=allow_raw, out=to)
+    say(f"Report: {within(to or stores[0].place, path.name)}")
+
+
+class Regrading(Frozen):
+    """Who judges a run's stored text again."""
+
+    judge: Annotated[str | None, Flag("See `ls judges`", Topic.JUDGING)] = None
+    reward: Annotated[
+        str | None, Flag("Of `lvs`: builtin, margin or hf:MODEL_ID", Topic.JUDGING)
+    ] = None
+    judge_engine: Annotated[
+        str | None,
+        Flag("What the judge's models run on: hf, vllm or openai", Topic.JUDGING, default="hf"),
+    ] = None
+    judge_endpoint: JudgeEndpoint = None
+    max_unscored: MaxUnscored = 0.2
+    device: Device = "auto"
+
+
+def _add_grade(app: typer.Typer) -> None:
+    folder_ = inspect_.Parameter(
+        "folder",
+        inspect_.Parameter.KEYWORD_ONLY,
+        annotation=Annotated[str, typer.Argument(help="A finished run folder.")],
+    )
+
+    @command(
+        app,
+        "grade",
+        Regrading,
+        about=(
+            "Judge a run's stored completions again, without generating; the new tables and report"
+            " go to DIR/grades/."
+        ),
+        examples_of=(
+            "auditgap grade runs/smollm2 --judge keyword",
+            "auditgap grade runs/behaviour --judge refusal=gpt-4.1-mini --judge-engine openai"
+            " --judge-endpoint https://api.openai.com/v1",
+        ),
+        panel=PANEL,
+        plans=False,
+        extra=(folder_,),
+    )
+    def grade(asked: Asked, folder: str) -> None:
+        quiet()
+        from auditgap.audits import Grading, audit_of, regrade
+        from auditgap.engines import Serving, engine_named
+        from auditgap.store import RunFolder
+
+        (by,) = build(merged(asked.file, asked.flags), Regrading)
+        engine = engine_named(by.judge_engine or ("openai" if by.judge_endpoint else "hf"))
+        serving = Serving(engine=engine, base_url=by.judge_endpoint, device=by.device)
+        store = regrade(
+            folder,
+            Grading(
+                judge=by.judge,
+                reward=by.reward,
+                device=by.device,
+                serving=serving,
+                max_unscored=by.max_unscored,
+            ),
+        )
+        audit = audit_of(RunFolder.load(folder))
+        show.show(audit, store, as_json=asked.as_json)
+        show.enough(audit, store, by.max_unscored)
+
+
+def status(
+    folder: Annotated[str, typer.Argument(help="A run folder, or a grid's.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say how far a run is; works beside the running one, and on any machine that sees the
+    folder."""
+    from dataclasses import asdict
+
+    from auditgap.store import RunFolder, cases_of
+    from auditgap.sweep.progress import duration
+
+    if cases := cases_of(folder):
+        return grid.show_status(folder, cases, as_json)
+    store = RunFolder.load(folder)
+    now = store.status()
+    failures = {key: record.get("cause", "") for key, record in store.failures().items()}
+    if as_json:
+        print_json({**asdict(now), "failures": failures})
+        return
+    running = (
+        f"running (pid {now.running.get('pid')} on {now.running.get('host')})"
+        if now.running
+        else "not running"
+    )
+    left = f", about {duration(now.eta_seconds)} left" if now.eta_seconds is not None else ""
+    say(
+        f"{folder}: {now.finished} of {now.planned} cells done, {now.failed} failed,"
+        f" {running}{left}."
+    )
+    if now.corrupt:
+        say(f"{now.corrupt} torn files were set aside as *.corrupt; their cells run again.")
+    for key, cause in failures.items():
+        say(f"  {key}: {cause}")
+
+
+def inspect(
+    folder: Annotated[str, typer.Argument(help="A run folder of `lvs`, `distance` or `evaluate`.")],
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="FILE.eval or FILE.json", show_default="the folder's name .eval, in it"
+        ),
+    ] = None,
+    subject: Annotated[
+        str | None, typer.Option(help="Which subject, where the run has several: a log holds one.")
+    ] = None,
+    allow_raw: Annotated[
+        bool, typer.Option("--allow-raw", help="Put prompts and completions into the log.")
+    ] = False,
+) -> None:
+    """Write a run as a log of inspect_ai, which `inspect view` opens: a sample a prompt, our
+    verdicts, rates and intervals."""
+    from auditgap.inspect.export import write_log
+    from auditgap.store import RunFolder
+
+    store = RunFolder.load(folder)
+    name = f"{Path(store.place).name}.eval"
+    write_log(store, to or store.path / name, subject=subject, allow_raw=allow_raw)
+    store.publish()
+    say(f"Log: {to or store.at(name)}")
+
+
+def export_edits(
+    folder: Annotated[
+        str, typer.Argument(help="A run folder of `intervene`, or of `lvs --keep-edits`.")
+    ],
+    to: Annotated[Path, typer.Option("--out", help="FILE.safetensors")],
+    subject: Annotated[
+        str | None, typer.Option(help="Which subject, where the run has several.")
+    ] = None,
+) -> None:
+    """Write a run's directions and δ as one safetensors file, which any tool opens; names and
+    metadata say what they are."""
+    from auditgap.audits.edits import export_edits as export
+    from auditgap.store import RunFolder
+
+    names = export(RunFolder.load(folder), to, subject=subject)
+    say(f"{len(names)} tensors, {names[0]} to {names[-1]}.\nEdits: {to}")
