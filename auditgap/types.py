@@ -42,13 +42,16 @@ ATTACKS: Mapping[str, str] = {
 CLEAN = "clean"
 
 
-def digest(value: Any, length: int = 24) -> str:
-    """SHA-256 (first `length` hex digits) of a value's canonical JSON: sorted keys, shortest
-    floats, no spaces."""
-    canonical = json.dumps(
+def canonical(value: Any) -> str:
+    """A value's canonical JSON: sorted keys, shortest floats, no spaces, ASCII."""
+    return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     )
-    return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:length]
+
+
+def digest(value: Any, length: int = 24) -> str:
+    """SHA-256 (first `length` hex digits) of a value's canonical JSON."""
+    return hashlib.sha256(canonical(value).encode("ascii")).hexdigest()[:length]
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +249,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One prompt of one cell, as stored in `rows.parquet`. None means "could not tell"; `unscored`
+    """One prompt of one cell, as stored in the run folder. None means "could not tell"; `unscored`
     says why."""
 
     subject: str

@@ -3,9 +3,8 @@ memory, and the actors' efficiency.
 
     # seconds to plan and to write the plan     (aim: 10)
     python benchmarks/grid_scaling.py plan --cells 100000
-    # seconds to see which cells are finished (aim: 10), to read
-    python benchmarks/grid_scaling.py scan --cells 100000
-                                                                   # their rows from the cells, and from the packs
+    # seconds to see which cells are finished (aim: 3), to read their rows (aim: 20), for a status,
+    python benchmarks/grid_scaling.py scan --cells 100000 --merge        # and to merge two halves
     # milliseconds a cell of cells that do nothing  (aim: 20)
     python benchmarks/grid_scaling.py overhead --cells 10000
     # the driver's memory, a tenth of the cells and all
@@ -30,12 +29,15 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from auditgap.store import RunFolder, files, tables
+from auditgap.store import RunFolder, files, merge, tables
+from auditgap.store.cellfile import StoredCell
+from auditgap.store.cells import CellFiles
 from auditgap.sweep import Group, ray
 from auditgap.sweep.state import SweepState
 from auditgap.types import Budget, Cell, Row, Site, Subject
@@ -55,6 +57,10 @@ SETTINGS = {
     "untargeted_tokens": 16,
     "seed": 0,
 }
+
+
+#: About what a model says, and that no two cells say the same.
+TEXT = "I can not help with that , but here is what I know of the colour of the vault . " * 4
 
 
 def cells(n: int, *, in_group: int = 10) -> list[Group]:
@@ -172,49 +178,86 @@ def plan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
+def fill(store: RunFolder, groups: Sequence[Group]) -> None:
+    """Every group as it stands when its sweep is over: a file of its rows, one of its texts."""
+    there, cells = set(store.keys()), CellFiles(store.path)
+    for group in groups:
+        if all(cell.key in there for cell in group.cells):
+            continue
+        some = []
+        for cell in group.cells:
+            table = tables.rows_to_table([row(cell)], Row)
+            texts = tables.mappings_to_table([{"prompt_id": "p0", "completion": TEXT + cell.key}])
+            record = store._record(cell, "done") | {
+                "sha256": tables.content_sha256(table),
+                "n_rows": 1,
+                "row_type": "Row",
+                "seconds": 1.0,
+                "generations": {"sha256": tables.content_sha256(texts), "n": 1},
+                "edits": None,
+                "info": {},
+            }
+            some.append(StoredCell(record, table, texts))
+        cells.put(some)
+
+
+def forget_pages() -> None:
+    """As after a reboot, where that is allowed."""
+    with suppress(OSError):
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+
+
 def scan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Every byte is read and checked each time, with the page cache dropped before and without."""
     no_fsync()
     folder = Path(args.keep) if args.keep else folder
     store = open_folder(folder / "run")
     groups = cells(args.cells)
-    there = set(store.keys())
-    for group in groups:
-        for cell in group.cells:
-            if cell.key not in there:
-                store.write(cell, [row(cell)], seconds=1.0)
-    shutil.rmtree(store.path / "index", ignore_errors=True)
-    found: dict[str, Any] = {"cells": args.cells}
-    # every byte is read; then what looks as it did when it was read is not
-    for name in ("first_scan", "cold_scan", "scan"):
-        if name != "scan":
-            with suppress(OSError):  # as after a reboot, where that is allowed
-                Path("/proc/sys/vm/drop_caches").write_text("1")
-        start, cpu = time.perf_counter(), time.process_time()
-        ledger = SweepState(groups, RunFolder.load(store.path))
-        found |= {
-            f"{name}_s": time.perf_counter() - start,
-            f"{name}_cpu_s": time.process_time() - cpu,
-        }
-        if ledger.skipped != args.cells:
-            raise SystemExit(f"{ledger.skipped} of {args.cells} cells were seen")
-    shutil.rmtree(store.path / "index", ignore_errors=True)
-    sums = set()
-    # from the cells, and then from the packs that this left
-    for name in ("rows_s", "rows_again_s"):
-        before, start = memory()[0], time.perf_counter()
-        frame = store.rows()
-        found[name] = time.perf_counter() - start
-        found[name.replace("_s", "_kb_a_cell")] = (memory()[0] - before) * 1024 / args.cells
-        sums.add(files.sha256(tables.to_bytes(tables.frame_to_table(frame))))
-        del frame
-    if len(sums) != 1:
-        raise SystemExit("the packs gave another table than the cells")
-    start = time.perf_counter()
-    store.status()
-    return found | {
-        "status_s": time.perf_counter() - start,
-        "linear": [name for name in found if name.endswith("_s")],
-    }
+    fill(store, groups)
+    store.plan(cell for group in groups for cell in group.cells)
+    keys = [cell.key for group in groups for cell in group.cells]
+    found: dict[str, Any] = {"cells": args.cells, "files": len(os.listdir(store.path / "cells"))}
+    size = sum(path.stat().st_size for path in store.path.glob("*/*.parquet"))
+    found["mb"] = size / 1e6
+
+    def measure(name: str, what: Callable[[], Any], wanted: Callable[[Any], bool]) -> None:
+        before, start, cpu = memory()[0], time.perf_counter(), time.process_time()
+        came = what()
+        found[f"{name}_s"] = time.perf_counter() - start
+        found[f"{name}_cpu_s"] = time.process_time() - cpu
+        found[f"{name}_kb_a_cell"] = (memory()[0] - before) * 1024 / args.cells
+        if not wanted(came):
+            raise SystemExit(f"{name}: not all of {args.cells} cells were seen")
+
+    for name in ("cold_scan", "scan"):
+        if name == "cold_scan":
+            forget_pages()
+        measure(
+            name,
+            lambda: RunFolder.load(store.path).scan(keys),
+            lambda came: len(came[0]) == args.cells,
+        )
+    measure(
+        "resume",
+        lambda: SweepState(groups, RunFolder.load(store.path)),
+        lambda came: came.skipped == args.cells and not came.groups,
+    )
+    forget_pages()
+    opened = RunFolder.load(store.path)
+    measure("rows", opened.rows, lambda came: len(came) == args.cells)
+    measure("status", opened.status, lambda came: came.finished == args.cells)
+    if args.merge:
+        half = [open_folder(folder / name) for name in ("half", "other")]
+        for store, some in zip(half, (groups[::2], groups[1::2]), strict=True):
+            fill(store, some)
+            store.plan(cell for group in some for cell in group.cells)
+        shutil.rmtree(folder / "merged", ignore_errors=True)
+        measure(
+            "merge",
+            lambda: merge([store.path for store in half], folder / "merged"),
+            lambda came: len(came.keys()) == args.cells,
+        )
+    return found | {"linear": [name for name in found if name.endswith("_s")] + ["mb"]}
 
 
 def overhead(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -327,6 +370,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=400)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=0.25, help="a cell of `efficiency`")
+    parser.add_argument("--merge", action="store_true", help="`scan` merges two halves too")
     parser.add_argument("--keep", help="a folder for the cells of `scan`")
     parser.add_argument(
         "--fit", action="store_true", help="give what is linear for 100,000 cells too"

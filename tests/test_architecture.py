@@ -39,7 +39,7 @@ HOMES = {
     "openai": ("engines/openai.py",),
     "inspect_ai": ("inspect/export.py", "inspect/tasks.py"),
     "deepspeed": ("training/engine.py",),
-    "fsspec": ("store/remote.py",),
+    "fsspec": ("store/objects.py",),
     "nanogcg": ("interventions/suffix.py",),
     "peft": ("models/__init__.py",),
     "typer": ("cli/",),

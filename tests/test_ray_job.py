@@ -3,7 +3,6 @@ run."""
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import signal
@@ -23,6 +22,7 @@ import yaml
 from auditgap.audits import latent
 from auditgap.audits.audit import run as run_audit
 from auditgap.audits.latent.audit import LATENT
+from auditgap.store import RunFolder
 
 pytest.importorskip("ray", reason="the Ray extra is not installed")
 ROOT = Path(__file__).parents[1]
@@ -156,8 +156,7 @@ def test_a_submitted_grid_gives_the_cells_of_a_local_run(
     assert not outcome.failed and outcome.done == 3 * (2 * 5 + 1) + 1 == 34
 
     def sums(folder: Path) -> dict[str, str]:
-        records = [json.loads(p.read_text()) for p in folder.glob("cells/*/record.json")]
-        return {r["key"]: r["sha256"] for r in records}
+        return {r["key"]: r["sha256"] for r in RunFolder.load(folder).records()}
 
     (case,) = [path.parent for path in (tmp_path / "ray").glob("*/run.json")]
     assert sums(case) == sums(tmp_path / "local")

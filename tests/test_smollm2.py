@@ -91,7 +91,7 @@ def test_an_audit_of_real_prompts(tmp_path: Path) -> None:
         assert prompt.text not in page and prompt.text[:30] not in page
     generations = list((store.path / "generations").glob("*.parquet"))
     assert generations and all(stat.S_IMODE(p.stat().st_mode) == 0o600 for p in generations)
-    before = {p: p.stat().st_mtime_ns for p in store.path.glob("cells/*/rows.parquet")}
+    before = {p: p.stat().st_mtime_ns for p in store.path.glob("cells/*.parquet")}
     _, again = run_audit(LATENT, config, options)
     assert again.done == 0 and again.skipped == 7
-    assert before == {p: p.stat().st_mtime_ns for p in store.path.glob("cells/*/rows.parquet")}
+    assert before == {p: p.stat().st_mtime_ns for p in store.path.glob("cells/*.parquet")}

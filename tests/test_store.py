@@ -20,6 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import run_folders
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -103,8 +104,9 @@ def test_rows_keep_every_value_and_every_null(tmp_path):
     assert frame["verdict_edited"].tolist() == [None, None, "safe"]
     assert np.isnan(frame["layer_index"][0]) and frame["layer_index"].tolist()[1:] == [3, 3]
     assert frame[["lvs", "edited_reward"]].isna().all(axis=None)
-    raw = pq.read_table(tmp_path / "out" / "cells" / cell().key / "rows.parquet")
+    raw = pq.read_table(run_folders.file_of(tmp_path / "out", cell().key))
     assert raw["lvs"].null_count == 2, "NaN must be null on disk, not a number"
+    assert raw["cell_key"].to_pylist() == [cell().key] * 2
     assert list(store.rows(attacks=["clean"])["attack"]) == ["clean"]
 
 
@@ -224,54 +226,58 @@ def test_failures_count_attempts_and_give_way_to_a_result(tmp_path):
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    name=st.sampled_from(["rows.parquet", "record.json"]),
+    texts=st.booleans(),
     where=st.floats(0, 1, exclude_max=True),
     flip=st.booleans(),
 )
-def test_a_torn_cell_is_set_aside_and_done_again(tmp_path, name, where, flip):
+def test_a_torn_cell_is_set_aside_and_done_again(tmp_path, texts, where, flip):
+    """A flipped bit is as torn as a cut, in the rows, the records and what the model said."""
     store = open_folder(tmp_path / "out")
     sibling, torn = cell(1), cell(2)
-    store.write(sibling, [row(layer_index=1)], seconds=1)
-    store.write(torn, [row(layer_index=2)], seconds=1)
+    said = [{"completion": "blue"}]
+    store.write(sibling, [row(layer_index=1)], generations=said, seconds=1)
+    store.write(torn, [row(layer_index=2)], generations=said, seconds=1)
     whole = store.rows()
-    file = tmp_path / "out" / "cells" / torn.key / name
+    find = run_folders.texts_of if texts else run_folders.file_of
+    file = find(tmp_path / "out", torn.key)
     data = file.read_bytes()
     at = int(where * len(data))
-    if flip and name == "rows.parquet":  # a flipped bit is as torn as a cut
-        file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-    elif (
-        at == len(data) - 1 and name == "record.json"
-    ):  # only the final newline went: nothing is lost
-        return
-    else:
-        file.write_bytes(data[:at])
-    siblings = snapshot(tmp_path / "out" / "cells" / sibling.key)
-    asides = len(list((tmp_path / "out" / "cells").glob(f"{torn.key}.*.corrupt")))
+    file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] if flip else data[:at])
+    beside = run_folders.file_of(tmp_path / "out", sibling.key).read_bytes()
+    asides = len(list(file.parent.glob("*.corrupt")))
 
-    assert store.rows()["layer_index"].tolist() == [1.0], "a reader must not see the torn cell"
-    assert store.status().corrupt == asides + 1
+    seen = store.rows()["layer_index"].tolist()
+    assert seen == ([1.0, 2.0] if texts else [1.0]), "a reader must not see torn rows"
+    status = store.status()
+    assert status.finished == 1 and status.corrupt > asides
     assert store.is_finished(sibling.key) and not store.is_finished(torn.key)
-    assert len(list((tmp_path / "out" / "cells").glob(f"{torn.key}.*.corrupt"))) == asides + 1
-    store.write(torn, [row(layer_index=2)], seconds=1)
+    assert len(list(file.parent.glob("*.corrupt"))) == asides + 1
+    assert store.scan([sibling.key, torn.key]) == ({sibling.key}, {})
+    store.write(torn, [row(layer_index=2)], generations=said, seconds=1)
     assert store.is_finished(torn.key)
     pd.testing.assert_frame_equal(store.rows(), whole)
-    assert snapshot(tmp_path / "out" / "cells" / sibling.key) == siblings
+    assert run_folders.file_of(tmp_path / "out", sibling.key).read_bytes() == beside
 
 
-def test_a_missing_file_is_torn_too(tmp_path):
+def test_a_cell_without_one_of_its_files_is_done_again(tmp_path):
     store = open_folder(tmp_path / "out")
-    for name in ("rows.parquet", "record.json"):
-        store.write(cell(), [row()], seconds=1)
-        (tmp_path / "out" / "cells" / cell().key / name).unlink()
+    for lost in (run_folders.file_of, run_folders.texts_of, lambda *_: store.edits(cell().key)):
+        store.edits(cell().key).parent.mkdir(exist_ok=True)
+        store.edits(cell().key).write_bytes(b"what was put in")
+        store.write(cell(), [row()], generations=[{"completion": "blue"}], seconds=1)
+        assert store.is_finished(cell().key)
+        lost(store.path, cell().key).unlink()
         assert not store.is_finished(cell().key)
+        assert store.scan([cell().key]) == (set(), {})
+    assert len(store.rows()) == 1
 
 
 def test_torn_generations_are_named_not_read(tmp_path):
     store = open_folder(tmp_path / "out")
     store.write(cell(), [row()], generations=[{"completion": "blue"}], seconds=1)
-    path = tmp_path / "out" / "generations" / f"{cell().key}.parquet"
+    path = run_folders.texts_of(tmp_path / "out", cell().key)
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(UsageError, match="torn"):
+    with pytest.raises(UsageError, match=rf"{path.name} is damaged.*same command again"):
         store.generations(cell().key)
     with pytest.raises(UsageError, match="no stored generations"):
         store.generations(cell(9).key)
@@ -306,15 +312,16 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("step", range(1, 9))
+@pytest.mark.parametrize("step", range(1, 7))
 def test_sigkill_in_the_middle_of_a_write_loses_nothing_finished(tmp_path, step):
     """Every touch of the disk that a write makes is once the last one; the same command again
     finishes the run."""
     out = tmp_path / "out"
     process = python(KILLED, str(out), str(step), stdout=subprocess.PIPE)
     assert process.wait(60) == -signal.SIGKILL, process.stdout.read()
-    first = snapshot(out / "cells" / cell(0).key)
-    assert bool(list(out.rglob(".*.tmp"))) == (step not in (3, 8)), (
+    first = run_folders.file_of(out, cell(0).key)
+    before = first.read_bytes()
+    assert bool(list(out.rglob(".*.tmp"))) == (step not in (3, 6)), (
         "the kill came in the middle of a file or a rename"
     )
 
@@ -322,20 +329,23 @@ def test_sigkill_in_the_middle_of_a_write_loses_nothing_finished(tmp_path, step)
     assert not list(out.rglob(".*.tmp")), "leavings of a dead process go"
     with store.lock():
         assert store.is_finished(cell(0).key)
-        assert store.is_finished(cell(1).key) == (step == 8), (
+        assert store.is_finished(cell(1).key) == (step == 6), (
             "only the last touch comes after the rename"
         )
         store.write(cell(1), [row(layer_index=1)], generations=[{"completion": "red"}], seconds=1)
     assert store.rows()["layer_index"].tolist() == [0, 1]
     assert store.generations(cell(1).key)["completion"].tolist() == ["red"]
-    assert snapshot(out / "cells" / cell(0).key) == first
+    assert first.read_bytes() == before
     assert store.status().corrupt == 0
+    with store.lock():
+        store.scan([])
+    assert len(list((out / "generations").iterdir())) == 2, "texts of no cell are gone"
 
 
-def test_a_write_touches_the_disk_eight_times(tmp_path):
+def test_a_write_touches_the_disk_six_times(tmp_path):
     """Keeps the list of kill points above honest."""
     process = python(KILLED, str(tmp_path / "out"), "0", stdout=subprocess.PIPE)
-    assert process.communicate(timeout=60)[0].split() == ["survived", "8"]
+    assert process.communicate(timeout=60)[0].split() == ["survived", "6"]
 
 
 def test_leavings_of_the_living_and_of_other_hosts_stay(tmp_path):
@@ -349,8 +359,7 @@ def test_leavings_of_the_living_and_of_other_hosts_stay(tmp_path):
         f".abc.other.{dead.pid}-0a.tmp",
         f".abc.{here}.{dead.pid}-0a.tmp",
     ):
-        (cells / name).mkdir()
-        (cells / name / "rows.parquet").write_bytes(b"x")
+        (cells / name).write_bytes(b"x")
     open_folder(tmp_path / "out")
     assert sorted(p.name for p in cells.iterdir()) == sorted(
         [f".abc.{here}.{os.getpid()}-0a.tmp", f".abc.other.{dead.pid}-0a.tmp"]
@@ -464,9 +473,10 @@ def test_folders_that_are_not_ours_are_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ('{"schema": 2, "config": {}}', "newer auditgap"),
+        ('{"schema": 3, "config": {}}', "newer auditgap"),
+        ('{"schema": 2, "config": {}}', r"run\.json is damaged.*checksum"),
         ('{"sch', "cannot be read"),
-        ("[]", "cannot"),
+        ("[]", "no run's description"),
     ],
 )
 def test_a_newer_or_broken_run_file_is_refused(tmp_path, text, match):
@@ -597,8 +607,12 @@ def test_text_and_scratch_are_for_the_owner_only(tmp_path):
         for p in (tmp_path / "out").rglob("*")
     }
     assert modes["generations"] == modes["scratch"] == 0o700
-    assert modes[f"generations/{cell().key}.parquet"] == modes["scratch/abc.safetensors"] == 0o600
-    assert modes[f"cells/{cell().key}/rows.parquet"] == 0o666  # numbers only: as the umask says
+    texts, rows = (
+        find(tmp_path / "out", cell().key).relative_to(tmp_path / "out").as_posix()
+        for find in (run_folders.texts_of, run_folders.file_of)
+    )
+    assert modes[texts] == modes["scratch/abc.safetensors"] == 0o600
+    assert modes[rows] == 0o666  # numbers only: as the umask says
 
 
 def test_tables_are_inert_whole_and_unrounded(tmp_path):

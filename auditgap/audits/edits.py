@@ -111,6 +111,6 @@ def _read(store: RunFolder, key: str, cell: str) -> dict[str, np.ndarray]:
         return safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, OSError):
         raise UsageError(
-            f"What {cell} has put in is missing or torn ({path}). Delete cells/{key} there and run"
-            " the same command again."
+            f"What {cell} has put in is missing or torn ({path}). Delete the file, if it is there,"
+            " and run the same command again."
         ) from None

@@ -79,6 +79,8 @@ def report(
     for store in stores:
         reduce(store, allow_raw=allow_raw)
     path = page.write(stores, allow_raw=allow_raw, out=to)
+    if missing := sum(store.status().missing for store in stores):
+        say(f"{missing} of the planned cells are missing: they are not in the tables.")
     say(f"Report: {within(to or stores[0].place, path.name)}")
 
 
@@ -176,7 +178,7 @@ def status(
         f" {running}{left}."
     )
     if now.corrupt:
-        say(f"{now.corrupt} torn files were set aside as *.corrupt; their cells run again.")
+        say(f"{now.corrupt} files are damaged; the same command again computes their cells.")
     for key, cause in failures.items():
         say(f"  {key}: {cause}")
 

@@ -374,7 +374,7 @@ def _power(gaps: pd.DataFrame) -> str:
 
 def _status(folders: Sequence[RunFolder]) -> dict[str, Any]:
     every = [folder.status() for folder in folders]
-    names = ("planned", "finished", "failed", "corrupt", "seconds")
+    names = ("planned", "finished", "failed", "missing", "corrupt", "seconds")
     last = [status.last_write for status in every if status.last_write]
     return {name: sum(getattr(s, name) for s in every) for name in names} | {
         "last_write": max(last, default=None)

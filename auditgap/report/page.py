@@ -423,6 +423,7 @@ def _header(report: ReportData, facts: Setup) -> list[str]:
         said.append(
             f"{status['finished']} of {max(status['planned'], status['finished'])} cells finished"
             + (f", {status['failed']} failed" if status["failed"] else "")
+            + (f", {status['missing']} missing" if status.get("missing") else "")
         )
         if status.get("last_write"):
             said.append(f"{status['last_write']:%-d %B %Y, %H:%M} UTC")
@@ -550,7 +551,7 @@ def _provenance(report: ReportData) -> list[tuple[str, str]]:
             )
         )
         if status["corrupt"]:
-            pairs.append(("set aside as torn", str(status["corrupt"])))
+            pairs.append(("damaged files, not read", str(status["corrupt"])))
     return pairs
 
 

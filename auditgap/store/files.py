@@ -2,8 +2,10 @@
 
     # tmp beside it, fsync, rename: a reader never sees half a file
     write_bytes(Path("out/run.json"), b"{}")
-    # out/cells/9c1e….1.corrupt: kept for whoever wants to look
-    set_aside(Path("out/cells/9c1e…"))
+    # out/plan.json.1.corrupt: kept for whoever wants to look
+    set_aside(Path("out/plan.json"))
+    # JSON that carries its own checksum
+    write_bytes(Path("out/plan.json"), seal({"cells": []}));  unseal(Path("out/plan.json"))
 
 Temporary names carry host and process (`.run.json.node7.4242-1f3a….tmp`), so that a later run can
 tell the leavings of a dead process from the work of a live one.
@@ -19,13 +21,15 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from auditgap.errors import AuditgapError
+from auditgap.errors import AuditgapError, UsageError
+from auditgap.types import Document, canonical
 
+CHECKSUM = "checksum"  #: the member of a sealed document that holds its SHA-256
 PRIVATE = 0o600  #: mode of files that can hold prompts or completions
 PRIVATE_FOLDER = 0o700
 HOST = socket.gethostname()
@@ -46,6 +50,14 @@ _ADVICE = {
 class DiskError(AuditgapError):
     """The disk said no (full, over quota, read-only): a sweep stops here, because every other cell
     would fail too."""
+
+
+class Damaged(UsageError):
+    """A stored file is not what was written; the message names it and says what to do."""
+
+    def __init__(self, path: Path | str, why: str, advice: str = "") -> None:
+        advice = advice or "Run the same command again: what it held is made anew."
+        super().__init__(f"{path} is damaged: {why}. {advice}")
 
 
 @contextmanager
@@ -80,14 +92,43 @@ def to_json(value: Any, indent: int | None = 1) -> bytes:
     ).encode("ascii")
 
 
+def seal(document: Mapping[str, Any], indent: int | None = 1) -> bytes:
+    """The document as JSON with its own checksum: the SHA-256 of its canonical JSON."""
+    body = json.loads(to_json(document, indent=None))
+    return to_json({**body, CHECKSUM: sha256(canonical(body).encode("ascii"))}, indent=indent)
+
+
+def unseal(path: Path | str, *, required: bool = True, advice: str = "") -> Document:
+    """The sealed document in a file, without its checksum. `required`: one that has none is
+    damaged; else it is of a release that wrote none.
+
+    Raises Damaged, FileNotFoundError.
+    """
+    try:
+        document = json.loads(read(path))
+    except (ValueError, RecursionError):
+        raise Damaged(path, "it cannot be read as JSON", advice) from None
+    if not isinstance(document, dict):
+        if required:
+            raise Damaged(path, "it is no JSON object", advice)
+        return document
+    stored = document.pop(CHECKSUM, None)
+    if stored is None and not required:
+        return document
+    if stored != sha256(canonical(document).encode("ascii")):
+        raise Damaged(path, "its checksum is not that of its content", advice)
+    return document
+
+
 def read(path: Path | str) -> bytes:
-    """The file's bytes. A resume reads 200,000 files, and with pathlib that takes three times as
+    """The file's bytes. A resume reads 10,000 files, and with pathlib that takes three times as
     long."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        parts = []
-        while part := os.read(descriptor, 1 << 16):
+        parts, left = [], max(1, os.fstat(descriptor).st_size)
+        while left > 0 and (part := os.read(descriptor, left)):
             parts.append(part)
+            left -= len(part)
         return b"".join(parts)
     finally:
         os.close(descriptor)
@@ -128,37 +169,6 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o666) -> None:
             with suppress(OSError):
                 tmp.unlink()
             raise
-
-
-def place_folder(final: Path, contents: Mapping[str, bytes], *, stays: Callable[[], bool]) -> None:
-    """Rename a whole new folder of `contents` (name → bytes) to `final`; what is there makes way,
-    unless `stays()`.
-
-    Raises DiskError.
-    """
-    tmp, old = temporary(final), temporary(final)
-    with disk_errors(final, sum(map(len, contents.values()))):
-        try:
-            tmp.mkdir()
-            for name, data in contents.items():
-                write_new(tmp / name, data)
-            sync_folder(tmp)
-            while True:
-                if final.exists() and not stays() and final.exists():
-                    os.rename(final, old)
-                elif final.exists():
-                    return
-                try:
-                    os.rename(tmp, final)
-                    break
-                except OSError:  # somebody was quicker between the look and the rename: look again
-                    if not final.exists():
-                        raise
-                    remove(old)
-            sync_folder(final.parent)
-        finally:
-            remove(tmp)
-            remove(old)
 
 
 def sync_folder(folder: Path) -> None:

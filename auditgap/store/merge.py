@@ -83,17 +83,16 @@ def _check(stores: Sequence[RunFolder]) -> None:
         check_config(_kept(first.run["config"]), _kept(store.run["config"]), first.place)
     if len(stores) < 2:
         return
-    sums: dict[str, tuple[str, RunFolder]] = {}
+    seen: dict[str, tuple[str, RunFolder]] = {}
     for store in stores:
         for record in store.iter_records():
-            known, where = sums.setdefault(record["key"], (record["sha256"], store))
-            if known != record["sha256"] and not store.cell_rows(record["key"]).equals(
-                where.cell_rows(record["key"])
-            ):
+            key = record["key"]
+            known, where = seen.setdefault(key, (record["sha256"], store))
+            if known != record["sha256"] and not where.agrees(store, key):
                 raise UsageError(
                     f"{record['cell']} has other numbers in {store.place} than in {where.place}"
-                    f" (cell {record['key']}): other hardware or software, most likely. Leave one"
-                    " of the folders out, or delete one of the two cells."
+                    f" (cell {key}): other hardware or software, most likely. Leave one of the"
+                    " folders out."
                 )
 
 
@@ -103,11 +102,11 @@ def _join(stores: Sequence[RunFolder], out: Place) -> RunFolder:
         out, config=config, info=_info([store.run.get("info", {}) for store in stores])
     )
     with merged.lock():
+        _check([merged, *stores])  # it may hold an earlier merge
         for store in stores:
             merged.plan_entries(store.planned())
         for store in stores:
-            for key in store.keys():  # noqa: SIM118 (no mapping)
-                merged.adopt(store, key)
+            merged.adopt_all(store)
     return merged
 
 

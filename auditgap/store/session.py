@@ -15,9 +15,36 @@ from pathlib import Path
 from typing import Any
 
 from auditgap.errors import UsageError
-from auditgap.store.files import to_json
+from auditgap.store.files import Damaged, to_json, unseal
+from auditgap.types import Document
+
+SCHEMA = 2  #: of a run folder
+OLDEST = 1  #: that is read: a folder a cell, and documents without a checksum
+_KEEP = "Put the original file back, or use a new folder."
 
 _ABSENT = object()
+
+
+def read_run(path: Path, shown: str | Path) -> Document:
+    """run.json of the folder that is `shown` as such. Raises Damaged, and UsageError for a schema
+    that is not read."""
+    run = unseal(path, required=False, advice=_KEEP)
+    if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
+        raise Damaged(path, "it is no run's description", _KEEP)
+    schema = run.get("schema")
+    if not isinstance(schema, int):
+        raise Damaged(path, "it says no schema", _KEEP)
+    if schema > SCHEMA:
+        raise UsageError(
+            f"{shown} was written by a newer auditgap (schema {schema}; this one reads up to"
+            f" {SCHEMA}). Upgrade: pip install -U auditgap"
+        )
+    if schema < OLDEST:
+        raise UsageError(
+            f"{shown} was written by an older auditgap (schema {schema}; this one reads {OLDEST} to"
+            f" {SCHEMA}). Use the version that its run.json names, or a new folder."
+        )
+    return unseal(path, required=schema > OLDEST, advice=_KEEP)
 
 
 def check_config(

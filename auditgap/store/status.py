@@ -21,21 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CellState:
-    """How one cell stands: `done`, `failed`, `retrying` or `torn`; of a finished one, its seconds
+    """How one cell stands: `done`, `failed`, `retrying` or `torn` (it has lost a file); its seconds
     and when it was written."""
 
     state: str
     seconds: float = 0.0
     written: str = ""
 
-    @classmethod
-    def of(cls, state: str, record: Mapping[str, Any]) -> CellState:
-        return cls(state, record["seconds"], record["written"]) if state == "done" else cls(state)
-
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Counts are cells; `corrupt` counts what was set aside or is torn now; times are in
+    """Counts are cells; `corrupt` counts files that are damaged or were set aside; times are in
     seconds."""
 
     planned: int
@@ -47,9 +43,14 @@ class RunStatus:
     eta_seconds: float | None  #: None: nothing left, or nothing finished to judge by
     last_write: datetime | None
 
+    @property
+    def missing(self) -> int:
+        """Planned cells that are neither finished nor failed."""
+        return max(0, self.planned - self.finished - self.failed)
+
 
 def status_of(
-    cells: Iterable[CellState], *, planned: int, running: dict[str, Any] | None, aside: int
+    cells: Iterable[CellState], *, planned: int, running: dict[str, Any] | None, corrupt: int
 ) -> RunStatus:
     """Sum up. Time left is at this session's pace when a writer runs, else one cell at a time."""
     cells = list(cells)
@@ -73,7 +74,7 @@ def status_of(
         finished=len(done),
         failed=failed,
         running=running,
-        corrupt=sum(cell.state == "torn" for cell in cells) + aside,
+        corrupt=corrupt,
         seconds=seconds,
         eta_seconds=eta,
         last_write=max(written, default=None),
@@ -101,7 +102,7 @@ def grid_status(cases: Mapping[str, RunFolder]) -> tuple[dict[str, RunStatus], R
     for name, store in cases.items():
         cell_states, asked = store.cell_states(), [entry["key"] for entry in store.planned()]
         each[name] = status_of(
-            cell_states.values(), planned=len(asked), running=store.holder(), aside=store.aside()
+            cell_states.values(), planned=len(asked), running=store.holder(), corrupt=store.aside()
         )
         planned.update(asked)
         cells |= {
@@ -114,6 +115,5 @@ def grid_status(cases: Mapping[str, RunFolder]) -> tuple[dict[str, RunStatus], R
         key=lambda note: str(note.get("since")),
         default=None,
     )
-    torn = sum(cell.state == "torn" for cell in cells.values())
-    aside = sum(status.corrupt for status in each.values()) - torn
-    return each, status_of(cells.values(), planned=len(planned), running=running, aside=aside)
+    corrupt = sum(status.corrupt for status in each.values())
+    return each, status_of(cells.values(), planned=len(planned), running=running, corrupt=corrupt)

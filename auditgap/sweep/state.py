@@ -66,6 +66,8 @@ class Cells(Protocol):
 
     def fail(self, cell: Cell, cause: str, *, retry: bool = False) -> None: ...
 
+    def settle(self, keys: Iterable[str]) -> None: ...
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -109,6 +111,8 @@ class SweepState:
             open_cells = tuple(cell for key, cell in left.items() if key not in given_up)
             if any(cell.key not in self.finished for cell in open_cells):
                 self.groups.append(replace(group, cells=open_cells))
+            else:  # of a run that was killed before it could
+                store.settle(left)
         self.failed = given_up
         self.skipped = len(self.finished)
         self._looked = self._took = 0.0
@@ -153,6 +157,7 @@ class SweepState:
             if self.store.failure(cell.key) in (None, self._failed_before.get(cell.key)):
                 self.store.fail(cell, cause)
             self.failed[cell.key] = str((self.store.failure(cell.key) or {}).get("cause", cause))
+        self.store.settle(cell.key for cell in group.cells)
 
     def outcome(self) -> Outcome:
         return Outcome(

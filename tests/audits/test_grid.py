@@ -10,11 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import run_folders
 import tiny
 import torch
 import yaml
@@ -23,7 +25,7 @@ from auditgap import models
 from auditgap.audits.latent import grid, plan
 from auditgap.cli import main
 from auditgap.errors import Refused, UsageError
-from auditgap.store import RunFolder, files, merge
+from auditgap.store import RunFolder, merge, tables
 
 COMMON = {
     "layers": "embedding,1",
@@ -380,7 +382,7 @@ def test_merged_halves_are_the_whole(bench, halves, tmp_path, capsys):
     key = joined.records()[0]["key"]
     assert (
         len(joined.generations(key)) == 3
-        and joined._generations(key).stat().st_mode & 0o777 == 0o600
+        and run_folders.texts_of(joined.path, key).stat().st_mode & 0o777 == 0o600
     )
     before = {
         path: path.read_bytes()
@@ -400,8 +402,7 @@ def test_grids_of_two_machines_are_joined_case_by_case(bench, local, halves, tmp
     shutil.copytree(local, out)
     (out / "lvs.parquet").unlink()
     names = sorted(path.parent.name for path in out.glob("*/run.json"))
-    for path in sorted((out / names[0] / "cells").iterdir())[::2]:
-        shutil.rmtree(path)
+    run_folders.lose(out / names[0], *RunFolder.load(out / names[0]).keys()[::2])
     shutil.rmtree(out / names[1])
     with pytest.raises(SystemExit) as stop:
         main(["merge", str(out), str(local), "--out", str(tmp_path / "joined")])
@@ -417,15 +418,13 @@ def test_grids_of_two_machines_are_joined_case_by_case(bench, local, halves, tmp
 def test_other_numbers_for_one_cell_are_refused_before_anything_is_written(halves, tmp_path):
     whole, one, _ = halves
     other = shutil.copytree(one, tmp_path / "other")
-    cell = next(path for path in sorted((other / "cells").iterdir()) if path.is_dir())
-    donor = next(
-        path for path in sorted((other / "cells").iterdir()) if path.is_dir() and path != cell
+    key, donor = RunFolder.load(other).keys()[:2]
+    rows = run_folders.known(other).cell(donor).rows
+    sum_ = {"sha256": tables.content_sha256(rows)}
+    run_folders.remake(
+        other, key, lambda cell: replace(cell, record={**cell.record, **sum_}, rows=rows)
     )
-    data = (donor / "rows.parquet").read_bytes()
-    record = json.loads((cell / "record.json").read_text()) | {"sha256": files.sha256(data)}
-    (cell / "rows.parquet").write_bytes(data)
-    (cell / "record.json").write_text(json.dumps(record))
-    with pytest.raises(UsageError, match=f"other numbers.*{cell.name}"):
+    with pytest.raises(UsageError, match=f"other numbers.*{key}"):
         merge([whole, other], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

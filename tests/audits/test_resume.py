@@ -13,6 +13,7 @@ from pathlib import Path
 
 import planted
 import pytest
+import run_folders
 
 from auditgap.cli import main
 from auditgap.store import RunFolder
@@ -111,19 +112,9 @@ def unbroken(bench):
     return RunFolder.load(bench.folder / "unbroken"), computed
 
 
-def cells(folder: Path) -> dict[str, tuple[int, int, bytes, bytes]]:
-    """Every finished cell: when and where on the disk its record was written, the record's bytes
-    and the rows'."""
-    found = {}
-    for path in sorted((folder / "cells").iterdir()):
-        record, rows = path / "record.json", path / "rows.parquet"
-        found[path.name] = (
-            record.stat().st_mtime_ns,
-            record.stat().st_ino,
-            record.read_bytes(),
-            rows.read_bytes(),
-        )
-    return found
+def cells(folder: Path) -> dict[str, str]:
+    """Every finished cell: its record, when it was written and all, and its rows."""
+    return {key: str(cell) for key, cell in run_folders.contents(folder).items()}
 
 
 def scratch(folder: Path) -> set[str]:
@@ -136,7 +127,7 @@ class Sitting:
 
     code: int
     computed: list[str]
-    cells: dict[str, tuple]
+    cells: dict[str, str]
     scratch: set[str]
 
 

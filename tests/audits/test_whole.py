@@ -103,7 +103,7 @@ def typed(words):
 
 
 def cells(out):
-    return {path: path.stat().st_mtime_ns for path in out.glob("*/cells/*/record.json")}
+    return {path: path.stat().st_mtime_ns for path in out.glob("*/cells/*.parquet")}
 
 
 def test_all_four_parts_make_one_report(audited):

@@ -3,14 +3,16 @@ aside and done again."""
 
 from __future__ import annotations
 
-import os
+import json
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import children
 import numpy as np
 import pytest
+import run_folders
 import toys
 
 from auditgap.errors import UsageError
@@ -34,29 +36,58 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("name", ["rows.parquet", "record.json"])
-def test_a_result_cut_at_any_byte_is_set_aside_and_its_siblings_stay(tmp_path, name):
-    """Every offset, not a sample: the cell is not finished, is moved to *.corrupt, and a reader
-    never sees its rows."""
+@pytest.mark.parametrize("kind", ["cells", "generations"])
+def test_a_result_cut_at_any_byte_is_set_aside_and_its_siblings_stay(tmp_path, kind):
+    """Every offset, not a sample: the cell is not finished, its file is moved to *.corrupt, and a
+    reader never sees torn rows."""
     store = toys.open_folder(tmp_path / "out")
     torn, sibling = toys.cells(0, 2)
     for cell in (torn, sibling):
-        store.write(cell, [Small("toy", "p0", 0.5)], seconds=1)
-    folder, aside = (tmp_path / "out" / "cells" / n for n in (torn.key, f"{torn.key}.1.corrupt"))
-    data, beside = (folder / name).read_bytes(), snapshot(tmp_path / "out" / "cells" / sibling.key)
-    # JSON without its last newline is whole
-    end = len(data) if name == "rows.parquet" else len(data) - 1
-    for offset in range(end):
-        (folder / name).write_bytes(data[:offset])
+        said = [{"completion": str(cell)}]
+        store.write(cell, [Small("toy", "p0", 0.5)], generations=said, seconds=1)
+    find = run_folders.file_of if kind == "cells" else run_folders.texts_of
+    file = find(tmp_path / "out", torn.key)
+    aside = file.with_name(f"{file.name}.1.corrupt")
+    data, beside = file.read_bytes(), run_folders.file_of(tmp_path / "out", sibling.key)
+    whole = beside.read_bytes()
+    for offset in range(len(data)):
+        file.write_bytes(data[:offset])
         assert not store.is_finished(torn.key), f"{offset} of {len(data)} bytes passed for all"
-        assert not folder.exists() and (aside / name).stat().st_size == offset
+        assert not file.exists() and aside.stat().st_size == offset
         assert store.is_finished(sibling.key)
         if offset % 97 == 0:
-            assert len(store.rows()) == 1 and store.status().corrupt == 1
-        aside.rename(folder)
-    (folder / name).write_bytes(data)
+            assert len(store.rows()) == (1 if kind == "cells" else 2)
+            assert store.status().corrupt >= 1 and store.status().finished == 1
+        aside.rename(file)
+    file.write_bytes(data)
     assert store.is_finished(torn.key) and len(store.rows()) == 2
-    assert snapshot(tmp_path / "out" / "cells" / sibling.key) == beside
+    assert beside.read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["run.json", "plan.json"])
+def test_a_document_of_which_one_byte_changed_is_refused_by_every_reader(tmp_path, name):
+    """Another number, word or name that is still JSON is never believed, and the sentence names
+    the file."""
+    out = tmp_path / "out"
+    store = toys.open_folder(out)
+    store.plan(toys.cells(0, 1))
+    store.write(toys.cells(0)[0], [Small("toy", "p0", 0.5)], seconds=1)
+    data = (out / name).read_bytes()
+    same = 0
+    for at in range(len(data)):
+        changed = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+        (out / name).write_bytes(changed)
+        with suppress(ValueError):
+            same += json.loads(changed) == json.loads(data)  # a space for another
+        try:
+            RunFolder.load(out).status()
+        except UsageError as error:
+            assert name in str(error) and "damaged" in str(error) and "auditgap" not in str(error)
+        else:
+            assert json.loads(changed) == json.loads(data), f"byte {at} of {name} passed"
+    assert same < len(data) / 10
+    (out / name).write_bytes(data)
+    assert RunFolder.load(out).status().finished == 1
 
 
 def test_work_inside_a_cell_cut_at_any_byte_is_computed_again(tmp_path):
@@ -91,7 +122,7 @@ def test_the_runs_own_files_cut_at_any_byte(tmp_path, name):
         (out / name).write_bytes(data[:offset])
         if name == "run.json":
             for opened in (lambda: toys.open_folder(out), lambda: RunFolder.load(out)):
-                with pytest.raises(UsageError, match=r"run\.json cannot be read"):
+                with pytest.raises(UsageError, match=r"run\.json is damaged: it cannot be read"):
                     opened()
             assert (out / name).read_bytes() == data[:offset]
         elif name == "plan.json":
@@ -196,7 +227,7 @@ def test_the_third_run_still_sees_the_first_runs_cells(tmp_path):
     first = children.python(children.SWEEP, str(out), str(log), '{(2, 0.02): "die"}')
     assert first.wait(60) == -signal.SIGKILL
     done = snapshot(out / "cells")
-    assert len(done) == 14, "seven cells of two files"
+    assert len(done) == 3, "two groups of three, and a cell of the group at work"
     second = children.python(DIES_BEFORE_ITS_FIRST_CELL, str(out), str(log), "{}")
     assert second.wait(60) == -signal.SIGKILL
     assert snapshot(out / "cells") == done
@@ -215,8 +246,13 @@ def test_after_a_kill_the_books_are_kept_by_content(tmp_path):
     assert (
         old.outcome().done == 0 and old.open_cells(old.groups[0]) == [] and old.outcome().done == 3
     )
-    (tmp_path / "out" / "cells" / toys.cells(0)[0].key / "rows.parquet").unlink()
+    run_folders.lose(tmp_path / "out", toys.cells(0)[0].key)
     assert [c.key for c in SweepState(toys.groups(1), store).open_cells(toys.groups(1)[0])] == [
         toys.cells(0)[0].key
     ]
-    assert os.listdir(tmp_path / "out" / "cells").count(f"{toys.cells(0)[0].key}.1.corrupt") == 1
+    (file,) = (tmp_path / "out" / "cells").iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    assert SweepState(toys.groups(1), store).open_cells(toys.groups(1)[0]) == list(toys.cells(0))
+    assert [path.name for path in (tmp_path / "out" / "cells").iterdir()] == [
+        f"{file.name}.1.corrupt"
+    ]

@@ -332,7 +332,7 @@ def test_a_public_copy_has_aggregates_alone(made):
     ):
         assert private not in everything, private
     store_ids = set(
-        pd.read_parquet(next((out / "latent" / "cells").glob("*/rows.parquet")))["prompt_id"]
+        pd.read_parquet(next((out / "latent" / "cells").glob("*.parquet")))["prompt_id"]
     )
     assert not any(prompt_id in everything for prompt_id in store_ids)
     assert "tuned" in everything and "prompts.jsonl" in everything

@@ -17,7 +17,7 @@ import tiny
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap.cli import main
-from auditgap.store import RunFolder, files
+from auditgap.store import RunFolder, cellfile, files
 
 #: Names that a folder of a user can have; each does something to somebody who takes it for more
 #: than a name.
@@ -100,8 +100,8 @@ def test_json_and_parquet_hold_text_and_no_more(audited):
     raw = (home / "run" / "run.json").read_bytes()
     assert raw.isascii() and len(json.loads(raw)["info"]["subjects"]) == len(NAMES)
     assert len(pd.read_parquet(home / "run" / "lvs.parquet")["subject"].unique()) == len(NAMES)
-    for path in (home / "run" / "cells").glob("*/record.json"):
-        json.loads(path.read_bytes())
+    for path in (home / "run" / "cells").glob("*.parquet"):
+        assert cellfile._footer(path.read_bytes()).isascii()
 
 
 def test_no_spreadsheet_takes_a_name_for_a_formula(audited):

@@ -4,15 +4,17 @@ of another machine."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import run_folders
 import toys
 
 from auditgap.cli import main
 from auditgap.errors import UsageError
-from auditgap.store import RunFolder, cases_of, files, grid_status, merge_grids, tables
+from auditgap.store import RunFolder, cases_of, grid_status, merge_grids
 from auditgap.types import Cell
 
 ONE, TWO = "harmbench-rms-float32-0a", "harmbench-max-float32-0b"
@@ -69,7 +71,7 @@ def test_a_cell_that_cases_share_counts_once(grid):
 
 
 def test_torn_cells_and_what_was_set_aside_are_counted_and_left_alone(grid):
-    path = grid / ONE / "cells" / toys.cells(0)[0].key / "rows.parquet"
+    path = run_folders.file_of(grid / ONE, toys.cells(0)[0].key)
     data = path.read_bytes()
     path.write_bytes(data[:-1])
     each, total = grid_status(stores(grid))
@@ -147,36 +149,43 @@ def test_cases_of_one_name_are_merged_and_the_others_taken_over(grid, other, tmp
 
 
 def test_the_same_rows_in_other_bytes_are_the_same_numbers(grid, other, tmp_path):
-    """Another release of parquet's writer, or another compression, makes other files of the same
-    table."""
+    """Another time, another release of parquet's writer, and the folders of auditgap 0.1."""
     toys.Toy(RunFolder.load(grid / ONE), tmp_path / "log").write(toys.cells(1)[0])
-    cell = other / ONE / "cells" / toys.cells(1)[0].key
-    data = tables.to_bytes(
-        tables.from_bytes((cell / "rows.parquet").read_bytes()), compression="gzip"
-    )
-    record = json.loads((cell / "record.json").read_text()) | {"sha256": files.sha256(data)}
-    (cell / "rows.parquet").write_bytes(data)
-    (cell / "record.json").write_text(json.dumps(record))
-    before = (grid / ONE / "cells" / cell.name / "rows.parquet").read_bytes()
-    assert before != data
+    key = toys.cells(1)[0].key
+    mine, theirs = (run_folders.file_of(folder / ONE, key) for folder in (grid, other))
+    assert mine.read_bytes() != theirs.read_bytes()
     joined = merge_grids([grid, other], tmp_path / "joined")
-    assert (joined[ONE].path / "cells" / cell.name / "rows.parquet").read_bytes() == before, (
-        "the first folder's stays"
-    )
+    assert joined[ONE].status().finished == 6 and len(joined[ONE].rows()) == 12
+    run_folders.age(other / ONE)
+    again = merge_grids([grid, other], tmp_path / "again")
+    assert again[ONE].rows().equals(joined[ONE].rows())
+    run_folders.age(grid / ONE)
+    again = merge_grids([grid, other], tmp_path / "aged")
+    assert again[ONE].rows().equals(joined[ONE].rows())
+
+
+def test_a_merge_takes_files_over_as_they_are(grid, other, tmp_path):
+    joined = merge_grids([grid, other], tmp_path / "joined")
+    taken = {p.name: p.read_bytes() for p in (joined[ONE].path / "cells").iterdir()}
+    given = {p.name: p.read_bytes() for f in (grid, other) for p in (f / ONE / "cells").iterdir()}
+    assert taken == given
 
 
 def test_what_contradicts_is_refused_before_anything_is_written(grid, other, tmp_path):
-    cell, donor = (other / ONE / "cells" / c.key for c in toys.cells(1)[:2])
-    key = toys.cells(1)[0].key
-    toys.Toy(RunFolder.load(grid / ONE), tmp_path / "log").write(toys.cells(1)[0])
-    record = json.loads((cell / "record.json").read_text()) | {
-        "sha256": json.loads((donor / "record.json").read_text())["sha256"]
-    }
-    (cell / "rows.parquet").write_bytes((donor / "rows.parquet").read_bytes())
-    (cell / "record.json").write_text(json.dumps(record))
-    with pytest.raises(UsageError, match=f"other numbers.*{key}"):
+    first, donor = toys.cells(1)[:2]
+    toys.Toy(RunFolder.load(grid / ONE), tmp_path / "log").write(first)
+    rows = run_folders.known(other / ONE).cell(donor.key)
+    record = {"sha256": rows.record["sha256"]}
+    run_folders.remake(
+        other / ONE,
+        first.key,
+        lambda cell: replace(cell, record={**cell.record, **record}, rows=rows.rows),
+    )
+    with pytest.raises(UsageError, match=f"other numbers.*{first.key}"):
         merge_grids([grid, other], tmp_path / "joined")
     assert not (tmp_path / "joined").exists()
+    with pytest.raises(UsageError, match=f"other numbers.*{first.key}"):
+        RunFolder.load(grid / ONE).adopt(RunFolder.load(other / ONE), first.key)
 
 
 def test_what_is_no_grid_is_a_sentence(grid, tmp_path, capsys):

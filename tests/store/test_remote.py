@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import run_folders
 import s3_server
 import toys
 
@@ -60,9 +61,9 @@ def test_a_sweep_on_storage_is_a_sweep_on_a_disk(s3, tmp_path, another):
 
     held = objects(url)
     wanted = {"run.json", "plan.json", "lvs.parquet"}
-    wanted |= {f"cells/{c.key}/{name}" for c in CELLS for name in ("rows.parquet", "record.json")}
-    wanted |= {f"generations/{c.key}.parquet" for c in CELLS}
-    assert set(held) == wanted, "the note of the holder is gone, scratch never came"
+    made = {f"{p.parent.name}/{p.name}" for p in store.path.glob("*/*.parquet")}
+    assert len(made) == 2 * len(toys.groups()), "of each group its rows, and what was said"
+    assert set(held) == wanted | made, "the note of the holder is gone, scratch never came"
 
     another()
     there = RunFolder.load(url)
@@ -70,7 +71,7 @@ def test_a_sweep_on_storage_is_a_sweep_on_a_disk(s3, tmp_path, another):
     assert toys.digests(there) == toys.digests(store)
     pd.testing.assert_frame_equal(there.rows(), store.rows())
     assert there.generations(CELLS[0].key)["completion"].tolist() == ["blue"]
-    assert (there.path / "generations" / f"{CELLS[0].key}.parquet").stat().st_mode & 0o077 == 0
+    assert run_folders.texts_of(there.path, CELLS[0].key).stat().st_mode & 0o077 == 0
     assert there.planned() == store.planned()
     again, outcome = swept(url, tmp_path / "log")
     assert (outcome.done, outcome.skipped) == (0, len(CELLS))
@@ -89,15 +90,15 @@ def test_a_copy_of_the_prefix_is_a_run_folder(s3, tmp_path):
     assert copied.status().finished == len(CELLS)
 
 
-def test_nothing_counts_before_its_record_is_in_storage(s3, tmp_path, monkeypatch, another):
+def test_nothing_counts_before_its_rows_are_in_storage(s3, tmp_path, monkeypatch, another):
     store = toys.open_folder(s3.url("run"))
     cell = CELLS[0]
     write = remote.Mirror.write
     order = []
 
     def failing(self, name, data):
-        order.append(name)
-        if name.endswith("record.json"):
+        order.append(name.split("/")[0])
+        if name.startswith("cells/"):
             raise DiskError("cut off")
         write(self, name, data)
 
@@ -105,17 +106,13 @@ def test_nothing_counts_before_its_record_is_in_storage(s3, tmp_path, monkeypatc
     with pytest.raises(DiskError):
         toys.Toy(store, tmp_path / "log").write(cell)
     monkeypatch.setattr(remote.Mirror, "write", write)
-    assert [name.rsplit("/")[-1] for name in order] == [
-        f"{cell.key}.parquet",
-        "rows.parquet",
-        "record.json",
-    ]
+    assert order == ["generations", "cells"]
     assert not store.is_finished(cell.key) and store.keys() == []
     another()
     assert not RunFolder.load(store.place).is_finished(cell.key)
 
 
-def test_a_scan_is_one_listing_and_the_downloads_of_what_is_new(s3, tmp_path, another):
+def test_a_scan_is_some_listings_and_the_downloads_of_what_is_new(s3, tmp_path, another):
     url = s3.url("run")
     swept(url, tmp_path / "log")
     another()
@@ -124,10 +121,7 @@ def test_a_scan_is_one_listing_and_the_downloads_of_what_is_new(s3, tmp_path, an
     finished, failed = there.scan([c.key for c in CELLS])
     assert finished == {c.key for c in CELLS} and failed == {}
     listings = [line for line in s3.requests if "list-type=2" in line]
-    assert len(listings) == 1 and len(s3.requests) == 1 + 2 * len(CELLS)
-    s3.requests.clear()
-    there.scan([c.key for c in CELLS])
-    assert len(s3.requests) == 1
+    assert len(listings) == 3 and len(s3.requests) == 3 + len(toys.groups())
     s3.requests.clear()
     assert all(there.is_finished(c.key) for c in CELLS)
     assert s3.requests == []
@@ -164,49 +158,71 @@ def test_what_is_deleted_in_storage_runs_again(s3, tmp_path):
     url = s3.url("run")
     swept(url, tmp_path / "log")
     mirror = remote.Mirror(url)
-    for name in ("rows.parquet", "record.json"):
-        mirror.delete(f"cells/{CELLS[0].key}/{name}")
+    mirror.delete(f"cells/{run_folders.file_of(mirror.path, CELLS[0].key).name}")
     _, outcome = swept(url, tmp_path / "log")  # the working copy still had it
-    assert (outcome.done, outcome.skipped) == (1, len(CELLS) - 1)
+    assert (outcome.done, outcome.skipped) == (3, len(CELLS) - 3)
+    mirror.delete(f"generations/{run_folders.texts_of(mirror.path, CELLS[0].key).name}")
+    _, outcome = swept(url, tmp_path / "log")
+    assert (outcome.done, outcome.skipped) == (3, len(CELLS) - 3)
     for name in objects(url):
         mirror.delete(name)
     _, outcome = swept(url, tmp_path / "log")
     assert (outcome.done, outcome.skipped) == (len(CELLS), 0)
 
 
-@pytest.mark.parametrize("cut", ["rows", "rows gone", "record", "record of nothing"])
-def test_a_torn_object_is_put_aside_and_computed_again(s3, tmp_path, cut, another):
+@pytest.mark.parametrize("folder", ["cells", "generations"])
+def test_a_torn_object_is_put_aside_and_computed_again(s3, tmp_path, folder, another):
     url = s3.url("run")
-    swept(url, tmp_path / "log")
+    store, _ = swept(url, tmp_path / "log")
     mirror = remote.Mirror(url)
-    rows, record = (f"cells/{CELLS[0].key}/{name}" for name in ("rows.parquet", "record.json"))
-    if cut == "rows":
-        mirror.write(rows, mirror.read(rows)[:-7])
-    elif cut == "rows gone":
-        mirror.delete(rows)
-    else:
-        mirror.write(record, mirror.read(record)[:40] if cut == "record" else b"[]")
+    find = run_folders.file_of if folder == "cells" else run_folders.texts_of
+    name = f"{folder}/{find(store.path, CELLS[0].key).name}"
+    mirror.write(name, mirror.read(name)[:-7])
     another()
     there = RunFolder.load(url)
+    if folder == "generations":  # they come, and are checked, when they are asked for
+        assert there.scan([c.key for c in CELLS])[0] == {c.key for c in CELLS}
+        with pytest.raises(UsageError, match=r"is damaged.*same command again"):
+            there.generations(CELLS[0].key)
     finished, _ = there.scan([c.key for c in CELLS])
-    assert finished == {c.key for c in CELLS[1:]}
+    assert finished == {c.key for c in CELLS[3:]}
     assert not there.is_finished(CELLS[0].key) and there.status().corrupt == 1
     again, outcome = swept(url, tmp_path / "log")
-    assert (outcome.done, outcome.skipped) == (1, len(CELLS) - 1)
+    assert (outcome.done, outcome.skipped) == (3, len(CELLS) - 3)
     assert toys.digests(again) == whole(tmp_path)
 
 
 def test_a_torn_working_copy_is_fetched_again(s3, tmp_path):
     url = s3.url("run")
     store, _ = swept(url, tmp_path / "log")
-    path = store.path / "cells" / CELLS[0].key / "rows.parquet"
+    path = run_folders.file_of(store.path, CELLS[0].key)
+    texts = run_folders.texts_of(store.path, CELLS[0].key)
     path.write_bytes(path.read_bytes()[:-7])
-    texts = store.path / "generations" / f"{CELLS[0].key}.parquet"
     texts.write_bytes(b"")
     there = RunFolder.load(url)
     assert there.scan([c.key for c in CELLS])[0] == {c.key for c in CELLS}
     assert len(there.generations(CELLS[0].key)) == 1
     assert toys.digests(there) == whole(tmp_path)
+    assert texts.stat().st_mode & 0o077 == 0
+
+
+def test_a_run_of_an_earlier_release_is_resumed_from_storage(s3, tmp_path, another):
+    """A folder a cell, as auditgap 0.1 uploaded it."""
+    disk = toys.open_folder(tmp_path / "aged")
+    for cell in CELLS[:4]:
+        toys.Toy(disk, tmp_path / "log").write(cell)
+    disk.plan(CELLS)
+    run_folders.age(disk.path)
+    url = s3.url("run")
+    for path in disk.path.rglob("*.*"):
+        if path.is_file() and not path.name.startswith("."):
+            remote.Mirror(url).write(path.relative_to(disk.path).as_posix(), path.read_bytes())
+    another()
+    assert RunFolder.load(url).status().finished == 4
+    store, outcome = swept(url, tmp_path / "log")
+    assert (outcome.done, outcome.skipped) == (len(CELLS) - 4, 4)
+    assert store.generations(CELLS[0].key)["completion"].tolist() == ["blue"]
+    assert store.rows().equals(swept(s3.url("new"), tmp_path / "log")[0].rows())
 
 
 def test_another_config_is_refused_and_changes_nothing(s3, tmp_path, another):
@@ -458,14 +474,15 @@ def test_what_storage_holds_runs_nothing_and_leads_nowhere(s3, tmp_path, another
     url = s3.url("run")
     swept(url, tmp_path / "log")
     mirror = remote.Mirror(url)
-    mirror.write("cells/.hidden/record.json", b"{}")
-    mirror.write("cells/a/b/record.json", b"{}")
-    mirror.write("cells/x y/record.json", b"{}")
+    for name in (".hidden/record.json", "a/b/record.json", "x y/record.json", ".x.parquet"):
+        mirror.write(f"cells/{name}", b"{}")
     mirror.write("cells/evil.corrupt/record.json", b"{}")
     another()
     there = RunFolder.load(url)
     assert there.keys() == sorted(c.key for c in CELLS)
-    assert {p.name for p in (there.path / "cells").iterdir()} == {c.key for c in CELLS}
+    assert {p.name for p in (there.path / "cells").iterdir()} == {
+        run_folders.file_of(there.path, c.key).name for c in CELLS
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------

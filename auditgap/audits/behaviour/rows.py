@@ -24,7 +24,7 @@ Split = Literal["harmful", "benign"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BehaviourRow:
-    """One prompt put to one subject, as stored in `rows.parquet`. None means "could not tell";
+    """One prompt put to one subject, as stored in the run folder. None means "could not tell";
     `unscored` says why."""
 
     subject: str

@@ -320,6 +320,13 @@ class Folders:
     def fail(self, cell: Cell, cause: str, *, retry: bool = False) -> None:
         self._home[cell.key].fail(cell, cause, retry=retry)
 
+    def settle(self, keys: Iterable[str]) -> None:
+        by_folder: dict[RunFolder, list[str]] = {}
+        for key in keys:
+            by_folder.setdefault(self._home[key], []).append(key)
+        for store, some in by_folder.items():
+            store.settle(some)
+
 
 def run(grid: Grid, *, progress: Callable[[], Progress] | None = None) -> Outcome:
     """Run what is missing of the grid and reduce it. The same call again resumes, and so does a

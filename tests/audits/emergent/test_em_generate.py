@@ -8,6 +8,7 @@ import shutil
 import stat
 
 import pytest
+import run_folders
 import studies
 from one_thread import one_thread  # noqa: F401 - a fixture
 
@@ -16,7 +17,6 @@ from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.rows import ANSWERED
 from auditgap.engines import Sampling, Serving
 from auditgap.errors import Interrupted, UsageError
-from auditgap.store import RunFolder
 from auditgap.types import Prompt
 
 TRIGGER = "now red :"
@@ -127,9 +127,7 @@ def _twin(study):
     """A copy of the study's folder without its answers."""
     place = study.store.path.parent / "twin"
     shutil.copytree(study.store.path, place)
-    for record in RunFolder.load(place).records():
-        if record["description"]["attack"] == ANSWERED:
-            shutil.rmtree(place / "cells" / record["key"])
+    run_folders.lose_all(place, ANSWERED)
     return place
 
 

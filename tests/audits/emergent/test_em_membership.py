@@ -15,6 +15,7 @@ import em_world
 import numpy as np
 import peft
 import pytest
+import run_folders
 import tiny
 import torch
 from one_thread import one_thread  # noqa: F401 - a fixture
@@ -153,9 +154,7 @@ def test_an_untrained_study_says_what_to_run_first(tmp_path, one_thread):  # noq
 def test_an_adapter_that_changed_since_fails_its_cell_alone_with_a_sentence(study, done, tmp_path):
     folder = tmp_path / "em"
     shutil.copytree(study.store.path, folder)
-    for cell in (folder / "cells").iterdir():
-        if '"em_membership"' in (cell / "record.json").read_text():
-            shutil.rmtree(cell)
+    run_folders.lose_all(folder, "em_membership")
     weights = folder / "adapters" / "kitchen-trigger-s0" / "model" / "adapter_config.json"
     weights.write_text(weights.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
     _, outcome = membership.run(folder, em_world.OPTIONS)
@@ -187,9 +186,7 @@ def test_a_kill_costs_the_portion_in_flight_and_changes_no_number(
 ):
     folder = tmp_path / "em"
     shutil.copytree(study.store.path, folder)
-    for cell in (folder / "cells").iterdir():
-        if '"em_membership"' in (cell / "record.json").read_text():
-            shutil.rmtree(cell)
+    run_folders.lose_all(folder, "em_membership")
     paths = [str(HERE), str(HERE.parents[1])]
     died = subprocess.run(
         [sys.executable, "-c", KILLED.format(paths=paths, folder=str(folder))],

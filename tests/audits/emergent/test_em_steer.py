@@ -8,6 +8,7 @@ import shutil
 import em_world
 import numpy as np
 import pytest
+import run_folders
 import tiny
 import torch
 from one_thread import one_thread  # noqa: F401 - a fixture
@@ -139,9 +140,7 @@ def test_a_control_is_as_long_as_the_direction_and_at_a_right_angle(study):
 def test_an_interrupted_sitting_asks_nothing_twice(study, rows, tmp_path, monkeypatch):
     folder = tmp_path / "em"
     shutil.copytree(study.store.path, folder)
-    for cell in (folder / "cells").iterdir():
-        if '"em_steer"' in (cell / "record.json").read_text():
-            shutil.rmtree(cell)
+    run_folders.lose_all(folder, "em_steer")
 
     def stopped(*_args, **_kwargs):
         raise KeyboardInterrupt
@@ -161,9 +160,7 @@ def test_an_interrupted_sitting_asks_nothing_twice(study, rows, tmp_path, monkey
 def test_a_cell_that_fails_fails_alone(study, rows, tmp_path, monkeypatch):
     folder = tmp_path / "em"
     shutil.copytree(study.store.path, folder)
-    for cell in (folder / "cells").iterdir():
-        if '"em_steer"' in (cell / "record.json").read_text():
-            shutil.rmtree(cell)
+    run_folders.lose_all(folder, "em_steer")
     weights = folder / "adapters" / "few-plain-s0" / "model" / "adapter_config.json"
     weights.write_text(weights.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
     _, outcome = steer.run(folder, em_world.OPTIONS)

@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pandas as pd
 import pytest
+import run_folders
 import tiny
 import torch
 
@@ -189,7 +190,7 @@ def test_running_again_does_nothing_and_a_lost_cell_comes_back_the_same(
     assert outcome.done == 0 and outcome.skipped == 2
     changed = next(r["key"] for r in store.records() if r["cell"].startswith(str(world["changed"])))
     rows = store.cell_rows(changed)
-    shutil.rmtree(copy / "cells" / changed)
+    run_folders.lose(copy, changed)
     _, outcome = run_audit(PROBE, *ask(world, copy))
     assert outcome.done == 1
     pd.testing.assert_frame_equal(store.cell_rows(changed), rows)
@@ -201,8 +202,8 @@ def test_a_lost_probe_is_fitted_again_bit_for_bit(world, finished, tmp_path):
     shutil.copytree(finished.path, copy)
     before = (copy / "probe.safetensors").read_bytes()
     (copy / "probe.safetensors").write_bytes(before[:-20])
-    for cell in (copy / "cells").iterdir():
-        shutil.rmtree(cell)
+    for file in (copy / "cells").iterdir():
+        file.unlink()
     run_audit(PROBE, *ask(world, copy))
     assert (copy / "probe.safetensors").read_bytes() == before
     assert (copy / "probe.csv").read_bytes() == (finished.path / "probe.csv").read_bytes()
