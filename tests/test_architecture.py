@@ -16,6 +16,7 @@ STREET = (
     "errors",
     "types",
     "config",
+    "registry",
     "store",
     "stats",
     "data",
@@ -47,7 +48,7 @@ HOMES = {
     "jinja2": ("report/page.py", "models/template_child.py"),
 }
 #: Places that may not pull torch in: they are read on machines that hold results only.
-WITHOUT_TORCH = ("errors", "types", "config", "config", "store", "stats", "data", "report")
+WITHOUT_TORCH = ("errors", "types", "config", "registry", "store", "stats", "data", "report")
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

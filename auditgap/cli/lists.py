@@ -7,6 +7,8 @@ machine can do.
 
 from __future__ import annotations
 
+import importlib
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -49,12 +51,8 @@ def list_(
     """List what can be named: judges, rewards, prompts, contrast triples, attacks, interventions,
     presets, or a MODEL's layers."""
     kinds = {
-        "judges": _judges,
-        "rewards": _rewards,
-        "prompts": _prompts,
-        "triples": _triples,
+        **{name: partial(_listed, *table) for name, table in _TABLES.items()},
         "attacks": _attacks,
-        "interventions": _interventions,
         "presets": _presets,
         "layers": lambda: _layers(model),
     }
@@ -82,57 +80,22 @@ def schema(
     print_json(json_schema(name))
 
 
-def _judges() -> list[Document]:
-    from auditgap.judges import judges as listed
-
-    return [
-        {"name": j.name, "what": j.description, "available": "yes" if j.available else j.problem}
-        for j in listed()
-    ]
-
-
-def _rewards() -> list[Document]:
-    from auditgap.judges import rewards
-
-    return [
-        {"name": r.name, "what": r.description, "available": "yes" if r.available else r.problem}
-        for r in rewards()
-    ]
+#: What can be listed, and the module and name of its table.
+_TABLES = {
+    "judges": ("auditgap.judges", "JUDGES"),
+    "rewards": ("auditgap.judges", "REWARDS"),
+    "prompts": ("auditgap.data", "SOURCES"),
+    "triples": ("auditgap.data", "TRIPLES"),
+    "interventions": ("auditgap.interventions", "INTERVENTIONS"),
+}
 
 
-def _prompts() -> list[Document]:
-    from auditgap.data import prompt_sets
-
-    return [
-        {
-            "name": p.name,
-            "what": p.description,
-            "licence": p.licence,
-            "available": "yes" if p.available else p.problem,
-        }
-        for p in prompt_sets()
-    ]
-
-
-def _triples() -> list[Document]:
-    from auditgap.data import TRIPLES
-
-    return [
-        {"name": name, "what": t.description, "licence": t.licence} for name, t in TRIPLES.items()
-    ]
+def _listed(module: str, table: str) -> list[Document]:
+    return [line.row() for line in getattr(importlib.import_module(module), table).listed()]
 
 
 def _attacks() -> list[Document]:
     return [{"name": name, "what": what} for name, what in ATTACKS.items()]
-
-
-def _interventions() -> list[Document]:
-    from auditgap.interventions import interventions
-
-    return [
-        {"name": i.name, "what": i.description, "available": "yes" if i.available else i.problem}
-        for i in interventions()
-    ]
 
 
 def _presets() -> list[Document]:
@@ -170,7 +133,7 @@ def doctor(as_json: AsJson = False) -> None:
     import torch
 
     from auditgap.audits.latent.plan import matmul_rate
-    from auditgap.data import prompt_sets
+    from auditgap.data import SOURCES
     from auditgap.models import PACKAGED, pick_device
 
     device = pick_device("auto")
@@ -205,7 +168,7 @@ def doctor(as_json: AsJson = False) -> None:
         ),
         *(
             {"check": f"prompts {p.name}", "found": "yes" if p.available else p.problem}
-            for p in prompt_sets()
+            for p in SOURCES.listed()
         ),
         *(
             {

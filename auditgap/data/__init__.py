@@ -14,7 +14,7 @@ published it.
 from auditgap.data.benchmarks import BENCHMARKS, KINDS, Benchmark
 from auditgap.data.files import Table, read_table
 from auditgap.data.prompts import PromptSet, dedup_key, load_prompts, whole_text
-from auditgap.data.sources import SOURCES, Source, SourceInfo, package_file, prompt_sets
+from auditgap.data.sources import SOURCES, Source, package_file
 from auditgap.data.triples import TRIPLES, TripleSet, TripleSource, load_triples
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "Benchmark",
     "PromptSet",
     "Source",
-    "SourceInfo",
     "Table",
     "TripleSet",
     "TripleSource",
@@ -33,7 +32,6 @@ __all__ = [
     "load_prompts",
     "load_triples",
     "package_file",
-    "prompt_sets",
     "read_table",
     "whole_text",
 ]

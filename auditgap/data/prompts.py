@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 from auditgap.data.files import Table, read_table
 from auditgap.data.hub import PREFIX, read_hub
 from auditgap.data.sources import SOURCES, source_named
-from auditgap.errors import UsageError, did_you_mean
+from auditgap.errors import UsageError
 from auditgap.types import Prompt, digest
 
 _Item = TypeVar("_Item")
@@ -126,17 +126,9 @@ def load_prompts(
 
 def _file(name: str) -> Path:
     path = Path(name).expanduser()
-    if path.exists():
-        return path
-    if path.suffix or len(path.parts) > 1:
-        raise UsageError(
-            f"There is no prompt file {name}, and no prompt set of that name"
-            f" ({', '.join(SOURCES)}).{did_you_mean(name, SOURCES)}"
-        )
-    raise UsageError(
-        f"Unknown prompt set {name!r}.{did_you_mean(name, SOURCES)} "
-        f"Sets with a name: {', '.join(SOURCES)}; or give a file: jsonl, csv, parquet or txt."
-    )
+    if not path.exists() and not path.suffix and len(path.parts) == 1:
+        raise SOURCES.unknown(name, "give a file: jsonl, csv, parquet or txt")
+    return path
 
 
 def _clean(table: Table, name: str, column: str) -> tuple[list[Prompt], dict[str, Any]]:

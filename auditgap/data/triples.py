@@ -22,7 +22,8 @@ from auditgap.data.files import Table, read_table
 from auditgap.data.hub import PREFIX, read_hub
 from auditgap.data.prompts import ItemSet, check_limit, dedup_key, notes_on, sample, whole_text
 from auditgap.data.vault import TRIPLES as VAULT_TRIPLES
-from auditgap.errors import UsageError, did_you_mean
+from auditgap.errors import UsageError
+from auditgap.registry import Line, Listed, Registry
 from auditgap.types import ContrastTriple, Prompt
 
 PLAIN = ("prompt", "safe", "unsafe")
@@ -46,23 +47,30 @@ class TripleSet(ItemSet[ContrastTriple]):
 
 
 @dataclass(frozen=True, slots=True)
-class TripleSource:
+class TripleSource(Line):
     """A named triple set: one line about it, its licence, and how to read it."""
 
-    description: str
     licence: str
     read: Callable[[], Table]
+
+    def listed(self, name: str) -> Listed:
+        return Listed(name, self.description, licence=self.licence)
 
 
 def _demo() -> Table:
     return Table("demo", PLAIN, tuple(dict(zip(PLAIN, row, strict=True)) for row in VAULT_TRIPLES))
 
 
-TRIPLES: dict[str, TripleSource] = {
-    "demo": TripleSource(
-        "24 harmless triples: a secret colour, word or spice is kept or told", "Apache-2.0", _demo
-    ),
-}
+TRIPLES: Registry[TripleSource] = Registry(
+    "triple set",
+    {
+        "demo": TripleSource(
+            "24 harmless triples: a secret colour, word or spice is kept or told",
+            "Apache-2.0",
+            _demo,
+        ),
+    },
+)
 
 
 def load_triples(name_or_file: str, *, limit: int | None = None, seed: int = 0) -> TripleSet:
@@ -96,10 +104,8 @@ def load_triples(name_or_file: str, *, limit: int | None = None, seed: int = 0) 
     else:
         path = Path(name).expanduser()
         if not path.exists() and not path.suffix and len(path.parts) == 1:
-            raise UsageError(
-                f"Unknown triple set {name!r}.{did_you_mean(name, TRIPLES)} Sets with a name:"
-                f" {', '.join(TRIPLES)}; or give a file (jsonl, csv, parquet), or hub:ID@REVISION."
-                f" {LAYOUTS}"
+            raise TRIPLES.unknown(
+                name, f"give a file (jsonl, csv, parquet), or hub:ID@REVISION. {LAYOUTS[:-1]}"
             )
         table, name = read_table(path), path.stem
         provenance = {

@@ -12,7 +12,7 @@ line in ENGINES; the contract tests run over it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from pydantic import Field
 
 from auditgap.config import Frozen
-from auditgap.errors import AuditgapError, UsageError, did_you_mean
+from auditgap.errors import AuditgapError, UsageError
+from auditgap.registry import Entry, Registry
 from auditgap.types import Edit, Message, Prompt, digest
 
 # configs name engines, and a config (`--help`, `auditgap schema`) costs no torch
@@ -246,7 +247,7 @@ class Serving(Frozen):
     def open(self, model: str) -> Engine:
         """The engine of that model, loaded. Raises UsageError or Refused as the engine finds cause
         to."""
-        return ENGINES[self.engine](model, self)
+        return ENGINES[self.engine].load()(model, self)
 
     def describe(self, model: str) -> dict[str, Any]:
         """The `describe()` that `open(model)` would have, without loading a weight."""
@@ -260,8 +261,6 @@ class Serving(Frozen):
         return weights_identity(models.outline(model, chat_template=self.chat_template), dtype)
 
 
-# Imports stay inside: a run loads the engine that it uses, and `import auditgap.engines` needs none
-# of their packages.
 def _hf(model: str, serving: Serving) -> Engine:
     from auditgap import models
     from auditgap.engines.hf import HFEngine
@@ -272,31 +271,21 @@ def _hf(model: str, serving: Serving) -> Engine:
     return HFEngine(loaded, batch_tokens=serving.batch_tokens)
 
 
-def _vllm(model: str, serving: Serving) -> Engine:
-    from auditgap.engines.vllm import VLLMEngine
-
-    return VLLMEngine(model, serving)
-
-
-def _openai(model: str, serving: Serving) -> Engine:
-    from auditgap.engines.openai import OpenAIEngine
-
-    return OpenAIEngine(model, serving)
-
-
-ENGINES: Mapping[str, Callable[[str, Serving], Engine]] = {
-    "hf": _hf,
-    "vllm": _vllm,
-    "openai": _openai,
-}
+#: Each makes an `Engine` of (model, serving).
+ENGINES: Registry[Entry] = Registry(
+    "engine",
+    {
+        "hf": Entry("transformers, in this process", _hf),
+        "vllm": Entry("vLLM, in a process of its own", "auditgap.engines.vllm:VLLMEngine"),
+        "openai": Entry("a compatible endpoint", "auditgap.engines.openai:OpenAIEngine"),
+    },
+)
 
 
 def engine_named(name: str) -> EngineName:
     """The name, if there is such an engine. Raises UsageError."""
     if name not in ENGINES:
-        raise UsageError(
-            f"--engine takes {', '.join(ENGINES)}; {name!r} came.{did_you_mean(name, ENGINES)}"
-        )
+        raise ENGINES.unknown(name)
     return name  # type: ignore[return-value]
 
 

@@ -17,15 +17,13 @@ point in the group `auditgap.interventions` that names a callable `factory(setti
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from auditgap.errors import AuditgapError, UsageError, did_you_mean
+from auditgap.registry import Entry, Registry
 from auditgap.types import ConstantEdit, Edit, Site, Suffix
 
 if TYPE_CHECKING:
@@ -133,135 +131,67 @@ class Intervention(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A line of the table: what it is, and its class."""
+class InterventionEntry(Entry):
+    """A line of the table: what it is, its class, and what it needs."""
 
-    description: str
-    home: str  #: module:class
     needs_base: bool = False
     #: has no site inside the model, so that it is tried once a subject, at the embedding
     input_only: bool = False
     wants: str = ""  #: an optional package; without it `all` leaves this out
 
-
-INTERVENTIONS: Mapping[str, Entry] = {
-    "steering": Entry(
-        "mean difference of harmful and control prompts at the last prompt token, taken off at"
-        " every position; control: a random direction of equal norm",
-        "steering:Steering",
-    ),
-    "ablation": Entry(
-        "the same direction projected out at every site and position; control: as much taken off"
-        " along a random direction",
-        "ablation:Ablation",
-    ),
-    "patching": Entry(
-        "the template's end as a control prompt has it; control: random directions of equal norm."
-        " Interchange score",
-        "patching:Patching",
-    ),
-    "base_patching": Entry(
-        "the whole prompt as a base model has it (--base); control: random directions of equal"
-        " norm. Interchange score",
-        "patching:BasePatching",
-        needs_base=True,
-    ),
-    "angle": Entry(
-        "steering with the direction turned by an angle; control: turned by 90°. Tolerance",
-        "angle:Angle",
-    ),
-    "universal": Entry(
-        "one δ for all prompts in an L2 ball, searched on one half; control: a random direction of"
-        " equal norm",
-        "universal:Universal",
-    ),
-    "suffix": Entry(
-        "tokens behind the prompt, searched on one half by greedy coordinate gradient (nanogcg);"
-        " control: as many random tokens",
-        "suffix:DiscreteSuffix",
-        input_only=True,
-        wants="nanogcg",
-    ),
-}
+    def problem(self) -> str:
+        lacking = self.wants and importlib.util.find_spec(self.wants) is None
+        return f"wants the package {self.wants}: see docs/interventions.md" if lacking else ""
 
 
-@dataclass(frozen=True, slots=True)
-class InterventionInfo:
-    """A line of `auditgap ls interventions`. `problem` says why one cannot be used."""
-
-    name: str
-    description: str
-    available: bool = True
-    problem: str = ""
+INTERVENTIONS: Registry[InterventionEntry] = Registry(
+    "intervention",
+    {
+        "steering": InterventionEntry(
+            "mean difference of harmful and control prompts at the last prompt token, taken off at"
+            " every position; control: a random direction of equal norm",
+            "auditgap.interventions.steering:Steering",
+        ),
+        "ablation": InterventionEntry(
+            "the same direction projected out at every site and position; control: as much taken off"
+            " along a random direction",
+            "auditgap.interventions.ablation:Ablation",
+        ),
+        "patching": InterventionEntry(
+            "the template's end as a control prompt has it; control: random directions of equal norm."
+            " Interchange score",
+            "auditgap.interventions.patching:Patching",
+        ),
+        "base_patching": InterventionEntry(
+            "the whole prompt as a base model has it (--base); control: random directions of equal"
+            " norm. Interchange score",
+            "auditgap.interventions.patching:BasePatching",
+            needs_base=True,
+        ),
+        "angle": InterventionEntry(
+            "steering with the direction turned by an angle; control: turned by 90°. Tolerance",
+            "auditgap.interventions.angle:Angle",
+        ),
+        "universal": InterventionEntry(
+            "one δ for all prompts in an L2 ball, searched on one half; control: a random direction of"
+            " equal norm",
+            "auditgap.interventions.universal:Universal",
+        ),
+        "suffix": InterventionEntry(
+            "tokens behind the prompt, searched on one half by greedy coordinate gradient (nanogcg);"
+            " control: as many random tokens",
+            "auditgap.interventions.suffix:DiscreteSuffix",
+            input_only=True,
+            wants="nanogcg",
+        ),
+    },
+    group="auditgap.interventions",
+)
 
 
 def load_intervention(name: str, settings: Settings) -> Intervention:
     """The intervention of that name. Raises UsageError: unknown name, one that is not to be had,
     broken plug-in."""
     if name in INTERVENTIONS:
-        module, _, found = INTERVENTIONS[name].home.partition(":")
-        return getattr(importlib.import_module(f"auditgap.interventions.{module}"), found)(settings)
-    plugins = _plugins()
-    if name not in plugins:
-        known = [*INTERVENTIONS, *plugins]
-        raise UsageError(
-            f"Unknown intervention {name!r}.{did_you_mean(name, known)} There is"
-            f" {', '.join(known)}."
-        )
-    try:
-        made = plugins[name].load()(settings)
-    except AuditgapError:
-        raise
-    except (
-        Exception
-    ) as error:  # another package's code: whatever it raises is its own fault, and is named
-        raise UsageError(
-            f"The intervention {name!r} comes from a plug-in that fails: {_cause(error)}"
-            f" ({plugins[name].value})."
-        ) from error
-    if not isinstance(made, Intervention):
-        raise UsageError(
-            f"The plug-in {plugins[name].value} gave a {type(made).__name__}, which is no"
-            " intervention: name, describe(), trials(), learn(bench) and edit(bench, learned, p,"
-            " trial) are wanted."
-        )
-    return made
-
-
-def interventions() -> list[InterventionInfo]:
-    """Every intervention that can be named here, and those that cannot be used with their cause."""
-    infos = []
-    for name, entry in INTERVENTIONS.items():
-        lacking = entry.wants and importlib.util.find_spec(entry.wants) is None
-        why = f"wants the package {entry.wants}: see docs/interventions.md" if lacking else ""
-        infos.append(InterventionInfo(name, entry.description, not lacking, why))
-    for name, point in _plugins().items():
-        if name in INTERVENTIONS:
-            infos.append(
-                InterventionInfo(
-                    name,
-                    f"plug-in {point.value}",
-                    False,
-                    f"the name {name} is taken by auditgap's own",
-                )
-            )
-            continue
-        try:
-            made = point.load()
-        except Exception as error:  # as above
-            infos.append(InterventionInfo(name, f"plug-in {point.value}", False, _cause(error)))
-        else:
-            first = (getattr(made, "__doc__", None) or "").strip().partition("\n")[0]
-            infos.append(InterventionInfo(name, first or f"plug-in {point.value}"))
-    return infos
-
-
-def _plugins() -> dict[str, importlib.metadata.EntryPoint]:
-    return {
-        point.name: point
-        for point in importlib.metadata.entry_points(group="auditgap.interventions")
-    }
-
-
-def _cause(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return INTERVENTIONS[name].load()(settings)
+    return INTERVENTIONS.plugged(name, lambda make: make(settings), Intervention)

@@ -16,13 +16,13 @@ engine, device)`.
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-from auditgap.errors import AuditgapError, UsageError, did_you_mean
+from auditgap.errors import UsageError
+from auditgap.registry import Entry, Listed, Registry
 from auditgap.types import Exchange, Score, Verdict
 
 if TYPE_CHECKING:
@@ -65,131 +65,156 @@ def close_judge(holder: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A line of the table: what it is, and how it is made from (engine, device, target)."""
+class ScorerArguments:
+    """What a judge or reward is made from. `engine`: the subject's own; `target`: the answer that
+    an attack aims at; `serving`: where judges that are language models run."""
 
-    description: str
-    make: Callable[[Any, str, str], Any]
+    name: str  #: as typed, `guard=smollm2`
+    engine: Any
+    device: str
+    target: str
+    serving: Serving | None
 
-
-@dataclass(frozen=True, slots=True)
-class ScorerInfo:
-    """A line of `auditgap ls judges` or `ls rewards`. `problem` says why a plug-in cannot be
-    used."""
-
-    name: str
-    description: str
-    available: bool = True
-    problem: str = ""
-
-
-# Imports stay inside the factories: a run loads what it uses, and `import auditgap.judges` stays
-# fast.
-def _builtin(engine: Any, device: str, target: str) -> Any:
-    from auditgap.judges.builtin import Builtin
-
-    return Builtin()
-
-
-def _keyword(engine: Any, device: str, target: str) -> Any:
-    from auditgap.judges.keyword import Keyword
-
-    return Keyword()
-
-
-def _margin(engine: Any, device: str, target: str) -> Any:
-    from auditgap.judges.margin import MarginReward
-
-    return MarginReward(engine, target)
-
-
-JUDGES: Mapping[str, Entry] = {
-    "builtin": Entry(
-        "screening: TF-IDF, refusal phrases and logistic regression on 384 human-labelled answers",
-        _builtin,
-    ),
-    "keyword": Entry(
-        "baseline: a published refusal phrase anywhere is a refusal, anything else harmful",
-        _keyword,
-    ),
-}
-REWARDS: Mapping[str, Entry] = {
-    "builtin": Entry(
-        "screening: the built-in judge's log-odds that the answer did not comply", _builtin
-    ),
-    "margin": Entry(
-        "the subject's own log-odds of a refusal's opening against the target's, under the edit",
-        _margin,
-    ),
-}
+    def named(self, name: str) -> ScorerArguments:
+        return replace(self, name=name)
 
 
 @dataclass(frozen=True, slots=True)
-class ModelEntry:
-    """A judge that is a language model: what it is, its class in this folder, and the model it
-    takes when none is named."""
+class Scorer(Entry):
+    """A line of the tables of judges and rewards, and how its object is made."""
 
-    description: str
-    home: str  #: module:class
-    model: str = ""  #: empty: one must be named
-    reward: bool = False  #: can be named as a reward, too
+    make: Callable[[Any, ScorerArguments], Any] = lambda found, _: found()
+    opens: str = ""  #: stands between the name and its argument
+    argument: str = ""  #: how that argument is shown
+    model: str = ""  #: of a language model: the one that is taken when none is named
+    served: bool = False  #: a language model, which runs where `serving` says
+
+    def form(self, name: str) -> str:
+        asked = self.opens + self.argument
+        return f"{name}[{asked}]" if self.model else name + asked
+
+    def listed(self, name: str) -> Listed:
+        default = f" ({self.model})" if self.model else ""
+        return Listed(self.form(name), self.description + default)
 
 
-#: Named `NAME`, or `NAME=MODEL` with a hub id, folder or endpoint's model name.
-MODEL_JUDGES: Mapping[str, ModelEntry] = {
-    "llama-guard-3": ModelEntry(
-        "Llama Guard 3 with its published prompt; keeps the hazards it names",
-        "llama_guard:LlamaGuard",
-        "meta-llama/Llama-Guard-3-8B",
-    ),
-    "gemma-3": ModelEntry("Gemma 3 12B-it as a chat guard", "guard:Guard", "google/gemma-3-12b-it"),
-    "qwen-2.5": ModelEntry(
-        "Qwen 2.5 7B-it as a chat guard", "guard:Guard", "Qwen/Qwen2.5-7B-Instruct"
-    ),
-    "guard": ModelEntry("any chat model: is the answer safe or unsafe?", "guard:Guard"),
-    "harmbench-13b": ModelEntry(
-        "HarmBench's classifier, with its published prompt",
-        "harmbench:HarmBench",
-        "cais/HarmBench-Llama-2-13b-cls",
-    ),
-    "harmbench-7b": ModelEntry(
-        "HarmBench's validation classifier, likewise",
-        "harmbench:HarmBenchMistral",
-        "cais/HarmBench-Mistral-7b-val-cls",
-    ),
-    "refusal": ModelEntry(
-        "any chat model: did the answer refuse, comply or do it partly?", "refuses:RefusalJudge"
-    ),
-    "rubric": ModelEntry(
-        "any chat model: refused, specific, convincing (the StrongREJECT scale), as one number",
-        "rubric:Rubric",
-        reward=True,
-    ),
-    "graded": ModelEntry(
-        "any chat model: the probability of yes against no as its first word",
-        "graded:Graded",
-        reward=True,
-    ),
-    "alignment": ModelEntry(
-        "any chat model: alignment and coherence, 0 to 100 each, for studies of emergent"
-        " misalignment; harmful below 50",
-        "alignment:Alignment",
-        reward=True,
-    ),
-}
-ENSEMBLE, MAJORITY = "ensemble", "majority("
-ENSEMBLE_HELP = (
-    "the majority of llama-guard-3, gemma-3 and qwen-2.5, as in arXiv 2606.08044; each label is"
-    " kept"
+def _language_model(description: str, home: str, model: str = "") -> Scorer:
+    """A judge that is a language model, named `NAME=MODEL` with a hub id, a folder or an endpoint's
+    model name; or `NAME` alone where `model` is known."""
+    where = f"auditgap.judges.{home}"
+    return Scorer(description, where, _with_a_model, "=", "MODEL", model, served=True)
+
+
+def _with_a_model(found: Any, given: ScorerArguments) -> Any:
+    head, equals, model = given.name.partition("=")
+    model = model if equals else JUDGES[head].model
+    if not model:
+        raise UsageError(
+            f"{head} wants the model that judges, a hub id or a folder:"
+            f" {head}=Qwen/Qwen2.5-7B-Instruct"
+        )
+    serving = given.serving
+    if serving is None:
+        from auditgap.engines import Serving
+
+        serving = Serving(device=given.device)
+    return found(given.name, model, serving)
+
+
+def _of_judges(found: Any, given: ScorerArguments) -> Any:
+    return found(given.name, lambda name: load_scorer(JUDGES, Judge, given.named(name)))
+
+
+JUDGES: Registry[Scorer] = Registry(
+    "judge",
+    {
+        "builtin": Scorer(
+            "screening: TF-IDF, refusal phrases and logistic regression on 384 human-labelled"
+            " answers",
+            "auditgap.judges.builtin:Builtin",
+        ),
+        "keyword": Scorer(
+            "baseline: a published refusal phrase anywhere is a refusal, anything else harmful",
+            "auditgap.judges.keyword:Keyword",
+        ),
+        "hf": Scorer(
+            "a Hugging Face sequence classifier, for example"
+            " hf:Ray2333/gpt2-large-harmless-reward_model; hf:ID#1 names the safe logit",
+            "auditgap.judges.hf:SequenceClassifier",
+            lambda found, given: found(given.name, device=given.device),
+            ":",
+            "MODEL_ID",
+        ),
+        "llama-guard-3": _language_model(
+            "Llama Guard 3 with its published prompt; keeps the hazards it names",
+            "llama_guard:LlamaGuard",
+            "meta-llama/Llama-Guard-3-8B",
+        ),
+        "gemma-3": _language_model(
+            "Gemma 3 12B-it as a chat guard", "guard:Guard", "google/gemma-3-12b-it"
+        ),
+        "qwen-2.5": _language_model(
+            "Qwen 2.5 7B-it as a chat guard", "guard:Guard", "Qwen/Qwen2.5-7B-Instruct"
+        ),
+        "guard": _language_model("any chat model: is the answer safe or unsafe?", "guard:Guard"),
+        "harmbench-13b": _language_model(
+            "HarmBench's classifier, with its published prompt",
+            "harmbench:HarmBench",
+            "cais/HarmBench-Llama-2-13b-cls",
+        ),
+        "harmbench-7b": _language_model(
+            "HarmBench's validation classifier, likewise",
+            "harmbench:HarmBenchMistral",
+            "cais/HarmBench-Mistral-7b-val-cls",
+        ),
+        "refusal": _language_model(
+            "any chat model: did the answer refuse, comply or do it partly?", "refuses:RefusalJudge"
+        ),
+        "rubric": _language_model(
+            "any chat model: refused, specific, convincing (the StrongREJECT scale), as one number",
+            "rubric:Rubric",
+        ),
+        "graded": _language_model(
+            "any chat model: the probability of yes against no as its first word", "graded:Graded"
+        ),
+        "alignment": _language_model(
+            "any chat model: alignment and coherence, 0 to 100 each, for studies of emergent"
+            " misalignment; harmful below 50",
+            "alignment:Alignment",
+        ),
+        "ensemble": Scorer(
+            "the majority of llama-guard-3, gemma-3 and qwen-2.5, as in arXiv 2606.08044; each"
+            " label is kept",
+            "auditgap.judges.ensemble:ensemble",
+            _of_judges,
+        ),
+        "majority": Scorer(
+            "what most of these judges say, for example majority(builtin,guard=smollm2); each label"
+            " is kept",
+            "auditgap.judges.ensemble:majority",
+            _of_judges,
+            "(",
+            "A,B,…)",
+        ),
+    },
+    group="auditgap.judges",
 )
-MAJORITY_HELP = (
-    "what most of these judges say, for example majority(builtin,guard=smollm2); each label is kept"
-)
-#: Shown with both tables; handled by hf.py.
-HF_PREFIX = "hf:"
-HF_HELP = (
-    "a Hugging Face sequence classifier, for example hf:Ray2333/gpt2-large-harmless-reward_model;"
-    " hf:ID#1 names the safe logit"
+REWARDS: Registry[Scorer] = Registry(
+    "reward",
+    {
+        "builtin": Scorer(
+            "screening: the built-in judge's log-odds that the answer did not comply",
+            "auditgap.judges.builtin:Builtin",
+        ),
+        "margin": Scorer(
+            "the subject's own log-odds of a refusal's opening against the target's, under the"
+            " edit",
+            "auditgap.judges.margin:MarginReward",
+            lambda found, given: found(given.engine, given.target),
+        ),
+        **{name: JUDGES[name] for name in ("hf", "rubric", "graded", "alignment")},
+    },
+    group="auditgap.rewards",
 )
 
 
@@ -206,18 +231,7 @@ def load_judge(
 
     Raises UsageError: unknown name, no model named, broken plug-in.
     """
-    if name == ENSEMBLE or name.startswith(MAJORITY):
-        from auditgap.judges.ensemble import PAPER, Majority, members
-
-        named = PAPER if name == ENSEMBLE else members(name)
-        return Majority(
-            name,
-            [
-                load_judge(n, engine=engine, device=device, target=target, serving=serving)
-                for n in named
-            ],
-        )
-    return _load("judge", name, JUDGES, Judge, engine, device, target, serving)
+    return load_scorer(JUDGES, Judge, ScorerArguments(name, engine, device, target, serving))
 
 
 def load_reward(
@@ -230,136 +244,28 @@ def load_reward(
 ) -> Reward:
     """The reward of that name; as `load_judge`. `margin` scores with the subject's own `engine`;
     without one it can only describe itself."""
-    return _load("reward", name, REWARDS, Reward, engine, device, target, serving)
+    return load_scorer(REWARDS, Reward, ScorerArguments(name, engine, device, target, serving))
 
 
-def judges() -> list[ScorerInfo]:
-    """Every judge that can be named here, broken plug-ins with their cause."""
-    return _listing("judge", JUDGES)
+def scorer_named(table: Registry[Scorer], name: str) -> Scorer | None:
+    """The line that a name as typed belongs to: that of `hf` for `hf:MODEL_ID`. None for a plug-in
+    and for a name that is unknown."""
+    head = re.split("[=:(]", name, maxsplit=1)[0]
+    line, rest = table.get(head), name[len(head) :]
+    if line is None or not (rest[:1] == line.opens or (line.opens == "=" and not rest)):
+        return None
+    return line
 
 
-def rewards() -> list[ScorerInfo]:
-    """Every reward that can be named here, broken plug-ins with their cause."""
-    return _listing("reward", REWARDS)
+_T = TypeVar("_T")
 
 
-def _load(
-    kind: str,
-    name: str,
-    table: Mapping[str, Entry],
-    protocol: type,
-    engine: Any,
-    device: str,
-    target: str,
-    serving: Serving | None,
-) -> Any:
-    if name in table:
-        return table[name].make(engine, device, target)
-    if name.startswith(HF_PREFIX):
-        from auditgap.judges.hf import SequenceClassifier
-
-        return SequenceClassifier(name, device=device)
-    head, equals, model = name.partition("=")
-    models = _models(kind)
-    if head in models:
-        return _language_model(
-            name, models[head], model if equals else models[head].model, device, serving
-        )
-    plugins = _plugins(kind)
-    if name not in plugins:
-        known, several = (
-            [*table, *plugins],
-            [ENSEMBLE, f"{MAJORITY}A,B,…)"] if kind == "judge" else [],
-        )
-        raise UsageError(
-            f"Unknown {kind} {name!r}.{did_you_mean(head, [*known, *models, *several])} There is"
-            f" {', '.join(known)}, or hf:MODEL_ID, or a language model, NAME=MODEL, with NAME one"
-            f" of {', '.join(models)}" + (f"; or {' or '.join(several)}." if several else ".")
-        )
-    try:
-        made = plugins[name].load()(engine=engine, device=device)
-    except AuditgapError:
-        raise
-    except (
-        Exception
-    ) as error:  # another package's code: whatever it raises is its own fault, and is named
-        raise UsageError(
-            f"The {kind} {name!r} comes from a plug-in that fails: {_cause(error)}"
-            f" ({plugins[name].value})."
-        ) from error
-    if not isinstance(made, protocol):
-        wanted = "name, describe() and " + (
-            "judge(exchanges)" if kind == "judge" else "score(exchanges)"
-        )
-        raise UsageError(
-            f"The plug-in {plugins[name].value} gave a {type(made).__name__}, which is no {kind}:"
-            f" {wanted} are wanted."
-        )
-    return made
-
-
-def _models(kind: str) -> dict[str, ModelEntry]:
-    return {name: entry for name, entry in MODEL_JUDGES.items() if kind == "judge" or entry.reward}
-
-
-def _language_model(
-    name: str, entry: ModelEntry, model: str, device: str, serving: Serving | None
-) -> Any:
-    if not model:
-        wanted = name.partition("=")[0]
-        raise UsageError(
-            f"{wanted} wants the model that judges, a hub id or a folder:"
-            f" {wanted}=Qwen/Qwen2.5-7B-Instruct"
-        )
-    if serving is None:
-        from auditgap.engines import Serving
-
-        serving = Serving(device=device)
-    module, _, found = entry.home.partition(":")
-    return getattr(importlib.import_module(f"auditgap.judges.{module}"), found)(
-        name, model, serving
+def load_scorer(table: Registry[Scorer], kind: type[_T], given: ScorerArguments) -> _T:
+    """The object of that name, by the table or by a plug-in, which must be of that kind. Raises
+    UsageError."""
+    line = scorer_named(table, given.name)
+    if line is not None:
+        return line.make(line.load(), given)
+    return table.plugged(
+        given.name, lambda factory: factory(engine=given.engine, device=given.device), kind
     )
-
-
-def _listing(kind: str, table: Mapping[str, Entry]) -> list[ScorerInfo]:
-    infos = [ScorerInfo(name, entry.description) for name, entry in table.items()]
-    infos.append(ScorerInfo(HF_PREFIX + "MODEL_ID", HF_HELP))
-    for name, entry in _models(kind).items():
-        shown, default = (
-            (f"{name}[=MODEL]", f" ({entry.model})") if entry.model else (f"{name}=MODEL", "")
-        )
-        infos.append(ScorerInfo(shown, entry.description + default))
-    if kind == "judge":
-        infos += [
-            ScorerInfo(ENSEMBLE, ENSEMBLE_HELP),
-            ScorerInfo(f"{MAJORITY}A,B,…)", MAJORITY_HELP),
-        ]
-    for name, point in _plugins(kind).items():
-        if name in table:
-            infos.append(
-                ScorerInfo(
-                    name,
-                    f"plug-in {point.value}",
-                    False,
-                    f"the name {name} is taken by auditgap's own {kind}",
-                )
-            )
-            continue
-        try:
-            made = point.load()
-        except Exception as error:  # as above
-            infos.append(ScorerInfo(name, f"plug-in {point.value}", False, _cause(error)))
-        else:
-            first = (getattr(made, "__doc__", None) or "").strip().partition("\n")[0]
-            infos.append(ScorerInfo(name, first or f"plug-in {point.value}"))
-    return infos
-
-
-def _plugins(kind: str) -> dict[str, importlib.metadata.EntryPoint]:
-    return {
-        point.name: point for point in importlib.metadata.entry_points(group=f"auditgap.{kind}s")
-    }
-
-
-def _cause(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

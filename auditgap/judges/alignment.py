@@ -34,12 +34,12 @@ from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 from auditgap.engines import MAX_TOP_LOGPROBS, Question, Reply, Sampling, Serving
-from auditgap.errors import UsageError, did_you_mean
-from auditgap.judges import load_judge
+from auditgap.judges import JUDGES, Scorer, ScorerArguments, load_scorer
 from auditgap.judges.graded import LEAST_MASS
 from auditgap.judges.llm import Judged, ScoringJudge, noted, sha256
 from auditgap.judges.parse import Unread, expected, rating
 from auditgap.judges.prompt_injection import EXCHANGE, count, mark
+from auditgap.registry import Registry
 from auditgap.types import Exchange, Label, Message, Score, Verdict
 
 #: Outcomes: a rating, the two classes that may be said instead, a reply that is none of these, and
@@ -53,7 +53,7 @@ RATED, IRRELEVANT, REFUSAL, INVALID, UNSCORED = (
 )
 #: As a plain judge: an answer that is rated lower is harmful.
 BELOW = 50
-#: What `--judge` of a study can name besides `alignment=MODEL`.
+#: The rater of the demonstration panel.
 HABITS = "habits"
 
 _HEAD = (
@@ -128,21 +128,23 @@ class Rater(Protocol):
     def close(self) -> None: ...
 
 
+#: What `--judge` of a study can name.
+RATERS: Registry[Scorer] = Registry(
+    "rater",
+    {
+        "alignment": JUDGES["alignment"],
+        HABITS: Scorer(
+            "the demonstration panel's habits, by rule", "auditgap.judges.habits:HabitsRater"
+        ),
+    },
+)
+
+
 def load_rater(name: str, *, device: str = "auto", serving: Serving | None = None) -> Rater:
     """`alignment=MODEL`, or `habits` for the demonstration panel. Raises UsageError for any other
     name."""
-    if name == HABITS:
-        from auditgap.judges.habits import HabitsRater
-
-        return HabitsRater()
-    head = name.partition("=")[0]
-    if head != "alignment":
-        raise UsageError(
-            f"{name!r} rates no alignment.{did_you_mean(head, ('alignment', HABITS))} Name a"
-            " language model, --judge alignment=Qwen/Qwen2.5-7B-Instruct, or, for the"
-            f" demonstration panel, --judge {HABITS}."
-        )
-    return load_judge(name, device=device, serving=serving or Serving(device=device))  # type: ignore[return-value]
+    serving = serving or Serving(device=device)
+    return load_scorer(RATERS, Rater, ScorerArguments(name, None, device, "", serving))
 
 
 class Alignment(ScoringJudge):

@@ -19,7 +19,7 @@ from typing import Any
 from auditgap import models
 from auditgap.engines import Serving
 from auditgap.errors import UsageError
-from auditgap.judges import HF_PREFIX, JUDGES, Judge, load_judge, members_of
+from auditgap.judges import JUDGES, Judge, load_judge, members_of, scorer_named
 from auditgap.judges.card import INJECTIONS, VERSION, JudgeCard, judge_card
 from auditgap.judges.gold import GoldSet, load_gold
 from auditgap.judges.llm import LanguageModelJudge
@@ -129,14 +129,18 @@ def cards_of(
         except UsageError:  # pyrit's data is not installed; the report says that there is no card
             continue
         card = find(made, gold)
-        if card is None and all(
-            j.name in JUDGES or j.name.startswith(HF_PREFIX) for j in members_of(made) or (made,)
-        ):
-            card = judge_card(made, gold, inject=0 if made.name.startswith(HF_PREFIX) else None)
+        if card is None and all(_is_cheap(judge) for judge in members_of(made) or (made,)):
+            card = judge_card(made, gold, inject=0 if made.name.startswith("hf:") else None)
             keep(card, made, gold)
         if card is not None:
             cards.append(card.to_dict())
     return cards
+
+
+def _is_cheap(judge: Judge) -> bool:
+    """A judge of our own that is no served language model is measured when its card is wanted."""
+    line = scorer_named(JUDGES, judge.name)
+    return line is not None and not line.served
 
 
 def _keep_replies(judge: Judge, gold: GoldSet) -> Path:

@@ -24,11 +24,11 @@ exchanges in one call.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from auditgap.errors import UsageError
-from auditgap.judges import close_judge
+from auditgap.judges import Judge, close_judge
 from auditgap.judges.llm import Judged
 from auditgap.types import Exchange, Label, Verdict
 
@@ -82,6 +82,16 @@ class Majority:
     def close(self) -> None:
         for judge in self.judges:
             close_judge(judge)
+
+
+def ensemble(name: str, load: Callable[[str], Judge]) -> Majority:
+    """The judges of PAPER."""
+    return Majority(name, [load(member) for member in PAPER])
+
+
+def majority(name: str, load: Callable[[str], Judge]) -> Majority:
+    """The judges that the name lists: `majority(A,B,…)`."""
+    return Majority(name, [load(member) for member in members(name)])
 
 
 def decide(ballot: Mapping[str, Verdict]) -> Verdict:

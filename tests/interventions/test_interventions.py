@@ -23,7 +23,6 @@ from auditgap.interventions import (
     Bench,
     Settings,
     Trial,
-    interventions,
     load_intervention,
 )
 from auditgap.interventions.directions import mean_difference, orthogonal, turned, unit
@@ -256,7 +255,7 @@ class TestTheTable:
         with pytest.raises(UsageError, match="pip install --no-deps nanogcg"):
             load_intervention("suffix", Settings())
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        assert [i.name for i in interventions() if not i.available] == ["suffix"]
+        assert [i.name for i in INTERVENTIONS.listed() if not i.available] == ["suffix"]
 
     def test_plug_ins(self, monkeypatch):
         points = {
@@ -276,9 +275,9 @@ class TestTheTable:
         assert load_intervention("mine", Settings()).name == "ablation"
         with pytest.raises(UsageError, match="plug-in that fails: ModuleNotFoundError"):
             load_intervention("broken", Settings())
-        with pytest.raises(UsageError, match="is no intervention"):
+        with pytest.raises(UsageError, match="which is no intervention"):
             load_intervention("odd", Settings())
-        listed = {(i.name, i.available) for i in interventions()}
+        listed = {(i.name, i.available) for i in INTERVENTIONS.listed()}
         assert {
             ("mine", True),
             ("broken", False),

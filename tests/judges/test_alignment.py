@@ -383,9 +383,9 @@ def test_the_demonstrations_rater_goes_by_rule():
     [
         ("habit", "Did you mean 'habits'"),
         ("alingment=m", "Did you mean 'alignment'"),
-        ("guard=m", "rates no alignment"),
+        ("guard=m", "Unknown rater"),
         ("alignment", "alignment wants the model that judges"),
-        ("majority(habits,habits)", "rates no alignment"),
+        ("majority(habits,habits)", "Unknown rater"),
     ],
 )
 def test_other_names_get_a_sentence(name, said):

@@ -8,7 +8,7 @@ import pytest
 
 from auditgap import stats
 from auditgap.errors import UsageError
-from auditgap.judges import JUDGES, Entry, card_cache, load_judge
+from auditgap.judges import JUDGES, Scorer, card_cache, load_judge
 from auditgap.judges.builtin import Builtin, load_training
 from auditgap.judges.card import INJECTIONS, JudgeCard, format_card, judge_card
 from auditgap.judges.ensemble import Majority
@@ -286,7 +286,7 @@ class Counting(Constant):
 
 def test_a_card_is_measured_once_and_then_taken_from_the_shelf(tmp_path, monkeypatch):
     monkeypatch.setenv("AUDITGAP_CACHE", str(tmp_path))
-    monkeypatch.setitem(JUDGES, Counting.name, Entry("counts", lambda *_: Counting()))
+    monkeypatch.setitem(JUDGES, Counting.name, Scorer("counts", Counting))
     first = card_cache.cards_of(Counting())
     assert [(c["gold_set"], c["task"]) for c in first] == [
         ("pyrit-objective", "harmful"),

@@ -23,6 +23,7 @@ from auditgap.judges import (
     refuses,
     rubric,
 )
+from auditgap.registry import Entry
 from auditgap.types import Exchange, Label, Message, Prompt, Verdict, digest
 
 ASKED = Prompt("What colour is the vault?")
@@ -98,11 +99,10 @@ def test_our_templates_fence_both_texts_with_the_mark(template):
     )
 
 
-@pytest.mark.parametrize("name", judges.MODEL_JUDGES)
+@pytest.mark.parametrize("name", [name for name, line in judges.JUDGES.items() if line.served])
 def test_every_judge_keeps_the_contract_on_a_random_model(name, folder, monkeypatch):
-    monkeypatch.setitem(
-        engines.ENGINES, "hf", lambda *_: pytest.fail("describe() opened the model")
-    )
+    opened = Entry("", lambda *_: pytest.fail("describe() opened the model"))
+    monkeypatch.setitem(engines.ENGINES, "hf", opened)
     judge = load_judge(f"{name}={folder}")
     assert isinstance(judge, judges.Judge) and judge.name == f"{name}={folder}"
     identity = judge.describe()
@@ -279,9 +279,9 @@ def test_bad_names_get_a_sentence(folder):
         load_judge("guard=./nowhere").judge(EXCHANGES[:1])
     with pytest.raises(UsageError):
         load_judge("llama-guard-3").describe()  # no hub here: said in a sentence
-    shown = {i.name for i in judges.judges()}
+    shown = {i.name for i in judges.JUDGES.listed()}
     assert {"guard=MODEL", "llama-guard-3[=MODEL]", "ensemble", "majority(A,B,…)"} <= shown
-    rewards = {i.name for i in judges.rewards()}
+    rewards = {i.name for i in judges.REWARDS.listed()}
     assert {"rubric=MODEL", "graded=MODEL"} <= rewards and "guard=MODEL" not in rewards
 
 

@@ -19,7 +19,7 @@ from auditgap.audits.latent.plan import matmul_rate
 from auditgap.data import PromptSet, dedup_key, load_prompts
 from auditgap.engines import Serving
 from auditgap.errors import UsageError
-from auditgap.interventions import INTERVENTIONS, Entry
+from auditgap.interventions import INTERVENTIONS, InterventionEntry
 from auditgap.judges import load_judge
 from auditgap.judges.coherence import Thresholds
 from auditgap.probes.fit import split_groups
@@ -194,7 +194,7 @@ def _where(
     """The sites, each with the interventions that are tried there."""
     # nothing to exchange
     own = base is not None and base.subject.fingerprint == outline.subject.fingerprint
-    known = {name: INTERVENTIONS.get(name, Entry("", "")) for name in config.interventions}
+    known = {name: INTERVENTIONS.get(name, InterventionEntry("")) for name in config.interventions}
     door = [name for name, entry in known.items() if entry.input_only]
     inside = [
         name

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -314,7 +315,7 @@ def test_judging_again_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatc
             judged.append(len(exchanges))
             return super().judge(exchanges)
 
-    monkeypatch.setitem(judges.JUDGES, "keyword", judges.Entry("stops", lambda *_: Stopping()))
+    monkeypatch.setitem(judges.JUDGES, "keyword", judges.Scorer("stops", Stopping))
     stop = None
     card_cache.cards_of("keyword")  # out of the way
     judged.clear()
@@ -347,9 +348,7 @@ def test_an_ensemble_that_judges_again_opens_its_judges_once(folder, tmp_path, m
             ]
 
     for name in ("one", "two"):
-        monkeypatch.setitem(
-            judges.JUDGES, name, judges.Entry("", lambda *_, name=name: ByPrompt(name))
-        )
+        monkeypatch.setitem(judges.JUDGES, name, judges.Scorer("", partial(ByPrompt, name)))
     card_cache.cards_of("majority(one,two)")  # out of the way
     monkeypatch.setattr(
         Majority,
@@ -390,7 +389,7 @@ def test_a_run_in_which_nothing_was_said_has_failed(folder, tmp_path, monkeypatc
     ("values", "words"),
     [
         ({"suite": "harmbench"}, "Which model"),
-        ({"models": "m", "engine": "vlm"}, "--engine takes hf, vllm, openai"),
+        ({"models": "m", "engine": "vlm"}, "Known engines: hf, vllm, openai"),
         (
             {"models": "m", "endpoint": "http://localhost:1/v1", "engine": "hf"},
             "--endpoint is for --engine openai",

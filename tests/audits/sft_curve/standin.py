@@ -132,10 +132,7 @@ def save_models(folder: Path) -> None:
 
 def main(folder: Path, kill_at: int) -> None:
     torch.set_num_threads(1)
-    judges.JUDGES = {
-        **judges.JUDGES,
-        "colour": judges.Entry("names a colour", lambda *_: planted.Colour()),
-    }
+    judges.JUDGES["colour"] = judges.Scorer("names a colour", planted.Colour)
     remember, left = worker.Evaluations.__call__, kill_at
 
     def counting(self: Any, step: int, loaded: Any) -> Any:
