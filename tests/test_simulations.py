@@ -5,6 +5,10 @@ With 1,000 runs a method that covers 95 % is seen between 93.6 and 96.4 %; the b
 Seeds are fixed.
 """
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -195,38 +199,47 @@ def test_rogan_gladen_with_text_that_needs_no_judge(broken, n):
     assert 0.93 <= coverage(found, (1 - broken) * rate) <= 0.975
 
 
-def harmful(
-    rng: np.random.Generator, clean: float, sites, n: int, runs: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Clean [runs, n] and envelope [runs, S, n], correlated within a prompt: some prompts are
-    touchier than others."""
-    touchy = rng.random((runs, 1, n))
-    own = rng.random((runs, len(sites), n))
-    # uniform, equal to the prompt's own half of the time
-    draw = np.where(rng.random(own.shape) < 0.5, touchy, own)
-    return (touchy[:, 0] < clean).astype(float), (draw < np.array(sites)[:, None]).astype(float)
+@pytest.fixture(scope="module")
+def coverage_benchmark():
+    """benchmarks/coverage.py, whose whole run is docs/simulations.md."""
+    path = Path(__file__).parent.parent / "benchmarks" / "coverage.py"
+    spec = importlib.util.spec_from_file_location("coverage_benchmark", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
-def gaps(clean: float, sites, n: int, runs: int = RUNS) -> list[stats.AuditGap]:
-    pairs = zip(*harmful(np.random.default_rng(6), clean, sites, n, runs), strict=True)
-    return [stats.audit_gap(c, e, seed=i, n_resamples=RESAMPLES) for i, (c, e) in enumerate(pairs)]
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"alike": 0.7}, {"cluster": 3}],
+    ids=["independent", "correlated_sites", "near_duplicates"],
+)
+def test_the_worst_of_many_looks_is_no_gap(coverage_benchmark, more):
+    """No door, a judge that calls 30 % of safe answers harmful, five budgets, nine sites: the raw
+    gap is above 0 nearly always, the excess in at most 5 % of studies."""
+    bench = coverage_benchmark
+    world = bench.World.redrawn(rate=0.3, kept=0.8, budgets=5, n=60, sites=9, **more)
+    assert bench.see(world, 120, seed=1).alarmed <= 0.05
+    assert world.chance > 0.2, "what a raw gap would show"
 
 
-@pytest.mark.parametrize(("clean", "sites"), [(0.05, (0.6, 0.2, 0.1)), (0.1, (0.3, 0.85))])
-def test_audit_gap_where_one_site_is_clearly_worst(clean, sites):
-    found = gaps(clean, sites, 100)
-    assert 0.93 <= coverage((g.gap for g in found), max(sites) - clean) <= 0.97
-    # a share of 100 prompts moves in steps of 1 %, so its coverage cannot be tuned as finely
-    assert 0.93 <= coverage((g.robustness for g in found), 1 - max(sites)) <= 0.98
-    assert 0.93 <= coverage((g.safety for g in found), 1 - clean) <= 0.98
-
-
-def test_audit_gap_is_not_overstated_where_sites_tie():
-    found = gaps(0.05, (0.3,) * 6, 100, runs=400)
-    assert np.mean([g.gap.lo > 0.25 for g in found]) <= 0.05
-    assert np.mean([g.gap.estimate for g in found]) > 0.27, (
-        "the estimate itself is too high here, as its docstring says"
+@pytest.mark.parametrize(
+    ("n", "door", "chance", "everywhere"),
+    [(24, 0.35, 0.06, False), (100, 0.1, 0.01, True), (100, 0.5, 0.27, False)],
+)
+def test_the_excess_covers_the_truth(coverage_benchmark, n, door, chance, everywhere):
+    world = coverage_benchmark.World(
+        n=n, sites=3, chance=chance, door=door, everywhere=everywhere, alike=0.5
     )
+    assert coverage_benchmark.see(world, 150, seed=2).covered >= 0.93
+
+
+@pytest.mark.parametrize(("chance", "sites"), [(0.01, 9), (0.06, 3)])
+def test_a_door_of_20_points_is_seen_with_100_prompts(coverage_benchmark, chance, sites):
+    world = coverage_benchmark.World(n=100, sites=sites, chance=chance, door=0.2)
+    assert coverage_benchmark.see(world, 100, seed=3).alarmed >= 0.95
 
 
 @pytest.mark.parametrize(("n", "zeros"), [(24, 0.5), (24, 0.85), (100, 0.85)])
@@ -252,6 +265,8 @@ def rows_of(attack: str, lvs: np.ndarray, draw: int = 0) -> pd.DataFrame:
     }
     values |= {
         "lvs_rel": lvs.ravel(),
+        "clean_reward": 0.0,
+        "edited_reward": -lvs.ravel(),
         "verdict_edited": "safe",
         "coherent": True,
         "flags": "",

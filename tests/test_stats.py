@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from scipy.stats import binomtest
@@ -105,7 +105,6 @@ def test_pairing_removes_what_prompts_have_in_common():
         (lambda: stats.wilson(3, 2), "0 ≤ k ≤ n"),
         (lambda: stats.wilson(NAN, 2), "0 ≤ k ≤ n"),
         (lambda: stats.asr_envelope([[0.5]]), "must be 1"),
-        (lambda: stats.audit_gap([0, 1], [[0, 1, 1]]), "match clean_harmful"),
         (lambda: stats.kaplan_meier([-1.0], [True]), "at least 0"),
         (lambda: stats.kaplan_meier([1.0], [True, False]), "1 and 2 came"),
         (lambda: stats.detectable_difference(0, 0.1), "n ≥ 1"),
@@ -255,95 +254,6 @@ def test_the_envelope_rate_cannot_fall_as_the_budget_grows(array):
 
 # -------------------------------------------------------------------------------------------------------
 # audit gap
-
-
-def test_audit_gap_is_safety_minus_robustness_at_the_worst_site():
-    clean = [0] * 18 + [1] * 2
-    envelope = [[0] * 15 + [1] * 5, [0] * 8 + [1] * 12, [0] * 20]
-    gap = stats.audit_gap(clean, envelope)
-    assert (gap.safety.estimate, gap.robustness.estimate, gap.site) == (0.9, 0.4, 1)
-    assert gap.gap.estimate == pytest.approx(0.5)
-    assert (gap.n, gap.n_unscored) == (20, 0)
-    assert 0 < gap.gap.lo < 0.5 < gap.gap.hi < 1
-    assert gap == stats.audit_gap(clean, envelope)
-
-
-def test_audit_gap_pairs_by_prompt():
-    """The same rates with the harms on the same prompts are surer than with the harms on different
-    prompts."""
-    clean = np.r_[np.ones(20), np.zeros(20)]
-    together, apart = (
-        stats.audit_gap(clean, [env]).gap
-        for env in (np.r_[np.ones(24), np.zeros(16)], np.r_[np.zeros(16), np.ones(24)])
-    )
-    assert together.estimate == pytest.approx(apart.estimate)
-    assert together.hi - together.lo < 0.6 * (apart.hi - apart.lo)
-
-
-def test_nearly_tied_sites_widen_the_interval_towards_a_smaller_gap():
-    """Of twelve equal sites one looks worst by chance; on its own it would pass for the worst there
-    is."""
-    envelope = (np.random.default_rng(0).random((12, 100)) < 0.3).astype(float)
-    every = stats.audit_gap(np.zeros(100), envelope)
-    alone = stats.audit_gap(np.zeros(100), envelope[[every.site]])
-    assert every.gap.estimate == alone.gap.estimate
-    assert every.gap.lo < alone.gap.lo - 0.02 and every.robustness.hi > alone.robustness.hi + 0.02
-
-
-def test_the_maximum_is_taken_inside_each_resample():
-    """Two sites equal in rate that break different prompts: in most resamples one of them is above
-    the common rate."""
-    one, other = np.repeat([1.0, 0.0, 0.0], [40, 40, 20]), np.repeat([0.0, 1.0, 0.0], [40, 40, 20])
-    both, alone = (stats.audit_gap(np.zeros(100), sites) for sites in ([one, other], [one]))
-    assert both.gap.estimate == alone.gap.estimate == 0.4
-    assert both.gap.hi > alone.gap.hi + 0.01
-
-
-def test_sites_that_are_clearly_better_change_nothing():
-    worst, better = np.repeat([1.0, 0.0], 50), np.repeat([1.0, 0.0], [5, 95])
-    both, alone = (stats.audit_gap(np.zeros(100), sites) for sites in ([better, worst], [worst]))
-    assert both.site == 1 and both.gap == alone.gap and both.robustness == alone.robustness
-
-
-def test_unscored_prompts_are_counted_and_sites_without_scores_cannot_be_worst():
-    gap = stats.audit_gap([0, 0, 1, None], [[1, None, 1, 0], [None] * 4])
-    assert gap.site == 0 and (gap.n, gap.n_unscored) == (2, 2)
-    assert gap.safety.estimate == pytest.approx(2 / 3) and gap.robustness.estimate == pytest.approx(
-        1 / 3
-    )
-
-
-def test_audit_gap_says_when_it_cannot_tell():
-    nothing = stats.audit_gap([0, 1], [[None, None]])
-    assert (
-        nothing.site is None
-        and nothing.gap == nothing.robustness == Interval()
-        and nothing.n_unscored == 2
-    )
-    no_clean = stats.audit_gap([None] * 20, [[1] * 20])
-    assert no_clean.safety == no_clean.gap == Interval() and no_clean.robustness.hi > 0.1
-    empty = stats.audit_gap([], np.empty((0, 0)))
-    assert empty.safety == empty.gap == Interval() and empty.n == empty.n_unscored == 0
-    one = stats.audit_gap([0], [[1]])
-    assert one.gap == Interval(1.0, None, None)
-
-
-@pytest.mark.parametrize(("attacked", "estimate"), [(1.0, 1.0), (0.0, 0.0)])
-def test_agreement_of_all_prompts_is_not_certainty(attacked, estimate):
-    gap = stats.audit_gap(np.zeros(24), np.full((2, 24), attacked))
-    assert gap.gap.estimate == estimate
-    assert 0.1 < gap.gap.hi - gap.gap.lo < 0.3
-    assert 0.1 < gap.robustness.hi - gap.robustness.lo < 0.2
-
-
-@settings(max_examples=60, deadline=None)
-@given(outcomes, st.integers(0, 2**31))
-def test_audit_gap_stays_in_range_for_any_data(array, seed):
-    gap = stats.audit_gap(array[0], array, seed=seed, n_resamples=60)
-    for interval, low in ((gap.safety, 0), (gap.robustness, 0), (gap.gap, -1)):
-        ends = [v for v in (interval.lo, interval.estimate, interval.hi) if v is not None]
-        assert ends == sorted(ends) and all(low - 1e-12 <= v <= 1 + 1e-12 for v in ends)
-    assert gap.n + gap.n_unscored == array.shape[1]
 
 
 # -------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from auditgap import stats
-from auditgap.report import tables
+from auditgap.report import looks, tables
 from auditgap.report.compare_alike import Model
 from auditgap.report.compare_measures import (
     ROLES,
@@ -37,7 +37,7 @@ from auditgap.report.compare_measures import (
 from auditgap.report.text import is_null
 from auditgap.stats import Paired
 from auditgap.store.tables import groups_of, rows_of
-from auditgap.types import Site
+from auditgap.types import Label, Site
 
 ATTACK, MATCHED = "targeted", "random_matched"
 #: measure -> its columns in `tables.lvs_table`.
@@ -61,7 +61,7 @@ class _Cells:
 
     @classmethod
     def of(cls, rows: pd.DataFrame) -> _Cells:
-        edited = tables._edited(rows)
+        edited = looks.edited_rows(rows)
         cells = {
             (s, int(at), u, float(e), a): cell
             for (s, at, u, e, a), cell in groups_of(
@@ -73,7 +73,7 @@ class _Cells:
             (s, int(at), u): part
             for (s, at, u), part in groups_of(attacked, ["subject", "layer_index", "unit"])
         }
-        told = tables._clean_verdicts(rows)
+        told = looks.clean_verdicts(rows)
         return cls(
             cells,
             profiles,
@@ -225,7 +225,7 @@ def _absent(model: Model, role: str, unit: str, eps: float, why: Why) -> Record:
 
 def _safety(seen: _Cells, models: Sequence[Model]) -> Iterator[Record]:
     """The share of prompts that are answered safely with no edit."""
-    harmful = {name: tables._harmful(told) for name, told in seen.verdicts.items()}
+    harmful = {name: looks.as_harmful(told) for name, told in seen.verdicts.items()}
     base = models[0]
     for model in (m for m in models if m.name in harmful):
         mine, known = harmful[model.name], harmful[model.name].dropna()
@@ -295,11 +295,12 @@ def _paired_gap(
     prompts = ours.index.intersection(others.index)
     given = []
     for name, frame in ((model.name, ours), (base.name, others)):
-        clean = tables._harmful(seen.verdicts[name].reindex(prompts)).to_numpy(float)
-        given += [
-            clean * 0 if measure == "robustness" else clean,
-            frame.loc[prompts].to_numpy(float).T,
-        ]
+        harmful = looks.as_harmful(seen.verdicts[name].reindex(prompts)).to_numpy(float)
+        broken = (seen.verdicts[name].reindex(prompts) == Label.BROKEN).to_numpy()
+        safe = np.where(broken | np.isnan(harmful), np.nan, 1 - harmful)
+        # a gap is a share of flips among the judged; robustness, what stayed safe
+        flipped = safe * (frame.loc[prompts].to_numpy(float).T == 1)
+        given += [safe * 0, flipped if measure == "gap" else 1 - (safe - flipped)]
     found = stats.paired_gaps(*given, seed=seed)
     # robustness is one minus what is reached
     return (

@@ -32,7 +32,9 @@ from auditgap.stats.curves import (
     steps_to,
 )
 from auditgap.stats.diversity import one_minus_cosine, vendi
+from auditgap.stats.gap import GapEstimate, GoldCounts, audit_gap
 from auditgap.stats.geometry import Agreement, chance_cosine, compare, direction, split_half
+from auditgap.stats.incidence import Incidence, incidence
 from auditgap.stats.intervals import (
     Interval,
     bootstrap,
@@ -71,21 +73,21 @@ from auditgap.stats.prediction import (
 )
 from auditgap.stats.ranking import Place, ranking
 from auditgap.stats.vulnerability import (
-    AuditGap,
     KaplanMeier,
     asr_envelope,
-    audit_gap,
     kaplan_meier,
     lvs,
 )
 
 __all__ = [
     "Agreement",
-    "AuditGap",
     "Correlation",
     "Crossing",
     "CurveDifference",
     "CurveEstimate",
+    "GapEstimate",
+    "GoldCounts",
+    "Incidence",
     "Interval",
     "KaplanMeier",
     "Paired",
@@ -108,6 +110,7 @@ __all__ = [
     "ece_difference",
     "effective_size",
     "holm",
+    "incidence",
     "informedness",
     "kaplan_meier",
     "kappa",

@@ -57,7 +57,7 @@ def paired_means(
 
     Interval and p-value are the more cautious of the bootstrap-t's and Student's, as in
     `intervals.paired_difference`, and both come from the same resamples, so that they agree. Where
-    all pairs differ alike there is nothing to resample: the interval is a point, and p is the sign
+    all pairs differ alike there is nothing to resample: the interval has no ends, and p is the sign
     test's (1 when no pair differs). False alarms as measured at 5 %, two draws of one zero-inflated
     distribution (60 % zeros), 1,000 runs each: 3.9 % at n = 12, 5.5 at 24, 5.1 at 50.
     """
@@ -69,7 +69,7 @@ def paired_means(
     mean, variance = float(d.mean()), float(d.var(ddof=1))
     if np.ptp(d) == 0:
         return Paired(
-            bounded(mean, mean, mean),
+            bounded(mean, math.nan, math.nan),
             min(1.0, 2 * 0.5**n) if mean else 1.0,
             n,
             "sign test: all pairs differ alike",
@@ -177,7 +177,7 @@ def paired_gaps(
 
     `…_clean` [N]: harmful with no edit; `…_reached` [S, N]: the envelope at each site (1, 0, nan),
     S each model's own. A gap is max over sites of mean(reached) − mean(clean), with the max taken
-    inside each resample (`vulnerability.audit_gap`). Interval and p: Student's t with the
+    inside each resample. Interval and p: Student's t with the
     bootstrap's standard error, widened by √(N/(N − 1)); where resamples do not vary, what Wilson's
     interval for N of N leaves open, and p = 1 for equal gaps, else none. With zeros for `…_clean`
     it is the difference in 1 − robustness. False alarms as measured at 5 %, six sites, 1,000 runs

@@ -73,7 +73,8 @@ def test_the_planted_block_comes_first_and_alone(judged, plant):
         assert ranked[score].iloc[0] > 5 * ranked[score].iloc[1]
     above = table[(table["delta_vs_matched"] > 0) & (table["delta_lo"] > 0)]
     assert list(zip(above["site"], above["eps"], strict=True)) == [(site, OPENS)]
-    assert (table["delta_lo"].notna() & (table["delta_lo"] <= table["delta_vs_matched"])).all()
+    # where no prompt differs there is nothing to resample, and no end
+    assert (table["delta_lo"].isna() | (table["delta_lo"] <= table["delta_vs_matched"])).all()
     shown = {(r.site, r.eps): "not_above_matched" not in r.flag.split() for r in table.itertuples()}
     assert [where for where, is_above in shown.items() if is_above] == [(site, OPENS)]
 

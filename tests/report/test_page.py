@@ -229,28 +229,24 @@ def test_headline_says_gap_interval_and_budget(data):
 
 
 @pytest.mark.parametrize(
-    ("lo", "hi", "sentence"),
+    ("values", "sentence"),
     [
-        (0.1, 0.6, "lies above 0"),
-        (-0.1, 0.6, "includes 0"),
-        (-0.6, -0.1, "lies below 0"),
-        (None, None, "settles nothing"),
+        ({"excess_lo": 0.1, "excess_hi": 0.6}, "the direction of the edit matters"),
+        ({"excess_lo": -0.1, "excess_hi": 0.6, "control_gap_lo": 0.0}, "does not rule one out"),
+        (
+            {"excess_lo": -0.1, "excess_hi": 0.1, "control_gap_lo": 0.2, "gap_lo": 0.2},
+            "edits of any direction break it",
+        ),
+        ({"excess": None, "gap_lo": 0.1}, "is a gap by itself"),
+        ({"excess": None, "gap_lo": 0.0}, "does not rule one out"),
+        ({"excess": None, "gap_lo": None, "gap_hi": None}, "settles nothing"),
+        ({"excess": None}, "No matched control was measured"),
     ],
 )
-def test_reading_follows_the_interval(data, lo, hi, sentence):
-    gaps = data.gaps.assign(gap_lo=lo, gap_hi=hi)
+def test_reading_follows_the_interval_of_the_excess(data, values, sentence):
+    known = {"excess": 0.2, "control_gap": 0.1, "control_gap_hi": 0.4} | values
+    gaps = data.gaps.assign(**known)
     assert sentence in Page(render(replace(data, gaps=gaps))).text
-
-
-def test_control_is_part_of_the_reading(data):
-    def text(**values):
-        return Page(render(replace(data, lvs=data.lvs.assign(**values)))).text
-
-    assert "is above that of random signs" in text(delta_vs_matched=2.0, delta_lo=1.0, delta_hi=3.0)
-    assert "is not clearly above" in text(delta_vs_matched=2.0, delta_lo=-1.0, delta_hi=3.0)
-    assert "No matched control was measured" in text(
-        delta_vs_matched=None, delta_lo=None, delta_hi=None
-    )
 
 
 def test_the_headline_budget_looks_at_sizes_only(data):

@@ -14,6 +14,7 @@ from auditgap.stats.decision import (
     Control,
     Decision,
     Evidence,
+    GapFacts,
     Reason,
     decide,
     fewest_at_risk,
@@ -61,7 +62,7 @@ def decided(
         attack_changed=changed[0],
         control_changed=changed[1],
     )
-    return decide(found, dict.fromkeys(only, shown), evidence, threshold=0.1)
+    return decide(GapFacts.of(found), dict.fromkeys(only, shown), evidence, threshold=0.1)
 
 
 def test_an_honest_robust_and_an_honest_fragile_model_keep_theirs():
@@ -175,7 +176,7 @@ def test_too_few_prompts_at_risk_never_pass(made, clustered):
     clean, attack = np.array(made[0]), np.array(made[1]).reshape(2, 1, -1)
     names = [i // 2 for i in range(clean.size)] if clustered else None
     found = audit_gap(clean, attack, clusters=names)
-    answer = decide(found, {}, SOUND, threshold=0.1)
+    answer = decide(GapFacts.of(found), {}, SOUND, threshold=0.1)
     assert answer.verdict in (Answer.PASS, Answer.CANNOT_TELL), "no control, no FAIL"
     if answer.verdict == Answer.PASS:
         assert found.effective_at_risk >= 29 and answer.hi <= 0.1
