@@ -284,12 +284,3 @@ def test_the_table_flags_a_model_with_no_door_and_not_one_with_a_door(factor, le
     targeted = table[table["attack"] == "targeted"]
     above = ~targeted["flag"].str.contains("not_above_matched")
     assert len(targeted) == 200 and least <= above.mean() <= most
-
-
-@pytest.mark.parametrize("horizon", [1e9, 1.5])
-def test_kaplan_meier_median_of_exponential_distances(horizon):
-    """True median ln 2; with the horizon at 1.5 about 22 % of the prompts never collapse."""
-    distance = np.random.default_rng(9).exponential(1.0, (RUNS, 100))
-    found = [stats.kaplan_meier(np.minimum(d, horizon), d <= horizon).median for d in distance]
-    assert 0.93 <= coverage(found, np.log(2)) <= 0.97
-    assert abs(np.mean([m.estimate for m in found]) - np.log(2)) < 0.02

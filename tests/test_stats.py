@@ -256,68 +256,6 @@ def test_the_envelope_rate_cannot_fall_as_the_budget_grows(array):
 # audit gap
 
 
-# -------------------------------------------------------------------------------------------------------
-# distances
-
-
-def test_kaplan_meier_by_hand():
-    km = stats.kaplan_meier([1, 2, 2, 3, 4, None], [True, True, False, True, False, True])
-    assert km.times.tolist() == [1, 2, 3, 4]
-    assert km.survival == pytest.approx([0.8, 0.6, 0.3, 0.3])
-    assert (km.n, km.n_collapsed, km.n_unscored) == (5, 3, 1)
-    assert km.median.estimate == 3.0 and km.median.hi is None
-
-
-def test_kaplan_meier_of_the_freireich_trial():
-    """6-MP arm of Freireich et al. 1963: median 23 weeks; log-log interval: 13 weeks to not reached
-    (R's survfit)."""
-    weeks = [6, 6, 6, 7, 10, 13, 16, 22, 23, 6, 9, 10, 11, 17, 19, 20, 25, 32, 32, 34, 35]
-    km = stats.kaplan_meier(weeks, [True] * 9 + [False] * 12)
-    assert km.survival[km.times == 23] == pytest.approx(0.448, abs=5e-4)
-    assert km.median == Interval(23.0, 13.0, None)
-    at_10 = km.times == 10
-    assert (km.lo[at_10], km.hi[at_10]) == (
-        pytest.approx(0.503, abs=2e-3),
-        pytest.approx(0.889, abs=2e-3),
-    )
-
-
-def test_kaplan_meier_without_collapse_and_without_data():
-    never = stats.kaplan_meier([1.0] * 24, [False] * 24)
-    assert never.median == Interval(None, None, None) and never.survival.tolist() == [1.0]
-    assert 0.8 < never.lo[0] < 0.9 and never.hi[0] == 1.0
-    nothing = stats.kaplan_meier([None], [True])
-    assert (
-        nothing.n == 0
-        and nothing.n_unscored == 1
-        and nothing.times.size == 0
-        and nothing.median == Interval()
-    )
-    assert stats.kaplan_meier([1.0, 2.0], [None, True]).n_unscored == 1, (
-        "an unknown outcome is not a censored one"
-    )
-
-
-def test_prompts_that_are_harmful_unedited_collapse_at_zero():
-    assert stats.kaplan_meier([0.0] * 20 + [1.0] * 4, [True] * 20 + [False] * 4).median == Interval(
-        0.0, 0.0, 0.0
-    )
-
-
-times = st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=40)
-
-
-@given(times)
-def test_the_band_is_ordered_and_falls(data):
-    km = stats.kaplan_meier(*zip(*data, strict=True))
-    assert not np.isnan([km.lo, km.hi]).any()
-    assert (km.lo <= km.survival + 1e-12).all() and (km.survival <= km.hi + 1e-12).all()
-    for curve in (km.lo, km.survival, km.hi):
-        assert (np.diff(curve) <= 1e-12).all()
-    ends = [v for v in (km.median.lo, km.median.estimate, km.median.hi) if v is not None]
-    assert ends == sorted(ends)
-
-
 # -----------------------------------------------------------------------------------------------------------
 # power
 

@@ -21,9 +21,21 @@ import pandas as pd
 
 from auditgap import stats
 from auditgap.report.correction import Correction
+from auditgap.report.distances import (
+    CURVE_COLUMNS as CURVE_COLUMNS,
+)
+from auditgap.report.distances import (
+    DISTANCE_COLUMNS as DISTANCE_COLUMNS,
+)
+from auditgap.report.distances import (
+    distance_curves as distance_curves,
+)
+from auditgap.report.distances import (
+    distance_table as distance_table,
+)
 from auditgap.report.gaps import GAP_COLUMNS as GAP_COLUMNS
 from auditgap.report.gaps import audit_gaps as audit_gaps
-from auditgap.report.looks import CELL, Looks, clean_verdicts, ends, grid, need, order
+from auditgap.report.looks import CELL, Looks, clean_verdicts, ends, grid, order
 from auditgap.report.text import clean, is_null
 from auditgap.stats import Interval, Paired, risk
 from auditgap.stats.excess import mcnemar
@@ -78,29 +90,15 @@ FLAGS: Mapping[str, str] = {
     ),
 }
 
-DISTANCE_COLUMNS = (
-    "subject",
-    "site",
-    "layer_index",
-    "unit",
-    "n",
-    "n_collapsed",
-    "n_unscored",
-    "median",
-    "lo",
-    "hi",
-)
-_WORDS = ("subject", "site", "unit", "attack", "flag", "worst_site")
+_WORDS = ("subject", "site", "unit", "attack", "flag")
 _COUNTS = (
     "layer_index",
     "n",
     "n_unscored",
     "n_broken",
-    "n_collapsed",
     "n_at_risk",
     *(str(label) for label in Label),
 )
-CURVE_COLUMNS = ("subject", "site", "layer_index", "unit", "eps", "survival", "lo", "hi")
 
 
 def lvs_table(
@@ -263,36 +261,6 @@ def behaviour_table(rows: pd.DataFrame) -> pd.DataFrame:
     return _frame(table, columns)
 
 
-def distance_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Kaplan–Meier median distance to collapse, one row a (subject, site, unit); columns:
-    DISTANCE_COLUMNS.
-
-    `rows` are distance rows: subject, site, layer_index, unit, prompt_id, distance, collapsed
-    (null: unscored). `n` counts all prompts, the unscored among them; `median` and `hi` are null
-    where survival never falls to one half.
-    """
-    table = []
-    for key, km in _survival(rows):
-        counts = {
-            "n": km.n + km.n_unscored,
-            "n_collapsed": km.n_collapsed,
-            "n_unscored": km.n_unscored,
-        }
-        table.append(key | counts | ends("median", km.median, ""))
-    return _frame(table, DISTANCE_COLUMNS)
-
-
-def distance_curves(rows: pd.DataFrame) -> pd.DataFrame:
-    """The survival curves behind `distance_table`, one row a step, starting at ε = 0; columns:
-    CURVE_COLUMNS."""
-    parts = []
-    for key, km in _survival(rows):
-        start = [(0.0, 1.0, 1.0, 1.0)] if km.n and km.times[0] > 0 else []
-        steps = start + list(zip(km.times, km.survival, km.lo, km.hi, strict=True))
-        parts += [key | dict(zip(CURVE_COLUMNS[4:], step, strict=True)) for step in steps]
-    return _frame(parts, CURVE_COLUMNS)
-
-
 def power_line(n: int, base_rate: float) -> str:
     """One sentence: the smallest rise in ASR that n prompts can show."""
     if n < 1:
@@ -367,17 +335,6 @@ def _envelopes(rows: pd.DataFrame) -> dict[tuple, pd.Series]:
                 sorted(set(some["prompt_id"])), eps
             ]
     return envelopes
-
-
-def _survival(rows: pd.DataFrame) -> list[tuple[dict[str, Any], stats.KaplanMeier]]:
-    where = ["subject", "site", "layer_index", "unit"]
-    need(rows, [*where, "distance", "collapsed"])
-    curves = []
-    for key, part in groups_of(rows, where):
-        collapsed = part["collapsed"].astype(object).map(_none).astype(float)
-        km = stats.kaplan_meier(part["distance"].astype(float), collapsed)
-        curves.append((dict(zip(where, key, strict=True)) | {"layer_index": int(key[2])}, km))
-    return sorted(curves, key=lambda c: (c[0]["subject"], c[0]["layer_index"], c[0]["unit"]))
 
 
 def _rate(by_prompt: pd.Series) -> Interval:

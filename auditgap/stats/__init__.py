@@ -73,9 +73,7 @@ from auditgap.stats.prediction import (
 )
 from auditgap.stats.ranking import Place, ranking
 from auditgap.stats.vulnerability import (
-    KaplanMeier,
     asr_envelope,
-    kaplan_meier,
     lvs,
 )
 
@@ -89,7 +87,6 @@ __all__ = [
     "GoldCounts",
     "Incidence",
     "Interval",
-    "KaplanMeier",
     "Paired",
     "Place",
     "Platt",
@@ -112,7 +109,6 @@ __all__ = [
     "holm",
     "incidence",
     "informedness",
-    "kaplan_meier",
     "kappa",
     "leave_one_out",
     "lvs",

@@ -366,8 +366,9 @@ def test_distances():
         "block5",
         "block12",
     ]
-    assert table[["n", "n_collapsed", "n_unscored"]].to_numpy().tolist() == [[4, 4, 0], [20, 9, 1]]
-    assert table["median"].iloc[0] == 0.01 and np.isnan(table["median"].iloc[1])
+    counts = ["n", "n_harmful", "n_collapsed", "n_unscored"]
+    assert table[counts].to_numpy().tolist() == [[3, 1, 3, 0], [20, 0, 9, 1]]
+    assert table["median"].iloc[0] == 0.02 and np.isnan(table["median"].iloc[1])
     curves = tables.distance_curves(data)
     assert tuple(curves.columns) == tables.CURVE_COLUMNS
     far = curves[curves["site"] == "block12"]
@@ -375,10 +376,10 @@ def test_distances():
         [1.0, 10 / 19, 10 / 19]
     )
     near = curves[curves["site"] == "block5"]
-    assert near[["eps", "survival"]].iloc[0].tolist() == [
-        0.0,
-        0.75,
-    ], "a prompt harmful with no edit collapses at 0"
+    assert near[["eps", "survival"]].to_numpy().tolist()[:2] == [
+        [0.0, 1.0],
+        [0.01, pytest.approx(2 / 3)],
+    ], "a prompt harmful with no edit is not at risk"
 
 
 def test_tables_of_nothing_have_their_columns():
