@@ -18,6 +18,7 @@ import pandas as pd
 
 from auditgap.errors import UsageError
 from auditgap.stats import Interval, risk
+from auditgap.store.tables import groups_of
 from auditgap.types import ATTACKS, CLEAN, Label
 
 CELL = ["subject", "site", "layer_index", "unit", "eps", "attack"]
@@ -102,6 +103,7 @@ class Looks:
             str(Label.BROKEN),
         )
         self.edited = edited.assign(code=risk.codes(label))
+        self._parts = dict(groups_of(self.edited, ["subject", "unit", "attack"]))
 
     def clean(self, subject: str, prompts: Sequence[str]) -> risk.Codes:
         """Codes of the clean answers to `prompts` [N]."""
@@ -125,10 +127,7 @@ class Looks:
 
     def part(self, subject: str, unit: str, attack: str) -> pd.DataFrame:
         """The edited rows of one subject, unit and attack, with their `code`."""
-        rows = self.edited
-        return rows[
-            (rows["subject"] == subject) & (rows["unit"] == unit) & (rows["attack"] == attack)
-        ]
+        return self._parts.get((subject, unit, attack), self.edited.iloc[:0])
 
 
 def grid(
