@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup audit test bench lint types check clean
+.PHONY: setup audit test mutants bench lint types check clean
 
 setup: $(INSTALLED)
 
@@ -26,6 +26,10 @@ audit: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+# breaks the guards of tests/mutants.py one at a time: their tests have to notice (MUTANTS="lvs_clip holm": these)
+mutants: $(INSTALLED)
+	$(BIN)/python tests/mutants.py $(MUTANTS)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/lvs_throughput.py

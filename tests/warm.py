@@ -38,7 +38,7 @@ import threading
 import types
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,8 +133,7 @@ class Waiting:
                 stdin=subprocess.DEVNULL,
             )
         theirs.close()
-        if not self.socket.recv(16):
-            raise RuntimeError("a process to fork children from could not import its libraries")
+        self.ready = bool(self.socket.recv(16))
 
     def fork(self, start: Start) -> int:
         libc = ctypes.CDLL(None)
@@ -191,7 +190,9 @@ def _fork_exec(*asked: Any) -> int:
                 _waiting.popitem(last=False)[1].close()
             _waiting[key] = Waiting(start.libraries, start.environment)
         _waiting.move_to_end(key)
-        return _waiting[key].fork(start)
+        waiting = _waiting[key]
+        # under some settings libraries cannot be imported: that is for the child to say
+        return waiting.fork(start) if waiting.ready else _start(*asked)
 
 
 def _understood(asked: Sequence[Any]) -> Start | None:
@@ -251,7 +252,8 @@ def _hides(folder: str, libraries: Sequence[str]) -> bool:
 def _wait(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """Import, then fork a child a message; returns in the child alone."""
     for name in sys.argv[2:-1]:
-        importlib.import_module(name)
+        with suppress(ImportError):  # one that is not installed: the child will say so
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a child that collects garbage would look through all of it, and copy it
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,278 @@
+"""Guards that decide whether a number may be believed, broken one at a time: do their tests notice?
+
+    make mutants                              # all of them: caught or survived, and which
+    python tests/mutants.py lvs_clip holm     # these
+
+Each mutant says where the guard stands (a file and its words, which stand there once), what stands
+there in its place, and the tests that have to fail. They run on a copy; the checkout stays as it is.
+A guard whose words are not found has moved: `tests/test_mutants.py` fails, and the mutant follows it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+#: Seconds that the tests of one mutant may take; longer is as good as a failure.
+LIMIT = 600
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str  #: below auditgap/
+    guard: str
+    broken: str
+    tests: str  #: what pytest is given
+
+    @property
+    def path(self) -> Path:
+        return Path("auditgap") / self.file
+
+    def found(self, root: Path = ROOT) -> int:
+        """How often the guard's words stand in their file: 1 is right."""
+        path = root / self.path
+        return path.read_text("utf-8").count(self.guard) if path.is_file() else 0
+
+
+MUTANTS = (
+    # -- the numbers
+    Mutant(
+        "lvs_clip",
+        "stats/vulnerability.py",
+        "np.maximum(0.0, clean - edited)",
+        "(clean - edited)",
+        "tests/test_stats.py",
+    ),
+    Mutant(
+        "lvs_unscored_is_zero",
+        "stats/vulnerability.py",
+        "np.where(np.isfinite(score), score, np.nan)",
+        "np.where(np.isfinite(score), score, 0.0)",
+        "tests/test_stats.py",
+    ),
+    Mutant(
+        "envelope_forgets",
+        "stats/vulnerability.py",
+        "reached = np.maximum.accumulate(array == 1, axis=1)",
+        "reached = array == 1",
+        "tests/test_stats.py",
+    ),
+    Mutant(
+        "envelope_unscored_is_safe",
+        "stats/vulnerability.py",
+        "np.where(unknown, np.nan, 0.0)",
+        "np.where(unknown, 0.0, 0.0)",
+        "tests/test_stats.py",
+    ),
+    Mutant(
+        "kaplan_meier_censoring",
+        "stats/vulnerability.py",
+        "right_censored(time, ~event)",
+        "right_censored(time, ~(event | True))",
+        "tests/test_stats.py",
+    ),
+    Mutant(
+        "rogan_gladen_sign",
+        "stats/intervals.py",
+        "(k / judged + sp - 1) / (se + sp - 1)",
+        "(k / judged - sp + 1) / (se + sp - 1)",
+        "tests/test_stats.py",
+    ),
+    Mutant(
+        "rogan_gladen_useless_judge",
+        "stats/intervals.py",
+        "if n == 0 or j.lo is None or j.lo <= 0:",
+        "if n == 0 or j.lo is None:",
+        "tests/test_stats.py",
+    ),
+    Mutant(
+        "gap_paired_prompts",
+        "report/tables.py",
+        "_harmful(verdicts[subject].reindex(envelope.index))",
+        "_harmful(verdicts[subject].sort_index()[: len(envelope)])",
+        "tests/report/test_tables.py",
+    ),
+    # -- the attack
+    Mutant(
+        "projection",
+        "interventions/descent.py",
+        "torch.minimum(torch.maximum(moved, -self.radius), self.radius)",
+        "moved",
+        "tests/interventions/test_pgd.py",
+    ),
+    Mutant(
+        "fp32_radius",
+        "interventions/pgd.py",
+        "rounded if rounded.item() <= exact else torch.nextafter(rounded, torch.tensor(0.0))",
+        "rounded",
+        "tests/interventions/test_pgd.py",
+    ),
+    Mutant(
+        "broken_gradient_moves",
+        "interventions/descent.py",
+        "torch.where(_along(finite, x), ball.step(x, momentum, pgd.share(k)), x)",
+        "ball.step(x, momentum, pgd.share(k))",
+        "tests/audits/test_guards.py",
+    ),
+    # -- the verdicts
+    Mutant(
+        "gate_nll",
+        "judges/coherence.py",
+        "return min(clean_nll + limits.excess_nll, limits.max_nll)",
+        "return limits.max_nll",
+        "tests/judges/test_coherence.py",
+    ),
+    Mutant(
+        "gate_nonfinite",
+        "judges/coherence.py",
+        'return None, "nonfinite_nll"',
+        'return True, ""',
+        "tests/judges/test_coherence.py",
+    ),
+    Mutant(
+        "gate_repetition",
+        "judges/coherence.py",
+        "if repetition(completion) > limits.max_repetition:",
+        "if False:",
+        "tests/judges/test_coherence.py",
+    ),
+    Mutant(
+        "nonfinite_logits_scored",
+        "audits/session.py",
+        "if not completion.finite:",
+        "if False:",
+        "tests/audits/test_guards.py",
+    ),
+    Mutant(
+        "fingerprint_check",
+        "audits/session.py",
+        "if subject.fingerprint != self.outline.subject.fingerprint:",
+        "if False:",
+        "tests/audits/test_guards.py",
+    ),
+    Mutant(
+        "regrade_order",
+        "audits/latent/run.py",
+        'records.sort(key=lambda r: r["description"]["attack"] != CLEAN)',
+        'records.sort(key=lambda r: r["description"]["attack"] == CLEAN)',
+        "tests/audits/test_guards.py",
+    ),
+    # -- what is kept
+    Mutant(
+        "atomic_rename",
+        "store/files.py",
+        "            write_new(tmp, data, mode)\n            os.replace(tmp, path)\n",
+        "            path.write_bytes(data)\n",
+        "tests/test_store.py tests/faults/test_torn.py tests/faults/test_disk.py",
+    ),
+    Mutant(
+        "another_users_process_is_dead",
+        "store/files.py",
+        "    except PermissionError:\n        return True\n",
+        "    except PermissionError:\n        return False\n",
+        "tests/audits/test_guards.py",
+    ),
+    Mutant(
+        "scratch_checksum",
+        "store/scratch.py",
+        "return arrays if stored == _checksum(arrays) else None",
+        "return arrays",
+        "tests/test_store.py tests/faults/test_torn.py",
+    ),
+    Mutant(
+        "torn_cell_is_whole",
+        "store/folder.py",
+        '        if state == "torn":\n            files.set_aside(self._cell(key))\n        return state == "done"',
+        '        return state in ("done", "torn")',
+        "tests/test_store.py tests/faults/test_torn.py",
+    ),
+    Mutant(
+        "foreign_lock",
+        "store/lock.py",
+        'if note is not None and note["host"] != HOST and not break_lock:',
+        "if False:",
+        "tests/test_store.py tests/faults/test_two_runs.py",
+    ),
+    # -- what is trusted
+    Mutant(
+        "key_of_checkpoints_open_to_all",
+        "training/checkpoints.py",
+        "if state.st_uid != os.geteuid() or state.st_mode & 0o077:",
+        "if False:",
+        "tests/training/test_checkpoints.py",
+    ),
+    Mutant(
+        "signature_unchecked",
+        "training/checkpoints.py",
+        '    _check_signature(folder, body, manifest["hmac"])\n',
+        "",
+        "tests/training/test_checkpoints.py",
+    ),
+    Mutant(
+        "code_in_a_model",
+        "models/folder.py",
+        '_CODE_KEYS = ("auto_map", ',
+        "_CODE_KEYS = (",
+        "tests/security/test_model_folders.py tests/test_models.py",
+    ),
+)
+
+
+def copy_to(root: Path) -> None:
+    """The parts of a checkout that tests look at; code and tests as copies, all else as links."""
+    for path in ROOT.iterdir():
+        if path.name in ("auditgap", "tests"):
+            shutil.copytree(path, root / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif path.name not in (".git", "runs", "build"):
+            (root / path.name).symlink_to(path)
+
+
+def outcome(mutant: Mutant, root: Path) -> str:
+    """`caught`, `survived`, or why it cannot be said."""
+    if mutant.found(root) != 1:
+        return f"NOT FOUND: the guard stands {mutant.found(root)} times in {mutant.path}"
+    path = root / mutant.path
+    whole = path.read_text("utf-8")
+    path.write_text(whole.replace(mutant.guard, mutant.broken), "utf-8")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    try:
+        code = subprocess.run(
+            [*command, *mutant.tests.split()],
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=LIMIT,
+        ).returncode
+    except subprocess.TimeoutExpired:
+        code = 1
+    finally:
+        path.write_text(whole, "utf-8")
+    return {0: "SURVIVED", 1: "caught"}.get(code, f"COULD NOT BE RUN: pytest ended with {code}")
+
+
+def main(names: list[str]) -> int:
+    chosen = [m for m in MUTANTS if not names or m.name in names]
+    if unknown := set(names) - {m.name for m in MUTANTS}:
+        print(f"no such mutant: {', '.join(sorted(unknown))}")
+        return 2
+    wrong = 0
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        copy_to(Path(folder))
+        for mutant in chosen:
+            said = outcome(mutant, Path(folder))
+            wrong += said != "caught"
+            print(f"{mutant.name:32} {said}", flush=True)
+    print(f"{len(chosen) - wrong} of {len(chosen)} caught")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
