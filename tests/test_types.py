@@ -72,7 +72,7 @@ def said(tmp_path_factory):
         timeout=500,
     )
     found = json.loads(done.stdout)
-    if found["summary"]["filesAnalyzed"] != 2:
+    if found["summary"]["filesAnalyzed"] < 2:
         raise RuntimeError(done.stdout + done.stderr)
     return [
         (Path(d["file"]), d["range"]["start"]["line"] + 1, d["message"])

@@ -185,6 +185,8 @@ def _fork_exec(*asked: Any) -> int:
         return _start(*asked)
     with _lock:
         key = (start.libraries, *sorted(start.settings.items()))
+        if key in _waiting and _waiting[key].process.poll() is not None:
+            _waiting.pop(key).close()
         if key not in _waiting:
             while len(_waiting) >= AT_MOST:
                 _waiting.popitem(last=False)[1].close()
