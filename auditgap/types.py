@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from auditgap.errors import UsageError
 
@@ -225,6 +225,9 @@ class Cell:
     prompts: str
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    #: which audit's cell it is; in no key, since an audit's `attack` or settings tell it apart
+    audit: ClassVar[str] = "latent"
+
     def describe(self) -> dict[str, Any]:
         """The canonical description that the key is a hash of."""
         return {
@@ -242,8 +245,8 @@ class Cell:
         return digest(self.describe())
 
     def __str__(self) -> str:
-        if self.attack == CLEAN:
-            return f"{self.subject.name} · clean"
+        if self.attack == CLEAN or self.site is None:
+            return f"{self.subject.name} · {self.attack}"
         return f"{self.subject.name} · {self.site} · {self.budget} · {self.attack}"
 
 

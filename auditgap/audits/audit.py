@@ -13,7 +13,7 @@ stands here and in `audits.table`: resuming, Ray, object storage, tables, report
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -27,6 +27,7 @@ from auditgap.types import Cell, Document
 if TYPE_CHECKING:
     import pandas as pd
 
+    from auditgap.audits.grading import Given, Stored
     from auditgap.engines import Serving
     from auditgap.models import Outline
     from auditgap.store import RunFolder
@@ -99,6 +100,8 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
     main_table: ClassVar[str | None]  #: of `NAME.parquet`; None: it has several
     config: type[ConfigT]
     options: type[OptionsT]
+    cell: ClassVar[type[Cell]] = Cell
+    not_graded: ClassVar[Document] = {}  #: what a folder of verdicts given again has no part of
 
     def read(self, file: Path | None, values: Mapping[str, Any]) -> tuple[ConfigT, OptionsT]:
         """The config file's values with those that were given (not None) on top. Raises UsageError
@@ -209,12 +212,24 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
                 store.write_table(f"{name}.{form}", table)
         page.write([store], allow_raw=allow_raw)
 
-    def regrade(self, folder: Place, grading: Grading) -> RunFolder:
-        """Judge a run's stored text again, without generating; returns the new folder in
-        DIR/grades/. For an audit with `Can.REGRADE`."""
-        raise NotImplementedError(
-            f"{self.name} says that it can {Can.REGRADE}, and has no regrade."
-        )
+    def check_grading(self, folder: Place, grading: Grading) -> None:
+        """Raises UsageError where nobody is named to grade, or a reward."""
+        if grading.reward is not None:
+            raise UsageError(
+                f"`auditgap {self.command}` has verdicts and no rewards: auditgap grade DIR --judge"
+                " keyword"
+            )
+        if grading.judge is None:
+            raise UsageError("Grade by whom? For example: auditgap grade DIR --judge keyword")
+
+    def grading_order(self, description: Document) -> int | None:
+        """When a finished cell is judged again, those of 0 first; None: not at all."""
+        return 0
+
+    def graded(self, stored: Stored, given: Given, new: RunFolder) -> Sequence[object]:
+        """A finished cell's rows with the new verdicts; `new` holds those of the orders before.
+        For an audit with `Can.REGRADE`."""
+        raise NotImplementedError(f"{self.name} says that it can {Can.REGRADE}, and not how.")
 
 
 def run(

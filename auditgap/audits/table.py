@@ -121,7 +121,9 @@ def regrade(folder: Place, grading: Grading) -> RunFolder:
         raise UsageError(
             f"{folder} is the folder of {name}, which cannot {Can.REGRADE}; grade one of {able}."
         )
-    return AUDITS[name].regrade(folder, grading)
+    from auditgap.audits.grading import grade_again
+
+    return grade_again(AUDITS[name], folder, grading)
 
 
 def status(folder: Place) -> RunStatus:

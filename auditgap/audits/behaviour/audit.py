@@ -10,17 +10,27 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from auditgap.audits.audit import Audit, Can, Grading
+from auditgap.audits.audit import Audit, Can
 from auditgap.audits.behaviour.config import BehaviourConfig, BehaviourOptions, read_config
-from auditgap.types import Document
+from auditgap.types import Cell, Document
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from auditgap.audits.behaviour.plan import BehaviourPlan
+    from auditgap.audits.behaviour.rows import BehaviourRow
+    from auditgap.audits.grading import Given, Stored
     from auditgap.store import RunFolder
-    from auditgap.store.remote import Place
     from auditgap.sweep import Worker
+
+
+class AskCell(Cell):
+    """A cell of this audit, as it is called in lists of cells."""
+
+    audit = "behaviour"
+
+    def __str__(self) -> str:
+        return f"{self.subject.name} · {self.settings['source']} ({self.settings['kind']})"
 
 
 class Behaviour(Audit[BehaviourConfig, BehaviourOptions, "BehaviourPlan"]):
@@ -38,7 +48,7 @@ class Behaviour(Audit[BehaviourConfig, BehaviourOptions, "BehaviourPlan"]):
     )
     can = frozenset({Can.RAY, Can.VLLM, Can.STORAGE, Can.REGRADE, Can.COMPARE, Can.PART})
     main_table = "behaviour"
-    config, options = BehaviourConfig, BehaviourOptions
+    config, options, cell = BehaviourConfig, BehaviourOptions, AskCell
 
     def read(
         self, file: Path | None, values: Mapping[str, Any]
@@ -74,9 +84,21 @@ class Behaviour(Audit[BehaviourConfig, BehaviourOptions, "BehaviourPlan"]):
         }
 
     def facts(self, plan: BehaviourPlan, options: BehaviourOptions) -> Document:
-        from auditgap.audits.behaviour.run import facts
+        from auditgap.judges.card_cache import cards_of
 
-        return facts(plan, options)
+        known = super().facts(plan, options)
+        if not plan.outlines:
+            known["subjects"] = [
+                {"name": s.name, "fingerprint": s.fingerprint, "endpoint": True}
+                for s in plan.subjects
+            ]
+        return {
+            **known,
+            "prompts": {"name": plan.config.suite, "n": len(plan.suite), **plan.suite.manifest},
+            "judge_cards": cards_of(
+                plan.config.judge, device=options.device, serving=options.judge_serving(plan.config)
+            ),
+        }
 
     def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
         from auditgap.audits.behaviour.plan import ATTACK
@@ -85,10 +107,10 @@ class Behaviour(Audit[BehaviourConfig, BehaviourOptions, "BehaviourPlan"]):
         rows = store.rows([ATTACK])
         return {"behaviour": behaviour.behaviour_table(rows, correction.of_runs([store]))}
 
-    def regrade(self, folder: Place, grading: Grading) -> RunFolder:
-        from auditgap.audits.behaviour.run import regrade
+    def graded(self, stored: Stored, given: Given, new: RunFolder) -> list[BehaviourRow]:
+        from auditgap.audits.behaviour.measure import graded_again
 
-        return regrade(folder, grading)
+        return graded_again(stored, given)
 
 
 BEHAVIOUR = Behaviour()

@@ -16,8 +16,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any, Protocol, runtime_checkable
+from itertools import chain, groupby
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from auditgap.judges.coherence import Thresholds, is_coherent
 from auditgap.judges.ensemble import Majority, decide
 from auditgap.judges.llm import Judged
 from auditgap.types import Exchange, Label, Prompt, Verdict
+
+if TYPE_CHECKING:
+    from auditgap.audits.grading import Given, Stored
 
 #: About a token, where the engine does not tell which they were.
 _PIECE = re.compile(r"\w{1,4}|[^\w\s]")
@@ -62,6 +65,16 @@ class Answers:
             "stopped": self.stopped,
             "nll": self.nll,
         }
+
+    def at(self, which: Sequence[int]) -> Answers:
+        """Those of these positions."""
+        return Answers(
+            tuple(self.texts[i] for i in which),
+            tuple(self.ids[i] for i in which),
+            self.stopped[list(which)],
+            tuple(self.problems[i] for i in which),
+            self.nll[list(which)],
+        )
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> Answers:
@@ -250,6 +263,28 @@ def grade(
             }
         )
     return Measured(rows, texts)
+
+
+def graded_again(stored: Stored, given: Given) -> list[BehaviourRow]:
+    """The rows of a finished cell's texts with the verdicts that are given now; coherence and
+    lengths come out as they were."""
+    texts, rows = stored.texts, []
+    answers, prompts, opinions = stored.answers, stored.prompts, given.opinions or ()
+    for (kind, seed, step), some in groupby(
+        range(len(texts)), lambda i: (texts[i]["kind"], texts[i]["seed"], texts[i]["step"])
+    ):
+        of_one = list(some)
+        measured = grade(
+            answers.at(of_one),
+            [prompts[i] for i in of_one],
+            [opinions[i] for i in of_one],
+            subject=stored.cell.subject.name,
+            kind=kind,
+            seed=None if seed is None else int(seed),
+            step=None if step is None else int(step),
+        )
+        rows += measured.rows
+    return rows
 
 
 def joined(parts: Sequence[Answers]) -> Answers:

@@ -14,26 +14,19 @@ from typing import Any
 
 from auditgap import models
 from auditgap.audits.audit import Plan
+from auditgap.audits.behaviour.audit import AskCell
 from auditgap.audits.behaviour.config import BehaviourConfig, BehaviourOptions
 from auditgap.audits.behaviour.rows import Split
+from auditgap.audits.planning import outlines_of, scorers_of, with_dtype
 from auditgap.data import PromptSet, load_prompts
 from auditgap.data.ledger import FITTED, LeakageLedger, prompt_hash
 from auditgap.data.suite import Suite, load_suite
 from auditgap.errors import UsageError
-from auditgap.judges import load_judge
-from auditgap.judges.coherence import Thresholds
 from auditgap.sweep import Group
 from auditgap.types import Cell, Prompt, Subject, digest
 
 #: What stands in a cell's `attack`: nothing is attacked, the subject is only asked.
 ATTACK = "behaviour"
-
-
-class AskCell(Cell):
-    """A cell of this audit, as it is called in lists of cells."""
-
-    def __str__(self) -> str:
-        return f"{self.subject.name} · {self.settings['source']} ({self.settings['kind']})"
 
 
 @dataclass(frozen=True)
@@ -66,14 +59,13 @@ def prepare(
     that is allowed.
     """
     if options.engine != "openai":  # this machine's dtype has no part in what an endpoint answers
-        dtype = models.pick_dtype(config.dtype, models.pick_device(options.device))
-        config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+        config = with_dtype(config, options.device)
     suite = load_suite(config.suite, limit_per_source=config.limit, seed=config.seed)
     portions = {key: tuple(some) for key, some in _portions(suite).items()}
-    judge = load_judge(config.judge, device=options.device, serving=options.judge_serving(config))
     # a smaller window leaves long prompts unasked, and has judges read less of long answers
     window = {} if config.max_model_len is None else {"max_model_len": config.max_model_len}
-    scorers = {"judge": judge.describe(), "coherence": Thresholds().describe(), **window}
+    serving = options.judge_serving(config)
+    scorers = {**scorers_of(config.judge, device=options.device, serving=serving), **window}
     outlines: tuple[models.Outline, ...] = ()
     if options.engine == "openai":
         served = options.serving(config)
@@ -82,9 +74,9 @@ def prepare(
         ]
         settings_of = [{"max_new_tokens": config.max_new_tokens, **scorers}] * len(subjects)
     else:
-        outlines = outlines_of(config, config.models)
+        outlines = outlines_of(config.models, config.chat_template)
         subjects = [o.subject for o in outlines]
-        settings_of = [asking_settings(config, o, scorers) for o in outlines]
+        settings_of = [settings_of(config, o, scorers) for o in outlines]
     overlaps = _overlaps(suite, outlines)
     if overlaps and not options.allow_overlap:
         raise UsageError(
@@ -153,25 +145,3 @@ def prompt_sets(config: Any) -> dict[Split, PromptSet]:
             config.benign, limit=config.benign_limit, seed=config.seed, column=config.column
         )
     return sets
-
-
-def outlines_of(config: Any, names: tuple[str, ...]) -> tuple[models.Outline, ...]:
-    """Outlines of the models named, the same weights once."""
-    found: dict[str, models.Outline] = {}
-    for name in dict.fromkeys(names):
-        outline = models.outline(name, chat_template=config.chat_template)
-        found.setdefault(outline.subject.fingerprint, outline)
-    return tuple(found.values())
-
-
-def asking_settings(
-    config: Any, outline: models.Outline, scorers: dict[str, Any]
-) -> dict[str, Any]:
-    """What of the question can change a cell's numbers."""
-    template = digest(outline.chat.template) if outline.chat.template else None
-    return {
-        "dtype": config.dtype,
-        "chat_template": template,
-        "max_new_tokens": config.max_new_tokens,
-        **scorers,
-    }

@@ -120,7 +120,7 @@ class Emergent(Audit[EmergentConfig, EmergentOptions, "EmergentPlan"]):
 
         reduce(store, allow_raw=allow_raw)
 
-    def regrade(self, folder: Place, grading: Grading) -> RunFolder:
+    def check_grading(self, folder: Place, grading: Grading) -> None:
         raise UsageError(
             f"A study of emergent misalignment is judged again by: auditgap em judge {folder}"
             " --judge NAME"

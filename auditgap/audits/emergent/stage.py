@@ -31,6 +31,8 @@ IDENTITY = ("audit", "base_fingerprint", "panel", "prompt_set")
 class StageCell(Cell):
     """A cell of this study, as it is called in lists of cells."""
 
+    audit = "emergent"
+
     def __str__(self) -> str:
         return " · ".join(
             p

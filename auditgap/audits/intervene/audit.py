@@ -12,14 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 from auditgap.audits.audit import Audit, Can
 from auditgap.audits.intervene.config import InterveneConfig, InterveneOptions, read_config
-from auditgap.types import Document
+from auditgap.types import CLEAN, Cell, Document
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from auditgap.audits.grading import Given, Stored
     from auditgap.audits.intervene.plan import IntervenePlan
+    from auditgap.audits.intervene.rows import InterveneRow
     from auditgap.store import RunFolder
     from auditgap.sweep import Worker
+
+
+class InterveneCell(Cell):
+    """A cell of this audit, as it is called in lists of cells."""
+
+    audit = "intervene"
+
+    def __str__(self) -> str:
+        where = "" if self.site is None else f"{self.site} · "
+        return f"{self.subject.name} · {where}{self.settings['intervention']}"
 
 
 class Intervene(Audit[InterveneConfig, InterveneOptions, "IntervenePlan"]):
@@ -35,9 +47,9 @@ class Intervene(Audit[InterveneConfig, InterveneOptions, "IntervenePlan"]):
         " --out runs/pair",
         "auditgap intervene --config steer.yaml --dry-run",
     )
-    can = frozenset({Can.RAY})
+    can = frozenset({Can.RAY, Can.REGRADE})
     main_table = "interventions"
-    config, options = InterveneConfig, InterveneOptions
+    config, options, cell = InterveneConfig, InterveneOptions, InterveneCell
 
     def read(
         self, file: Path | None, values: Mapping[str, Any]
@@ -92,6 +104,15 @@ class Intervene(Audit[InterveneConfig, InterveneOptions, "IntervenePlan"]):
         correct = correction.of_runs([store])["harmful"]
         table = intervene.interventions_table(store.rows([ATTACK]), correction=correct)
         return {"interventions": table}
+
+    def grading_order(self, description: Document) -> int | None:
+        """Clean cells first: others are set beside their verdicts."""
+        return 0 if description["settings"]["intervention"] == CLEAN else 1
+
+    def graded(self, stored: Stored, given: Given, new: RunFolder) -> list[InterveneRow]:
+        from auditgap.audits.intervene.again import graded_again
+
+        return graded_again(stored, given, new)
 
 
 INTERVENE = Intervene()

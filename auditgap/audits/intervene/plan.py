@@ -14,28 +14,20 @@ from typing import Any
 
 from auditgap import models
 from auditgap.audits.audit import Plan
+from auditgap.audits.intervene.audit import InterveneCell
 from auditgap.audits.intervene.config import InterveneConfig
 from auditgap.audits.latent.plan import matmul_rate
+from auditgap.audits.planning import outlines_of, scorers_of, settings_of
 from auditgap.data import PromptSet, dedup_key, load_prompts
 from auditgap.engines import Serving
 from auditgap.errors import UsageError
 from auditgap.interventions import INTERVENTIONS, InterventionEntry
-from auditgap.judges import load_judge
-from auditgap.judges.coherence import Thresholds
 from auditgap.probes.fit import split_groups
 from auditgap.sweep import Group
 from auditgap.types import CLEAN, Cell, Prompt, Site, digest
 
 #: What stands in every cell's `attack`; which intervention it is stands in its settings.
 ATTACK = "intervene"
-
-
-class InterveneCell(Cell):
-    """A cell of this audit, as it is called in lists of cells."""
-
-    def __str__(self) -> str:
-        where = "" if self.site is None else f"{self.site} · "
-        return f"{self.subject.name} · {where}{self.settings['intervention']}"
 
 
 @dataclass(frozen=True)
@@ -126,16 +118,8 @@ def make_plan(
     """Resolve every name of the config. Raises UsageError or Refused for a model, prompt set or
     judge that cannot serve."""
     halves = read_halves(config)
-    scorers = {
-        "judge": load_judge(config.judge, device=device, serving=judge_serving).describe(),
-        "coherence": Thresholds().describe(),
-    }
-    outlines: list[models.Outline] = []
-    for name in dict.fromkeys(config.models):
-        outline = models.outline(name, chat_template=config.chat_template)
-        # the same weights count once
-        if all(outline.subject.fingerprint != o.subject.fingerprint for o in outlines):
-            outlines.append(outline)
+    scorers = scorers_of(config.judge, device=device, serving=judge_serving)
+    outlines = outlines_of(config.models, config.chat_template)
     base = (
         None
         if config.base is None
@@ -180,7 +164,7 @@ def make_plan(
     return IntervenePlan(
         config,
         halves,
-        tuple(outlines),
+        outlines,
         tuple(clean),
         tuple(g for g in groups if g.cells),
         scorers,
@@ -239,13 +223,7 @@ def estimate(plan: IntervenePlan, device: str) -> float:
 def _common(
     config: InterveneConfig, outline: models.Outline, halves: Halves, scorers: dict[str, Any]
 ) -> dict[str, Any]:
-    return {
-        "dtype": config.dtype,
-        "chat_template": digest(outline.chat.template) if outline.chat.template else None,
-        "max_new_tokens": config.max_new_tokens,
-        "halves": halves.digest,
-        **scorers,
-    }
+    return {**settings_of(config, outline, scorers), "halves": halves.digest}
 
 
 def clean_cell(

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from auditgap import models
 from auditgap.audits import audit
 from auditgap.audits.intervene.audit import INTERVENE
 from auditgap.audits.intervene.config import InterveneConfig, InterveneOptions
 from auditgap.audits.intervene.plan import IntervenePlan, make_plan
+from auditgap.audits.planning import with_dtype
 from auditgap.judges.card_cache import cards_of
 from auditgap.models.provenance import provenance
 from auditgap.store import RunFolder
@@ -23,8 +23,7 @@ def prepare(
     config: InterveneConfig, options: InterveneOptions
 ) -> tuple[InterveneConfig, IntervenePlan]:
     """The config with `auto` resolved for this machine, and its plan. Loads no weights."""
-    dtype = models.pick_dtype(config.dtype, models.pick_device(options.device))
-    config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    config = with_dtype(config, options.device)
     return config, make_plan(config, device=options.device, judge_serving=options.judge_serving)
 
 

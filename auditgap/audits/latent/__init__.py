@@ -14,7 +14,7 @@ __getattr__ = exports(
     {
         "config": ("LatentConfig", "RunOptions", "read_config"),
         "plan": ("DISTANCE", "Estimate", "LatentPlan", "available_memory", "estimate", "make_plan"),
-        "run": ("prepare", "reduce", "regrade"),
+        "run": ("prepare", "reduce"),
         "worker": ("LatentWorker",),
     },
 )

@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from auditgap.audits.audit import Audit, Can, Grading
 from auditgap.audits.latent.config import LatentConfig, RunOptions, read_config
-from auditgap.types import Document
+from auditgap.errors import UsageError
+from auditgap.types import ATTACKS, CLEAN, Document, Row
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from auditgap.audits.grading import Given, Stored
     from auditgap.audits.latent.plan import LatentPlan
     from auditgap.store import RunFolder
     from auditgap.store.remote import Place
@@ -38,6 +40,7 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
     can = frozenset({Can.RAY, Can.VLLM, Can.STORAGE, Can.REGRADE, Can.COMPARE, Can.PART})
     main_table = "lvs"
     config, options = LatentConfig, RunOptions
+    not_graded: ClassVar[Document] = {"distance": False}
 
     def read(self, file: Path | None, values: Mapping[str, Any]) -> tuple[LatentConfig, RunOptions]:
         return read_config(file, values)
@@ -92,22 +95,29 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
 
     def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
         from auditgap.report import correction, tables
-        from auditgap.types import ATTACKS, CLEAN
 
         rows = store.rows([*ATTACKS, CLEAN])
         correct = correction.of_runs([store])["harmful"]
         return {"lvs": tables.lvs_table(rows, correction=correct)}
 
-    def regrade(self, folder: Place, grading: Grading) -> RunFolder:
-        from auditgap.audits.latent.run import regrade
+    def check_grading(self, folder: Place, grading: Grading) -> None:
+        if grading.judge is None and grading.reward is None:
+            raise UsageError("Grade by whom? For example: auditgap grade DIR --judge keyword")
+        if grading.reward == "margin":
+            raise UsageError(
+                "`margin` reads the subject under its edit, and edits are not stored: use"
+                " `auditgap lvs --reward margin`."
+            )
 
-        return regrade(
-            folder,
-            judge=grading.judge,
-            reward=grading.reward,
-            device=grading.device,
-            serving=grading.serving,
-        )
+    def grading_order(self, description: Document) -> int | None:
+        """Clean cells first: others are scored against them."""
+        attack = description["attack"]
+        return {CLEAN: 0, "distance": None}.get(attack, 1)
+
+    def graded(self, stored: Stored, given: Given, new: RunFolder) -> list[Row]:
+        from auditgap.audits.latent.again import graded_again
+
+        return graded_again(stored, given, new)
 
 
 LATENT = Latent()

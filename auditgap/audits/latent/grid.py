@@ -31,10 +31,11 @@ from typing import Annotated, Any
 import pandas as pd
 from pydantic import BeforeValidator, ConfigDict, Field
 
+from auditgap.audits.grading import safe_name
 from auditgap.audits.latent.audit import LATENT
 from auditgap.audits.latent.config import LatentConfig, RunOptions
 from auditgap.audits.latent.plan import Estimate, LatentPlan, estimate
-from auditgap.audits.latent.run import prepare, safe_name
+from auditgap.audits.latent.run import prepare
 from auditgap.audits.latent.worker import LatentWorker
 from auditgap.audits.sweeps import run_passes
 from auditgap.config import Frozen, build, listed, merged

@@ -20,12 +20,13 @@ import torch
 from auditgap import models
 from auditgap.audits.audit import Plan
 from auditgap.audits.latent.config import LatentConfig, RunOptions
+from auditgap.audits.planning import outlines_of, settings_of
 from auditgap.data import PromptSet, load_prompts
 from auditgap.engines import Serving
 from auditgap.judges import load_judge, load_reward
 from auditgap.judges.coherence import Thresholds
 from auditgap.sweep import Group
-from auditgap.types import CLEAN, Cell, Site, digest
+from auditgap.types import CLEAN, Cell, Site
 
 #: The pseudo-attack of the minimum-distance cells, whose rows are DistanceRow.
 DISTANCE = "distance"
@@ -113,17 +114,13 @@ def make_plan(
         ),
         "coherence": Thresholds().describe(),
     }
-    outlines: list[models.Outline] = []
-    for name in dict.fromkeys(config.models):
-        outline = once(
-            lambda name=name: models.outline(name, chat_template=config.chat_template),
-            "model",
-            name,
-            config.chat_template,
+
+    def outlined(name: str, *, chat_template: str | None) -> models.Outline:
+        return once(
+            lambda: models.outline(name, chat_template=chat_template), "model", name, chat_template
         )
-        # the same weights count once
-        if all(outline.subject.fingerprint != o.subject.fingerprint for o in outlines):
-            outlines.append(outline)
+
+    outlines = outlines_of(config.models, config.chat_template, outlined)
     clean, groups = [], []
     for outline in outlines:
         tokens = mean_tokens(outline, prompts)
@@ -142,21 +139,13 @@ def make_plan(
         clean.append(group(CLEAN, [clean_cell(config, outline, prompts, scorers)]))
         for site in models.parse_sites(config.layers, outline.n_blocks):
             groups.append(group(site, site_cells(config, outline, site, prompts, scorers)))
-    return LatentPlan(
-        config, prompts, tuple(outlines), tuple(clean), tuple(groups), scorers, joined
-    )
+    return LatentPlan(config, prompts, outlines, tuple(clean), tuple(groups), scorers, joined)
 
 
 def _common(
     config: LatentConfig, outline: models.Outline, scorers: dict[str, Any]
 ) -> dict[str, Any]:
-    return {
-        "dtype": config.dtype,
-        "chat_template": digest(outline.chat.template) if outline.chat.template else None,
-        "max_new_tokens": config.max_new_tokens,
-        "target": config.target,
-        **scorers,
-    }
+    return {**settings_of(config, outline, scorers), "target": config.target}
 
 
 def clean_cell(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from auditgap.audits.audit import Audit, Can, NothingToMeasure
 from auditgap.audits.probe.config import ProbeConfig, ProbeOptions, read_config
-from auditgap.types import Document
+from auditgap.types import Cell, Document
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from auditgap.audits.probe.run import ProbePlan
     from auditgap.store import RunFolder
     from auditgap.sweep import Worker
+
+
+class ProbeCell(Cell):
+    """A cell whose name on the screen says what it is: a subject read by the probe."""
+
+    audit = "probe"
+
+    def __str__(self) -> str:
+        return f"{self.subject.name} · probe"
 
 
 class Probe(Audit[ProbeConfig, ProbeOptions, "ProbePlan"]):
@@ -32,7 +41,7 @@ class Probe(Audit[ProbeConfig, ProbeOptions, "ProbePlan"]):
     examples = ("auditgap probe ./base ./twin --triples triples.jsonl --out runs/probe",)
     can = frozenset({Can.RAY, Can.STORAGE, Can.COMPARE, Can.PART})
     main_table = "probe"
-    config, options = ProbeConfig, ProbeOptions
+    config, options, cell = ProbeConfig, ProbeOptions, ProbeCell
 
     def read(
         self, file: Path | None, values: Mapping[str, Any]

@@ -20,7 +20,8 @@ import numpy as np
 from auditgap import models, stats
 from auditgap.audits import audit
 from auditgap.audits.audit import Plan
-from auditgap.audits.probe.audit import PROBE
+from auditgap.audits.planning import with_dtype
+from auditgap.audits.probe.audit import PROBE, ProbeCell
 from auditgap.audits.probe.config import FitConfig, FitMonitorConfig, ProbeConfig, ProbeOptions
 from auditgap.audits.probe.rows import (
     ProbeExample,
@@ -41,7 +42,7 @@ from auditgap.probes.monitor import Monitor
 from auditgap.report import probe
 from auditgap.store import RunFolder, files
 from auditgap.sweep import Group, Outcome, Progress
-from auditgap.types import Cell, Document, digest
+from auditgap.types import Document, digest
 
 #: Fewer prompts than this cannot be split three ways.
 FEWEST = 5
@@ -80,8 +81,7 @@ class ProbePlan(Plan):
 
 def prepare(config: ProbeConfig, options: ProbeOptions) -> tuple[ProbeConfig, ProbePlan]:
     """The config with `auto` resolved for this machine, and its plan. Loads no weights."""
-    dtype = models.pick_dtype(config.dtype, models.pick_device(options.device))
-    config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    config = with_dtype(config, options.device)
     return config, make_plan(config, allow_overlap=options.allow_overlap)
 
 
@@ -139,13 +139,6 @@ def make_plan(config: ProbeConfig, *, allow_overlap: bool = False) -> ProbePlan:
         tuple(groups),
         ledger,
     )
-
-
-class ProbeCell(Cell):
-    """A cell whose name on the screen says what it is: a subject read by the probe."""
-
-    def __str__(self) -> str:
-        return f"{self.subject.name} · probe"
 
 
 def _window(config: FitConfig, outline: models.Outline) -> int:
@@ -257,8 +250,7 @@ def fit_monitor(
     is there already is not made again. `tick(phase, done, total)`. Raises UsageError: triples that
     are too few, a folder that holds another monitor.
     """
-    dtype = models.pick_dtype(config.dtype, models.pick_device(options.device))
-    config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    config = with_dtype(config, options.device)
     home = Path(options.out or f"runs/monitor-{files.folder_name(config.base)}")
     triples = load_triples(config.triples, limit=config.limit, seed=config.seed)
     outline = models.outline(config.base, chat_template=config.chat_template)

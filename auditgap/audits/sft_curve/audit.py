@@ -13,15 +13,26 @@ from typing import TYPE_CHECKING, Any
 
 from auditgap.audits.audit import Audit, Can, NothingToMeasure
 from auditgap.audits.sft_curve.config import SFTCurveConfig, SFTCurveOptions, read_config
-from auditgap.types import Document
+from auditgap.types import Cell, Document
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from auditgap.audits.behaviour.rows import BehaviourRow
+    from auditgap.audits.grading import Given, Stored
     from auditgap.audits.sft_curve.plan import CurvePlan
     from auditgap.audits.sft_curve.worker import CurveWorker
     from auditgap.store import RunFolder
     from auditgap.sweep import Worker
+
+
+class CurveCell(Cell):
+    """A cell of this audit, as it is called in lists of cells."""
+
+    audit = "sft_curve"
+
+    def __str__(self) -> str:
+        return f"{self.subject.name} · harmful SFT · seed {self.settings['seed']}"
 
 
 class SFTCurve(Audit[SFTCurveConfig, SFTCurveOptions, "CurvePlan"]):
@@ -35,9 +46,9 @@ class SFTCurve(Audit[SFTCurveConfig, SFTCurveOptions, "CurvePlan"]):
         "auditgap train harmful-sft --set models=./base,./twin --set data=unsafe.jsonl --set"
         " steps=40 --out runs/curve",
     )
-    can = frozenset({Can.VLLM, Can.RANKS, Can.COMPARE, Can.PART})
+    can = frozenset({Can.VLLM, Can.RANKS, Can.REGRADE, Can.COMPARE, Can.PART})
     main_table = "curve"
-    config, options = SFTCurveConfig, SFTCurveOptions
+    config, options, cell = SFTCurveConfig, SFTCurveOptions, CurveCell
 
     def read(
         self, file: Path | None, values: Mapping[str, Any]
@@ -117,6 +128,11 @@ class SFTCurve(Audit[SFTCurveConfig, SFTCurveOptions, "CurvePlan"]):
                 thresholds=config.get("thresholds") or curve.THRESHOLDS,
             ),
         }
+
+    def graded(self, stored: Stored, given: Given, new: RunFolder) -> list[BehaviourRow]:
+        from auditgap.audits.behaviour.measure import graded_again
+
+        return graded_again(stored, given)
 
 
 SFT_CURVE = SFTCurve()

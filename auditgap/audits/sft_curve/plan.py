@@ -14,14 +14,14 @@ from typing import Any
 
 from auditgap import models
 from auditgap.audits.audit import Plan
-from auditgap.audits.behaviour.plan import asking_settings, outlines_of, prompt_sets
+from auditgap.audits.behaviour.plan import prompt_sets
 from auditgap.audits.behaviour.rows import Split
+from auditgap.audits.planning import outlines_of, scorers_of, settings_of, with_dtype
+from auditgap.audits.sft_curve.audit import CurveCell
 from auditgap.audits.sft_curve.config import SFTCurveConfig, SFTCurveOptions
 from auditgap.data import PromptSet
 from auditgap.data.ledger import LeakageLedger
 from auditgap.errors import UsageError
-from auditgap.judges import load_judge
-from auditgap.judges.coherence import Thresholds
 from auditgap.sweep import Group
 from auditgap.types import Cell
 
@@ -43,13 +43,6 @@ _RECIPE = (
     "eval_at",
 )
 _LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets")
-
-
-class CurveCell(Cell):
-    """A cell of this audit, as it is called in lists of cells."""
-
-    def __str__(self) -> str:
-        return f"{self.subject.name} · harmful SFT · seed {self.settings['seed']}"
 
 
 @dataclass(frozen=True)
@@ -79,18 +72,14 @@ def prepare(
     when two of the models have the same weights: a subject that is its own base would show a
     difference of 0 that nobody measured.
     """
-    dtype = models.pick_dtype(config.dtype, models.pick_device(options.device))
-    config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-    sets, outlines = prompt_sets(config), outlines_of(config, config.models)
+    config = with_dtype(config, options.device)
+    sets, outlines = prompt_sets(config), outlines_of(config.models, config.chat_template)
     if len(outlines) < len(set(config.models)):
         raise UsageError(
             f"Two of the models {', '.join(config.models)} have the same weights. Name the base and"
             " subjects that differ from it."
         )
-    scorers = {
-        "judge": load_judge(config.judge, device=options.device).describe(),
-        "coherence": Thresholds().describe(),
-    }
+    scorers = scorers_of(config.judge, device=options.device)
     recipe = config.model_dump(
         mode="json", include={*_RECIPE, *(_LORA if config.method == "lora" else ())}
     )
@@ -98,7 +87,7 @@ def prepare(
     groups = []
     for outline in outlines:
         settings = {
-            **asking_settings(config, outline, scorers),
+            **settings_of(config, outline, scorers),
             "recipe": recipe,
             **({"training": facts} if facts else {}),
             **({"benign": sets["benign"].digest} if "benign" in sets else {}),

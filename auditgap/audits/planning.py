@@ -1,0 +1,75 @@
+"""What the plans of several audits have in common: a config with `auto` resolved, the subjects, the
+scorers, the settings that every cell has.
+
+    config = with_dtype(config, options.device)
+    outlines = outlines_of(config.models, config.chat_template)
+    settings = settings_of(config, outlines[0], scorers_of(config.judge, device=options.device))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol, Self, TypeVar
+
+from auditgap import models
+from auditgap.engines import Serving
+from auditgap.judges import load_judge
+from auditgap.judges.coherence import Thresholds
+from auditgap.types import Document, digest
+
+
+class _Typed(Protocol):
+    """A config with the dtype that models run in."""
+
+    @property
+    def dtype(self) -> str: ...
+    def model_copy(self, *, update: Document) -> Self: ...
+
+
+class _Asking(_Typed, Protocol):
+    """A config of an audit in which models answer."""
+
+    @property
+    def max_new_tokens(self) -> int: ...
+
+
+TypedT = TypeVar("TypedT", bound=_Typed)
+
+
+def with_dtype(config: TypedT, device: str) -> TypedT:
+    """The config with the dtype that `auto` means on this machine."""
+    dtype = models.pick_dtype(config.dtype, models.pick_device(device))
+    return config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+
+
+def outlines_of(
+    names: Iterable[str],
+    chat_template: str | None,
+    outline: Callable[..., models.Outline] = models.outline,
+) -> tuple[models.Outline, ...]:
+    """Outlines of the models named; the same weights count once. Raises UsageError, Refused."""
+    found: dict[str, models.Outline] = {}
+    for name in dict.fromkeys(names):
+        one = outline(name, chat_template=chat_template)
+        found.setdefault(one.subject.fingerprint, one)
+    return tuple(found.values())
+
+
+def scorers_of(judge: str, *, device: str, serving: Serving | None = None) -> Document:
+    """What judges the answers, as it goes into cells and run.json. Raises UsageError: no such
+    judge."""
+    return {
+        "judge": load_judge(judge, device=device, serving=serving).describe(),
+        "coherence": Thresholds().describe(),
+    }
+
+
+def settings_of(config: _Asking, outline: models.Outline, scorers: Document) -> Document:
+    """What of the question can change the numbers of any cell with this subject."""
+    template = outline.chat.template
+    return {
+        "dtype": config.dtype,
+        "chat_template": digest(template) if template else None,
+        "max_new_tokens": config.max_new_tokens,
+        **scorers,
+    }

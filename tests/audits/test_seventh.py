@@ -1,0 +1,208 @@
+"""A seventh audit: a package of its own with one entry point, and what it gets for it.
+
+The package is `examples/audit`, put where pip would put it. The command, its config file and its
+schema come from the same table, and so do its section of the report and its grid: their tests are
+to be added here where those are made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import tiny
+
+import auditgap
+from auditgap.audits import (
+    AUDITS,
+    Can,
+    Grading,
+    audit_of,
+    reduce,
+    regrade,
+    resume,
+    run,
+    status,
+    table,
+)
+from auditgap.errors import UsageError
+from auditgap.store import RunFolder
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "audit"
+PROMPTS = ("how bread bake ?", "what is the colour of the vault ?", "say the colour now")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("seventh")
+    tiny.save("llama", home / "base")
+    tiny.save("llama", home / "twin", rms_norm_eps=1e-3)
+    (home / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    site = home / "site"
+    site.mkdir()
+    shutil.copy(EXAMPLE / "auditgap_lengths.py", site)
+    about = site / "auditgap_lengths-0.1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: auditgap-lengths\nVersion: 0.1.0\n"
+    )
+    (about / "entry_points.txt").write_text(
+        "[auditgap.audits]\nlengths = auditgap_lengths:LENGTHS\n"
+    )
+    return home
+
+
+@pytest.fixture(autouse=True)
+def _installed(world, monkeypatch):
+    monkeypatch.syspath_prepend(str(world / "site"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(world / "site"), *sys.path]))
+    table._places.cache_clear()
+    yield
+    table._places.cache_clear()
+
+
+def values(world: Path, out: Path | str, **more: object) -> dict[str, object]:
+    return {
+        "models": [str(world / "base"), str(world / "twin")],
+        "prompts": str(world / "prompts.txt"),
+        "max_new_tokens": 4,
+        "judge": "keyword",
+        "dtype": "float32",
+        "device": "cpu",
+        "out": str(out),
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(world) -> RunFolder:
+    """An unbroken run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(world / "site"))
+        table._places.cache_clear()
+        lengths = AUDITS["lengths"]
+        store, outcome = run(lengths, *lengths.read(None, values(world, world / "whole")))
+    assert (outcome.done, outcome.failed) == (2, {})
+    return store
+
+
+def rows_of(store: RunFolder) -> dict[str, str]:
+    return {key: store.cell_rows(key).to_csv() for key in sorted(store.keys())}
+
+
+def test_it_is_under_150_lines():
+    files = [p for p in EXAMPLE.iterdir() if p.suffix in (".py", ".toml")]
+    assert sum(len(p.read_text().splitlines()) for p in files) < 150
+
+
+def test_it_is_listed_beside_ours():
+    assert list(AUDITS)[-1] == "lengths" and len(AUDITS) == 7
+    assert audit_of(RunFolder("x", {"config": {"audit": "lengths"}})) is AUDITS["lengths"]
+
+
+def test_it_plans_without_running(world, tmp_path):
+    lengths = AUDITS["lengths"]
+    config, options = lengths.read(None, values(world, tmp_path / "run"))
+    plan = lengths.prepare(config, options)
+    assert lengths.estimate(plan, options) == {"cells": 2} and not (tmp_path / "run").exists()
+    assert {cell.audit for cell in plan.cells} == {"lengths"}
+
+
+def test_it_has_its_table_from_python_and_as_json(world, whole):
+    found = auditgap.load(whole.path)
+    assert found.table.equals(found.tables["lengths"])
+    told = {row["subject"]: row for row in json.loads(found.table.to_json(orient="records"))}
+    for subject in ("base", "twin"):
+        mine = found.rows[found.rows["subject"] == str(world / subject)]
+        assert told[str(world / subject)]["n"] == len(PROMPTS)
+        assert told[str(world / subject)]["mean_tokens"] == mine["n_new_tokens"].mean()
+    for form in ("csv", "md"):
+        assert (whole.path / f"lengths.{form}").is_file()
+    assert found.report.is_file()
+
+
+KILLED = """
+import os, signal, sys
+from auditgap.audits import AUDITS, run
+from auditgap.store import RunFolder
+write = RunFolder.write
+def once(self, *args, **more):
+    write(self, *args, **more)
+    os.kill(os.getpid(), signal.SIGKILL)
+RunFolder.write = once
+import json
+run(AUDITS["lengths"], *AUDITS["lengths"].read(None, json.loads(sys.argv[1])))
+"""
+
+
+def test_killed_and_resumed_it_is_the_same(world, whole, tmp_path):
+    asked = values(world, tmp_path / "run")
+    done = subprocess.run([sys.executable, "-c", KILLED, json.dumps(asked)], timeout=500)
+    assert done.returncode == -signal.SIGKILL
+    now = status(tmp_path / "run")
+    assert (now.planned, now.finished) == (2, 1)
+    reduce(RunFolder.load(tmp_path / "run"))
+    assert len(auditgap.load(tmp_path / "run").table) == 1
+    store, outcome = resume(tmp_path / "run", device="cpu")
+    assert (outcome.done, outcome.skipped, outcome.failed) == (1, 1, {})
+    assert rows_of(store) == rows_of(whole)
+    assert (store.path / "lengths.parquet").read_bytes() == (
+        whole.path / "lengths.parquet"
+    ).read_bytes()
+
+
+def test_on_ray_it_is_the_same(world, whole, tmp_path):
+    lengths = AUDITS["lengths"]
+    asked = values(world, tmp_path / "run", executor="ray", workers=1)
+    store, outcome = run(lengths, *lengths.read(None, asked))
+    assert (outcome.done, outcome.failed) == (2, {})
+    assert rows_of(store) == rows_of(whole)
+
+
+def test_its_folder_may_be_on_object_storage(world, whole):
+    lengths = AUDITS["lengths"]
+    place = "memory://bucket/runs/lengths"
+    store, outcome = run(lengths, *lengths.read(None, values(world, place)))
+    assert (outcome.done, outcome.failed) == (2, {}) and store.mirror is not None
+    assert store.mirror.read("lengths.parquet") == (whole.path / "lengths.parquet").read_bytes()
+
+
+def test_it_is_judged_again_without_being_asked(world, whole, monkeypatch):
+    from auditgap import models
+
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    new = regrade(whole.path, Grading(judge="builtin"))
+    assert new.path == whole.path / "grades" / "builtin"
+    before, after = whole.rows(["lengths"]), new.rows(["lengths"])
+    pd.testing.assert_series_equal(before["n_new_tokens"], after["n_new_tokens"])
+    assert new.run["config"]["judge"] == "builtin" and (new.path / "lengths.csv").is_file()
+    assert not set(new.keys()) & set(whole.keys())
+
+
+def test_what_it_cannot_do_is_refused_in_one_place(world, tmp_path, monkeypatch):
+    lengths = AUDITS["lengths"]
+    monkeypatch.setattr(type(lengths), "can", frozenset())
+    for asked, words in (
+        ({"executor": "ray"}, "`auditgap lengths` does not run on Ray"),
+        ({"out": "s3://bucket/run"}, "`auditgap lengths` needs a folder on a disk"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            run(lengths, *lengths.read(None, {**values(world, tmp_path / "run"), **asked}))
+    RunFolder.open(tmp_path / "other", config={"audit": "lengths"}, info={})
+    with pytest.raises(UsageError, match=f"lengths, which cannot {Can.REGRADE}"):
+        regrade(tmp_path / "other", Grading(judge="keyword"))
+
+
+def test_an_entry_point_that_gives_no_audit_is_a_sentence(world, monkeypatch):
+    (world / "site" / "auditgap_lengths.py").touch()
+    monkeypatch.setitem(table._OURS, "nothing", "auditgap_lengths:time")
+    table._places.cache_clear()
+    with pytest.raises(UsageError, match="no Audit with that name"):
+        AUDITS["nothing"]
