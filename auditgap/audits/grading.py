@@ -123,10 +123,8 @@ def _folder(
         **config["scorers"],
         **{what: who.describe() for what, who in made.items() if who is not None},
     }
-    named = {
-        what: name
-        for what, name in (("judge", grading.judge), ("reward", grading.reward))
-        if name is not None
+    named: Document = {
+        what: getattr(grading, what) for what, who in made.items() if who is not None
     }
     if "judge_endpoint" in config:
         by_endpoint = serving is not None and serving.engine == "openai"

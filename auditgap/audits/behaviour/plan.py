@@ -72,11 +72,11 @@ def prepare(
         subjects = [
             Subject(name, digest(served.describe(name))) for name in dict.fromkeys(config.models)
         ]
-        settings_of = [{"max_new_tokens": config.max_new_tokens, **scorers}] * len(subjects)
+        of_each = [{"max_new_tokens": config.max_new_tokens, **scorers}] * len(subjects)
     else:
         outlines = outlines_of(config.models, config.chat_template)
         subjects = [o.subject for o in outlines]
-        settings_of = [settings_of(config, o, scorers) for o in outlines]
+        of_each = [settings_of(config, o, scorers) for o in outlines]
     overlaps = _overlaps(suite, outlines)
     if overlaps and not options.allow_overlap:
         raise UsageError(
@@ -84,7 +84,7 @@ def prepare(
             " allow_overlap=true, which is recorded."
         )
     groups = []
-    for subject, settings in zip(subjects, settings_of, strict=True):
+    for subject, settings in zip(subjects, of_each, strict=True):
         cells = tuple(
             AskCell(
                 subject,
