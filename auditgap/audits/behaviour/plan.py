@@ -17,7 +17,7 @@ from auditgap.audits.audit import Plan
 from auditgap.audits.behaviour.audit import AskCell
 from auditgap.audits.behaviour.config import BehaviourConfig, BehaviourOptions
 from auditgap.audits.behaviour.rows import Split
-from auditgap.audits.planning import outlines_of, scorers_of, with_dtype
+from auditgap.audits.planning import outlines_of, scorers_of, settings_of, with_dtype
 from auditgap.data import PromptSet, load_prompts
 from auditgap.data.ledger import FITTED, LeakageLedger, prompt_hash
 from auditgap.data.suite import Suite, load_suite
