@@ -162,7 +162,7 @@ def _memory(expected: Document, device: str) -> None:
     """A warning where memory is likely to run out."""
     if "memory_bytes" not in expected:
         return
-    from auditgap.audits.latent import available_memory
+    from auditgap.audits.latent.plan import available_memory
     from auditgap.models import pick_device
 
     free = available_memory(pick_device(device))
