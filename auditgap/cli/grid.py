@@ -12,14 +12,17 @@ from typing import Annotated, Any
 
 import typer
 
-from auditgap.cli.options import examples
+from auditgap.audits import AUDITS
+from auditgap.cli.options import AsJson, Asked, command, examples
 from auditgap.cli.screen import (
+    answer,
     err,
     given,
     inert_lines,
     print_json,
     print_table,
     quiet,
+    raise_failed,
     say,
 )
 from auditgap.errors import PartlyFailed, UsageError
@@ -41,75 +44,57 @@ GRID_EXAMPLES = (
 
 
 def add(app: typer.Typer) -> None:
+    _add_grid(app)
     for name, act, lines in (
-        ("grid", grid, GRID_EXAMPLES),
         ("submit", submit, SUBMIT_EXAMPLE),
         ("merge", merge, MERGE_EXAMPLE),
     ):
         app.command(name, epilog=examples(lines), rich_help_panel=PANEL)(act)
 
 
-def grid(
-    config: Config,
-    to: Annotated[
-        str | None,
-        typer.Option(
-            "--out",
-            help="Where the run folders go; the same command resumes",
-            show_default="runs/grid",
+def _add_grid(app: typer.Typer) -> None:
+    latent = AUDITS["latent"]
+
+    @command(
+        app,
+        "grid",
+        latent.config,
+        latent.options,
+        about=(
+            "Many models, prompt sets and budgets in one sweep: a run folder and report for each"
+            " set of questions, one table of all.\n\nThe file has models, prompts, budgets, and"
+            " any setting of `lvs`."
         ),
-    ] = None,
-    executor: Annotated[
-        str | None, typer.Option(help="local (this process) or ray", show_default="local")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Ray actors", show_default="as many as fit")
-    ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(help="Of a Ray cluster", show_default="the job's, else one on this machine"),
-    ] = None,
-    retry_failed: Annotated[
-        bool | None, typer.Option("--retry-failed", help="Run cells again that failed before.")
-    ] = None,
-    break_lock: Annotated[
-        bool | None, typer.Option("--break-lock", help="Take over folders whose writer is dead.")
-    ] = None,
-    set_: Set = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan and what it will take; run nothing.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
-) -> None:
-    """Many models, prompt sets and budgets in one sweep: a run folder and report for each set of
-    questions, one table of all."""
+        examples_of=GRID_EXAMPLES,
+        panel=PANEL,
+    )
+    def grid(asked: Asked) -> None:
+        perform(asked)
+
+
+def perform(asked: Asked) -> None:
+    """Plan a grid, and either show the plan or run it. Raises PartlyFailed."""
     quiet()
     from auditgap.audits.latent import grid as latent_grid
     from auditgap.store.remote import within
     from auditgap.sweep import Progress
 
-    flags = given(
-        set_,
-        out=to,
-        executor=executor,
-        workers=workers,
-        address=address,
-        retry_failed=retry_failed,
-        break_lock=break_lock,
-    )
-    planned = latent_grid.make_grid(*latent_grid.read_grid(config, flags))
-    _show(planned, latent_grid.repeated(config, flags), as_json)
-    if dry_run:
+    planned = latent_grid.make_grid(*latent_grid.read_grid(asked.file, asked.flags))
+    if asked.dry_run or not asked.as_json:
+        _show(planned, latent_grid.repeated(asked.file, asked.flags), asked.as_json)
+    if asked.dry_run:
         return
     outcome = latent_grid.run(planned, progress=lambda: Progress(console=err))
     folder = planned.options.out or "runs/grid"
-    if outcome.failed:
-        lines = "\n".join(f"  {key}: {cause}" for key, cause in sorted(outcome.failed.items())[:10])
-        raise PartlyFailed(
-            f"{len(outcome.failed)} of {len(planned.cells)} cells failed, the others are in"
-            f" {folder}:\n{lines}"
-        )
-    say(f"Table: {within(folder, 'lvs.csv')}\nReports: {within(folder, '*', 'report.html')}")
+    raise_failed(outcome.failed, folder, len(planned.cells))
+    table, reports = within(folder, "lvs.csv"), within(folder, "*", "report.html")
+    answer(
+        asked.as_json,
+        f"Table: {table}\nReports: {reports}",
+        folder=folder,
+        table=str(table),
+        reports=str(reports),
+    )
 
 
 SHOWN = 12  #: models whose place in the order is printed
@@ -258,6 +243,7 @@ def merge(
         list[str], typer.Argument(help="Run folders of the same question, or the folders of grids.")
     ],
     to: Annotated[str, typer.Option("--out", help="The joined folder.")],
+    as_json: AsJson = False,
 ) -> None:
     """Join what different machines have filled, and write the tables and reports of all cells; of
     grids case by case."""
@@ -275,12 +261,14 @@ def merge(
             reduce(store)
     now = grid_status(stores)[1]
     where = within(to, "*", "report.html") if of_grids else within(to, "report.html")
-    say(f"{now.finished} of {now.planned} cells, {now.failed} failed.\nReport: {where}")
+    text = f"{now.finished} of {now.planned} cells, {now.failed} failed.\nReport: {where}"
+    counts = {"finished": now.finished, "planned": now.planned, "failed": now.failed}
     if of_grids:
         write_table(
             to, [name for name, store in stores.items() if (store.path / "lvs.parquet").exists()]
         )
-        say(f"Table: {within(to, 'lvs.csv')}")
+        text += f"\nTable: {within(to, 'lvs.csv')}"
+    answer(as_json, text, **counts, folder=to, report=str(where))
 
 
 def show_status(folder: str, cases: Mapping[str, Any], as_json: bool) -> None:

@@ -16,7 +16,7 @@ import typer
 from auditgap.audits.options import Device, JudgeEndpoint, MaxUnscored
 from auditgap.cli import grid, show
 from auditgap.cli.options import AsJson, Asked, command, examples
-from auditgap.cli.screen import print_json, quiet, say
+from auditgap.cli.screen import answer, print_json, quiet, say
 from auditgap.config import Flag, Frozen, Topic, build, merged
 from auditgap.errors import UsageError
 
@@ -54,6 +54,7 @@ def report(
     public: Annotated[
         bool, typer.Option("--public", help="Of an audit: a copy with aggregates alone besides.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write the tables and the HTML report of one or more run folders, or of an audit’s folder,
     anew."""
@@ -71,7 +72,7 @@ def report(
             options=whole.WholeOptions(allow_raw=allow_raw, public=public),
             out=path,
         )
-        say(f"Report: {path / 'report.html'}")
+        answer(as_json, f"Report: {path / 'report.html'}", report=str(path / "report.html"))
         return
     if public:
         raise UsageError("--public is for the folder of an `auditgap audit`; one folder, please.")
@@ -79,9 +80,15 @@ def report(
     for store in stores:
         reduce(store, allow_raw=allow_raw)
     path = page.write(stores, allow_raw=allow_raw, out=to)
-    if missing := sum(store.status().missing for store in stores):
-        say(f"{missing} of the planned cells are missing: they are not in the tables.")
-    say(f"Report: {within(to or stores[0].place, path.name)}")
+    missing = sum(store.status().missing for store in stores)
+    text = f"{missing} of the planned cells are missing: they are not in the tables.\n"
+    where = within(to or stores[0].place, path.name)
+    answer(
+        as_json,
+        f"{text if missing else ''}Report: {where}",
+        report=str(where),
+        missing=missing,
+    )
 
 
 class Regrading(Frozen):
@@ -197,6 +204,7 @@ def inspect(
     allow_raw: Annotated[
         bool, typer.Option("--allow-raw", help="Put prompts and completions into the log.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a run as a log of inspect_ai, which `inspect view` opens: a sample a prompt, our
     verdicts, rates and intervals."""
@@ -207,7 +215,7 @@ def inspect(
     name = f"{Path(store.place).name}.eval"
     write_log(store, to or store.path / name, subject=subject, allow_raw=allow_raw)
     store.publish()
-    say(f"Log: {to or store.at(name)}")
+    answer(as_json, f"Log: {to or store.at(name)}", log=str(to or store.at(name)))
 
 
 def export_edits(
@@ -218,6 +226,7 @@ def export_edits(
     subject: Annotated[
         str | None, typer.Option(help="Which subject, where the run has several.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a run's directions and δ as one safetensors file, which any tool opens; names and
     metadata say what they are."""
@@ -225,4 +234,9 @@ def export_edits(
     from auditgap.store import RunFolder
 
     names = export(RunFolder.load(folder), to, subject=subject)
-    say(f"{len(names)} tensors, {names[0]} to {names[-1]}.\nEdits: {to}")
+    answer(
+        as_json,
+        f"{len(names)} tensors, {names[0]} to {names[-1]}.\nEdits: {to}",
+        edits=str(to),
+        tensors=list(names),
+    )

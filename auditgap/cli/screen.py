@@ -59,6 +59,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, default=str, ensure_ascii=True))
 
 
+def answer(as_json: bool, text: str, **document: Any) -> None:
+    """The last word of a command: a text, or what it says as JSON."""
+    print_json(document) if as_json else say(text)
+
+
 def interval(value: Any, lo: Any, hi: Any) -> str:
     """An estimate with its interval, as far as there is one."""
     import pandas as pd
