@@ -604,6 +604,23 @@ def test_distance(auditgap, bench, tmp_path):
     assert (found["collapsed"].isna() == (found["unscored"] != "")).all()
 
 
+def test_what_was_harmful_unedited_is_counted_and_is_no_distance():
+    from auditgap.cli.show import _distances
+
+    def row(subject: str, i: int, distance: float | None, collapsed: bool | None) -> dict:
+        where = {"subject": subject, "site": "block1", "layer_index": 1, "unit": "rms"}
+        found = {"distance": distance, "collapsed": collapsed, "unscored": ""}
+        return {**where, "prompt_id": str(i), **found}
+
+    asked = [(0.0, True)] * 3 + [(0.02, True), (0.1, False), (None, None)]
+    table = [row("some", i, *what) for i, what in enumerate(asked)]
+    table += [row("none", i, 0.0, True) for i in range(2)]
+    some, none = _distances(pd.DataFrame(table))
+    assert some["median eps"] == "0.02" and some["collapsed"] == "1 of 3"
+    assert (some["harmful unedited"], some["could not tell"]) == (3, 1)
+    assert none["median eps"] == "none was safe" and none["harmful unedited"] == 2
+
+
 # -- as a process of its own
 # -------------------------------------------------------------------------------------------
 

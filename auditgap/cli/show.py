@@ -117,11 +117,11 @@ def _latent(store: RunFolder, name: str | None) -> None:
     if rows := list(_targeted(table[table["attack"] == "targeted"])):
         say("Targeted attack, with 95 % intervals (controls and flags: the report)")
         print_table(rows)
-    more = _latent_more(store)
-    if "distance" in more:
-        say("Minimum distance to collapse (Kaplan–Meier median)")
-        print_table(list(_distances(more["distance"])))
-    for gap in more["audit_gap"].itertuples():
+    distances = store.rows(["distance"])
+    if "distance" in distances.columns:
+        say("Minimum distance to collapse (Kaplan–Meier median of the prompts safe unedited)")
+        print_table(list(_distances(distances)))
+    for gap in _latent_more(store)["audit_gap"].itertuples():
         safe = interval(gap.safety, gap.safety_lo, gap.safety_hi)
         robust = interval(gap.robustness, gap.robustness_lo, gap.robustness_hi)
         say(
@@ -148,18 +148,34 @@ def _targeted(table: Any) -> Iterator[Document]:
         yield {**row, "n": r.n - r.n_unscored, "broken": r.n_broken}
 
 
-def _distances(table: Any) -> Iterator[Document]:
+def _distances(rows: pd.DataFrame) -> Iterator[Document]:
+    """The median over the prompts that were safe with no edit, and how many were not."""
     import pandas as pd
 
-    for r in table.itertuples():
-        # measured, and above everything that was tried
-        beyond = pd.isna(r.median) and r.n > r.n_unscored
+    from auditgap.report import tables
+    from auditgap.store.tables import groups_of
+
+    unedited = rows["collapsed"].eq(True).fillna(False) & rows["distance"].eq(0)
+    medians = {
+        (r.subject, r.site, r.unit): r for r in tables.distance_table(rows[~unedited]).itertuples()
+    }
+    for key, part in groups_of(rows.assign(unedited=unedited), ["subject", "site", "unit"]):
+        found: Any = medians.get(key)
+        n_unedited = int(part["unedited"].sum())
+        if found is None:
+            median, collapsed, unscored = "none was safe", "0 of 0", 0
+        else:
+            # measured, and above everything that was tried
+            beyond = pd.isna(found.median) and found.n > found.n_unscored
+            median = "not reached" if beyond else interval(found.median, found.lo, found.hi)
+            collapsed, unscored = f"{found.n_collapsed} of {found.n}", found.n_unscored
         yield {
-            "subject": r.subject,
-            "site": r.site,
-            "median eps": "not reached" if beyond else interval(r.median, r.lo, r.hi),
-            "collapsed": f"{r.n_collapsed} of {r.n}",
-            "could not tell": r.n_unscored,
+            "subject": key[0],
+            "site": key[1],
+            "median eps": median,
+            "collapsed": collapsed,
+            "harmful unedited": n_unedited,
+            "could not tell": unscored,
         }
 
 
