@@ -185,7 +185,10 @@ def status(
         f" {running}{left}."
     )
     if now.corrupt:
-        say(f"{now.corrupt} files are damaged; the same command again computes their cells.")
+        say(
+            f"{now.corrupt} damaged files: the same command sets them aside (*.corrupt) and computes"
+            " their cells again."
+        )
     for key, cause in failures.items():
         say(f"  {key}: {cause}")
 

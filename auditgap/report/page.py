@@ -551,7 +551,7 @@ def _provenance(report: ReportData) -> list[tuple[str, str]]:
             )
         )
         if status["corrupt"]:
-            pairs.append(("damaged files, not read", str(status["corrupt"])))
+            pairs.append(("damaged files", str(status["corrupt"])))
     return pairs
 
 

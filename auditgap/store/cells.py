@@ -108,7 +108,8 @@ class CellFiles:
 
     def entry(self, key: str) -> Entry | None:
         """What counts of a cell, as far as it is known."""
-        return max(self._entries.get(key, ()), key=lambda entry: entry.rank, default=None)
+        found = self._entries.get(key, [])
+        return found[0] if len(found) == 1 else max(found, key=lambda e: e.rank, default=None)
 
     def entries(self) -> dict[str, Entry]:
         """The same of all cells, by key, sorted."""

@@ -74,8 +74,8 @@ def test_a_sweep_on_a_disk_that_fills_up_stops_in_a_sentence_and_goes_on_when_th
     kept = {record["key"]: record for record in RunFolder.load(out).records()}
     assert [kept[record["key"]] for record in before] == before, "as they were first written"
     begun = toys.counts(log)
-    assert begun.pop("made") == 2 and sorted(begun.values()) == [1] * 11 + [2], (
-        "one cell was begun twice: the one that failed"
+    assert begun.pop("made") == 2 and sorted(begun.values()) in ([1] * 11 + [2], [1] * 12), (
+        "one cell at most was begun twice: the one that failed, unless it was the joining"
     )
 
 
