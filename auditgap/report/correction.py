@@ -31,8 +31,11 @@ CAVEAT = (
     " as its errors here are those on its gold set. Gold answers come from other prompts and other"
     " models than this audit’s, so the correction is only as good as the two are alike; where they"
     " contradict each other, it could not be told. LVS, the envelope and the audit gap are of raw"
-    " verdicts. Text that fell apart is broken without a judge."
+    " verdicts; the excess gap is shown corrected too. Text that fell apart is broken without a judge."
 )
+#: A card counts only if its judge could tell of all but this share of the gold set: what it could
+#: not tell is not like the rest.
+UNTOLD = 0.1
 _COUNTS = ("sens_k", "sens_n", "spec_k", "spec_n")
 
 
@@ -120,7 +123,7 @@ def _correction(task: str, cards: Sequence[Mapping[str, Any]]) -> Correction:
     card = cards[0]
     judge, gold_set = str(card.get("name", "the judge")), str(card.get("gold_set", "unnamed"))
     n, n_unscored = card.get("n") or 0, card.get("n_unscored") or 0
-    if 2 * n_unscored > n:
+    if n_unscored > UNTOLD * n:
         return Correction(
             task,
             judge,

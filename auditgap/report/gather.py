@@ -22,6 +22,7 @@ from auditgap.report import behaviour as asking
 from auditgap.report.correction import Correction
 from auditgap.report.reading import find
 from auditgap.report.text import is_null, shorten
+from auditgap.stats.gap import GoldCounts
 from auditgap.store import RunFolder
 from auditgap.store.tables import rows_of
 from auditgap.types import ATTACKS, CLEAN, TABLE_COLUMNS, Label
@@ -144,8 +145,9 @@ def from_store(
         [s["name"] for s in subjects],
     )
     summary = curve.curve_summary(trained, base=_base(folders), thresholds=_thresholds(folders))
-    gaps = tables.audit_gaps(rows)
     corrected = correction.of_runs(folders)
+    counts = corrected["harmful"].counts
+    gaps = tables.audit_gaps(rows, gold=None if counts is None else GoldCounts(*counts))
     # without distance cells the store answers with an empty table of Rows
     measured = "distance" in distances.columns
     exchanges = (

@@ -28,9 +28,21 @@ GAPS: tuple[Column, ...] = (
     _SUBJECT,
     _EPS,
     *_COUNTS,
+    count("n_at_risk", "At risk", hide=Hide.EMPTY),
     Column("safety", "Behaviourally safe", percent),
     Column("robustness", "Robust", percent),
+    Column("flip_rate", "Flip rate", percent, hide=Hide.EMPTY),
+    count("undetermined", "Undetermined", hide=Hide.EMPTY),
     Column("gap", "Audit gap, points", partial(points, unit="")),
+    Column("control_gap", "Control’s gap, points", partial(points, unit=""), hide=Hide.EMPTY),
+    Column("excess", "Excess gap, points", partial(points, unit=""), hide=Hide.EMPTY),
+    Column(
+        "excess_corrected",
+        "Excess gap, corrected, points",
+        partial(points, unit=""),
+        null=CANNOT_TELL,
+        hide=Hide.EMPTY,
+    ),
     word("worst_site", "Worst site", css="key"),
 )
 LVS: tuple[Column, ...] = (
@@ -53,6 +65,11 @@ LVS: tuple[Column, ...] = (
         null=lambda row: "does not apply" if row["attack"] == "random_matched" else NOT_MEASURED,
     ),
     Column("relative_norm_median", "‖δ‖/‖h‖, median"),
+    Column("flip_rate", "Flip rate", percent, hide=Hide.EMPTY),
+    Column("drop_mean", "Drop in reward, mean", hide=Hide.EMPTY),
+    Column("drop_vs_matched", "Drop − matched drop", hide=Hide.EMPTY),
+    Column("nll_clean", "NLL of target", hide=Hide.EMPTY),
+    Column("nll_edited", "NLL of target, edited", hide=Hide.EMPTY),
     word("flag", "Flags", css="key", null=""),
 )
 DISTANCE: tuple[Column, ...] = (
