@@ -72,13 +72,6 @@ MUTANTS = (
         "tests/test_stats.py",
     ),
     Mutant(
-        "kaplan_meier_censoring",
-        "stats/vulnerability.py",
-        "right_censored(time, ~event)",
-        "right_censored(time, ~(event | True))",
-        "tests/test_stats.py",
-    ),
-    Mutant(
         "rogan_gladen_sign",
         "stats/intervals.py",
         "(k / judged + sp - 1) / (se + sp - 1)",
@@ -91,13 +84,6 @@ MUTANTS = (
         "if n == 0 or j.lo is None or j.lo <= 0:",
         "if n == 0 or j.lo is None:",
         "tests/test_stats.py",
-    ),
-    Mutant(
-        "gap_paired_prompts",
-        "report/tables.py",
-        "_harmful(verdicts[subject].reindex(envelope.index))",
-        "_harmful(verdicts[subject].sort_index()[: len(envelope)])",
-        "tests/report/test_tables.py",
     ),
     # -- the attack
     Mutant(
@@ -184,13 +170,6 @@ MUTANTS = (
         "store/scratch.py",
         "return arrays if stored == _checksum(arrays) else None",
         "return arrays",
-        "tests/test_store.py tests/faults/test_torn.py",
-    ),
-    Mutant(
-        "torn_cell_is_whole",
-        "store/folder.py",
-        '        if state == "torn":\n            files.set_aside(self._cell(key))\n        return state == "done"',
-        '        return state in ("done", "torn")',
         "tests/test_store.py tests/faults/test_torn.py",
     ),
     Mutant(
