@@ -7,7 +7,7 @@ Start it with deepspeed, accelerate launch, torchrun or plain python.
 """
 
 from auditgap.audits.probe.config import read_monitor_config
-from auditgap.audits.probe.run import fit_monitor
+from auditgap.audits.probe.monitor import fit_monitor
 from auditgap.training import ranks
 from auditgap.training.launch import launch
 

@@ -193,7 +193,7 @@ import sys
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[0] in {names} else find(name, *rest))
-import auditgap.cli, auditgap.audits.latent, auditgap.audits.probe.run, auditgap.training.objective
+import auditgap.cli, auditgap.audits.latent.worker, auditgap.audits.probe.monitor, auditgap.training.objective
 import auditgap.sweep, auditgap.report.page, auditgap.judges
 missing = sorted(m for m in sys.modules if m.split(".")[0] in {names})
 if missing:

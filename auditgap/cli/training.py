@@ -110,7 +110,7 @@ def harmful_sft(asked: Asked) -> None:
 )
 def monitor(asked: Asked) -> None:
     quiet()
-    from auditgap.audits.probe.run import fit_monitor
+    from auditgap.audits.probe.monitor import fit_monitor
 
     show_monitor(fit_monitor(*read_monitor_config(asked.file, asked.flags)), asked.as_json)
 

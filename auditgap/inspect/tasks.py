@@ -27,7 +27,7 @@ import anyio
 import numpy as np
 from rich.markup import escape
 
-from auditgap.audits.behaviour import Answers, grade
+from auditgap.audits.behaviour.measure import Answers, grade
 from auditgap.data import load_prompts
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.inspect import MISSING, VERDICT, values

@@ -398,7 +398,7 @@ def test_memory_is_said_of_a_device(home, monkeypatch):
     monkeypatch.setattr("auditgap.audits.latent.plan.matmul_rate", lambda *_: 1e12)
     asked = {**VALUES, "models": str(home / "model"), "prompts": str(home / "prompts.txt")}
     config, options = latent.read_config(None, asked)
-    config, plan = latent.prepare(config, options)
+    plan = latent.prepare(config, options)
     two = options.model_copy(update={"shard": "layers:2"})
     on_cpu, on_gpus = (
         [latent.estimate(plan, device, o).memory_bytes for o in (options, two)]

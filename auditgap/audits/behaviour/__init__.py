@@ -17,6 +17,6 @@ __getattr__ = exports(
         "measure": ("Answers", "Measured", "grade", "speak"),
         "plan": ("ATTACK", "prepare"),
         "rows": ("BehaviourRow", "Rates", "rates"),
-        "run": ("lost", "reduce", "unscored_share"),
+        "audit": ("lost", "unscored_share"),
     },
 )

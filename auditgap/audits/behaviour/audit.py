@@ -63,7 +63,7 @@ class Behaviour(Audit[BehaviourConfig, BehaviourOptions, "BehaviourPlan"]):
     def prepare(self, config: BehaviourConfig, options: BehaviourOptions) -> BehaviourPlan:
         from auditgap.audits.behaviour.plan import prepare
 
-        return prepare(config, options)[1]
+        return prepare(config, options)
 
     def estimate(self, plan: BehaviourPlan, options: BehaviourOptions) -> Document:
         asked = {"prompts": len(plan.suite), "judge": plan.config.judge}
@@ -114,3 +114,23 @@ class Behaviour(Audit[BehaviourConfig, BehaviourOptions, "BehaviourPlan"]):
 
 
 BEHAVIOUR = Behaviour()
+
+
+def lost(store: RunFolder) -> tuple[float, str]:
+    """The share of prompts that no subject's answer could be had to, whatever the judge, and the
+    commonest reason."""
+    rows = store.rows(["behaviour"])
+    if not len(rows):
+        return 0.0, ""
+    never = rows[rows["refused"].isna()]
+    return len(never) / len(rows), "" if never.empty else str(never["unscored"].mode()[0])
+
+
+def unscored_share(store: RunFolder) -> float | None:
+    """The share of answers that the judge gave no verdict on; what was never said is not the
+    judge's. None: no answers."""
+    rows = store.rows(["behaviour"])
+    if not len(rows):
+        return None
+    said = rows[rows["refused"].notna()]
+    return float(said["complied"].isna().mean()) if len(said) else None

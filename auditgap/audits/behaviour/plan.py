@@ -1,7 +1,7 @@
 """From the question to cells: one a (subject, source, kind), all of a subject's in one group, so
 that it is loaded once.
 
-    config, plan = prepare(config, options)
+    plan = prepare(config, options)
     plan.cells[0].settings["source"]        # 'harmbench'
 """
 
@@ -50,10 +50,8 @@ class BehaviourPlan(Plan):
         return self.portions[cell.settings["source"], cell.settings["kind"]]
 
 
-def prepare(
-    config: BehaviourConfig, options: BehaviourOptions
-) -> tuple[BehaviourConfig, BehaviourPlan]:
-    """The config with `auto` resolved for this machine, and its plan. Loads no weights.
+def prepare(config: BehaviourConfig, options: BehaviourOptions) -> BehaviourPlan:
+    """The plan of the config, with `auto` resolved for this machine. Loads no weights.
 
     Raises UsageError or Refused; also where a subject was trained on prompts of the suite, unless
     that is allowed.
@@ -98,7 +96,7 @@ def prepare(
         )
         # each is answered and judged
         groups.append(Group(subject.name, cells, work=2.0 * len(suite)))
-    return config, BehaviourPlan(
+    return BehaviourPlan(
         config, suite, portions, tuple(subjects), outlines, tuple(groups), scorers, overlaps
     )
 

@@ -15,9 +15,8 @@ __getattr__ = exports(
     __name__,
     {
         "config": ("InterveneConfig", "InterveneOptions", "read_config"),
-        "plan": ("IntervenePlan", "estimate", "make_plan"),
+        "plan": ("IntervenePlan", "estimate", "make_plan", "prepare"),
         "rows": ("InterveneRow",),
-        "run": ("prepare", "reduce"),
         "worker": ("InterveneWorker",),
     },
 )

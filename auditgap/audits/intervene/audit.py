@@ -62,9 +62,9 @@ class Intervene(Audit[InterveneConfig, InterveneOptions, "IntervenePlan"]):
         return f"runs/interventions-{files.folder_name(config.models[0])}"
 
     def prepare(self, config: InterveneConfig, options: InterveneOptions) -> IntervenePlan:
-        from auditgap.audits.intervene.run import prepare
+        from auditgap.audits.intervene.plan import prepare
 
-        return prepare(config, options)[1]
+        return prepare(config, options)
 
     def estimate(self, plan: IntervenePlan, options: InterveneOptions) -> Document:
         from auditgap.audits.intervene.plan import estimate
@@ -93,9 +93,28 @@ class Intervene(Audit[InterveneConfig, InterveneOptions, "IntervenePlan"]):
         }
 
     def facts(self, plan: IntervenePlan, options: InterveneOptions) -> Document:
-        from auditgap.audits.intervene.run import facts
+        from auditgap.judges.card_cache import cards_of
+        from auditgap.models.provenance import provenance
 
-        return facts(plan, options)
+        halves = plan.halves
+        sets = {
+            "prompts": (halves.prompts, halves.fit),
+            "control_prompts": (halves.controls, halves.contrast),
+        }
+        prompts = {
+            what: {"name": s.name, "n": len(s), "n_fit": len(fit), **s.provenance}
+            for what, (s, fit) in sets.items()
+        }
+        return {
+            **provenance(
+                [*plan.outlines, *([plan.base] if plan.base else [])], dtype=plan.config.dtype
+            ),
+            "prompts": prompts,
+            "warnings": [],
+            "judge_cards": cards_of(
+                plan.config.judge, device=options.device, serving=options.judge_serving
+            ),
+        }
 
     def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
         from auditgap.audits.intervene.plan import ATTACK

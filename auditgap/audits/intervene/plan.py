@@ -15,9 +15,9 @@ from typing import Any
 from auditgap import models
 from auditgap.audits.audit import Plan
 from auditgap.audits.intervene.audit import InterveneCell
-from auditgap.audits.intervene.config import InterveneConfig
+from auditgap.audits.intervene.config import InterveneConfig, InterveneOptions
 from auditgap.audits.latent.plan import matmul_rate
-from auditgap.audits.planning import outlines_of, scorers_of, settings_of
+from auditgap.audits.planning import outlines_of, scorers_of, settings_of, with_dtype
 from auditgap.data import PromptSet, dedup_key, load_prompts
 from auditgap.engines import Serving
 from auditgap.errors import UsageError
@@ -110,6 +110,12 @@ class IntervenePlan(Plan):
             trials[c.settings["intervention"]] * asked for g in self.groups for c in g.cells
         )
         return edited + len(self.clean) * (asked + len(self.halves.donors))
+
+
+def prepare(config: InterveneConfig, options: InterveneOptions) -> IntervenePlan:
+    """The plan of the config, with `auto` resolved for this machine. Loads no weights."""
+    config = with_dtype(config, options.device)
+    return make_plan(config, device=options.device, judge_serving=options.judge_serving)
 
 
 def make_plan(

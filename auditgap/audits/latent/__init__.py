@@ -13,8 +13,15 @@ __getattr__ = exports(
     __name__,
     {
         "config": ("LatentConfig", "RunOptions", "read_config"),
-        "plan": ("DISTANCE", "Estimate", "LatentPlan", "available_memory", "estimate", "make_plan"),
-        "run": ("prepare", "reduce"),
+        "plan": (
+            "prepare",
+            "DISTANCE",
+            "Estimate",
+            "LatentPlan",
+            "available_memory",
+            "estimate",
+            "make_plan",
+        ),
         "worker": ("LatentWorker",),
     },
 )

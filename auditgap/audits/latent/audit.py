@@ -58,9 +58,9 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
             needs_disk(options.out, "A latent audit that keeps its edits")
 
     def prepare(self, config: LatentConfig, options: RunOptions) -> LatentPlan:
-        from auditgap.audits.latent.run import prepare
+        from auditgap.audits.latent.plan import prepare
 
-        return prepare(config, options)[1]
+        return prepare(config, options)
 
     def estimate(self, plan: LatentPlan, options: RunOptions) -> Document:
         from auditgap.audits.latent.plan import estimate
@@ -84,14 +84,28 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
         return partial(LatentWorker, plan.config, options, str(store.place))
 
     def identity(self, plan: LatentPlan) -> Document:
-        from auditgap.audits.latent.run import identity
-
-        return identity(plan)
+        return {
+            **super().identity(plan),
+            "prompt_set": plan.prompts.digest,
+            "scorers": plan.scorers,
+        }
 
     def facts(self, plan: LatentPlan, options: RunOptions) -> Document:
-        from auditgap.audits.latent.run import facts
+        from auditgap.judges.card_cache import cards_of
 
-        return facts(plan, options)
+        rounded = (
+            "δ is added in fp32 and the sum rounded to the model's dtype; effective norms are in the"
+            " rows."
+        )
+        prompts, config = plan.prompts, plan.config
+        return {
+            **super().facts(plan, options),
+            "prompts": {"name": prompts.name, "n": len(prompts), **prompts.provenance},
+            "judge_cards": cards_of(
+                config.judge, device=options.device, serving=options.judge_serving
+            ),
+            "warnings": [] if config.dtype == "float32" else [rounded],
+        }
 
     def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
         from auditgap.report import correction, tables

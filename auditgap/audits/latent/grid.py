@@ -34,8 +34,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from auditgap.audits.grading import safe_name
 from auditgap.audits.latent.audit import LATENT
 from auditgap.audits.latent.config import LatentConfig, RunOptions
-from auditgap.audits.latent.plan import Estimate, LatentPlan, estimate
-from auditgap.audits.latent.run import prepare
+from auditgap.audits.latent.plan import Estimate, LatentPlan, estimate, prepare
 from auditgap.audits.latent.worker import LatentWorker
 from auditgap.audits.sweeps import run_passes
 from auditgap.config import Frozen, build, listed, merged
@@ -205,7 +204,8 @@ def make_grid(
     cases = []
     known: dict[tuple[Any, ...], Any] = {}
     for asked, gpus in configs:
-        config, plan = prepare(asked, options, known)
+        plan = prepare(asked, options, known)
+        config = plan.config
         name = f"{safe_name(plan.prompts.name)}-{config.unit}-{config.dtype}-{digest(config.model_dump(mode='json'), 8)}"
         cases.append(Case(name, config, plan, gpus))
     attacked = {

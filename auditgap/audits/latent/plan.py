@@ -20,9 +20,10 @@ import torch
 from auditgap import models
 from auditgap.audits.audit import Plan
 from auditgap.audits.latent.config import LatentConfig, RunOptions
-from auditgap.audits.planning import outlines_of, settings_of
+from auditgap.audits.planning import outlines_of, settings_of, with_dtype
 from auditgap.data import PromptSet, load_prompts
 from auditgap.engines import Serving
+from auditgap.errors import UsageError
 from auditgap.judges import load_judge, load_reward
 from auditgap.judges.coherence import Thresholds
 from auditgap.sweep import Group
@@ -69,6 +70,47 @@ class LatentPlan(Plan):
         return tuple(
             Group(name, tuple(c for g in groups for c in g.cells), work=sum(g.work for g in groups))
             for name, groups in joined.items()
+        )
+
+
+def prepare(
+    config: LatentConfig, options: RunOptions, known: dict[tuple[Any, ...], Any] | None = None
+) -> LatentPlan:
+    """The plan of the config, with `auto` resolved for this machine (`known`: see `make_plan`). Loads
+    no weights."""
+    config = with_dtype(config, options.device)
+    plan = make_plan(
+        config,
+        device=options.device,
+        judge_serving=options.judge_serving,
+        known=known,
+        joined=options.engine == "vllm",
+    )
+    for outline in plan.outlines:
+        _check_shard(outline, config, options)
+    return plan
+
+
+def _check_shard(outline: models.Outline, config: LatentConfig, options: RunOptions) -> None:
+    """Raises UsageError when the subject cannot lie over devices as asked: now, and not when a
+    worker has begun."""
+    shard, device = options.shard_of(outline.subject.name), models.pick_device(options.device)
+    shard.check(outline)
+    if shard.kind != "whole" and config.compile:
+        raise UsageError(
+            f"--compile is for whole models, and {outline.subject.name} has --shard {shard}; leave"
+            " one of them out."
+        )
+    if options.executor == "local":
+        shard.check_devices(device)
+    elif (
+        shard.kind != "whole"
+        and device.startswith("cuda")
+        and options.gpus_of(outline.subject.name, device) < shard.n
+    ):
+        raise UsageError(
+            f"--shard {shard} wants {shard.n} GPUs a worker, and gpus_per_worker is"
+            f" {options.gpus_per_worker:g}; leave it out."
         )
 
 

@@ -21,6 +21,7 @@ __getattr__ = exports(
             "read_monitor_config",
         ),
         "rows": ("ProbeRow",),
-        "run": ("ProbePlan", "fit_monitor", "make_plan", "prepare", "reduce"),
+        "monitor": ("fit_monitor",),
+        "plan": ("ProbePlan", "make_plan"),
     },
 )

@@ -17,7 +17,7 @@ from auditgap.types import Cell, Document
 if TYPE_CHECKING:
     import pandas as pd
 
-    from auditgap.audits.probe.run import ProbePlan
+    from auditgap.audits.probe.plan import ProbePlan
     from auditgap.store import RunFolder
     from auditgap.sweep import Worker
 
@@ -54,9 +54,11 @@ class Probe(Audit[ProbeConfig, ProbeOptions, "ProbePlan"]):
         return f"runs/probe-{files.folder_name(config.base)}"
 
     def prepare(self, config: ProbeConfig, options: ProbeOptions) -> ProbePlan:
-        from auditgap.audits.probe.run import prepare
+        from auditgap.audits.planning import with_dtype
+        from auditgap.audits.probe.plan import make_plan
 
-        return prepare(config, options)[1]
+        config = with_dtype(config, options.device)
+        return make_plan(config, allow_overlap=options.allow_overlap)
 
     def estimate(self, plan: ProbePlan, options: ProbeOptions) -> Document:
         prompts = len({example.group for example in plan.examples})
@@ -80,7 +82,7 @@ class Probe(Audit[ProbeConfig, ProbeOptions, "ProbePlan"]):
         return partial(ProbeWorker, plan, options, store)
 
     def begin(self, plan: ProbePlan, store: RunFolder) -> None:
-        from auditgap.audits.probe.run import LEDGER
+        from auditgap.audits.probe.plan import LEDGER
 
         plan.ledger.save(store.path / LEDGER)
 
@@ -91,7 +93,7 @@ class Probe(Audit[ProbeConfig, ProbeOptions, "ProbePlan"]):
         }
 
     def facts(self, plan: ProbePlan, options: ProbeOptions) -> Document:
-        from auditgap.audits.probe.run import facts
+        from auditgap.audits.probe.plan import facts
 
         return facts(plan)
 

@@ -40,7 +40,7 @@ from auditgap.sweep import Group
 from auditgap.types import digest
 
 if TYPE_CHECKING:
-    from auditgap.audits.probe.run import ProbePlan
+    from auditgap.audits.probe.plan import ProbePlan
 
 Tick = Callable[[float], None]
 

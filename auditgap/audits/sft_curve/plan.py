@@ -1,7 +1,7 @@
 """From the question to cells: one a (subject, seed), each the whole of a training run with its
 evaluations.
 
-    config, plan = prepare(config, options)
+    plan = prepare(config, options)
     # one group a cell: a model is trained once from its own weights, and then is another model
     plan.groups
 """
@@ -65,8 +65,8 @@ class CurvePlan(Plan):
 
 def prepare(
     config: SFTCurveConfig, options: SFTCurveOptions, *, facts: Mapping[str, Any] | None = None
-) -> tuple[SFTCurveConfig, CurvePlan]:
-    """The config with `auto` resolved for this machine, and its plan. Loads no weights.
+) -> CurvePlan:
+    """The plan of the config, with `auto` resolved for this machine. Loads no weights.
 
     Raises UsageError or Refused for a model, prompt set or judge that cannot serve, and UsageError
     when two of the models have the same weights: a subject that is its own base would show a
@@ -102,4 +102,4 @@ def prepare(
                 {**settings, "seed": seed},
             )
             groups.append(Group(str(cell), (cell,), work=float(len(config.evaluations))))
-    return config, CurvePlan(config, sets, outlines, tuple(groups), scorers, facts)
+    return CurvePlan(config, sets, outlines, tuple(groups), scorers, facts)

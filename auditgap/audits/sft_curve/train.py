@@ -68,7 +68,7 @@ def prepare(config: SFTCurveConfig, options: SFTCurveOptions) -> CurvePlan:
         ledger.use("evaluation", prompts)
     ledger.check(allow_overlap=config.allow_overlap)
     facts = {"rows": digest([row.id for row in rows])}
-    return replace(planning.prepare(config, options, facts=facts)[1], ledger=ledger)
+    return replace(planning.prepare(config, options, facts=facts), ledger=ledger)
 
 
 @dataclass(frozen=True)

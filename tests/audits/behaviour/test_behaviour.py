@@ -298,7 +298,7 @@ def test_a_smaller_window_is_another_question(folder):
             "device": "cpu",
             **more,
         }
-        return {c.key for c in behaviour.prepare(*behaviour.read_config(None, values))[1].cells}
+        return {c.key for c in behaviour.prepare(*behaviour.read_config(None, values)).cells}
 
     assert keys() == keys(batch_tokens=64, gpu_memory=0.5) and not keys() & keys(max_model_len=64)
 

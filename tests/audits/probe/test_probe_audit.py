@@ -18,7 +18,7 @@ from auditgap.audits import probe as audit
 from auditgap.audits.audit import run as run_audit
 from auditgap.audits.probe import rows as rows_of
 from auditgap.audits.probe.audit import PROBE
-from auditgap.audits.probe.run import LEDGER
+from auditgap.audits.probe.plan import LEDGER
 from auditgap.data.ledger import LeakageLedger
 from auditgap.errors import UsageError
 from auditgap.probes.features import extract
@@ -368,7 +368,7 @@ def test_the_construction_monitor_and_its_card(world, tmp_path, monkeypatch):
     ) == {"text", "length", "shuffled"}
     assert any("words alone" in warning for warning in card["warnings"])
     assert seen[-1] == ("fit", 4, 4) and ("features", 2 * N, 2 * N) in seen
-    monkeypatch.setattr(importlib.import_module("auditgap.audits.probe.run"), "fit", None)
+    monkeypatch.setattr(importlib.import_module("auditgap.audits.probe.monitor"), "fit", None)
     before = path.stat().st_mtime_ns
     assert (
         audit.fit_monitor(*ask_monitor(world, tmp_path / "m")) == path

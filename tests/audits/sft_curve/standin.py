@@ -85,7 +85,7 @@ class Curve(SFTCurve):
         self.train = train
 
     def prepare(self, config: Any, options: Any) -> planning.CurvePlan:
-        return planning.prepare(config, options)[1]
+        return planning.prepare(config, options)
 
     def curve_worker(self, plan: Any, options: Any, store: Any, folder: Path) -> Any:
         return worker.CurveWorker(plan, options, self.train, store)

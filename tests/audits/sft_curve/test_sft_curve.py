@@ -263,10 +263,8 @@ def test_the_recipe_is_part_of_the_key(home):
         {"method": "lora"},
         {"judge": "keyword"},
     ):
-        _, plan = planning.prepare(*standin.config(home, "keys", **changes))
+        plan = planning.prepare(*standin.config(home, "keys", **changes))
         keys |= {cell.key for cell in plan.cells}
     config, options = standin.config(home, "keys")
-    keys |= {
-        cell.key for cell in planning.prepare(config, options, facts={"rows": "51f0"})[1].cells
-    }
+    keys |= {cell.key for cell in planning.prepare(config, options, facts={"rows": "51f0"}).cells}
     assert len(keys) == 7 * 4
