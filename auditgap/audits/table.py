@@ -47,10 +47,11 @@ class _Audits(Mapping[str, Audit[Any, Any, Any]]):
         return _opened(name, _places()[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_places())
+        """Those that can be used; another package's that fails is named when it is asked for."""
+        return (name for name in _places() if name in _OURS or _opens(name))
 
     def __len__(self) -> int:
-        return len(_places())
+        return sum(1 for _ in self)
 
 
 @cache
@@ -72,6 +73,13 @@ def _opened(name: str, place: str) -> Audit[Any, Any, Any]:
             f"The entry point {name!r} of {GROUP} names {place}, which is no Audit with that name."
         )
     return audit
+
+
+def _opens(name: str) -> bool:
+    try:
+        return bool(AUDITS[name])
+    except UsageError:
+        return False
 
 
 AUDITS: Mapping[str, Audit[Any, Any, Any]] = _Audits()

@@ -201,8 +201,18 @@ def test_what_it_cannot_do_is_refused_in_one_place(world, tmp_path, monkeypatch)
 
 
 def test_an_entry_point_that_gives_no_audit_is_a_sentence(world, monkeypatch):
-    (world / "site" / "auditgap_lengths.py").touch()
-    monkeypatch.setitem(table._OURS, "nothing", "auditgap_lengths:time")
+    about = world / "site" / "broken-0.1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 0.1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[auditgap.audits]\nnothing = auditgap_lengths:time\nabsent = not_there:AUDIT\n"
+    )
     table._places.cache_clear()
-    with pytest.raises(UsageError, match="no Audit with that name"):
-        AUDITS["nothing"]
+    try:
+        assert list(AUDITS)[-1] == "lengths", "the command line goes on without them"
+        with pytest.raises(UsageError, match="no Audit with that name"):
+            AUDITS["nothing"]
+        with pytest.raises(UsageError, match="cannot be imported from not_there"):
+            AUDITS["absent"]
+    finally:
+        shutil.rmtree(about)
