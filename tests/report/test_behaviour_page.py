@@ -629,7 +629,7 @@ def test_the_summary_of_a_latent_audit_has_the_corrected_asr_where_there_is_one(
 ):
     from rich.console import Console
 
-    from auditgap.audits.latent.run import reduce
+    from auditgap.audits.latent.audit import LATENT
     from auditgap.cli import screen
 
     card = {"name": "tfidf", "task": "harmful", "gold_set": "vault", "errors": errors}
@@ -643,7 +643,7 @@ def test_the_summary_of_a_latent_audit_has_the_corrected_asr_where_there_is_one(
         info={"judge_cards": [card]},
         config={"audit": "latent"},
     )
-    reduce(store)
+    LATENT.reduce(store)
     console = Console(width=120, record=True, file=io.StringIO(), highlight=False)
     monkeypatch.setattr(screen, "out", console)
     terminal.show(AUDITS["latent"], store)
