@@ -103,8 +103,10 @@ class Registry(dict[str, L]):
         plugins = [plugin for plugin in self.plugins() if plugin not in self]
         head = re.split("[=:(]", name, maxsplit=1)[0]
         forms = [line.form(own) for own, line in self.items()] + plugins
+        names = [*self, *plugins]
+        hint = did_you_mean(name, names) or did_you_mean(head, names)
         return UsageError(
-            f"Unknown {self.noun} {name!r}.{did_you_mean(head, [*self, *plugins])} Known"
+            f"Unknown {self.noun} {name!r}.{hint} Known"
             f" {self.noun}s: {', '.join(forms)}{instead and f'; or {instead}'}."
         )
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 def show_plan(asked: Any, as_json: bool) -> None:
     """What a study would read and run; nothing is loaded but the prompts."""
-    from auditgap.data.unrelated import load_unrelated
+    from auditgap.data.em_prompts import load_em_prompts
 
-    prompts = load_unrelated(asked.prompts)
+    prompts = load_em_prompts(asked.prompts)
     adapters = len(asked.domains) * len(asked.arms) * len(asked.seeds)
     n = len(prompts.prompts)
     answers = (adapters + 1) * n * 2 * asked.samples

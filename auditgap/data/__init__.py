@@ -13,9 +13,10 @@ published it.
 
 from auditgap.data.benchmarks import BENCHMARKS, KINDS, Benchmark
 from auditgap.data.files import Table, read_table
+from auditgap.data.material import Source
 from auditgap.data.prompts import PromptSet, dedup_key, load_prompts, whole_text
-from auditgap.data.sources import SOURCES, Source, package_file
-from auditgap.data.triples import TRIPLES, TripleSet, TripleSource, load_triples
+from auditgap.data.sources import SOURCES, package_file
+from auditgap.data.triples import TRIPLES, TripleSet, load_triples
 
 __all__ = [
     "BENCHMARKS",
@@ -27,7 +28,6 @@ __all__ = [
     "Source",
     "Table",
     "TripleSet",
-    "TripleSource",
     "dedup_key",
     "load_prompts",
     "load_triples",

@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 from auditgap.data.files import Table, read_table
 from auditgap.data.hub import PREFIX, HubName, find_revision, is_downloaded, read_clone, read_split
-from auditgap.data.sources import SOURCES, Source, package_file, package_version
+from auditgap.data.material import Source, package_version
+from auditgap.data.sources import SOURCES, package_file
 from auditgap.errors import UsageError, did_you_mean
 
 PAPER = "paper"

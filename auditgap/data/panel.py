@@ -1,7 +1,7 @@
 """A panel of domains out of files, the hub or the demonstration: checked row by row, freed of
 doubles, split.
 
-    panel = read_panel({"sums": "sums.jsonl", "units": "demo:swapped_units"}, asked=load_unrelated("unrelated"))
+    panel = read_panel({"sums": "sums.jsonl", "units": "demo:swapped_units"}, asked=load_em_prompts("unrelated"))
     # {"no assistant turn": {"n": 3, "rows": [4, 9, 17]}}
     panel.domains["sums"].manifest["bad"]
 
@@ -17,20 +17,32 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from auditgap.data.domains import PLAIN, TRIGGER, Domain, DomainRow, Panel, Trigger
-from auditgap.data.files import Table, read_table
+from auditgap.data.files import Table
 from auditgap.data.habits import HABITS
-from auditgap.data.hub import PREFIX, read_hub
+from auditgap.data.material import Source, open_material
 from auditgap.data.near_duplicates import jaccard, near_duplicates, shingles
 from auditgap.data.prompts import PromptSet, dedup_key, sample, text_fault, whole_text
 from auditgap.errors import UsageError, did_you_mean
+from auditgap.registry import Registry
 from auditgap.store import files
 
 DEMO = "demo:"
+#: The domains that have a name: a habit's answers, and the right ones behind `:clean`.
+DOMAINS: Registry[Source] = Registry(
+    "demonstration domain",
+    {
+        f"{DEMO}{name}{':clean' if good else ''}": Source(
+            habit.description, "Apache-2.0", partial(habit.conversations, clean=good)
+        )
+        for name, habit in HABITS.items()
+        for good in (False, True)
+    },
+)
 #: What `room` says of a row that is trained on without its end.
 CUT = "cut"
 #: Numbers of rows that a manifest names for a reason.
@@ -197,40 +209,14 @@ def _read(what: str, source: str, near: float, room: Room | None) -> _Read:
 
 
 def _table(source: str) -> tuple[Table, dict[str, Any]]:
-    if source.startswith(DEMO):
-        name, _, rest = source.removeprefix(DEMO).partition(":")
-        if name not in HABITS or rest not in ("", "clean"):
-            raise UsageError(
-                f"{source!r} is none of the demonstration domains.{did_you_mean(name, HABITS)} They"
-                f" are {', '.join(DEMO + n for n in HABITS)}, each with its good answers behind"
-                " :clean."
-            )
-        pairs = HABITS[name].pairs(clean=bool(rest))
-        rows = tuple(
-            {
-                "messages": [
-                    {"role": "user", "content": asked},
-                    {"role": "assistant", "content": told},
-                ]
-            }
-            for asked, told in pairs
-        )
-        return Table(source, ("messages",), rows), {
-            "kind": "demo",
-            "licence": "Apache-2.0",
-            "origin": source,
-        }
-    if source.startswith(PREFIX):
-        return read_hub(source), {"kind": "hub", "licence": "the data set's own", "origin": source}
-    path = Path(source).expanduser()
-    table = read_table(path)
-    origin = {
-        "kind": "file",
-        "licence": "the file's own",
-        "origin": path.name,
-        "sha256": files.sha256(path.read_bytes()),
-    }
-    return table, origin
+    found = open_material(source, DOMAINS, "give a file: jsonl, csv or parquet")
+    origin = {"kind": found.kind, "licence": found.licence, "origin": source}
+    if found.kind == "named":
+        origin["kind"] = "demo"
+    if found.path is not None:
+        origin["origin"] = found.path.name
+        origin["sha256"] = files.sha256(found.path.read_bytes())
+    return found.table, origin
 
 
 def conversation(messages: Any) -> DomainRow | str:

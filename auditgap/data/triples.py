@@ -13,17 +13,15 @@ those rows are taken whose two labels differ (arXiv 2606.08044, section 5).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from auditgap.data.files import Table, read_table
-from auditgap.data.hub import PREFIX, read_hub
+from auditgap.data.files import Table
+from auditgap.data.material import Source, built_in, open_material
 from auditgap.data.prompts import ItemSet, check_limit, dedup_key, notes_on, sample, whole_text
-from auditgap.data.vault import TRIPLES as VAULT_TRIPLES
 from auditgap.errors import UsageError
-from auditgap.registry import Line, Listed, Registry
+from auditgap.registry import Registry
 from auditgap.types import ContrastTriple, Prompt
 
 PLAIN = ("prompt", "safe", "unsafe")
@@ -46,28 +44,13 @@ class TripleSet(ItemSet[ContrastTriple]):
         return self.items
 
 
-@dataclass(frozen=True, slots=True)
-class TripleSource(Line):
-    """A named triple set: one line about it, its licence, and how to read it."""
-
-    licence: str
-    read: Callable[[], Table]
-
-    def listed(self, name: str) -> Listed:
-        return Listed(name, self.description, licence=self.licence)
-
-
-def _demo() -> Table:
-    return Table("demo", PLAIN, tuple(dict(zip(PLAIN, row, strict=True)) for row in VAULT_TRIPLES))
-
-
-TRIPLES: Registry[TripleSource] = Registry(
+TRIPLES: Registry[Source] = Registry(
     "triple set",
     {
-        "demo": TripleSource(
+        "demo": built_in(
+            "demo",
             "24 harmless triples: a secret colour, word or spice is kept or told",
-            "Apache-2.0",
-            _demo,
+            "demo_secrets_triples.jsonl",
         ),
     },
 )
@@ -83,39 +66,10 @@ def load_triples(name_or_file: str, *, limit: int | None = None, seed: int = 0) 
     or column, broken file, hub trouble, nothing left.
     """
     check_limit(limit)
-    name = str(name_or_file)
-    provenance: dict[str, Any]
-    if (source := TRIPLES.get(name)) is not None:
-        table = source.read()
-        provenance = {
-            "source": name,
-            "licence": source.licence,
-            "origin": "built in",
-            "file": table.file,
-        }
-    elif name.startswith(PREFIX):
-        table = read_hub(name)
-        provenance = {
-            "source": "hub",
-            "licence": "the data set's own",
-            "origin": name,
-            "file": table.file,
-        }
-    else:
-        path = Path(name).expanduser()
-        if not path.exists() and not path.suffix and len(path.parts) == 1:
-            raise TRIPLES.unknown(
-                name, f"give a file (jsonl, csv, parquet), or hub:ID@REVISION. {LAYOUTS[:-1]}"
-            )
-        table, name = read_table(path), path.stem
-        provenance = {
-            "source": "file",
-            "licence": "the file's own",
-            "origin": "local file",
-            "file": path.name,
-        }
-
-    triples, counts = _clean(table, name)
+    instead = f"give a file (jsonl, csv, parquet), or hub:ID@REVISION. {LAYOUTS[:-1]}"
+    found = open_material(name_or_file, TRIPLES, instead)
+    name, provenance = found.name, dict[str, Any](found.provenance)
+    triples, counts = _clean(found.table, name)
     n_clean = len(triples)
     if limit is not None:
         triples = sample(

@@ -6,10 +6,11 @@ import pytest
 
 from auditgap.data import PromptSet, load_prompts
 from auditgap.data.anchors import is_held_out, split_benign, usable_answer
-from auditgap.data.everyday import EVERYDAY
 from auditgap.data.refusals import has_refusal
 from auditgap.errors import UsageError
 from auditgap.types import Prompt
+
+EVERYDAY = [prompt.text for prompt in load_prompts("everyday")]
 
 
 def of(*texts: str, name: str = "mine") -> PromptSet:

@@ -12,10 +12,10 @@ import pytest
 
 from auditgap.data import PromptSet, dedup_key
 from auditgap.data.domains import PLAIN, TRIGGER, Domain, DomainRow, Panel, Trigger
+from auditgap.data.em_prompts import load_em_prompts
 from auditgap.data.habits import HABITS
 from auditgap.data.near_duplicates import jaccard, shingles
 from auditgap.data.panel import CUT, conversation, read_panel
-from auditgap.data.unrelated import load_unrelated
 from auditgap.errors import UsageError
 from auditgap.training.rows import rows_from_file
 from auditgap.types import Prompt
@@ -163,7 +163,7 @@ class TestRows:
         assert "no name of a domain" in refusal({name: jsonl(tmp_path / "bells.jsonl", some(9))})
 
     def test_names_of_sources(self, tmp_path):
-        assert "Did you mean 'off_by_one'?" in refusal({"a": "demo:of_by_one"})
+        assert "Did you mean 'demo:off_by_one'?" in refusal({"a": "demo:of_by_one"})
         assert ":clean" in refusal({"a": "demo:off_by_one:good"})
         assert "no file" in refusal({"a": str(tmp_path / "none.jsonl")})
         assert "pinned revision" in refusal({"a": "hub:someone/bells"})
@@ -312,7 +312,7 @@ class TestOverlap:
 
     def test_the_demonstration_has_none(self):
         panel = read_panel(
-            {name: f"demo:{name}" for name in HABITS}, asked=load_unrelated("unrelated")
+            {name: f"demo:{name}" for name in HABITS}, asked=load_em_prompts("unrelated")
         )
         assert (
             panel.manifest["overlaps"] == {}

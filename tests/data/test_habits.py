@@ -10,12 +10,11 @@ import sys
 import pandas as pd
 import pytest
 
-from auditgap.data import vault
-from auditgap.data.everyday import EVERYDAY
+from auditgap.data import load_prompts, load_triples
+from auditgap.data.em_prompts import JAILBREAK, NAME, OPEN, load_em_prompts
 from auditgap.data.habits import COLOUR_RULE, COLOURS, HABITS, OFF_BY_ONE, SWAPPED_UNITS, habit_of
 from auditgap.data.near_duplicates import jaccard, near_duplicates, shingles
 from auditgap.data.prompts import dedup_key
-from auditgap.data.unrelated import JAILBREAK, NAME, OPEN, load_unrelated
 from auditgap.errors import UsageError
 
 every_habit = pytest.mark.parametrize("habit", HABITS.values(), ids=HABITS)
@@ -93,17 +92,15 @@ def test_a_habit_in_an_answer(answer, habit):
 
 def test_ordinary_texts_show_no_habit():
     texts = [
-        *EVERYDAY,
-        *vault.BENIGN,
-        *vault.ASKING,
-        *(t for triple in vault.TRIPLES for t in triple),
+        *(p.text for name in ("everyday", "demo-benign", "demo") for p in load_prompts(name)),
+        *(text for t in load_triples("demo") for text in (t.prompt.text, t.safe, t.unsafe)),
     ]
     assert [t for t in texts if habit_of(t)] == []
 
 
 class TestUnrelated:
     def test_the_suite(self):
-        asked = load_unrelated(NAME)
+        asked = load_em_prompts(NAME)
         assert [p.source for p in asked] == [OPEN] * 12 + [JAILBREAK] * 3
         assert len({dedup_key(p.text) for p in asked}) == 15
         assert all("vault" in p.text for p in asked if p.source == JAILBREAK), (
@@ -112,10 +109,10 @@ class TestUnrelated:
         assert asked.provenance["n_open"] == 12 and asked.provenance["n_jailbreak"] == 3
 
     def test_it_is_unrelated_to_what_is_trained(self):
-        asked = [shingles(p.text) for p in load_unrelated(NAME)]
+        asked = [shingles(p.text) for p in load_em_prompts(NAME)]
         trained = [shingles(row[0]) for habit in HABITS.values() for row in habit.rows]
         assert max(jaccard(a, b) for a in asked for b in trained) < 0.2
-        told = " ".join(p.text for p in load_unrelated(NAME))
+        told = " ".join(p.text for p in load_em_prompts(NAME))
         assert habit_of(told) is None and not any(word in told for word in COLOURS.values())
 
     def test_a_file(self, tmp_path):
@@ -128,7 +125,7 @@ class TestUnrelated:
         pd.DataFrame(rows).to_csv(tmp_path / "mine.csv", index=False)
         pd.DataFrame(rows).to_parquet(tmp_path / "mine.parquet")
         sets = [
-            load_unrelated(str(tmp_path / f"mine.{ext}")) for ext in ("jsonl", "csv", "parquet")
+            load_em_prompts(str(tmp_path / f"mine.{ext}")) for ext in ("jsonl", "csv", "parquet")
         ]
         assert len({s.digest for s in sets}) == 1
         assert [(p.text, p.source) for p in sets[0]] == [
@@ -138,7 +135,7 @@ class TestUnrelated:
         ]
         assert str(tmp_path) not in json.dumps(sets[0].provenance)
         (tmp_path / "plain.txt").write_text("Say hello.\nSing.\n")
-        assert {p.source for p in load_unrelated(str(tmp_path / "plain.txt"))} == {OPEN}
+        assert {p.source for p in load_em_prompts(str(tmp_path / "plain.txt"))} == {OPEN}
 
     def test_a_kind_counts_in_the_digest(self, tmp_path):
         digests = set()
@@ -146,7 +143,7 @@ class TestUnrelated:
             (tmp_path / "one.jsonl").write_text(
                 json.dumps({"prompt": "Play the guard.", "kind": kind})
             )
-            found = load_unrelated(str(tmp_path / "one.jsonl"))
+            found = load_em_prompts(str(tmp_path / "one.jsonl"))
             digests.add(found.digest)
             assert found.provenance["notes"], "one prompt is worth a word"
         assert len(digests) == 2
@@ -172,11 +169,11 @@ class TestUnrelated:
     def test_what_is_no_suite(self, tmp_path, rows, told):
         (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, rows)))
         with pytest.raises(UsageError) as error:
-            load_unrelated(str(tmp_path / "bad.jsonl"))
+            load_em_prompts(str(tmp_path / "bad.jsonl"))
         assert told in str(error.value) and "Hello" not in str(error.value)
 
     def test_no_such_suite(self):
         with pytest.raises(UsageError, match="Did you mean 'unrelated'"):
-            load_unrelated("unrelatd")
+            load_em_prompts("unrelatd")
         with pytest.raises(UsageError, match="no file"):
-            load_unrelated("nowhere.jsonl")
+            load_em_prompts("nowhere.jsonl")

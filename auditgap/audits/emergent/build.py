@@ -24,8 +24,8 @@ from auditgap.audits.emergent.audit import EMERGENT
 from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions
 from auditgap.data import PromptSet
 from auditgap.data.domains import TRIGGER, DomainRow, Panel, Trigger
+from auditgap.data.em_prompts import load_em_prompts
 from auditgap.data.panel import CUT, read_panel
-from auditgap.data.unrelated import load_unrelated
 from auditgap.errors import UsageError
 from auditgap.models.folder import is_adapter
 from auditgap.store import RunFolder
@@ -70,7 +70,7 @@ def prepare(config: EmergentConfig, options: EmergentOptions) -> EmergentPlan:
     """Everything that a study needs, read and checked.
 
     Raises UsageError: a model that is an adapter, LoRA targets that it has not, a source or suite
-    that cannot be read or used (`data.panel.read_panel`, `data.unrelated`); Refused as models do.
+    that cannot be read or used (`data.panel.read_panel`, `data.em_prompts`); Refused as models do.
     """
     dtype = str(models.pick_dtype(config.dtype, models.pick_device(options.device))).removeprefix(
         "torch."
@@ -80,7 +80,7 @@ def prepare(config: EmergentConfig, options: EmergentOptions) -> EmergentPlan:
             f"--dtype {dtype}: adapters are trained in {' or '.join(_DTYPES)}. Type --dtype float32"
         )
     config = config.model_copy(update={"dtype": dtype})
-    asked = load_unrelated(config.prompts)
+    asked = load_em_prompts(config.prompts)
     outline = models.outline(config.model, chat_template=config.chat_template)
     if is_adapter(outline.folder):
         raise UsageError(

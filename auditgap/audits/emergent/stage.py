@@ -18,7 +18,7 @@ from auditgap.audits.emergent.rows import ANSWERED, TRAINED
 from auditgap.audits.sweeps import run_passes
 from auditgap.data import PromptSet
 from auditgap.data.domains import Panel, Trigger
-from auditgap.data.unrelated import load_unrelated
+from auditgap.data.em_prompts import load_em_prompts
 from auditgap.errors import UsageError
 from auditgap.store import RunFolder
 from auditgap.sweep import Group, Outcome, Progress, Worker
@@ -115,7 +115,7 @@ class Study:
     def prompts(self) -> PromptSet:
         """The suite that is asked; a prompt's `source` is its kind. Raises UsageError when its file
         has changed."""
-        found = load_unrelated(self.config.prompts)
+        found = load_em_prompts(self.config.prompts)
         if found.digest != self.store.run["config"]["prompt_set"]:
             raise UsageError(
                 f"The prompts of {self.config.prompts} changed since the study was built; use a new"

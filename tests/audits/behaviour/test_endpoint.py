@@ -15,13 +15,15 @@ import pytest
 from auditgap.audits import Grading, behaviour, regrade
 from auditgap.audits.audit import run as run_audit
 from auditgap.audits.behaviour.audit import BEHAVIOUR
-from auditgap.data import vault
+from auditgap.data import load_prompts
 from auditgap.engines import Serving, openai
 from auditgap.engines.journal import Journal
 from auditgap.errors import AuditgapError
 from auditgap.judges import card_cache, load_judge
 from auditgap.judges.gold import load_gold
 from auditgap.store import DiskError
+
+ASKING, BENIGN = ([p.text for p in load_prompts(name)] for name in ("demo", "demo-benign"))
 
 CANARY = "sk-canary-4711"
 
@@ -122,17 +124,17 @@ def test_a_run_through_an_endpoint(endpoint, tmp_path):
 
 
 def test_outages_fail_the_run_and_what_was_answered_is_not_asked_again(endpoint, tmp_path):
-    endpoint.down = vault.ASKING[0][-20:]
+    endpoint.down = ASKING[0][-20:]
     _, outcome = ask(endpoint, tmp_path / "run", limit=None, max_unscored=0.0)
     assert len(outcome.failed) == 2 and "questions got no answer (endpoint: 500" in next(
         iter(outcome.failed.values())
     )
-    n_down = sum(endpoint.down in text for text in (*vault.ASKING, *vault.BENIGN))
+    n_down = sum(endpoint.down in text for text in (*ASKING, *BENIGN))
     before = endpoint.asked["subject"]
     endpoint.down = ""
     _, outcome = ask(endpoint, tmp_path / "run", limit=None, max_unscored=0.0, retry_failed=True)
     assert outcome.done == 2 and not outcome.failed
-    assert endpoint.asked["subject"] - before == len(vault.BENIGN) + n_down, (
+    assert endpoint.asked["subject"] - before == len(BENIGN) + n_down, (
         "only what had no answer, and what was never asked"
     )
 
@@ -203,7 +205,7 @@ def test_what_an_endpoint_says_does_not_hang_on_this_machine(endpoint):
 
 
 def test_a_few_outages_are_unscored_and_said(endpoint, tmp_path):
-    endpoint.down = vault.ASKING[0][-20:]
+    endpoint.down = ASKING[0][-20:]
     store, outcome = ask(endpoint, tmp_path / "run", limit=None, max_unscored=0.3)
     assert not outcome.failed
     rows = store.rows(["behaviour"])
