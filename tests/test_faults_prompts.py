@@ -26,13 +26,13 @@ from auditgap import models
 from auditgap.audits import behaviour
 from auditgap.audits.audit import run as run_audit
 from auditgap.audits.behaviour.audit import BEHAVIOUR
+from auditgap.audits.pages import from_store, render
 from auditgap.engines import Question, Request, Sampling
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import UsageError
 from auditgap.interventions.pgd import PGD, Ball, Goal, attack
 from auditgap.models import Chat, wrap
 from auditgap.models.provenance import provenance
-from auditgap.report.page import from_store, render
 from auditgap.types import Budget, Message, Prompt, Subject
 
 TEXTS = (

@@ -205,12 +205,12 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
 
     def reduce(self, store: RunFolder, *, allow_raw: bool = False) -> None:
         """Write the tables and the report anew."""
-        from auditgap.report import page
+        from auditgap.audits import pages
 
         for name, table in self.tables(store).items():
             for form in ("parquet", "csv", "md"):
                 store.write_table(f"{name}.{form}", table)
-        page.write([store], allow_raw=allow_raw)
+        pages.write([store], allow_raw=allow_raw)
 
     def check_grading(self, folder: Place, grading: Grading) -> None:
         """Raises UsageError where nobody is named to grade, or a reward."""

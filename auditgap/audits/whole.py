@@ -20,13 +20,13 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from auditgap.audits import bundle
 from auditgap.audits.audit import Audit, Can, NothingToMeasure
 from auditgap.audits.audit import run as run_audit
 from auditgap.audits.table import AUDITS
 from auditgap.config import Frozen, build, listed, merged, preset
 from auditgap.errors import AuditgapError, Interrupted, Refused, UsageError, did_you_mean
 from auditgap.models.provenance import command
-from auditgap.report import bundle
 from auditgap.report.verdicts import Criteria
 from auditgap.store import DiskError, RunFolder, files
 from auditgap.store.remote import needs_disk

@@ -58,8 +58,7 @@ def report(
 ) -> None:
     """Write the tables and the HTML report of one or more run folders, or of an audit’s folder,
     anew."""
-    from auditgap.audits import reduce, whole
-    from auditgap.report import page
+    from auditgap.audits import pages, reduce, whole
     from auditgap.store import RunFolder
     from auditgap.store.remote import within
 
@@ -79,7 +78,7 @@ def report(
     stores = [RunFolder.load(folder) for folder in folders]
     for store in stores:
         reduce(store, allow_raw=allow_raw)
-    path = page.write(stores, allow_raw=allow_raw, out=to)
+    path = pages.write(stores, allow_raw=allow_raw, out=to)
     missing = sum(store.status().missing for store in stores)
     text = f"{missing} of the planned cells are missing: they are not in the tables.\n"
     where = within(to or stores[0].place, path.name)

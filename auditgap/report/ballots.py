@@ -22,7 +22,8 @@ import numpy as np
 import pandas as pd
 
 from auditgap import stats
-from auditgap.report.columns import Column, DisplayTable, Hide, Row, count, show, word
+from auditgap.report.columns import Column, Hide, Row, count, word
+from auditgap.report.section import Block, Heading, Prose, Table
 from auditgap.report.text import percent
 from auditgap.stats import Interval
 from auditgap.types import Label
@@ -165,10 +166,31 @@ PAIRS: tuple[Column, ...] = (
 )
 
 
-def shown(table: pd.DataFrame) -> tuple[DisplayTable, DisplayTable]:
-    """The table on the page: each judge alone, and the pairs."""
-    alone = table["other"].isna()
-    return show(table[alone], ALONE), show(table[~alone], PAIRS)
+def _alone(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table["other"].isna()]
+
+
+def pairs_of(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table["other"].notna()]
+
+
+def blocks(table: pd.DataFrame) -> list[Block]:
+    """Each judge alone, and the pairs; [] without an ensemble."""
+    if not len(table):
+        return []
+    return [
+        Heading("Each judge alone"),
+        *(Prose(sentence) for sentence in ties(table)),
+        Table("judges", "Each judge alone", table, ALONE, of=_alone),
+        Heading("Where judges agree"),
+        Table("judges", "Agreement of judges", table, PAIRS, _PAIRS_NOTE, of=pairs_of),
+    ]
+
+
+_PAIRS_NOTE = (
+    "Harmful or not, on coherent answers that both could judge, all subjects together. Cohen’s κ is"
+    " agreement beyond chance; it is undefined where chance alone would always agree."
+)
 
 
 def ties(table: pd.DataFrame) -> list[str]:

@@ -15,15 +15,26 @@ nothing is rounded.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from markupsafe import Markup
 
 from auditgap import stats
 from auditgap.report.columns import Column, Hide, Row, count, word
 from auditgap.report.correction import Correction, shares
+from auditgap.report.section import (
+    Findings,
+    Heading,
+    Headline,
+    Headlines,
+    Prose,
+    Section,
+    Table,
+    silent,
+    tight,
+)
 from auditgap.report.text import (
     CANNOT_TELL,
     interval,
@@ -35,6 +46,9 @@ from auditgap.report.text import (
 from auditgap.stats import Interval
 from auditgap.store.tables import rows_of
 from auditgap.types import Label
+
+if TYPE_CHECKING:
+    from auditgap.report.gather import ReportData
 
 #: `source` of the rows that sum up a kind.
 ALL = "all"
@@ -233,39 +247,18 @@ DIFFERENCES: tuple[Column, ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Lead:
-    """The headline of one subject: `parts` are (words before, figure, its interval), an empty
-    figure being none."""
-
-    subject: str
-    parts: tuple[tuple[str, str, str], ...]
-
-    def plain(self) -> str:
-        """As one line for a terminal, figures without spaces inside."""
-        said = "".join(
-            f"{words}{_tight(figure)}{' ' if ends else ''}{_tight(ends)}"
-            for words, figure, ends in self.parts
-        )
-        return self.subject + said
-
-
-def _tight(figure: str) -> str:
-    return figure.replace("\u00a0", "").replace("\u2009", "")
-
-
 def tight_share(row: Mapping[str, Any], name: str, null: str = "?") -> str:
     """A share as a terminal's table has it: `25% [12,45]`."""
     if is_null(row[name]):
         return null
     return (
-        _tight(percent(row[name]))
+        tight(percent(row[name]))
         + " "
-        + _tight(interval(row[f"{name}_lo"], row[f"{name}_hi"], percent))
+        + tight(interval(row[f"{name}_lo"], row[f"{name}_hi"], percent))
     )
 
 
-def leads(table: pd.DataFrame) -> list[Lead]:
+def leads(table: pd.DataFrame) -> list[Headline]:
     """A headline a subject: behavioural safety B = 1 − compliance, raw and corrected; refusals;
     what harmless requests get."""
     found = []
@@ -280,7 +273,7 @@ def leads(table: pd.DataFrame) -> list[Lead]:
         (words, figure, ends), *rest = parts or [
             (" It gave no answer of which anything could be told.", "", "")
         ]
-        found.append(Lead(str(subject), ((words.replace(" It", "", 1), figure, ends), *rest)))
+        found.append(Headline(str(subject), ((words.replace(" It", "", 1), figure, ends), *rest)))
     return found
 
 
@@ -428,3 +421,57 @@ def header(table: pd.DataFrame) -> list[str]:
     n = int(whole.groupby("subject")["n"].sum().max())
     sources = table.loc[table["source"] != ALL, "source"].nunique()
     return [f"{n} prompt{'' if n == 1 else 's'}", f"{sources} source{'' if sources == 1 else 's'}"]
+
+
+# -- sections
+# ------------------------------------------------------------------------------------------------------
+
+_ASKED_NOTE = Markup(
+    "Refusing is right on harmful prompts and over-refusal on benign ones. An answer may carry a"
+    " refusal’s phrase and comply all the same. Corrected: behind the judge’s errors, see"
+    ' <a href="#judge">Judge</a>.'
+)
+_DIFFERENCES_NOTE = (
+    "Percentage points, first subject minus the other, paired by prompt over the prompts that could"
+    " be told for both. An interval that includes 0 shows no difference and rules none out."
+)
+
+
+def sections(report: ReportData) -> list[Section]:
+    """What subjects said when they were asked, and the suite that was asked."""
+    from auditgap.report import ballots, figures, suite  # they draw on this module
+
+    data = {"differences": report.differences, "judges": report.judges}
+    if not len(report.asked):
+        return [silent("asked", asked=report.asked, **data)]
+    between = Table(
+        "differences",
+        "Differences between subjects",
+        report.differences,
+        DIFFERENCES,
+        _DIFFERENCES_NOTE,
+    )
+    blocks = (
+        Headlines(),
+        figures.by_source(report.asked),
+        Table("asked", "Compliance and refusal when asked", report.asked, ASKED, _ASKED_NOTE),
+        Findings(),
+        *((Heading("Between subjects"), between) if len(report.differences) else ()),
+        *((Prose(report.incomparable, "warn"),) if report.incomparable else ()),
+    )
+    engines = suite.engine_sentences(report.engines)
+    first = Section(
+        id="asked",
+        title="When asked",
+        contents="When asked",
+        blocks=blocks,
+        headlines=leads(report.asked),
+        findings=says(report.asked, report.differences),
+        limits=SAYS_NOT,
+        facts=header(report.asked),
+        method=[Prose(line) for line in (*method(report.asked), *engines)],
+        judge=ballots.blocks(report.judges),
+        judged=frozenset({"harmful", "refusal"}),
+        data=data,
+    )
+    return [first, *suite.sections(report)]

@@ -20,6 +20,7 @@ import pandas as pd
 import auditgap
 from auditgap.errors import UsageError
 from auditgap.report import figures, page, svg, text
+from auditgap.report.charts import Figure
 from auditgap.report.columns import (
     Column,
     DisplayTable,
@@ -42,7 +43,7 @@ from auditgap.report.compare_measures import (
     roles_of,
     site_of,
 )
-from auditgap.report.figures import Figure, budget_label
+from auditgap.report.figures import budget_label
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, STYLES, TOP, Scale
 from auditgap.store import files
 from auditgap.store.tables import frame_to_table, rows_of, to_bytes, to_csv
@@ -459,7 +460,7 @@ def render(comparison: Comparison) -> str:
         "figures": overlays(comparison),
         "agreed": [(k, text.plain(v)) for k, v in sides.agreed.items()],
     }
-    return page._environment().get_template("compare.html.j2").render(context)
+    return page.environment().get_template("compare.html.j2").render(context)
 
 
 def write(comparison: Comparison, out: Path) -> Path:

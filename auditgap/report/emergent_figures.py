@@ -19,7 +19,8 @@ import pandas as pd
 from markupsafe import Markup
 
 from auditgap.report import svg
-from auditgap.report.figures import Figure, _spread
+from auditgap.report.charts import Figure
+from auditgap.report.figures import _spread
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, TOP, Scale
 from auditgap.report.text import is_null, number, percent, shorten, with_interval
 from auditgap.stats import membership

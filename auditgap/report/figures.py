@@ -13,7 +13,6 @@ are never drawn.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -21,12 +20,11 @@ from markupsafe import Markup
 
 from auditgap.report import svg
 from auditgap.report.behaviour import ALL, KINDS
+from auditgap.report.charts import Figure
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, STYLES, TOP, Scale
 from auditgap.report.text import is_null, number, percent, points, shorten, with_interval
 from auditgap.store.tables import rows_of
 from auditgap.types import ATTACKS
-
-Groups = tuple[tuple[str, tuple[Markup, ...]], ...]
 
 ATTACK_NAMES: Mapping[str, str] = {
     "targeted": "targeted attack",
@@ -41,19 +39,6 @@ _SAFE, _ROBUST = svg.Style("k1", "", "circle"), svg.Style("k0", "", "square")
 
 #: More survival curves than this in one drawing cannot be told apart.
 MOST_CURVES = 6
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Drawings grouped by subject, their legend, and the data they show."""
-
-    name: str
-    title: str
-    caption: str = ""
-    groups: Groups = ()
-    legend: str = ""
-    data: pd.DataFrame = field(default_factory=pd.DataFrame)
-    missing: str = ""
 
 
 def site_label(layer_index: float) -> str:

@@ -14,16 +14,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from auditgap import stats
 from auditgap.report import svg
 from auditgap.report.behaviour import _paired
-from auditgap.report.columns import Column, Hide, Row, count, show, word
+from auditgap.report.charts import Figure
+from auditgap.report.columns import Column, Hide, Row, count, word
 from auditgap.report.correction import Correction
-from auditgap.report.figures import Figure
+from auditgap.report.section import Facts, Findings, Prose, Section, Table, code, silent
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, STYLES, TOP, Scale
 from auditgap.report.text import (
     CANNOT_TELL,
@@ -37,6 +38,9 @@ from auditgap.report.text import (
 from auditgap.stats import Interval
 from auditgap.store.tables import rows_of
 from auditgap.types import CLEAN, Label
+
+if TYPE_CHECKING:
+    from auditgap.report.gather import ReportData
 
 #: The `attack` of the intervention audit's cells.
 INTERVENE = "intervene"
@@ -435,11 +439,6 @@ def _series(
     return parts
 
 
-def figures_of(table: pd.DataFrame) -> tuple[Figure, ...]:
-    """The figures of a table that has rows; none without."""
-    return (by_strength(table), by_angle(table)) if len(table) else ()
-
-
 # ----------------------------------------------------------------------------------------------------------
 # section
 
@@ -505,16 +504,83 @@ def header(table: pd.DataFrame) -> list[str]:
     ]
 
 
-def section(table: pd.DataFrame) -> dict[str, Any]:
-    """What the page's section shows; empty when there is nothing."""
+_INTRO = (
+    "Each edit was learned on one half of the prompts and spoken under on the other, next to a"
+    " control that is as large and does not aim. An edit counts for what it does beyond its"
+    " control."
+)
+_TERMS = (
+    (
+        "Steering",
+        (
+            "the mean difference of the two sets of prompts at the last prompt token, taken off at"
+            " every position of the site; strength is a fraction of the mean norm of a token there"
+        ),
+    ),
+    (
+        "Ablation",
+        (
+            "the same direction projected out of the residual stream at every site and position, of"
+            " prompt and answer"
+        ),
+    ),
+    (
+        "Patching",
+        (
+            "the template’s positions after the user’s last token as they stand behind a control"
+            " prompt; base patching: all of the prompt as the base has it; interchange score: of"
+            " the prompts on which donor and subject differ in refusing, the share on which the"
+            " subject does as the donor after the exchange"
+        ),
+    ),
+    (
+        "Angle",
+        (
+            "steering turned away from the learned direction at the same norm; “half at”: where"
+            " half of the effect over 90° is left"
+        ),
+    ),
+    (
+        "Universal",
+        ("one vector for all prompts and positions, searched by projected gradient in an L2 ball"),
+    ),
+    (
+        "Intervals",
+        "95\u00a0%, by prompt: shares after Wilson; edit minus control paired by prompt",
+    ),
+)
+
+
+def sections(report: ReportData) -> list[Section]:
+    """What each edit opens."""
+    table = report.interventions
     if not len(table):
-        return {}
+        return [silent("interventions", interventions=table)]
     flags = {flag for flags in table["flag"] for flag in str(flags).split()}
-    return {
-        "sentences": reading(table),
-        "table": show(table, INTERVENTIONS),
-        "flags": [(flag, meaning) for flag, meaning in FLAGS.items() if flag in flags],
-    }
+    return [
+        Section(
+            id="interventions",
+            title="Interventions and their controls",
+            contents="Interventions",
+            blocks=(
+                Prose(_INTRO),
+                Findings(),
+                by_strength(table),
+                by_angle(table),
+                Table(
+                    "interventions",
+                    "Interventions by site and strength",
+                    table,
+                    INTERVENTIONS,
+                ),
+                Facts((*_TERMS, *((code(f), what) for f, what in FLAGS.items() if f in flags))),
+            ),
+            findings=says(table),
+            limits=SAYS_NOT,
+            facts=header(table),
+            judged=frozenset({"harmful"}),
+        )
+    ]
 
 
 def _difference_null(row: Row) -> str:

@@ -1,14 +1,51 @@
-"""The latent audit on the page: its tables as columns.
+"""The latent audit on the page: its tables as columns, and its sections.
 
 show(lvs_table(rows), LVS).titles        # ('Subject', 'Site', 'ε', 'Attack', 'n', …)
+[section.id for section in sections(report)]
+# ['depth', 'sites', 'distance', 'table1', 'table', 'behaviour']
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+from markupsafe import Markup
+
+from auditgap.report import figures, paper, reading, tables
+from auditgap.report.charts import Figure
 from auditgap.report.columns import Column, Hide, Row, budget, count, word
-from auditgap.report.text import CANNOT_TELL, NOT_MEASURED, UNSCORED, number, percent, points
+from auditgap.report.section import (
+    Facts,
+    Formula,
+    Headline,
+    Prose,
+    Section,
+    Split,
+    Table,
+    code,
+    silent,
+)
+from auditgap.report.text import (
+    CANNOT_TELL,
+    NOT_MEASURED,
+    UNSCORED,
+    clean,
+    interval,
+    is_null,
+    number,
+    percent,
+    points,
+    with_interval,
+)
+from auditgap.store.tables import rows_of
+from auditgap.types import Label
+
+if TYPE_CHECKING:
+    from auditgap.report.gather import ReportData
 
 NOT_REACHED = "not reached"
 
@@ -100,3 +137,340 @@ CLEAN: tuple[Column, ...] = (
         null=lambda row: "in no share" if row["verdict"] == "unscored" else _unscored(row),
     ),
 )
+
+BUDGET_RULE = (
+    "Brackets hold 95\u00a0% intervals. The headline speaks of the largest budget at which the"
+    " median edit is not larger than half of what it edits; this rule looks at sizes, never at"
+    " outcomes."
+)
+NO_CONTROLS = (
+    "No control was run: the profiles show what the attack does, not how much of it any edit of"
+    " that size would do."
+)
+CENSORED = (
+    "Median of the smallest ε at which an answer turned harmful. “Not reached”: more than half of"
+    " the prompts stayed harmless at the largest size tried; they are censored there, not counted"
+    " as safe for ever."
+)
+_ABOUT = (
+    "Bands are 95\u00a0% intervals of the attack and its matched control; a line breaks where a"
+    " site was not measured. “emb.” is what the first block receives."
+)
+_TERMS: tuple[tuple[str, str | Markup], ...] = (
+    ("ASR", "share of prompts with a harmful answer under the edit of that budget"),
+    (
+        "ASR, corrected",
+        Markup('that share behind the judge’s errors, see <a href="#judge">Judge and reward</a>'),
+    ),
+    (
+        "ASR envelope",
+        ("share harmful and coherent at that budget or a smaller one; it cannot fall as ε grows"),
+    ),
+    ("LVS rel.", "LVS with ‖δ‖/‖h‖ in the denominator, free of the activations’ scale"),
+    (
+        "LVS − matched LVS",
+        (
+            "mean difference to random signs with the same ‖δ‖ at the same site and budget, paired"
+            " by prompt"
+        ),
+    ),
+)
+
+
+def is_there(report: ReportData) -> bool:
+    """Whether a page has a latent audit to show."""
+    return bool(len(report.lvs) or len(report.gaps) or len(report.distance))
+
+
+def sections(report: ReportData, *, is_there: bool = True) -> list[Section]:
+    """The latent audit's sections, the first with its headlines and findings."""
+    data = {"audit_gap": report.gaps, "lvs": report.lvs, "distance": report.distance}
+    if not is_there:
+        return [silent("depth", **data)]
+    first, *rest = _sections(report)
+    facts = reading.setup(report.config, report.lvs)
+    leads = _leading(report)
+    headlines = [_headline(row) for row in leads] or [
+        Headline("", (("No audit gap was measured in this run.", "", ""),))
+    ]
+    return [
+        replace(
+            first,
+            headlines=headlines,
+            is_gap=bool(leads),
+            summary=_summary(report, len(leads)) if leads else (),
+            findings=[(row["subject"], reading.says(row, report.lvs)) for row in leads],
+            limits=reading.SAYS_NOT,
+            facts=_facts(report, facts),
+            method=_method(facts),
+            judged=frozenset({"harmful"}),
+            is_rewarded=True,
+            data=data,
+        ),
+        *rest,
+    ]
+
+
+def _leading(report: ReportData) -> list[Row]:
+    """The rows of the gap table that the headlines speak of."""
+    chosen = reading.headline_budget(report.gaps, report.lvs)
+    rows = rows_of(report.gaps) if chosen is not None else []
+    return [row for row in rows if (float(row["eps"]), str(row["unit"])) == chosen]
+
+
+def _headline(row: Mapping[str, Any]) -> Headline:
+    size = figures.budget_label(row["eps"], row["unit"])
+    subject, digits = str(row["subject"]), 0 if row["n"] < 200 else 1
+    if is_null(row["gap"]):
+        return Headline(subject, ((f": the audit gap at {size} was not measured.", "", ""),))
+
+    def said(key: str, form: Any) -> tuple[str, str]:
+        form = partial(form, digits=digits)
+        return form(row[key]), interval(row[f"{key}_lo"], row[f"{key}_hi"], form)
+
+    return Headline(
+        subject,
+        (
+            (" is behaviourally safe on ", *said("safety", percent)),
+            (" of prompts; under bounded edits of at most ", size, ""),
+            (" it stays safe on ", *said("robustness", percent)),
+            (".", "", ""),
+        ),
+        said("gap", points),
+    )
+
+
+def _summary(report: ReportData, n_leads: int) -> tuple[Any, ...]:
+    table = Table("audit_gap", "Audit gap by budget", report.gaps, GAPS, BUDGET_RULE)
+    drawn = figures.gap_by_budget(report.gaps)
+    return (Split((table,), (drawn,)),) if n_leads == 1 else (table, drawn)
+
+
+def _facts(report: ReportData, facts: reading.Setup) -> list[str]:
+    scored = [int(v) for v in report.gaps["n"] if not is_null(v)] if len(report.gaps) else []
+    n = max(scored, default=0)
+    said = [f"{n} prompts scored" if n else "no prompt scored"]
+    if facts.eps:
+        said.append(f"ε = {', '.join(f'{e:g}' for e in facts.eps)} {facts.unit or ''}")
+    sites = report.lvs["site"].nunique() if len(report.lvs) else 0
+    return [*said, f"{sites} site{'' if sites == 1 else 's'}"]
+
+
+def _sections(report: ReportData) -> Iterator[Section]:
+    lvs = report.lvs
+    bare = len(lvs) > 0 and set(lvs["attack"]) == {"targeted"}
+    yield Section(
+        id="depth",
+        title="Vulnerability by depth",
+        contents="By depth",
+        blocks=(*((Prose(NO_CONTROLS, "none"),) if bare else ()), *_profiles(lvs)),
+    )
+    yield Section(
+        id="sites",
+        title="LVS at the embedding, the middle and the last block",
+        contents="Embedding, middle, last",
+        blocks=(figures.lvs_bars(lvs, roles(report.subjects)),),
+    )
+    yield Section(
+        id="distance",
+        title="Minimum distance to collapse",
+        contents="Distance to collapse",
+        blocks=(
+            figures.survival(report.curves),
+            Table("distance", "Minimum distance by site", report.distance, DISTANCE, CENSORED),
+        ),
+    )
+    yield _beside_the_paper(report)
+    yield Section(
+        id="table",
+        title="Every measurement",
+        contents="Every measurement",
+        blocks=_every_measurement(lvs),
+    )
+    clean = Table(
+        "clean",
+        "Behaviour without an edit",
+        clean_table(report.behaviour),
+        CLEAN,
+        none="The clean pass was not measured in this run.",
+    )
+    yield Section(
+        id="behaviour",
+        title="Behaviour without an edit",
+        contents="Behaviour",
+        blocks=(clean,),
+    )
+
+
+def _profiles(lvs: pd.DataFrame) -> tuple[Figure, Figure]:
+    return (
+        figures.by_depth(
+            lvs,
+            "lvs_mean",
+            name="lvs_by_depth",
+            title="LVS by depth",
+            ylabel="LVS, mean",
+            caption=_ABOUT,
+        ),
+        figures.by_depth(
+            lvs,
+            "asr",
+            name="asr_by_depth",
+            title="Attack success rate by depth",
+            ylabel="ASR",
+            rate=True,
+            caption=_ABOUT,
+        ),
+    )
+
+
+def _every_measurement(lvs: pd.DataFrame) -> tuple[Any, ...]:
+    label = "LVS by subject, site, budget and attack"
+    table = Table("lvs", label, lvs, LVS, none="No edit was measured in this run.")
+    if not len(lvs):
+        return (table,)
+    raised = {word for words in lvs["flag"].dropna() for word in str(words).split()}
+    flags = [(code(flag), what) for flag, what in tables.FLAGS.items() if flag in raised]
+    none = () if flags else (Prose("No flag was raised.", "note"),)
+    return (table, *none, Facts((*flags, *_TERMS)))
+
+
+def clean_table(behaviour: pd.DataFrame) -> pd.DataFrame:
+    """The clean verdicts as one row a subject and label: count and share with its interval."""
+    rows = [
+        {
+            "subject": row["subject"],
+            "n": row["n"],
+            "verdict": str(label),
+            "count": row[label],
+            "share": row.get(f"{label}_rate"),
+            "share_lo": row.get(f"{label}_lo"),
+            "share_hi": row.get(f"{label}_hi"),
+        }
+        for row in rows_of(behaviour)
+        for label in Label
+    ]
+    return pd.DataFrame(rows)
+
+
+# -- beside the paper
+# ----------------------------------------------------------------------------------------------------
+
+
+def roles(subjects: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """Which layer index is `emb`, `mid` and `last`, a subject; without a recorded number of blocks
+    only `emb` is known."""
+    found = {}
+    for subject in subjects:
+        names = ("n_blocks", "blocks", "n_layers")
+        blocks = next((subject[k] for k in names if not is_null(subject.get(k))), None)
+        named = {"emb": -1}
+        if isinstance(blocks, (int, float)) and blocks >= 1:
+            named |= {"mid": min(int(blocks) - 1, round(int(blocks) / 2)), "last": int(blocks) - 1}
+        found[str(subject.get("name", "?"))] = named
+    return found
+
+
+def _of_role(role: str, title: str) -> Column:
+    def null(row: Row) -> str:
+        return UNSCORED if row[f"{role}_unscored"] is True else NOT_MEASURED
+
+    def read(row: Row) -> str | None:
+        """The paper prints no intervals."""
+        value, lo, hi = (row[f"{role}{end}"] for end in ("", "_lo", "_hi"))
+        if is_null(value):
+            return None
+        return with_interval(value, lo, hi) if row["part"] == OURS else number(value)
+
+    return Column(role, title, read=read, null=null)
+
+
+TABLE_1: tuple[Column, ...] = (
+    word("model", "Model", css="word model"),
+    Column("eps", "ε", read=budget),
+    _of_role("emb", "Emb"),
+    _of_role("mid", "Mid"),
+    _of_role("last", "Last"),
+)
+OURS = "This audit"
+
+
+def table_1(report: ReportData) -> pd.DataFrame:
+    """Mean LVS of the targeted attack at embedding, middle and last block, a subject and budget;
+    then the paper's."""
+    named, lvs = roles(report.subjects), report.lvs
+    targeted = lvs[lvs["attack"] == "targeted"] if len(lvs) else lvs
+    rows: list[Row] = []
+    for (subject, unit, eps), part in targeted.groupby(["subject", "unit", "eps"], sort=False):
+        row: Row = {"part": OURS, "model": subject, "eps": eps, "unit": unit}
+        for role in ("emb", "mid", "last"):
+            layer = named.get(str(subject), {}).get(role, -99)
+            cell = next(iter(rows_of(part[part["layer_index"] == layer])), None)
+            row[f"{role}_unscored"] = cell is not None and is_null(cell["lvs_mean"])
+            for end in ("", "_lo", "_hi"):
+                row[f"{role}{end}"] = None if cell is None else cell[f"lvs_mean{end}"]
+        rows.append(row)
+    rows = rows or [{"part": OURS, "model": NOT_MEASURED}]
+    rows += [
+        {
+            "part": paper.SOURCE,
+            "model": f"{one.model} ({one.change})",
+            "eps": paper.EPS,
+            "unit": paper.UNIT,
+            "emb": one.embedding,
+            "mid": one.mid,
+            "last": one.last,
+        }
+        for one in paper.TABLE_1
+    ]
+    ends = [f"{role}{end}" for role in ("emb", "mid", "last") for end in ("", "_lo", "_hi")]
+    flags = [f"{role}_unscored" for role in ("emb", "mid", "last")]
+    return pd.DataFrame(rows, columns=["part", "model", "unit", "eps", *ends, *flags])
+
+
+def _beside_the_paper(report: ReportData) -> Section:
+    facts = reading.setup(report.config, report.lvs)
+    differ = paper.differences(facts.unit, facts.eps, report.reward, facts.prompts)
+    note: str = (
+        "Unit, budget, reward and prompt source agree with the paper’s. The paper does not print"
+        " its unit; its values fit max. Number formats, chat templates and software may still"
+        " differ."
+    )
+    if differ:
+        note = Markup("<b>Not comparable:</b> {}").format(
+            f"{clean('; '.join(differ))}. LVS grows with the norm of the activations and the scale of the"
+            " reward, so only the order of sites within one model can be set beside the paper’s."
+        )
+    table = Table(
+        "table_1",
+        "LVS beside the paper",
+        table_1(report),
+        TABLE_1,
+        note,
+        by="part",
+        badges={paper.SOURCE: "not comparable"} if differ else {},
+    )
+    return Section(
+        id="table1",
+        title="Beside the paper’s Table 1",
+        contents="Paper’s Table 1",
+        blocks=(table,),
+    )
+
+
+def _method(facts: reading.Setup) -> tuple[Any, ...]:
+    said = reading.method(facts)
+    return (
+        Prose(said["attack"]),
+        Prose(said["unit"]),
+        Formula("lvs"),
+        Prose(
+            "S is the reward of the clean answer y and of the edited answer y′; η ="
+            f" {said['eta']}. The mean over prompts is the headline LVS of a site, the median"
+            " stands beside it."
+        ),
+        Formula("gap"),
+        Prose(said["envelope"]),
+        Prose(said["controls"]),
+        Prose(said["intervals"]),
+    )

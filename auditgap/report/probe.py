@@ -13,7 +13,7 @@ calibrated it. Pure functions of DataFrames; what could not be told is null.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -21,12 +21,16 @@ from markupsafe import Markup
 
 from auditgap import stats
 from auditgap.report import svg
-from auditgap.report.columns import Column, count, show, word
-from auditgap.report.figures import Figure
+from auditgap.report.charts import Figure
+from auditgap.report.columns import Column, count, word
+from auditgap.report.section import Facts, Findings, Heading, Prose, Section, Table, code, silent
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, TOP, Scale
 from auditgap.report.text import is_null, number, percent, with_interval
 from auditgap.stats import Interval
 from auditgap.store.tables import rows_of
+
+if TYPE_CHECKING:
+    from auditgap.report.gather import ReportData
 
 #: The `attack` of the probe audit's cells.
 PROBE = "probe"
@@ -373,32 +377,92 @@ def header(probes: Sequence[pd.DataFrame]) -> list[str]:
     return [f"{n} answers read by a fixed probe"] if n else []
 
 
-def section(probes: Sequence[pd.DataFrame]) -> dict[str, Any]:
-    """What the page's probe section shows, of one or more probe audits; empty when there is
-    none."""
-    tables = [table for table in map(probe_table, probes) if not table.empty]
-    if not tables:
-        return {}
-    table = pd.concat(tables, ignore_index=True)
-    base = [row for row in rows_of(table) if row["role"] == "base"]
-    warned = []
-    for row in base:
-        found = {
-            b: Interval(*(_none(row[f"{b}_auroc{end}"]) for end in ("", "_lo", "_hi")))
-            for b in BASELINES
+_INTRO = (
+    "A linear probe was fitted on the base’s activations to tell unsafe answers from safe ones, and"
+    " never touched again. Here it reads the base and what was made of it, on the same answers to"
+    " prompts that it has not seen."
+)
+_TERMS = (
+    (
+        "Safe–unsafe gap",
+        (
+            "mean calibrated score of unsafe answers minus that of safe ones; scores are calibrated"
+            " on the base alone (Platt’s scaling, on the prompts that chose the probe’s epoch)"
+        ),
+    ),
+    (
+        "ECE",
+        (
+            "expected calibration error over 15 bins of equal width; beside it what a perfectly"
+            " calibrated probe with these scores would show at this n"
+        ),
+    ),
+    (
+        "Intervals",
+        (
+            "95\u00a0%, by prompt: AUROC after DeLong, on the logit scale; gap with Student’s t;"
+            " ECE by inverting a simulated test"
+        ),
+    ),
+)
+
+
+def table_of(probes: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The tables of several probe audits as one."""
+    made = [table for table in map(probe_table, probes) if not table.empty]
+    return pd.concat(made, ignore_index=True) if made else probe_table(pd.DataFrame())
+
+
+def warnings(table: pd.DataFrame) -> list[str]:
+    """What the bases' baselines give cause to doubt."""
+    said = []
+    for row in rows_of(table[table["role"] == "base"]):
+        known = {
+            m: Interval(*(_none(row[f"{m}{end}"]) for end in ("", "_lo", "_hi")))
+            for m in ("auroc", *(f"{b}_auroc" for b in BASELINES))
         }
-        warned += doubts(
-            Interval(*(_none(row[f"auroc{end}"]) for end in ("", "_lo", "_hi"))), found
-        )
+        said += doubts(known["auroc"], {b: known[f"{b}_auroc"] for b in BASELINES})
+    return said
+
+
+def sections(report: ReportData) -> list[Section]:
+    """What a fixed probe reads."""
+    table = table_of(report.probes)
+    if table.empty:
+        return [silent("probe", probe=table)]
     flags = {flag for flags in table["flag"] for flag in str(flags).split()}
-    return {
-        "sentences": reading(table),
-        "warnings": warned,
-        "table": show(table, PROBE_READ),
-        "differences": show(table[table["role"] != "base"], DROPS),
-        "baselines": show(baseline_table(base), BASELINES_READ),
-        "flags": [(flag, meaning) for flag, meaning in FLAGS.items() if flag in flags],
-    }
+    bases = rows_of(table[table["role"] == "base"])
+    lost = Table("probe", "Base minus subject, paired by prompt", table, DROPS, of=_others)
+    return [
+        Section(
+            id="probe",
+            title="A fixed probe of the base",
+            contents="Fixed probe",
+            blocks=(
+                Prose(_INTRO),
+                Findings(),
+                *(Prose(line, "warn") for line in warnings(table)),
+                Table("probe", "The fixed probe by subject", table, PROBE_READ),
+                *((Heading("Base minus subject"), lost) if len(_others(table)) else ()),
+                Heading("Three probes that should lose"),
+                Table(
+                    "probe_baselines",
+                    "Baselines on the base",
+                    baseline_table(bases),
+                    BASELINES_READ,
+                ),
+                histograms(report.probes),
+                Facts((*_TERMS, *((code(f), what) for f, what in FLAGS.items() if f in flags))),
+            ),
+            findings=says(report.probes),
+            limits=SAYS_NOT,
+            facts=header(report.probes),
+        )
+    ]
+
+
+def _others(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table["role"] != "base"]
 
 
 def _none(value: Any) -> float | None:

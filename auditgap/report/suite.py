@@ -15,13 +15,17 @@ stand in cells' records.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from auditgap.report.columns import Column, whole, word
+from auditgap.report.section import Bullets, Section, Table
 from auditgap.report.text import is_null, percent, plain
 from auditgap.store import RunFolder
+
+if TYPE_CHECKING:
+    from auditgap.report.gather import ReportData
 
 #: Entries of a manifest that have a place of their own on the page.
 SHOWN = ("sources", "missing", "notes", "schema", "rules")
@@ -216,4 +220,30 @@ def parity_warnings(found: Sequence[Mapping[str, Any]]) -> list[str]:
         if e["dtype"] == "float32"
         and e["parity"].get("n")
         and e["parity"].get("equal") != e["parity"]["n"]
+    ]
+
+
+# -- section
+# ---------------------------------------------------------------------------------------------------
+
+_SOURCES_NOTE = (
+    "A prompt that several sources hold stays with the one of highest priority. Held out: of the"
+    " tenth that is no benign anchor. Asked: prompts that were put to a subject."
+)
+
+
+def sections(report: ReportData) -> list[Section]:
+    """What became of every row of the suite; [] where no suite was asked."""
+    if not report.sources:
+        return []
+    told = source_table(report.sources, report.n_asked)
+    table = Table("sources", "Sources of the suite", told, SOURCES, _SOURCES_NOTE)
+    return [
+        Section(
+            id="suite",
+            title="What was asked",
+            contents="What was asked",
+            blocks=(table, *((Bullets(report.notes),) if report.notes else ())),
+            covers=[f"prompts.{name}" for name in SHOWN],
+        )
     ]

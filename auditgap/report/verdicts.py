@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pandas as pd
+
 from auditgap.report import probe
 from auditgap.report.figures import budget_label
 from auditgap.report.gather import ReportData
@@ -95,6 +97,12 @@ def overall(lines: Sequence[Line]) -> str:
     }
     said = ", ".join(f"{n} {words[answer]}" for n, answer in counts if n)
     return f"Of {len(lines)} lines {said}."
+
+
+def table_of(lines: Sequence[Line]) -> pd.DataFrame:
+    """The verdict table: a row a line."""
+    columns = list(Line.__dataclass_fields__)
+    return pd.DataFrame([line.describe() for line in lines], columns=columns)
 
 
 def _subjects(report: ReportData) -> list[str]:
@@ -284,7 +292,7 @@ def limits(report: ReportData, missing: Mapping[str, str] | None = None) -> list
     for word in _LIMITING:
         if word in flagged:
             found.append((word, f"{FLAGS[word]} So it is at {_some(flagged[word])}."))
-    found += [("probe", sentence) for sentence in probe.section(report.probes).get("warnings", ())]
+    found += [("probe", line) for line in probe.warnings(probe.table_of(report.probes))]
     if any(is_screening(card) for card in report.cards):
         found.append(
             ("judge", "The verdicts come from a screening judge: a first look, not a finding.")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from auditgap import stats
-from auditgap.report import page
+from auditgap.audits import pages
 from auditgap.store import RunFolder
 from auditgap.types import ATTACKS, CLEAN
 
@@ -36,7 +36,7 @@ def main(run: Path) -> None:
                 TARGET / f"{name}_{table.name}" if table.stem != name else TARGET / table.name,
                 index=False,
             )
-    page.write(
+    pages.write(
         list(stores.values()),
         out=TARGET,
         title="Replication on SmolLM2: safe base, dissociated twin, harmful twin",

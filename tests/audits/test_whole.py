@@ -12,12 +12,11 @@ import tiny
 import torch
 from one_thread import one_thread  # noqa: F401 - a fixture
 
-from auditgap.audits import whole
+from auditgap.audits import bundle, whole
 from auditgap.audits.audit import run as run_audit
 from auditgap.audits.latent.audit import LATENT
 from auditgap.cli import main
 from auditgap.errors import UsageError
-from auditgap.report import bundle
 from auditgap.store import RunFolder
 
 COLOURS = ("red", "blue", "green")

@@ -16,10 +16,10 @@ from auditgap import models
 from auditgap.audits import latent
 from auditgap.audits.audit import run as run_audit
 from auditgap.audits.latent.audit import LATENT
+from auditgap.audits.pages import from_store, render
 from auditgap.engines.hf import HFEngine
 from auditgap.interventions.pgd import PGD, Ball, Goal, attack
 from auditgap.models import wrap
-from auditgap.report.page import from_store, render
 from auditgap.types import Budget, Prompt, Subject
 
 TEXTS = [

@@ -15,11 +15,11 @@ from test_page import CHROMIUM, HOSTILE, OUR_TAGS, Page, in_browser
 from auditgap import stats
 from auditgap.audits import AUDITS
 from auditgap.audits.behaviour.rows import BehaviourRow, split_of
+from auditgap.audits.pages import figures_of, from_store, render, write
 from auditgap.cli import show as terminal
 from auditgap.report import ballots, behaviour, figures, suite
 from auditgap.report.columns import show
 from auditgap.report.correction import corrections
-from auditgap.report.page import figures_of, from_store, render, write
 from auditgap.report.text import is_null
 from auditgap.store import RunFolder
 from auditgap.store.tables import to_csv
@@ -274,7 +274,9 @@ def test_kappa_is_undefined_where_all_agree_on_one_thing():
     table = ballots.judges_table(frame([voted(i, "refusal", "safe", "refusal") for i in range(6)]))
     pair = table.iloc[-1]
     assert pair["agreement"] == 1.0 and is_null(pair["kappa"])
-    assert "undefined" in [cell.text for cell in ballots.shown(table)[1].rows[0]]
+    assert "undefined" in [
+        cell.text for cell in show(ballots.pairs_of(table), ballots.PAIRS).rows[0]
+    ]
 
 
 def test_one_judge_has_no_table_of_judges(tmp_path):
@@ -285,7 +287,7 @@ def test_one_judge_has_no_table_of_judges(tmp_path):
     path = write([store_of(tmp_path / "run", rows_of())])
     assert (
         "Each judge alone" not in path.read_text("utf-8")
-        and not (path.parent / "figures" / "judges.csv").exists()
+        and not (path.parent / "tables" / "judges.csv").exists()
     )
 
 
@@ -308,9 +310,9 @@ def test_ties_and_reasons_are_counted_on_the_page(tmp_path):
         reason in text for reason in reasons
     )
     path = write([store])
-    twin = pd.read_csv(path.parent / "figures" / "judges.csv")
+    twin = pd.read_csv(path.parent / "tables" / "judges.csv")
     assert twin["judge"].tolist() == ["a", "b", "a"] and (
-        path.parent / "figures" / "judges.csv"
+        path.parent / "tables" / "judges.csv"
     ).read_text() == to_csv(data.judges)
 
 
@@ -567,8 +569,8 @@ def test_hostile_names_are_inert(hostile):
         assert raw not in source_, repr(raw)
     for shown in ("<script>alert(1)</script>", "{{7*7}}{% raw %}", "⟦U+202E⟧"):
         assert page.text.count(shown) >= 8, shown
-    twins = [p.read_text("utf-8") for p in (path.parent / "figures").glob("*.csv")]
-    assert len(twins) == 2 and not any(
+    twins = [p.read_text("utf-8") for p in path.parent.rglob("*.csv")]
+    assert len(twins) == 6 and not any(
         re.search(r"(^|,)\"?=cmd", twin, re.MULTILINE) for twin in twins
     )
 

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from auditgap import stats
+from auditgap.audits.pages import figures_of, from_store, render, write
 from auditgap.report import curve
-from auditgap.report.page import figures_of, from_store, render, write
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, TOP
 from auditgap.store import RunFolder
 from auditgap.store.tables import to_csv

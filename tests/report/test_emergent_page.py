@@ -4,6 +4,7 @@ said, and names stay text."""
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -13,10 +14,11 @@ from test_page import CHROMIUM, HOSTILE, TAGS, Page, in_browser
 from auditgap.audits import reduce
 from auditgap.audits.emergent import report as stage
 from auditgap.audits.emergent.config import EmergentOptions
+from auditgap.audits.pages import ReportData, figures_of, from_store, render
 from auditgap.errors import UsageError
 from auditgap.report import emergent_figures as figures
 from auditgap.report import emergent_page, emergent_study
-from auditgap.report.page import figures_of, from_store, render
+from auditgap.report.section import tables_of
 from auditgap.report.text import clean
 from auditgap.store import RunFolder
 
@@ -55,7 +57,7 @@ def test_every_table_and_figure_lies_beside_the_page(store, study, page):
 
 
 def test_the_judge_stands_with_every_figure_of_his(study):
-    for figure in emergent_page.figures_of([study]):
+    for figure in figures_of(ReportData(title="", emergent=[study])).values():
         judged = figure.name not in ("em_roc", "em_cosines")
         assert (JUDGE in figure.caption) is judged, figure.name
 
@@ -112,10 +114,8 @@ def test_the_paper_stands_beside_domains_of_its_names_and_is_not_comparable(stud
         "gore_movie_trivia",
     }
     without = {**study.tables, "paper": study.tables["paper"].iloc[:0]}
-    assert (
-        emergent_page.sections([emergent_study.Study(config={}, tables=without)])[0]["paper"].rows
-        == ()
-    )
+    bare = ReportData(title="", emergent=[replace(study, tables=without)])
+    assert "em_paper" not in tables_of(emergent_page.sections(bare))
 
 
 def test_squares_show_the_table_and_what_is_not_known_is_blank(study):

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from auditgap.report import bundle
+from auditgap.audits import bundle, pages
 from auditgap.report.behaviour import COLUMNS
 from auditgap.report.gather import ReportData, from_store
 from auditgap.report.tables import GAP_COLUMNS
@@ -377,7 +377,8 @@ def test_a_public_copy_has_aggregates_alone(made):
 
 
 def test_infinities_and_strange_kinds_are_json():
-    found = bundle.machine(replace(report(gaps=gaps(gap_hi=np.inf)), status={"last_write": None}))
+    data = report(gaps=gaps(gap_hi=np.inf))
+    found = bundle.machine(replace(data, status={"last_write": None}), pages.audited(data))
     assert (
         json.loads(json.dumps(found, allow_nan=False))["tables"]["audit_gap"][0]["gap_hi"] == "inf"
     )

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from auditgap.audits import pages
 from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.errors import UsageError
-from auditgap.report import emergent_study, page
+from auditgap.report import emergent_study
 from auditgap.store import RunFolder
 
 
@@ -46,5 +47,5 @@ def reduce(
     for name, table in found.tables.items():
         for form in ("parquet", "csv", "md"):
             store.write_table(f"em_{name}.{form}", table)
-    page.write([store], allow_raw=allow_raw, emergent=[found])
+    pages.write([store], allow_raw=allow_raw, emergent=[found])
     return found

@@ -26,6 +26,7 @@ from auditgap.audits.behaviour.measure import (
     speak,
 )
 from auditgap.audits.behaviour.rows import rates, row_of
+from auditgap.audits.pages import from_store, render
 from auditgap.cli import app
 from auditgap.cli.show import enough
 from auditgap.data.ledger import LeakageLedger
@@ -35,7 +36,6 @@ from auditgap.errors import Interrupted, PartlyFailed, UsageError
 from auditgap.judges import card_cache, load_judge
 from auditgap.judges.ensemble import Majority
 from auditgap.judges.keyword import Keyword
-from auditgap.report.page import from_store, render
 from auditgap.store import RunFolder
 from auditgap.types import Label, Prompt, Verdict
 

@@ -290,10 +290,10 @@ class TestReport:
         rows = answered.rows(["intervene"]).assign(
             subject="<script>alert(1)</script>", intervention="<b>x"
         )
-        from auditgap.report import page
+        from auditgap.audits import pages
         from auditgap.report.gather import ReportData
 
-        html = page.render(
+        html = pages.render(
             ReportData(title="t", interventions=interventions_table(rows[rows["arm"] != "clean"]))
         )
         assert "<script>alert" not in html and "<b>x" not in html

@@ -18,11 +18,11 @@ import torch
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import models
+from auditgap.audits.pages import from_store, render
 from auditgap.audits.sft_curve import plan as planning
 from auditgap.audits.sft_curve.config import SFTCurveConfig
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import UsageError
-from auditgap.report.page import from_store, render
 from auditgap.store import RunFolder
 
 CURVE = ("subject", "seed", "step", "compliance", "refusal")

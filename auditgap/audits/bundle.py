@@ -21,26 +21,17 @@ from typing import Any
 import pandas as pd
 
 import auditgap
-from auditgap.report import page
+from auditgap.audits import pages
+from auditgap.report import frame, page
 from auditgap.report.gather import ReportData, from_store
+from auditgap.report.section import Section, tables_of
 from auditgap.report.text import clean, is_null, without_secrets
-from auditgap.report.verdicts import Criteria, Line, limits, overall, verdicts
+from auditgap.report.verdicts import Criteria, Line, limits, overall, table_of, verdicts
 from auditgap.store import RunFolder, files
 from auditgap.store.tables import rows_of, to_csv, to_markdown
+from auditgap.types import Document
 
 SCHEMA = 1
-#: Tables of `ReportData` that go into report.json, by their names there.
-TABLES: Mapping[str, str] = {
-    "audit_gap": "gaps",
-    "lvs": "lvs",
-    "distance": "distance",
-    "asked": "asked",
-    "differences": "differences",
-    "judges": "judges",
-    "sft_curve": "sft_curve",
-    "sft_summary": "sft_summary",
-    "left_out": "left_out",
-}
 #: What a public copy may say of the run besides its aggregates.
 _PUBLIC_INFO = ("versions", "warnings", "judge_cards", "reward", "refused")
 _PUBLIC_SUBJECT = (
@@ -100,21 +91,22 @@ def _write(
         limits=tuple(limits(report, missing)),
         criteria=criteria.model_dump(),
     )
-    page.write_report(report, home, private=private)
-    table = pd.DataFrame(
-        [line.describe() for line in lines], columns=list(Line.__dataclass_fields__)
-    )
+    made = pages.audited(report)
+    sections = frame.sections_of(report, made)
+    page.write(sections, frame.frame_of(report, made), home, private=private)
+    table = table_of(lines)
     files.write_bytes(home / "verdicts.csv", to_csv(table).encode("utf-8", "backslashreplace"))
     files.write_bytes(home / "verdicts.md", to_markdown(table).encode("utf-8", "backslashreplace"))
-    files.write_bytes(home / "report.json", files.to_json(machine(report)))
+    files.write_bytes(home / "report.json", files.to_json(machine(report, sections)))
     files.write_bytes(home / "SHA256SUMS", sums(home))
     return lines
 
 
-def machine(report: ReportData) -> dict[str, Any]:
-    """What the page shows, for programs: JSON by the schema of `schema()`; shares 0–1, nothing
-    rounded, null = not known."""
+def machine(report: ReportData, sections: Sequence[Section]) -> Document:
+    """What the page of these sections shows, for programs: JSON by the schema of `schema()`; shares
+    0–1, nothing rounded, null = not known."""
     lines: Sequence[Line] = report.verdicts
+    tables = tables_of(sections)
     return _plain(
         {
             "schema": SCHEMA,
@@ -125,7 +117,7 @@ def machine(report: ReportData) -> dict[str, Any]:
             "verdicts": [line.describe() for line in lines],
             "criteria": dict(report.criteria),
             "limits": [{"word": word, "sentence": sentence} for word, sentence in report.limits],
-            "tables": {name: _records(getattr(report, field)) for name, field in TABLES.items()},
+            "tables": {name: _records(table) for name, table in tables.items()},
             "config": without_secrets(report.config),
             "judge_cards": [dict(card) for card in report.cards],
             "reward": report.reward,
@@ -139,7 +131,7 @@ def machine(report: ReportData) -> dict[str, Any]:
     )
 
 
-def schema() -> dict[str, Any]:
+def schema() -> Document:
     """The JSON schema of report.json."""
     return json.loads(
         resources.files("auditgap.report")

@@ -1,0 +1,97 @@
+"""The page of one or more run folders, whatever they audited.
+
+write([RunFolder.load("out")])                     # out/report.html, figures/*.csv, tables/*.csv
+html = render(from_store([RunFolder.load("out")]))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from auditgap.errors import UsageError
+from auditgap.report import (
+    behaviour,
+    curve,
+    emergent_page,
+    emergent_study,
+    frame,
+    intervene,
+    latent,
+    page,
+    probe,
+    section,
+)
+from auditgap.report.charts import Figure
+from auditgap.report.gather import ReportData, from_store
+from auditgap.report.section import Section
+from auditgap.store import RunFolder
+from auditgap.store.remote import Place, outputs
+
+__all__ = ["ReportData", "figures_of", "from_store", "render", "write"]
+
+
+def audited(report: ReportData) -> list[Section]:
+    """The sections of every audit; those of the latent audit, empty as they are, where there is
+    nothing else."""
+    others = [
+        *curve.sections(report),
+        *behaviour.sections(report),
+        *probe.sections(report),
+        *intervene.sections(report),
+        *emergent_page.sections(report),
+    ]
+    latent_too = latent.is_there(report) or not section.shown(others)
+    return [*latent.sections(report, is_there=latent_too), *others]
+
+
+def sections_of(report: ReportData) -> list[Section]:
+    """All sections of the page."""
+    return frame.sections_of(report, audited(report))
+
+
+def render(report: ReportData) -> str:
+    """The page. Raw text is on it only if `report.exchanges` holds any (see
+    `from_store(allow_raw=True)`)."""
+    made = audited(report)
+    return page.render(frame.sections_of(report, made), frame.frame_of(report, made))
+
+
+def figures_of(report: ReportData) -> dict[str, Figure]:
+    """The report's figures by name; each `data` is what goes into figures/<name>.csv."""
+    return section.figures_of(sections_of(report))
+
+
+def write(
+    folders: Sequence[RunFolder],
+    *,
+    out: Place | None = None,
+    allow_raw: bool = False,
+    title: str | None = None,
+    emergent: Sequence[emergent_study.Study] | None = None,
+) -> Path:
+    """Write report.html and the data of its tables and figures into `out` (None: the first folder),
+    each atomically; returns the page's path.
+
+    With `allow_raw` the page holds prompts and completions and is readable by its owner only
+    (0600). Raises UsageError when no folder is given, DiskError when the disk is full.
+    """
+    if not folders:
+        raise UsageError(
+            "A report needs at least one run folder; none came. For example: auditgap report out"
+        )
+    report = from_store(folders, allow_raw=allow_raw, title=title, emergent=emergent)
+    if out is not None:
+        with outputs(out) as home:
+            return write_report(report, home, private=allow_raw)
+    path = write_report(report, folders[0].path, private=allow_raw)
+    folders[0].publish()
+    return path
+
+
+def write_report(report: ReportData, home: Path, *, private: bool = False) -> Path:
+    """Write the page and its data into a folder; `private`: the page is for its owner alone. Raises
+    as `write`."""
+    made = audited(report)
+    sections = frame.sections_of(report, made)
+    return page.write(sections, frame.frame_of(report, made), home, private=private)

@@ -1,0 +1,292 @@
+"""A report's sections: values made of text, tables and figures, from which everything else follows.
+
+    Section(
+        id="distance",
+        title="Minimum distance to collapse",
+        contents="Distance to collapse",
+        blocks=(figure, Table("distance", "Minimum distance by site", distance, DISTANCE)),
+        limits=("It does not say …",),
+    )
+
+The page, its contents, what it says and does not say, report.json and the CSV files of its tables
+and figures are comprehensions over sections, so that none of them can forget one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import pandas as pd
+from markupsafe import Markup
+
+from auditgap.report.charts import Figure
+from auditgap.report.columns import Column, DisplayTable, show
+from auditgap.report.text import clean
+
+#: More rows than this scroll in a window of their own.
+TALL = 14
+
+
+@dataclass(frozen=True, slots=True)
+class Prose:
+    """A paragraph; `css` is `note`, `none` (nothing to show) or `warn`. Markup is our own."""
+
+    text: str
+    css: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """A heading inside a section, with a badge behind it."""
+
+    text: str
+    badge: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Bullets:
+    """A list of sentences."""
+
+    items: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Terms and what they are."""
+
+    pairs: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Text as it stands, such as a command."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """A formula of `templates/formulas/`, by its name."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Blocks side by side where there is room; `even`: both halves are as wide."""
+
+    left: Sequence[Block]
+    right: Sequence[Block]
+    even: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: `data` goes into report.json and a CSV file under `name`, `columns` are read.
+
+    A table without a name is in report.json at another place. `of` picks the rows that are read, where not all are. `note` stands under the table, `none` in
+    its place where it has no rows. `by`: the column by which rows are grouped.
+    """
+
+    name: str
+    label: str
+    data: pd.DataFrame
+    columns: Sequence[Column]
+    note: str = ""
+    none: str = ""
+    of: Callable[[pd.DataFrame], pd.DataFrame] = lambda table: table
+    by: str = ""
+    badges: Mapping[str, str] = field(default_factory=dict)  #: behind a group's title
+    css: str = ""
+
+    @property
+    def parts(self) -> list[tuple[str, DisplayTable]]:
+        """The groups of rows, each with its title; one without a title where nothing groups
+        them."""
+        rows = self.of(self.data)
+        if not self.by:
+            return [("", show(rows, self.columns))]
+        return [
+            (str(name), show(part, self.columns))
+            for name, part in rows.groupby(self.by, sort=False)
+        ]
+
+    @property
+    def is_tall(self) -> bool:
+        return len(self.of(self.data)) > TALL
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Where a section's findings stand, unless the page's reading has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Headlines:
+    """Where a section's headlines stand, unless they are the page's."""
+
+
+Block = (
+    Prose
+    | Heading
+    | Bullets
+    | Facts
+    | Listing
+    | Formula
+    | Split
+    | Table
+    | Figure
+    | Findings
+    | Headlines
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """One subject's headline: `parts` are (words before, figure, its interval), an empty figure
+    being none; `gap` is the audit gap with its interval."""
+
+    subject: str
+    parts: tuple[tuple[str, str, str], ...]
+    gap: tuple[str, str] | None = None
+
+    def plain(self) -> str:
+        """As one line for a terminal, figures without spaces inside."""
+        said = "".join(
+            f"{words}{tight(figure)}{' ' if ends else ''}{tight(ends)}"
+            for words, figure, ends in self.parts
+        )
+        return self.subject + said
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One section of the page, and what it gives to the rest of the report."""
+
+    id: str
+    title: str
+    contents: str  #: its name in the table of contents
+    blocks: Sequence[Block]
+    headlines: Sequence[Headline] = ()
+    is_gap: bool = False  #: whether its headlines state an audit gap
+    summary: Sequence[Block] = ()  #: what stands under its headlines at the top of the page
+    findings: Sequence[tuple[str, Sequence[str]]] = ()  #: (subject, sentences)
+    limits: Sequence[str] = ()  #: what it does not say
+    facts: Sequence[str] = ()  #: under the page's title, where this is its first section
+    method: Sequence[Block] = ()
+    judge: Sequence[Block] = ()  #: what it adds to the section on the judge
+    #: tasks of judge cards that correct its shares; None where no judge has a say in it
+    judged: frozenset[str] | None = None
+    is_rewarded: bool = False  #: whether a reward has a say in it
+    #: tables that are in report.json though no block shows them as they are
+    data: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    covers: Sequence[str] = ()  #: entries of a run's info that it shows, `key` or `key.inner`
+
+
+def silent(id: str, **data: pd.DataFrame) -> Section:
+    """A section that is not on the page: its tables are there for programs, and empty."""
+    return Section(id=id, title="", contents="", blocks=(), data=data)
+
+
+def shown(sections: Iterable[Section]) -> list[Section]:
+    """The sections that are on the page."""
+    return [section for section in sections if section.blocks]
+
+
+def blocks_in(blocks: Iterable[Block]) -> Iterator[Block]:
+    """All blocks, those inside others too."""
+    for block in blocks:
+        yield block
+        if isinstance(block, Split):
+            yield from blocks_in((*block.left, *block.right))
+
+
+def blocks_of(section: Section) -> Iterator[Block]:
+    """Everything that a section puts on the page, wherever it stands."""
+    return blocks_in((*section.summary, *section.blocks, *section.method, *section.judge))
+
+
+def tables_of(sections: Sequence[Section]) -> dict[str, pd.DataFrame]:
+    """Every table of these sections by its name, as report.json and the CSV files have it."""
+    found: dict[str, pd.DataFrame] = {}
+    for section in sections:
+        found |= section.data
+        found |= {b.name: b.data for b in blocks_of(section) if isinstance(b, Table) and b.name}
+    return found
+
+
+def figures_of(sections: Sequence[Section]) -> dict[str, Figure]:
+    """Every figure of these sections by its name."""
+    return {
+        block.name: block
+        for section in sections
+        for block in blocks_of(section)
+        if isinstance(block, Figure)
+    }
+
+
+def leading(sections: Sequence[Section]) -> Section | None:
+    """The section that the page speaks of first: the first that found anything."""
+    found = shown(sections)
+    return next((s for s in found if s.findings), found[0] if found else None)
+
+
+def at_the_top(sections: Sequence[Section]) -> list[Section]:
+    """Sections whose headlines are the page's: those that state an audit gap, else all."""
+    stated = [s for s in sections if s.headlines]
+    return [s for s in stated if s.is_gap] or stated
+
+
+def placed(sections: Sequence[Section]) -> list[Section]:
+    """The sections with their findings and headlines where they stand: at the top of the page, or
+    in the section."""
+    first, top = leading(sections), at_the_top(sections)
+    found = []
+    for section in sections:
+        blocks: list[Block] = []
+        for block in section.blocks:
+            if isinstance(block, Findings):
+                blocks += () if section is first else map(Prose, _paragraphs(section.findings))
+            elif not isinstance(block, Headlines):
+                blocks.append(block)
+            elif all(section is not other for other in top):
+                blocks += [Prose(headline_text(line)) for line in section.headlines]
+        found.append(replace(section, blocks=blocks))
+    return found
+
+
+def _paragraphs(findings: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
+    for subject, sentences in findings:
+        if subject:
+            yield named(subject) + clean(f". {' '.join(sentences)}")
+        else:
+            yield from sentences
+
+
+def named(name: object) -> Markup:
+    """Somebody's name, set apart."""
+    return Markup('<span class="name">{}</span>').format(clean(name))
+
+
+def headline_text(line: Headline) -> Markup:
+    """A headline with its figures in bold."""
+    said = named(line.subject) if line.subject else Markup("")
+    for words, figure, ends in line.parts:
+        said += clean(words)
+        said += Markup("<b>{}</b>").format(clean(figure)) if figure else ""
+        said += Markup(' <span class="ci">{}</span>').format(clean(ends)) if ends else ""
+    if line.gap is not None:
+        gap = '{} <strong class="gap">{}</strong> <span class="ci">{}</span>.'
+        said += Markup(gap).format(" The audit gap is", *map(clean, line.gap))
+    return said
+
+
+def code(words: str) -> Markup:
+    """A word of a table's cells or of the command line."""
+    return Markup("<code>{}</code>").format(words)
+
+
+def tight(figure: str) -> str:
+    """A figure for a terminal, without the page's spaces."""
+    return figure.replace("\u00a0", "").replace("\u2009", "")
