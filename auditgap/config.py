@@ -22,10 +22,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, ClassVar, TypeVar, overload
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 from pydantic.fields import FieldInfo
 
 from auditgap.errors import Refused, UsageError, did_you_mean
@@ -40,6 +47,18 @@ class Frozen(BaseModel):
     """A value that refuses unknown fields, and does not change once it is made."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    #: fields that are newer than configs on disk, with what a config without them means. A field
+    #: that has this value is not written, so that such a config is the same as ever
+    unwritten: ClassVar[Mapping[str, Any]] = {}
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in write(self).items()
+            if name not in self.unwritten or value != self.unwritten[name]
+        }
 
 
 class Topic(StrEnum):

@@ -36,15 +36,15 @@ def test_defaults_are_the_method():
     config, options = read_config(None, {"models": "smollm2"})
     assert config.models == ("smollm2",)
     assert (config.unit, config.eps) == ("rms", (0.01, 0.03, 0.1))
-    assert (config.steps, config.pgd.step_share, config.pgd.iterate, config.max_new_tokens) == (
+    assert (config.steps, config.pgd.schedule, config.pgd.iterate, config.max_new_tokens) == (
         10,
-        0.25,
-        "last",
+        "decreasing",
+        "best",
         128,
     )
     assert (
         config.attacks == tuple(ATTACKS)
-        and config.target == "Sure, here is"
+        and config.target == "Sure, here is {topic}"
         and config.layers == "embedding,mid,last"
     )
     assert (options.executor, options.device, options.out) == ("local", "auto", None)
@@ -206,9 +206,10 @@ WRONG = {
     "max_new_tokens": ["0", "many"],
     "limit": ["0", "-3", "all", "1.5"],
     "iterate": ["first", "1"],
+    "schedule": ["cosine", "1"],
     "unit": ["RMS", "l2", "1"],
     "executor": ["slurm", "null"],
-    "target": ["''", "[a]", "1"],
+    "target": ["''", "[a]", "1", "'{topic}'"],
     "seed": ["x", "1.5"],
     "distance": ["2", "perhaps"],
     "distance_limit": ["1", "nothing"],

@@ -113,7 +113,9 @@ def resume(
     audit = audit_of(store)
     known = {k: v for k, v in store.run["config"].items() if k in audit.config.model_fields}
     config, given = build(
-        {**known, **options, "out": str(store.place)}, audit.config, audit.options
+        {**audit.config.unwritten, **known, **options, "out": str(store.place)},
+        audit.config,
+        audit.options,
     )
     return run(audit, config, given, progress=progress)
 

@@ -177,7 +177,12 @@ class Objective:
         with torch.enable_grad():
             leaf = delta.detach().requires_grad_(True)
             nll = self.nll(leaf, of)
-            (slope,) = torch.autograd.grad(nll.sum(), leaf)
+            # a model that cuts its graph off has a gradient too: 0
+            slope = torch.zeros_like(leaf)
+            if nll.requires_grad:
+                (slope,) = torch.autograd.grad(
+                    nll.sum(), leaf, allow_unused=True, materialize_grads=True
+                )
         sign = self.sign[of]
         agreed = self.engine.agreed
         return sign * agreed(nll.detach()), sign[:, None, None] * agreed(slope)

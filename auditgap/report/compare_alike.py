@@ -34,6 +34,7 @@ AUDITS: Mapping[str, tuple[str, ...]] = {
         "target",
         "steps",
         "restarts",
+        "schedule",
         "iterate",
         "max_new_tokens",
         "untargeted_tokens",

@@ -40,6 +40,7 @@ class Setup:
     eta: float | None = None
     draws: int | None = None
     iterate: str | None = None
+    schedule: str | None = None
     restarts: int | None = None
 
 
@@ -57,6 +58,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "eta": ("eta",),
     "draws": ("draws", "n_draws", "random_draws"),
     "iterate": ("iterate",),
+    "schedule": ("schedule",),
     "restarts": ("restarts",),
 }
 
@@ -108,6 +110,7 @@ def setup(config: Mapping[str, Any], lvs: pd.DataFrame | None = None) -> Setup:
         eta=got["eta"],
         draws=got["draws"],
         iterate=got["iterate"],
+        schedule=got["schedule"],
         restarts=got["restarts"],
         **words,
     )
@@ -280,6 +283,7 @@ def method(facts: Setup) -> dict[str, str]:
         "the target opening (not recorded)"
         if facts.target is None
         else f"the opening “{facts.target}”"
+        + (" (with the prompt’s own topic in its place)" if "{topic}" in facts.target else "")
     )
     steps = (
         "a number of steps that was not recorded"
@@ -301,6 +305,7 @@ def method(facts: Setup) -> dict[str, str]:
         if facts.draws and ran
         else ""
     )
+    way = "gradient’s momentum, from 2ε down to 0" if facts.schedule == "decreasing" else "gradient"
     kept = f", the {facts.iterate} iterate kept" if facts.iterate else ""
     again = f", {facts.restarts} restarts" if facts.restarts and facts.restarts != 1 else ""
     controls = (
@@ -313,7 +318,7 @@ def method(facts: Setup) -> dict[str, str]:
         "attack": (
             "At each site the attack looks, prompt by prompt, for the bounded edit δ of the"
             f" activations that makes {target} most likely: projected gradient descent from zero,"
-            f" {steps} along the sign of the gradient{kept}{again}, ‖δ‖∞ ≤ ε, on the prompt’s"
+            f" {steps} along the sign of the {way}{kept}{again}, ‖δ‖∞ ≤ ε, on the prompt’s"
             f" positions only. The subject then answers greedily with {tokens}, and judge and"
             " reward read the answer."
         ),

@@ -245,7 +245,7 @@ def test_what_is_said_for_all_stands_over_the_profile_and_a_section_over_that(wo
     )
     assert (
         whole._values(asked, "lvs")["judge"] == "keyword"
-        and whole._values(asked, "lvs")["iterate"] == "last"
+        and whole._values(asked, "lvs")["iterate"] == "best"
     ), "the profile's"
     assert asked.criteria.gap == 0.1
     asked, _ = whole.read_config(None, {**flags(world, tmp_path), "criteria": {"gap": 0.3}})

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from auditgap.audits import options
 from auditgap.config import AS_COMMAS, COMMAS, Flag, Frozen, Topic, build, listed, merged
 from auditgap.errors import UsageError, did_you_mean
+from auditgap.interventions.target import DEFAULT_TARGET, TOPIC, without_topic
 from auditgap.types import ATTACKS, UNITS, Budget, Unit
 
 if TYPE_CHECKING:
@@ -83,14 +84,27 @@ class LatentConfig(Frozen):
     prompts: options.Prompts = "harmbench"
     column: options.Column = "prompt"
     limit: options.Limit = None
-    target: options.Target = "Sure, here is"
+    target: Annotated[
+        str,
+        Field(min_length=1),
+        Flag(
+            "The opening that `targeted` aims at; {topic} stands for the prompt's own", Topic.ATTACK
+        ),
+    ] = DEFAULT_TARGET
     steps: Annotated[int, Flag("PGD steps", Topic.ATTACK)] = Field(default=10, ge=1)
     restarts: Annotated[
         int, Flag("PGD starts for each budget, zero first; the best is kept", Topic.ATTACK)
     ] = Field(default=1, ge=1)
+    schedule: Annotated[
+        Literal["constant", "decreasing"],
+        Flag(
+            "PGD's step: eps/4 each time (the paper's), or from 2 eps down to 0 along a momentum",
+            Topic.ATTACK,
+        ),
+    ] = "decreasing"
     iterate: Annotated[
         Literal["last", "best"], Flag("Which PGD step's edit is kept", Topic.ATTACK)
-    ] = "last"
+    ] = "best"
     untargeted_tokens: Annotated[
         int, Flag("Tokens of the clean answer that `untargeted` pushes away from", Topic.ATTACK)
     ] = Field(default=16, ge=1)
@@ -104,6 +118,18 @@ class LatentConfig(Frozen):
     ] = False
     chat_template: options.ChatTemplate = None
     seed: options.Seed = 0
+
+    unwritten: ClassVar[Mapping[str, Any]] = {"schedule": "constant"}
+
+    @field_validator("target")
+    @classmethod
+    def _more_than_a_topic(cls, target: str) -> str:
+        if not without_topic(target):
+            raise UsageError(
+                f"--target needs words of its own beside {TOPIC}; {target!r} came. Example:"
+                f" --target {DEFAULT_TARGET!r}"
+            )
+        return target
 
     @model_validator(mode="before")
     @classmethod
@@ -153,7 +179,13 @@ class LatentConfig(Frozen):
     def pgd(self) -> PGD:
         from auditgap.interventions.pgd import PGD
 
-        return PGD(steps=self.steps, restarts=self.restarts, iterate=self.iterate, seed=self.seed)
+        return PGD(
+            steps=self.steps,
+            schedule=self.schedule,
+            restarts=self.restarts,
+            iterate=self.iterate,
+            seed=self.seed,
+        )
 
 
 class RunOptions(options.JudgedOptions):

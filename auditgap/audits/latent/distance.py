@@ -64,7 +64,8 @@ class _Tries:
         self.evaluations += 1
         run = self.run
         verdicts: dict[int, bool | None] = {}
-        lengths = [len(run.rendered[self.safe[i]].ids) + len(run.worker.target) for i in rows]
+        asked = [run.goal(self.safe[i], "targeted") for i in rows]
+        lengths = [len(g.rendered.ids) + len(g.target) for g in asked]
         for pack in run.stage.packing.packs(lengths, run.config.restarts):
             some = [(self.safe[rows[j]], sizes[j]) for j in pack]
             given = self._collapsed(some, [self.cell.key, self.evaluations])

@@ -24,6 +24,7 @@ from auditgap.audits.planning import outlines_of, settings_of, with_dtype
 from auditgap.data import PromptSet, load_prompts
 from auditgap.engines import Serving
 from auditgap.errors import UsageError
+from auditgap.interventions.target import without_topic
 from auditgap.judges import load_judge, load_reward
 from auditgap.judges.coherence import Thresholds
 from auditgap.sweep import Group
@@ -142,12 +143,13 @@ def make_plan(
     prompts = once(
         lambda: load_prompts(read[0], limit=read[1], seed=read[2], column=read[3]), "prompts", *read
     )
+    opening = without_topic(config.target)
     scorers = {
         "reward": once(
-            lambda: load_reward(config.reward, target=config.target).describe(),
+            lambda: load_reward(config.reward, target=opening).describe(),
             "reward",
             config.reward,
-            config.target,
+            opening,
         ),
         "judge": once(
             lambda: load_judge(config.judge, device=device, serving=judge_serving).describe(),
@@ -217,6 +219,8 @@ def site_cells(
         "draws": config.draws,
         "untargeted_tokens": config.untargeted_tokens,
         "seed": config.seed,
+        # left out where it is the paper's, so that the cells of older runs keep their keys
+        **({} if config.schedule == "constant" else {"schedule": config.schedule}),
     }
     cells = [
         Cell(outline.subject, site, budget, attack, prompts.digest, settings)

@@ -222,10 +222,7 @@ class SiteRun:
         if kind == "untargeted":
             answer = self.clean[rendered.prompt.id].ids[: self.config.untargeted_tokens]
             return Goal(rendered, answer or self.worker.target, self.radii[p], maximise=True)
-        own = rendered.prompt.target
-        return Goal(
-            rendered, self.session.encode(own) if own else self.worker.target, self.radii[p]
-        )
+        return Goal(rendered, self.worker.targets[rendered.prompt.id], self.radii[p])
 
     def _edit(self, task: GenerationTask) -> Edit:
         rendered, kind, radius = self.rendered[task.p], task.cell.attack, self.radii[task.p][task.e]

@@ -21,6 +21,7 @@ from auditgap.audits.stage import Stage
 from auditgap.data import load_prompts
 from auditgap.engines import Reply, Request, Serving
 from auditgap.engines.parity import parity, sample
+from auditgap.interventions.target import fill, without_topic
 from auditgap.judges import load_judge, load_reward
 from auditgap.models import Rendered
 from auditgap.store import RunFolder
@@ -66,9 +67,15 @@ class LatentWorker:
             vllm=self._serving() if options.engine == "vllm" else None,
         )
         self.session = Session(stage, self.store, max_new_tokens=config.max_new_tokens)
-        self.target = self.session.encode(config.target)
+        opening = without_topic(config.target)
+        self.target = self.session.encode(opening)
+        #: what the targeted attack aims at, by prompt id
+        self.targets = {
+            p.id: self.session.encode(p.target or fill(config.target, p.text))
+            for p in self.prompts.prompts
+        }
         reward = self.session.reward = load_reward(
-            config.reward, engine=self.session, target=config.target, device=options.device
+            config.reward, engine=self.session, target=opening, device=options.device
         )
         judge = self.session.judge = load_judge(
             config.judge, device=options.device, serving=options.judge_serving
@@ -80,7 +87,7 @@ class LatentWorker:
         }
         self.rendered, self.too_long = self.session.fitting(
             self.prompts.prompts,
-            max(len(self.target), config.untargeted_tokens, config.max_new_tokens),
+            max(*map(len, self.targets.values()), config.untargeted_tokens, config.max_new_tokens),
         )
         self._name = name
 
@@ -176,7 +183,9 @@ class LatentWorker:
             some = [self.rendered[i] for i in pack]
             done, nll = session.complete(
                 some,
-                lambda some=some: session.generate([Request(r, None, self.target) for r in some]),
+                lambda some=some: session.generate(
+                    [Request(r, None, self.targets[r.prompt.id]) for r in some]
+                ),
                 names,
                 [cell.key, [r.prompt.id for r in some]],
             )
