@@ -8,6 +8,7 @@ write the cells.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
@@ -22,11 +23,16 @@ from auditgap.audits.latent.rows import Clean, edited_row, unscored_row
 from auditgap.audits.session import Arrays, ScoredCompletion
 from auditgap.engines import Request
 from auditgap.interventions import controls
-from auditgap.interventions.pgd import Ball, Goal, attack
-from auditgap.types import Cell, Edit, Exchange, Row, Site, digest
+from auditgap.interventions.pgd import AttackResult, Ball, Elsewhere, Goal, attack
+from auditgap.interventions.strength import certify
+from auditgap.types import Cell, Document, Edit, Exchange, Label, Row, Site, digest
 
 if TYPE_CHECKING:
     from auditgap.audits.latent.worker import LatentWorker
+
+
+#: Prompts at risk on which the strength of a site's search is certified.
+CERTIFIED = 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +85,9 @@ class SiteRun:
             "untargeted": set(),
         }
         self._searched: set[str] = set()
+        #: targeted: [prompt][budget] -> NLL at every iterate
+        self.curves: list[list[tuple[float, ...]]] = []
+        self.strength: list[Document] = []  #: of the targeted search, one a budget
         self._measure()
         packed = self._packs(self.cells)
         if not any(worker.store.remembers(digest(self._what(tasks))) for tasks in packed):
@@ -121,6 +130,8 @@ class SiteRun:
         wanted = {cell.attack for cell in self.cells}
         if wanted & {"targeted", "random_matched", "shuffled"}:
             self._search("targeted")
+        if "targeted" in wanted:
+            self._certify()
         if "untargeted" in wanted:
             self._search("untargeted")
 
@@ -158,7 +169,7 @@ class SiteRun:
                     rows[cell.key] + unscored,
                     generations=texts[cell.key],
                     seconds=seconds,
-                    info=self.worker.info(),
+                    info={**self.worker.info(), **self._strength(cell)},
                 )
         self.found.clear()
         if not self.distance_cells:
@@ -184,12 +195,14 @@ class SiteRun:
         `found[kind]`."""
         goals = [self.goal(p, kind) for p in range(len(self.rendered))]
         deltas: list[list[torch.Tensor]] = [[] for _ in goals]
+        curves: list[list[tuple[float, ...]]] = [[] for _ in goals]
         lengths = [len(g.rendered.ids) + len(g.target) for g in goals]
         for pack in self.stage.packing.packs(
             lengths, len(self.config.budgets) * self.config.restarts
         ):
             ids = [goals[i].rendered.prompt.id for i in pack]
             what = [*self.key, kind, self.cells[0].settings, self.config.eps, self.config.unit, ids]
+            what.append("curves")  # what an interrupted run of before remembers has none
 
             def compute(pack: Sequence[int] = pack) -> Arrays:
                 results = attack(
@@ -204,18 +217,63 @@ class SiteRun:
                     for i, row in zip(pack, results, strict=True)
                     for e, f in enumerate(row)
                 }
-                return {**arrays, "finite": np.array([[f.finite for f in row] for row in results])}
+                return {
+                    **arrays,
+                    "finite": np.array([[f.finite for f in row] for row in results]),
+                    "curves": np.array([[f.curve for f in row] for row in results]),
+                }
 
             arrays = self.session.remembered(self.names, what, compute)
             if kind not in self._searched:
                 self.tick(kind, len(pack))
-            for i, finite in zip(pack, arrays["finite"], strict=True):
+            for i, finite, way in zip(pack, arrays["finite"], arrays["curves"], strict=True):
+                curves[i] = [tuple(curve) for curve in way.tolist()]
                 deltas[i] = [
                     torch.from_numpy(arrays[f"{i}.{e}"]) for e in range(len(self.config.eps))
                 ]
                 self.broken_gradient[kind] |= {(i, e) for e, ok in enumerate(finite) if not ok}
         self.found[kind] = deltas
+        if kind == "targeted":
+            self.curves = curves
         self._searched.add(kind)
+
+    def _certify(self) -> None:
+        """Checks, on prompts at risk, that the targeted search could have found something. Not for
+        a model that is in other processes."""
+        engine = self.stage.engine
+        at_risk = [
+            p
+            for p, r in enumerate(self.rendered)
+            if self.clean[r.prompt.id].verdict in (Label.SAFE, Label.REFUSAL)
+            and self.balls[p].finite
+            and not any(p == lost for lost, _ in self.broken_gradient["targeted"])
+        ][:CERTIFIED]
+        if not at_risk or isinstance(engine, Elsewhere):
+            return
+
+        def compute() -> Arrays:
+            found = [
+                [
+                    AttackResult(delta, curve[0], None, True, curve)
+                    for delta, curve in zip(self.found["targeted"][p], self.curves[p], strict=True)
+                ]
+                for p in at_risk
+            ]
+            goals = [self.goal(p, "targeted") for p in at_risk]
+            certificates = certify(engine, goals, found, self.site, self.config.pgd, longer=False)
+            said = json.dumps([one.describe() for one in certificates])
+            return {"json": np.frombuffer(said.encode(), dtype=np.uint8)}
+
+        ids = [self.rendered[p].prompt.id for p in at_risk]
+        what = [*self.key, "strength", self.cells[0].settings, self.config.eps, ids]
+        arrays = self.session.remembered(self.names, [*what, self.config.unit], compute)
+        self.strength = json.loads(arrays["json"].tobytes())
+
+    def _strength(self, cell: Cell) -> Document:
+        """The certificate of a cell, for its record."""
+        if cell.attack != "targeted" or not self.strength:
+            return {}
+        return {"strength": self.strength[self.config.budgets.index(cell.budget)]}
 
     def goal(self, p: int, kind: str) -> Goal:
         rendered = self.rendered[p]

@@ -1,0 +1,150 @@
+"""The certificate flags searches that planted masks defeat, and leaves honest ones alone.
+
+A seeded sample; `python benchmarks/attack_strength.py` runs all families, sites and sizes.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import masks
+import pytest
+import tiny
+from masks import MASKS, cells_of
+
+from auditgap.errors import AuditgapError
+from auditgap.interventions.pgd import attack
+from auditgap.interventions.strength import (
+    Certificate,
+    Probe,
+    certificate,
+    certify,
+    gradient_error,
+)
+from auditgap.types import Site
+
+HONEST = ["cohere", "starcoder2", "phi", "granite"]
+MASKED = ["olmo2", "stablelm"]
+
+
+@pytest.mark.parametrize("family", HONEST)
+def test_an_honest_model_is_not_called_masked(family):
+    loaded = masks.load(family, seed=5)
+    for site in (Site(-1), Site(1), Site(tiny.N_BLOCKS - 1)):
+        for one in cells_of(loaded, site, seed=5):
+            assert not set(one.flags) & {"masked", "no_power", "weaker_check"}, one
+            assert one.gradient_error < 0.1 and one.drop > 2 * one.random_drop
+            assert one.zero_gradients == 0 and one.random_as_good == 0
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("family", MASKED)
+def test_a_planted_mask_is_flagged(family, mask):
+    loaded = masks.load(family, seed=6)
+    with masks.planted(loaded, mask, block=2):
+        try:
+            cells = cells_of(loaded, Site(0), seed=6)
+        except AuditgapError as refused:  # some noise is too large for the engine's own self-test
+            assert "Self-test failed" in str(refused) and mask.startswith("seeded noise")
+        else:
+            for one in cells:
+                assert set(one.flags) & {"masked", "no_power"}, one
+
+
+def probe(**changes: object) -> Probe:
+    """A prompt on which all is well."""
+    well = {
+        "clean": 3.0,
+        "found": 0.5,
+        "corners": (2.9, 3.1, 2.8),
+        "measured": (0.2, -0.1),
+        "predicted": (0.2, -0.1),
+        "first_measured": 0.3,
+        "first_predicted": 0.3,
+        "blind": (False,) * 10,
+        "curve": (3.0, 1.0, 0.5),
+        "longer": 0.49,
+    }
+    return Probe(**{**well, **changes})  # type: ignore[arg-type]
+
+
+def of(*probes: Probe, last_block: bool = False, exact: bool = True) -> Certificate:
+    return certificate(probes, last_block=last_block, exact=exact)
+
+
+def test_nothing_stands_against_a_search_that_worked():
+    found = of(probe(), probe())
+    assert found.flags == () and found.n == 2 and found.curve == (3.0, 1.0, 0.5)
+    assert found.describe()["flags"] == [] and found.describe()["unreached"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags"),
+    [
+        ({"predicted": (0.0, 0.0)}, ("masked",)),
+        ({"predicted": (-0.2, 0.1)}, ("masked",)),
+        ({"blind": (True,) * 10}, ("masked",)),
+        ({"blind": (True,) * 2 + (False,) * 8}, ("masked",)),
+        ({"blind": (True,) + (False,) * 9}, ()),
+        ({"corners": (0.4, 3.0)}, ("masked", "no_power")),
+        ({"longer": 0.3}, ("not_converged",)),
+        ({"longer": None}, ()),
+        ({"found": 2.7}, ("no_power",)),
+        ({"found": 3.0, "corners": (3.2,)}, ("no_power",)),
+    ],
+)
+def test_what_each_flag_rests_on(changes, flags):
+    changes = {"longer": None, **changes} if "found" in changes else changes
+    assert of(probe(**changes), probe(**changes)).flags == flags
+
+
+def test_one_prompt_in_four_may_not_be_beaten_by_chance():
+    lucky, well = probe(corners=(0.5, 3.0)), probe()
+    assert "masked" in of(lucky, well, well, well).flags
+    assert "masked" not in of(lucky, well, well, well, well).flags
+
+
+def test_at_the_last_block_one_position_has_a_gradient_and_that_is_no_mask():
+    dark = probe(blind=(True,) * 9 + (False,))
+    assert "masked" in of(dark).flags
+    assert of(dark, last_block=True).flags == ()
+
+
+def test_sixteen_bits_are_checked_along_the_first_step_only():
+    coarse = {"predicted": (9.0, 9.0)}
+    assert of(probe(**coarse), exact=False).flags == ("weaker_check",)
+    wrong = of(probe(**coarse, first_measured=0.1), exact=False)
+    assert wrong.flags == ("masked", "weaker_check") and wrong.gradient_error is None
+    assert of(probe(first_predicted=0.0), exact=False).first_step is None
+
+
+def test_the_gradients_error():
+    assert gradient_error([1.0, -2.0], [1.0, -2.0]) == 0
+    assert gradient_error([1.0, -2.0], [0.0, 0.0]) == 1
+    assert gradient_error([1.0, -2.0], [-1.0, 2.0]) == 2
+    assert gradient_error([0.0], [0.0]) == 0 and gradient_error([0.0], [0.1]) == 1
+
+
+def test_no_prompt_no_certificate():
+    with pytest.raises(ValueError, match="at least one"):
+        of()
+
+
+def test_it_is_the_plain_measurement():
+    """Batched against one prompt alone: the same numbers, whatever stands beside it."""
+    loaded = masks.load("phi3", seed=3)
+    engine, goals = masks.engine_of(loaded), masks.goals_of(loaded, Site(1), seed=3)
+    found = attack(engine, goals, Site(1), masks.SEARCH)
+
+    def measured(some: slice) -> list[Certificate]:
+        return certify(engine, goals[some], found[some], Site(1), masks.SEARCH, longer=False)
+
+    alone = [measured(slice(i, i + 1)) for i in range(len(goals))]
+    for r, one in enumerate(measured(slice(None))):
+        own = [single[r] for single in alone]
+        assert one.n == len(goals)
+        for name in ("drop", "random_drop"):
+            median = statistics.median(getattr(s, name) for s in own)
+            assert getattr(one, name) == pytest.approx(median, abs=1e-4)
+        errors = [s.gradient_error for s in own]
+        assert min(errors) - 1e-3 <= one.gradient_error <= max(errors) + 1e-3
