@@ -145,9 +145,9 @@ MUTANTS = (
     ),
     Mutant(
         "regrade_order",
-        "audits/latent/run.py",
-        'records.sort(key=lambda r: r["description"]["attack"] != CLEAN)',
-        'records.sort(key=lambda r: r["description"]["attack"] == CLEAN)',
+        "audits/latent/audit.py",
+        '{CLEAN: 0, "distance": None}.get(attack, 1)',
+        '{CLEAN: 2, "distance": None}.get(attack, 1)',
         "tests/audits/test_guards.py",
     ),
     # -- what is kept

@@ -13,8 +13,7 @@ import pytest
 import torch
 from planted import Plant
 
-from auditgap import judges
-from auditgap.audits import latent
+from auditgap import audits, judges
 from auditgap.audits.latent import worker
 from auditgap.engines.hf import HFEngine
 from auditgap.interventions.descent import PGD, LinfBall, descend
@@ -88,8 +87,7 @@ def test_cells_graded_again_are_held_against_the_clean_cell_graded_again(
     home, tmp_path, monkeypatch, clean_comes
 ):
     """In whatever order the folder has them."""
-    entry = judges.Entry("few words", lambda engine, device, target: Words())
-    monkeypatch.setitem(judges.REWARDS, Words.name, entry)
+    monkeypatch.setitem(judges.REWARDS, Words.name, judges.Scorer("few words", Words))
     store = audit(home, tmp_path / "run", monkeypatch)
     records = RunFolder.records
 
@@ -98,7 +96,7 @@ def test_cells_graded_again_are_held_against_the_clean_cell_graded_again(
         return sorted(records(self), key=lambda r: (r["description"]["attack"] == CLEAN) == last)
 
     monkeypatch.setattr(RunFolder, "records", in_that_order)
-    rows = latent.regrade(store.path, judge=None, reward=Words.name).rows(["targeted"])
+    rows = audits.regrade(store.path, audits.Grading(reward=Words.name)).rows(["targeted"])
     words = {
         kind: store.generations(r["key"]).set_index("prompt_id")["completion"].str.split().str.len()
         for r in store.records()
