@@ -59,7 +59,9 @@ def test_every_setting_of_every_config_says_what_it_is(name):
     assert not silent, f"{name} has fields without a Flag: {silent}"
 
 
-@pytest.mark.parametrize("audit", [a for a in AUDITS.values() if a.command in TREE], ids=str)
+@pytest.mark.parametrize(
+    "audit", [a for a in AUDITS.values() if a.command in TREE], ids=lambda a: a.command
+)
 def test_the_help_has_every_setting_with_the_configs_own_default(audit):
     name = "em run" if audit.command == "em" else audit.command
     text = helped(name)
