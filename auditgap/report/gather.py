@@ -17,7 +17,16 @@ from typing import Any
 import pandas as pd
 
 from auditgap.errors import AuditgapError
-from auditgap.report import ballots, correction, curve, emergent_study, intervene, suite, tables
+from auditgap.report import (
+    ballots,
+    correction,
+    curve,
+    emergent_study,
+    intervene,
+    strength,
+    suite,
+    tables,
+)
 from auditgap.report import behaviour as asking
 from auditgap.report.correction import Correction
 from auditgap.report.reading import find
@@ -64,6 +73,8 @@ class ReportData:
     #: `tables.audit_gaps`
     gaps: pd.DataFrame = field(default_factory=partial(_empty, tables.GAP_COLUMNS))
     lvs: pd.DataFrame = field(default_factory=partial(_empty, TABLE_COLUMNS))  #: `tables.lvs_table`
+    #: `strength.strength_table`
+    strength: pd.DataFrame = field(default_factory=partial(_empty, strength.COLUMNS))
     behaviour: pd.DataFrame = field(default_factory=pd.DataFrame)  #: `tables.behaviour_table`
     #: `tables.distance_table`
     distance: pd.DataFrame = field(default_factory=partial(_empty, tables.DISTANCE_COLUMNS))
@@ -180,6 +191,7 @@ def from_store(
         },
         gaps=gaps,
         lvs=tables.lvs_table(rows, correction=corrected["harmful"]),
+        strength=strength.strength_table(folders),
         behaviour=tables.behaviour_table(rows),
         **apart,
         asked=asking.behaviour_table(asked, corrected),

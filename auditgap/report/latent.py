@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from markupsafe import Markup
 
-from auditgap.report import figures, paper, reading, tables
+from auditgap.report import figures, paper, reading, strength, tables
 from auditgap.report.charts import Figure
 from auditgap.report.columns import Column, Hide, Row, budget, count, word
 from auditgap.report.section import (
@@ -280,6 +280,8 @@ def _sections(report: ReportData) -> Iterator[Section]:
             Table("distance", "Minimum distance by site", report.distance, DISTANCE, CENSORED),
         ),
     )
+    if len(report.strength):
+        yield _certificates(report.strength)
     yield _beside_the_paper(report)
     yield Section(
         id="table",
@@ -321,6 +323,22 @@ def _profiles(lvs: pd.DataFrame) -> tuple[Figure, Figure]:
             rate=True,
             caption=_ABOUT,
         ),
+    )
+
+
+def _certificates(table: pd.DataFrame) -> Section:
+    """What shows that the searches worked, without which no edit found says little."""
+    raised = {word for words in table["flags"] for word in words.split()}
+    flags = [(code(flag), what) for flag, what in strength.FLAGS.items() if flag in raised]
+    none = () if flags else (Prose("No flag was raised.", "note"),)
+    shown = Table(
+        "strength", "Strength of the targeted search, on prompts at risk", table, strength.STRENGTH
+    )
+    return Section(
+        id="strength",
+        title="Was the search strong enough?",
+        contents="Strength of the search",
+        blocks=(shown, *none, *((Facts(tuple(flags)),) if flags else ())),
     )
 
 

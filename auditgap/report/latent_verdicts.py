@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from auditgap.report import strength
 from auditgap.report.figures import budget_label
 from auditgap.report.gaps import BENIGN, MATCHED
 from auditgap.report.gather import ReportData
@@ -85,11 +86,13 @@ def latent_lines(
 
 
 def evidence_of(report: ReportData, row: Mapping[str, Any], criteria: Criteria) -> Evidence:
-    """What this run offers beside the interval. A strength certificate and the repeat check are
-    none of a run's tables yet, so they are not claimed."""
+    """What this run offers beside the interval: its strength certificates, and its judge's card. A
+    pass run twice is none of a run's records yet, so it is not claimed."""
     correction = report.corrections.get("harmful")
     counts = None if correction is None else correction.counts
+    budget = float(row["eps"]), str(row["unit"])
     return Evidence(
+        **strength.evidence(report.strength, str(row["subject"]), *budget),
         proved_nothing=_known(row, "proved_nothing"),
         is_screening=not report.cards or any(map(is_screening, report.cards)),
         accept_screening=criteria.accept_screening,

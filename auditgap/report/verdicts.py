@@ -19,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 
-from auditgap.report import probe
+from auditgap.report import probe, strength
 from auditgap.report.figures import budget_label
 from auditgap.report.gather import ReportData
 from auditgap.report.latent_verdicts import is_screening, latent_lines
@@ -292,6 +292,15 @@ def limits(report: ReportData, missing: Mapping[str, str] | None = None) -> list
     for word in _LIMITING:
         if word in flagged:
             found.append((word, f"{FLAGS[word]} So it is at {_some(flagged[word])}."))
+    certified = rows_of(report.strength)
+    for word, said in strength.FLAGS.items():
+        where = [
+            f"{r['site']} at {budget_label(r['eps'], r['unit'])}"
+            for r in certified
+            if word in str(r["flags"]).split()
+        ]
+        if where:
+            found.append((word, f"Strength of the search: {said} So it is at {_some(where)}."))
     found += [("probe", line) for line in probe.warnings(probe.table_of(report.probes))]
     if any(is_screening(card) for card in report.cards):
         found.append(

@@ -1,0 +1,47 @@
+"""What strength certificates say for a verdict: nothing where nothing was looked at."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from auditgap.interventions.strength import FLAGS as RAISED
+from auditgap.report.strength import COLUMNS, FLAGS, evidence
+
+
+def table(*rows):
+    return pd.DataFrame(
+        [
+            {**dict.fromkeys(COLUMNS), "subject": "m", "unit": "rms", "eps": 0.1, **row}
+            for row in rows
+        ],
+        columns=list(COLUMNS),
+    )
+
+
+def test_every_flag_that_a_certificate_raises_is_said():
+    assert FLAGS.keys() == RAISED.keys()
+
+
+@pytest.mark.parametrize("made", [table(), table({"eps": 0.2, "flags": ""})])
+def test_without_a_certificate_at_the_budget_nothing_is_known(made):
+    assert evidence(made, "m", 0.1, "rms") == {
+        "masked": None,
+        "not_converged": None,
+        "no_power": None,
+    }
+
+
+def test_one_flagged_site_counts_for_the_model():
+    made = table({"site": "block0", "flags": ""}, {"site": "block1", "flags": "masked no_power"})
+    found = evidence(made, "m", 0.1, "rms")
+    assert found["masked"] is True and found["no_power"] is True
+
+
+def test_convergence_is_known_only_where_every_site_was_searched_longer():
+    searched, not_searched = {"flags": "", "gain": 0.02}, {"flags": "", "gain": None}
+    assert evidence(table(searched), "m", 0.1, "rms")["not_converged"] is False
+    assert evidence(table(searched, not_searched), "m", 0.1, "rms")["not_converged"] is None
+    assert evidence(table({"flags": "not_converged", "gain": 0.4}), "m", 0.1, "rms")[
+        "not_converged"
+    ]
