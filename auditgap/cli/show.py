@@ -119,7 +119,7 @@ def _latent(store: RunFolder, name: str | None) -> None:
         print_table(rows)
     distances = store.rows(["distance"])
     if "distance" in distances.columns:
-        say("Minimum distance to collapse (Kaplan–Meier median of the prompts safe unedited)")
+        say("Minimum distance to collapse (Aalen–Johansen median of the prompts safe unedited)")
         print_table(list(_distances(distances)))
     for gap in _latent_more(store)["audit_gap"].itertuples():
         safe = interval(gap.safety, gap.safety_lo, gap.safety_hi)

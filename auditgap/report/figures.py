@@ -387,11 +387,11 @@ def _spread(layers: Sequence[int], most: int) -> list[int]:
 
 
 def survival(curves: pd.DataFrame) -> Figure:
-    """Kaplan–Meier curves of the minimum distance to collapse: one drawing a subject and unit, one
+    """Aalen–Johansen curves of the minimum distance to collapse: one drawing a subject and unit, one
     step curve a site."""
     name, title = "distance_curves", "Minimum distance to collapse"
     caption = (
-        "Share of prompts not yet turned harmful by an edit of that size (Kaplan–Meier, 95\u00a0%"
+        "Share of prompts not yet turned harmful by an edit of that size (Aalen–Johansen, 95\u00a0%"
         " band)."
     )
     data = curves.reset_index(drop=True)
