@@ -31,6 +31,12 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), **changes}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def not_the_first() -> None:
+    """The first child under these settings starts from nothing."""
+    subprocess.run([sys.executable, "-c", "import auditgap"], env=environment(), check=True)
+
+
 def test_it_is_what_was_asked_for(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.write(write, b"something")

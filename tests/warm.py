@@ -11,7 +11,7 @@ session and signals, and children of whoever asked for them, as ever.
 A child starts from nothing, as before, where its start itself may matter: another interpreter or
 options of it, a `preexec_fn`, code that looks at `sys.modules`, a module in the way of a library. A
 setting that libraries read while they are imported (VARIABLES) gets a process of its own to fork
-from.
+from, when it is asked for a second time.
 
 How it becomes the child of who asked: a grandchild whose parent ends is given to the nearest
 "subreaper" above, and that is what the asking process is for this moment (prctl(2)).
@@ -154,6 +154,7 @@ class Waiting:
 
 
 _waiting: OrderedDict[tuple[Any, ...], Waiting] = OrderedDict()
+_seen: set[tuple[Any, ...]] = set()
 _lock = threading.Lock()
 _cold = threading.local()
 
@@ -187,6 +188,9 @@ def _fork_exec(*asked: Any) -> int:
         key = (start.libraries, *sorted(start.settings.items()))
         if key in _waiting and _waiting[key].process.poll() is not None:
             _waiting.pop(key).close()
+        if key not in _seen:  # settings that are seen once are not worth a process that waits
+            _seen.add(key)
+            return _start(*asked)
         if key not in _waiting:
             while len(_waiting) >= AT_MOST:
                 _waiting.popitem(last=False)[1].close()
