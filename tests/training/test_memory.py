@@ -69,7 +69,7 @@ def peak_of(spec):
     "changes",
     [
         {"stage": 0},
-        {"stage": 2, "dtype": "bfloat16", "construction": "sft", "tokens": 512},
+        {"stage": 2, "dtype": "bfloat16", "construction": "sft", "tokens": 256, "n_blocks": 4},
         {"stage": 2, "lora": True},
         {"stage": 3, "gradient_checkpointing": True, "tokens": 512},
     ],
