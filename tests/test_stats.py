@@ -14,6 +14,7 @@ from scipy.stats import binomtest
 from auditgap import stats
 from auditgap.errors import UsageError
 from auditgap.stats import Interval, intervals, vulnerability
+from auditgap.stats.incidence import incidence
 
 NAN = float("nan")
 
@@ -105,8 +106,9 @@ def test_pairing_removes_what_prompts_have_in_common():
         (lambda: stats.wilson(3, 2), "0 ≤ k ≤ n"),
         (lambda: stats.wilson(NAN, 2), "0 ≤ k ≤ n"),
         (lambda: stats.asr_envelope([[0.5]]), "must be 1"),
-        (lambda: stats.kaplan_meier([-1.0], [True]), "at least 0"),
-        (lambda: stats.kaplan_meier([1.0], [True, False]), "1 and 2 came"),
+        (lambda: incidence([-1.0], ["flipped"]), "finite and above 0"),
+        (lambda: incidence([1.0], ["flipped", None]), "1 and 2 came"),
+        (lambda: incidence([1.0], ["vanished"]), "An ending is one of"),
         (lambda: stats.detectable_difference(0, 0.1), "n ≥ 1"),
     ],
 )

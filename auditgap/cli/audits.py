@@ -89,9 +89,7 @@ def perform(audit: Audit, asked: Asked) -> None:
 def show_plan(plan: Any, expected: Document, as_json: bool) -> None:
     """The groups of cells in their order, and what they will take; or all cells as JSON."""
     if as_json:
-        counts = {
-            f"n_{name}": expected[name] for name in ("prompts", "completions") if name in expected
-        }
+        counts = {key: expected[name] for name, key in KEYS.items() if name in expected}
         print_json(
             {
                 "config": plan.config.model_dump(mode="json"),
@@ -118,6 +116,8 @@ def show_plan(plan: Any, expected: Document, as_json: bool) -> None:
     say(f"{sentence(plan, expected)} Nothing was run.")
 
 
+#: Counts of an estimate that a plan's JSON has by a name of its own.
+KEYS = {"prompts": "n_prompts", "completions": "completions"}
 #: Of an estimate: what is counted and not measured.
 COUNTS = ("prompts", "cells", "completions")
 

@@ -438,7 +438,8 @@ def test_storage_that_cannot_be_had_is_a_sentence_within_seconds(server, tmp_pat
             and s3_server.SECRET not in said
             and s3_server.KEY_ID not in said
         )
-        assert seconds < 20, "of which some go into starting Python"
+        # ten for storage; the rest is for starting Python while other tests want the cores
+        assert seconds < 50
 
 
 def test_without_s3fs_it_says_what_to_install():

@@ -4,6 +4,7 @@ control."""
 from __future__ import annotations
 
 import json
+import re
 import os
 import signal
 import subprocess
@@ -403,7 +404,8 @@ def test_an_intervention_that_fails_fails_alone(colour, tmp_path, monkeypatch, c
         raise ValueError("no exchange today")
 
     monkeypatch.setattr(Patching, "learn", broken)
-    model = refusing.save(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)  # so that the model's name is short and breaks no word of the table
+    model = refusing.save(tmp_path / "model").relative_to(tmp_path)
     asked = refusing.flags(tmp_path / "run", [model], interventions="patching,ablation")
     store, outcome = run_audit(INTERVENE, *intervene.read_config(None, asked))
     assert outcome.done == 2 and [
@@ -435,8 +437,8 @@ def test_an_intervention_that_fails_fails_alone(colour, tmp_path, monkeypatch, c
     said = capsys.readouterr()
     assert (
         stop.value.code == 3
-        and "1 cells failed" in said.err
-        and "no exchange today" in said.err
+        and re.search(r"1 of \d+ cells failed", " ".join(said.err.split()))
+        and "no exchange today" in " ".join(said.err.split())
         and "ablation" in said.out
     )
 
