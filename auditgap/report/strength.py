@@ -67,8 +67,8 @@ def strength_table(folders: Sequence[RunFolder]) -> pd.DataFrame:
     rows = []
     for folder in folders:
         names = {
-            fingerprint: name
-            for name, fingerprint in (folder.run["config"].get("subjects") or {}).items()
+            subject.get("fingerprint"): subject.get("name")
+            for subject in folder.run.get("info", {}).get("subjects") or ()
         }
         for record in folder.records():
             found = (record.get("info") or {}).get("strength")
