@@ -22,7 +22,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_origin
+from typing import TYPE_CHECKING, Any, Protocol, get_origin
 
 import pandas as pd
 from pydantic.fields import FieldInfo
@@ -251,14 +251,31 @@ def _settings(
     return given
 
 
-def _verb(of: Audit, name: str, title: str, **fixed: Any) -> Callable[..., Result]:
+class Verb(Protocol):
+    """An audit as a function: what a type checker knows of it; `inspect.signature` has all its
+    settings."""
+
+    def __call__(
+        self,
+        *named: str,
+        out: str | Path | None = None,
+        progress: Callable[[], Progress] | None = None,
+        **settings: Any,
+    ) -> Result: ...
+
+
+def _verb(of: Audit, name: str, title: str, **fixed: Any) -> Verb:
     """The function that runs an audit, with `fixed` settings that it does not take."""
     kinds = (of.config, of.options)
 
     def call(
-        *named: str, progress: Callable[[], Progress] | None = None, **settings: Any
+        *named: str,
+        out: str | Path | None = None,
+        progress: Callable[[], Progress] | None = None,
+        **settings: Any,
     ) -> Result:
-        config, options = of.read(None, {**_settings(named, kinds, settings), **fixed})
+        asked = _settings(named, kinds, {"out": out, **settings})
+        config, options = of.read(None, {**asked, **fixed})
         store, outcome = run(of, config, options, progress=progress)
         return Result(store.path, outcome.failed)
 
@@ -267,7 +284,7 @@ def _verb(of: Audit, name: str, title: str, **fixed: Any) -> Callable[..., Resul
 
 
 #: What runs each audit, by the name that it has here.
-VERBS: Mapping[str, Callable[..., Result]] = {
+VERBS: Mapping[str, Verb] = {
     name: _verb(of, name, of.title)
     for of in AUDITS.values()
     for name in [of.command.replace("-", "_")]
@@ -288,11 +305,17 @@ distance = _verb(
 
 
 def audit(
-    *named: str, progress: Callable[[], Progress] | None = None, **settings: Any
+    model: str | None = None,
+    *,
+    base: str | None = None,
+    out: str | Path | None = None,
+    progress: Callable[[], Progress] | None = None,
+    **settings: Any,
 ) -> AuditResult:
     from auditgap.audits import whole
 
-    asked = _settings(named, (WholeSettings,), settings)
+    named = () if model is None else (model,)
+    asked = _settings(named, (WholeSettings,), {"base": base, "out": out, **settings})
     done = whole.run(*whole.read_config(None, asked), progress=progress)
     return AuditResult(done.out, done.failed, done.overall)
 

@@ -98,7 +98,9 @@ def test_a_whole_audit(world):
         **common,
     )
     assert isinstance(found, auditgap.AuditResult) and found.failed == {}
-    assert list(found.verdicts.columns) == ["subject", "question", "answer", "figure", "reason"]
+    words = ["subject", "question", "answer", "figure", "reason"]
+    values = ["id", "value", "lo", "hi", "threshold", "cause"]
+    assert list(found.verdicts.columns) == words + values
     assert set(found.parts) == {"evaluate", "lvs"} and len(found.table("lvs")) == len(
         found.parts["lvs"].table
     )
