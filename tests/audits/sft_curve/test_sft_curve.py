@@ -230,8 +230,8 @@ def test_two_ranks_go_the_same_way_and_one_writes(home, whole, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"models": None}, "Which models"),
-        ({"data": None}, "Train on what"),
+        ({"models": None}, "A curve needs models"),
+        ({"data": None}, "and data .columns prompt"),
         ({"seeds": "0,-1"}, "whole numbers from 0"),
         ({"seeds": "zero"}, "seeds.0"),
         ({"thresholds": "0.5,80"}, "at most 1; 80"),
