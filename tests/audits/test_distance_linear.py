@@ -202,12 +202,13 @@ def test_the_audit_measures_the_closed_form(store):
 
 
 def test_the_median_counts_the_censored(store):
-    """Kaplan–Meier over 12 prompts of which 2 withstood all: the sixth smallest distance."""
+    """Of 12 prompts 11 are at risk, of which 2 withstood all: half have flipped at the sixth smallest
+    distance."""
     table = tables.distance_table(store.rows(["distance"]))
-    sixth = sorted(EXACT.values())[5]
+    sixth = sorted(size for size in EXACT.values() if size > 0)[5]
     assert (table["n"].item(), table["n_collapsed"].item(), table["n_unscored"].item()) == (
-        12,
-        10,
+        11,
+        9,
         0,
     )
     assert 0 <= table["median"].item() - sixth <= bracket(sixth, BISECTIONS) * 1.001
