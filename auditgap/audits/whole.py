@@ -27,7 +27,7 @@ from auditgap.audits.table import AUDITS
 from auditgap.config import Frozen, build, listed, merged, preset
 from auditgap.errors import AuditgapError, Interrupted, Refused, UsageError, did_you_mean
 from auditgap.models.provenance import command
-from auditgap.report.verdicts import Criteria
+from auditgap.report.verdict_lines import Criteria
 from auditgap.store import DiskError, RunFolder, files
 from auditgap.store.remote import needs_disk
 from auditgap.sweep import Outcome, Progress

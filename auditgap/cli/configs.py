@@ -36,7 +36,7 @@ def _schema(*kinds: type[Frozen]) -> Document:
 
 def _whole() -> Document:
     """What is said for all parts, a section a part, and the criteria."""
-    from auditgap.report.verdicts import Criteria
+    from auditgap.report.verdict_lines import Criteria
 
     parts = {a.command: _schema(a.config, a.options) for a in AUDITS.values() if Can.PART in a.can}
     shared = {key: value for part in parts.values() for key, value in part["properties"].items()}

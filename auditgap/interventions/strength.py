@@ -28,18 +28,8 @@ from auditgap.interventions.descent import PGD
 from auditgap.interventions.pgd import AttackResult, Goal, Objective, attack
 from auditgap.types import Document, Site
 
+#: What can stand against a search; `report.strength` has the words.
 Flag = Literal["masked", "weaker_check", "not_converged", "no_power"]
-
-#: What each flag says, in the words of a report.
-FLAGS: dict[Flag, str] = {
-    "masked": (
-        "the search could not be certified: gradients do not say what the loss does, or a random"
-        " edit does as well"
-    ),
-    "weaker_check": "a 16-bit model: gradients were checked along the first step only",
-    "not_converged": "four times the steps and three restarts still lower the loss",
-    "no_power": "the attack lowers the loss less than twice as far as the best of 8 random edits",
-}
 
 #: Random sign edits for the central differences, their size, and random corners of the ball.
 PROBES, PROBE_SHARE, CORNERS = 4, 0.125, 8

@@ -19,6 +19,7 @@ import auditgap
 from auditgap.report import correction, text, verdicts
 from auditgap.report.columns import Column, Row, count, word
 from auditgap.report.gather import ReportData
+from auditgap.report.latent_verdicts import is_screening
 from auditgap.report.reading import is_missing
 from auditgap.report.section import (
     Block,
@@ -78,17 +79,12 @@ class Frame:
 def frame_of(report: ReportData, audited: Sequence[Section]) -> Frame:
     """The page's frame; the facts under its title are those of what it speaks of first."""
     first = leading(audited)
-    notes = [Prose(_SCREENING, "warn")] if is_screening(report) else []
+    notes = [Prose(_SCREENING, "warn")] if any(map(is_screening, report.cards)) else []
     return Frame(
         title=report.title,
         facts=[*(first.facts if first else ()), *_progress(report.status)],
         notes=[*notes, *(Prose(line, "warn") for line in report.info.get("warnings") or ())],
     )
-
-
-def is_screening(report: ReportData) -> bool:
-    """Whether a verdict comes from a judge that is good for a first look alone."""
-    return any("screening" in str(card.get("label", "")).lower() for card in report.cards)
 
 
 def _progress(status: Mapping[str, Any]) -> Iterator[str]:

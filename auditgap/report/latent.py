@@ -328,18 +328,25 @@ def _profiles(lvs: pd.DataFrame) -> tuple[Figure, Figure]:
 
 def _certificates(table: pd.DataFrame) -> Section:
     """What shows that the searches worked, without which no edit found says little."""
-    raised = {word for words in table["flags"] for word in words.split()}
-    flags = [(code(flag), what) for flag, what in strength.FLAGS.items() if flag in raised]
-    none = () if flags else (Prose("No flag was raised.", "note"),)
     shown = Table(
         "strength", "Strength of the targeted search, on prompts at risk", table, strength.STRENGTH
     )
+    none, flags = _raised(table["flags"], strength.FLAGS)
     return Section(
         id="strength",
         title="Was the search strong enough?",
         contents="Strength of the search",
-        blocks=(shown, *none, *((Facts(tuple(flags)),) if flags else ())),
+        blocks=(shown, *none, *((Facts(flags),) if flags else ())),
     )
+
+
+def _raised(
+    column: pd.Series, words: Mapping[str, str]
+) -> tuple[tuple[Prose, ...], tuple[tuple[Markup, str], ...]]:
+    """The flags that a table raises, with what they say; and a sentence where it raises none."""
+    raised = {word for flags in column.dropna() for word in str(flags).split()}
+    found = tuple((code(flag), what) for flag, what in words.items() if flag in raised)
+    return () if found else (Prose("No flag was raised.", "note"),), found
 
 
 def _every_measurement(lvs: pd.DataFrame) -> tuple[Any, ...]:
@@ -347,9 +354,7 @@ def _every_measurement(lvs: pd.DataFrame) -> tuple[Any, ...]:
     table = Table("lvs", label, lvs, LVS, none="No edit was measured in this run.")
     if not len(lvs):
         return (table,)
-    raised = {word for words in lvs["flag"].dropna() for word in str(words).split()}
-    flags = [(code(flag), what) for flag, what in tables.FLAGS.items() if flag in raised]
-    none = () if flags else (Prose("No flag was raised.", "note"),)
+    none, flags = _raised(lvs["flag"], tables.FLAGS)
     return (table, *none, Facts((*flags, *_TERMS)))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from auditgap.report.columns import Column, Hide, budget, count, word
+from auditgap.report.suite import names_of
 from auditgap.report.text import is_null, number, percent
 from auditgap.store import RunFolder
 from auditgap.types import Site
@@ -66,10 +67,7 @@ def strength_table(folders: Sequence[RunFolder]) -> pd.DataFrame:
     sites."""
     rows = []
     for folder in folders:
-        names = {
-            subject.get("fingerprint"): subject.get("name")
-            for subject in folder.run.get("info", {}).get("subjects") or ()
-        }
+        names = names_of(folder)
         for record in folder.records():
             found = (record.get("info") or {}).get("strength")
             if not found:

@@ -140,13 +140,18 @@ def notes(folders: Sequence[RunFolder]) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------
 
 
+def names_of(folder: RunFolder) -> dict[Any, Any]:
+    """A run's subjects by the fingerprint that its records know them by."""
+    listed = folder.run.get("info", {}).get("subjects") or ()
+    return {s.get("fingerprint"): s.get("name") for s in listed if isinstance(s, Mapping)}
+
+
 def engines(folders: Sequence[RunFolder]) -> list[dict[str, Any]]:
     """A mapping a (subject, engine, dtype, parity) that cells' records tell of; parity {} where
     nothing was compared."""
     found: list[dict[str, Any]] = []
     for folder in folders:
-        listed = folder.run.get("info", {}).get("subjects") or ()
-        names = {s.get("fingerprint"): s.get("name") for s in listed if isinstance(s, Mapping)}
+        names = names_of(folder)
         for record in folder.records():
             info, told = record.get("info") or {}, record.get("description") or {}
             if not info.get("engine"):

@@ -26,30 +26,16 @@ from auditgap.report.latent_verdicts import is_screening, latent_lines
 from auditgap.report.tables import FLAGS
 from auditgap.report.text import is_null, number, percent
 from auditgap.report.verdict_lines import (
-    CANNOT_TELL as CANNOT_TELL,
-)
-from auditgap.report.verdict_lines import (
-    FAIL as FAIL,
-)
-from auditgap.report.verdict_lines import (
-    NOT_MEASURED as NOT_MEASURED,
-)
-from auditgap.report.verdict_lines import (
-    PASS as PASS,
-)
-from auditgap.report.verdict_lines import (
-    Criteria as Criteria,
-)
-from auditgap.report.verdict_lines import (
+    CANNOT_TELL,
+    FAIL,
+    NOT_MEASURED,
+    PASS,
+    Criteria,
     Figure,
     Judged,
+    Line,
     absent,
-)
-from auditgap.report.verdict_lines import (
-    Line as Line,
-)
-from auditgap.report.verdict_lines import (
-    of_columns as of_columns,
+    of_columns,
 )
 from auditgap.store.tables import rows_of
 

@@ -20,6 +20,17 @@ from pydantic import BeforeValidator, Field, model_validator
 from auditgap.config import COMMAS, Flag, Frozen, Topic, listed
 from auditgap.errors import UsageError
 
+#: The option of whatever trains.
+DeepSpeedConfig = Annotated[
+    Path | None,
+    Flag(
+        "A DeepSpeed JSON, for example ds_configs/zero3.json",
+        Topic.WHERE,
+        default="ZeRO-2",
+        name="deepspeed-config",
+    ),
+]
+
 
 class LoRA(Frozen):
     """Low-rank adapters on these linear layers (`all-linear`, or their names); the base stays
@@ -93,15 +104,7 @@ class TrainOptions(Frozen):
         str | None,
         Flag("The run's folder; the same command on it resumes", Topic.OUTPUT),
     ] = None
-    deepspeed: Annotated[
-        Path | None,
-        Flag(
-            "A DeepSpeed JSON, for example ds_configs/zero3.json",
-            Topic.WHERE,
-            default="ZeRO-2",
-            name="deepspeed-config",
-        ),
-    ] = None
+    deepspeed: DeepSpeedConfig = None
     micro_batch: Annotated[int, Flag("Rows of a micro-batch", Topic.WHERE)] = Field(default=2, ge=1)
     device: Annotated[str, Flag("auto, cpu, cuda or cuda:N", Topic.WHERE)] = "auto"
     save_every: Annotated[int, Flag("Steps between checkpoints", Topic.OUTPUT)] = Field(

@@ -19,7 +19,7 @@ from auditgap.audits import bundle, pages
 from auditgap.audits.intervene.rows import InterveneRow
 from auditgap.audits.probe.rows import ProbeRow
 from auditgap.report.section import Table, blocks_of, figures_of, tables_of
-from auditgap.report.verdicts import Criteria
+from auditgap.report.verdict_lines import Criteria
 from auditgap.store import RunFolder
 from auditgap.types import Cell, Subject
 

@@ -14,16 +14,8 @@ from auditgap.audits import bundle, pages
 from auditgap.report.behaviour import COLUMNS
 from auditgap.report.gather import ReportData, from_store
 from auditgap.report.tables import GAP_COLUMNS
-from auditgap.report.verdicts import (
-    CANNOT_TELL,
-    FAIL,
-    NOT_MEASURED,
-    PASS,
-    Criteria,
-    limits,
-    overall,
-    verdicts,
-)
+from auditgap.report.verdict_lines import CANNOT_TELL, FAIL, NOT_MEASURED, PASS, Criteria
+from auditgap.report.verdicts import limits, overall, verdicts
 from auditgap.types import TABLE_COLUMNS
 
 

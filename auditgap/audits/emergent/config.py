@@ -22,7 +22,7 @@ from auditgap.audits import options
 from auditgap.config import COMMAS, Flag, Frozen, Topic, build, listed, merged
 from auditgap.engines import EngineName, engine_named
 from auditgap.errors import UsageError, did_you_mean
-from auditgap.training.config import SFTConfig
+from auditgap.training.config import DeepSpeedConfig, SFTConfig
 
 if TYPE_CHECKING:
     from auditgap.engines import Serving
@@ -216,15 +216,7 @@ class EmergentOptions(options.AuditOptions):
         int,
         Flag("Processes of a training run, started by DeepSpeed's launcher", Topic.WHERE),
     ] = Field(1, ge=1)
-    deepspeed: Annotated[
-        Path | None,
-        Flag(
-            "A DeepSpeed JSON, for example ds_configs/zero3.json",
-            Topic.WHERE,
-            default="ZeRO-2",
-            name="deepspeed-config",
-        ),
-    ] = None
+    deepspeed: DeepSpeedConfig = None
     micro_batch: Annotated[int, Flag("Rows of a micro-batch in training", Topic.WHERE)] = Field(
         2, ge=1
     )

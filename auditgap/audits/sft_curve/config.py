@@ -23,6 +23,7 @@ from auditgap.audits import options
 from auditgap.audits.behaviour.config import Asking
 from auditgap.config import COMMAS, Flag, Topic, build, merged
 from auditgap.errors import UsageError
+from auditgap.training.config import DeepSpeedConfig
 
 
 class SFTCurveConfig(Asking):
@@ -134,15 +135,7 @@ class SFTCurveOptions(options.AuditOptions):
     # the training lies beside it
     gpu_memory: options.GPUMemory = 0.3
     tensor_parallel: options.Tensor = 1
-    deepspeed: Annotated[
-        Path | None,
-        Flag(
-            "A DeepSpeed JSON, for example ds_configs/zero3.json",
-            Topic.WHERE,
-            default="ZeRO-2",
-            name="deepspeed-config",
-        ),
-    ] = None
+    deepspeed: DeepSpeedConfig = None
     micro_batch: Annotated[int, Flag("Rows of a micro-batch in training", Topic.WHERE)] = Field(
         2, ge=1
     )
