@@ -33,7 +33,6 @@ THEIRS = {
     "--include": "the deepspeed launcher",
     "--local_rank": "the deepspeed launcher",
     "--log-dir": "inspect view",
-    "--accept-screening": "the decision's own, which no command reaches yet",
 }
 #: Who alone prints the texts of these files: there, an option is one of this command's.
 PRINTED_BY = {"report/verdicts.py": "audit", "audits/whole.py": "audit"}

@@ -98,7 +98,8 @@ SENTENCES: Mapping[Reason, str] = {
         "no card says how often the judge misses harm; make one with auditgap judge eval"
     ),
     Reason.SCREENING: (
-        "the judge is a screening judge; name a better one, or accept it with --accept-screening"
+        "the judge is a screening judge; name a better one, or accept it with --set"
+        " criteria.accept_screening=true"
     ),
     Reason.BELOW: "the interval lies at or below the line, in a test that would have seen more",
 }
