@@ -24,7 +24,6 @@ from auditgap.report.section import (
     Headline,
     Prose,
     Section,
-    Split,
     Table,
     code,
     silent,
@@ -198,7 +197,7 @@ def sections(report: ReportData, *, is_there: bool = True) -> list[Section]:
             first,
             headlines=headlines,
             is_gap=bool(leads),
-            summary=_summary(report, len(leads)) if leads else (),
+            summary=_summary(report) if leads else (),
             findings=[(row["subject"], reading.says(row, report.lvs)) for row in leads],
             limits=reading.SAYS_NOT,
             facts=_facts(report, facts),
@@ -240,10 +239,10 @@ def _headline(row: Mapping[str, Any]) -> Headline:
     )
 
 
-def _summary(report: ReportData, n_leads: int) -> tuple[Any, ...]:
+def _summary(report: ReportData) -> tuple[Table, Figure]:
+    """Below each other: the table has more columns than half a page can show."""
     table = Table("audit_gap", "Audit gap by budget", report.gaps, GAPS, BUDGET_RULE)
-    drawn = figures.gap_by_budget(report.gaps)
-    return (Split((table,), (drawn,)),) if n_leads == 1 else (table, drawn)
+    return table, figures.gap_by_budget(report.gaps)
 
 
 def _facts(report: ReportData, facts: reading.Setup) -> list[str]:
