@@ -331,11 +331,13 @@ def _certificates(table: pd.DataFrame) -> Section:
         "strength", "Strength of the targeted search, on prompts at risk", table, strength.STRENGTH
     )
     none, flags = _raised(table["flags"], strength.FLAGS)
+    is_open = table["gain"].isna().any()
+    open_ = (Prose(strength.NOT_SEARCHED, "note"),) if is_open else ()
     return Section(
         id="strength",
         title="Was the search strong enough?",
         contents="Strength of the search",
-        blocks=(shown, *none, *((Facts(flags),) if flags else ())),
+        blocks=(shown, *none, *((Facts(flags),) if flags else ()), *open_),
     )
 
 

@@ -46,6 +46,8 @@ FLAGS = {
         "the attack lowers the loss less than twice as far as the best of 8 random edits."
     ),
 }
+#: What the absence of `not_converged` does not say.
+NOT_SEARCHED = "Where no longer search was run, nothing is known of how much more steps would find."
 
 STRENGTH: tuple[Column, ...] = (
     word("subject", "Subject", hide=Hide.ALIKE),

@@ -26,4 +26,5 @@ def test_targeted_cells_carry_a_certificate(tmp_path):
     assert at_door["gradient_error"] < 0.15 and at_door["drop"] > 2 * at_door["random_drop"]
     assert len(at_door["curve"]) == 11 and min(at_door["curve"]) < at_door["curve"][0]
     page = (store.path / "report.html").read_text("utf-8")
+    assert "nothing is known of how much more steps would find" in page
     assert '<section id="strength">' in page and (store.path / "tables" / "strength.csv").is_file()
