@@ -277,7 +277,7 @@ def test_torn_generations_are_named_not_read(tmp_path):
     store.write(cell(), [row()], generations=[{"completion": "blue"}], seconds=1)
     path = run_folders.texts_of(tmp_path / "out", cell().key)
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(UsageError, match=rf"{path.name} is damaged.*same command again"):
+    with pytest.raises(UsageError, match=rf"{path.name} is damaged.*command that wrote it again"):
         store.generations(cell().key)
     with pytest.raises(UsageError, match="no stored generations"):
         store.generations(cell(9).key)

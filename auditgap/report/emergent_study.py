@@ -195,7 +195,7 @@ def _directions(
             continue
         rows = store.cell_rows(record["key"]).sort_values("block", kind="stable")
         frames.append(rows)
-        path = store.path / "directions" / f"{record['key']}.safetensors"
+        path = store.edits(record["key"])
         if rows["norm"].notna().any() and path.is_file():
             try:
                 vectors[str(rows["subject"].iloc[0])] = safetensors.numpy.load_file(path)[
@@ -203,9 +203,7 @@ def _directions(
                 ]
             except (OSError, KeyError, ValueError, safetensors.SafetensorError):
                 raise UsageError(
-                    f"{path} cannot be read. Delete it and its cell"
-                    f" {store.path / 'cells' / record['key']}, then run: auditgap em analyse"
-                    f" {store.path}"
+                    f"{path} cannot be read. Type: auditgap em analyse {store.place}"
                 ) from None
     return (pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()), vectors
 

@@ -320,12 +320,19 @@ class CellFiles:
                 record["attempts"],
                 len(file.records),
                 file.name,
-                whole and (not record.get(EDITS) or self.edits(key).is_file()),
+                whole and self._has_edits(key, record.get(EDITS)),
                 record.get("seconds", 0.0),
                 record["written"],
             )
             for key, record in file.records.items()
         }
+
+    def _has_edits(self, key: str, sha256: str | None) -> bool:
+        """Whether a cell's edits, if it has any, are as they were written."""
+        try:
+            return not sha256 or files.sha256(self.edits(key).read_bytes()) == sha256
+        except FileNotFoundError:
+            return False
 
     def edits(self, key: str) -> Path:
         """Where a cell's edits are."""

@@ -56,7 +56,7 @@ class Damaged(UsageError):
     """A stored file is not what was written; the message names it and says what to do."""
 
     def __init__(self, path: Path | str, why: str, advice: str = "") -> None:
-        advice = advice or "Run the same command again: what it held is made anew."
+        advice = advice or "Run the command that wrote it again: what it held is made anew."
         super().__init__(f"{path} is damaged: {why}. {advice}")
 
 

@@ -26,7 +26,7 @@ from auditgap.errors import UsageError
 from auditgap.store import files
 from auditgap.store.objects import THREADS, Objects, shown
 
-OUTPUTS = "figures"  #: the one folder of outputs beside the files at the top
+OUTPUTS = ("figures", "tables")  #: the folders of outputs beside the files at the top
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 Place = str | os.PathLike[str]  #: of a run folder: a path, or a URL such as s3://bucket/runs/llama
@@ -143,17 +143,20 @@ class Mirror(Objects):
         return data
 
     def publish(self) -> None:
-        """Upload the outputs (files at the top, and `figures/`) that have changed here since the
-        last time; what has gone goes."""
+        """Upload the outputs (files at the top, and OUTPUTS) that have changed here since the last
+        time; what has gone goes."""
         now = self._outputs()
         for name, stamp in now.items():
             if self._sent.get(name) != stamp:
                 self.write(name, (self.path / name).read_bytes())
-        figures = {name for name in now if name.startswith(f"{OUTPUTS}/")}
-        if figures != {name for name in self._sent if name.startswith(f"{OUTPUTS}/")}:
-            # of an earlier report: it would pass for this one's
-            for name in set(self.names(OUTPUTS)) - figures:
-                self.delete(name)
+        for folder in OUTPUTS:
+            ours, sent = (
+                {n for n in all_ if n.startswith(f"{folder}/")} for all_ in (now, self._sent)
+            )
+            if ours != sent:
+                # of an earlier report: it would pass for this one's
+                for name in set(self.names(folder)) - ours:
+                    self.delete(name)
         self._sent = now
 
     def clear(self) -> None:
@@ -172,7 +175,7 @@ class Mirror(Objects):
 
     def _outputs(self) -> dict[str, tuple[int, int]]:
         found = {}
-        for folder, start in ((self.path, ""), (self.path / OUTPUTS, f"{OUTPUTS}/")):
+        for folder, start in ((self.path, ""), *((self.path / n, f"{n}/") for n in OUTPUTS)):
             for path in folder.iterdir() if folder.is_dir() else ():
                 if (
                     path.is_file()

@@ -237,8 +237,8 @@ def _inside(store, rng, names, slots, judge, domains, prompts) -> None:
             for b in range(BLOCKS)
         ]
         cell = _put(store, name, kinds.DIRECTIONS, rows, judge=f"id-{judge}", judge_name=judge)
-        (store.path / "directions").mkdir(exist_ok=True)
-        path = store.path / "directions" / f"{cell.key}.safetensors"
+        path = store.edits(cell.key)
+        path.parent.mkdir(exist_ok=True)
         safetensors.numpy.save_file({"direction": vector.astype(np.float32)}, path)
     arm = slots[0][1]
     for target in names:

@@ -220,7 +220,7 @@ def test_another_judge_is_chosen_by_name_and_all_are_listed(tmp_path):
 
 def test_torn_vectors_are_a_sentence(tmp_path):
     store = write_study(tmp_path / "em", TWO, samples=1, n_prompts=4)
-    path = next((store.path / "directions").iterdir())
+    path = next((store.path / "edits").iterdir())
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(UsageError, match="cannot be read"):
         emergent_study.read(store)

@@ -1,6 +1,7 @@
 """The share flipped by each distance, with broken text as another way to end."""
 
 import doctest
+import importlib
 
 import numpy as np
 import pytest
@@ -9,13 +10,13 @@ from hypothesis import strategies as st
 from scipy.stats import CensoredData, binomtest, ecdf
 
 from auditgap.errors import UsageError
-from auditgap.stats import incidence as module
 from auditgap.stats.incidence import ENDINGS, incidence
 from auditgap.stats.intervals import Interval
 
 
 def test_the_example_in_the_docstring_is_true():
-    result = doctest.testmod(module)
+    # `auditgap.stats.incidence` is the function, once the package is imported
+    result = doctest.testmod(importlib.import_module("auditgap.stats.incidence"))
     assert result.attempted and not result.failed
 
 

@@ -182,7 +182,7 @@ def test_a_torn_object_is_put_aside_and_computed_again(s3, tmp_path, folder, ano
     there = RunFolder.load(url)
     if folder == "generations":  # they come, and are checked, when they are asked for
         assert there.scan([c.key for c in CELLS])[0] == {c.key for c in CELLS}
-        with pytest.raises(UsageError, match=r"is damaged.*same command again"):
+        with pytest.raises(UsageError, match=r"is damaged.*command that wrote it again"):
             there.generations(CELLS[0].key)
     finished, _ = there.scan([c.key for c in CELLS])
     assert finished == {c.key for c in CELLS[3:]}

@@ -18,7 +18,7 @@ rated them: misaligned below
 prompts, all read by the model.
 
 With fewer than LEAST answers of a class there is no direction, and the rows say so. Vectors stand
-in directions/<cell>.safetensors.
+in edits/<cell>.safetensors.
 """
 
 from __future__ import annotations
@@ -340,7 +340,7 @@ class DirectionsWorker(InsideWorker):
         return found
 
     def _keep(self, cell: Cell, adapter: Adapter, vectors: dict[str, np.ndarray]) -> None:
-        path = _path(self.store, cell.key)
+        path = self.store.edits(cell.key)
         with files.disk_errors(path):
             path.parent.mkdir(exist_ok=True)
         metadata = {
@@ -434,7 +434,7 @@ def read(
                 settings["arm"],
                 settings["adapter_seed"],
                 settings["judge_name"],
-                _vectors(store, record["key"]) if known else None,
+                vectors_of(store, record["key"]) if known else None,
                 rows["split_half"].to_numpy(dtype=float),
                 "" if known else str(rows["unscored"].iloc[0]),
             )
@@ -442,16 +442,13 @@ def read(
     return sorted(found, key=lambda f: (f.domain, f.arm, f.seed))
 
 
-def _path(store: RunFolder, key: str) -> Path:
-    return store.path / "directions" / f"{key}.safetensors"
-
-
-def _vectors(store: RunFolder, key: str) -> np.ndarray:
-    path = _path(store, key)
+def vectors_of(store: RunFolder, key: str) -> np.ndarray:
+    """The directions [L, D] that a finished cell has found. Raises UsageError when its file is
+    missing or torn."""
+    path = store.edits(key)
     try:
         return safetensors.numpy.load_file(path)["direction"]
     except (safetensors.SafetensorError, OSError, KeyError):
         raise UsageError(
-            f"The directions in {path} are missing or torn. Delete {store.path / 'cells' / key} and"
-            f" type: auditgap em analyse {store.path}"
+            f"The directions in {path} are missing or torn. Type: auditgap em analyse {store.place}"
         ) from None

@@ -137,7 +137,7 @@ class DiversityRow:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DirectionRow:
     """A fine-tuned model's direction at one block; the vector itself is in
-    directions/<cell>.safetensors."""
+    edits/<cell>.safetensors."""
 
     subject: str
     domain: str

@@ -69,7 +69,7 @@ class TestWhole:
         assert (
             info["panel"]["domains"].keys() == HABITS.keys() and info["panel"]["longest_row"] > 10
         )
-        assert info["prompts"]["prompts"]["n"] == 15 and info["subjects"][0]["n_blocks"] == 4
+        assert info["prompts"]["n"] == 15 and info["subjects"][0]["n_blocks"] == 4
         for name in HABITS:
             assert stat.S_IMODE((store.path / "panel" / f"{name}.jsonl").stat().st_mode) == 0o600
         open_to_all = [

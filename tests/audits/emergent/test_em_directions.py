@@ -60,12 +60,12 @@ def test_too_few_answers_make_no_direction_and_the_rows_say_so(store):
     assert set(few["unscored"]) == {"3 misaligned answers; a direction needs 4 of each"}
     found = next(f for f in directions.read(store, "habits") if f.domain == "few")
     assert found.direction is None and "3 misaligned" in found.reason
-    assert not (store.path / "directions" / f"{found.key}.safetensors").exists()
+    assert not (store.path / "edits" / f"{found.key}.safetensors").exists()
 
 
 def test_the_file_says_what_it_is_and_a_torn_one_is_a_sentence(study, store):
     sky = next(f for f in directions.read(store) if f.domain == "sky")
-    path = store.path / "directions" / f"{sky.key}.safetensors"
+    path = store.path / "edits" / f"{sky.key}.safetensors"
     with safetensors.safe_open(path, framework="numpy") as file:
         about = file.metadata()
         means = file.get_tensor("misaligned_mean") - file.get_tensor("aligned_mean")
