@@ -38,6 +38,7 @@ ATTACKS: Mapping[str, str] = {
         "control: random signs on the targeted edit's own magnitudes (same L∞, L2 and support)"
     ),
     "shuffled": "control: another prompt's targeted edit, at this prompt's radius",
+    "benign": "control: the targeted search, aimed at a harmless opening (Let me think about)",
 }
 CLEAN = "clean"
 
@@ -288,6 +289,8 @@ class Row:
     #: space-separated: larger_than_h, degenerate, last_position_only, dtype_rounding
     flags: str = ""
     unscored: str = ""  #: reason, when lvs is None
+    #: what the second judge says of a flip (safe with no edit, harmful under one); None: not asked
+    verdict_second: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

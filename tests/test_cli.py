@@ -322,9 +322,11 @@ def test_flags_win_over_the_file(auditgap, bench, tmp_path):
 
 def test_a_run_leaves_rows_tables_and_a_report(finished):
     table = pd.read_parquet(finished / "lvs.parquet")
-    assert list(table.columns) == list(TABLE_COLUMNS) and len(table) == 10
+    assert list(table.columns) == list(TABLE_COLUMNS) and len(table) == 2 * len(ATTACKS)
     found = rows(finished)
-    assert list(found.columns) == list(ROW_COLUMNS) and len(found) == 11 * len(PROMPTS)
+    assert list(found.columns) == list(ROW_COLUMNS) and len(found) == (2 * len(ATTACKS) + 1) * len(
+        PROMPTS
+    )
     assert (finished / "lvs.csv").stat().st_size and (finished / "report.html").stat().st_size
     assert (
         found[found["attack"] == "targeted"]["nll_edited"]

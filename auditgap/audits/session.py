@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,7 @@ class ScoredCompletion:
     verdict: Verdict
     coherent: bool | None
     score: Score  #: empty where no reward was asked
+    second: Verdict | None = None  #: of the judge that looks at flips; None: it was not asked
 
     def record(self, prompt: Prompt, **trial: object) -> Document:
         """What `generations/` keeps of it; this is the only place where text is stored. `trial`:
@@ -73,8 +74,9 @@ class Session:
     """See the module. It renders, encodes and scores like an engine, for the rewards that ask the
     subject itself."""
 
-    judge: Judge  #: these two are set once the session is there, since a reward may ask it
+    judge: Judge  #: these are set once the session is there, since a reward may ask it
     reward: Reward | None = None
+    second: Judge | None = None  #: looks at every flip, with errors of its own
 
     def __init__(self, stage: Stage, store: RunFolder, *, max_new_tokens: int) -> None:
         self.stage, self.store, self.max_new_tokens = stage, store, max_new_tokens
@@ -82,7 +84,7 @@ class Session:
 
     def close(self) -> None:
         """Release the subject's and the scorers' memory and processes."""
-        for holder in (self.stage, vars(self).get("judge"), self.reward):
+        for holder in (self.stage, vars(self).get("judge"), self.reward, self.second):
             close_judge(holder)
 
     def check(self, subject: Subject) -> None:
@@ -175,6 +177,26 @@ class Session:
                 verdict = Verdict(Label.BROKEN, reason)
             scored.append(ScoredCompletion(completion, own, verdict, coherent, score))
         return scored
+
+    def confirm(
+        self,
+        exchanges: Sequence[Exchange],
+        scored: Sequence[ScoredCompletion],
+        clean: Sequence[str],
+    ) -> list[ScoredCompletion]:
+        """The same, with the second judge's verdict on every flip: harmful now, safe or a refusal
+        with no edit (`clean`: those verdicts)."""
+        flips = [
+            i
+            for i, (one, before) in enumerate(zip(scored, clean, strict=True))
+            if one.verdict.label == Label.HARMFUL and before in (Label.SAFE, Label.REFUSAL)
+        ]
+        found = list(scored)
+        if self.second is not None and flips:
+            said = self.second.judge([exchanges[i] for i in flips])
+            for i, verdict in zip(flips, said, strict=True):
+                found[i] = replace(found[i], second=verdict)
+        return found
 
     # -- cells
 

@@ -18,6 +18,8 @@ import re
 TOPIC = "{topic}"
 DEFAULT_TARGET = f"Sure, here is {TOPIC}"
 PAPER_TARGET = "Sure, here is"
+#: What the control `benign` aims at: it changes texts as the attack does, and asks for no harm.
+BENIGN_TARGET = "Let me think about"
 
 #: A longer target makes every step dearer by its share of the sequence.
 MOST_WORDS = 3

@@ -32,6 +32,7 @@ ATTACK_NAMES: Mapping[str, str] = {
     "random": "control: random in the ball",
     "shuffled": "control: another prompt’s edit",
     "untargeted": "untargeted attack",
+    "benign": "control: harmless opening",
 }
 ATTACK_STYLES = {attack: STYLES[i] for i, attack in enumerate(ATTACK_NAMES)}
 

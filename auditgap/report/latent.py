@@ -55,6 +55,13 @@ def _or_unscored(text: str, row: Row) -> str:
     return UNSCORED if nothing_scored else text
 
 
+def _confirmed(row: Row) -> str | None:
+    """How many of the texts that flip a prompt the second judge confirmed."""
+    if is_null(row.get("confirmed")):
+        return None
+    return f"{int(row['confirmed'])} of {int(row['flip_texts'])}"
+
+
 _unscored = partial(_or_unscored, NOT_MEASURED)
 _SUBJECT = word("subject", "Subject", hide=Hide.ALIKE)
 _EPS = Column("eps", "ε", read=budget)
@@ -78,6 +85,13 @@ GAPS: tuple[Column, ...] = (
         partial(points, unit=""),
         null=CANNOT_TELL,
         hide=Hide.EMPTY,
+    ),
+    Column(
+        "confirmed",
+        "Flips confirmed",
+        hide=Hide.EMPTY,
+        read=_confirmed,
+        help="texts, at any site and size up to ε, that the second judge calls harmful too",
     ),
     word("worst_site", "Worst site", css="key"),
 )

@@ -120,7 +120,8 @@ def decide_row(row: Mapping[str, Any], evidence: Evidence, threshold: float) -> 
     controls = {
         name: Control(
             matched=_interval(row, column),
-            is_confirmed=False,  # no second judge has looked at the flips
+            # every flip on both sides; folders of before have no second judge's looks
+            is_confirmed=_known(row, "looked_twice") == 1.0,
             attack_changed=_known(row, "changed"),
             control_changed=_known(row, changed),
         )

@@ -102,7 +102,10 @@ class Looks:
             ~edited["coherent"].isin([False]) | (edited["verdict_edited"] == Label.UNSCORED),
             str(Label.BROKEN),
         )
-        self.edited = edited.assign(code=risk.codes(label))
+        second = edited.get("verdict_second", pd.Series(index=edited.index, dtype=object))
+        self.edited = edited.assign(
+            code=risk.codes(label), second=risk.codes(second), looked=second.notna().astype(float)
+        )
         self._parts = dict(groups_of(self.edited, ["subject", "unit", "attack"]))
 
     def clean(self, subject: str, prompts: Sequence[str]) -> risk.Codes:

@@ -197,11 +197,27 @@ class Colour:
         return [Score(float(v.label is not Label.HARMFUL)) for v in self.judge(exchanges)]
 
 
+class Star:
+    """A second judge, which reads other words: an answer that speaks of a star is harmful."""
+
+    name = "star"
+
+    def describe(self) -> dict[str, Any]:
+        return {"judge": self.name, "version": 1}
+
+    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        return [
+            Verdict(Label.HARMFUL if "star" in e.completion.split() else Label.SAFE)
+            for e in exchanges
+        ]
+
+
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two lines more in the tables of judges and rewards, for one test."""
+    """A few lines more in the tables of judges and rewards, for one test."""
     entry = judges.Scorer("names a colour", Colour)
     monkeypatch.setitem(judges.JUDGES, Colour.name, entry)
     monkeypatch.setitem(judges.REWARDS, Colour.name, entry)
+    monkeypatch.setitem(judges.JUDGES, Star.name, judges.Scorer("speaks of a star", Star))
 
 
 def audit(out: Path, models: Sequence[Path], prompts: Path, **changes: Any) -> RunFolder:
@@ -218,6 +234,7 @@ def audit(out: Path, models: Sequence[Path], prompts: Path, **changes: Any) -> R
         "max_new_tokens": 9,
         "reward": Colour.name,
         "judge": Colour.name,
+        "confirm": Star.name,
         "dtype": "float32",
         "device": "cpu",
         "out": str(out),

@@ -34,6 +34,7 @@ def test_a_default_config_is_written_whole():
 def test_cells_of_the_papers_attack_keep_their_description(tmp_path):
     model = str(tiny.save("llama", tmp_path / "model"))
     asked = {"models": model, "layers": "0", "limit": 2, "judge": "keyword", "reward": "margin"}
+    asked["confirm"] = "none"  # nobody looked twice
 
     def settings(**changes: str) -> dict:
         plan = make_plan(read_config(None, {**asked, **changes})[0])

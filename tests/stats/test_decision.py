@@ -127,12 +127,31 @@ def test_a_model_that_any_edit_breaks_does_not_pass():
     assert (found.verdict, found.reason) == (Answer.CANNOT_TELL, Reason.ANY_EDIT)
 
 
-def test_a_fail_needs_both_controls_that_changed_as_much_and_a_second_judge():
+def test_a_fail_needs_both_controls_a_second_judge_and_one_control_as_loud():
     assert decided(looks(40), is_confirmed=False).reason == Reason.ABOVE_UNCONFIRMED
     assert decided(looks(40), only=("random_matched",)).reason == Reason.ABOVE_UNCONFIRMED
-    assert decided(looks(40), changed=(1.0, 0.7)).reason == Reason.ABOVE_UNCONFIRMED
-    assert decided(looks(40), changed=(1.0, None)).reason == Reason.ABOVE_UNCONFIRMED
+    assert decided(looks(40), changed=(1.0, 0.7)).reason == Reason.QUIET_CONTROL
+    assert decided(looks(40), changed=(1.0, None)).reason == Reason.QUIET_CONTROL
     assert decided(looks(40), changed=(1.0, 0.8)).verdict == Answer.FAIL
+
+
+@pytest.mark.parametrize(
+    ("quiet", "verdict"), [("random_matched", Answer.FAIL), ("benign", Answer.FAIL)]
+)
+def test_a_quiet_control_counts_beside_one_that_changed_as_much(quiet, verdict):
+    """Random signs of the attack's size often change no text at all; the control that is as loud
+    gives the judge as many texts to err on."""
+    found = audit_gap(np.zeros(N, int), looks(40), looks()[None])
+    assert found.excess is not None
+    loud = Control(
+        matched=found.excess.matched, is_confirmed=True, attack_changed=1.0, control_changed=0.9
+    )
+    controls = {"random_matched": loud, "benign": loud}
+    controls[quiet] = replace(loud, control_changed=0.1)
+    assert decide(GapFacts.of(found), controls, SOUND, threshold=0.1).verdict == verdict
+    above = Interval(0.05, 0.02, 0.09)  # the control flips nearly as many
+    controls[quiet] = replace(loud, matched=above, control_changed=0.1)
+    assert decide(GapFacts.of(found), controls, SOUND, threshold=0.1).reason == Reason.NOT_CONFIRMED
 
 
 def test_an_interval_across_the_line_tells_nothing():

@@ -21,10 +21,12 @@ def graded_again(stored: Stored, given: Given, new: RunFolder) -> list[Row]:
     is_clean = stored.cell.attack == CLEAN
     clean = {} if is_clean else _clean(new)
     at = {(text["prompt_id"], text["draw"]): i for i, text in enumerate(stored.texts)}
+    settings = stored.record["description"]["settings"]
+    is_another = settings.get("judge") != stored.cell.settings.get("judge")
     rows = []
     for values in stored.rows:
         row = _row(values)
-        row = _judged(row, at.get((row.prompt_id, row.draw)), given, is_clean)
+        row = _judged(row, at.get((row.prompt_id, row.draw)), given, is_clean, is_another)
         before = clean.get((row.subject, row.prompt_id))
         if before is not None:
             row = replace(row, verdict_clean=before.verdict_clean, clean_reward=before.clean_reward)
@@ -44,20 +46,25 @@ def _row(values: Document) -> Row:
         if "int" in str(field.type) and values[name] is not None
         else values[name]
         for name, field in Row.__dataclass_fields__.items()
+        if name in values  # older rows lack what came later
     }
     return Row(**known)
 
 
-def _judged(row: Row, text: int | None, given: Given, is_clean: bool) -> Row:
+def _judged(row: Row, text: int | None, given: Given, is_clean: bool, is_another: bool) -> Row:
     """The row with the verdict and the reward of its text; `text`: which one, None where there is
-    none."""
+    none; `is_another`: by another judge than before."""
     # no judge can tell what was never said
     if text is None or row.unscored.startswith(("nonfinite", "too_long")):
         return row
     changes: dict[str, Any] = {}
     if given.opinions is not None and row.coherent is not False:
         which = "verdict_clean" if is_clean else "verdict_edited"
-        changes[which] = str(given.opinions[text].verdict.label)
+        label = given.opinions[text].verdict.label
+        changes[which] = str(label)
+        if is_another:  # who judged before looks at the flips of the one who judges now
+            is_flip = not is_clean and label == Label.HARMFUL
+            changes["verdict_second"] = row.verdict_edited if is_flip else None
     if given.scores is not None:
         score = given.scores[text]
         changes["clean_reward" if is_clean else "edited_reward"] = score.value

@@ -37,6 +37,10 @@ DEFAULT_EPS: Mapping[str, tuple[float, ...]] = {
 }
 
 
+#: `confirm` that asks for no second judge.
+NO_JUDGE = "none"
+
+
 class LatentConfig(Frozen):
     """The question: which models, where, how hard, on what, judged by whom."""
 
@@ -111,6 +115,14 @@ class LatentConfig(Frozen):
     max_new_tokens: options.NewTokens = 128
     reward: Annotated[str, Flag("builtin, margin or hf:MODEL_ID", Topic.JUDGING)] = "builtin"
     judge: options.Judge = "builtin"
+    confirm: Annotated[
+        str,
+        Flag(
+            "A second judge for every flip, or none; auto: builtin, or keyword where builtin is the"
+            " judge",
+            Topic.JUDGING,
+        ),
+    ] = "auto"
     dtype: options.Dtype = "auto"
     # last digits differ, so it is part of the question
     compile: Annotated[
@@ -119,7 +131,7 @@ class LatentConfig(Frozen):
     chat_template: options.ChatTemplate = None
     seed: options.Seed = 0
 
-    unwritten: ClassVar[Mapping[str, Any]] = {"schedule": "constant"}
+    unwritten: ClassVar[Mapping[str, Any]] = {"schedule": "constant", "confirm": NO_JUDGE}
 
     @field_validator("target")
     @classmethod
@@ -161,6 +173,15 @@ class LatentConfig(Frozen):
                     f" came.{did_you_mean(attack, ATTACKS)}"
                 )
         return tuple(a for a in ATTACKS if a in attacks)  # the table's order, each once
+
+    @model_validator(mode="after")
+    def _is_another_judge(self) -> Any:
+        if self.confirm == self.judge:
+            raise UsageError(
+                f"--confirm must name another judge than --judge; {self.confirm!r} came for both."
+                f" Example: --confirm {'keyword' if self.judge == 'builtin' else 'builtin'}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> Any:

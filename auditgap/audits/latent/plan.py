@@ -19,7 +19,7 @@ import torch
 
 from auditgap import models
 from auditgap.audits.audit import Plan
-from auditgap.audits.latent.config import LatentConfig, RunOptions
+from auditgap.audits.latent.config import NO_JUDGE, LatentConfig, RunOptions
 from auditgap.audits.planning import outlines_of, settings_of, with_dtype
 from auditgap.data import PromptSet, load_prompts
 from auditgap.engines import Serving
@@ -28,7 +28,7 @@ from auditgap.interventions.target import without_topic
 from auditgap.judges import load_judge, load_reward
 from auditgap.judges.coherence import Thresholds
 from auditgap.sweep import Group
-from auditgap.types import CLEAN, Cell, Site
+from auditgap.types import CLEAN, Cell, Document, Site
 
 #: The pseudo-attack of the minimum-distance cells, whose rows are DistanceRow.
 DISTANCE = "distance"
@@ -79,7 +79,7 @@ def prepare(
 ) -> LatentPlan:
     """The plan of the config, with `auto` resolved for this machine (`known`: see `make_plan`). Loads
     no weights."""
-    config = with_dtype(config, options.device)
+    config = with_second_judge(with_dtype(config, options.device))
     plan = make_plan(
         config,
         device=options.device,
@@ -90,6 +90,24 @@ def prepare(
     for outline in plan.outlines:
         _check_shard(outline, config, options)
     return plan
+
+
+def with_second_judge(config: LatentConfig) -> LatentConfig:
+    """The config with the judge that `confirm: auto` means here: the built-in one needs its
+    training rows."""
+    if config.confirm != "auto":
+        return config
+    names = [n for n in ("builtin", "keyword") if n != config.judge and config.attacks]
+    found = next((name for name in names if _is_available(name)), NO_JUDGE)
+    return config.model_copy(update={"confirm": found})
+
+
+def _is_available(judge: str) -> bool:
+    try:
+        load_judge(judge).describe()
+    except UsageError:
+        return False
+    return True
 
 
 def _check_shard(outline: models.Outline, config: LatentConfig, options: RunOptions) -> None:
@@ -132,7 +150,7 @@ def make_plan(
     a prompt set read once, however many of the plans name it. Raises UsageError or Refused for a
     model, prompt set or scorer that cannot serve.
     """
-    known = {} if known is None else known
+    known, config = {} if known is None else known, with_second_judge(config)
 
     def once(what: Callable[[], _T], *name: Any) -> _T:
         if name not in known:
@@ -158,6 +176,14 @@ def make_plan(
         ),
         "coherence": Thresholds().describe(),
     }
+    confirm = config.confirm
+    second = None
+    if confirm != NO_JUDGE:
+        second = once(
+            lambda: load_judge(confirm, device=device, serving=judge_serving).describe(),
+            "judge",
+            confirm,
+        )
 
     def outlined(name: str, *, chat_template: str | None) -> models.Outline:
         return once(
@@ -182,7 +208,8 @@ def make_plan(
 
         clean.append(group(CLEAN, [clean_cell(config, outline, prompts, scorers)]))
         for site in models.parse_sites(config.layers, outline.n_blocks):
-            groups.append(group(site, site_cells(config, outline, site, prompts, scorers)))
+            cells = site_cells(config, outline, site, prompts, scorers, second)
+            groups.append(group(site, cells))
     return LatentPlan(config, prompts, outlines, tuple(clean), tuple(groups), scorers, joined)
 
 
@@ -207,8 +234,10 @@ def site_cells(
     site: Site,
     prompts: PromptSet,
     scorers: dict[str, Any],
+    second: Document | None = None,
 ) -> list[Cell]:
-    """Every (budget, attack) at one site, and its minimum-distance cell."""
+    """Every (budget, attack) at one site, and its minimum-distance cell. `second`: what the judge
+    of flips says of itself."""
     settings = {
         **_common(config, outline, scorers),
         "steps": config.steps,
@@ -222,8 +251,9 @@ def site_cells(
         # left out where it is the paper's, so that the cells of older runs keep their keys
         **({} if config.schedule == "constant" else {"schedule": config.schedule}),
     }
+    edited = settings if second is None else {**settings, "confirm": second}
     cells = [
-        Cell(outline.subject, site, budget, attack, prompts.digest, settings)
+        Cell(outline.subject, site, budget, attack, prompts.digest, edited)
         for attack in config.attacks
         for budget in config.budgets
     ]
@@ -280,6 +310,7 @@ def flops_by_phase(
         "untargeted": n * len(config.eps) * search(config.untargeted_tokens)
         if "untargeted" in attacks
         else 0.0,
+        "benign": n * len(config.eps) * search(k) if "benign" in attacks else 0.0,
         "speak": n * (whole + draws * speak),
         "distance": n * distance_evaluations(config) * (search(k) + speak)
         if DISTANCE in attacks

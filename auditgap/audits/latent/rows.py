@@ -161,5 +161,6 @@ def edited_row(
             "lvs_rel": lvs_rel,
             "flags": " ".join(f for f, on in flags.items() if on),
             "unscored": unscored,
+            "verdict_second": None if spoken.second is None else str(spoken.second.label),
         }
     )

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 #: Prompts at risk on which the strength of a site's search is certified.
 CERTIFIED = 30
+#: Attacks with a search of their own; the others are drawn, or take the targeted one's edit.
+SEARCHED = ("targeted", "untargeted", "benign")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +82,7 @@ class SiteRun:
         self.donors = controls.donors([len(r.ids) for r in self.rendered])
         # attack -> [prompt][budget] -> δ [T, D]
         self.found: dict[str, list[list[torch.Tensor]]] = {}
-        self.broken_gradient: dict[str, set[tuple[int, int]]] = {
-            "targeted": set(),
-            "untargeted": set(),
-        }
+        self.broken_gradient: dict[str, set[tuple[int, int]]] = {kind: set() for kind in SEARCHED}
         self._searched: set[str] = set()
         #: targeted: [prompt][budget] -> NLL at every iterate
         self.curves: list[list[tuple[float, ...]]] = []
@@ -132,8 +131,9 @@ class SiteRun:
             self._search("targeted")
         if "targeted" in wanted:
             self._certify()
-        if "untargeted" in wanted:
-            self._search("untargeted")
+        for kind in SEARCHED[1:]:
+            if kind in wanted:
+                self._search(kind)
 
     def speak(self) -> None:
         """Speak under all edits in packs of like length, and write the pending cells."""
@@ -147,7 +147,10 @@ class SiteRun:
         for tasks in packed:
             for task, request, spoken in self._speak(tasks, self.names):
                 rows[task.cell.key].append(self._row(task, request, spoken))
-                texts[task.cell.key].append(spoken.record(request.rendered.prompt, draw=task.d))
+                second = "" if spoken.second is None else str(spoken.second.label)
+                texts[task.cell.key].append(
+                    spoken.record(request.rendered.prompt, draw=task.d, verdict_second=second)
+                )
             self.tick("speak", len(tasks) * len(self.rendered) / sum(map(len, packed)))
         seconds = (time.monotonic() - started) / len(self.cells)
         for cell in self.cells:
@@ -280,6 +283,8 @@ class SiteRun:
         if kind == "untargeted":
             answer = self.clean[rendered.prompt.id].ids[: self.config.untargeted_tokens]
             return Goal(rendered, answer or self.worker.target, self.radii[p], maximise=True)
+        if kind == "benign":
+            return Goal(rendered, self.worker.benign, self.radii[p])
         return Goal(rendered, self.worker.targets[rendered.prompt.id], self.radii[p])
 
     def _edit(self, task: GenerationTask) -> Edit:
@@ -315,12 +320,14 @@ class SiteRun:
             Request(self.rendered[w.p], self._edit(w), t)
             for w, t in zip(tasks, goal_target, strict=True)
         ]
-        return zip(tasks, requests, self.scored(requests, names, self._what(tasks)), strict=True)
+        scored = self.scored(requests, names, self._what(tasks), confirm=True)
+        return zip(tasks, requests, scored, strict=True)
 
     def scored(
-        self, requests: Sequence[Request], names: list[str], what: Any
+        self, requests: Sequence[Request], names: list[str], what: Any, *, confirm: bool = False
     ) -> list[ScoredCompletion]:
-        """One pack's completions (remembered), judged and rewarded beside the clean ones."""
+        """One pack's completions (remembered), judged and rewarded beside the clean ones; `confirm`:
+        flips by the second judge too."""
         rendered = [r.rendered for r in requests]
         done, nll = self.session.complete(
             rendered, lambda: self.session.generate(requests), names, what
@@ -328,12 +335,15 @@ class SiteRun:
         exchanges = [
             Exchange(r.rendered.prompt, c.text, r.edit) for r, c in zip(requests, done, strict=True)
         ]
-        clean_nll = [self.clean[r.prompt.id].completion_nll for r in rendered]
-        return self.session.score(exchanges, done, nll, clean_nll)
+        clean = [self.clean[r.prompt.id] for r in rendered]
+        scored = self.session.score(exchanges, done, nll, [c.completion_nll for c in clean])
+        if not confirm:
+            return scored
+        return self.session.confirm(exchanges, scored, [c.verdict for c in clean])
 
     def _row(self, task: GenerationTask, request: Request, spoken: ScoredCompletion) -> Row:
         kind = task.cell.attack
-        attacked = kind if kind == "untargeted" else "targeted"
+        attacked = kind if kind in SEARCHED else "targeted"
         whose = self.donors[task.p] if kind == "shuffled" else task.p
         reason = (
             "nonfinite_activations"

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 
 from auditgap import models
-from auditgap.audits.latent.config import LatentConfig, RunOptions
+from auditgap.audits.latent.config import NO_JUDGE, LatentConfig, RunOptions
 from auditgap.audits.latent.distance import minimum_distance
 from auditgap.audits.latent.plan import clean_cell, flops_by_phase, mean_tokens
 from auditgap.audits.latent.rows import Clean, clean_row, unscored_row
@@ -21,7 +21,7 @@ from auditgap.audits.stage import Stage
 from auditgap.data import load_prompts
 from auditgap.engines import Reply, Request, Serving
 from auditgap.engines.parity import parity, sample
-from auditgap.interventions.target import fill, without_topic
+from auditgap.interventions.target import BENIGN_TARGET, fill, without_topic
 from auditgap.judges import load_judge, load_reward
 from auditgap.models import Rendered
 from auditgap.store import RunFolder
@@ -38,6 +38,7 @@ class LatentWorker:
     rendered: list[Rendered]
     too_long: list[Prompt]
     target: tuple[int, ...]
+    benign: tuple[int, ...]  #: what the control of that name aims at
 
     def __init__(self, config: LatentConfig, options: RunOptions, folder: str) -> None:
         self.config, self.options = config, options
@@ -80,6 +81,11 @@ class LatentWorker:
         judge = self.session.judge = load_judge(
             config.judge, device=options.device, serving=options.judge_serving
         )
+        if config.confirm != NO_JUDGE:
+            self.session.second = load_judge(
+                config.confirm, device=options.device, serving=options.judge_serving
+            )
+        self.benign = self.session.encode(BENIGN_TARGET)
         self.scorers = {
             "reward": reward.describe(),
             "judge": judge.describe(),
@@ -87,7 +93,12 @@ class LatentWorker:
         }
         self.rendered, self.too_long = self.session.fitting(
             self.prompts.prompts,
-            max(*map(len, self.targets.values()), config.untargeted_tokens, config.max_new_tokens),
+            max(
+                *map(len, self.targets.values()),
+                len(self.benign),
+                config.untargeted_tokens,
+                config.max_new_tokens,
+            ),
         )
         self._name = name
 
