@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from auditgap.audits.grading import Given, Stored
+    from auditgap.audits.report_part import ReportPart
     from auditgap.engines import Serving
     from auditgap.models import Outline
     from auditgap.store import RunFolder
@@ -102,6 +104,15 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
     options: type[OptionsT]
     cell: ClassVar[type[Cell]] = Cell
     not_graded: ClassVar[Document] = {}  #: what a folder of verdicts given again has no part of
+    #: whether what it states is an audit gap; a report begins with it then
+    states_gap: ClassVar[bool] = False
+
+    @cached_property
+    def report_part(self) -> ReportPart:
+        """What it has in a report: by itself, a section with its tables."""
+        from auditgap.audits.report_part import ReportPart
+
+        return ReportPart(self)
 
     def read(self, file: Path | None, values: Mapping[str, Any]) -> tuple[ConfigT, OptionsT]:
         """The config file's values with those that were given (not None) on top. Raises UsageError

@@ -23,7 +23,7 @@ import pandas as pd
 import auditgap
 from auditgap.audits import pages
 from auditgap.report import frame, page
-from auditgap.report.gather import ReportData, from_store
+from auditgap.report.gather import ReportData
 from auditgap.report.section import Section, tables_of
 from auditgap.report.text import clean, is_null, without_secrets
 from auditgap.report.verdict_lines import Criteria, Line
@@ -70,7 +70,7 @@ def write(
 
     Returns the sum of the verdicts in one sentence. Raises DiskError.
     """
-    report = from_store(folders, allow_raw=allow_raw, title=title)
+    report = pages.from_store(folders, allow_raw=allow_raw, title=title)
     lines = _write(report, Path(out), criteria, dict(missing or {}), private=allow_raw)
     if public:
         _write(published(report), Path(out) / "public", criteria, _deep(missing or {}))
@@ -85,11 +85,12 @@ def _write(
     *,
     private: bool = False,
 ) -> list[Line]:
-    lines = verdicts(report, criteria, missing)
+    parts = pages.by_table()
+    lines = verdicts(report, parts, criteria, missing)
     report = replace(
         report,
         verdicts=tuple(lines),
-        limits=tuple(limits(report, missing)),
+        limits=tuple(limits(report, parts, missing)),
         criteria=criteria.model_dump(),
     )
     made = pages.audited(report)

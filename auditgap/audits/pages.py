@@ -6,24 +6,14 @@ html = render(from_store([RunFolder.load("out")]))
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from auditgap.audits.report_part import ReportPart
 from auditgap.errors import UsageError
-from auditgap.report import (
-    behaviour,
-    curve,
-    emergent_page,
-    emergent_study,
-    frame,
-    intervene,
-    latent,
-    page,
-    probe,
-    section,
-)
+from auditgap.report import frame, gather, latent, page, section
 from auditgap.report.charts import Figure
-from auditgap.report.gather import ReportData, from_store
+from auditgap.report.gather import PartData, ReportData
 from auditgap.report.section import Section
 from auditgap.store import RunFolder
 from auditgap.store.remote import Place, outputs
@@ -31,18 +21,40 @@ from auditgap.store.remote import Place, outputs
 __all__ = ["ReportData", "figures_of", "from_store", "render", "write"]
 
 
-def audited(report: ReportData) -> list[Section]:
-    """The sections of every audit; those of the latent audit, empty as they are, where there is
-    nothing else."""
-    others = [
-        *curve.sections(report),
-        *behaviour.sections(report),
-        *probe.sections(report),
-        *intervene.sections(report),
-        *emergent_page.sections(report),
+def by_table() -> list[ReportPart]:
+    """Every audit's part of a report, in the order of `AUDITS`: so the verdict table goes."""
+    from auditgap.audits.table import AUDITS  # which opens the audits, and they write pages
+
+    return [audit.report_part for audit in AUDITS.values()]
+
+
+def by_page() -> list[ReportPart]:
+    """The same in the order of a page, which begins with what states an audit gap."""
+    return sorted(by_table(), key=lambda part: not part.audit.states_gap)
+
+
+def from_store(
+    folders: Sequence[RunFolder],
+    *,
+    allow_raw: bool = False,
+    title: str | None = None,
+    read: Mapping[str, PartData] | None = None,
+) -> ReportData:
+    """What run folders hold of every audit. Prompts and completions are read only with `allow_raw`.
+    `read`: what is read already, by audit."""
+    known = read or {}
+    parts = [
+        (lambda *_, data=known[part.audit.name]: data) if part.audit.name in known else part.gather
+        for part in by_page()
     ]
-    latent_too = latent.is_there(report) or not section.shown(others)
-    return [*latent.sections(report, is_there=latent_too), *others]
+    return gather.from_store(folders, parts, allow_raw=allow_raw, title=title)
+
+
+def audited(report: ReportData) -> list[Section]:
+    """The sections of every audit; where there are none, those of a latent audit, empty as they
+    are."""
+    made = [section for part in by_page() for section in part.sections(report)]
+    return made if section.shown(made) else [*latent.sections(report), *made]
 
 
 def sections_of(report: ReportData) -> list[Section]:
@@ -68,19 +80,19 @@ def write(
     out: Place | None = None,
     allow_raw: bool = False,
     title: str | None = None,
-    emergent: Sequence[emergent_study.Study] | None = None,
+    read: Mapping[str, PartData] | None = None,
 ) -> Path:
     """Write report.html and the data of its tables and figures into `out` (None: the first folder),
     each atomically; returns the page's path.
 
     With `allow_raw` the page holds prompts and completions and is readable by its owner only
-    (0600). Raises UsageError when no folder is given, DiskError when the disk is full.
+    (0600). `read`: as for `from_store`. Raises UsageError when no folder is given, DiskError when the disk is full.
     """
     if not folders:
         raise UsageError(
             "A report needs at least one run folder; none came. For example: auditgap report out"
         )
-    report = from_store(folders, allow_raw=allow_raw, title=title, emergent=emergent)
+    report = from_store(folders, allow_raw=allow_raw, title=title, read=read)
     if out is not None:
         with outputs(out) as home:
             return write_report(report, home, private=allow_raw)

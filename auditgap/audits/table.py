@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 _OURS = {
     "behaviour": "auditgap.audits.behaviour.audit:BEHAVIOUR",
-    "probe": "auditgap.audits.probe.audit:PROBE",
     "latent": "auditgap.audits.latent.audit:LATENT",
+    "probe": "auditgap.audits.probe.audit:PROBE",
     "intervene": "auditgap.audits.intervene.audit:INTERVENE",
     "sft_curve": "auditgap.audits.sft_curve.audit:SFT_CURVE",
     "emergent": "auditgap.audits.emergent.audit:EMERGENT",

@@ -159,6 +159,20 @@ def word(name: str, title: str, *, css: str = "word", **more: Any) -> Column:
     return Column(name, title, str, css, **more)
 
 
+def of_table(table: pd.DataFrame) -> tuple[Column, ...]:
+    """Columns for a table of which nothing else is known, each by its name and kind; `NAME_lo` and
+    `NAME_hi` are the interval of NAME."""
+
+    def column(name: str) -> Column:
+        title, values = name.replace("_", " ").capitalize(), table[name]
+        if not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
+            return word(name, title)
+        return Column(name, title, whole if pd.api.types.is_integer_dtype(values) else number)
+
+    ends = {f"{name}{end}" for name in table for end in ("_lo", "_hi")}
+    return tuple(column(str(name)) for name in table if name not in ends)
+
+
 def escaped(value: object) -> str:
     """Text that draws no Markdown table, link, tag or emphasis of its own."""
     said = clean(value).replace("\\", "\\\\")

@@ -261,6 +261,15 @@ def behaviour_table(rows: pd.DataFrame) -> pd.DataFrame:
     return _frame(table, columns)
 
 
+def power_sentence(table: pd.DataFrame) -> str:
+    """`power_line` for the first row that has scored prompts (`n`) and a clean share of answers
+    that are not harmful (`safety`); "" where none has."""
+    for row in rows_of(table):
+        if not is_null(row["safety"]) and row["n"] >= 1:
+            return power_line(int(row["n"]), 1.0 - float(row["safety"]))
+    return ""
+
+
 def power_line(n: int, base_rate: float) -> str:
     """One sentence: the smallest rise in ASR that n prompts can show."""
     if n < 1:

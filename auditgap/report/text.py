@@ -158,7 +158,7 @@ def without_secrets(mapping: Mapping[str, Any]) -> dict[str, Any]:
     depth."""
 
     def safe(key: object, value: Any) -> Any:
-        if value and isinstance(value, str) and _SECRET_NAME.search(str(key)):
+        if isinstance(value, str) and value and _SECRET_NAME.search(str(key)):
             return "[secret removed]"
         return without_secrets(value) if isinstance(value, Mapping) else value
 

@@ -1,8 +1,6 @@
 """A seventh audit: a package of its own with one entry point, and what it gets for it.
 
-The package is `examples/audit`, put where pip would put it. The command, its config file and its
-schema come from the same table, and so do its section of the report and its grid: their tests are
-to be added here where those are made.
+The package is `examples/audit`, put where pip would put it.
 """
 
 from __future__ import annotations
@@ -13,18 +11,23 @@ import shutil
 import signal
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
+import jsonschema
 import pandas as pd
 import pytest
 import tiny
 
 import auditgap
+from auditgap import cli
 from auditgap.audits import (
     AUDITS,
     Can,
     Grading,
     audit_of,
+    bundle,
+    pages,
     reduce,
     regrade,
     resume,
@@ -32,7 +35,13 @@ from auditgap.audits import (
     status,
     table,
 )
+from auditgap.audits.report_part import ReportPart
 from auditgap.errors import UsageError
+from auditgap.report.charts import Figure
+from auditgap.report.columns import of_table
+from auditgap.report.gather import ReportData
+from auditgap.report.section import Findings, Section, Table
+from auditgap.report.verdict_lines import PASS, Criteria, Line
 from auditgap.store import RunFolder
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "audit"
@@ -126,6 +135,83 @@ def test_it_has_its_table_from_python_and_as_json(world, whole):
     for form in ("csv", "md"):
         assert (whole.path / f"lengths.{form}").is_file()
     assert found.report.is_file()
+
+
+def typed(world: Path, *words: str) -> str:
+    """What the command line, which finds the package as it starts, says to these words."""
+    line = [sys.executable, "-m", "auditgap.cli", *words]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_it_has_a_command_a_config_file_and_a_schema(world, whole, tmp_path):
+    file = tmp_path / "lengths.yaml"
+    asked = values(world, tmp_path / "run")
+    file.write_text(json.dumps({**asked, "max_new_tokens": 2}))
+    schema = json.loads(typed(world, "schema", "lengths"))
+    assert schema["title"] == "auditgap lengths" and set(asked) <= set(schema["properties"])
+    words = ("lengths", "--config", str(file), "--max-new-tokens", "4", "--json")
+    planned = json.loads(typed(world, *words, "--dry-run"))
+    assert len(planned["cells"]) == 2 and planned["config"]["max_new_tokens"] == 4
+    assert not (tmp_path / "run").exists()
+    typed(world, *words)
+    assert rows_of(RunFolder.load(tmp_path / "run")) == rows_of(whole)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "page")])
+    assert (tmp_path / "page" / "tables" / "lengths.csv").is_file()
+
+
+def test_it_has_a_section_of_the_report(world, whole, tmp_path):
+    bundle.write([whole], out=tmp_path, criteria=Criteria(), title="t", public=True)
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert '<section id="lengths"' in page and '<a href="#lengths">' in page
+    assert "Mean tokens" in page and unescape(AUDITS["lengths"].title) in page
+    assert "No audit gap was measured in this run" in page, "and no section of another audit"
+    told = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    jsonschema.validate(told, bundle.schema())
+    table = auditgap.load(whole.path).table
+    assert told["tables"]["lengths"] == json.loads(table.to_json(orient="records"))
+    assert pd.read_csv(tmp_path / "tables" / "lengths.csv")["n"].tolist() == table["n"].tolist()
+    assert pages.from_store([whole]).title.startswith("Lengths of ")
+    public = "".join(p.read_text("utf-8") for p in (tmp_path / "public").rglob("*") if p.is_file())
+    assert str(world) not in public and '<section id="lengths"' in public
+
+
+class Drawn(ReportPart):
+    """What an audit may say besides: a figure, lines of the verdict table, limits."""
+
+    def sections(self, report: ReportData) -> list[Section]:
+        table = self.tables(report).get("lengths")
+        if table is None:
+            return []
+        figure = Figure("mean_lengths", "Mean length", data=table)
+        blocks = (figure, Findings(), Table("lengths", "By subject", table, of_table(table)))
+        says = [("", ["Answers are short."])]
+        no = ["It does not say what is in them."]
+        return [
+            Section(id="drawn", title="D", contents="D", blocks=blocks, findings=says, limits=no)
+        ]
+
+    def lines(self, report, subject, criteria, missing) -> list[Line]:
+        return [Line(subject, "Is brief", PASS, "4", "it is", "brief")]
+
+    def limits(self, report: ReportData) -> list[tuple[str, str]]:
+        return [("few_prompts", "Three prompts are few.")]
+
+
+def test_it_may_draw_figures_and_lines_of_the_verdict_table(whole, tmp_path, monkeypatch):
+    lengths = AUDITS["lengths"]
+    monkeypatch.setitem(vars(lengths), "report_part", Drawn(lengths))
+    bundle.write([whole], out=tmp_path, criteria=Criteria(), title="t")
+    told = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    brief = [line for line in told["verdicts"] if line["id"] == "brief"]
+    assert [line["subject"] for line in brief] == list(whole.rows(["lengths"])["subject"].unique())
+    assert {"word": "few_prompts", "sentence": "Three prompts are few."} in told["limits"]
+    page = (tmp_path / "report.html").read_text("utf-8")
+    for said in ("Answers are short.", "It does not say what is in them.", "Is brief"):
+        assert said in page
+    assert (tmp_path / "figures" / "mean_lengths.csv").is_file()
 
 
 KILLED = """

@@ -14,6 +14,7 @@ from test_page import CHROMIUM, HOSTILE, TAGS, Page, in_browser
 from auditgap.audits import reduce
 from auditgap.audits.emergent import report as stage
 from auditgap.audits.emergent.config import EmergentOptions
+from auditgap.audits.emergent.part import data_of
 from auditgap.audits.pages import ReportData, figures_of, from_store, render
 from auditgap.errors import UsageError
 from auditgap.report import emergent_figures as figures
@@ -47,7 +48,9 @@ def test_every_table_and_figure_lies_beside_the_page(store, study, page):
             assert (store.path / f"em_{name}.{form}").is_file()
         assert len(pd.read_parquet(store.path / f"em_{name}.parquet")) == len(table), name
     assert len(study.tables["ranking"]) == 4 * len(DOMAINS), "two arms, asked both ways"
-    for name, figure in figures_of(from_store([store], emergent=[study])).items():
+    for name, figure in figures_of(
+        from_store([store], read={"emergent": data_of([study])})
+    ).items():
         if name.startswith("em_"):
             assert not figure.missing, f"{name}: {figure.missing}"
             assert f'id="fig-{name}"' in page and (store.path / "figures" / f"{name}.csv").is_file()

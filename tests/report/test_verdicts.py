@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 
 from auditgap.audits import bundle, pages
+from auditgap.audits.pages import by_table, from_store
 from auditgap.report.behaviour import COLUMNS
-from auditgap.report.gather import ReportData, from_store
+from auditgap.report.gather import ReportData
 from auditgap.report.tables import GAP_COLUMNS
 from auditgap.report.verdict_lines import CANNOT_TELL, FAIL, NOT_MEASURED, PASS, Criteria
 from auditgap.report.verdicts import limits, overall, verdicts
@@ -86,7 +87,9 @@ def report(**parts):
 
 
 def answers(data, criteria=None, missing=None):
-    return {line.question: line for line in verdicts(data, criteria or Criteria(), missing)}
+    return {
+        line.question: line for line in verdicts(data, by_table(), criteria or Criteria(), missing)
+    }
 
 
 SMALL = {
@@ -248,7 +251,7 @@ def test_a_distance_is_held_against_the_headlines_budget():
 
 def test_the_sum_counts_every_line():
     data = report(gaps=gaps(), lvs=lvs())
-    lines = verdicts(data, Criteria())
+    lines = verdicts(data, by_table(), Criteria())
     said = overall(lines)
     numbers = [int(word) for word in said.replace(",", "").split() if word.isdigit()]
     assert numbers[0] == len(lines) == sum(numbers[1:]) and "could not be told" in said
@@ -262,7 +265,9 @@ def test_limits_name_what_was_flagged():
         info={"warnings": ["toy was trained on 3 of the prompts that it was asked"]},
         cards=[{"name": "j", "label": "screening"}],
     )
-    words = [word for word, _ in limits(data, {"sft-curve": "no training rows were named"})]
+    words = [
+        word for word, _ in limits(data, by_table(), {"sft-curve": "no training rows were named"})
+    ]
     assert {
         "not_run",
         "power",
@@ -272,7 +277,7 @@ def test_limits_name_what_was_flagged():
         "judge",
         "leakage",
     } <= set(words)
-    assert any("block3 at" in sentence for _, sentence in limits(data))
+    assert any("block3 at" in sentence for _, sentence in limits(data, by_table()))
 
 
 # -- the bundle

@@ -6,7 +6,7 @@ folder, outcome = run(BEHAVIOUR, *BEHAVIOUR.read(None, {"models": "smollm2", "li
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from auditgap.types import Cell, Document
 if TYPE_CHECKING:
     import pandas as pd
 
+    from auditgap.audits.behaviour.part import BehaviourPart
     from auditgap.audits.behaviour.plan import BehaviourPlan
     from auditgap.audits.behaviour.rows import BehaviourRow
     from auditgap.audits.grading import Given, Stored
@@ -49,6 +50,12 @@ class Behaviour(Audit[BehaviourConfig, BehaviourOptions, "BehaviourPlan"]):
     can = frozenset({Can.RAY, Can.VLLM, Can.STORAGE, Can.REGRADE, Can.COMPARE, Can.PART})
     main_table = "behaviour"
     config, options, cell = BehaviourConfig, BehaviourOptions, AskCell
+
+    @cached_property
+    def report_part(self) -> BehaviourPart:
+        from auditgap.audits.behaviour.part import BehaviourPart
+
+        return BehaviourPart(self)
 
     def read(
         self, file: Path | None, values: Mapping[str, Any]

@@ -6,6 +6,7 @@ folder, outcome = run(EMERGENT, *EMERGENT.read(None, {"model": "smollm2", "domai
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from auditgap.audits.audit import Grading
     from auditgap.audits.emergent.build import EmergentPlan
+    from auditgap.audits.emergent.part import EmergentPart
     from auditgap.store import RunFolder
     from auditgap.store.remote import Place
     from auditgap.sweep import Outcome, Progress, Worker
@@ -41,6 +43,12 @@ class Emergent(Audit[EmergentConfig, EmergentOptions, "EmergentPlan"]):
     can = frozenset({Can.RAY, Can.VLLM, Can.REGRADE})
     main_table = None
     config, options = EmergentConfig, EmergentOptions
+
+    @cached_property
+    def report_part(self) -> EmergentPart:
+        from auditgap.audits.emergent.part import EmergentPart
+
+        return EmergentPart(self)
 
     def read(
         self, file: Path | None, values: Mapping[str, Any]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from auditgap.audits import pages
+from auditgap.audits.emergent import part
 from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.errors import UsageError
 from auditgap.report import emergent_study
@@ -47,5 +48,5 @@ def reduce(
     for name, table in found.tables.items():
         for form in ("parquet", "csv", "md"):
             store.write_table(f"em_{name}.{form}", table)
-    pages.write([store], allow_raw=allow_raw, emergent=[found])
+    pages.write([store], allow_raw=allow_raw, read={"emergent": part.data_of([found])})
     return found

@@ -6,7 +6,7 @@ folder, outcome = run(INTERVENE, *INTERVENE.read(None, {"models": "smollm2", "li
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from auditgap.audits.grading import Given, Stored
+    from auditgap.audits.intervene.part import IntervenePart
     from auditgap.audits.intervene.plan import IntervenePlan
     from auditgap.audits.intervene.rows import InterveneRow
     from auditgap.store import RunFolder
@@ -50,6 +51,12 @@ class Intervene(Audit[InterveneConfig, InterveneOptions, "IntervenePlan"]):
     can = frozenset({Can.RAY, Can.REGRADE})
     main_table = "interventions"
     config, options, cell = InterveneConfig, InterveneOptions, InterveneCell
+
+    @cached_property
+    def report_part(self) -> IntervenePart:
+        from auditgap.audits.intervene.part import IntervenePart
+
+        return IntervenePart(self)
 
     def read(
         self, file: Path | None, values: Mapping[str, Any]

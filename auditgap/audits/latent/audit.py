@@ -6,7 +6,7 @@ folder, outcome = run(LATENT, *LATENT.read(None, {"models": "smollm2", "limit": 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from auditgap.audits.grading import Given, Stored
+    from auditgap.audits.latent.part import LatentPart
     from auditgap.audits.latent.plan import LatentPlan
     from auditgap.store import RunFolder
     from auditgap.store.remote import Place
@@ -41,6 +42,13 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
     main_table = "lvs"
     config, options = LatentConfig, RunOptions
     not_graded: ClassVar[Document] = {"distance": False}
+    states_gap = True
+
+    @cached_property
+    def report_part(self) -> LatentPart:
+        from auditgap.audits.latent.part import LatentPart
+
+        return LatentPart(self)
 
     def read(self, file: Path | None, values: Mapping[str, Any]) -> tuple[LatentConfig, RunOptions]:
         return read_config(file, values)

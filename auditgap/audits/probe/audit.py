@@ -6,7 +6,7 @@ folder, outcome = run(PROBE, *PROBE.read(None, {"base": "./base", "subjects": ".
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from auditgap.types import Cell, Document
 if TYPE_CHECKING:
     import pandas as pd
 
+    from auditgap.audits.probe.part import ProbePart
     from auditgap.audits.probe.plan import ProbePlan
     from auditgap.store import RunFolder
     from auditgap.sweep import Worker
@@ -42,6 +43,12 @@ class Probe(Audit[ProbeConfig, ProbeOptions, "ProbePlan"]):
     can = frozenset({Can.RAY, Can.STORAGE, Can.COMPARE, Can.PART})
     main_table = "probe"
     config, options, cell = ProbeConfig, ProbeOptions, ProbeCell
+
+    @cached_property
+    def report_part(self) -> ProbePart:
+        from auditgap.audits.probe.part import ProbePart
+
+        return ProbePart(self)
 
     def read(
         self, file: Path | None, values: Mapping[str, Any]

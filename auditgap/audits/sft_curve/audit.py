@@ -7,7 +7,7 @@ folder, outcome = run(SFT_CURVE, *SFT_CURVE.read(None, {"models": "./base,./twin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from auditgap.audits.behaviour.rows import BehaviourRow
     from auditgap.audits.grading import Given, Stored
+    from auditgap.audits.sft_curve.part import CurvePart
     from auditgap.audits.sft_curve.plan import CurvePlan
     from auditgap.audits.sft_curve.worker import CurveWorker
     from auditgap.store import RunFolder
@@ -49,6 +50,13 @@ class SFTCurve(Audit[SFTCurveConfig, SFTCurveOptions, "CurvePlan"]):
     can = frozenset({Can.VLLM, Can.RANKS, Can.REGRADE, Can.COMPARE, Can.PART})
     main_table = "curve"
     config, options, cell = SFTCurveConfig, SFTCurveOptions, CurveCell
+    states_gap = True
+
+    @cached_property
+    def report_part(self) -> CurvePart:
+        from auditgap.audits.sft_curve.part import CurvePart
+
+        return CurvePart(self)
 
     def read(
         self, file: Path | None, values: Mapping[str, Any]

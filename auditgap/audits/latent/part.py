@@ -1,0 +1,105 @@
+"""The latent audit's part of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from auditgap.audits.report_part import ReportPart
+from auditgap.report import latent, left_out, strength, tables
+from auditgap.report.correction import Correction
+from auditgap.report.figures import budget_label
+from auditgap.report.gather import PartData, ReportData, joined, names_in
+from auditgap.report.latent_verdicts import latent_lines
+from auditgap.report.section import Section
+from auditgap.report.verdict_lines import Criteria, Line
+from auditgap.report.verdicts import Limit
+from auditgap.stats.gap import GoldCounts
+from auditgap.store import RunFolder
+from auditgap.store.tables import rows_of
+from auditgap.types import ATTACKS, CLEAN
+
+#: The attack name of cells that hold minimum distances.
+DISTANCE = "distance"
+#: Sites' flags that limit what a page says, in reading order.
+_LIMITING = (
+    "not_above_matched",
+    "no_matched",
+    "degenerate",
+    "some_degenerate",
+    "larger_than_h",
+    "last_position_only",
+    "dtype_rounding",
+    "few",
+    "many_unscored",
+    "many_broken",
+)
+
+
+class LatentPart(ReportPart):
+    title = "Audit gap"
+
+    def gather(
+        self, folders: Sequence[RunFolder], corrections: Mapping[str, Correction]
+    ) -> PartData:
+        rows = joined([folder.rows([*ATTACKS, CLEAN]) for folder in folders])
+        distances = joined([folder.rows([DISTANCE]) for folder in folders])
+        counts = corrections["harmful"].counts
+        gaps = tables.audit_gaps(rows, gold=None if counts is None else GoldCounts(*counts))
+        values = {
+            "gaps": gaps,
+            "lvs": tables.lvs_table(rows, correction=corrections["harmful"]),
+            "strength": strength.strength_table(folders),
+            "behaviour": tables.behaviour_table(rows),
+        }
+        # without distance cells the store answers with an empty table of Rows
+        if "distance" in distances.columns:
+            values["distance"] = tables.distance_table(distances)
+            values["curves"] = tables.distance_curves(distances)
+        return PartData(
+            title=self.title,
+            is_there=bool(len(rows) or len(distances)),
+            values=values,
+            subjects=names_in(rows),
+            left_out=[*left_out.of_edits(rows)],
+            power=tables.power_sentence(gaps),
+        )
+
+    def sections(self, report: ReportData) -> list[Section]:
+        return latent.sections(report, is_there=latent.is_there(report))
+
+    def subjects(self, report: ReportData) -> Iterable[str]:
+        return names_in(report.gaps)
+
+    def lines(
+        self, report: ReportData, subject: str, criteria: Criteria, missing: Mapping[str, str]
+    ) -> list[Line]:
+        return latent_lines(report, subject, criteria, missing)
+
+    def limits(self, report: ReportData) -> list[Limit]:
+        flagged: dict[str, list[str]] = {}
+        lvs = report.lvs
+        for row in rows_of(lvs[lvs["attack"] == "targeted"] if len(lvs) else lvs):
+            for word in str(row["flag"] or "").split():
+                flagged.setdefault(word, []).append(_place(row))
+        found = [
+            (word, f"{tables.FLAGS[word]} So it is at {_some(flagged[word])}.")
+            for word in _LIMITING
+            if word in flagged
+        ]
+        certified = rows_of(report.strength)
+        for word, said in strength.FLAGS.items():
+            where = [_place(row) for row in certified if word in str(row["flags"]).split()]
+            if where:
+                said = f"Strength of the search: {said} So it is at {_some(where)}."
+                found.append((word, said))
+        return found
+
+
+def _place(row: Mapping[str, Any]) -> str:
+    return f"{row['site']} at {budget_label(row['eps'], row['unit'])}"
+
+
+def _some(places: Iterable[str], most: int = 3) -> str:
+    every = list(dict.fromkeys(places))
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")

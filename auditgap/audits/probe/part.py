@@ -1,0 +1,48 @@
+"""The probe audit's part of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from auditgap.audits.report_part import ReportPart
+from auditgap.report import probe
+from auditgap.report.correction import Correction
+from auditgap.report.gather import PartData, ReportData
+from auditgap.report.section import Section
+from auditgap.report.text import number
+from auditgap.report.verdict_lines import Criteria, Line, absent, of_columns
+from auditgap.report.verdicts import Limit
+from auditgap.store import RunFolder
+from auditgap.store.tables import rows_of
+
+
+class ProbePart(ReportPart):
+    title = "Probe"
+
+    def gather(
+        self, folders: Sequence[RunFolder], corrections: Mapping[str, Correction]
+    ) -> PartData:
+        rows = [folder.rows([probe.PROBE]) for folder in folders]
+        probes = [part for part in rows if "example_id" in part]  # one folder, one probe
+        return PartData(title=self.title, is_there=bool(probes), values={"probes": probes})
+
+    def sections(self, report: ReportData) -> list[Section]:
+        return probe.sections(report)
+
+    def subjects(self, report: ReportData) -> Iterable[str]:
+        """None: a base that only lends its probe is no subject."""
+        return ()
+
+    def lines(
+        self, report: ReportData, subject: str, criteria: Criteria, missing: Mapping[str, str]
+    ) -> list[Line]:
+        question = "A probe of its base still tells safe from unsafe inside it"
+        for row in rows_of(probe.table_of(report.probes)):
+            if str(row["subject"]) == subject and row["role"] != "base":
+                drop = of_columns(row, "auroc_drop", number)
+                judged = drop.at_most(criteria.probe_drop)
+                return [drop.line("probe_drop", subject, question, judged, " (AUROC lost)")]
+        return [absent("probe_drop", subject, question, missing, "probe")]
+
+    def limits(self, report: ReportData) -> list[Limit]:
+        return [("probe", line) for line in probe.warnings(probe.table_of(report.probes))]
