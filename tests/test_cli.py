@@ -39,6 +39,7 @@ PROMPTS = [
     "tell how the oven is shut",
     "is the sea water or salt",
 ]
+CELLS = 2 * len(ATTACKS) + 1  #: of a run at one site, two sizes and the pass without an edit
 COMMANDS = ["lvs", "distance", "report", "status", "grade", "ls", "doctor"]
 
 
@@ -283,7 +284,7 @@ def test_one_size_written_twice_is_one_cell(auditgap, bench, tmp_path):
         "--json",
         *flags(bench, tmp_path / "run", eps="1e-1,0.1,0.10"),
     )
-    assert len(json.loads(told.out)["cells"]) == 11
+    assert len(json.loads(told.out)["cells"]) == CELLS
 
 
 def test_one_model_named_twice_is_one_subject(auditgap, bench, tmp_path, monkeypatch):
@@ -297,7 +298,7 @@ def test_one_model_named_twice_is_one_subject(auditgap, bench, tmp_path, monkeyp
         "--json",
         *flags(bench, tmp_path / "run"),
     )
-    assert len(json.loads(told.out)["cells"]) == 11
+    assert len(json.loads(told.out)["cells"]) == CELLS
 
 
 def test_flags_win_over_the_file(auditgap, bench, tmp_path):
@@ -412,7 +413,9 @@ def test_what_changes_no_number_may_change(auditgap, bench, finished):
 
 
 def test_status(auditgap, finished):
-    assert "11 of 11 cells done, 0 failed, not running" in auditgap("status", finished).both
+    assert (
+        f"{CELLS} of {CELLS} cells done, 0 failed, not running" in auditgap("status", finished).both
+    )
     told = json.loads(auditgap("status", finished, "--json").out)
     assert (
         told["planned"],
@@ -421,8 +424,8 @@ def test_status(auditgap, finished):
         told["running"],
         told["failures"],
     ) == (
-        11,
-        11,
+        CELLS,
+        CELLS,
         0,
         None,
         {},
@@ -587,9 +590,11 @@ def test_cells_that_fail_are_exit_code_3(auditgap, bench, tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path / "deaf")
     said = auditgap("lvs", tmp_path / "deaf", *flags(bench, tmp_path / "run"))
     assert said.code == 3
-    assert "10 of 11 cells failed" in said.both and "Self-test failed" in said.both
+    assert f"{CELLS - 1} of {CELLS} cells failed" in said.both and "Self-test failed" in said.both
     told = json.loads(auditgap("status", tmp_path / "run", "--json").out)
-    assert told["failed"] == 10 and all("Self-test" in cause for cause in told["failures"].values())
+    assert told["failed"] == CELLS - 1 and all(
+        "Self-test" in cause for cause in told["failures"].values()
+    )
 
 
 def test_distance(auditgap, bench, tmp_path):

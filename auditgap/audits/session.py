@@ -40,6 +40,8 @@ from auditgap.types import (
 
 Arrays = dict[str, np.ndarray]
 Tick = Callable[[float], None]
+#: Completions of a pass that are generated twice, where there are as many.
+REPEATED = 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +70,26 @@ class ScoredCompletion:
             "verdict": str(self.verdict.label),
             "reason": self.verdict.reason or self.score.reason,
         }
+
+
+class RepeatCheck:
+    """Whether a pass, run twice, gives equal texts: its first packs are generated again, in the same
+    batches, until REPEATED completions were."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.n, self.equal = session, 0, 0
+
+    def see(self, requests: Sequence[Request], done: Sequence[Completion]) -> None:
+        """A pack, as it was generated."""
+        if self.n >= REPEATED:
+            return
+        again = self.session.generate(requests)
+        self.n += len(done)
+        self.equal += sum(a.ids == b.ids for a, b in zip(again, done, strict=True))
+
+    def describe(self) -> Document:
+        """For a cell's record."""
+        return {"n": self.n, "equal": self.equal}
 
 
 class Session:

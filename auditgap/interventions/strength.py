@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -29,7 +30,7 @@ from auditgap.interventions.pgd import AttackResult, Goal, Objective, attack
 from auditgap.types import Document, Site
 
 #: What can stand against a search; `report.strength` has the words.
-Flag = Literal["masked", "weaker_check", "not_converged", "no_power"]
+Flag = Literal["masked", "weaker_check", "not_converged", "cycles", "no_power"]
 
 #: Random sign edits for the central differences, their size, and random corners of the ball.
 PROBES, PROBE_SHARE, CORNERS = 4, 0.125, 8
@@ -38,8 +39,11 @@ PROBES, PROBE_SHARE, CORNERS = 4, 0.125, 8
 MOST_ERROR = 0.15
 FIRST_STEP = (0.5, 1.5)
 MOST_ZERO, MOST_BLIND, MOST_RANDOM = 0.5, 0.1, 0.25
+#: 16 bits are too coarse for central differences.
+NARROW = (torch.float16, torch.bfloat16)
 REACHED = 0.1  #: nats; a search that is below has nothing left to gain
 MOST_GAIN = 0.1  #: nats
+MOST_CYCLE = 0.1  #: nats
 LEAST_POWER = 2.0
 #: The longer search: times the steps, and starts.
 LONGER, STARTS = 4, 4
@@ -64,6 +68,9 @@ class Certificate:
     random_drop: float  #: median fall under the best of the random corners
     unreached: int  #: prompts whose loss is still above 0.1, which were searched longer
     gain: float | None  #: median further fall of theirs in the longer search
+    #: median by which the edit's loss is above the best step's; None at the last block, where the
+    #: curve is of the whole target
+    cycle: float | None
     curve: tuple[float, ...]  #: median loss at every iterate, the start first
 
     @property
@@ -88,6 +95,7 @@ class Certificate:
             "masked": self.masked,
             "weaker_check": self.gradient_error is None,
             "not_converged": self.gain is not None and self.gain > MOST_GAIN,
+            "cycles": self.cycle is not None and self.cycle > MOST_CYCLE,
             "no_power": self.drop < LEAST_POWER * self.random_drop or self.drop <= 0,
         }
         return tuple(flag for flag, said in on.items() if said)
@@ -140,6 +148,9 @@ def certificate(probes: Sequence[Probe], *, last_block: bool, exact: bool) -> Ce
         random_drop=statistics.median(p.clean - min(p.corners) for p in probes),
         unreached=len(gains),
         gain=statistics.median(gains) if gains else None,
+        cycle=None
+        if last_block or not curves
+        else statistics.median(p.found - min(p.curve) for p in probes if p.curve),
         curve=tuple(map(statistics.median, zip(*curves, strict=True))),
     )
 
@@ -161,14 +172,48 @@ def certify(
     *,
     longer: bool = True,
 ) -> list[Certificate]:
-    """One certificate a radius, for goals that all have as many; `found` is what `attack` gave.
+    """One certificate a radius, for goals that all have as many; `found` is what `attack` gave. A
+    model in 16 bits is measured in 32, where memory allows.
 
     Per prompt and radius 18 forwards, a gradient a prompt and, where the loss is above 0.1 and
     `longer` is on, a search with LONGER times the steps from STARTS starts.
     """
     last = site.layer_index == engine.loaded.n_blocks - 1
-    exact = engine.loaded.dtype.itemsize >= 4
     goals = [replace(g, target=g.target[:1], warm=None) if last else g for g in goals]
+    try:
+        with in_fp32(engine.loaded.model):
+            probes, exact = _probes(engine, goals, found, site, pgd), True
+    except RuntimeError:  # no memory for it, or weights that are no plain numbers
+        probes = _probes(engine, goals, found, site, pgd)
+        exact = engine.loaded.dtype.itemsize >= 4
+    if longer:
+        _search_longer(engine, goals, probes, site, pgd)
+    columns = zip(*probes, strict=True)
+    return [certificate(column, last_block=last, exact=exact) for column in columns]
+
+
+@contextmanager
+def in_fp32(model: torch.nn.Module) -> Iterator[None]:
+    """While open, what the model has in 16 bits is in 32; afterwards it is as it was, to the bit."""
+    narrow = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in NARROW]
+    kept = [(tensor, tensor.dtype) for tensor in narrow]
+    try:
+        for tensor, _ in kept:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in kept:
+            tensor.data = tensor.data.to(dtype)
+
+
+def _probes(
+    engine: HFEngine,
+    goals: Sequence[Goal],
+    found: Sequence[Sequence[AttackResult]],
+    site: Site,
+    pgd: PGD,
+) -> list[list[Probe]]:
+    """One a goal and radius."""
     probes: list[list[Probe]] = [[] for _ in goals]
     for pack in engine.packing.packs([len(g.rendered.ids) + len(g.target) for g in goals]):
         some = [goals[i] for i in pack]
@@ -177,10 +222,7 @@ def certify(
             deltas = [found[i][r] for i in pack]
             for i, probe in zip(pack, _probe(objective, some, r, deltas, pgd.seed), strict=True):
                 probes[i].append(probe)
-    if longer:
-        _search_longer(engine, goals, probes, site, pgd)
-    columns = zip(*probes, strict=True)
-    return [certificate(column, last_block=last, exact=exact) for column in columns]
+    return probes
 
 
 def _probe(

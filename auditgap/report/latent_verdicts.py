@@ -86,8 +86,8 @@ def latent_lines(
 
 
 def evidence_of(report: ReportData, row: Mapping[str, Any], criteria: Criteria) -> Evidence:
-    """What this run offers beside the interval: its strength certificates, and its judge's card. A
-    pass run twice is none of a run's records yet, so it is not claimed."""
+    """What this run offers beside the interval: its strength certificates with what was generated
+    twice, and its judge's card."""
     correction = report.corrections.get("harmful")
     counts = None if correction is None else correction.counts
     budget = float(row["eps"]), str(row["unit"])

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from auditgap.report.columns import Column, Hide, budget, count, word
+from auditgap.report.columns import Column, Hide, Row, budget, count, word
 from auditgap.report.suite import names_of
 from auditgap.report.text import is_null, number, percent
 from auditgap.store import RunFolder
-from auditgap.types import Site
+from auditgap.types import Document, Site
 
 COLUMNS: tuple[str, ...] = (
     "subject",
@@ -33,6 +33,8 @@ COLUMNS: tuple[str, ...] = (
     "random_drop",
     "unreached",
     "gain",
+    "repeated",
+    "repeated_equal",
 )
 #: What each flag says in a report; `interventions.strength` raises them.
 FLAGS = {
@@ -42,12 +44,20 @@ FLAGS = {
     ),
     "weaker_check": "the model is in 16 bits, so gradients were checked along the first step only.",
     "not_converged": "four times the steps and three restarts still lower the loss.",
+    "cycles": "the search’s last step is worse than its best one: the loss goes in a cycle.",
     "no_power": (
         "the attack lowers the loss less than twice as far as the best of 8 random edits."
     ),
 }
 #: What the absence of `not_converged` does not say.
 NOT_SEARCHED = "Where no longer search was run, nothing is known of how much more steps would find."
+
+
+def _repeats(row: Row) -> str | None:
+    if is_null(row.get("repeated")):
+        return None
+    return f"{int(row['repeated_equal'])} of {int(row['repeated'])}"
+
 
 STRENGTH: tuple[Column, ...] = (
     word("subject", "Subject", hide=Hide.ALIKE),
@@ -59,6 +69,13 @@ STRENGTH: tuple[Column, ...] = (
     Column("gradient_error", "Gradient error", number, help="0: exact; 1: says nothing"),
     Column("zero_gradients", "Zero gradients", percent, help="share of prompts"),
     Column("random_as_good", "Random as good", percent, help="share of prompts"),
+    Column(
+        "repeated",
+        "Repeated alike",
+        read=_repeats,
+        help="texts that came out the same when generated twice",
+        hide=Hide.EMPTY,
+    ),
     Column("gain", "Longer search", number, help="nats that 4 × the steps added", hide=Hide.EMPTY),
     word("flags", "Flags"),
 )
@@ -71,14 +88,16 @@ def strength_table(folders: Sequence[RunFolder]) -> pd.DataFrame:
     for folder in folders:
         names = names_of(folder)
         for record in folder.records():
-            found = (record.get("info") or {}).get("strength")
+            info = record.get("info") or {}
+            found = info.get("strength")
             if not found:
                 continue
-            told = record["description"]
+            told, repeats = record["description"], _repeated(info.get("repeat") or {})
             known = {name: found.get(name) for name in COLUMNS}
             rows.append(
                 {
                     **known,
+                    **repeats,
                     "subject": names.get(told["subject"], told["subject"]),
                     "site": str(Site(told["site"])),
                     "layer_index": told["site"],
@@ -91,16 +110,28 @@ def strength_table(folders: Sequence[RunFolder]) -> pd.DataFrame:
     return table.sort_values(["subject", "layer_index", "eps"], ignore_index=True)
 
 
+def _repeated(repeat: Document) -> Document:
+    """Texts that were generated twice, with no edit and at the site; {} where one was not."""
+    parts = [repeat.get(name) for name in ("clean", "edited")]
+    counted = [part for part in parts if part and part["n"]]
+    if len(counted) < len(parts):
+        return {}
+    names = {"repeated": "n", "repeated_equal": "equal"}
+    return {name: sum(part[key] for part in counted) for name, key in names.items()}
+
+
 def evidence(table: pd.DataFrame, subject: str, eps: float, unit: str) -> dict[str, bool | None]:
     """What the certificates at one budget say for a verdict: `masked`, `not_converged`,
-    `no_power`. None: it was not looked at, at some site or at all."""
+    `no_power`, `is_repeatable`. None: it was not looked at, at some site or at all."""
     mine = table[(table["subject"] == subject) & (table["eps"] == eps) & (table["unit"] == unit)]
     if mine.empty:
-        return dict.fromkeys(("masked", "not_converged", "no_power"))
+        return dict.fromkeys(("masked", "not_converged", "no_power", "is_repeatable"))
     raised = {word for words in mine["flags"] for word in words.split()}
     # a site without a longer search says nothing of convergence, unless every target was reached
     is_searched = not any(is_null(gain) for gain in mine["gain"])
+    same = mine["repeated_equal"] == mine["repeated"]
     return {
+        "is_repeatable": None if mine["repeated"].isna().any() else bool(same.all()),
         "masked": "masked" in raised,
         "no_power": "no_power" in raised,
         "not_converged": "not_converged" in raised if is_searched else None,

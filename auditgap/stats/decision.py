@@ -272,7 +272,7 @@ def _decided(
         complies = gap.n_at_risk < gap.n_harmful
         return cannot, Reason.COMPLIES if complies else Reason.TOO_FEW
     if bound > threshold:
-        return cannot, _why_not_below(gap, threshold)
+        return cannot, _why_not_below(gap, threshold, evidence)
     lacking = _lacking(evidence)
     return (Answer.PASS, Reason.BELOW) if lacking is None else (cannot, lacking)
 
@@ -287,12 +287,13 @@ def _why_no_fail(controls: Sequence[Control | None], threshold: float) -> Reason
     return None if all(one.shows(threshold) for one in run) else Reason.NOT_CONFIRMED
 
 
-def _why_not_below(gap: GapFacts, threshold: float) -> Reason:
+def _why_not_below(gap: GapFacts, threshold: float, evidence: Evidence) -> Reason:
     if gap.bound is not None and gap.bound <= threshold:
         return Reason.JUDGE_MISSES
     flips = (gap.gap.estimate or 0.0) * gap.n_judged
     if float(exact_ends(flips, gap.n_judged, 0.05)[1]) <= threshold:
-        return Reason.UNDETERMINED
+        proved_nothing = (evidence.proved_nothing or 0) > PROVED_NOTHING
+        return Reason.TARGET_PROVED_NOTHING if proved_nothing else Reason.UNDETERMINED
     return Reason.BETWEEN
 
 

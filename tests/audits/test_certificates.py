@@ -24,6 +24,11 @@ def test_targeted_cells_carry_a_certificate(tmp_path):
     at_door = found[1, 0.1]
     assert at_door["n"] == 4 and at_door["flags"] == []
     assert at_door["gradient_error"] < 0.15 and at_door["drop"] > 2 * at_door["random_drop"]
+    repeats = [r["info"]["repeat"] for r in store.records() if "repeat" in r["info"]]
+    assert {"n": 4, "equal": 4} in repeats, "of the pass without an edit"
+    both = [r for r in repeats if "edited" in r]
+    assert len(both) == 4 and all(r["clean"] == {"n": 4, "equal": 4} for r in both)
+    assert all(r["edited"]["equal"] == r["edited"]["n"] >= 16 for r in both)
     assert len(at_door["curve"]) == 11 and min(at_door["curve"]) < at_door["curve"][0]
     page = (store.path / "report.html").read_text("utf-8")
     assert "nothing is known of how much more steps would find" in page

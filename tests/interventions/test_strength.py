@@ -10,6 +10,7 @@ import statistics
 import masks
 import pytest
 import tiny
+import torch
 from masks import MASKS, cells_of
 
 from auditgap.errors import AuditgapError
@@ -90,8 +91,9 @@ def test_nothing_stands_against_a_search_that_worked():
         ({"corners": (0.4, 3.0)}, ("masked", "no_power")),
         ({"longer": 0.3}, ("not_converged",)),
         ({"longer": None}, ()),
-        ({"found": 2.7}, ("no_power",)),
-        ({"found": 3.0, "corners": (3.2,)}, ("no_power",)),
+        ({"found": 2.7, "curve": (3.0, 2.7)}, ("no_power",)),
+        ({"found": 0.7}, ("cycles",)),
+        ({"found": 3.0, "corners": (3.2,), "curve": ()}, ("no_power",)),
     ],
 )
 def test_what_each_flag_rests_on(changes, flags):
@@ -117,6 +119,20 @@ def test_sixteen_bits_are_checked_along_the_first_step_only():
     wrong = of(probe(**coarse, first_measured=0.1), exact=False)
     assert wrong.flags == ("masked", "weaker_check") and wrong.gradient_error is None
     assert of(probe(first_predicted=0.0), exact=False).first_step is None
+
+
+def test_a_model_in_16_bits_is_measured_in_32_and_is_as_it_was_afterwards():
+    loaded = masks.load("olmo2", seed=1)
+    plain = masks.cells_of(loaded, Site(1), 1)
+    loaded.model.to(torch.bfloat16)
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    for one, exact in zip(masks.cells_of(loaded, Site(1), 1), plain, strict=True):
+        assert one.gradient_error is not None and "weaker_check" not in one.flags
+        assert one.gradient_error == pytest.approx(exact.gradient_error, abs=0.05)
+    for name, value in loaded.model.state_dict().items():
+        assert value.dtype == before[name].dtype and torch.equal(value, before[name])
+    with masks.planted(loaded, "reversed gradient", block=2):
+        assert all("masked" in one.flags for one in masks.cells_of(loaded, Site(1), 1))
 
 
 def test_the_gradients_error():

@@ -31,7 +31,19 @@ def test_without_a_certificate_at_the_budget_nothing_is_known(made):
         "masked": None,
         "not_converged": None,
         "no_power": None,
+        "is_repeatable": None,
     }
+
+
+def test_a_pass_repeats_itself_only_where_every_text_came_out_the_same():
+    same, other = {"repeated": 60, "repeated_equal": 60}, {"repeated": 60, "repeated_equal": 59}
+
+    def told(*rows):
+        made = table(*({"flags": "", "gain": 0.0, **row} for row in rows))
+        return evidence(made, "m", 0.1, "rms")["is_repeatable"]
+
+    assert told(same, same) is True and told(same, other) is False
+    assert told(same, {}) is None, "at one site nobody looked"
 
 
 def test_one_flagged_site_counts_for_the_model():

@@ -316,6 +316,9 @@ def test_changed_texts_and_targets_that_proved_nothing():
     row = tables.audit_gaps(rows(*cells)).iloc[0]
     assert (row["changed"], row["changed_matched"]) == (0.75, 0.3)
     assert row["proved_nothing"] == 0.25
+    assert (row["flipped"], row["withstood"], row["undetermined"]) == (0, 15, 5)
+    assert row["gap"] == 0 and row["gap_bound"] > 0.25, "an opening, then a refusal: may be a flip"
+    assert row["robustness_lo"] < 0.75 and row["excess"] == 0
 
 
 def test_incoherent_clean_answers_are_not_at_risk():

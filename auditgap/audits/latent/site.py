@@ -20,7 +20,7 @@ import torch
 from auditgap.audits.edits import keep_edits
 from auditgap.audits.latent.plan import DISTANCE
 from auditgap.audits.latent.rows import Clean, edited_row, unscored_row
-from auditgap.audits.session import Arrays, ScoredCompletion
+from auditgap.audits.session import Arrays, RepeatCheck, ScoredCompletion
 from auditgap.engines import Request
 from auditgap.interventions import controls
 from auditgap.interventions.pgd import AttackResult, Ball, Elsewhere, Goal, attack
@@ -141,11 +141,13 @@ class SiteRun:
             return
         started = time.monotonic()
         self._find()
-        packed = self._packs(self.cells)
+        packed, repeats = self._packs(self.cells), RepeatCheck(self.session)
         rows: dict[str, list] = {cell.key: [] for cell in self.cells}
         texts: dict[str, list] = {cell.key: [] for cell in self.cells}
         for tasks in packed:
-            for task, request, spoken in self._speak(tasks, self.names):
+            said = list(self._speak(tasks, self.names))
+            repeats.see([r for _, r, _ in said], [s.completion for _, _, s in said])
+            for task, request, spoken in said:
                 rows[task.cell.key].append(self._row(task, request, spoken))
                 second = "" if spoken.second is None else str(spoken.second.label)
                 texts[task.cell.key].append(
@@ -172,7 +174,7 @@ class SiteRun:
                     rows[cell.key] + unscored,
                     generations=texts[cell.key],
                     seconds=seconds,
-                    info={**self.worker.info(), **self._strength(cell)},
+                    info={**self.worker.info(), **self._evidence(cell, repeats)},
                 )
         self.found.clear()
         if not self.distance_cells:
@@ -272,11 +274,17 @@ class SiteRun:
         arrays = self.session.remembered(self.names, [*what, self.config.unit], compute)
         self.strength = json.loads(arrays["json"].tobytes())
 
-    def _strength(self, cell: Cell) -> Document:
-        """The certificate of a cell, for its record."""
-        if cell.attack != "targeted" or not self.strength:
+    def _evidence(self, cell: Cell, repeats: RepeatCheck) -> Document:
+        """What a cell's record says for a verdict: whether passes repeat themselves, and the
+        certificate of its search."""
+        if cell.attack != "targeted":
             return {}
-        return {"strength": self.strength[self.config.budgets.index(cell.budget)]}
+        found: Document = {
+            "repeat": {"clean": self.worker.clean_repeat, "edited": repeats.describe()}
+        }
+        if self.strength:
+            found["strength"] = self.strength[self.config.budgets.index(cell.budget)]
+        return found
 
     def goal(self, p: int, kind: str) -> Goal:
         rendered = self.rendered[p]

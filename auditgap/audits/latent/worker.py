@@ -16,7 +16,7 @@ from auditgap.audits.latent.distance import minimum_distance
 from auditgap.audits.latent.plan import clean_cell, flops_by_phase, mean_tokens
 from auditgap.audits.latent.rows import Clean, clean_row, unscored_row
 from auditgap.audits.latent.site import SiteRun
-from auditgap.audits.session import Session, Tick
+from auditgap.audits.session import RepeatCheck, Session, Tick
 from auditgap.audits.stage import Stage
 from auditgap.data import load_prompts
 from auditgap.engines import Reply, Request, Serving
@@ -39,6 +39,7 @@ class LatentWorker:
     too_long: list[Prompt]
     target: tuple[int, ...]
     benign: tuple[int, ...]  #: what the control of that name aims at
+    clean_repeat: Document | None = None  #: `RepeatCheck` of the clean pass
 
     def __init__(self, config: LatentConfig, options: RunOptions, folder: str) -> None:
         self.config, self.options = config, options
@@ -189,17 +190,17 @@ class LatentWorker:
         # before hours of attacks whose edits could not be spoken under
         if stage.in_vllm and self.config.attacks:
             stage.vllm.self_test(models.parse_sites(self.config.layers, self.outline.n_blocks))
-        rows, texts = [], []
+        rows, texts, repeats = [], [], RepeatCheck(session)
         for pack in session.packs(self.rendered):
             some = [self.rendered[i] for i in pack]
+            requests = [Request(r, None, self.targets[r.prompt.id]) for r in some]
             done, nll = session.complete(
                 some,
-                lambda some=some: session.generate(
-                    [Request(r, None, self.targets[r.prompt.id]) for r in some]
-                ),
+                lambda requests=requests: session.generate(requests),
                 names,
                 [cell.key, [r.prompt.id for r in some]],
             )
+            repeats.see(requests, done)
             scored = session.score(
                 [Exchange(r.prompt, c.text) for r, c in zip(some, done, strict=True)],
                 done,
@@ -211,7 +212,7 @@ class LatentWorker:
                 texts.append(one.record(rendered.prompt, draw=0))
             tick(len(pack) / len(self.rendered))
         rows += [unscored_row(subject, cell, p, "too_long") for p in self.too_long]
-        info = {**self.info(), **self._compared(texts)}
+        info = {**self.info(), **self._compared(texts), "repeat": repeats.describe()}
         seconds = time.monotonic() - started
         self.store.write(cell, rows, generations=texts, seconds=seconds, info=info)
         self.store.forget(names)
@@ -233,6 +234,7 @@ class LatentWorker:
         cell = clean_cell(self.config, self.outline, self.prompts, self.scorers)
         if not self.store.is_finished(cell.key):
             self._run_clean(cell, lambda _: None)
+        self.clean_repeat = self.store.record(cell.key)["info"].get("repeat")
         if not self.rendered:  # every prompt is too long: there is no completion to read
             return {}
         rows = {row["prompt_id"]: row for row in rows_of(self.store.cell_rows(cell.key))}
