@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from auditgap.audits.report_part import ReportPart
     from auditgap.engines import Serving
     from auditgap.models import Outline
+    from auditgap.report.compare import Comparable
     from auditgap.store import RunFolder
     from auditgap.store.remote import Place
     from auditgap.sweep import Group, Outcome, Progress, Worker
@@ -213,6 +214,11 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
                 store.forget()
             self.reduce(store, allow_raw=options.allow_raw)
         return outcome
+
+    def comparable(self) -> Comparable:
+        """What of this audit `auditgap compare` sets side by side. For an audit with
+        `Can.COMPARE`."""
+        raise NotImplementedError(f"{self.name} says that it can {Can.COMPARE}, and not how.")
 
     def reduce(self, store: RunFolder, *, allow_raw: bool = False) -> None:
         """Write the tables and the report anew."""

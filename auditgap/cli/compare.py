@@ -31,7 +31,9 @@ def add(app: typer.Typer) -> None:
 def compare(
     folders: Annotated[
         list[str] | None,
-        typer.Argument(help="Run folders of lvs, evaluate, probe, harmful-sft, or audit."),
+        typer.Argument(
+            help="Run folders of lvs, evaluate, probe, intervene, harmful-sft, or audit."
+        ),
     ] = None,
     named: Annotated[
         list[str] | None,
@@ -59,32 +61,37 @@ def compare(
 ) -> None:
     """Models side by side: Table 1 with intervals, differences paired by prompt with Holm's
     correction, profiles overlaid."""
-    from auditgap.report import compare as comparing
+    from auditgap.audits.comparing import compare as comparison_of
     from auditgap.report import compare_page
+    from auditgap.report.columns import on_screen
+    from auditgap.report.compare_models import ROLES
+    from auditgap.report.compare_tables import says, table_1
 
     names = _names(named or [])
     given = [store for folder in folders or [] for store in _stores(folder)]
     there = {store.path.resolve() for store in given}
     also = [store for target in names.values() if _holds_runs(target) for store in _stores(target)]
     stores = [*given, *(store for store in also if store.path.resolve() not in there)]
-    found = comparing.compare(stores, named=names, base=base, only_compatible=only_compatible)
+    found = comparison_of(stores, named=names, base=base, only_compatible=only_compatible)
     page = compare_page.write(found, to)
     if as_json:
         print_json(compare_page.to_json(found))
         return
     for line in (*found.sides.left_out, *found.sides.warnings, *found.notes):
         note(f"Note: {inert_lines(line)}")
-    tables = compare_page.table_1(found)
-    for one, rows in zip(tables, compare_page.terminal(tables), strict=True):
-        say(
-            f"Layer-wise LVS at {compare_page.on_screen(one.budget)} (*largest*, _smallest_ of"
-            " a column)"
+    for one in table_1(found):
+        say(f"Layer-wise LVS at {on_screen(one.budget)} (*largest*, _smallest_ of a column)")
+        titles = ("model", "emb", *ROLES[1:])
+        print_table(
+            [
+                dict(zip(titles, (name, *(c.line() for c in cells)), strict=True))
+                for name, cells in one.rows
+            ]
         )
-        print_table(rows)
         for i, reason in enumerate(one.reasons, 1):
             say(f"  ({i}) {inert_lines(reason)}")
-    for sentence in compare_page.says(found):
-        say(f"- {inert_lines(compare_page.on_screen(sentence))}")
+    for sentence in says(found):
+        say(f"- {inert_lines(on_screen(sentence))}")
     say(f"Page: {page}\nTable: {to / 'compare.csv'}")
 
 

@@ -139,32 +139,29 @@ def difference_table(rows: pd.DataFrame) -> pd.DataFrame:
     all the rest differed the other way.
     """
     table = []
-    first, *others = list(dict.fromkeys(rows["subject"])) if asked(rows) else [None]
+    first, *others = map(str, dict.fromkeys(rows["subject"])) if asked(rows) else [""]
     for other in others:
         for kind, measures in MEASURES.items():
-            part = rows[rows["kind"] == kind].drop_duplicates(["subject", "prompt_id"])
             for measure in measures:
-                wide = part.assign(
-                    value=part[SHARES[measure]]
-                    .map(lambda v: None if is_null(v) else float(v))
-                    .astype(float)
-                )
-                wide = wide.pivot(index="prompt_id", columns="subject", values="value")
-                if {first, other} <= set(wide.columns):
-                    wide = wide[[first, other]].dropna()
-                    found = _paired(wide[first], wide[other])
-                    row = (
-                        first,
-                        other,
-                        kind,
-                        measure,
-                        len(wide),
-                        found.estimate,
-                        found.lo,
-                        found.hi,
-                    )
+                values = by_prompt(rows[rows["kind"] == kind], measure)
+                if {first, other} <= set(values):
+                    both = pd.concat([values[first], values[other]], axis=1, join="inner").dropna()
+                    found = _paired(both.iloc[:, 0], both.iloc[:, 1])
+                    ends = (found.estimate, found.lo, found.hi)
+                    row = (first, other, kind, measure, len(both), *ends)
                     table.append(dict(zip(DIFFERENCE_COLUMNS, row, strict=True)))
     return _frame(table, DIFFERENCE_COLUMNS)
+
+
+def by_prompt(rows: pd.DataFrame, measure: str) -> dict[str, pd.Series]:
+    """Each subject's values of a share by prompt: 1, 0, or null where it could not be told. `rows`
+    are those of one kind of prompt."""
+    values = rows[SHARES[measure]].map(lambda v: None if is_null(v) else float(v)).astype(float)
+    told = rows.assign(told=values).drop_duplicates(["subject", "prompt_id"])
+    return {
+        str(name): mine.set_index("prompt_id")["told"].sort_index()
+        for name, mine in told.groupby("subject")
+    }
 
 
 def _paired(ours: pd.Series, theirs: pd.Series) -> Interval:

@@ -1,181 +1,152 @@
 """Several models side by side: from run folders to one table of values, differences, and reasons
 where there is no number.
 
-    found = compare([RunFolder.load("runs/base"), RunFolder.load("runs/twin")], named={"base": "runs/base"})
+    found = compare(folders, audits, named={"base": "runs/base"})
     # a row a (model, site, budget): value, difference from the base, Holm's p
     found.table[found.table["measure"] == "lvs"]
     found.sides.left_out                             # what was not comparable, a sentence each
 
-Folders of latent, behaviour, probe and harmful-SFT audits in any mix; those of one model (by
-fingerprint) are read together.
+`audits` says what of each audit is compared (`Comparable`); `audits.comparing` hands in all that
+can be. Folders of any mix of them; those of one model (by fingerprint) are read together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 
-from auditgap.report import curve
-from auditgap.report.compare_alike import Sides, sides
-from auditgap.report.compare_asked import asked, probed, tuned
-from auditgap.report.compare_latent import ATTACK, latent
-from auditgap.report.compare_measures import Why, frame
+from auditgap.report import compare_alike, compare_models
+from auditgap.report.compare_measures import Measure, Reading, table
+from auditgap.report.compare_models import Sides
 from auditgap.store import RunFolder
-from auditgap.store.tables import groups_of
-from auditgap.types import ATTACKS, CLEAN
 
-#: audit -> the attacks of its cells, and what makes two rows the same answer to the same question.
-_ROWS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "latent": (
-        (*ATTACKS, CLEAN),
-        ("subject", "layer_index", "unit", "eps", "attack", "draw", "prompt_id"),
-    ),
-    "behaviour": (("behaviour",), ("subject", "kind", "source", "prompt_id")),
-    "probe": (("probe",), ("subject", "example_id")),
-    "sft_curve": (("sft_curve",), ("subject", "seed", "step", "split", "prompt_id")),
-}
+
+@dataclass(frozen=True, kw_only=True)
+class Comparable:
+    """What of an audit is compared between models, and when that is fair."""
+
+    attacks: tuple[str, ...]  #: of the cells whose rows are read
+    identity: tuple[str, ...]  #: columns by which two rows are the same answer to the same question
+    settings: tuple[str, ...]  #: of the config, which must agree between runs
+    measures: tuple[Measure, ...]
+    #: from rows whose `subject` is a model's name in `Sides`, and a seed
+    readings: Callable[[pd.DataFrame, Sides, int], Iterable[Reading]]
+    method: str = ""  #: how its differences are estimated, a sentence
+    profiles: tuple[str, ...] = ()  #: measures that are drawn by depth
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Who was compared (`sides`), the numbers (`compare_measures.COLUMNS`), and what a reader must
-    know of them."""
+    """Who was compared (`sides`), by which measures, the numbers (`compare_measures.COLUMNS`), and
+    what a reader must know of them."""
 
     sides: Sides
+    audits: Mapping[str, Comparable]
     table: pd.DataFrame
     notes: tuple[str, ...]
+
+    @property
+    def measures(self) -> list[Measure]:
+        return [measure for audit in self.audits.values() for measure in audit.measures]
 
 
 def compare(
     folders: Sequence[RunFolder],
+    audits: Mapping[str, Comparable],
     *,
     named: Mapping[str, str] | None = None,
     base: str | None = None,
     only_compatible: bool = False,
     seed: int = 0,
 ) -> Comparison:
-    """Read the folders and compare every model with the base (see `compare_alike.sides` for names,
-    base and refusals)."""
-    found = sides(folders, named=named, base=base, only_compatible=only_compatible)
-    rows, notes = {}, []
-    for audit in _ROWS:
-        rows[audit], said = _rows(found, audit)
-        notes += said
-    thresholds = {
-        float(t)
-        for p in found.parts
-        for t in p.folder.run["config"].get("thresholds") or ()
-        if p.audit == "sft_curve"
-    }
-    table = frame(
-        [
-            *latent(rows["latent"], found.models, _why(found, rows["latent"]), seed=seed),
-            *asked(rows["behaviour"], found.models),
-            *probed(rows["probe"], found.models),
-            *tuned(rows["sft_curve"], found.models, tuple(sorted(thresholds)) or curve.THRESHOLDS),
-        ],
-        [model.name for model in found.models],
+    """Read the folders and compare every model with the base (see `sides` for names, base and
+    refusals)."""
+    # those with a profile by depth are what the page begins with
+    audits = dict(sorted(audits.items(), key=lambda one: not one[1].profiles))
+    found = sides(
+        folders,
+        {name: audit.settings for name, audit in audits.items()},
+        named=named,
+        base=base,
+        only_compatible=only_compatible,
     )
+    readings: dict[str, list[Reading]] = {}
+    notes: list[str] = []
+    for name, audit in audits.items():
+        rows, said = _rows(found, name, audit)
+        notes += said
+        readings[name] = list(audit.readings(rows, found, seed)) if len(rows) else []
+    measures = [measure for audit in audits.values() for measure in audit.measures]
     if len(found.models) < 2:
         notes.append(
             f"There is one model, {found.base.name}, so there is nothing to compare it with."
         )
-    return Comparison(found, table, tuple(notes))
+    return Comparison(found, audits, table(readings, measures, found.models), tuple(notes))
 
 
-def _rows(found: Sides, audit: str) -> tuple[pd.DataFrame, list[str]]:
+def sides(
+    folders: Sequence[RunFolder],
+    settings: Mapping[str, Sequence[str]],
+    *,
+    named: Mapping[str, str] | None = None,
+    base: str | None = None,
+    only_compatible: bool = False,
+) -> Sides:
+    """Models and runs of these folders. `settings`: those that must agree, by audit; `named`: a
+    name of your own -> a folder with one subject, or a subject's name.
+
+    Raises UsageError: no audit's folder, an unknown name or base, runs that asked different
+    questions (unless `only_compatible`, which leaves out what differs from the base's run and says
+    so).
+    """
+    parts = compare_models.parts_of(folders, settings)
+    names = compare_models.names_of(parts, named or {})
+    models = compare_models.models_of(parts, names)
+    first = compare_models.base_of(models, parts, base)
+    models.sort(key=lambda m: m is not first)
+    skipped, left_out = compare_alike.compatible(parts, first, names, only_compatible)
+    kept = [p for p in parts if any((p.label, fp) not in skipped for fp in p.subjects.values())]
+    there = {fp for p in kept for fp in p.subjects.values() if (p.label, fp) not in skipped}
+    times = Counter(folder.path.resolve() for folder in folders)
+    doubled = [
+        f"{path.name} was given {n} times and is read once." for path, n in times.items() if n > 1
+    ]
+    return Sides(
+        parts=tuple(kept),
+        models=tuple(m for m in models if m.fingerprint in there),
+        agreed={f"{p.audit}: {name}": value for p in kept for name, value in p.settings.items()},
+        left_out=tuple(left_out),
+        warnings=(*doubled, *compare_alike.unknown(kept, names, skipped)),
+        skipped=frozenset(skipped),
+    )
+
+
+def _rows(found: Sides, name: str, audit: Comparable) -> tuple[pd.DataFrame, list[str]]:
     """All rows of an audit under the comparison's names; the same answer from two folders once, and
     a sentence about it."""
-    attacks, identity = _ROWS[audit]
     frames, said = [], []
-    for part in (p for p in found.parts if p.audit == audit):
-        rows = part.folder.rows(attacks)
-        if "subject" in rows and set(identity) <= set(rows.columns):
+    for part in (p for p in found.parts if p.audit == name):
+        rows = part.folder.rows(audit.attacks)
+        if "subject" in rows and set(audit.identity) <= set(rows.columns):
             rows = rows.assign(subject=rows["subject"].map(found.named(part)))
             frames.append(rows[rows["subject"].notna()])
         elif len(rows):
             said.append(
-                f"The rows of {part.label} are those of an older version of the {audit} audit, and"
+                f"The rows of {part.label} are those of an older version of the {name} audit, and"
                 " are not compared."
             )
         if not len(rows):
-            said.append(f"{part.label} holds no finished rows of its {audit} audit.")
+            said.append(f"{part.label} holds no finished rows of its {name} audit.")
     if not frames:
         return pd.DataFrame(), said
     rows = pd.concat([f for f in frames if len(f)] or frames[:1], ignore_index=True)
-    again = rows.duplicated(list(identity))
-    for name, count in rows.loc[again, "subject"].value_counts().items():
+    again = rows.duplicated(list(audit.identity))
+    for model, count in rows.loc[again, "subject"].value_counts().items():
         said.append(
-            f"{count} {audit} rows of {name} stand in several of the folders; the first folder's"
+            f"{count} {name} rows of {model} stand in several of the folders; the first folder's"
             " are used."
         )
     return rows[~again].reset_index(drop=True), said
-
-
-def _why(found: Sides, rows: pd.DataFrame) -> Why:
-    """Why a targeted cell has no LVS: failed, not finished, not asked for, or scored by nobody."""
-    failed: dict[tuple, str] = {}
-    planned: set[tuple] = set()
-    cells: dict[tuple[Any, ...], pd.DataFrame] = {}
-    if len(rows):
-        attacked = rows[rows["attack"] == ATTACK]
-        cells = {
-            (s, int(at), u, float(e)): part
-            for (s, at, u, e), part in groups_of(
-                attacked, ["subject", "layer_index", "unit", "eps"]
-            )
-        }
-    for part in (p for p in found.parts if p.audit == "latent"):
-        names = {part.subjects[own]: name for own, name in found.named(part).items()}
-        planned |= {
-            key for entry in part.folder.planned() if (key := _key(entry["description"], names))
-        }
-        failed |= {
-            key: str(record.get("cause", "no cause recorded"))
-            for record in part.folder.failures().values()
-            if (key := _key(record["description"], names))
-        }
-
-    def why(name: str, layer: int | None, unit: str | None, eps: float | None) -> str:
-        key = (name, layer, unit, eps)
-        if key in cells:
-            return _commonest(cells[key])
-        if key in failed:
-            return f"failed: {failed[key]}"
-        if key in planned:
-            return "not finished: the run’s own command goes on with it"
-        mine = [k for k in {*planned, *cells} if k[0] == name]
-        if not mine:
-            return "no targeted latent audit of this model was given"
-        return (
-            "this budget was not asked for"
-            if any(k[1] == layer for k in mine)
-            else "this site was not asked for"
-        )
-
-    return why
-
-
-def _key(description: Mapping[str, Any], names: Mapping[str, str]) -> tuple | None:
-    """(model, layer, unit, eps) of a targeted cell's description."""
-    if (
-        description.get("attack") != ATTACK
-        or description.get("subject") not in names
-        or description.get("eps") is None
-    ):
-        return None
-    return (
-        names[description["subject"]],
-        int(description["site"]),
-        description["unit"],
-        float(description["eps"]),
-    )
-
-
-def _commonest(rows: pd.DataFrame) -> str:
-    """The commonest reason that these rows' LVS are null, and how often."""
-    reasons = rows["unscored"].fillna("").replace("", "no reason recorded").value_counts()
-    return f"unscored: {reasons.index[0]} ({int(reasons.iloc[0])} of {len(rows)} rows)"

@@ -1,8 +1,8 @@
 """Models side by side in the latent audit: behavioural safety, audit gap, and LVS, LVS_rel, ASR and
 envelope of every site.
 
-    latent(rows, models, why)[0]
-    -> {"model": "base", "measure": "safety", "where": "no edit", "n": 24, "value": .96, "lo": .8, "hi": .99}
+    [*LATENT.readings(rows, sides, 0)][0]
+    -> Reading(measure=SAFETY, model=base, place=Place("no edit"), n=24, value=Interval(.96, .8, .99))
 
 All of the targeted attack. A model's site is compared with the base's same block, or in models of
 another depth with that of the same role (embedding, mid, last); an envelope and an audit gap over
@@ -11,7 +11,7 @@ the budgets and sites that both models have.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,34 +20,40 @@ import pandas as pd
 
 from auditgap import stats
 from auditgap.report import looks, tables
-from auditgap.report.compare_alike import Model
+from auditgap.report.compare import Comparable
 from auditgap.report.compare_measures import (
-    ROLES,
-    SHARES,
-    Record,
-    Why,
-    depth_of,
-    difference,
-    ends,
+    Measure,
+    Place,
+    Reading,
+    Unit,
+    at_site,
+    by_prompt,
+    interval_of,
     minus,
-    partner,
-    roles_of,
-    site_of,
+    reading,
 )
+from auditgap.report.compare_models import ROLES, Model, Sides, partner, roles_of, site_of
 from auditgap.report.text import is_null
 from auditgap.stats import Paired
 from auditgap.store.tables import groups_of, rows_of
-from auditgap.types import Label, Site
+from auditgap.types import ATTACKS, CLEAN, Label
 
 ATTACK, MATCHED = "targeted", "random_matched"
-#: measure -> its columns in `tables.lvs_table`.
-_COLUMNS: Mapping[str, tuple[str, str, str]] = {
-    "lvs": ("lvs_mean", "lvs_mean_lo", "lvs_mean_hi"),
-    "lvs_rel": ("lvs_rel_mean", "lvs_rel_lo", "lvs_rel_hi"),
-    "lvs_above_matched": ("delta_vs_matched", "delta_lo", "delta_hi"),
-    "asr": ("asr", "asr_lo", "asr_hi"),
-    "asr_envelope": ("asr_envelope", "asr_envelope_lo", "asr_envelope_hi"),
+GAP = Measure("gap", "Audit gap", -1, Unit.POINTS)
+SAFETY = Measure("safety", "Behaviourally safe, no edit", 1, Unit.SHARE)
+ROBUSTNESS = Measure("robustness", "Robust under bounded edits", 1, Unit.SHARE)
+LVS = Measure("lvs", "LVS, mean", -1)
+ABOVE_MATCHED = Measure("lvs_above_matched", "LVS above its matched control", -1)
+#: Measures of a site and budget -> their column in `tables.lvs_table`, and what the columns of its ends begin with.
+_COLUMNS: Mapping[Measure, tuple[str, str]] = {
+    LVS: ("lvs_mean", "lvs_mean"),
+    Measure("lvs_rel", "LVS rel., mean", -1): ("lvs_rel_mean", "lvs_rel"),
+    ABOVE_MATCHED: ("delta_vs_matched", "delta"),
+    Measure("asr", "ASR", -1, Unit.SHARE): ("asr", "asr"),
+    Measure("asr_envelope", "ASR envelope", -1, Unit.SHARE): ("asr_envelope", "asr_envelope"),
 }
+#: (model's name, layer index or None, unit, eps) -> why there is no number.
+Why = Callable[[str, int | None, str | None, float | None], str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,170 +121,97 @@ class _Cells:
         return found.assign(lvs_above_matched=found["lvs"] - against, asr_envelope=envelope)
 
 
-def latent(rows: pd.DataFrame, models: Sequence[Model], why: Why, *, seed: int = 0) -> list[Record]:
-    """The records of latent rows (`types.Row`), whose `subject` is a model's name; `why` says why a
-    cell has no number."""
-    if not len(rows):
-        return []
-    seen = _Cells.of(rows)
-    found = [*_safety(seen, models), *_gaps(rows, seen, models, seed)]
+def _latent(rows: pd.DataFrame, sides: Sides, seed: int) -> Iterator[Reading]:
+    """The readings of latent rows (`types.Row`), whose `subject` is a model's name."""
+    models, seen, why = sides.models, _Cells.of(rows), _why(sides, rows)
+    safe = {name: 1 - looks.as_harmful(told) for name, told in seen.verdicts.items()}
+    yield from by_prompt(SAFETY, safe, models, Place("no edit"), reason="no answer was judged")
+    yield from _gaps(rows, seen, models, seed)
     table = tables.lvs_table(rows[rows["attack"].isin([ATTACK, MATCHED])], seed=seed)
     table = table[table["attack"] == ATTACK]
     for model in models:
         for row in rows_of(table[table["subject"] == model.name]):
-            found += _cell(row, model, models[0], seen, why, seed)
-    budgets = sorted({(row["unit"], float(row["eps"])) for row in rows_of(table)})
-    return found + [
-        _absent(m, role, unit, eps, why)
-        for m in models
-        for unit, eps in budgets
-        for role in ROLES
-        if _is_absent(m, role, unit, eps, seen)
-    ]
+            yield from _cell(row, model, models[0], seen, why, seed)
+    budgets = sorted({(str(row["unit"]), float(row["eps"])) for row in rows_of(table)})
+    for model in models:
+        for unit, eps in budgets:
+            yield from _absent(model, unit, eps, seen, why)
 
 
 def _cell(
     row: Mapping[str, Any], model: Model, base: Model, seen: _Cells, why: Why, seed: int
-) -> Iterator[Record]:
+) -> Iterator[Reading]:
     """The measures of one (site, budget)."""
     layer, unit, eps = int(row["layer_index"]), str(row["unit"]), float(row["eps"])
     own = seen.budgets(model.name, layer, unit)
     ours = seen.values(model.name, layer, unit, eps, own)
     other = None if model is base else partner(model, base, layer)
-    paired = None
+    mine, theirs = ours, pd.DataFrame(columns=ours.columns, dtype=float)
     if other is not None and (base.name, other, unit, eps, ATTACK) in seen.cells:
         # an envelope over other budgets is another measure
         shared = own & seen.budgets(base.name, other, unit)
         mine = ours if shared == own else seen.values(model.name, layer, unit, eps, shared)
-        paired = mine.join(
-            seen.values(base.name, other, unit, eps, shared),
-            lsuffix="_ours",
-            rsuffix="_theirs",
-            how="inner",
-        )
+        theirs = seen.values(base.name, other, unit, eps, shared)
+    no_control = (model.name, layer, unit, eps, MATCHED) not in seen.cells
     for measure, columns in _COLUMNS.items():
-        value, lo, hi = (row[c] for c in columns)
-        record = {
-            "model": model.name,
-            "audit": "latent",
-            "measure": measure,
-            "where": row["site"],
-            "role": roles_of(model).get(layer),
-            "layer_index": layer,
-            "depth": depth_of(model, layer),
-            "unit": unit,
-            "eps": eps,
-            "n": len(ours),
-            "n_unscored": int(ours[measure].isna().sum()),
-            "value": value,
-            "lo": lo,
-            "hi": hi,
-        }
-        if is_null(value):
-            no_control = (
-                measure == "lvs_above_matched"
-                and (model.name, layer, unit, eps, MATCHED) not in seen.cells
-            )
-            record["reason"] = (
-                "no matched control" if no_control else why(model.name, layer, unit, eps)
-            )
-        if model is not base:
-            record |= {"base": base.name, "n_pairs": 0}
-        if paired is not None:
-            first, second = (
-                paired[f"{measure}_{side}"].to_numpy(float) for side in ("ours", "theirs")
-            )
-            found = (
-                stats.paired_shares(first, second)
-                if measure in SHARES
-                else stats.paired_means(first, second, seed=seed)
-            )
-            record |= difference(base, found)
-        yield record
+        lacks_control = measure is ABOVE_MATCHED and no_control
+        yield reading(
+            measure,
+            model,
+            at_site(model, layer, unit, eps),
+            ours[measure.name],
+            None if model is base else theirs[measure.name],
+            paired_by=mine[measure.name],
+            value=interval_of(row, *columns),
+            reason="no matched control" if lacks_control else why(model.name, layer, unit, eps),
+            seed=seed,
+        )
 
 
-def _is_absent(model: Model, role: str, unit: str, eps: float, seen: _Cells) -> bool:
-    layer = site_of(model, role)
-    if layer is not None and roles_of(model)[layer] != role:
-        return False  # a model so short that its roles fall together
-    return layer is None or (model.name, layer, unit, eps, ATTACK) not in seen.cells
+def _absent(model: Model, unit: str, eps: float, seen: _Cells, why: Why) -> Iterator[Reading]:
+    """That there is no LVS at a role where every model should have one, and why."""
+    for role in ROLES:
+        layer = site_of(model, role)
+        if layer is None:
+            place = Place("", role=role, unit=unit, eps=eps)
+            reason = f"the number of blocks was not recorded, so which one is {role} is unknown"
+        elif roles_of(model)[layer] != role:
+            continue  # a model so short that its roles fall together
+        else:
+            place = at_site(model, layer, unit, eps)
+            reason = why(model.name, layer, unit, eps)
+        if layer is None or (model.name, layer, unit, eps, ATTACK) not in seen.cells:
+            yield Reading(measure=LVS, model=model, place=place, reason=reason)
 
 
-def _absent(model: Model, role: str, unit: str, eps: float, why: Why) -> Record:
-    layer = site_of(model, role)
-    unknown = f"the number of blocks was not recorded, so which one is {role} is unknown"
-    return {
-        "model": model.name,
-        "audit": "latent",
-        "measure": "lvs",
-        "where": "" if layer is None else str(Site(layer)),
-        "role": role,
-        "layer_index": layer,
-        "depth": None if layer is None else depth_of(model, layer),
-        "unit": unit,
-        "eps": eps,
-        "n": 0,
-        "n_unscored": 0,
-        "reason": unknown if layer is None else why(model.name, layer, unit, eps),
-    }
-
-
-def _safety(seen: _Cells, models: Sequence[Model]) -> Iterator[Record]:
-    """The share of prompts that are answered safely with no edit."""
-    harmful = {name: looks.as_harmful(told) for name, told in seen.verdicts.items()}
-    base = models[0]
-    for model in (m for m in models if m.name in harmful):
-        mine, known = harmful[model.name], harmful[model.name].dropna()
-        record = {
-            "model": model.name,
-            "audit": "latent",
-            "measure": "safety",
-            "where": "no edit",
-            "n": len(mine),
-            "n_unscored": len(mine) - len(known),
-            **ends(stats.wilson(len(known) - float(known.sum()), len(known))),
-        }
-        if not len(known):
-            record["reason"] = "no answer was judged"
-        if model is not base:
-            record |= {"base": base.name, "n_pairs": 0}
-            if base.name in harmful:
-                both = 1 - pd.concat([mine, harmful[base.name]], axis=1, join="inner").to_numpy(
-                    float
-                )
-                record |= difference(base, stats.paired_shares(both[:, 0], both[:, 1]))
-        yield record
-
-
-def _gaps(rows: pd.DataFrame, seen: _Cells, models: Sequence[Model], seed: int) -> Iterator[Record]:
+def _gaps(
+    rows: pd.DataFrame, seen: _Cells, models: Sequence[Model], seed: int
+) -> Iterator[Reading]:
     """Audit gap and robustness a budget."""
     base, names = models[0], {m.name: m for m in models}
     for row in rows_of(tables.audit_gaps(rows, seed=seed)):
         model, unit, eps = names[row["subject"]], str(row["unit"]), float(row["eps"])
-        for measure in ("gap", "robustness"):
-            worst = row["worst_site"]
-            record = {
-                "model": model.name,
-                "audit": "latent",
-                "measure": measure,
-                "where": "worst site" if is_null(worst) else f"worst site: {worst}",
-                "unit": unit,
-                "eps": eps,
-                "n": row["n"] + row["n_unscored"],
-                "n_unscored": row["n_unscored"],
-                "value": row[measure],
-                "lo": row[f"{measure}_lo"],
-                "hi": row[f"{measure}_hi"],
-            }
-            if is_null(row[measure]):
-                record["reason"] = "too little was scored"
-            if model is not base:
-                record |= difference(base, _paired_gap(measure, seen, model, base, unit, eps, seed))
-            yield record
+        worst = row["worst_site"]
+        for measure in (GAP, ROBUSTNESS):
+            value = interval_of(row, measure.name)
+            yield Reading(
+                measure=measure,
+                model=model,
+                place=Place(
+                    "worst site" if is_null(worst) else f"worst site: {worst}", unit=unit, eps=eps
+                ),
+                value=value,
+                n=row["n"] + row["n_unscored"],
+                n_unscored=row["n_unscored"],
+                reason="too little was scored" if value.estimate is None else "",
+                against=None
+                if model is base
+                else _paired_gap(measure, seen, model, base, unit, eps, seed),
+            )
 
 
 def _paired_gap(
-    measure: str, seen: _Cells, model: Model, base: Model, unit: str, eps: float, seed: int
+    measure: Measure, seen: _Cells, model: Model, base: Model, unit: str, eps: float, seed: int
 ) -> Paired:
     """Over the sites where both ran this budget, and the prompts that both have there."""
     theirs = seen.layers(base.name, unit, eps)
@@ -300,9 +233,103 @@ def _paired_gap(
         safe = np.where(broken | np.isnan(harmful), np.nan, 1 - harmful)
         # a gap is a share of flips among the judged; robustness, what stayed safe
         flipped = safe * (frame.loc[prompts].to_numpy(float).T == 1)
-        given += [safe * 0, flipped if measure == "gap" else 1 - (safe - flipped)]
+        given += [safe * 0, flipped if measure is GAP else 1 - (safe - flipped)]
     found = stats.paired_gaps(*given, seed=seed)
     # robustness is one minus what is reached
     return (
-        found if measure == "gap" else Paired(minus(found.difference), found.p, found.n, found.test)
+        found if measure is GAP else Paired(minus(found.difference), found.p, found.n, found.test)
     )
+
+
+def _why(sides: Sides, rows: pd.DataFrame) -> Why:
+    """Why a targeted cell has no LVS: failed, not finished, not asked for, or scored by nobody."""
+    failed: dict[tuple, str] = {}
+    planned: set[tuple] = set()
+    cells: dict[tuple[Any, ...], pd.DataFrame] = {}
+    if len(rows):
+        attacked = rows[rows["attack"] == ATTACK]
+        cells = {
+            (s, int(at), u, float(e)): part
+            for (s, at, u, e), part in groups_of(
+                attacked, ["subject", "layer_index", "unit", "eps"]
+            )
+        }
+    for part in (p for p in sides.parts if p.audit == "latent"):
+        names = {part.subjects[own]: name for own, name in sides.named(part).items()}
+        planned |= {
+            key for entry in part.folder.planned() if (key := _key(entry["description"], names))
+        }
+        failed |= {
+            key: str(record.get("cause", "no cause recorded"))
+            for record in part.folder.failures().values()
+            if (key := _key(record["description"], names))
+        }
+
+    def why(name: str, layer: int | None, unit: str | None, eps: float | None) -> str:
+        key = (name, layer, unit, eps)
+        if key in cells:
+            return _commonest(cells[key])
+        if key in failed:
+            return f"failed: {failed[key]}"
+        if key in planned:
+            return "not finished: the run’s own command goes on with it"
+        mine = [k for k in {*planned, *cells} if k[0] == name]
+        if not mine:
+            return "no targeted latent audit of this model was given"
+        return (
+            "this budget was not asked for"
+            if any(k[1] == layer for k in mine)
+            else "this site was not asked for"
+        )
+
+    return why
+
+
+def _key(description: Mapping[str, Any], names: Mapping[str, str]) -> tuple | None:
+    """(model, layer, unit, eps) of a targeted cell's description."""
+    if (
+        description.get("attack") != ATTACK
+        or description.get("subject") not in names
+        or description.get("eps") is None
+    ):
+        return None
+    return (
+        names[description["subject"]],
+        int(description["site"]),
+        description["unit"],
+        float(description["eps"]),
+    )
+
+
+def _commonest(rows: pd.DataFrame) -> str:
+    """The commonest reason that these rows' LVS are null, and how often."""
+    reasons = rows["unscored"].fillna("").replace("", "no reason recorded").value_counts()
+    return f"unscored: {reasons.index[0]} ({int(reasons.iloc[0])} of {len(rows)} rows)"
+
+
+LATENT = Comparable(
+    attacks=(*ATTACKS, CLEAN),
+    identity=("subject", "layer_index", "unit", "eps", "attack", "draw", "prompt_id"),
+    settings=(
+        "unit",
+        "dtype",
+        "prompt_set",
+        "target",
+        "steps",
+        "restarts",
+        "schedule",
+        "iterate",
+        "max_new_tokens",
+        "untargeted_tokens",
+        "scorers",
+    ),
+    measures=(GAP, SAFETY, ROBUSTNESS, *_COLUMNS),
+    readings=_latent,
+    method=(
+        "LVS: the mean difference, with the more cautious of the bootstrap-t and Student’s t for"
+        " interval and p-value. Audit gap and robustness: Student’s t with the bootstrap’s error,"
+        " the worst site chosen anew in each resample, over the sites and budgets that both models"
+        " have."
+    ),
+    profiles=("lvs_rel", "asr", "asr_envelope", "lvs"),
+)

@@ -1,32 +1,31 @@
-"""What is compared, measure by measure: each model's value, and its difference from the base,
-paired by prompt.
+"""What is compared: measures, each model's readings of them, and the one table that they become.
 
-    table = frame([*latent(rows, models, why), *asked(rows, models)])
+    LVS = Measure("lvs", "LVS, mean", -1)
+    found = by_prompt(LVS, {"base": values, "twin": others}, models, Place("block15"))
+    table({"latent": [*found]}, (LVS,), models)
     # model twin, measure lvs, where block15, value 3.1, difference 1.2, p .004, p_holm .02 …
-    table.loc[0]
 
-A record has a model's own value with its interval (shares by Wilson, means by bootstrap) and,
-unless it is the base's, the difference model − base, paired by prompt, with interval and p-value.
-Null is null, with a reason. What makes records stands in `compare_latent` and `compare_asked`; here
-is what they share, and the table that they become.
+A reading has a model's own value with its interval and, unless it is the base's, the difference
+model − base over what both were measured on, with its interval and p-value. Null is null, with a
+reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from auditgap import stats
-from auditgap.report.compare_alike import Model
+from auditgap.report import text
+from auditgap.report.compare_models import ROLES, Model, depth_of, roles_of
 from auditgap.report.text import is_null
 from auditgap.stats import Interval, Paired
-
-Record = dict[str, Any]
-#: (model's name, layer index or None, unit, eps) -> why there is no number.
-Why = Callable[[str, int | None, str | None, float | None], str]
+from auditgap.types import Site
 
 #: Columns of `compare.parquet`: one row a (model, measure, place, budget).
 COLUMNS = (
@@ -59,76 +58,145 @@ COLUMNS = (
 WORDS = ("model", "audit", "measure", "where", "role", "unit", "mark", "reason", "base", "test")
 COUNTS = ("layer_index", "n", "n_unscored", "n_pairs", "n_tests")
 
-#: measure -> what it is called, and which way it points: −1 where more of it is worse.
-MEASURES: Mapping[str, tuple[str, int]] = {
-    "gap": ("Audit gap", -1),
-    "safety": ("Behaviourally safe, no edit", 1),
-    "robustness": ("Robust under bounded edits", 1),
-    "lvs": ("LVS, mean", -1),
-    "lvs_rel": ("LVS rel., mean", -1),
-    "lvs_above_matched": ("LVS above its matched control", -1),
-    "asr": ("ASR", -1),
-    "asr_envelope": ("ASR envelope", -1),
-    "compliance": ("Complies when asked", -1),
-    "refusal": ("Refuses when asked", 0),
-    "answered": ("Answers when asked", 1),
-    "auroc": ("Fixed probe, AUROC", 0),
-    "probe_gap": ("Fixed probe, safe–unsafe gap", 0),
-    "ece": ("Fixed probe, ECE", 0),
-    "area": ("Harmful fine-tuning, area under compliance", -1),
-    "steps": ("Harmful fine-tuning, steps to compliance", 1),
-    "sft_gap": ("Harmful fine-tuning, audit gap after the last step", -1),
-}
-SHARES = (
-    "gap",
-    "safety",
-    "robustness",
-    "asr",
-    "asr_envelope",
-    "compliance",
-    "refusal",
-    "answered",
-    "sft_gap",
-)
-ROLES = ("embedding", "mid", "last")
-MATCHED = "random_matched"
+
+class Unit(StrEnum):
+    """What a measure's values are."""
+
+    SHARE = "share"  #: of prompts
+    POINTS = "points"  #: a difference of shares
+    NUMBER = "number"
 
 
-def site_of(model: Model, role: str) -> int | None:
-    """The layer index of `embedding`, `mid` or `last`; None where the number of blocks was not
-    recorded."""
-    if role == "embedding":
-        return -1
-    if not model.n_blocks:
-        return None
-    return (
-        min(model.n_blocks - 1, round(model.n_blocks / 2)) if role == "mid" else model.n_blocks - 1
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A name, what it is called, which way it points (−1 where more of it is more vulnerable, 1
+    where it is safer), and its unit."""
+
+    name: str
+    title: str
+    direction: int = 0
+    unit: Unit = Unit.NUMBER
+
+    def paired(self, first: np.ndarray, second: np.ndarray, seed: int = 0) -> Paired:
+        """First − second, both [N], one value a prompt."""
+        if self.unit == Unit.SHARE:
+            return stats.paired_shares(first, second)
+        return stats.paired_means(first, second, seed=seed)
+
+    def value(self, number: object) -> str:
+        return text.percent(number) if self.unit == Unit.SHARE else self.difference(number)
+
+    def difference(self, number: object) -> str:
+        return text.number(number) if self.unit == Unit.NUMBER else text.points(number)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where something was measured: in words, and by site and budget where it has them."""
+
+    where: str
+    role: str | None = None  #: `embedding`, `mid` or `last`
+    layer_index: int | None = None
+    depth: float | None = None
+    unit: str = ""
+    eps: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """One model's value of a measure at a place; `against`: how it differs from the base's, None
+    for the base itself and where nothing is compared."""
+
+    measure: Measure
+    model: Model
+    place: Place
+    value: Interval = field(default_factory=Interval)
+    n: int = 0
+    n_unscored: int = 0
+    reason: str = ""
+    against: Paired | None = None
+
+
+def at_site(
+    model: Model, layer: int, unit: str = "", eps: float | None = None, what: str = ""
+) -> Place:
+    """A site of a model; `what` was done there."""
+    return Place(
+        f"{what}{Site(layer)}",
+        roles_of(model).get(layer),
+        layer,
+        depth_of(model, layer),
+        unit,
+        eps,
     )
 
 
-def roles_of(model: Model) -> dict[int, str]:
-    """Layer index -> role; a model of one or two blocks keeps the first of the roles that fall
-    together."""
-    found: dict[int, str] = {}
-    for role in ROLES:
-        layer = site_of(model, role)
-        if layer is not None:
-            found.setdefault(layer, role)
-    return found
+def by_prompt(
+    measure: Measure,
+    values: Mapping[str, pd.Series],
+    models: Sequence[Model],
+    place: Place,
+    *,
+    reason: str = "no answer could be told",
+    seed: int = 0,
+) -> Iterator[Reading]:
+    """Readings of a measure that has one value a prompt, by each model's name."""
+    base = models[0]
+    for model in (m for m in models if m.name in values):
+        theirs = None if model is base else values.get(base.name, EMPTY)
+        yield reading(measure, model, place, values[model.name], theirs, reason=reason, seed=seed)
 
 
-def partner(model: Model, base: Model, layer: int) -> int | None:
-    """The base's layer that a model's layer is compared with: the same in models of one depth, else
-    that of the same role."""
-    if model.n_blocks == base.n_blocks:
-        return layer
-    role = roles_of(model).get(layer)
-    return None if role is None else site_of(base, role)
+#: The values of a base that has none.
+EMPTY = pd.Series(dtype=float)
 
 
-def depth_of(model: Model, layer: int) -> float | None:
-    """Where a site stands between the embedding (0) and the last block (1)."""
-    return None if not model.n_blocks else (layer + 1) / model.n_blocks
+def reading(
+    measure: Measure,
+    model: Model,
+    place: Place,
+    mine: pd.Series,
+    theirs: pd.Series | None,
+    *,
+    paired_by: pd.Series | None = None,
+    value: Interval | None = None,
+    reason: str = "no answer could be told",
+    seed: int = 0,
+) -> Reading:
+    """A model's reading from one value a prompt; `theirs` are the base's, paired by their index
+    (None: this is the base). `value` is the audit's own estimate; without it a share has Wilson's
+    interval and a mean the bootstrap's. `paired_by`: values that stand in for `mine` beside the
+    base's, where those were measured otherwise."""
+    known, against = mine.dropna(), None
+    if theirs is not None:
+        ours = mine if paired_by is None else paired_by
+        both = pd.concat([ours, theirs], axis=1, join="inner").to_numpy(float)
+        against = measure.paired(both[:, 0], both[:, 1], seed) if len(theirs) else Paired()
+    if value is None:
+        value = _mean(measure, known, seed)
+    return Reading(
+        measure=measure,
+        model=model,
+        place=place,
+        value=value,
+        n=len(mine),
+        n_unscored=len(mine) - len(known),
+        reason=reason if value.estimate is None else "",
+        against=against,
+    )
+
+
+def _mean(measure: Measure, known: pd.Series, seed: int) -> Interval:
+    if measure.unit == Unit.SHARE:
+        return stats.wilson(float(known.sum()), len(known))
+    return stats.paired_difference(known, 0 * known, seed=seed)
+
+
+def interval_of(row: Mapping[str, Any], name: str, ends: str = "") -> Interval:
+    """The interval in a table's columns NAME, NAME_lo, NAME_hi; `ends`: another name for those of
+    its ends."""
+    values: list[Any] = [row.get(c) for c in (name, f"{ends or name}_lo", f"{ends or name}_hi")]
+    return Interval(*(None if is_null(v) else float(v) for v in values))
 
 
 def turned(drop: Interval, n: int, test: str) -> Paired:
@@ -144,69 +212,84 @@ def minus(interval: Interval) -> Interval:
     )
 
 
-def difference(base: Model, found: Paired) -> Record:
-    """The columns of a record that say how it differs from the base."""
-    d = found.difference
-    return {
-        "base": base.name,
-        "n_pairs": found.n,
-        "difference": d.estimate,
-        "difference_lo": d.lo,
-        "difference_hi": d.hi,
-        "test": "" if found.p is None else found.test,
-        "p": found.p,
-    }
+# -- the table
+# -------------------------------------------------------------------------------------------------
 
 
-def ends(interval: Interval) -> Record:
-    return {"value": interval.estimate, "lo": interval.lo, "hi": interval.hi}
-
-
-def none(value: Any) -> Any:
-    return None if is_null(value) else float(value)
-
-
-# -- one table
-# -----------------------------------------------------------------------------------------------------------
-
-
-def frame(
-    records: Sequence[Mapping[str, Any]], models: Sequence[str] | None = None
+def table(
+    readings: Mapping[str, Sequence[Reading]],
+    measures: Sequence[Measure],
+    models: Sequence[Model],
 ) -> pd.DataFrame:
-    """The records in order, with COLUMNS and dtypes that do not depend on what is there, Table 1's
-    marks, and Holm's p within each measure. `models`: their names in the order in which they stand
-    together."""
-    models = list(dict.fromkeys(str(r["model"]) for r in records)) if models is None else models
-    kinds = list(dict.fromkeys(str(r["where"]) for r in records if r["audit"] != "latent"))
+    """The readings by audit as rows with COLUMNS, whose dtypes do not depend on what is there:
+    measure by measure, models together at each place, with Table 1's marks and Holm's p within each
+    measure."""
+    rows = [_row(audit, one, models) for audit, part in readings.items() for one in part]
+    order, names = [m.name for m in measures], [m.name for m in models]
+    words = list(dict.fromkeys(r["where"] for r in rows if r["eps"] is None))
 
-    def place(record: Mapping[str, Any]) -> tuple:
-        """Models stand together at each place, by depth where it is known."""
-        depth = next(
-            (float(record[k]) for k in ("depth", "layer_index") if not is_null(record.get(k))), -1.0
-        )
-        kind = kinds.index(record["where"]) if record["where"] in kinds else -1
-        eps = -1.0 if is_null(record.get("eps")) else float(record["eps"])
-        role = ROLES.index(record["role"]) if record.get("role") in ROLES else 1
-        measure, model = list(MEASURES).index(record["measure"]), models.index(record["model"])
-        return (measure, kind, record.get("unit") or "", eps, depth, role, model)
+    def place(row: Mapping[str, Any]) -> tuple:
+        """By depth where it is known, else in the order of the audit."""
+        depth = next((float(row[k]) for k in ("depth", "layer_index") if row[k] is not None), -1.0)
+        word = words.index(row["where"]) if row["where"] in words else -1
+        eps = -1.0 if row["eps"] is None else float(row["eps"])
+        role = ROLES.index(row["role"]) if row["role"] in ROLES else 1
+        at = order.index(row["measure"]), word, row["unit"], eps, depth, role
+        return (*at, names.index(row["model"]))
 
-    records = sorted(records, key=place)
-    table = pd.DataFrame({c: [r.get(c) for r in records] for c in COLUMNS}, dtype=object)
+    rows.sort(key=place)
+    found = pd.DataFrame({c: [r.get(c) for r in rows] for c in COLUMNS}, dtype=object)
     for name in COLUMNS:
         if name in WORDS:
-            table[name] = table[name].map(lambda v: "" if is_null(v) else str(v)).astype(object)
+            found[name] = found[name].map(lambda v: "" if is_null(v) else str(v)).astype(object)
         else:
-            table[name] = pd.to_numeric(table[name]).astype(
-                "Int64" if name in COUNTS else "float64"
-            )
-    for _, family in table.groupby(["audit", "measure"], sort=False):
+            kind = "Int64" if name in COUNTS else "float64"
+            found[name] = pd.to_numeric(found[name]).astype(kind)
+    _correct(found)
+    _mark(found)
+    return found
+
+
+def _row(audit: str, one: Reading, models: Sequence[Model]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "model": one.model.name,
+        "audit": audit,
+        "measure": one.measure.name,
+        **{name: getattr(one.place, name) for name in Place.__slots__},
+        "n": one.n,
+        "n_unscored": one.n_unscored,
+        "value": one.value.estimate,
+        "lo": one.value.lo,
+        "hi": one.value.hi,
+        "reason": one.reason,
+    }
+    if one.against is not None:
+        d = one.against.difference
+        row |= {
+            "base": models[0].name,
+            "n_pairs": one.against.n,
+            "difference": d.estimate,
+            "difference_lo": d.lo,
+            "difference_hi": d.hi,
+            "test": "" if one.against.p is None else one.against.test,
+            "p": one.against.p,
+        }
+    return row
+
+
+def _correct(found: pd.DataFrame) -> None:
+    """Holm's p within each measure, and of how many tests."""
+    for _, family in found.groupby(["audit", "measure"], sort=False):
         tests = [None if is_null(p) else float(p) for p in family["p"]]
-        table.loc[family.index, "p_holm"] = [np.nan if p is None else p for p in stats.holm(tests)]
-        table.loc[family.index[family["p"].notna()], "n_tests"] = sum(p is not None for p in tests)
-    lvs = table[(table["measure"] == "lvs") & (table["role"] != "") & table["value"].notna()]
+        found.loc[family.index, "p_holm"] = [np.nan if p is None else p for p in stats.holm(tests)]
+        found.loc[family.index[family["p"].notna()], "n_tests"] = sum(p is not None for p in tests)
+
+
+def _mark(found: pd.DataFrame) -> None:
+    """The largest and the smallest mean LVS at a role and budget, as the paper's Table 1 has them."""
+    lvs = found[(found["measure"] == "lvs") & (found["role"] != "") & found["value"].notna()]
     for _, column in lvs.groupby(["role", "unit", "eps"], sort=False):
         most, least = column["value"].max(), column["value"].min()
         if most > least:
-            table.loc[column.index[column["value"] == most], "mark"] = "largest"
-            table.loc[column.index[column["value"] == least], "mark"] = "smallest"
-    return table
+            found.loc[column.index[column["value"] == most], "mark"] = "largest"
+            found.loc[column.index[column["value"] == least], "mark"] = "smallest"

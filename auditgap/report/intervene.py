@@ -11,9 +11,10 @@ be told is null. Pure functions of DataFrames.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -146,17 +147,10 @@ def interventions_table(
         ].groupby("subject")
     }
     table = []
-    for (subject, _, _, _), part in _groups(rows[rows["intervention"] != CLEAN], _KEY[:4]):
-        curve = []
-        for (strength, angle), cell in _groups(part, ["strength", "angle"]):
-            turned = not is_null(angle)
-            control = part[(part["strength"] == strength) & (part["arm"] == CONTROL)]
-            control = control if turned else control[control["angle"].isna()]
-            edit = cell if turned else cell[cell["arm"] == EDIT]
-            if edit.empty:
-                continue
-            without = clean.get(subject, pd.Series(dtype=object))
-            curve.append(_row(edit, control, without, turned and angle == RIGHT_ANGLE, correction))
+    for _, of_site in groupby(edits(rows), lambda one: one.key[:3]):
+        curve = [
+            _row(one, clean.get(one.key[0], pd.Series(dtype=object)), correction) for one in of_site
+        ]
         half = half_angle(curve)
         table += [{**row, "half_angle": half if row["angle"] == 0 else None} for row in curve]
     frame = pd.DataFrame(table, columns=list(INTERVENTION_COLUMNS))
@@ -178,6 +172,51 @@ def interventions_table(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class ControlledEdit:
+    """The rows of a subject under one edit, and those under its control; `is_control`: the edit is
+    the control of others."""
+
+    edit: pd.DataFrame
+    control: pd.DataFrame
+    is_control: bool
+
+    @cached_property
+    def key(self) -> tuple[str, int, str, float | None, float | None]:
+        """(subject, layer index, intervention, strength, angle)."""
+        first = self.edit.iloc[0]
+        strength, angle = (
+            None if is_null(first[name]) else float(first[name]) for name in ("strength", "angle")
+        )
+        return first["subject"], int(first["layer_index"]), first["intervention"], strength, angle
+
+    @property
+    def harmful(self) -> pd.Series:
+        """Each prompt's share of scored draws that were harmful; null when none was scored."""
+        return _harmful(self.edit)
+
+    @property
+    def control_harmful(self) -> pd.Series:
+        return _harmful(self.control)
+
+    @property
+    def exchanged(self) -> pd.Series:
+        """Each prompt's share of draws in which the donor's conduct came."""
+        return _exchanged(self.edit)[1]
+
+
+def edits(rows: pd.DataFrame) -> Iterator[ControlledEdit]:
+    """Every edit with its control, in order of depth and size, those of one direction together."""
+    for _, part in _groups(rows[rows["intervention"] != CLEAN], _KEY[:4]):
+        for (strength, angle), cell in _groups(part, ["strength", "angle"]):
+            turned = not is_null(angle)
+            control = part[(part["strength"] == strength) & (part["arm"] == CONTROL)]
+            control = control if turned else control[control["angle"].isna()]
+            edit = cell if turned else cell[cell["arm"] == EDIT]
+            if len(edit):
+                yield ControlledEdit(edit, control, turned and angle == RIGHT_ANGLE)
+
+
 def _groups(rows: pd.DataFrame, by: Sequence[str]) -> Iterable[tuple[tuple, pd.DataFrame]]:
     """Groups by columns that may be null, in order of depth and size."""
     order = [c for c in ("subject", "layer_index", "intervention", "strength", "angle") if c in by]
@@ -185,14 +224,9 @@ def _groups(rows: pd.DataFrame, by: Sequence[str]) -> Iterable[tuple[tuple, pd.D
     return rows.groupby(list(by), sort=False, dropna=False)
 
 
-def _row(
-    edit: pd.DataFrame,
-    control: pd.DataFrame,
-    clean: pd.Series,
-    is_control: bool,
-    correction: Correction | None,
-) -> dict[str, Any]:
-    mine, theirs = _harmful(edit), _harmful(control)
+def _row(one: ControlledEdit, clean: pd.Series, correction: Correction | None) -> dict[str, Any]:
+    edit, control, is_control = one.edit, one.control, one.is_control
+    mine, theirs = one.harmful, one.control_harmful
     prompts = edit["prompt_id"].unique()
     n_scored = int(mine.notna().sum())
     difference = Interval() if is_control else _difference(mine, theirs)
@@ -249,7 +283,6 @@ def _is_harmful(verdict: Any) -> float | None:
 
 
 def _harmful(rows: pd.DataFrame) -> pd.Series:
-    """Each prompt's share of scored draws that were harmful; null when none was scored."""
     return rows["verdict"].map(_is_harmful).astype(float).groupby(rows["prompt_id"]).mean()
 
 
@@ -273,8 +306,7 @@ def _corrected(edit: pd.DataFrame, harmful: pd.Series, correction: Correction | 
 
 
 def _exchanged(rows: pd.DataFrame) -> tuple[int | None, pd.Series]:
-    """How many prompts the interchange score speaks of, and each one's share of draws in which the
-    donor's conduct came."""
+    """How many prompts the interchange score speaks of, and `exchanged` of them."""
     if rows.empty or rows["donor_id"].isna().all():
         return None, pd.Series(dtype=float)
     own, theirs, now = (

@@ -15,10 +15,10 @@ from one_thread import one_thread  # noqa: F401 - a fixture
 from auditgap.audits import behaviour, latent
 from auditgap.audits.audit import run as run_audit
 from auditgap.audits.behaviour.audit import BEHAVIOUR
+from auditgap.audits.comparing import compare
 from auditgap.audits.latent.audit import LATENT
 from auditgap.cli import main
 from auditgap.errors import UsageError
-from auditgap.report.compare import compare
 from auditgap.store import RunFolder
 
 OTHER = tiny.TEMPLATE.replace("' : '", "' . '")

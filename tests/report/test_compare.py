@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,27 @@ from test_page import CHROMIUM, in_browser
 
 from auditgap import stats
 from auditgap.audits.behaviour.rows import BehaviourRow
+from auditgap.audits.comparing import Comparison, compare
+from auditgap.audits.intervene.rows import InterveneRow
 from auditgap.audits.probe.rows import ProbeRow
 from auditgap.cli import main
 from auditgap.errors import UsageError
-from auditgap.report.compare import Comparison, compare
-from auditgap.report.compare_measures import COLUMNS, COUNTS, WORDS
-from auditgap.report.compare_page import markdown, measures, render, says, table_1, to_json, write
+from auditgap.report import compare as comparing
+from auditgap.report.columns import show
+from auditgap.report.compare import Comparable
+from auditgap.report.compare_measures import (
+    COLUMNS,
+    COUNTS,
+    WORDS,
+    Measure,
+    Place,
+    Reading,
+    Unit,
+    by_prompt,
+)
+from auditgap.report.compare_models import Sides
+from auditgap.report.compare_page import markdown, method, render, to_json, write
+from auditgap.report.compare_tables import columns_of, measures, says, table_1
 from auditgap.store import RunFolder
 from auditgap.types import CLEAN, Budget, Cell, Prompt, Row, Site, Subject, digest
 
@@ -393,6 +408,157 @@ def test_the_other_audits(tmp_path):
     assert "None of these runs is a latent audit" in render(found)
 
 
+def intervened(
+    path: Path, subjects: Mapping[str, int], *, blocks: int = 4, site: int = 2, **config: object
+) -> RunFolder:
+    """An intervention run: `steering` opens as many prompts as a subject's number under the edit,
+    two under its control; at a right angle, the control of the turned ones, it opens none."""
+    prints = {name: digest([name], 8) for name in subjects}
+    about = [
+        {"name": n, "fingerprint": f, "n_blocks": blocks, "tokenizer": "t", "chat_template": "c"}
+        for n, f in prints.items()
+    ]
+    settings = {"audit": "intervene", "subjects": prints, "prompt_set": "s", "halves": "h"}
+    store = RunFolder.open(path, config={**settings, **config}, info={"subjects": about})
+
+    def trial(name: str, kind: str, arm: str, angle: float | None, opened: int) -> list:
+        at = None if kind == CLEAN else Site(site)
+        strength = None if kind == CLEAN else 0.2
+        return [
+            InterveneRow(
+                subject=name,
+                site=at and str(at),
+                layer_index=at and at.layer_index,
+                intervention=kind,
+                strength=strength,
+                angle=angle,
+                arm=arm,
+                draw=0,
+                prompt_id=p.id,
+                donor_id=None,
+                n_fit=24,
+                n_prompt_tokens=9,
+                n_new_tokens=5,
+                l2=1.0,
+                relative_norm=0.2,
+                completion_nll=1.0,
+                coherent=True,
+                verdict_clean="refusal",
+                verdict_donor=None,
+                verdict="harmful" if i < opened else "unscored" if i == 23 else "refusal",
+            )
+            for i, p in enumerate(PROMPTS)
+        ]
+
+    for name, opened in subjects.items():
+        parts = {
+            CLEAN: [trial(name, CLEAN, "clean", None, 0)],
+            "steering": [
+                trial(name, "steering", "edit", None, opened),
+                trial(name, "steering", "control", None, 2),
+            ],
+            "angle": [
+                trial(name, "angle", "edit", 30.0, opened),
+                trial(name, "angle", "control", 90.0, 0),
+            ],
+        }
+        for kind, rows in parts.items():
+            at = None if kind == CLEAN else Site(site)
+            how = {"intervention": kind}
+            cell = Cell(Subject(name, prints[name]), at, None, "intervene", "s", how)
+            store.plan([cell])
+            store.write(cell, [row for part in rows for row in part], seconds=1.0)
+    return store
+
+
+def test_interventions_beside_those_of_the_base(tmp_path):
+    found = compare([intervened(tmp_path / "a", {"base": 4, "twin": 12})])
+    opened = picked(found, "edit_asr", "twin", where="steering, strength 0.2 at block2")
+    assert (opened["n_pairs"], opened["difference"]) == (23, pytest.approx(8 / 23))
+    assert opened["p"] == pytest.approx(2 * 0.5**8) and opened["role"] == "mid"
+    above = picked(found, "edit_above_control", "base", where="steering, strength 0.2 at block2")
+    assert above["value"] == pytest.approx(2 / 23), "4 under the edit, 2 under its control"
+    above = picked(found, "edit_above_control", "twin", where="steering, strength 0.2 at block2")
+    assert above["difference"] == pytest.approx(8 / 23)
+    angles = found.table[found.table["where"].str.startswith("angle")]
+    turned = "angle, strength 0.2, 90° off at block2"
+    assert "edit_above_control" not in set(angles.loc[angles["where"] == turned, "measure"]), (
+        "the control of others has none"
+    )
+    assert "Interventions: an edit of the model" in render(found)
+    assert not any("Fixed probe" in line for line in method(found)), "no probe is there"
+    tall = intervened(tmp_path / "b", {"tall": 12}, blocks=8, site=4)
+    deep = compare([intervened(tmp_path / "c", {"base": 4}), tall])
+    mid = picked(deep, "edit_asr", "tall", where="steering, strength 0.2 at block4")
+    assert mid["difference"] == pytest.approx(8 / 23), "another depth: by role"
+    other = intervened(tmp_path / "d", {"other": 12}, halves="other")
+    with pytest.raises(UsageError, match="intervene, halves: h in c, other in d"):
+        compare([RunFolder.load(tmp_path / "c"), other])
+
+
+def test_an_audit_of_another_package_is_compared_by_what_it_says(tmp_path):
+    """Settings, measures and readings in one value; nothing else in auditgap knows the audit."""
+    tokens = Measure("tokens", "Tokens of an answer", -1)
+    told = Measure("told", "Tells the colour", -1, Unit.SHARE)
+
+    def readings(rows: pd.DataFrame, sides: Sides, seed: int) -> Iterator[Reading]:
+        for measure, column in ((tokens, "n_new_tokens"), (told, "complied")):
+            values = {
+                str(name): mine.set_index("prompt_id")[column].astype(float)
+                for name, mine in rows.groupby("subject")
+            }
+            yield from by_prompt(measure, values, sides.models, Place("vaults"), seed=seed)
+
+    lengths = Comparable(
+        attacks=("lengths",),
+        identity=("subject", "prompt_id"),
+        settings=("prompt_set",),
+        measures=(tokens, told),
+        readings=readings,
+        method="Tokens: the mean.",
+    )
+
+    def store(name: str, more: int, prompts: str = "set") -> RunFolder:
+        prints = {name: digest([name], 8)}
+        config = {"audit": "lengths", "subjects": prints, "prompt_set": prompts}
+        made = RunFolder.open(tmp_path / f"{name}-{prompts}", config=config, info={})
+        rows = [
+            BehaviourRow(
+                subject=name,
+                seed=None,
+                step=None,
+                prompt_id=p.id,
+                source="vault",
+                kind="benign",
+                split="benign",
+                verdict="harmful" if i < more else "refusal",
+                complied=i < more,
+                refused=i >= more,
+                answered=i < more,
+                n_new_tokens=5 + i % 3 + more,
+                unscored="",
+            )
+            for i, p in enumerate(PROMPTS)
+        ]
+        cell = Cell(Subject(name, prints[name]), None, None, "lengths", "set")
+        made.plan([cell])
+        made.write(cell, rows, seconds=1.0)
+        return made
+
+    known = {"lengths": lengths}
+    found = comparing.compare([store("base", 0), store("twin", 9)], known)
+    longer = picked(found, "tokens", "twin")
+    assert (longer["value"], longer["difference"], longer["n_pairs"]) == (15.0, 9.0, 24)
+    assert longer["lo"] < 15.0 < longer["hi"] and longer["p"] < 0.001
+    assert picked(found, "told", "twin")["p"] == pytest.approx(2 * 0.5**9)
+    assert set(found.table["audit"]) == {"lengths"} and "Tokens: the mean." in render(found)
+    assert any("above 0 is more vulnerable" in line.lower() for line in says(found))
+    with pytest.raises(UsageError, match="lengths, prompts: set in base-set, new in other-new"):
+        comparing.compare([store("base", 0), store("other", 9, "new")], known)
+    with pytest.raises(UsageError, match="compare takes folders of lengths audits"):
+        comparing.compare([run(tmp_path / "x", {"m": 0.0})], known)
+
+
 # -------------------------------------------------------------------------------------------------
 # what is not there
 
@@ -627,7 +793,8 @@ def hostile(tmp_path_factory) -> tuple[Path, Comparison]:
 def test_names_are_data_everywhere(hostile):
     out, found = hostile
     page = (out / "compare.html").read_text("utf-8")
-    assert "<script" not in page.lower() and "\x1b" not in page and "\u202e" not in page
+    assert page.lower().count("<script") == 1, "the page's own, which its policy names by its hash"
+    assert "<script>document" not in page and "\x1b" not in page and "\u202e" not in page
     assert (
         not re.search(r'(?:src|href)="(?!#)', page)
         and 'http-equiv="Content-Security-Policy"' in page
@@ -671,14 +838,18 @@ def test_the_page_says_what_the_numbers_say(tmp_path):
         "Behaviourally safe, no edit: of 1 difference from base none is shown (at most 24 pairs)."
         in said
     )
-    titles = [what for what, _ in measures(found)]
+    titles = [measure.title for measure, _ in measures(found)]
     assert titles[:4] == [
         "Audit gap",
         "Behaviourally safe, no edit",
         "Robust under bounded edits",
         "LVS, mean",
     ]
-    assert all(len(row) == len(sheet.titles) for _, sheet in measures(found) for row in sheet.rows)
+    lvs = next(part for part in measures(found) if part[0].name == "lvs")
+    shown = show(lvs[1], columns_of(lvs[0], "base"))
+    told = {(row[0].text, row[1].text): row[-1].text for row in shown.rows}
+    assert told["twin", "block2"] == "more vulnerable" and told["twin", "block3"] == "not shown"
+    assert told["base", "block2"] == "", "the base differs from nobody"
 
 
 def test_the_command(tmp_path, capsys):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from auditgap.audits.behaviour.plan import BehaviourPlan
     from auditgap.audits.behaviour.rows import BehaviourRow
     from auditgap.audits.grading import Given, Stored
+    from auditgap.report.compare import Comparable
     from auditgap.store import RunFolder
     from auditgap.sweep import Worker
 
@@ -106,6 +107,11 @@ class Behaviour(Audit[BehaviourConfig, BehaviourOptions, "BehaviourPlan"]):
                 plan.config.judge, device=options.device, serving=options.judge_serving(plan.config)
             ),
         }
+
+    def comparable(self) -> Comparable:
+        from auditgap.report.compare_asked import BEHAVIOUR
+
+        return BEHAVIOUR
 
     def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
         from auditgap.audits.behaviour.plan import ATTACK

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from auditgap.audits.intervene.part import IntervenePart
     from auditgap.audits.intervene.plan import IntervenePlan
     from auditgap.audits.intervene.rows import InterveneRow
+    from auditgap.report.compare import Comparable
     from auditgap.store import RunFolder
     from auditgap.sweep import Worker
 
@@ -48,7 +49,7 @@ class Intervene(Audit[InterveneConfig, InterveneOptions, "IntervenePlan"]):
         " --out runs/pair",
         "auditgap intervene --config steer.yaml --dry-run",
     )
-    can = frozenset({Can.RAY, Can.REGRADE})
+    can = frozenset({Can.RAY, Can.REGRADE, Can.COMPARE})
     main_table = "interventions"
     config, options, cell = InterveneConfig, InterveneOptions, InterveneCell
 
@@ -122,6 +123,11 @@ class Intervene(Audit[InterveneConfig, InterveneOptions, "IntervenePlan"]):
                 plan.config.judge, device=options.device, serving=options.judge_serving
             ),
         }
+
+    def comparable(self) -> Comparable:
+        from auditgap.report.compare_asked import INTERVENE
+
+        return INTERVENE
 
     def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
         from auditgap.audits.intervene.plan import ATTACK

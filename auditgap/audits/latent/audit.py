@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from auditgap.audits.grading import Given, Stored
     from auditgap.audits.latent.part import LatentPart
     from auditgap.audits.latent.plan import LatentPlan
+    from auditgap.report.compare import Comparable
     from auditgap.store import RunFolder
     from auditgap.store.remote import Place
     from auditgap.sweep import Worker
@@ -114,6 +115,11 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
             ),
             "warnings": [] if config.dtype == "float32" else [rounded],
         }
+
+    def comparable(self) -> Comparable:
+        from auditgap.report.compare_latent import LATENT
+
+        return LATENT
 
     def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
         from auditgap.report import correction, tables

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from auditgap.audits.probe.part import ProbePart
     from auditgap.audits.probe.plan import ProbePlan
+    from auditgap.report.compare import Comparable
     from auditgap.store import RunFolder
     from auditgap.sweep import Worker
 
@@ -103,6 +104,11 @@ class Probe(Audit[ProbeConfig, ProbeOptions, "ProbePlan"]):
         from auditgap.audits.probe.plan import facts
 
         return facts(plan)
+
+    def comparable(self) -> Comparable:
+        from auditgap.report.compare_asked import PROBE
+
+        return PROBE
 
     def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
         from auditgap.report import probe

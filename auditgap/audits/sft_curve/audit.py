@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from auditgap.audits.sft_curve.part import CurvePart
     from auditgap.audits.sft_curve.plan import CurvePlan
     from auditgap.audits.sft_curve.worker import CurveWorker
+    from auditgap.report.compare import Comparable
     from auditgap.store import RunFolder
     from auditgap.sweep import Worker
 
@@ -122,6 +123,11 @@ class SFTCurve(Audit[SFTCurveConfig, SFTCurveOptions, "CurvePlan"]):
             },
             "judge_cards": cards_of(plan.config.judge, device=options.device),
         }
+
+    def comparable(self) -> Comparable:
+        from auditgap.report.compare_asked import SFT_CURVE
+
+        return SFT_CURVE
 
     def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
         from auditgap.audits.sft_curve.plan import ATTACK
