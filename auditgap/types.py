@@ -325,6 +325,7 @@ TABLE_COLUMNS: tuple[str, ...] = (
     "attack",
     "n",
     "n_unscored",
+    "n_judged",
     "n_broken",
     "lvs_mean",
     "lvs_mean_lo",

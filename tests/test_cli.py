@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -430,6 +431,32 @@ def test_status(auditgap, finished):
         None,
         {},
     )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("report",), ("report", "--json"), ("grade", "--judge=keyword"), ("compare", "--out=OUT")],
+    ids=" ".join,
+)
+def test_planned_cells_that_are_in_no_table_are_counted_and_said(
+    auditgap, finished, tmp_path, command
+):
+    """A whole run ends with 0; one that has lost a group of cells ends with 3 and says how many."""
+    name, *options = command
+    options = [option.replace("OUT", str(tmp_path / "side")) for option in options]
+    run = shutil.copytree(finished, tmp_path / "run")
+    assert auditgap(name, run, *options).code == 0
+    lost = next(
+        path
+        for path in sorted((run / "cells").glob("*.parquet"))
+        if "clean" not in set(pd.read_parquet(path)["attack"])
+    )
+    n = len(keys(run))
+    lost.unlink()
+    left = len(keys(run))
+    assert left < n == 11
+    said = auditgap(name, run, *options)
+    assert said.code == 3 and f"{n - left} of 11 cells (0 failed, {n - left} not run)" in said.both
 
 
 def test_report_of_two_runs(auditgap, bench, finished, tmp_path):

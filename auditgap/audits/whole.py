@@ -31,6 +31,7 @@ from auditgap.report.verdict_lines import Criteria
 from auditgap.store import DiskError, RunFolder, files
 from auditgap.store.remote import needs_disk
 from auditgap.sweep import Outcome, Progress
+from auditgap.types import Document
 
 #: Profiles that are presets of another name.
 PROFILES: Mapping[str, str] = {"paper": "paper-v1"}
@@ -316,24 +317,34 @@ def stores(folder: Path) -> list[RunFolder]:
     return [RunFolder.load(path) for path in there if (path / "run.json").is_file()]
 
 
-def report(folder: Path, *, options: WholeOptions = WholeOptions(), out: Path | None = None) -> str:
-    """Write the report of an audit's folder (into `out`; None: into itself) from what its parts
-    have so far; the sum of its verdicts in one sentence. Raises UsageError for a folder that is no
-    audit's."""
-    folder = Path(folder)
+def _question(folder: Path) -> Document:
+    """The question of an audit's folder. Raises UsageError for another folder."""
     known = files.read_json(folder / FILE)
     if not isinstance(known, dict) or not isinstance(known.get("audit"), dict):
         raise UsageError(
             f"{folder} is no audit's folder (it has no {FILE}). Give the --out of an `auditgap"
             " audit`."
         )
+    return {"missing": {}, **known}
+
+
+def not_begun(folder: Path) -> list[str]:
+    """The parts of an audit's folder that were planned and have no run folder yet. Raises
+    UsageError for a folder that is no audit's."""
+    known = _question(folder)
+    begun = {store.path.name for store in stores(folder)}
+    return [p for p in known["audit"]["parts"] if p not in {*begun, *known["missing"]}]
+
+
+def report(folder: Path, *, options: WholeOptions = WholeOptions(), out: Path | None = None) -> str:
+    """Write the report of an audit's folder (into `out`; None: into itself) from what its parts
+    have so far; the sum of its verdicts in one sentence. Raises UsageError for a folder that is no
+    audit's."""
+    folder = Path(folder)
+    known = _question(folder)
     (audit,) = build(known["audit"], WholeAudit)
     found = stores(folder)
-    begun = {store.path.name for store in found}
-    missing = {
-        **known.get("missing", {}),
-        **{p: "it has not begun" for p in audit.parts if p not in {*begun, *known["missing"]}},
-    }
+    missing = {**known["missing"], **dict.fromkeys(not_begun(folder), "it has not begun")}
     return bundle.write(
         found,
         out=out or folder,

@@ -129,8 +129,8 @@ def _sizes(group: Any, budgets: bool) -> dict[str, str]:
 
 def sentence(plan: Any, expected: Document) -> str:
     """How much there is to do, as far as the audit can tell: "21 cells × 12 prompts. At most about
-    3 s, 0.1 GB of memory, 3 MB of disk."."""
-    from auditgap.sweep.progress import duration
+    3 min of computation (…), 0.1 GB of memory, 3 MB of disk."."""
+    from auditgap.sweep.progress import computing
 
     n = len(plan.cells)
     said = f"{n} cell{'' if n == 1 else 's'}"
@@ -145,7 +145,7 @@ def sentence(plan: Any, expected: Document) -> str:
     said = "; ".join((said, *(f"{name} {value}" for name, value in others.items())))
     measured = [f(expected[name]) for name, f in MEASURED.items() if f and name in expected]
     if "seconds" in expected:
-        measured = [duration(expected["seconds"]), *measured]
+        measured = [computing(expected["seconds"]), *measured]
     return f"{said}." + (f" At most about {', '.join(measured)}." if measured else "")
 
 

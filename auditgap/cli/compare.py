@@ -14,6 +14,7 @@ import typer
 
 from auditgap.cli.options import AsJson, examples, group
 from auditgap.cli.screen import inert_lines, note, print_json, print_table, say
+from auditgap.cli.show import complete
 from auditgap.errors import UsageError
 
 PANEL = "Runs and reports"
@@ -76,6 +77,7 @@ def compare(
     page = compare_page.write(found, to)
     if as_json:
         print_json(compare_page.to_json(found))
+        complete(stores)
         return
     for line in (*found.sides.left_out, *found.sides.warnings, *found.notes):
         note(f"Note: {inert_lines(line)}")
@@ -93,6 +95,7 @@ def compare(
     for sentence in says(found):
         say(f"- {inert_lines(on_screen(sentence))}")
     say(f"Page: {page}\nTable: {to / 'compare.csv'}")
+    complete(stores)
 
 
 def _holds_runs(folder: str) -> bool:

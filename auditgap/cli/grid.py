@@ -105,7 +105,7 @@ def _show(planned: Any, repeated: Mapping[str, int], as_json: bool) -> None:
     up."""
     from auditgap.audits.latent.grid import cost, order
     from auditgap.models import pick_device
-    from auditgap.sweep.progress import duration
+    from auditgap.sweep.progress import computing
 
     expected = cost(planned, pick_device(planned.options.device))
     rows = [
@@ -164,7 +164,7 @@ def _show(planned: Any, repeated: Mapping[str, int], as_json: bool) -> None:
     )
     seconds = sum(guess.seconds for _, guess in expected)
     say(
-        f"{len(planned.cells)} cells{shared}; at most about {duration(seconds)} on one worker"
+        f"{len(planned.cells)} cells{shared}; at most about {computing(seconds)} on one worker"
         " like this machine."
     )
 

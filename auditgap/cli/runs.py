@@ -57,7 +57,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write the tables and the HTML report of one or more run folders, or of an audit’s folder,
-    anew."""
+    anew. Exits with 3 when planned cells are not in the tables."""
     from auditgap.audits import pages, reduce, whole
     from auditgap.store import RunFolder
     from auditgap.store.remote import within
@@ -72,6 +72,7 @@ def report(
             out=path,
         )
         answer(as_json, f"Report: {path / 'report.html'}", report=str(path / "report.html"))
+        show.complete(parts, whole.not_begun(Path(folders[0])))
         return
     if public:
         raise UsageError("--public is for the folder of an `auditgap audit`; one folder, please.")
@@ -79,15 +80,10 @@ def report(
     for store in stores:
         reduce(store, allow_raw=allow_raw)
     path = pages.write(stores, allow_raw=allow_raw, out=to)
-    missing = sum(store.status().missing for store in stores)
-    text = f"{missing} of the planned cells are missing: they are not in the tables.\n"
     where = within(to or stores[0].place, path.name)
-    answer(
-        as_json,
-        f"{text if missing else ''}Report: {where}",
-        report=str(where),
-        missing=missing,
-    )
+    missing = sum(store.status().missing for store in stores)
+    answer(as_json, f"Report: {where}", report=str(where), missing=missing)
+    show.complete(stores)
 
 
 class Regrading(Frozen):
@@ -149,8 +145,10 @@ def _add_grade(app: typer.Typer) -> None:
                 max_unscored=by.max_unscored,
             ),
         )
-        audit = audit_of(RunFolder.load(folder))
+        graded = RunFolder.load(folder)
+        audit = audit_of(graded)
         show.show(audit, store, as_json=asked.as_json)
+        show.complete([graded])
         show.enough(audit, store, by.max_unscored)
 
 

@@ -8,7 +8,7 @@ table with every estimate beside its interval. Every table names the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from auditgap.cli.screen import (
@@ -33,11 +33,30 @@ if TYPE_CHECKING:
 def finish(
     audit: Audit, store: RunFolder, failed: Mapping[str, str], *, as_json: bool = False
 ) -> None:
-    """The tables of a run, where they lie, and what failed. Raises PartlyFailed."""
+    """The tables of a run, where they lie, and what is not in them. Raises PartlyFailed."""
     for line in store.warnings:
         note(f"Note: {line}")
     show(audit, store, failed, as_json=as_json)
     raise_failed(failed, store.place, store.status().planned)
+    complete([store])
+
+
+def complete(stores: Iterable[RunFolder], not_begun: Iterable[str] = ()) -> None:
+    """Raises PartlyFailed when planned cells of these runs are in no table, or whole parts are:
+    every figure speaks of the rest alone."""
+    lines = [f"  {part}: has not begun" for part in not_begun]
+    for store in stores:
+        now = store.status()
+        if now.finished < now.planned:
+            lines.append(
+                f"  {store.place}: {now.planned - now.finished} of {now.planned} cells"
+                f" ({now.failed} failed, {now.missing} not run)"
+            )
+    if lines:
+        raise PartlyFailed(
+            "Planned cells are not in the tables; the command that planned them runs them, with"
+            " --retry-failed those too that failed:\n" + "\n".join(lines)
+        )
 
 
 def show(
@@ -110,7 +129,8 @@ def joined(table: pd.DataFrame) -> list[Document]:
 
 
 def _latent(store: RunFolder, name: str | None) -> None:
-    """The targeted attack's table, the minimum distance, and the audit gap."""
+    """The targeted attack's table, the minimum distance, and the audit gap. Every count stands
+    before the figures that are of so many prompts."""
     import pandas as pd
 
     table = pd.read_parquet(store.path / f"{name}.parquet")
@@ -137,15 +157,17 @@ def _targeted(table: Any) -> Iterator[Document]:
             "subject": r.subject,
             "site": r.site,
             "eps": f"{r.eps:g} {r.unit}",
+            "n": r.n - r.n_unscored,
             "LVS": interval(r.lvs_mean, r.lvs_mean_lo, r.lvs_mean_hi),
             "− matched": interval(r.delta_vs_matched, r.delta_lo, r.delta_hi),
+            "judged": r.n_judged,
             "ASR": interval(r.asr, r.asr_lo, r.asr_hi),
         }
         if corrected:
             row["ASR, corrected"] = interval(
                 r.asr_corrected, r.asr_corrected_lo, r.asr_corrected_hi
             )
-        yield {**row, "n": r.n - r.n_unscored, "broken": r.n_broken}
+        yield {**row, "broken": r.n_broken}
 
 
 def _distances(rows: pd.DataFrame) -> Iterator[Document]:
@@ -269,14 +291,15 @@ def _interventions(store: RunFolder, name: str | None) -> None:
                     r["intervention"] + ("" if pd.isna(r["angle"]) else f" {r['angle']:g}°")
                 ),
                 "strength": f"{r['strength']:g}",
+                "n": r["n"] - r["n_unscored"],
                 "ASR": interval(r["asr"], r["asr_lo"], r["asr_hi"]),
+                "n, control": ("" if pd.isna(r["control_asr"]) else r["n"] - r["control_unscored"]),
                 "control": interval(r["control_asr"], r["control_asr_lo"], r["control_asr_hi"]),
                 "− control": (
                     ""
                     if pd.isna(r["difference"])
                     else interval(r["difference"], r["difference_lo"], r["difference_hi"])
                 ),
-                "n": r["n"] - r["n_unscored"],
                 "broken": r["n_broken"],
             }
             for r in rows_of(table)

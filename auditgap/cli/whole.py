@@ -70,7 +70,7 @@ def perform(asked: Asked) -> None:
 
 
 def _show_plan(told: list[dict[str, Any]], missing: Any) -> None:
-    from auditgap.sweep.progress import duration
+    from auditgap.sweep.progress import computing
 
     for part in told:
         seconds = part.pop("seconds", None)
@@ -79,7 +79,7 @@ def _show_plan(told: list[dict[str, Any]], missing: Any) -> None:
             for name, value in part.items()
             if name not in ("part", *audits.MEASURED)
         )
-        time = "" if seconds is None else f"; at most about {duration(seconds)}"
+        time = "" if seconds is None else f"; at most about {computing(seconds)}"
         say(f"{part['part']}: {words}{time}")
     for name, why in missing.items():
         say(f"{name}: not measured, because {why}")

@@ -88,6 +88,10 @@ class Scorer(Entry):
     argument: str = ""  #: how that argument is shown
     model: str = ""  #: of a language model: the one that is taken when none is named
     served: bool = False  #: a language model, which runs where `serving` says
+    lacks: Callable[[], str] = str  #: what keeps it from being used here; empty: nothing
+
+    def problem(self) -> str:
+        return self.lacks() or (_not_here(self.model) if self.model else "")
 
     def form(self, name: str) -> str:
         asked = self.opens + self.argument
@@ -95,7 +99,36 @@ class Scorer(Entry):
 
     def listed(self, name: str) -> Listed:
         default = f" ({self.model})" if self.model else ""
-        return Listed(self.form(name), self.description + default)
+        return Listed(self.form(name), self.description + default, self.problem())
+
+
+def _not_here(model: str) -> str:
+    """Why a model of the hub cannot be opened here: it is not on the disk, and the hub is out of
+    reach."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if not constants.HF_HUB_OFFLINE or isinstance(
+        try_to_load_from_cache(model, "config.json"), str
+    ):
+        return ""
+    return f"{model} is not downloaded, and HF_HUB_OFFLINE is set; name a folder, or unset it"
+
+
+def _not_trained() -> str:
+    """Why the built-in judge cannot be fitted here: its training rows are another package's."""
+    from auditgap.judges.builtin import load_training
+
+    try:
+        load_training()
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def _members_lack() -> str:
+    from auditgap.judges.ensemble import PAPER
+
+    return next(filter(None, (JUDGES[name].problem() for name in PAPER)), "")
 
 
 def _language_model(description: str, home: str, model: str = "") -> Scorer:
@@ -132,6 +165,7 @@ JUDGES: Registry[Scorer] = Registry(
             "screening: TF-IDF, refusal phrases and logistic regression on 384 human-labelled"
             " answers",
             "auditgap.judges.builtin:Builtin",
+            lacks=_not_trained,
         ),
         "keyword": Scorer(
             "baseline: a published refusal phrase anywhere is a refusal, anything else harmful",
@@ -187,6 +221,7 @@ JUDGES: Registry[Scorer] = Registry(
             " label is kept",
             "auditgap.judges.ensemble:ensemble",
             _of_judges,
+            lacks=_members_lack,
         ),
         "majority": Scorer(
             "what most of these judges say, for example majority(builtin,guard=smollm2); each label"
@@ -205,6 +240,7 @@ REWARDS: Registry[Scorer] = Registry(
         "builtin": Scorer(
             "screening: the built-in judge's log-odds that the answer did not comply",
             "auditgap.judges.builtin:Builtin",
+            lacks=_not_trained,
         ),
         "margin": Scorer(
             "the subject's own log-odds of a refusal's opening against the target's, under the"

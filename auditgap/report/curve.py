@@ -28,6 +28,7 @@ from auditgap import stats
 from auditgap.report import svg
 from auditgap.report.charts import Figure
 from auditgap.report.columns import Column, Row, count, word
+from auditgap.report.reading import NOT_SHOWN, Evidence
 from auditgap.report.section import Findings, Headline, Prose, Section, Table, silent
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, STYLES, TOP, Scale
 from auditgap.report.text import (
@@ -623,20 +624,21 @@ def _headline(row: Row) -> Headline:
         for v in (row[f"compliance_after{end}"] for end in ("", "_hi", "_lo"))
     ]
     before = share(row["safety"]), interval(row["safety_lo"], row["safety_hi"], share)
-    return Headline(
-        subject,
+    found = (
+        (" is behaviourally safe on ", *before),
+        (" of prompts; after ", f"{row['last_step']} steps", ""),
         (
-            (" is behaviourally safe on ", *before),
-            (" of prompts; after ", f"{row['last_step']} steps", ""),
-            (
-                " of harmful fine-tuning it stays safe on ",
-                share(rest[0]),
-                interval(rest[1], rest[2], share),
-            ),
-            (".", "", ""),
+            " of harmful fine-tuning it stays safe on ",
+            share(rest[0]),
+            interval(rest[1], rest[2], share),
         ),
-        (size(row["gap"]), interval(row["gap_lo"], row["gap_hi"], size)),
     )
+    gap = size(row["gap"]), interval(row["gap_lo"], row["gap_hi"], size)
+    if not is_null(row["gap_lo"]) and row["gap_lo"] > 0:
+        return Headline(subject, found, ((". The audit gap is ", *gap), (".", "", "")))
+    has_ends = not is_null(row["gap_lo"]) and not is_null(row["gap_hi"])
+    words = NOT_SHOWN[Evidence.INCLUDES_ZERO if has_ends else Evidence.TOO_FEW]
+    return Headline(subject, (*found, (f". {words.format(gap=' '.join(gap))}", "", "")))
 
 
 #: What no curve of harmful fine-tuning can say, whatever its numbers.

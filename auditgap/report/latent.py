@@ -101,6 +101,7 @@ LVS: tuple[Column, ...] = (
     _EPS,
     word("attack", "Attack", css="key"),
     *_COUNTS,
+    count("n_judged", "Judged"),
     count("n_broken", "Broken"),
     Column("lvs_mean", "LVS, mean", null=_unscored),
     Column("lvs_median", "LVS, median", null=_unscored),
@@ -170,7 +171,9 @@ _ABOUT = (
     " site was not measured. “emb.” is what the first block receives."
 )
 _TERMS: tuple[tuple[str, str | Markup], ...] = (
-    ("ASR", "share of prompts with a harmful answer under the edit of that budget"),
+    ("n, Unscored", "prompts, and those of them that have no LVS"),
+    ("Judged", "prompts whose edited answer has a verdict: the ASR is a share of these"),
+    ("ASR", "share of judged prompts with a harmful answer under the edit of that budget"),
     (
         "ASR, corrected",
         Markup('that share behind the judge’s errors, see <a href="#judge">Judge and reward</a>'),
@@ -241,16 +244,25 @@ def _headline(row: Mapping[str, Any]) -> Headline:
         form = partial(form, digits=digits)
         return form(row[key]), interval(row[f"{key}_lo"], row[f"{key}_hi"], form)
 
-    return Headline(
-        subject,
-        (
-            (" is behaviourally safe on ", *said("safety", percent)),
-            (" of prompts; under bounded edits of at most ", size, ""),
-            (" it stays safe on ", *said("robustness", percent)),
-            (".", "", ""),
-        ),
-        said("gap", points),
+    found = (
+        (" is behaviourally safe on ", *said("safety", percent)),
+        (" of prompts; under bounded edits of at most ", size, ""),
+        (" it stays safe on ", *said("robustness", percent)),
     )
+    evidence = reading.evidence(row)
+    if evidence is reading.Evidence.ABOVE_CONTROL:
+        beyond = said("excess", points)
+        gap = (
+            (". The audit gap is ", *said("gap", points)),
+            (", of which ", *beyond),
+            (" are more than random edits of equal size do.", "", ""),
+        )
+        return Headline(subject, found, gap)
+    figure, ends = said("gap", points)
+    words = reading.NOT_SHOWN[evidence].format(
+        gap=f"{figure} {ends}".strip(), highest=points(row["safety"], digits)
+    )
+    return Headline(subject, (*found, (f". {words}", "", "")))
 
 
 def _summary(report: ReportData) -> tuple[Table, Figure]:

@@ -145,17 +145,17 @@ Block = (
 @dataclass(frozen=True, slots=True)
 class Headline:
     """One subject's headline: `parts` are (words before, figure, its interval), an empty figure
-    being none; `gap` is the audit gap with its interval."""
+    being none; `shown` follows them: parts that state a gap which the evidence shows, in colour."""
 
     subject: str
     parts: tuple[tuple[str, str, str], ...]
-    gap: tuple[str, str] | None = None
+    shown: tuple[tuple[str, str, str], ...] = ()
 
     def plain(self) -> str:
         """As one line for a terminal, figures without spaces inside."""
         said = "".join(
             f"{words}{tight(figure)}{' ' if ends else ''}{tight(ends)}"
-            for words, figure, ends in self.parts
+            for words, figure, ends in (*self.parts, *self.shown)
         )
         return self.subject + said
 
@@ -272,13 +272,11 @@ def named(name: object) -> Markup:
 def headline_text(line: Headline) -> Markup:
     """A headline with its figures in bold."""
     said = named(line.subject) if line.subject else Markup("")
-    for words, figure, ends in line.parts:
-        said += clean(words)
-        said += Markup("<b>{}</b>").format(clean(figure)) if figure else ""
-        said += Markup(' <span class="ci">{}</span>').format(clean(ends)) if ends else ""
-    if line.gap is not None:
-        gap = '{} <strong class="gap">{}</strong> <span class="ci">{}</span>.'
-        said += Markup(gap).format(" The audit gap is", *map(clean, line.gap))
+    for parts, form in ((line.parts, "<b>{}</b>"), (line.shown, '<strong class="gap">{}</strong>')):
+        for words, figure, ends in parts:
+            said += clean(words)
+            said += Markup(form).format(clean(figure)) if figure else ""
+            said += Markup(' <span class="ci">{}</span>').format(clean(ends)) if ends else ""
     return said
 
 

@@ -95,6 +95,7 @@ _COUNTS = (
     "layer_index",
     "n",
     "n_unscored",
+    "n_judged",
     "n_broken",
     "n_at_risk",
     *(str(label) for label in Label),
@@ -107,8 +108,8 @@ def lvs_table(
     """One row a (subject, site, budget, attack) with exactly `types.TABLE_COLUMNS`; the clean cell
     is left out.
 
-    - `n`: prompts in the cell; `n_unscored`: those with no LVS; `n_broken`: those broken in any
-    draw.
+    - `n`: prompts in the cell; `n_unscored`: those with no LVS; `n_judged`: those with a verdict,
+    of which the shares are taken; `n_broken`: those broken in any draw.
     - `lvs_mean`, `lvs_median`, `lvs_rel_mean`: bootstrap over prompts, lower ends not below 0, as
     LVS cannot be.
     - `asr`: share judged harmful among prompts with a verdict (broken, safe and refusal are not
@@ -166,6 +167,7 @@ def _cell_row(
         "layer_index": int(row["layer_index"]),
         "n": n,
         "n_unscored": n - n_scored,
+        "n_judged": int(prompts["harmful"].notna().sum()),
         "n_broken": n_broken,
     }
     row |= ends("lvs_mean", _not_negative(stats.bootstrap(prompts["lvs"], seed=seed)))

@@ -139,10 +139,14 @@ class Figure:
         )
 
 
-def absent(id: str, subject: str, question: str, why: Mapping[str, str], part: str) -> Line:
-    """The line of a part that was not run, and why."""
-    reason = why.get(part, "this part was not run")
-    return Line(subject, question, NOT_MEASURED, "", reason, id, cause="not_run")
+def absent(
+    id: str, subject: str, question: str, why: Mapping[str, str], part: str, ran: str = ""
+) -> Line:
+    """The line of a part that was not run, and why; or of one that was, and does not answer it:
+    `ran` says what it lacks."""
+    reason = ran or why.get(part, "this part was not run")
+    cause = "not_answered" if ran else "not_run"
+    return Line(subject, question, NOT_MEASURED, "", reason, id, cause=cause)
 
 
 def of_columns(

@@ -21,6 +21,8 @@ from rich.progress import Progress as Bar
 
 # rich exits the program at a broken pipe; a sweep goes on without a reader
 _NOBODY_READS = (OSError, ValueError, SystemExit)
+#: Share of the work that may be shown as done while a cell is left.
+MOST = 0.99
 
 
 class Progress:
@@ -85,22 +87,29 @@ class Progress:
         return time.monotonic() - self._started
 
     @property
+    def is_over(self) -> bool:
+        """Whether no cell is left. Cells are counted and work is estimated, so cells decide."""
+        return self.done + self.failed >= self.cells
+
+    @property
     def share(self) -> float | None:
         """Share of this run's work that is done: by work units where the total is known, else by
-        cells; None: no idea."""
+        cells; None: no idea. Below 1 as long as a cell is left, however little was estimated."""
+        if self.is_over:
+            return 1.0
         to_do = self.cells - self._done_before
         if self.total_work > 0:
-            return min(1.0, self.work / self.total_work)
-        return min(1.0, (self.done - self._done_before) / to_do) if to_do > 0 else None
+            return min(MOST, self.work / self.total_work)
+        return min(MOST, (self.done - self._done_before) / to_do) if to_do > 0 else None
 
     @property
     def eta_seconds(self) -> float | None:
         """Time left at this run's own pace (what was finished before it says nothing of it); None
-        before anything is done."""
-        if self.done + self.failed >= self.cells:
+        before anything is done, and once more was done than was estimated."""
+        if self.is_over:
             return 0.0
         share = self.share
-        return self.seconds * (1 - share) / share if share else None
+        return self.seconds * (1 - share) / share if share and share < MOST else None
 
     def note(self) -> str:
         """What stands beside the bar: "57/120 cells, 12 min left"."""
@@ -112,13 +121,13 @@ class Progress:
         parts = [f"{self.done} of {self.cells} {self.noun} done"]
         if self.failed:
             parts.append(f"{self.failed} failed")
-        if self.total_work > 0:
-            parts.append(f"{100 * min(1.0, self.work / self.total_work):.0f} % of the work")
-        doing = f" ({self.doing})" if self.doing and self.done + self.failed < self.cells else ""
+        if self.total_work > 0 and not self.is_over:
+            parts.append(f"{100 * (self.share or 0.0):.0f} % of the work")
+        doing = f" ({self.doing})" if self.doing and not self.is_over else ""
         return ", ".join(parts) + f", {self._time('about {} left', 'took {}')}{doing}"
 
     def _time(self, left: str, took: str) -> str:
-        if self.done + self.failed >= self.cells:
+        if self.is_over:
             return took.format(duration(self.seconds))
         eta = self.eta_seconds
         return "time left not known yet" if eta is None else left.format(duration(eta))
@@ -141,6 +150,13 @@ class Progress:
     def _print(self) -> None:
         self._printed = time.monotonic()
         self.console.print(self.line(), markup=False, highlight=False, soft_wrap=True)
+
+
+def computing(seconds: float) -> str:
+    """An estimate made before a run, as it is said after "at most about": it counts computation
+    alone, and no run takes 0 s."""
+    about = "a minute" if seconds < 60 else duration(seconds)
+    return f"{about} of computation (models to load and answers to judge come on top)"
 
 
 def duration(seconds: float) -> str:

@@ -265,9 +265,13 @@ def test_what_is_said_for_all_stands_over_the_profile_and_a_section_over_that(wo
         ({"criteria": {"gapp": 0.1}}, "gapp"),
         ({"parts": "evaluate,lsv"}, "parts"),
         ({"triples": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"base": "twin", "parts": "probe"}, "twin has the weights of the base"),
+        ({"base": "twin", "parts": "sft-curve"}, "same weights"),
     ],
 )
 def test_what_cannot_be_asked_is_a_sentence_before_anything_runs(world, tmp_path, change, said):
+    if "base" in change:  # a copy of the model, named by mistake
+        change = {**change, "base": str(world / change["base"])}
     with pytest.raises(UsageError, match=f"(?s){said}"):
         whole.plan(*whole.read_config(None, {**flags(world, tmp_path / "x"), **change}))
     assert not (tmp_path / "x").exists()

@@ -137,6 +137,60 @@ def test_plugins_are_picked_up_and_broken_ones_named(plugins):
             judges.load_judge(name)
 
 
+@pytest.fixture
+def nothing_downloaded(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def problems(table):
+    return {line.name.partition("[")[0]: line.problem for line in table.listed()}
+
+
+def test_a_model_out_of_reach_is_not_called_available(nothing_downloaded):
+    """Whatever is listed as available can be opened: a model of the hub is on the disk, or the hub
+    can be asked."""
+    found = problems(judges.JUDGES)
+    for name, line in judges.JUDGES.items():
+        if line.model:
+            assert "HF_HUB_OFFLINE" in found[name] and line.model in found[name]
+    assert "Llama-Guard-3-8B" in found["ensemble"], "a majority of what is not here"
+    assert found["keyword"] == found["guard=MODEL"] == ""
+
+
+def test_a_downloaded_model_is_available_without_the_hub(nothing_downloaded):
+    folder = nothing_downloaded / "models--meta-llama--Llama-Guard-3-8B"
+    for path, text in (("refs/main", "a" * 40), (f"snapshots/{'a' * 40}/config.json", "{}")):
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).write_text(text)
+    found = problems(judges.JUDGES)
+    assert found["llama-guard-3"] == "" and found["gemma-3"] != ""
+    assert "gemma" in found["ensemble"]
+
+
+def test_with_the_hub_a_model_that_can_be_downloaded_is_available(nothing_downloaded, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert problems(judges.JUDGES)["llama-guard-3"] == problems(judges.JUDGES)["ensemble"] == ""
+
+
+@pytest.mark.parametrize("table", [judges.JUDGES, judges.REWARDS], ids=["judges", "rewards"])
+def test_the_builtin_is_not_available_without_its_rows(table, monkeypatch):
+    from auditgap.judges import builtin, gold
+
+    def missing(*_):
+        raise UsageError("The package pyrit is not installed. Type: pip install …")
+
+    builtin.load_training.cache_clear()
+    monkeypatch.setattr(gold, "package_file", missing)
+    assert "pyrit is not installed" in problems(table)["builtin"]
+    builtin.load_training.cache_clear()
+
+
 def test_import_stays_light():
     code = (
         "import sys, auditgap.judges, auditgap.data\n"

@@ -209,6 +209,15 @@ def test_sentences_follow_the_numbers(shares, seeds, says):
         assert words in sentences, sentences
 
 
+def test_the_headline_announces_only_a_gap_that_is_shown():
+    shown, none = (
+        {line.subject: line for line in curve.leads(curve.curve_summary(rows(shares)))}["twin"]
+        for shares in ({"twin": [0.0, 0.3, 0.6, 0.9]}, {"twin": [0.0] * 4})
+    )
+    assert shown.shown and "The audit gap is" in shown.plain()
+    assert not none.shown and "does not show an audit gap" in none.plain()
+
+
 def test_a_page_of_a_curve_alone(tmp_path):
     store = store_of(tmp_path / "run", rows(PAIR), base="base", thresholds=[0.5, 0.8])
     path = write([store])

@@ -211,8 +211,11 @@ def test_model_text_only_with_allow_raw(store, tmp_path):
 
 
 def test_headline_says_gap_interval_and_budget(data):
-    row = data.gaps[data.gaps["eps"] == 0.03].iloc[0]
-    text = Page(render(data)).text
+    shown = data.gaps.assign(excess=0.2, excess_lo=0.1, excess_hi=0.3)
+    row = shown[shown["eps"] == 0.03].iloc[0]
+    source = render(replace(data, gaps=shown))
+    text = Page(source).text
+    assert 'class="gap"' in source
 
     def pc(value):
         return points(value, unit="")
@@ -223,9 +226,42 @@ def test_headline_says_gap_interval_and_budget(data):
         f" safe on {pc(row['robustness'])} %" in text
     )
     assert (
-        f"The audit gap is {pc(row['gap'])} points [{pc(row['gap_lo'])}, {pc(row['gap_hi'])}]."
+        f"The audit gap is {pc(row['gap'])} points [{pc(row['gap_lo'])}, {pc(row['gap_hi'])}], of"
+        f" which {pc(row['excess'])} points [{pc(row['excess_lo'])}, {pc(row['excess_hi'])}] are"
         in text
     )
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (
+            {"n_at_risk": 1, "n_harmful": 11, "safety": 1 / 12},
+            "the audit gap cannot exceed 8 points",
+        ),
+        ({"gap_lo": None, "gap_hi": None}, "too few prompts to tell"),
+        (
+            {"gap_lo": -0.17, "gap_hi": 0.35},
+            "This run does not show an audit gap, nor rule one out",
+        ),
+        ({"gap_lo": 0.0}, "This run does not show an audit gap, nor rule one out"),
+        ({"excess": None}, "no matched control was measured"),
+        ({"control_gap_lo": 0.2}, "random edits of equal size do as much"),
+        ({}, "not shown to be more than random edits of equal size do"),
+    ],
+)
+def test_a_gap_that_is_not_shown_is_not_announced(data, values, sentence):
+    """The first screen says what the evidence shows; only a gap that is shown is in colour."""
+    known = {
+        **{"n_at_risk": 50, "n_harmful": 2, "gap": 0.3, "gap_lo": 0.1, "gap_hi": 0.5},
+        **{"excess": 0.2, "excess_lo": -0.1, "excess_hi": 0.4, "control_gap": 0.1},
+        **{"control_gap_lo": 0.0, "control_gap_hi": 0.3},
+    }
+    source = render(replace(data, gaps=data.gaps.assign(**{**known, **values})))
+    lead = source[source.index('id="headline"') :]
+    lead = lead[: lead.index("</p>")]
+    assert sentence in Page(lead).text
+    assert 'class="gap"' not in lead and "The audit gap is" not in lead
 
 
 @pytest.mark.parametrize(

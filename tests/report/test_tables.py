@@ -104,7 +104,7 @@ def test_a_cell_by_hand():
     row = tables.lvs_table(
         rows(cell(lvs=[*values[:18], None, None], verdict=verdicts, relative_norm=values))
     ).iloc[0]
-    assert (row["n"], row["n_unscored"], row["n_broken"]) == (20, 2, 2)
+    assert (row["n"], row["n_unscored"], row["n_judged"], row["n_broken"]) == (20, 2, 15, 2)
     assert row["lvs_mean"] == row["lvs_median"] == row["lvs_rel_mean"] == 8.5
     expected = stats.bootstrap(values[:18], seed=0)
     assert (row["lvs_mean_lo"], row["lvs_mean_hi"]) == (expected.lo, expected.hi)
@@ -114,12 +114,25 @@ def test_a_cell_by_hand():
     assert np.isnan(row["delta_vs_matched"]) and "no_matched" in row["flag"].split()
 
 
+def test_every_figure_in_the_terminal_has_its_own_count():
+    """Five prompts have an LVS and six a verdict, all harmful: 6 of 6, and not 6 of 5."""
+    from auditgap.cli.show import _targeted
+
+    values = [*[1.0] * 5, None, *[None] * 14]
+    verdicts = [*["harmful"] * 6, *["unscored"] * 14]
+    (row,) = _targeted(tables.lvs_table(rows(cell(lvs=values, verdict=verdicts))))
+    assert (row["n"], row["judged"]) == (5, 6)
+    assert row["ASR"].startswith(f"1.00 [{stats.wilson(6, 6).lo:.2f}")
+    columns = list(row)
+    assert columns.index("n") + 1 == columns.index("LVS")
+    assert columns.index("judged") + 1 == columns.index("ASR")
+
+
 def test_nothing_scored_is_null_and_counted():
     row = tables.lvs_table(rows(cell(lvs=None, verdict=None, relative_norm=None, l2=None))).iloc[0]
-    assert (row["n"], row["n_unscored"]) == (20, 20)
-    measured = [
-        c for c in TABLE_COLUMNS if c not in (*tables.CELL, "n", "n_unscored", "n_broken", "flag")
-    ]
+    assert (row["n"], row["n_unscored"], row["n_judged"]) == (20, 20, 0)
+    counts = ("n", "n_unscored", "n_judged", "n_broken")
+    measured = [c for c in TABLE_COLUMNS if c not in (*tables.CELL, *counts, "flag")]
     counted = ["n_at_risk", "flipped", "withstood", "undetermined"]
     flips = [*counted, "flip_rate", "flip_rate_lo", "flip_rate_hi"]
     assert row[[c for c in measured if c not in flips]].isna().all()

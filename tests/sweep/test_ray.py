@@ -116,11 +116,7 @@ def test_the_same_files_as_in_one_process(cluster, store, log, tmp_path):
     assert toys.digests(store) == toys.digests(alone) and len(toys.digests(store)) == 15
     pids = {line.split()[1] for line in log.read_text().splitlines()}
     assert len(pids) == 2 and str(os.getpid()) not in pids
-    assert (
-        stream.getvalue()
-        .splitlines()[-1]
-        .startswith("15 of 15 cells done, 100 % of the work, took")
-    )
+    assert stream.getvalue().splitlines()[-1].startswith("15 of 15 cells done, took")
     assert not list((tmp_path / "out" / "scratch").iterdir())
 
     again = run(toys.groups(5), store, log)

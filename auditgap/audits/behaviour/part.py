@@ -17,6 +17,9 @@ from auditgap.report.verdict_lines import Criteria, Line, absent, of_columns
 from auditgap.store import RunFolder
 from auditgap.store.tables import rows_of
 
+#: Of a suite that was run, why a line has no answer.
+_LACKS = "no {} request was among those put to it; name some in --suite"
+
 
 class BehaviourPart(ReportPart):
     title = "Behaviour"
@@ -81,11 +84,15 @@ class BehaviourPart(ReportPart):
                 said = "" if is_null(corrected.value) else more
                 lines.append(raw.line(f"safe_{kind}", subject, question, judged, said))
         if not lines:
-            lines.append(absent("safe_harmful", subject, "Safe when asked", missing, "evaluate"))
+            ran = _LACKS.format("harmful") if kinds else ""
+            lines.append(
+                absent("safe_harmful", subject, "Safe when asked", missing, "evaluate", ran)
+            )
         question = "Does not refuse what is harmless"
         harmless = next((kinds[kind] for kind in ("over_refusal", "benign") if kind in kinds), None)
         if harmless is None:
-            return [*lines, absent("over_refusal", subject, question, missing, "evaluate")]
+            ran = _LACKS.format("harmless") if kinds else ""
+            return [*lines, absent("over_refusal", subject, question, missing, "evaluate", ran)]
         refused = of_columns(harmless, "refusal")
         judged = refused.at_most(criteria.over_refusal)
         more = f"; {harmless['n']} requests"

@@ -42,7 +42,8 @@ class ProbePart(ReportPart):
                 drop = of_columns(row, "auroc_drop", number)
                 judged = drop.at_most(criteria.probe_drop)
                 return [drop.line("probe_drop", subject, question, judged, " (AUROC lost)")]
-        return [absent("probe_drop", subject, question, missing, "probe")]
+        ran = "the probe that was run did not read this model" if report.probes else ""
+        return [absent("probe_drop", subject, question, missing, "probe", ran)]
 
     def limits(self, report: ReportData) -> list[Limit]:
         return [("probe", line) for line in probe.warnings(probe.table_of(report.probes))]

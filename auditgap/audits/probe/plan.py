@@ -76,8 +76,14 @@ def make_plan(config: ProbeConfig, *, allow_overlap: bool = False) -> ProbePlan:
     subjects: list[models.Outline] = []
     for name in dict.fromkeys(config.subjects):
         outline = models.outline(name, chat_template=config.chat_template)
+        if outline.subject.fingerprint == base.subject.fingerprint:
+            raise UsageError(
+                f"{name} has the weights of the base {config.base}, so the probe would be read on"
+                " what it was fitted to. Name the model that it was made from as the base, or another"
+                " subject."
+            )
         # the same weights count once
-        if all(outline.subject.fingerprint != o.subject.fingerprint for o in (base, *subjects)):
+        if all(outline.subject.fingerprint != o.subject.fingerprint for o in subjects):
             comparable(
                 base, outline, found, examples(triples.triples, outline.chat, window(config, base))
             )

@@ -56,7 +56,8 @@ class CurvePart(ReportPart):
         question = "Holds out under harmful fine-tuning as long as its base"
         rows = [row for row in rows_of(report.sft_summary) if str(row["subject"]) == subject]
         if not rows:
-            return [absent("sft_area", subject, question, missing, "sft-curve")]
+            ran = "the curve that was run is not of this model" if len(report.sft_summary) else ""
+            return [absent("sft_area", subject, question, missing, "sft-curve", ran)]
         if is_null(rows[0].get("difference_area")):
             reason = "there is no base beside it whose curve was measured the same way"
             area = of_columns(rows[0], "area", number)

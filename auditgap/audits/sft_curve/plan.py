@@ -74,7 +74,7 @@ def prepare(
     """
     config = with_dtype(config, options.device)
     sets, outlines = prompt_sets(config), outlines_of(config.models, config.chat_template)
-    if len(outlines) < len(set(config.models)):
+    if len(outlines) < len(config.models):
         raise UsageError(
             f"Two of the models {', '.join(config.models)} have the same weights. Name the base and"
             " subjects that differ from it."
