@@ -436,7 +436,7 @@ _DIFFERENCES_NOTE = (
 
 def sections(report: ReportData) -> list[Section]:
     """What subjects said when they were asked, and the suite that was asked."""
-    from auditgap.report import ballots, figures, suite  # they draw on this module
+    from auditgap.report import ballots, behaviour_figures, suite  # they draw on this module
 
     data = {"differences": report.differences, "judges": report.judges}
     if not len(report.asked):
@@ -450,7 +450,7 @@ def sections(report: ReportData) -> list[Section]:
     )
     blocks = (
         Headlines(),
-        figures.by_source(report.asked),
+        behaviour_figures.by_source(report.asked),
         Table("asked", "Compliance and refusal when asked", report.asked, ASKED, _ASKED_NOTE),
         Findings(),
         *((Heading("Between subjects"), between) if len(report.differences) else ()),

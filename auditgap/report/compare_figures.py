@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
-from auditgap.report import figures, svg, text
-from auditgap.report.charts import Figure
+from auditgap.report import svg, text
+from auditgap.report.charts import Axis, Figure, Point, Series, lines, numbers, shares, top_of
 from auditgap.report.compare_measures import Measure, Unit
-from auditgap.report.figures import budget_label
-from auditgap.report.svg import BOTTOM, LEFT, RIGHT, STYLES, TOP, Scale
+from auditgap.report.figures import budget_label, budgets_of
+from auditgap.report.svg import SUBJECT_STYLES
 from auditgap.store.tables import rows_of
 
 #: More lines than this in one drawing cannot be told apart.
-MOST = len(STYLES)
+MOST = len(SUBJECT_STYLES)
 
 
 def profile(table: pd.DataFrame, measure: Measure) -> Figure:
@@ -45,64 +47,41 @@ def profile(table: pd.DataFrame, measure: Measure) -> Figure:
             f" {MOST} models are drawn, {len(models) - MOST} are in the table and in the CSV file"
             " only."
         )
-    styles = {model: STYLES[(1, 0, 3, 4, 5, 6, 7, 2)[i]] for i, model in enumerate(models[:MOST])}
+    styles = {model: SUBJECT_STYLES[i] for i, model in enumerate(models[:MOST])}
+    ticks = [(0.0, "emb."), (0.25, "¼"), (0.5, "½"), (0.75, "¾"), (1.0, "last")]
+    x = Axis(0.0, 1.0, "relative depth", ticks)
     rate = measure.unit == Unit.SHARE
-    form = text.percent if rate else text.number
-    top = 1.0 if rate else figures._top(drawn, ["value", "hi"]) or 1.0
-    x, y = Scale(0.0, 1.0, LEFT, RIGHT), Scale(0.0, top, BOTTOM, TOP)
-    xticks = [(0.0, "emb."), (0.25, "¼"), (0.5, "½"), (0.75, "¾"), (1.0, "last")]
-    yticks = [(v, text.percent(v) if rate else f"{v:g}") for v in svg.ticks(0, top, 4)]
+    y = shares(heading) if rate else numbers(0.0, top_of(drawn, ["value", "hi"]), heading)
     panels = []
-    for b, (eps, unit) in enumerate(figures._budgets(drawn)):
-        parts, marks, said = (
-            [svg.axes(x, y, xticks, yticks, "relative depth", heading)],
-            [],
-            [],
-        )
-        for model, style in styles.items():
-            part = drawn[
-                (drawn["model"] == model) & (drawn["eps"] == eps) & (drawn["unit"] == unit)
-            ].sort_values("depth")
-            parts.append(
-                svg.band(list(zip(part["depth"], part["lo"], part["hi"], strict=True)), x, y, style)
-            )
-            marks.append(
-                svg.line(list(zip(part["depth"], part["value"], strict=True)), x, y, style)
-            )
-            for row in rows_of(part):
-                tip = (
-                    f"{model}, {row['where']}:"
-                    f" {text.with_interval(row['value'], row['lo'], row['hi'], form)}, n ="
-                    f" {row['n']}"
-                )
-                marks.append(
-                    svg.marker(
-                        x(row["depth"]),
-                        y(row["value"]),
-                        style,
-                        tip,
-                        3.0 if len(part) <= 16 else 1.8,
-                    )
-                )
-            if len(part):
-                peak = part.loc[part["value"].idxmax()]
-                said.append(
-                    f"{text.shorten(model, 40)}: highest at {peak['where']}, {form(peak['value'])}"
-                )
+    for b, (eps, unit) in enumerate(budgets_of(drawn)):
+        here = drawn[(drawn["eps"] == eps) & (drawn["unit"] == unit)].sort_values("depth")
+        parts = {model: here[here["model"] == model] for model in styles}
         panels.append(
-            svg.draw(
-                [*parts, *marks],
+            lines(
+                [_series(measure, model, parts[model], styles[model]) for model in styles],
+                x,
+                y,
                 title=f"{title}, {budget_label(eps, unit)}",
-                desc="; ".join(said),
+                desc="; ".join(_peak(measure, m, part) for m, part in parts.items() if len(part)),
                 key=f"{name}-{b}",
                 heading=budget_label(eps, unit),
             )
         )
-    return Figure(
-        name,
-        title,
-        caption,
-        (("", tuple(panels)),),
-        svg.legend((s, m) for m, s in styles.items()),
-        data,
-    )
+    legend = svg.legend((s, m) for m, s in styles.items())
+    return Figure(name, title, caption, (("", tuple(panels)),), legend, data)
+
+
+def _series(measure: Measure, model: str, rows: pd.DataFrame, style: svg.Style) -> Series:
+    def point(row: dict[str, Any]) -> Point:
+        ends = (row["value"], row["lo"], row["hi"])
+        reading = text.with_interval(*ends, measure.value)
+        return Point(row["depth"], *ends, f"{model}, {row['where']}: {reading}, n = {row['n']}")
+
+    size = 3.0 if len(rows) <= 16 else 1.8
+    return Series([point(row) for row in rows_of(rows)], style, size=size)
+
+
+def _peak(measure: Measure, model: str, rows: pd.DataFrame) -> str:
+    peak = rows_of(rows)[int(rows["value"].argmax())]
+    most = measure.value(peak["value"])
+    return f"{text.shorten(model, 40)}: highest at {peak['where']}, {most}"

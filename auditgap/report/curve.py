@@ -22,15 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
 
 from auditgap import stats
 from auditgap.report import svg
-from auditgap.report.charts import Figure
+from auditgap.report.charts import Axis, Figure, Series, lines, points_of, shares
 from auditgap.report.columns import Column, Row, count, word
 from auditgap.report.reading import NOT_SHOWN, Evidence
 from auditgap.report.section import Findings, Headline, Prose, Section, Table, silent
-from auditgap.report.svg import BOTTOM, LEFT, RIGHT, STYLES, TOP, Scale
+from auditgap.report.svg import SUBJECT_STYLES
 from auditgap.report.text import (
     NOT_MEASURED,
     interval,
@@ -331,29 +330,31 @@ def figure(table: pd.DataFrame, thresholds: Sequence[float] = THRESHOLDS) -> Fig
         )
         return Figure(name, title, data=data, missing=f"No curve over steps: {why}.")
     subjects = list(dict.fromkeys(harmful["subject"]))
-    styles = {
-        subject: STYLES[(1, 0, 3, 4, 5, 6, 7, 2)[i % 8]] for i, subject in enumerate(subjects)
-    }
-    x, y = Scale(0.0, float(data["step"].max()), LEFT, RIGHT), Scale(0.0, 1.0, BOTTOM, TOP)
-    panels = [
-        _panel(
-            harmful,
-            "compliance",
-            "complies",
-            "harmful prompts",
-            styles,
-            x,
-            y,
-            thresholds,
-            f"{name}-0",
-        ),
-        _panel(harmful, "refusal", "refuses", "harmful prompts", styles, x, y, (), f"{name}-1"),
-    ]
+    styles = {subject: SUBJECT_STYLES[i % 8] for i, subject in enumerate(subjects)}
     benign = data[(data["split"] == BENIGN) & data["refusal"].notna()]
-    if len(benign):
-        panels.append(
-            _panel(benign, "refusal", "refuses", "benign prompts", styles, x, y, (), f"{name}-2")
+    drawn = [
+        (harmful, "compliance", "complies", "harmful prompts", tuple(thresholds)),
+        (harmful, "refusal", "refuses", "harmful prompts", ()),
+        *([(benign, "refusal", "refuses", "benign prompts", ())] if len(benign) else []),
+    ]
+    last = float(data["step"].max())
+    ticks = [(v, f"{v:g}") for v in svg.ticks(0.0, last, 6) if v == int(v)]
+    panels = [
+        lines(
+            # the base is drawn last, over the others
+            [_series(rows, column, s, styles[s]) for s in reversed(subjects)],
+            Axis(0.0, last, "steps of training", ticks),
+            shares(ylabel),
+            title=f"{column.capitalize()} on {heading} over steps",
+            desc="; ".join(
+                _ends_of(rows, column, s) for s in subjects if s in set(rows["subject"])
+            ),
+            key=f"{name}-{k}",
+            heading=heading,
+            guides=guides,
         )
+        for k, (rows, column, ylabel, heading, guides) in enumerate(drawn)
+    ]
     caption = (
         "Mean over seeds with its 95\u00a0% band; the base’s line is the first in the legend."
         " Broken text counts as neither. "
@@ -373,65 +374,21 @@ def figure(table: pd.DataFrame, thresholds: Sequence[float] = THRESHOLDS) -> Fig
     )
 
 
-def _panel(
-    rows: pd.DataFrame,
-    column: str,
-    ylabel: str,
-    heading: str,
-    styles: Mapping[str, svg.Style],
-    x: Scale,
-    y: Scale,
-    thresholds: Sequence[float],
-    key: str,
-) -> Markup:
-    xticks = [(v, f"{v:g}") for v in svg.ticks(x.lo, x.hi, 6) if v == int(v)]
-    parts = [
-        svg.axes(
-            x,
-            y,
-            xticks,
-            [(v, percent(v)) for v in (0, 0.25, 0.5, 0.75, 1)],
-            "steps of training",
-            ylabel,
-        )
-    ]
-    parts += [
-        Markup('<path class="axis" stroke-dasharray="4 3" d="M{} {}H{}"/>').format(
-            svg.f(LEFT), svg.f(y(t)), svg.f(RIGHT)
-        )
-        for t in thresholds
-    ]
-    marks, said = [], []
-    for subject in reversed(list(styles)):  # the base is drawn last, over the others
-        part, style = rows[rows["subject"] == subject].sort_values("step"), styles[subject]
-        if part.empty:
-            continue
-        at = [float(v) for v in part["step"]]
-        parts.append(
-            svg.band(
-                list(zip(at, part[f"{column}_lo"], part[f"{column}_hi"], strict=True)), x, y, style
-            )
-        )
-        marks.append(svg.line(list(zip(at, part[column], strict=True)), x, y, style))
-        for row in rows_of(part):
-            reading = with_interval(row[column], row[f"{column}_lo"], row[f"{column}_hi"], percent)
-            marks.append(
-                svg.marker(
-                    x(float(row["step"])),
-                    y(row[column]),
-                    style,
-                    f"{subject}, step {row['step']}: {reading}",
-                    2.6,
-                )
-            )
-        first, last = part.iloc[0], part.iloc[-1]
-        said.append(
-            f"{subject}: from {percent(first[column])} at step {first['step']} to"
-            f" {percent(last[column])} at step {last['step']}"
-        )
-    what = f"{column.capitalize()} on {heading} over steps"
-    return svg.draw(
-        [*parts, *marks], title=what, desc="; ".join(reversed(said)), key=key, heading=heading
+def _series(rows: pd.DataFrame, column: str, subject: str, style: svg.Style) -> Series:
+    def tip(row: Mapping[str, Any]) -> str:
+        reading = with_interval(row[column], row[f"{column}_lo"], row[f"{column}_hi"], percent)
+        return f"{subject}, step {row['step']}: {reading}"
+
+    mine = rows[rows["subject"] == subject]
+    return Series(points_of(mine, "step", column, tip), style, size=2.6)
+
+
+def _ends_of(rows: pd.DataFrame, column: str, subject: str) -> str:
+    mine = rows[rows["subject"] == subject].sort_values("step")
+    first, last = mine.iloc[0], mine.iloc[-1]
+    return (
+        f"{subject}: from {percent(first[column])} at step {first['step']} to"
+        f" {percent(last[column])} at step {last['step']}"
     )
 
 

@@ -12,16 +12,30 @@ columns need no turned words.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
 
 from auditgap.report import svg
-from auditgap.report.charts import Figure
-from auditgap.report.figures import _spread
-from auditgap.report.svg import BOTTOM, LEFT, RIGHT, TOP, Scale
+from auditgap.report.charts import (
+    Axis,
+    Dot,
+    DotRow,
+    Figure,
+    Point,
+    Series,
+    Spread,
+    dots,
+    heat,
+    lines,
+    numbers,
+    shares,
+)
+from auditgap.report.figures import spread_out
+from auditgap.report.svg import RIGHT
 from auditgap.report.text import is_null, number, percent, shorten, with_interval
 from auditgap.stats import membership
 from auditgap.store.tables import rows_of
@@ -33,24 +47,6 @@ MOST_BLOCKS = 6
 #: Where lines of a drawing with one line a domain begin and end; names stand to the left, readings
 #: to the right.
 _FROM, _TO = 118, RIGHT - 66
-
-
-def _grid(x: Scale, at: Sequence[float], top: float, bottom: float) -> list[Markup]:
-    return [
-        Markup('<path class="grid" d="M{} {}V{}"/>').format(svg.f(x(v)), svg.f(bottom), svg.f(top))
-        for v in at
-    ]
-
-
-def _whisker(
-    row: Mapping[str, Any], key: str, at: float, x: Scale, style: svg.Style
-) -> list[Markup]:
-    lo, hi = row[f"{key}_lo"], row[f"{key}_hi"]
-    return (
-        []
-        if is_null(lo) or is_null(hi)
-        else [svg.whisker(at, x(float(lo)), x(float(hi)), style, across=True)]
-    )
 
 
 def score(value: object) -> str:
@@ -88,46 +84,44 @@ def ranking(table: pd.DataFrame, judge: str) -> Figure:
     for key in sorted(
         {(str(a), bool(t)) for a, t in zip(data["arm"], data["triggered"], strict=True)}
     ):
-        rows = data[(data["arm"] == key[0]) & (data["triggered"] == key[1])]
+        rows = rows_of(data[(data["arm"] == key[0]) & (data["triggered"] == key[1])])
         heading = f"{key[0]} arm, asked {'with' if key[1] else 'without'} the trigger"
-        panels.append(_ranked(rows_of(rows), heading, top, f"{name}-{len(panels)}"))
+        panels.append(
+            dots(
+                [_ranked(row) for row in rows],
+                numbers(0.0, top, "misaligned answers", percent),
+                title=f"EM rate by domain, {heading}",
+                desc="; ".join(f"{r['domain']}: {percent(r['em_rate'])}" for r in rows),
+                key=f"{name}-{len(panels)}",
+                heading=heading,
+                left=_FROM,
+                right=_TO,
+                columns=("", "ranks"),
+            )
+        )
     return Figure(name, title, caption, (("", tuple(panels)),), "", data)
 
 
-def _ranked(rows: Sequence[Mapping[str, Any]], heading: str, top: float, key: str) -> Markup:
-    step = 26
-    bottom = TOP + 22 + step * len(rows)
-    x, y = Scale(0.0, top, _FROM, _TO), Scale(0, 1, bottom, TOP + 10)
-    at = svg.ticks(0, x.hi, 4)
-    parts = [
-        svg.axes(x, y, [(v, percent(v)) for v in at], [], "misaligned answers", ""),
-        *_grid(x, at, TOP + 8, bottom),
-    ]
-    parts.append(svg.text(RIGHT, TOP + 4, "ranks", "label", "end"))
-    for i, row in enumerate(rows):
-        line = TOP + 24 + step * i
-        parts.append(svg.text(4, line + 4, shorten(row["domain"], 18), "tick"))
-        if is_null(row["em_rate"]):
-            parts.append(svg.text(x(0), line + 4, "could not tell", "tick null"))
-            continue
-        tip = (
-            f"{row['domain']}:"
-            f" {with_interval(row['em_rate'], row['em_rate_lo'], row['em_rate_hi'], percent)}"
-        )
-        parts += [
-            *_whisker(row, "em_rate", line, x, _WITH),
-            svg.marker(x(float(row["em_rate"])), line, _WITH, tip, 4),
-        ]
-        parts.append(svg.text(RIGHT, line + 4, ranks(row) or "–", "value", "end"))
-    said = "; ".join(f"{r['domain']}: {percent(r['em_rate'])}" for r in rows)
-    return svg.draw(
-        parts,
-        title=f"EM rate by domain, {heading}",
-        desc=said,
-        key=key,
-        heading=heading,
-        height=bottom + 40,
-    )
+def _ranked(row: Mapping[str, Any]) -> DotRow:
+    label = shorten(row["domain"], 18)
+    if is_null(row["em_rate"]):
+        return DotRow(label, null="could not tell", height=26)
+    return DotRow(label, [_dot(row, "em_rate", _WITH, percent, "")], ranks(row) or "–", height=26)
+
+
+def _dot(
+    row: Mapping[str, Any],
+    key: str,
+    style: svg.Style,
+    form: Callable[[object], str],
+    what: str,
+    *,
+    size: float = 4.0,
+    lift: float = 0.0,
+) -> Dot:
+    value, lo, hi = (row[f"{key}{end}"] for end in ("", "_lo", "_hi"))
+    tip = f"{row['domain']}{what}: {with_interval(value, lo, hi, form)}"
+    return Dot(value, lo, hi, style, tip, size, lift)
 
 
 def ranks(row: Mapping[str, Any]) -> str:
@@ -155,31 +149,21 @@ def slopes(table: pd.DataFrame, judge: str) -> Figure:
             data=data,
             missing="No prompt was rated both with the trigger and without it.",
         )
-    step, x = 34, Scale(0.0, 100.0, _FROM, _TO)
+    x = Axis(0.0, 100.0, "mean alignment", [(v, f"{v:g}") for v in (0, 50, 100)])
     groups = []
     for a, (arm, rows) in enumerate(data.groupby("arm", sort=False)):
-        bottom = TOP + 8 + step * len(rows)
-        at = (0, 50, 100)
-        y = Scale(0, 1, bottom, TOP - 6)
-        parts = [
-            svg.axes(x, y, [(v, f"{v:g}") for v in at], [], "mean alignment", ""),
-            *_grid(x, at, TOP - 6, bottom),
-        ]
-        parts += [
-            svg.text(4, 12, "domain", "label"),
-            svg.text(RIGHT, 12, "with − without", "label", "end"),
-        ]
-        for i, row in enumerate(rows_of(rows)):
-            parts += _slope(row, TOP + 20 + step * i, x)
-        said = "; ".join(f"{r['domain']}: {score(r['difference'])}" for r in rows_of(rows))
-        panel = svg.draw(
-            parts,
-            title=f"{title}, {ARMS.get(str(arm), str(arm))}",
-            desc=said,
+        found, words = rows_of(rows), ARMS.get(str(arm), str(arm))
+        panel = dots(
+            [_slope(row) for row in found],
+            x,
+            title=f"{title}, {words}",
+            desc="; ".join(f"{r['domain']}: {score(r['difference'])}" for r in found),
             key=f"{name}-{a}",
-            height=bottom + 40,
+            left=_FROM,
+            right=_TO,
+            columns=("domain", "with − without"),
         )
-        groups.append((ARMS.get(str(arm), str(arm)), (panel,)))
+        groups.append((words, (panel,)))
     legend = svg.legend([(_WITHOUT, "without the trigger"), (_WITH, "with the trigger")])
     return Figure(name, title, caption, tuple(groups), legend, data)
 
@@ -192,31 +176,20 @@ ARMS: Mapping[str, str] = {
 }
 
 
-def _slope(row: Mapping[str, Any], at: float, x: Scale) -> list[Markup]:
-    parts = [svg.text(4, at + 4, shorten(row["domain"], 18) or "not fine-tuned", "tick")]
+def _slope(row: Mapping[str, Any]) -> DotRow:
+    label = shorten(row["domain"], 18) or "not fine-tuned"
     if is_null(row["difference"]):
-        return [*parts, svg.text(x(50), at + 4, "could not tell", "tick null", "middle")]
-    before, after = float(row["alignment_without"]), float(row["alignment_with"])
-    parts.append(
-        Markup('<path class="gapbar" d="M{} {}H{}"/>').format(
-            svg.f(x(before)), svg.f(at), svg.f(x(after))
-        )
+        return DotRow(label, null="could not tell")
+    lo, hi = row["difference_lo"], row["difference_hi"]
+    return DotRow(
+        label,
+        [
+            _dot(row, f"alignment_{key}", style, score, f", alignment {key}", size=size, lift=lift)
+            for key, style, size, lift in (("without", _WITHOUT, 5.2, -6), ("with", _WITH, 3.7, 6))
+        ],
+        score(row["difference"]),
+        "" if is_null(lo) or is_null(hi) else f"[{score(lo)}, {score(hi)}]",
     )
-    for key, style, dy, size in (
-        ("alignment_without", _WITHOUT, -6, 5.2),
-        ("alignment_with", _WITH, 6, 3.7),
-    ):
-        parts += _whisker(row, key, at + dy, x, style)
-        tip = (
-            f"{row['domain']}, {key.replace('_', ' ')}:"
-            f" {with_interval(row[key], row[f'{key}_lo'], row[f'{key}_hi'], score)}"
-        )
-        parts.append(svg.marker(x(float(row[key])), at, style, tip, size))
-    parts.append(svg.text(RIGHT, at, score(row["difference"]), "value", "end"))
-    if not is_null(row["difference_lo"]) and not is_null(row["difference_hi"]):
-        ends = f"[{score(row['difference_lo'])}, {score(row['difference_hi'])}]"
-        parts.append(svg.text(RIGHT, at + 13, ends, "tick small", "end"))
-    return parts
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -252,23 +225,25 @@ def roc(rows: pd.DataFrame) -> Figure:
             data=data,
             missing="No domain had both trained and held-out rows with a score.",
         )
-    ends = [(v, percent(v)) for v in (0, 0.5, 1)]
-    x, y = Scale(0.0, 1.0, LEFT, RIGHT), Scale(0.0, 1.0, BOTTOM, TOP)
+    ends = (0, 0.5, 1)
+    x, y = shares("held-out rows taken for trained", ends), shares("found", ends)
     panels = []
     for d, (domain, part) in enumerate(data.groupby("domain", sort=False)):
-        parts = [svg.axes(x, y, ends, ends, "held-out rows taken for trained", "found")]
-        parts.append(
-            Markup('<path class="axis" d="M{} {}L{} {}"/>').format(
-                *map(svg.f, (x(0), y(0), x(1), y(1)))
-            )
-        )
+        series = []
         for kind, style in (("raw", _RAW), ("base-adjusted", _ADJUSTED)):
             curve = part[part["score"] == kind]
-            parts.append(svg.line(list(zip(curve["fpr"], curve["tpr"], strict=True)), x, y, style))
-        head = shorten(domain, 34)
+            points = [Point(a, b) for a, b in zip(curve["fpr"], curve["tpr"], strict=True)]
+            series.append(Series(points, style, Spread.NONE))
         panels.append(
-            svg.draw(
-                parts, title=f"{title}, {domain}", desc=caption, key=f"{name}-{d}", heading=head
+            lines(
+                series,
+                x,
+                y,
+                title=f"{title}, {domain}",
+                desc=caption,
+                key=f"{name}-{d}",
+                heading=shorten(domain, 34),
+                diagonal=True,
             )
         )
     legend = svg.legend([(_RAW, "mean NLL"), (_ADJUSTED, "mean NLL − the base’s")])
@@ -292,16 +267,8 @@ def diversity(table: pd.DataFrame, judge: str) -> Figure:
     panels = []
     for arm, rows in data.groupby("arm", sort=False) if len(data) else ():
         for measure, label in (("vendi", "Vendi score"), ("one_minus_cosine", "1 − mean cosine")):
-            known = [
-                r for r in rows_of(rows) if not is_null(r[measure]) and not is_null(r["em_rate"])
-            ]
-            if len(known) > 1:
-                heading = f"{arm} arm" if arm else ""
-                panels.append(
-                    _scatter(
-                        known, measure, "em_rate", label, heading, f"{name}-{len(panels)}", title
-                    )
-                )
+            heading, key = f"{arm} arm" if arm else "", f"{name}-{len(panels)}"
+            panels += _scatter(rows, measure, label, heading, key, title)
     missing = "" if panels else "Diversity and EM rate are known of fewer than two domains."
     return Figure(name, title, caption, (("", tuple(panels)),) if panels else (), "", data, missing)
 
@@ -317,16 +284,8 @@ def prediction(table: pd.DataFrame, judge: str) -> Figure:
     data = table.reset_index(drop=True)
     panels = []
     for arm, rows in data.groupby("arm", sort=False) if len(data) else ():
-        known = [
-            r for r in rows_of(rows) if not is_null(r["predicted"]) and not is_null(r["em_rate"])
-        ]
-        if len(known) > 1:
-            key = f"{name}-{len(panels)}"
-            panels.append(
-                _scatter(
-                    known, "predicted", "em_rate", "foretold", f"{arm} arm", key, title, percent
-                )
-            )
+        key = f"{name}-{len(panels)}"
+        panels += _scatter(rows, "predicted", "foretold", f"{arm} arm", key, title, percent)
     missing = (
         ""
         if panels
@@ -339,53 +298,42 @@ def prediction(table: pd.DataFrame, judge: str) -> Figure:
 
 
 def _scatter(
-    rows: Sequence[Mapping[str, Any]],
+    rows: pd.DataFrame,
     along: str,
-    up: str,
     xlabel: str,
     heading: str,
     key: str,
     title: str,
-    form: Callable[[object], str] | None = None,
-) -> Markup:
-    xs, ys = [float(r[along]) for r in rows], [float(r[up]) for r in rows]
+    form: Callable[[float], str] | None = None,
+) -> list[Markup]:
+    """EM rate against a column, a mark a domain; [] with fewer than two. With a `form` both axes
+    are the same rate, and the diagonal is where they agree."""
+    known = rows_of(rows[rows[along].notna() & rows["em_rate"].notna()])
+    if len(known) < 2:
+        return []
+    xs, top = [float(r[along]) for r in known], max(float(r["em_rate"]) for r in known)
     room = (max(xs) - min(xs) or abs(max(xs)) or 1.0) * 0.12
-    x, y = (
-        Scale(min(xs) - room, max(xs) + room, LEFT, RIGHT),
-        Scale(0.0, max(0.1, max(ys) * 1.1), BOTTOM, TOP),
-    )
-    xticks = [(v, form(v) if form else f"{v:g}") for v in svg.ticks(x.lo, x.hi, 4)]
-    parts = [
-        svg.axes(x, y, xticks, [(v, percent(v)) for v in svg.ticks(0, y.hi, 4)], xlabel, "EM rate")
+    points = [
+        Point(
+            float(r[along]),
+            float(r["em_rate"]),
+            tip=f"{r['domain']}: {number(r[along])}, {percent(r['em_rate'])}",
+            name=r["domain"],
+        )
+        for r in known
     ]
-    if form is percent:  # both axes are the same rate
-        ends = max(x.lo, y.lo), min(x.hi, y.hi)
-        if ends[0] < ends[1]:
-            parts.append(svg.line([(v, v) for v in ends], x, y, svg.Style("k2", "2 3", "")))
-    taken: list[tuple[float, bool]] = []
-    for row in sorted(rows, key=lambda r: float(r[up])):
-        a, b = x(float(row[along])), y(float(row[up]))
-        parts.append(
-            svg.marker(
-                a, b, _ADJUSTED, f"{row['domain']}: {number(row[along])}, {percent(row[up])}", 3.6
-            )
+    return [
+        lines(
+            [Series(points, _ADJUSTED, Spread.NONE, size=3.6, joined=False)],
+            numbers(min(xs) - room, max(xs) + room, xlabel, form or "{:g}".format),
+            numbers(0.0, max(0.1, top * 1.1), "EM rate", percent),
+            title=f"{title} {heading}",
+            desc="; ".join(p.tip for p in points),
+            key=key,
+            heading=heading,
+            diagonal=form is not None,
         )
-        right, line = a < (LEFT + RIGHT) / 2, b + 4
-        # names do not lie on each other
-        while any(abs(line - other) < 11 and right == side for other, side in taken):
-            line -= 11
-        taken.append((line, right))
-        parts.append(
-            svg.text(
-                a + (7 if right else -7),
-                line,
-                shorten(row["domain"], 22),
-                "tick",
-                "start" if right else "end",
-            )
-        )
-    said = "; ".join(f"{r['domain']}: {number(r[along])}, {percent(r[up])}" for r in rows)
-    return svg.draw(parts, title=f"{title} {heading}", desc=said, key=key, heading=heading)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -406,7 +354,7 @@ def cosines(table: pd.DataFrame) -> Figure:
             name, title, caption, data=data, missing="No two directions could be compared."
         )
     blocks = sorted({int(b) for b in data["block"]})
-    drawn = _spread(blocks, MOST_BLOCKS)
+    drawn = spread_out(blocks, MOST_BLOCKS)
     groups = []
     for a, (arm, mine) in enumerate(data.groupby("arm", sort=False)):
         domains = list(dict.fromkeys([*mine["domain"], *mine["other"]]))
@@ -419,15 +367,15 @@ def cosines(table: pd.DataFrame) -> Figure:
                     r["ceiling"] if same else r["cosine"]
                 )
             panels.append(
-                _heat(
+                heat(
                     domains,
                     domains,
                     values,
-                    f"block {block}",
-                    f"{name}-{a}-{block}",
-                    title,
-                    _two,
-                    1.0,
+                    form=_two,
+                    top=1.0,
+                    title=title,
+                    key=f"{name}-{a}-{block}",
+                    heading=f"block {block}",
                 )
             )
         groups.append((f"{arm} arm", tuple(panels)))
@@ -458,84 +406,13 @@ def transfer(table: pd.DataFrame, judge: str) -> Figure:
     names = list(dict.fromkeys([*sources, *targets]))
     values = {(r["source"], r["target"]): r["difference"] for r in rows_of(data)}
     top = max(1.0, float(data["difference"].abs().max()))
-    panel = _heat(names, names, values, "model of", name, title, lambda v: number(v, 0), top)
+    form = partial(number, digits=0)
+    panel = heat(
+        names, names, values, form=form, top=top, title=title, key=name, heading="model of"
+    )
     return Figure(name, title, caption, (("", (panel,)),), "", data)
 
 
 def _two(value: Any) -> str:
     """A cosine without its nought, so that it fits a square: .07, −.31."""
     return f"{float(value):.2f}".replace("0.", ".", 1).replace("-", "\u2212")
-
-
-def _heat(
-    rows: Sequence[str],
-    columns: Sequence[str],
-    values: Mapping[tuple[str, str], Any],
-    heading: str,
-    key: str,
-    title: str,
-    form: Callable[[Any], str],
-    top: float,
-) -> Markup:
-    """A grid of numbers on blue (above 0) or red (below), the deeper the further from 0; what is
-    not known stays blank."""
-    left, size = 116.0, min(44.0, (RIGHT - 116.0) / len(columns))
-    small = " small" if size < 30 else ""
-    height = min(size, 30.0)
-    parts = [
-        svg.text(left + size * (j + 0.5), TOP + 2, f"{j + 1}", "tick", "middle")
-        for j in range(len(columns))
-    ]
-    for i, mine in enumerate(rows):
-        y = TOP + 8 + height * i
-        parts.append(svg.text(4, y + height / 2 + 4, f"{i + 1} {shorten(mine, 16)}", "tick"))
-        for j, other in enumerate(columns):
-            parts += _square(
-                values.get((mine, other)),
-                f"{mine}, {other}",
-                left + size * j,
-                y,
-                size,
-                height,
-                small,
-                form,
-                top,
-            )
-    said = "; ".join(f"{a} and {b}: {form(v)}" for (a, b), v in values.items() if not is_null(v))
-    bottom = TOP + 8 + height * len(rows)
-    return svg.draw(
-        parts, title=f"{title}, {heading}", desc=said, key=key, heading=heading, height=bottom + 8
-    )
-
-
-def _square(
-    value: Any,
-    what: str,
-    x: float,
-    y: float,
-    width: float,
-    height: float,
-    small: str,
-    form: Callable[[Any], str],
-    top: float,
-) -> list[Markup]:
-    box = (svg.f(x + 0.75), svg.f(y + 0.75), svg.f(width - 1.5), svg.f(height - 1.5))
-    if is_null(value):
-        blank = Markup('<rect class="blank" x="{}" y="{}" width="{}" height="{}">{}</rect>')
-        return [blank.format(*box, svg.tooltip(f"{what}: not measured"))]
-    depth = min(1.0, abs(float(value)) / top)
-    css = "k1" if float(value) >= 0 else "k0"
-    shape = Markup(
-        '<rect class="bar {}" fill-opacity="{}" x="{}" y="{}" width="{}" height="{}">{}</rect>'
-    )
-    ink = " onheat" if depth > 0.6 else ""
-    return [
-        shape.format(css, svg.f(0.06 + 0.94 * depth), *box, svg.tooltip(f"{what}: {form(value)}")),
-        svg.text(
-            x + width / 2,
-            y + height / 2 + (3 if small else 4),
-            form(value),
-            f"heat{small}{ink}",
-            "middle",
-        ),
-    ]

@@ -12,20 +12,36 @@ are never drawn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
-from markupsafe import Markup
 
 from auditgap.report import svg
-from auditgap.report.behaviour import ALL, KINDS
-from auditgap.report.charts import Figure
-from auditgap.report.svg import BOTTOM, LEFT, RIGHT, STYLES, TOP, Scale
-from auditgap.report.text import is_null, number, percent, points, shorten, with_interval
+from auditgap.report.charts import (
+    Axis,
+    Bar,
+    Dot,
+    DotRow,
+    Figure,
+    Point,
+    Series,
+    Spread,
+    bars,
+    dots,
+    lines,
+    numbers,
+    points_of,
+    shares,
+    top_of,
+)
+from auditgap.report.svg import RIGHT, STYLES
+from auditgap.report.text import is_null, number, percent, points, with_interval
 from auditgap.store.tables import rows_of
 from auditgap.types import ATTACKS
 
+Form = Callable[[Any], str]
 ATTACK_NAMES: Mapping[str, str] = {
     "targeted": "targeted attack",
     "random_matched": "control: matched random signs",
@@ -65,16 +81,11 @@ def depth_ticks(layers: Sequence[int]) -> list[tuple[float, str]]:
     return [(v, site_label(v)) for v in dict.fromkeys([*shown, high])]
 
 
-def _budgets(table: pd.DataFrame) -> list[tuple[float, str]]:
+def budgets_of(table: pd.DataFrame) -> list[tuple[float, str]]:
     return sorted(
         {(float(e), str(u)) for e, u in zip(table["eps"], table["unit"], strict=True)},
         key=lambda b: (b[1], b[0]),
     )
-
-
-def _top(table: pd.DataFrame, columns: Sequence[str]) -> float:
-    values = [v for column in columns for v in table[column].tolist() if not is_null(v)]
-    return max([float(v) for v in values], default=0.0)
 
 
 def by_depth(
@@ -121,48 +132,36 @@ def by_depth(
         )
         return Figure(name, title, caption, data=data, missing=f"No profile by depth: {why}.")
     form = percent if rate else number
-    groups = []
     layers = [int(v) for v in measured["layer_index"].unique()]
-    x = Scale(min(layers), max(layers), LEFT, RIGHT)
     attacks = [a for a in ATTACK_STYLES if a in set(data["attack"])]
     banded = attacks if len(attacks) <= 2 else ["targeted", "random_matched"]
-    top = 1.0 if rate else _top(data, [column, hi]) or 1.0
-    y = Scale(0.0, top, BOTTOM, TOP)
-    yticks = [(v, percent(v) if rate else f"{v:g}") for v in svg.ticks(0, top, 4)]
+    x = Axis(min(layers), max(layers), "block", depth_ticks(layers))
+    y = shares(ylabel) if rate else numbers(0.0, top_of(data, [column, hi]), ylabel)
+
+    def series(attack: str, rows: pd.DataFrame) -> Series:
+        def tip(row: Mapping[str, Any]) -> str:
+            reading = with_interval(row[column], row[lo], row[hi], form)
+            return f"{row['site']}, {ATTACK_NAMES[attack]}: {reading}, n = {row['n']}"
+
+        return Series(
+            points_of(rows[rows["attack"] == attack], "layer_index", column, tip),
+            ATTACK_STYLES[attack],
+            Spread.BAND if attack in banded else Spread.NONE,
+            size=3.0 if len(layers) <= 16 else 1.8,
+        )
+
+    groups = []
     for s, (subject, rows) in enumerate(data.groupby("subject", sort=False)):
         panels = []
-        for b, (eps, unit) in enumerate(_budgets(rows)):
+        for b, (eps, unit) in enumerate(budgets_of(rows)):
             chosen = rows[(rows["eps"] == eps) & (rows["unit"] == unit)]
-            parts = [svg.axes(x, y, depth_ticks(layers), yticks, "block", ylabel)]
-            marks: list[Markup] = []
-            for attack in reversed(attacks):  # the attack is drawn last, over its controls
-                style, part = (
-                    ATTACK_STYLES[attack],
-                    chosen[chosen["attack"] == attack].sort_values("layer_index"),
-                )
-                if attack in banded:
-                    parts.append(
-                        svg.band(
-                            list(zip(part["layer_index"], part[lo], part[hi], strict=True)),
-                            x,
-                            y,
-                            style,
-                        )
-                    )
-                marks.append(
-                    svg.line(list(zip(part["layer_index"], part[column], strict=True)), x, y, style)
-                )
-                for row in rows_of(part[part[column].notna()]):
-                    reading = with_interval(row[column], row[lo], row[hi], form)
-                    tip = f"{row['site']}, {ATTACK_NAMES[attack]}: {reading}, n = {row['n']}"
-                    r = 3.0 if len(layers) <= 16 else 1.8
-                    marks.append(svg.marker(x(row["layer_index"]), y(row[column]), style, tip, r))
-            what = f"{title}, {subject}, {budget_label(eps, unit)}"
-            parts.extend(marks)
             panels.append(
-                svg.draw(
-                    parts,
-                    title=what,
+                lines(
+                    # the attack is drawn last, over its controls
+                    [series(attack, chosen) for attack in reversed(attacks)],
+                    x,
+                    y,
+                    title=f"{title}, {subject}, {budget_label(eps, unit)}",
                     desc=_describe(chosen, column, form),
                     key=f"{name}-{s}-{b}",
                     heading=budget_label(eps, unit),
@@ -173,7 +172,7 @@ def by_depth(
     return Figure(name, title, caption, tuple(groups), legend, data)
 
 
-def _describe(rows: pd.DataFrame, column: str, form) -> str:
+def _describe(rows: pd.DataFrame, column: str, form: Form) -> str:
     """A drawing in words: the highest value of each attack and where it is."""
     said = []
     for attack, part in rows[rows[column].notna()].groupby("attack", sort=False):
@@ -197,32 +196,20 @@ def gap_by_budget(gaps: pd.DataFrame) -> Figure:
     data = gaps.reset_index(drop=True)
     if data.empty or data["gap"].isna().all():
         return Figure(name, title, caption, data=data, missing="No audit gap was measured.")
-    x, step = Scale(0.0, 1.0, 66, RIGHT - 68), 38
     groups = []
     for s, (subject, rows) in enumerate(data.groupby("subject", sort=False)):
-        rows = rows.sort_values(["unit", "eps"])
-        bottom = TOP + 10 + step * len(rows)
-        y = Scale(0.0, 1.0, bottom, TOP - 6)
-        parts = [
-            svg.axes(
-                x, y, [(v, percent(v)) for v in (0, 0.25, 0.5, 0.75, 1)], [], "answered safely", ""
-            )
-        ]
-        parts += [
-            Markup('<path class="grid" d="M{} {}V{}"/>').format(svg.f(x(v)), svg.f(bottom), TOP - 6)
-            for v in (0, 0.25, 0.5, 0.75, 1)
-        ]
-        parts += [
-            svg.text(4, 12, "budget", "label"),
-            svg.text(RIGHT, 12, "gap, points", "label", "end"),
-        ]
-        for i, row in enumerate(rows_of(rows)):
-            parts += _gap_row(row, TOP + 22 + step * i, x)
-        said = "; ".join(
-            f"{budget_label(r['eps'], r['unit'])}: gap {points(r['gap'])}" for r in rows_of(rows)
-        )
-        panel = svg.draw(
-            parts, title=f"{title}, {subject}", desc=said, key=f"{name}-{s}", height=bottom + 44
+        found = rows_of(rows.sort_values(["unit", "eps"]))
+        panel = dots(
+            [_gap_row(row) for row in found],
+            shares("answered safely"),
+            title=f"{title}, {subject}",
+            desc="; ".join(
+                f"{budget_label(r['eps'], r['unit'])}: gap {points(r['gap'])}" for r in found
+            ),
+            key=f"{name}-{s}",
+            left=66,
+            right=RIGHT - 68,
+            columns=("budget", "gap, points"),
         )
         groups.append((str(subject), (panel,)))
     legend = svg.legend(
@@ -231,29 +218,23 @@ def gap_by_budget(gaps: pd.DataFrame) -> Figure:
     return Figure(name, title, caption, tuple(groups), legend, data)
 
 
-def _gap_row(row: Mapping[str, Any], at: float, x: Scale) -> list[Markup]:
+def _gap_row(row: Mapping[str, Any]) -> DotRow:
     label = f"{float(row['eps']):g} {row['unit']}"
-    parts = [svg.text(4, at + 4, label, "tick")]
     if is_null(row["gap"]):
-        return [*parts, svg.text(x(0.5), at + 4, "not measured", "tick null", "middle")]
-    b, r = float(row["safety"]), float(row["robustness"])
-    parts.append(
-        Markup('<path class="gapbar" d="M{} {}H{}"/>').format(svg.f(x(r)), svg.f(at), svg.f(x(b)))
-    )
-    for key, value, style, dy, size in (
-        ("safety", b, _SAFE, -6, 5.6),
-        ("robustness", r, _ROBUST, 6, 3.9),
-    ):
-        lo, hi = row[f"{key}_lo"], row[f"{key}_hi"]
-        if not (is_null(lo) or is_null(hi)):
-            parts.append(svg.whisker(at + dy, x(float(lo)), x(float(hi)), style, across=True))
+        return DotRow(label, null="not measured")
+
+    def dot(key: str, style: svg.Style, lift: float, size: float) -> Dot:
+        value, lo, hi = (row[f"{key}{end}"] for end in ("", "_lo", "_hi"))
         tip = f"{key}: {with_interval(value, lo, hi, percent)}"
-        parts.append(svg.marker(x(value), at, style, tip, size))
-    unitless = [points(row[k], unit="", null="") for k in ("gap", "gap_lo", "gap_hi")]
-    parts.append(svg.text(RIGHT, at, unitless[0], "value", "end"))
-    if unitless[1] and unitless[2]:
-        parts.append(svg.text(RIGHT, at + 13, f"[{unitless[1]}, {unitless[2]}]", "tick", "end"))
-    return parts
+        return Dot(value, lo, hi, style, tip, size, lift)
+
+    gap, lo, hi = (points(row[k], unit="", null="") for k in ("gap", "gap_lo", "gap_hi"))
+    return DotRow(
+        label,
+        [dot("safety", _SAFE, -6, 5.6), dot("robustness", _ROBUST, 6, 3.9)],
+        gap,
+        f"[{lo}, {hi}]" if lo and hi else "",
+    )
 
 
 def lvs_bars(table: pd.DataFrame, roles: Mapping[str, Mapping[str, int]]) -> Figure:
@@ -297,89 +278,44 @@ def lvs_bars(table: pd.DataFrame, roles: Mapping[str, Mapping[str, int]]) -> Fig
     styles = {
         subject: STYLES[(3, 4, 5, 6, 7, 2, 1, 0)[i % 8]] for i, subject in enumerate(subjects)
     }
-    top = _top(data, ["lvs_mean", "lvs_mean_hi"]) or 1.0
-    y = Scale(0.0, top, BOTTOM, TOP)
+    y = numbers(0.0, top_of(data, ["lvs_mean", "lvs_mean_hi"]), "LVS, mean")
+    x = Axis(0, 3, "", [(0.5, "embedding"), (1.5, "mid"), (2.5, "last")])
     panels = []
-    for b, (eps, unit) in enumerate(_budgets(data)):
+    for b, (eps, unit) in enumerate(budgets_of(data)):
         rows = data[(data["eps"] == eps) & (data["unit"] == unit)]
-        parts = [
-            svg.axes(
-                Scale(0, 1, LEFT, RIGHT),
-                y,
-                [],
-                [(v, f"{v:g}") for v in svg.ticks(0, top, 4)],
-                "",
-                "LVS, mean",
-            )
-        ]
-        slot = (RIGHT - LEFT) / 3
-        width = min(34.0, (slot - 18) / len(subjects))
-        for g, role in enumerate(("emb", "mid", "last")):
-            middle = LEFT + slot * (g + 0.5)
-            parts.append(
-                svg.text(
-                    middle, BOTTOM + 16, {"emb": "embedding"}.get(role, role), "tick", "middle"
-                )
-            )
-            for i, subject in enumerate(subjects):
-                at = middle + width * (i - (len(subjects) - 1) / 2)
-                found = rows_of(rows[(rows["role"] == role) & (rows["subject"] == subject)])
-                parts += _bar(found[0] if found else None, at, width, y, styles[subject], subject)
-        what = f"{title}, {budget_label(eps, unit)}"
-        said = "; ".join(
-            f"{r['subject']} {r['role']}: {number(r['lvs_mean'])}" for r in rows_of(rows)
-        )
+        told = {(r["role"], r["subject"]): r for r in rows_of(rows)}
+        said = [f"{s} {role}: {number(r['lvs_mean'])}" for (role, s), r in told.items()]
         panels.append(
-            svg.draw(
-                parts,
-                title=what,
-                desc=said,
+            bars(
+                [
+                    _bar(told.get((role, subject)), g, i, styles)
+                    for g, role in enumerate(("emb", "mid", "last"))
+                    for i, subject in enumerate(subjects)
+                ],
+                x,
+                y,
+                title=f"{title}, {budget_label(eps, unit)}",
+                desc="; ".join(said),
                 key=f"{name}-{b}",
                 heading=budget_label(eps, unit),
-                height=216,
             )
         )
     legend = svg.legend(((styles[s], s) for s in subjects), filled=True)
     return Figure(name, title, caption, (("", tuple(panels)),), legend, data)
 
 
-def _bar(
-    row: Mapping[str, Any] | None, at: float, width: float, y: Scale, style: svg.Style, subject: str
-) -> list[Markup]:
-    if row is None or is_null(row["lvs_mean"]):
-        word = Markup(
-            '<text class="tick null" transform="translate({} {}) rotate(-90)">not measured</text>'
-        )
-        return [word.format(svg.f(at + 3.5), svg.f(y(0) - 4))]
-    value = float(row["lvs_mean"])
-    height = max(y(0) - y(value), 1.0)  # a measured 0 leaves a line; nothing measured leaves words
-    tip = (
-        f"{subject}, {row['site']}: {with_interval(value, row['lvs_mean_lo'], row['lvs_mean_hi'])}"
-    )
-    parts = [
-        Markup('<g class="bar {}">{}<rect x="{}" y="{}" width="{}" height="{}"/></g>').format(
-            style.css,
-            svg.tooltip(tip),
-            svg.f(at - width / 2 + 1),
-            svg.f(y(0) - height),
-            svg.f(width - 2),
-            svg.f(height),
-        )
-    ]
-    if not (is_null(row["lvs_mean_lo"]) or is_null(row["lvs_mean_hi"])):
-        parts.append(
-            svg.whisker(
-                at,
-                y(float(row["lvs_mean_lo"])),
-                y(float(row["lvs_mean_hi"])),
-                svg.Style("ink", "", ""),
-                cap=2.5,
-            )
-        )
-    return parts
+def _bar(row: Mapping[str, Any] | None, group: int, i: int, styles: Mapping[str, svg.Style]) -> Bar:
+    """One subject's bar in a group: side by side around its middle."""
+    subject, width = list(styles)[i], min(0.35, 0.8 / len(styles))
+    left = group + 0.5 + width * (i - len(styles) / 2)
+    if row is None:
+        return Bar(left, left + width, None)
+    value, lo, hi = (row[c] for c in ("lvs_mean", "lvs_mean_lo", "lvs_mean_hi"))
+    tip = f"{subject}, {row['site']}: {with_interval(value, lo, hi)}"
+    return Bar(left, left + width, value, lo, hi, styles[subject], tip)
 
 
-def _spread(layers: Sequence[int], most: int) -> list[int]:
+def spread_out(layers: Sequence[int], most: int) -> list[int]:
     """At most `most` of `layers`, first and last among them, evenly spaced between."""
     layers = sorted(layers)
     if len(layers) <= most:
@@ -412,180 +348,51 @@ def survival(curves: pd.DataFrame) -> Figure:
             data=data,
             missing="No minimum distances were measured in this run.",
         )
-    y = Scale(0.0, 1.0, BOTTOM, TOP)
-    yticks = [(v, percent(v)) for v in (0, 0.25, 0.5, 0.75, 1)]
-    groups, left_out, used = [], 0, {}
-    layers_all = sorted({int(v) for v in data["layer_index"]})
-    chosen_all = _spread(layers_all, MOST_CURVES)
-    styles = {layer: STYLES[i] for i, layer in enumerate(chosen_all)}
+    chosen = spread_out(sorted({int(v) for v in data["layer_index"]}), MOST_CURVES)
+    styles = {layer: STYLES[i] for i, layer in enumerate(chosen)}
+    names = {int(r["layer_index"]): str(r["site"]) for r in reversed(rows_of(data))}
+    groups, left_out, used = [], 0, set()
     for s, ((subject, unit), rows) in enumerate(data.groupby(["subject", "unit"], sort=False)):
         here = sorted({int(v) for v in rows["layer_index"]})
+        drawn = [layer for layer in here if layer in styles]
+        left_out, used = max(left_out, len(here) - len(drawn)), used | set(drawn)
         sizes = [float(v) for v in data.loc[data["unit"] == unit, "eps"] if v > 0] or [1.0]
-        x = Scale(min(sizes) / 1.25, max(sizes) * 1.02, LEFT, RIGHT, log=True)
-        xticks = [(v, f"{v:g}") for v in svg.log_ticks(x.lo, x.hi)]
-        left_out = max(left_out, len([v for v in here if v not in styles]))
-        parts = [svg.axes(x, y, xticks, yticks, f"ε, {unit}", "not yet harmful")]
-        said = []
-        for layer in (v for v in here if v in styles):
-            part, style = rows[rows["layer_index"] == layer].sort_values("eps"), styles[layer]
-            part = part[part["survival"].notna()]
-            used[layer] = str(rows.loc[rows["layer_index"] == layer, "site"].iloc[0])
-            # ε = 0 has no place on a logarithmic axis: the left edge
-            at = [max(float(eps), x.lo) for eps in part["eps"]]
-            values = list(zip(at, part["survival"].astype(float), strict=True))
-            lows, highs = (svg.steps(list(zip(at, part[end], strict=True))) for end in ("lo", "hi"))
-            parts.append(
-                svg.band(
-                    [(a, lo, hi) for (a, lo), (_, hi) in zip(lows, highs, strict=True)], x, y, style
-                )
-            )
-            parts.append(svg.line(svg.steps(values), x, y, style))
-            if values:
-                end = values[-1]
-                parts.append(
-                    svg.marker(
-                        x(end[0]),
-                        y(end[1]),
-                        style,
-                        f"{used[layer]}: {percent(end[1])} left at ε = {end[0]:g}",
-                        2.8,
-                    )
-                )
-                said.append(f"{used[layer]}: {percent(end[1])} not harmful at ε = {end[0]:g}")
-        panel = svg.draw(
-            parts, title=f"{title}, {subject}", desc="; ".join(said), key=f"{name}-{s}"
+        lo, hi = min(sizes) / 1.25, max(sizes) * 1.02
+        ticks = [(v, f"{v:g}") for v in svg.log_ticks(lo, hi)]
+        by_layer = {n: _survival(rows[rows["layer_index"] == n], lo) for n in drawn}
+        panel = lines(
+            [
+                Series(curve, styles[layer], size=2.8, stepped=True)
+                for layer, curve in by_layer.items()
+            ],
+            Axis(lo, hi, f"ε, {unit}", ticks, log=True),
+            shares("not yet harmful"),
+            title=f"{title}, {subject}",
+            desc="; ".join(
+                f"{names[layer]}: {percent(curve[-1].y)} not harmful at ε = {curve[-1].x:g}"
+                for layer, curve in by_layer.items()
+                if curve
+            ),
+            key=f"{name}-{s}",
         )
         groups.append((str(subject), (panel,)))
     if left_out:
         caption += (
             f" {len(used)} sites are drawn, {left_out} are in the table and in the CSV file only."
         )
-    legend = svg.legend((styles[layer], used[layer]) for layer in chosen_all if layer in used)
+    legend = svg.legend((styles[layer], names[layer]) for layer in chosen if layer in used)
     return Figure(name, title, caption, tuple(groups), legend, data)
 
 
-#: What is drawn of each kind of prompt, each a drawing.
-_ASKED = (
-    ("harmful", "refusal"),
-    ("jailbreak", "refusal"),
-    ("over_refusal", "refusal"),
-    ("over_refusal", "answered"),
-    ("benign", "refusal"),
-    ("benign", "answered"),
-)
-_VERB = {"refusal": "refuses", "answered": "answers"}
-
-
-def by_source(table: pd.DataFrame) -> Figure:
-    """Refusals (and answers to harmless requests) by kind and source: a dot a subject with its 95 %
-    interval.
-
-    Takes a `behaviour.behaviour_table`. One drawing a kind and share, its sources below one
-    another, subjects in each.
-    """
-    name, title = "behaviour_by_source", "Refusals and answers by kind of request and source"
-    caption = (
-        "A dot a subject with its Wilson 95\u00a0% interval over prompts; the scale runs from none"
-        " to all of the prompts."
-    )
-    data = _asked_shares(table)
-    if data.empty or data["share"].isna().all():
-        return Figure(
-            name,
-            title,
-            caption,
-            data=data,
-            missing="No refusal was measured, so there is nothing to draw by source.",
-        )
-    subjects = list(dict.fromkeys(data["subject"]))
-    styles = {
-        subject: STYLES[(1, 0, 3, 4, 5, 6, 7, 2)[i % 8]] for i, subject in enumerate(subjects)
-    }
-    panels = []
-    for kind, share in _ASKED:
-        rows = data[(data["kind"] == kind) & (data["measure"] == share)]
-        if len(rows):
-            panels.append(
-                _source_panel(
-                    rows, styles, f"{_VERB[share]}: {KINDS[kind]}", f"{name}-{len(panels)}"
-                )
-            )
-    legend = svg.legend((styles[s], s) for s in subjects) if len(subjects) > 1 else Markup("")
-    return Figure(name, title, caption, (("", tuple(panels)),), legend, data)
-
-
-def _asked_shares(table: pd.DataFrame) -> pd.DataFrame:
-    """The table's shares that are drawn, a row each."""
-    records = [
-        {
-            "subject": row["subject"],
-            "kind": kind,
-            "source": row["source"],
-            "measure": share,
-            "n": row["n"],
-            "share": row[share],
-            "share_lo": row[f"{share}_lo"],
-            "share_hi": row[f"{share}_hi"],
-        }
-        for kind, share in _ASKED
-        for row in rows_of(table)
-        if row["kind"] == kind
+def _survival(rows: pd.DataFrame, least: float) -> list[Point]:
+    """A curve whose end alone is marked; ε = 0 has no place on a logarithmic axis, so it stands at
+    its left edge."""
+    found = [
+        Point(max(float(r["eps"]), least), float(r["survival"]), r["lo"], r["hi"])
+        for r in rows_of(rows[rows["survival"].notna()].sort_values("eps"))
     ]
-    return pd.DataFrame(
-        records,
-        columns=["subject", "kind", "source", "measure", "n", "share", "share_lo", "share_hi"],
-    )
-
-
-def _source_panel(
-    rows: pd.DataFrame, styles: Mapping[str, svg.Style], heading: str, key: str
-) -> Markup:
-    sources, step = list(dict.fromkeys(rows["source"])), 11
-    sources.sort(key=lambda s: s != ALL)
-    block = 23 + step * len(styles)  # a source's name, and a line a subject under it
-    bottom = TOP + block * len(sources)
-    x, y = Scale(0.0, 1.0, 14, RIGHT - 12), Scale(0.0, 1.0, bottom, TOP)
-    parts = [
-        svg.axes(x, y, [(v, percent(v)) for v in (0, 0.25, 0.5, 0.75, 1)], [], "of prompts", "")
-    ]
-    parts += [
-        Markup('<path class="grid" d="M{} {}V{}"/>').format(svg.f(x(v)), svg.f(bottom), TOP)
-        for v in (0, 0.25, 0.5, 0.75, 1)
-    ]
-    said = []
-    for i, source in enumerate(sources):
-        top = TOP + block * i
-        some = {row["subject"]: row for row in rows_of(rows[rows["source"] == source])}
-        n = max(int(row["n"]) for row in some.values())
-        words = "all sources" if source == ALL else shorten(source, 40)
-        parts.append(
-            svg.text(4, top + 14, f"{words}, n = {n}", "heading" if source == ALL else "tick")
-        )
-        for j, (subject, style) in enumerate(styles.items()):
-            parts += _dot(some.get(subject), subject, top + 23 + step * j, x, style)
-        said += [f"{words}, {subject}: {percent(row['share'])}" for subject, row in some.items()]
-    return svg.draw(
-        parts,
-        title=heading.capitalize(),
-        desc="; ".join(said),
-        key=key,
-        heading=heading,
-        height=bottom + 40,
-    )
-
-
-def _dot(
-    row: Mapping[str, Any] | None, subject: str, at: float, x: Scale, style: svg.Style
-) -> list[Markup]:
-    if row is None or is_null(row["share"]):
-        return [
-            svg.text(x(0), at + 3.5, "not asked" if row is None else "could not tell", "tick null")
-        ]
-    share, lo, hi = (row[k] for k in ("share", "share_lo", "share_hi"))
-    tip = f"{subject}, {row['source']}: {with_interval(share, lo, hi, percent)}, n = {row['n']}"
-    ends = (
-        []
-        if is_null(lo) or is_null(hi)
-        else [svg.whisker(at, x(float(lo)), x(float(hi)), style, across=True)]
-    )
-    return [*ends, svg.marker(x(float(share)), at, style, tip)]
+    if found:
+        end = found[-1]
+        tip = f"{rows['site'].iloc[0]}: {percent(end.y)} left at ε = {end.x:g}"
+        found[-1] = replace(end, tip=tip)
+    return found

@@ -22,11 +22,11 @@ import pandas as pd
 from auditgap import stats
 from auditgap.report import svg
 from auditgap.report.behaviour import _paired
-from auditgap.report.charts import Figure
+from auditgap.report.charts import Axis, Figure, Series, Spread, lines, numbers, points_of, shares
 from auditgap.report.columns import Column, Hide, Row, count, word
 from auditgap.report.correction import Correction
 from auditgap.report.section import Facts, Findings, Prose, Section, Table, code, silent
-from auditgap.report.svg import BOTTOM, LEFT, RIGHT, STYLES, TOP, Scale
+from auditgap.report.svg import STYLES
 from auditgap.report.text import (
     CANNOT_TELL,
     NOT_MEASURED,
@@ -378,27 +378,25 @@ def by_strength(table: pd.DataFrame) -> Figure:
     kinds = list(dict.fromkeys(data["intervention"]))
     series = [(kind, arm) for kind in kinds for arm in _ARMS]
     styles = {one: STYLES[i % len(STYLES)] for i, one in enumerate(series)}
-    x, y = (
-        Scale(float(data["strength"].min()), float(data["strength"].max()), LEFT, RIGHT),
-        Scale(0.0, 1.0, BOTTOM, TOP),
-    )
-    xticks = [(v, f"{v:g}") for v in svg.ticks(x.lo, x.hi, 4)]
+    x = numbers(float(data["strength"].min()), float(data["strength"].max()), "strength")
     groups = []
     for s, (subject, mine) in enumerate(data.groupby("subject", sort=False)):
-        panels = []
-        for p, (site, part) in enumerate(mine.groupby("site", sort=False)):
-            parts = [
-                svg.axes(x, y, xticks, [(v, percent(v)) for v in (0, 0.5, 1)], "strength", "ASR")
-            ]
-            for kind, rows in part.groupby("intervention", sort=False):
-                for arm in _ARMS:
-                    parts += _series(
-                        rows, "strength", arm, x, y, styles[kind, arm], f"{kind}, {_ARMS[arm]}"
-                    )
-            said = f"{title}, {subject}, {site}"
-            panels.append(
-                svg.draw(parts, title=said, desc=caption, key=f"{name}-{s}-{p}", heading=str(site))
+        panels = [
+            lines(
+                [
+                    _series(rows, "strength", arm, styles[kind, arm], f"{kind}, {_ARMS[arm]}")
+                    for kind, rows in part.groupby("intervention", sort=False)
+                    for arm in _ARMS
+                ],
+                x,
+                _ASR,
+                title=f"{title}, {subject}, {site}",
+                desc=caption,
+                key=f"{name}-{s}-{p}",
+                heading=str(site),
             )
+            for p, (site, part) in enumerate(mine.groupby("site", sort=False))
+        ]
         groups.append((str(subject), tuple(panels)))
     legend = svg.legend([(style, f"{kind}, {_ARMS[arm]}") for (kind, arm), style in styles.items()])
     return Figure(name, title, caption, tuple(groups), legend, data)
@@ -417,58 +415,31 @@ def by_angle(table: pd.DataFrame) -> Figure:
         return Figure(
             name, title, caption, data=data, missing="No direction was turned in this run."
         )
-    x, y = (
-        Scale(float(data["angle"].min()), float(data["angle"].max()), LEFT, RIGHT),
-        Scale(0.0, 1.0, BOTTOM, TOP),
-    )
-    xticks = [(float(v), f"{v:g}°") for v in sorted(data["angle"].unique()) if v % 30 == 0]
-    sites = list(dict.fromkeys(data["site"]))
+    ticks = [(float(v), f"{v:g}°") for v in sorted(data["angle"].unique()) if v % 30 == 0]
+    x = Axis(float(data["angle"].min()), float(data["angle"].max()), "degrees off", ticks)
+    styles = {s: STYLES[i % len(STYLES)] for i, s in enumerate(dict.fromkeys(data["site"]))}
     groups = []
     for s, (subject, mine) in enumerate(data.groupby("subject", sort=False)):
-        parts = [
-            svg.axes(x, y, xticks, [(v, percent(v)) for v in (0, 0.5, 1)], "degrees off", "ASR")
+        series = [
+            _series(part, "angle", "asr", styles[site], str(site))
+            for site, part in mine.groupby("site", sort=False)
         ]
-        for site, part in mine.groupby("site", sort=False):
-            parts += _series(
-                part, "angle", "asr", x, y, STYLES[sites.index(site) % len(STYLES)], str(site)
-            )
-        groups.append(
-            (
-                str(subject),
-                (svg.draw(parts, title=f"{title}, {subject}", desc=caption, key=f"{name}-{s}"),),
-            )
-        )
-    legend = svg.legend([(STYLES[i % len(STYLES)], site) for i, site in enumerate(sites)])
+        what = f"{title}, {subject}"
+        panel = lines(series, x, _ASR, title=what, desc=caption, key=f"{name}-{s}")
+        groups.append((str(subject), (panel,)))
+    legend = svg.legend((style, site) for site, style in styles.items())
     return Figure(name, title, caption, tuple(groups), legend, data)
 
 
 _ARMS = {"asr": "edit", "control_asr": "control"}
+_ASR = shares("ASR", (0, 0.5, 1))
 
 
-def _series(
-    rows: pd.DataFrame, along: str, what: str, x: Scale, y: Scale, style: svg.Style, said: str
-) -> list[Any]:
-    values = list(
-        zip(
-            rows[along].astype(float),
-            rows[what],
-            rows[f"{what}_lo"],
-            rows[f"{what}_hi"],
-            strict=True,
-        )
-    )
-    parts = [svg.line([(a, b) for a, b, _, _ in values], x, y, style)]
-    for a, b, lo, hi in values:
-        if is_null(b):
-            continue
-        if not is_null(lo):
-            parts.append(svg.whisker(x(a), y(lo), y(hi), style))
-        parts.append(
-            svg.marker(
-                x(a), y(float(b)), style, f"{said}, {a:g}: {with_interval(b, lo, hi, percent)}"
-            )
-        )
-    return parts
+def _series(rows: pd.DataFrame, along: str, what: str, style: svg.Style, said: str) -> Series:
+    def tip(row: Mapping[str, Any]) -> str:
+        return f"{said}, {row[along]:g}: {_with(row, what)}"
+
+    return Series(points_of(rows, along, what, tip), style, Spread.WHISKERS)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
 
 from auditgap import stats
 from auditgap.report import svg
-from auditgap.report.charts import Figure
+from auditgap.report.charts import Axis, Bar, Figure, bars, numbers
 from auditgap.report.columns import Column, count, word
 from auditgap.report.section import Facts, Findings, Heading, Prose, Section, Table, code, silent
-from auditgap.report.svg import BOTTOM, LEFT, RIGHT, TOP, Scale
 from auditgap.report.text import is_null, number, percent, with_interval
 from auditgap.stats import Interval
 from auditgap.store.tables import rows_of
@@ -80,7 +78,7 @@ FLAGS: Mapping[str, str] = {
     ),
     "few": f"Fewer than {FEW} prompts were scored: the intervals are rough.",
 }
-_SAFE, _UNSAFE = svg.Style("k1", "", "circle"), svg.Style("k0", "", "square")
+_STYLES = {"safe": svg.Style("k1", "", "circle"), "unsafe": svg.Style("k0", "", "square")}
 _BINS = 20
 
 
@@ -245,31 +243,23 @@ def histograms(probes: Sequence[pd.DataFrame]) -> Figure:
     data = data.drop_duplicates(["subject", "answers", "from"], ignore_index=True)
     if data.empty:
         return Figure(name, title, caption, data=data, missing="No answer was scored by the probe.")
-    x, top = Scale(0.0, 1.0, LEFT, RIGHT), float(data["share"].max())
-    y = Scale(0.0, top, BOTTOM, TOP)
+    x = Axis(0.0, 1.0, "calibrated score", [(v, f"{v:g}") for v in (0, 0.25, 0.5, 0.75, 1)])
+    y = numbers(0.0, float(data["share"].max()), "answers", percent)
     groups = []
     for s, (subject, part) in enumerate(data.groupby("subject", sort=False)):
-        ticks = [(v, percent(v)) for v in svg.ticks(0, top, 4)]
-        parts = [
-            svg.axes(
-                x,
-                y,
-                [(v, f"{v:g}") for v in (0, 0.25, 0.5, 0.75, 1)],
-                ticks,
-                "calibrated score",
-                "answers",
-            )
-        ]
-        said = []
-        for label, style in (("safe", _SAFE), ("unsafe", _UNSAFE)):
-            bins = part[part["answers"] == label]
-            parts += [_bar(row, x, y, style, label) for row in rows_of(bins) if row["share"] > 0]
-            said.append(f"{label}: {int(bins['count'].sum())} answers")
-        panel = svg.draw(
-            parts, title=f"{title}, {subject}", desc="; ".join(said), key=f"{name}-{s}", heading=""
+        counts = {
+            label: int(part.loc[part["answers"] == label, "count"].sum()) for label in _STYLES
+        }
+        panel = bars(
+            [_bar(row) for row in rows_of(part[part["share"] > 0])],
+            x,
+            y,
+            title=f"{title}, {subject}",
+            desc="; ".join(f"{label}: {n} answers" for label, n in counts.items()),
+            key=f"{name}-{s}",
         )
         groups.append((str(subject), (panel,)))
-    legend = svg.legend([(_SAFE, "safe answers"), (_UNSAFE, "unsafe answers")], filled=True)
+    legend = svg.legend([(s, f"{label} answers") for label, s in _STYLES.items()], filled=True)
     return Figure(name, title, caption, tuple(groups), legend, data)
 
 
@@ -299,23 +289,16 @@ def _bins(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["subject", "answers", "from", "to", "count", "share"])
 
 
-def _bar(row: Mapping[str, Any], x: Scale, y: Scale, style: svg.Style, label: str) -> Markup:
+def _bar(row: Mapping[str, Any]) -> Bar:
     """Safe answers in the left half of a bin, unsafe ones in the right: side by side, neither hides
     the other."""
-    middle = (row["from"] + row["to"]) / 2
-    left, right = (x(row["from"]), x(middle)) if label == "safe" else (x(middle), x(row["to"]))
+    label, middle = row["answers"], (row["from"] + row["to"]) / 2
+    left, right = (row["from"], middle) if label == "safe" else (middle, row["to"])
     tip = (
         f"{label}, score {row['from']:g} to {row['to']:g}: {row['count']} answers,"
         f" {percent(row['share'])}"
     )
-    return Markup('<g class="bar {}">{}<rect x="{}" y="{}" width="{}" height="{}"/></g>').format(
-        style.css,
-        svg.tooltip(tip),
-        svg.f(left + 0.5),
-        svg.f(y(row["share"])),
-        svg.f(right - left - 1),
-        svg.f(y(0) - y(row["share"])),
-    )
+    return Bar(left, right, row["share"], style=_STYLES[label], tip=tip)
 
 
 # ----------------------------------------------------------------------------------------------------------

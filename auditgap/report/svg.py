@@ -45,6 +45,10 @@ STYLES: tuple[Style, ...] = (
 )
 
 
+#: Where colours say which subject: the first two are those of a base and of what was made of it.
+SUBJECT_STYLES = tuple(STYLES[i] for i in (1, 0, 3, 4, 5, 6, 7, 2))
+
+
 @dataclass(frozen=True, slots=True)
 class Scale:
     """Data [lo, hi] to drawing units [start, stop]; values outside are held at the edge."""
@@ -142,9 +146,9 @@ def band(
     return Markup("").join(shapes)
 
 
-def steps(values: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def steps(values: Sequence[tuple[float, object]]) -> list[tuple[float, object]]:
     """The corners of a right-continuous step function through (x, y), for a survival curve."""
-    corners: list[tuple[float, float]] = []
+    corners: list[tuple[float, object]] = []
     for a, b in values:
         if corners:
             corners.append((a, corners[-1][1]))

@@ -17,7 +17,7 @@ from auditgap.audits import AUDITS
 from auditgap.audits.behaviour.rows import BehaviourRow, split_of
 from auditgap.audits.pages import figures_of, from_store, render, write
 from auditgap.cli import show as terminal
-from auditgap.report import ballots, behaviour, figures, suite
+from auditgap.report import ballots, behaviour, behaviour_figures, suite, svg
 from auditgap.report.columns import show
 from auditgap.report.correction import corrections
 from auditgap.report.text import is_null
@@ -426,7 +426,7 @@ def test_the_figure_has_a_dot_a_subject_and_its_data_are_what_it_draws(tmp_path)
     rows += [
         row("twin", i, "attic", label="unscored", reason="tie", refused=None) for i in range(3)
     ]
-    figure = figures.by_source(behaviour.behaviour_table(frame(rows)))
+    figure = behaviour_figures.by_source(behaviour.behaviour_table(frame(rows)))
     panels = [str(panel) for panel in figure.groups[0][1]]
     assert len(panels) == 6, "refusals of four kinds, answers to two"
     harmful = panels[0]
@@ -441,7 +441,7 @@ def test_the_figure_has_a_dot_a_subject_and_its_data_are_what_it_draws(tmp_path)
     )
     assert "all sources, twin: 30" in harmful and str(figure.legend).count("<li>") == 2
     at, *_ = re.findall(r'class="mark k1"><title>[^<]*</title><rect x="([\d.]+)"', harmful)
-    x = figures.Scale(0.0, 1.0, 14, figures.RIGHT - 12)
+    x = svg.Scale(0.0, 1.0, 14, svg.RIGHT - 12)
     assert float(at) + 3.2 == pytest.approx(x(0.9), abs=0.02)
     store = store_of(tmp_path / "run", rows)
     path = write([store])
