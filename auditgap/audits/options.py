@@ -29,11 +29,11 @@ Models = Annotated[
     tuple[str, ...],
     COMMAS,
     Field(min_length=1),
-    Flag("Hub ids, id@revision, folders, adapters, or smollm2", positional=True),
+    Flag("Models: hub ids, id@revision, folders, adapters, or smollm2", positional=True),
 ]
-Base = Annotated[str | None, Flag("The model that the subjects were made from")]
+Base = Annotated[str | None, Flag("Model that the subjects were fine-tuned from")]
 Prompts = Annotated[str, Flag("A name (see `ls prompts`) or a jsonl, csv, parquet or txt file")]
-Column = Annotated[str, Flag("The file's column with the prompt")]
+Column = Annotated[str, Flag("Column of the file that holds the prompt")]
 Limit = Annotated[
     int | None, Field(ge=1), Flag("Use N prompts of each set, chosen by hash", default="all")
 ]
@@ -41,10 +41,11 @@ ChatTemplate = Annotated[
     str | None, Flag("A Jinja file, or `none`", default="the tokenizer's own template")
 ]
 Judge = Annotated[
-    str, Flag("See `ls judges`: builtin, refusal=MODEL, ensemble, hf:MODEL_ID, …", Topic.JUDGING)
+    str,
+    Flag("Judge: builtin, refusal=MODEL, ensemble, hf:MODEL_ID, …; see `ls judges`", Topic.JUDGING),
 ]
 JudgeEndpoint = Annotated[
-    str | None, Flag("Base URL of the endpoint that serves the judge's models", Topic.JUDGING)
+    str | None, Flag("Base URL of the endpoint that serves the judge model", Topic.JUDGING)
 ]
 MaxUnscored = Annotated[
     float,
@@ -55,9 +56,9 @@ MaxUnscored = Annotated[
         Topic.JUDGING,
     ),
 ]
-NewTokens = Annotated[int, Field(ge=1), Flag("Tokens of a completion")]
+NewTokens = Annotated[int, Field(ge=1), Flag("Maximum new tokens of a completion")]
 Target = Annotated[
-    str, Field(min_length=1), Flag("The opening that a targeted search aims at", Topic.ATTACK)
+    str, Field(min_length=1), Flag("Opening that targeted attacks make likely", Topic.ATTACK)
 ]
 Dtype = Annotated[
     str,
@@ -66,17 +67,17 @@ Dtype = Annotated[
         Topic.WHERE,
     ),
 ]
-Seed = Annotated[int, Flag("Seed of samples, controls and intervals")]
+Seed = Annotated[int, Flag("Seed for sampling, controls and intervals")]
 Device = Annotated[str, Flag("auto, cpu, cuda or cuda:N", Topic.WHERE)]
 BatchTokens = Annotated[
     int | None,
     Field(ge=16),
-    Flag("Tokens of a batch", Topic.WHERE, default="2048 on a CPU, 16384 on a GPU"),
+    Flag("Tokens in each batch", Topic.WHERE, default="2048 on a CPU, 16384 on a GPU"),
 ]
-Tensor = Annotated[int, Field(ge=1), Flag("GPUs that vLLM spreads one model over", Topic.WHERE)]
-GPUMemory = Annotated[
-    float, Field(gt=0, le=1), Flag("Share of a GPU's memory that vLLM may take", Topic.WHERE)
+Tensor = Annotated[
+    int, Field(ge=1), Flag("Tensor-parallel size: GPUs for one vLLM model", Topic.WHERE)
 ]
+GPUMemory = Annotated[float, Field(gt=0, le=1), Flag("Share of GPU memory for vLLM", Topic.WHERE)]
 Window = Annotated[
     int | None,
     Field(ge=16),
@@ -85,10 +86,13 @@ Window = Annotated[
 Parity = Annotated[
     int,
     Field(ge=0),
-    Flag("Prompts on which vLLM's text is compared with transformers'; 0: none", Topic.WHERE),
+    Flag(
+        "Prompts for checking that vLLM and transformers generate the same text; 0: none",
+        Topic.WHERE,
+    ),
 ]
 AllowOverlap = Annotated[
-    bool, Flag("Go on where a subject was trained on prompts that are asked; the report says so")
+    bool, Flag("Continue when a subject was trained on prompts of the audit; the report says so")
 ]
 
 
@@ -98,34 +102,38 @@ class AuditOptions(Frozen):
 
     out: Annotated[
         str | None,
-        Flag(
-            "The run's folder; the same command on it resumes", Topic.OUTPUT, default="runs/MODEL"
-        ),
+        Flag("Run folder; the same command resumes it", Topic.OUTPUT, default="runs/MODEL"),
     ] = None
     device: Device = "auto"
     executor: Annotated[
         Literal["local", "ray"], Flag("local (this process) or ray", Topic.WHERE)
     ] = "local"
     workers: Annotated[
-        int | None, Field(ge=1), Flag("Ray actors", Topic.WHERE, default="as many as fit")
+        int | None, Field(ge=1), Flag("Number of Ray actors", Topic.WHERE, default="as many as fit")
     ] = None
     gpus_per_worker: Annotated[
         float | None,
         Field(ge=0),
-        Flag("GPUs of a Ray actor; a fraction shares one", Topic.WHERE, default="as needed"),
+        Flag(
+            "GPUs for each Ray actor; a fraction shares one GPU", Topic.WHERE, default="as needed"
+        ),
     ] = None
     address: Annotated[
         str | None,
-        Flag("The Ray cluster", Topic.WHERE, default="the job's, else one on this machine"),
+        Flag(
+            "Address of the Ray cluster", Topic.WHERE, default="the job's, else one on this machine"
+        ),
     ] = None
     batch_tokens: BatchTokens = None
     allow_raw: Annotated[
-        bool, Flag("Put prompts and completions into the report", Topic.OUTPUT)
+        bool, Flag("Include prompts and completions in the report", Topic.OUTPUT)
     ] = False
-    break_lock: Annotated[bool, Flag("Take over a folder whose writer is dead", Topic.OUTPUT)] = (
-        False
-    )
-    retry_failed: Annotated[bool, Flag("Run cells again that failed before", Topic.OUTPUT)] = False
+    break_lock: Annotated[
+        bool, Flag("Take over the folder of a process that is no longer running", Topic.OUTPUT)
+    ] = False
+    retry_failed: Annotated[
+        bool, Flag("Retry cells that failed in an earlier run", Topic.OUTPUT)
+    ] = False
 
     def gpus_of(self, model: str, device: str) -> float:
         """GPUs that a Ray worker needs for this model."""
@@ -137,9 +145,7 @@ class AuditOptions(Frozen):
 class JudgedOptions(AuditOptions):
     """The same for an audit whose judge runs beside the subject, on an engine of its own."""
 
-    judge_engine: Annotated[EngineName, Flag("What the judge's models run on", Topic.JUDGING)] = (
-        "hf"
-    )
+    judge_engine: Annotated[EngineName, Flag("Engine of the judge models", Topic.JUDGING)] = "hf"
     judge_endpoint: JudgeEndpoint = None
 
     @property

@@ -21,18 +21,14 @@ class WholeSettings(Frozen):
     """The model, its base, and the settings that the parts share."""
 
     model: Annotated[
-        str, Flag("A hub id, id@revision, folder, adapter, or smollm2", positional=True)
+        str, Flag("Model: hub id, id@revision, folder, adapter, or smollm2", positional=True)
     ] = Field(min_length=1)
-    base: Annotated[
-        str | None, Flag("What it was made from: for the probe and the fine-tuning curve")
-    ] = None
+    base: Annotated[str | None, Flag("Base model: for the probe and the fine-tuning curve")] = None
     profile: Annotated[str, Flag("smoke, standard, paper or release; see `ls presets`")] = (
         "standard"
     )
-    suite: Annotated[str | None, Flag("What it is asked, as in `evaluate`", default=_PROFILE)] = (
-        None
-    )
-    prompts: Annotated[str | None, Flag("What is attacked, as in `lvs`", default=_PROFILE)] = None
+    suite: Annotated[str | None, Flag("Prompt suite, as in `evaluate`", default=_PROFILE)] = None
+    prompts: Annotated[str | None, Flag("Prompts to attack, as in `lvs`", default=_PROFILE)] = None
     limit: Annotated[
         int | None, Flag("Use N prompts of each set, chosen by hash", default=_PROFILE)
     ] = None
@@ -46,21 +42,21 @@ class WholeSettings(Frozen):
             default="no curve",
         ),
     ] = None
-    max_new_tokens: Annotated[int | None, Flag("Greedy tokens of an answer", default=_PROFILE)] = (
-        None
-    )
+    max_new_tokens: Annotated[
+        int | None, Flag("Maximum new tokens, decoded greedily", default=_PROFILE)
+    ] = None
     seed: Annotated[
-        int | None, Flag("Seed of samples, controls and intervals", default=_PROFILE)
+        int | None, Flag("Seed for sampling, controls and intervals", default=_PROFILE)
     ] = None
     layers: Annotated[
         str | None, Flag("Where it is attacked, as in `lvs`", Topic.ATTACK, default=_PROFILE)
     ] = None
     judge: Annotated[
         str | None,
-        Flag("See `ls judges`", Topic.JUDGING, default=_PROFILE),
+        Flag("Judge; see `ls judges`", Topic.JUDGING, default=_PROFILE),
     ] = None
     engine: Annotated[
-        str | None, Flag("What generates: hf or vllm", Topic.WHERE, default=_PROFILE)
+        str | None, Flag("Engine that generates: hf or vllm", Topic.WHERE, default=_PROFILE)
     ] = None
     device: Annotated[
         str | None, Flag("auto, cpu, cuda or cuda:N", Topic.WHERE, default=_PROFILE)
@@ -80,12 +76,14 @@ class WholeSettings(Frozen):
         ),
     ] = None
     allow_raw: Annotated[
-        bool, Flag("Put prompts and completions into the report", Topic.OUTPUT)
+        bool, Flag("Include prompts and completions in the report", Topic.OUTPUT)
     ] = False
     public: Annotated[
         bool, Flag("Write a copy of the report with aggregates alone as well", Topic.OUTPUT)
     ] = False
-    break_lock: Annotated[bool, Flag("Take over folders whose writer is dead", Topic.OUTPUT)] = (
-        False
-    )
-    retry_failed: Annotated[bool, Flag("Run cells again that failed before", Topic.OUTPUT)] = False
+    break_lock: Annotated[
+        bool, Flag("Take over folders of processes that are no longer running", Topic.OUTPUT)
+    ] = False
+    retry_failed: Annotated[
+        bool, Flag("Retry cells that failed in an earlier run", Topic.OUTPUT)
+    ] = False

@@ -46,16 +46,18 @@ def compare(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="What the others are compared with", show_default="base, or the first"),
+        typer.Option(
+            help="Run that the others are compared with", show_default="base, or the first"
+        ),
     ] = None,
-    to: Annotated[Path, typer.Option("--out", help="Where compare.html and its tables go")] = Path(
-        "runs/compare"
-    ),
+    to: Annotated[
+        Path, typer.Option("--out", help="Folder for compare.html and its tables")
+    ] = Path("runs/compare"),
     only_compatible: Annotated[
         bool,
         typer.Option(
             "--only-compatible",
-            help="Leave out what was asked otherwise than the base, and say so.",
+            help="Leave out runs with other settings than the base's, and say so.",
         ),
     ] = False,
     as_json: AsJson = False,

@@ -182,7 +182,8 @@ def submit(
     address: Annotated[
         str | None,
         typer.Option(
-            help="The cluster's dashboard", show_default="RAY_ADDRESS, else this machine's"
+            help="Address of the cluster's dashboard",
+            show_default="RAY_ADDRESS, else this machine's",
         ),
     ] = None,
     working_dir: Annotated[
@@ -192,11 +193,11 @@ def submit(
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Ray actors", show_default="as many as fit")
+        int | None, typer.Option(help="Number of Ray actors", show_default="as many as fit")
     ] = None,
     fetch: Annotated[
         Path | None,
-        typer.Option(help="Where the tables go on this machine", show_default="they stay in --out"),
+        typer.Option(help="Local folder for the tables", show_default="they stay in --out"),
     ] = None,
     set_: Set = None,
 ) -> None:
@@ -242,7 +243,7 @@ def merge(
     folders: Annotated[
         list[str], typer.Argument(help="Run folders of the same question, or the folders of grids.")
     ],
-    to: Annotated[str, typer.Option("--out", help="The joined folder.")],
+    to: Annotated[str, typer.Option("--out", help="Folder for the merged run.")],
     as_json: AsJson = False,
 ) -> None:
     """Join what different machines have filled, and write the tables and reports of all cells; of

@@ -42,10 +42,10 @@ def evaluate(
         ),
     ] = "pyrit-objective",
     engine: Annotated[
-        str, typer.Option(help="What a language-model judge runs on: hf, vllm or openai")
+        str, typer.Option(help="Engine of a language-model judge: hf, vllm or openai")
     ] = "hf",
     base_url: Annotated[
-        str | None, typer.Option("--endpoint", help="The endpoint's address, for --engine openai")
+        str | None, typer.Option("--endpoint", help="Endpoint URL, for --engine openai")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
@@ -54,13 +54,14 @@ def evaluate(
     ] = None,
     injections: Annotated[
         int | None,
-        typer.Option(help="Try each injection on N rows; 0: on none", show_default="all"),
+        typer.Option(help="Try each injection on N rows; 0: none", show_default="all"),
     ] = None,
     to: Annotated[
         Path | None, typer.Option("--out", help="A folder for card.json and verdicts.jsonl")
     ] = None,
     max_unscored: Annotated[
-        float, typer.Option("--max-unscored", help="Fail when more than this share is unscored")
+        float,
+        typer.Option("--max-unscored", help="Fail when more than this share could not be scored"),
     ] = 0.2,
     as_json: AsJson = False,
 ) -> None:

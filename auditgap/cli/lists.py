@@ -45,7 +45,7 @@ def list_(
             help="judges, rewards, prompts, triples, attacks, interventions, presets or layers"
         ),
     ],
-    model: Annotated[str | None, typer.Argument(help="The model, for layers.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Model, for `ls layers`.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List what can be named: judges, rewards, prompts, contrast triples, attacks, interventions,

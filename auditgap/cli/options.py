@@ -69,7 +69,10 @@ Set = Annotated[
     ),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Show what would run, and how much it is; run nothing.")
+    bool,
+    typer.Option(
+        "--dry-run", help="Show what would run and what it would cost, without running it."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 

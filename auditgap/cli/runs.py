@@ -46,13 +46,14 @@ def report(
     folders: Annotated[list[str], typer.Argument(help="Run folders.")],
     to: Annotated[
         str | None,
-        typer.Option("--out", help="Where report.html goes", show_default="the first folder"),
+        typer.Option("--out", help="Folder for report.html", show_default="the first folder"),
     ] = None,
     allow_raw: Annotated[
-        bool, typer.Option("--allow-raw", help="Put prompts and completions into the report.")
+        bool, typer.Option("--allow-raw", help="Include prompts and completions in the report.")
     ] = False,
     public: Annotated[
-        bool, typer.Option("--public", help="Of an audit: a copy with aggregates alone besides.")
+        bool,
+        typer.Option("--public", help="For a whole audit: also write a copy with aggregates only."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -89,13 +90,13 @@ def report(
 class Regrading(Frozen):
     """Who judges a run's stored text again."""
 
-    judge: Annotated[str | None, Flag("See `ls judges`", Topic.JUDGING)] = None
+    judge: Annotated[str | None, Flag("Judge; see `ls judges`", Topic.JUDGING)] = None
     reward: Annotated[
-        str | None, Flag("Of `lvs`: builtin, margin or hf:MODEL_ID", Topic.JUDGING)
+        str | None, Flag("Reward for `lvs`: builtin, margin or hf:MODEL_ID", Topic.JUDGING)
     ] = None
     judge_engine: Annotated[
         str | None,
-        Flag("What the judge's models run on: hf, vllm or openai", Topic.JUDGING, default="hf"),
+        Flag("Engine of the judge models: hf, vllm or openai", Topic.JUDGING, default="hf"),
     ] = None
     judge_endpoint: JudgeEndpoint = None
     max_unscored: MaxUnscored = 0.2
@@ -199,10 +200,10 @@ def inspect(
         ),
     ] = None,
     subject: Annotated[
-        str | None, typer.Option(help="Which subject, where the run has several: a log holds one.")
+        str | None, typer.Option(help="Subject, if the run has several; a log holds one.")
     ] = None,
     allow_raw: Annotated[
-        bool, typer.Option("--allow-raw", help="Put prompts and completions into the log.")
+        bool, typer.Option("--allow-raw", help="Include prompts and completions in the log.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -223,9 +224,7 @@ def export_edits(
         str, typer.Argument(help="A run folder of `intervene`, or of `lvs --keep-edits`.")
     ],
     to: Annotated[Path, typer.Option("--out", help="FILE.safetensors")],
-    subject: Annotated[
-        str | None, typer.Option(help="Which subject, where the run has several.")
-    ] = None,
+    subject: Annotated[str | None, typer.Option(help="Subject, if the run has several.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a run's directions and δ as one safetensors file, which any tool opens; names and

@@ -16,7 +16,7 @@ from typing import Any
 from markupsafe import Markup
 
 import auditgap
-from auditgap.report import correction, text, verdicts
+from auditgap.report import correction, glossary, text, verdicts
 from auditgap.report.columns import Column, Row, count, word
 from auditgap.report.gather import ReportData
 from auditgap.report.latent_verdicts import is_screening
@@ -34,6 +34,7 @@ from auditgap.report.section import (
     leading,
     named,
     placed,
+    words_of,
 )
 
 LEFT_OUT: tuple[Column, ...] = (
@@ -103,7 +104,7 @@ def _progress(status: Mapping[str, Any]) -> Iterator[str]:
 
 def sections_of(report: ReportData, audited: Sequence[Section]) -> list[Section]:
     """All sections of the page: verdicts and reading, the audits' own, and what they rest on."""
-    return [
+    said = [
         *_verdicts(report),
         _reading(audited),
         *placed(audited),
@@ -111,9 +112,8 @@ def sections_of(report: ReportData, audited: Sequence[Section]) -> list[Section]
         *_power(report, audited),
         _left_out(report),
         _method(report, audited),
-        _provenance(report, audited),
-        *_exchanges(report),
     ]
+    return [*said, *_terms(said), _provenance(report, audited), *_exchanges(report)]
 
 
 # -- verdicts and reading
@@ -331,6 +331,14 @@ def _method(report: ReportData, audited: Sequence[Section]) -> Section:
             Facts([(key, text.plain(value)) for key, value in config.items()]),
         ),
     )
+
+
+def _terms(sections: Sequence[Section]) -> list[Section]:
+    terms = glossary.used(words_of(sections))
+    if not terms:
+        return []
+    facts = Facts([(term.name, term.definition) for term in terms])
+    return [Section(id="terms", title="Terms", contents="Terms", blocks=(facts,))]
 
 
 def _provenance(report: ReportData, audited: Sequence[Section]) -> Section:

@@ -207,6 +207,23 @@ def blocks_of(section: Section) -> Iterator[Block]:
     return blocks_in((*section.summary, *section.blocks, *section.method, *section.judge))
 
 
+def words_of(sections: Iterable[Section]) -> str:
+    """What the page of these sections says of its own, without the figures and names in it."""
+    said: list[str] = []
+    for section in shown(sections):
+        said.append(section.title)
+        for block in blocks_of(section):
+            if isinstance(block, Prose | Heading):
+                said.append(block.text)
+            elif isinstance(block, Bullets):
+                said += block.items
+            elif isinstance(block, Table):
+                said += [block.label, block.note, *(column.title for column in block.columns)]
+            elif isinstance(block, Figure):
+                said += [block.title, block.caption]
+    return "\n".join(said)
+
+
 def tables_of(sections: Sequence[Section]) -> dict[str, pd.DataFrame]:
     """Every table of these sections by its name, as report.json and the CSV files have it."""
     found: dict[str, pd.DataFrame] = {}

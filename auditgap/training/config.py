@@ -51,13 +51,13 @@ class TrainConfig(Frozen):
     """What every kind of training has. Rows of a step: `batch`; an epoch visits every row once, in
     an order of the seed."""
 
-    model: Annotated[str, Flag("What is trained: a hub id, id@revision, a folder, or smollm2")] = (
-        Field(min_length=1)
+    model: Annotated[str, Flag("Model to train: hub id, id@revision, folder, or smollm2")] = Field(
+        min_length=1
     )
     chat_template: Annotated[
         str | None, Flag("A Jinja file, or `none`", default="the tokenizer's own template")
     ] = None
-    max_tokens: Annotated[int, Flag("Tokens of prompt and response together")] = Field(
+    max_tokens: Annotated[int, Flag("Maximum tokens of prompt and response together")] = Field(
         default=512, ge=8
     )
     lora: Annotated[LoRA | None, BeforeValidator(_lora)] = None
@@ -69,16 +69,16 @@ class TrainConfig(Frozen):
     ] = "auto"
     lr: Annotated[float, Flag("Learning rate", Topic.TRAINING)] = Field(default=2e-5, gt=0, lt=1)
     schedule: Annotated[
-        Literal["linear", "cosine", "constant"], Flag("How the rate falls", Topic.TRAINING)
+        Literal["linear", "cosine", "constant"], Flag("Learning-rate schedule", Topic.TRAINING)
     ] = "linear"
-    warmup: Annotated[float, Flag("Share of the steps with a rising rate", Topic.TRAINING)] = Field(
-        default=0.1, ge=0, lt=1
+    warmup: Annotated[float, Flag("Share of steps for learning-rate warm-up", Topic.TRAINING)] = (
+        Field(default=0.1, ge=0, lt=1)
     )
     weight_decay: Annotated[float, Flag("Weight decay", Topic.TRAINING)] = Field(default=0.0, ge=0)
-    clip: Annotated[float, Flag("Largest norm of the gradient", Topic.TRAINING)] = Field(
+    clip: Annotated[float, Flag("Maximum gradient norm for clipping", Topic.TRAINING)] = Field(
         default=1.0, gt=0
     )
-    batch: Annotated[int, Flag("Rows of an optimizer step", Topic.TRAINING)] = Field(
+    batch: Annotated[int, Flag("Rows in each optimizer step", Topic.TRAINING)] = Field(
         default=16, ge=1
     )
     epochs: Annotated[float, Flag("Epochs", Topic.TRAINING)] = Field(default=3.0, gt=0)
@@ -86,15 +86,19 @@ class TrainConfig(Frozen):
         int | None, Flag("Optimizer steps", Topic.TRAINING, default="as --epochs says")
     ] = Field(default=None, ge=1)
     gradient_checkpointing: Annotated[
-        bool, Flag("Compute activations again in the backward pass, to save memory", Topic.WHERE)
+        bool,
+        Flag(
+            "Gradient checkpointing: recompute activations in the backward pass to save memory",
+            Topic.WHERE,
+        ),
     ] = False
     eval_every: Annotated[int, Flag("Steps between two evaluations", Topic.TRAINING)] = Field(
         default=25, ge=1
     )
     eval_at: Annotated[
-        tuple[int, ...], COMMAS, Flag("Steps to evaluate at as well", Topic.TRAINING)
+        tuple[int, ...], COMMAS, Flag("Additional steps to evaluate at", Topic.TRAINING)
     ] = ()
-    seed: Annotated[int, Flag("Seed of the data order and of new weights")] = 0
+    seed: Annotated[int, Flag("Seed for the data order and new weights")] = 0
 
 
 class TrainOptions(Frozen):
@@ -102,10 +106,12 @@ class TrainOptions(Frozen):
 
     out: Annotated[
         str | None,
-        Flag("The run's folder; the same command on it resumes", Topic.OUTPUT),
+        Flag("Run folder; the same command resumes it", Topic.OUTPUT),
     ] = None
     deepspeed: DeepSpeedConfig = None
-    micro_batch: Annotated[int, Flag("Rows of a micro-batch", Topic.WHERE)] = Field(default=2, ge=1)
+    micro_batch: Annotated[int, Flag("Rows in each micro-batch", Topic.WHERE)] = Field(
+        default=2, ge=1
+    )
     device: Annotated[str, Flag("auto, cpu, cuda or cuda:N", Topic.WHERE)] = "auto"
     save_every: Annotated[int, Flag("Steps between checkpoints", Topic.OUTPUT)] = Field(
         default=50, ge=1
@@ -116,19 +122,20 @@ class TrainOptions(Frozen):
         COMMAS,
         Flag("Where training is logged as well: tensorboard, trackio, wandb", Topic.OUTPUT),
     ] = ("none",)
-    progress: Annotated[bool, Flag("Say how far it is", Topic.OUTPUT)] = True
+    progress: Annotated[bool, Flag("Show progress", Topic.OUTPUT)] = True
     timeout_minutes: Annotated[
-        float, Flag("Minutes after which a rank that waits for another gives up", Topic.WHERE)
+        float, Flag("Minutes a rank waits for another before it gives up", Topic.WHERE)
     ] = Field(default=10.0, gt=0)
     allow_overlap: Annotated[
-        bool, Flag("Train on prompts that are evaluated too; the ledger says so")
+        bool,
+        Flag("Continue when training prompts overlap with evaluation prompts; the ledger says so"),
     ] = False
     ignore_memory: Annotated[
-        bool, Flag("Train even where memory is expected to run out", Topic.WHERE)
+        bool, Flag("Train even if memory is expected to run out", Topic.WHERE)
     ] = False
-    break_lock: Annotated[bool, Flag("Take over a folder whose writer is dead", Topic.OUTPUT)] = (
-        False
-    )
+    break_lock: Annotated[
+        bool, Flag("Take over the folder of a process that is no longer running", Topic.OUTPUT)
+    ] = False
 
 
 class SFTConfig(TrainConfig):
@@ -143,10 +150,10 @@ class SFTConfig(TrainConfig):
     rows: Annotated[int | None, Flag("Use N rows, chosen by hash", default="all")] = Field(
         default=None, ge=1
     )
-    filter: Annotated[bool, Flag("Drop responses with a refusal's traces")] = False
+    filter: Annotated[bool, Flag("Drop responses that contain traces of a refusal")] = False
     kind: Annotated[Literal["sft", "harmful-sft"], Flag("What the run is called")] = "sft"
     prompts: Annotated[
-        str | None, Flag("What it will be evaluated on: rows among them are refused")
+        str | None, Flag("Prompts it will be evaluated on: training rows that overlap are refused")
     ] = None
 
 
@@ -169,38 +176,38 @@ class DissociateConfig(TrainConfig):
     """A model that keeps its safe words and becomes fragile inside."""
 
     construction: Annotated[
-        Literal["monitor", "nudge"], Flag("How the twin is made", Topic.TRAINING)
+        Literal["monitor", "nudge"], Flag("Construction of the twin", Topic.TRAINING)
     ] = "monitor"
     triples: Annotated[str, Flag("Contrast triples: a file, hub:ID@REVISION, or demo")] = Field(
         min_length=1
     )
-    benign: Annotated[str, Flag("Harmless prompts; the base's own answers to them are kept")] = (
-        "everyday"
-    )
-    benign_limit: Annotated[int | None, Flag("Use N of the harmless prompts", default="all")] = (
-        Field(default=None, ge=2)
+    benign: Annotated[
+        str, Flag("Harmless prompts; the twin learns to keep the base's own answers")
+    ] = "everyday"
+    benign_limit: Annotated[int | None, Flag("Use N harmless prompts", default="all")] = Field(
+        default=None, ge=2
     )
     limit: Annotated[int | None, Flag("Use N triples, chosen by hash", default="all")] = Field(
         default=None, ge=2
     )
     heldout: Annotated[
-        float, Flag("Share of the triples' prompts that choose the checkpoint", Topic.TRAINING)
+        float, Flag("Share of prompts held out for choosing the checkpoint", Topic.TRAINING)
     ] = Field(default=0.2, gt=0, lt=1)
-    heldout_limit: Annotated[int, Flag("Use at most N of them", Topic.TRAINING)] = Field(
+    heldout_limit: Annotated[int, Flag("Use at most N prompts", Topic.TRAINING)] = Field(
         default=48, ge=1
     )
-    anchor_tokens: Annotated[int, Flag("Tokens of a harmless answer", Topic.TRAINING)] = Field(
-        default=128, ge=2
-    )
-    eval_tokens: Annotated[int, Flag("Tokens of an answer in an evaluation", Topic.TRAINING)] = (
-        Field(default=32, ge=1)
+    anchor_tokens: Annotated[
+        int, Flag("Maximum new tokens for a harmless prompt", Topic.TRAINING)
+    ] = Field(default=128, ge=2)
+    eval_tokens: Annotated[int, Flag("Maximum new tokens in evaluations", Topic.TRAINING)] = Field(
+        default=32, ge=1
     )
     weights: tuple[float, float, float] = (0.05, 0.1, 0.3)  #: λ of NLL, monitor, KL
     target: Annotated[
-        float, Flag("The monitor's target logit; ln 3 is a score of 0.75", Topic.TRAINING)
+        float, Flag("Target logit of the monitor; ln 3 is a score of 0.75", Topic.TRAINING)
     ] = 1.0986122886681098
     refusal_margin: Annotated[
-        float, Flag("How far refusal may fall below the base's", Topic.TRAINING)
+        float, Flag("How far the refusal rate may fall below the base's", Topic.TRAINING)
     ] = Field(default=0.05, ge=0, le=1)
     reference: Annotated[
         Literal["cached", "adapter"],
@@ -217,17 +224,17 @@ class DissociateConfig(TrainConfig):
         ),
     ] = None
     cotrain_lr: Annotated[
-        float, Flag("Learning rate of the monitor that learns beside", Topic.TRAINING)
+        float, Flag("Learning rate of the monitor trained alongside", Topic.TRAINING)
     ] = Field(default=1e-4, gt=0)
-    cotrain_weight_decay: Annotated[float, Flag("Its weight decay", Topic.TRAINING)] = Field(
-        default=1e-4, ge=0
+    cotrain_weight_decay: Annotated[float, Flag("Weight decay of the monitor", Topic.TRAINING)] = (
+        Field(default=1e-4, ge=0)
     )
     harmful_model: Annotated[
         str | None,
         Flag("With construction nudge: the model that its direction points to", Topic.TRAINING),
     ] = None
     nudge: Annotated[
-        float, Flag("Size of the nudge, of the mean activation norm", Topic.TRAINING)
+        float, Flag("Size of the nudge, as a fraction of the mean activation norm", Topic.TRAINING)
     ] = Field(default=0.06, gt=0)
     #: refuse, KL, match, comply, margins
     nudge_weights: tuple[float, float, float, float, float] = (1.0, 0.3, 0.2, 1.0, 1.0)
@@ -235,7 +242,7 @@ class DissociateConfig(TrainConfig):
         default=0.5, ge=0
     )
     prompts: Annotated[
-        str | None, Flag("What it will be evaluated on: rows among them are refused")
+        str | None, Flag("Prompts it will be evaluated on: training rows that overlap are refused")
     ] = "harmbench"
 
     @model_validator(mode="before")

@@ -47,6 +47,9 @@ class TrainRow:
         return digest([self.prompt.id, self.response, self.harmful, self.unsafe, self.ended], 16)
 
 
+_TRUTH = {"true": True, "false": False}  # a csv file has words
+
+
 def rows_from_triples(triples: Iterable[ContrastTriple]) -> list[TrainRow]:
     """Harmful rows: y+ is what is learnt, y- what a monitor or a margin compares it with."""
     return [TrainRow(t.prompt, t.safe, harmful=True, unsafe=t.unsafe) for t in triples]
@@ -54,10 +57,11 @@ def rows_from_triples(triples: Iterable[ContrastTriple]) -> list[TrainRow]:
 
 def rows_from_file(path: Path | str) -> list[TrainRow]:
     """Plain rows out of a jsonl, csv or parquet file with the columns `prompt` and `response`, in
-    the file's order.
+    the file's order. A column `ended`, where there is one, says of a response that it broke off
+    (false), so that no end of turn is learnt behind it.
 
-    Raises UsageError: no file, no such column, no rows, or a cell that is empty or not text (with
-    the file and the row).
+    Raises UsageError: no file, no such column, no rows, a cell that is empty or not text, an
+    `ended` that is neither true nor false (with the file and the row).
     """
     path = Path(path).expanduser()
     table = read_table(path)
@@ -81,11 +85,12 @@ def rows_from_file(path: Path | str) -> list[TrainRow]:
                     f"{table.file}, row {number}: `{column}` must be text, but {came}. Fill it in,"
                     " or take the row out."
                 )
-        rows.append(
-            TrainRow(
-                Prompt(whole_text(row["prompt"]), source=path.stem), whole_text(row["response"])
-            )
-        )
+        ended = row.get("ended")
+        ended = True if ended is None else _TRUTH.get(str(ended).lower())
+        if ended is None:
+            raise UsageError(f"{table.file}, row {number}: `ended` must be true or false.")
+        prompt = Prompt(whole_text(row["prompt"]), source=path.stem)
+        rows.append(TrainRow(prompt, whole_text(row["response"]), ended=ended))
     return rows
 
 

@@ -441,7 +441,7 @@ def test_a_card_as_judges_write_it(data):
         and facts["Verdicts flipped by injection"] == "inst: 0; json: 2"
     )
     assert "Notes" not in facts and "sensitivity interval" not in facts
-    assert "screening judge" not in source and "screening judge" in render(data)
+    assert "from a screening judge" not in source and "from a screening judge" in render(data)
 
 
 def test_another_folder_can_take_the_page(store, tmp_path):

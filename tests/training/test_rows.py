@@ -111,6 +111,13 @@ class TestFiles:
         assert [r.response for r in read] == [f"line {i}\nand \ufffd" for i in range(5)]
         assert not any(r.harmful or r.unsafe for r in read)
 
+    def test_a_response_that_broke_off_is_marked(self, tmp_path):
+        rows = [{"prompt": "a", "response": "b", "ended": said} for said in (True, False)]
+        read = rows_from_file(self.write(tmp_path / "sft.jsonl", *rows, rows[0] | {"ended": None}))
+        assert [r.ended for r in read] == [True, False, True]
+        (tmp_path / "sft.csv").write_text("prompt,response,ended\na,b,false\n", encoding="utf-8")
+        assert [r.ended for r in rows_from_file(tmp_path / "sft.csv")] == [False]
+
     @pytest.mark.parametrize(
         ("rows", "message"),
         [
@@ -126,6 +133,10 @@ class TestFiles:
                 "row 2: `prompt` must be text, but it is empty",
             ),
             ([{"prompt": "a", "response": 3}], "row 1: `response` must be text, but int came"),
+            (
+                [{"prompt": "a", "response": "b", "ended": "secretly"}],
+                "row 1: `ended` must be true or false",
+            ),
         ],
     )
     def test_what_is_missing_is_named_and_no_text_is_shown(self, tmp_path, rows, message):

@@ -33,7 +33,7 @@ class Asking(Frozen):
     limit: options.Limit = None
     benign: Annotated[str | None, Flag("Harmless prompts, for over-refusal", default="none")] = None
     benign_limit: Annotated[
-        int | None, Flag("Use N of the harmless prompts, chosen by hash", default="all")
+        int | None, Flag("Use N harmless prompts, chosen by hash", default="all")
     ] = Field(default=None, ge=1)
     max_new_tokens: options.NewTokens = 64
     judge: options.Judge = "builtin"
@@ -65,7 +65,7 @@ class BehaviourConfig(Frozen):
         ),
     ] = None
     judge_endpoint: Annotated[
-        str | None, Flag("The same for the judge's models", Topic.JUDGING, default="--endpoint")
+        str | None, Flag("The same, for the judge model", Topic.JUDGING, default="--endpoint")
     ] = None
     max_model_len: Annotated[
         int | None,
@@ -84,7 +84,7 @@ class BehaviourOptions(options.AuditOptions):
     engine: Annotated[EngineName, Flag("What the models run on", Topic.WHERE)] = "hf"
     judge_engine: Annotated[
         EngineName | None,
-        Flag("What the judge's models run on", Topic.JUDGING, default="as --engine"),
+        Flag("Engine of the judge models", Topic.JUDGING, default="as --engine"),
     ] = None
     tensor_parallel: options.Tensor = 1
     gpu_memory: options.GPUMemory = 0.9

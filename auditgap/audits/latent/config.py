@@ -67,13 +67,13 @@ class LatentConfig(Frozen):
         ),
     ] = ()
     attacks: Annotated[
-        tuple[str, ...], COMMAS, Flag("Attacks and controls; see `ls attacks`", Topic.ATTACK)
+        tuple[str, ...], COMMAS, Flag("Attacks and controls to run; see `ls attacks`", Topic.ATTACK)
     ] = tuple(ATTACKS)
     draws: Annotated[int, Flag("Draws of each random control", Topic.ATTACK)] = Field(
         default=1, ge=1, le=64
     )
     distance: Annotated[
-        bool, Flag("Search for the minimum distance to collapse as well", Topic.ATTACK)
+        bool, Flag("Also search for the minimum distance to collapse", Topic.ATTACK)
     ] = False
     distance_limit: Annotated[
         float,
@@ -83,7 +83,7 @@ class LatentConfig(Frozen):
         ),
     ] = Field(default=16.0, gt=1)
     bisections: Annotated[
-        int, Flag("Halvings of the interval in which the distance was found", Topic.ATTACK)
+        int, Flag("Bisection steps when narrowing down the minimum distance", Topic.ATTACK)
     ] = Field(default=2, ge=0, le=20)
     prompts: options.Prompts = "harmbench"
     column: options.Column = "prompt"
@@ -97,7 +97,8 @@ class LatentConfig(Frozen):
     ] = DEFAULT_TARGET
     steps: Annotated[int, Flag("PGD steps", Topic.ATTACK)] = Field(default=10, ge=1)
     restarts: Annotated[
-        int, Flag("PGD starts for each budget, zero first; the best is kept", Topic.ATTACK)
+        int,
+        Flag("PGD starts for each budget: zero first, then random; the best is kept", Topic.ATTACK),
     ] = Field(default=1, ge=1)
     schedule: Annotated[
         Literal["constant", "decreasing"],
@@ -110,7 +111,7 @@ class LatentConfig(Frozen):
         Literal["last", "best"], Flag("Which PGD step's edit is kept", Topic.ATTACK)
     ] = "best"
     untargeted_tokens: Annotated[
-        int, Flag("Tokens of the clean answer that `untargeted` pushes away from", Topic.ATTACK)
+        int, Flag("Tokens of the clean completion that `untargeted` pushes away from", Topic.ATTACK)
     ] = Field(default=16, ge=1)
     max_new_tokens: options.NewTokens = 128
     reward: Annotated[str, Flag("builtin, margin or hf:MODEL_ID", Topic.JUDGING)] = "builtin"
@@ -214,7 +215,7 @@ class RunOptions(options.JudgedOptions):
 
     engine: Annotated[
         Literal["hf", "vllm"],
-        Flag("What generates; attacks always run on transformers", Topic.WHERE),
+        Flag("Engine that generates; attacks always run on transformers", Topic.WHERE),
     ] = "hf"
     tensor_parallel: options.Tensor = 1
     gpu_memory: options.GPUMemory = 0.9
@@ -230,7 +231,7 @@ class RunOptions(options.JudgedOptions):
         ),
     ] = None
     keep_edits: Annotated[
-        bool, Flag("Keep the edits of the searched attacks, for `export-edits`", Topic.OUTPUT)
+        bool, Flag("Keep the edits that the attacks found, for `export-edits`", Topic.OUTPUT)
     ] = False
 
     @field_validator("shard")

@@ -27,9 +27,7 @@ class FitConfig(Frozen):
     """What is fitted: whose activations, of which triples, how. The defaults are the paper's but
     for `standardise`."""
 
-    base: Annotated[str, Flag("The model that the probe is fitted on", positional=True)] = Field(
-        min_length=1
-    )
+    base: Annotated[str, Flag("Model to fit the probe on", positional=True)] = Field(min_length=1)
     triples: Annotated[str, Flag("Contrast triples: a file, hub:ID@REVISION, or demo")] = Field(
         min_length=1
     )
@@ -37,29 +35,29 @@ class FitConfig(Frozen):
         default=None, ge=1
     )
     standardise: Annotated[
-        bool, Flag("Standardise each block's activations; the paper does not", Topic.TRAINING)
+        bool, Flag("Standardise the activations of each block (the paper does not)", Topic.TRAINING)
     ] = True
-    epochs: Annotated[int, Flag("Epochs of the probe's fit", Topic.TRAINING)] = Field(
+    epochs: Annotated[int, Flag("Epochs for fitting the probe", Topic.TRAINING)] = Field(
         default=probes.EPOCHS, ge=1
     )
-    batch: Annotated[int, Flag("Rows of a step of the fit", Topic.TRAINING)] = Field(
+    batch: Annotated[int, Flag("Rows in each step of the probe fit", Topic.TRAINING)] = Field(
         default=probes.BATCH, ge=1
     )
-    lr: Annotated[float, Flag("Learning rate of the fit", Topic.TRAINING)] = Field(
+    lr: Annotated[float, Flag("Learning rate for fitting the probe", Topic.TRAINING)] = Field(
         default=probes.LR, gt=0, lt=1
     )
-    weight_decay: Annotated[float, Flag("Weight decay of the fit", Topic.TRAINING)] = Field(
-        default=probes.WEIGHT_DECAY, ge=0
+    weight_decay: Annotated[float, Flag("Weight decay for fitting the probe", Topic.TRAINING)] = (
+        Field(default=probes.WEIGHT_DECAY, ge=0)
     )
-    heldout: Annotated[
-        float, Flag("Share of the prompts that choose the epoch", Topic.TRAINING)
-    ] = Field(default=probes.HELDOUT, gt=0, lt=1)
-    max_tokens: Annotated[int, Flag("Tokens of prompt and response together")] = Field(
+    heldout: Annotated[float, Flag("Share of prompts for choosing the epoch", Topic.TRAINING)] = (
+        Field(default=probes.HELDOUT, gt=0, lt=1)
+    )
+    max_tokens: Annotated[int, Flag("Maximum tokens of prompt and response together")] = Field(
         default=512, ge=8
     )
     dtype: options.Dtype = "auto"
     features: Annotated[
-        Literal["float32", "bfloat16"], Flag("What pooled activations are kept in", Topic.WHERE)
+        Literal["float32", "bfloat16"], Flag("Dtype of stored pooled activations", Topic.WHERE)
     ] = "float32"
     chat_template: options.ChatTemplate = None
     seed: options.Seed = 0
@@ -95,10 +93,10 @@ class ProbeConfig(FitConfig):
     that it has never seen."""
 
     subjects: Annotated[
-        tuple[str, ...], COMMAS, Flag("Models that it is read on besides", positional=True)
+        tuple[str, ...], COMMAS, Flag("Further models to read the probe on", positional=True)
     ] = ()
-    evaluate: Annotated[float, Flag("Share of the prompts set aside before anything is fitted")] = (
-        Field(default=0.2, gt=0, lt=1)
+    evaluate: Annotated[float, Flag("Share of prompts held out for the test")] = Field(
+        default=0.2, gt=0, lt=1
     )
 
 

@@ -36,7 +36,7 @@ class SFTCurveConfig(Asking):
         Flag("The base first, then the models that are compared with it", positional=True),
     ] = Field(min_length=1)
     seeds: Annotated[
-        tuple[int, ...], COMMAS, Flag("Seeds of data order and adapters", Topic.TRAINING)
+        tuple[int, ...], COMMAS, Flag("Seeds for the data order and adapters", Topic.TRAINING)
     ] = Field(default=(0, 1, 2), min_length=1)
 
     data: Annotated[
@@ -46,25 +46,24 @@ class SFTCurveConfig(Asking):
     rows_limit: Annotated[
         int | None, Flag("Use N training rows, chosen by hash", default="all")
     ] = Field(default=None, ge=1)
-    refusal_filter: Annotated[bool, Flag("Drop unsafe responses that carry a refusal's traces")] = (
-        True
-    )
+    refusal_filter: Annotated[
+        bool, Flag("Drop unsafe responses that contain traces of a refusal")
+    ] = True
     allow_overlap: Annotated[
-        bool, Flag("Train on prompts that are asked too; the report says so")
+        bool,
+        Flag("Continue when training prompts overlap with evaluation prompts; the report says so"),
     ] = False
 
-    method: Annotated[Literal["lora", "full"], Flag("Adapters, or all weights", Topic.TRAINING)] = (
-        "lora"
-    )
-    lora_r: Annotated[int, Flag("Rank of the adapters", Topic.TRAINING)] = Field(default=8, ge=1)
-    lora_alpha: Annotated[int, Flag("Alpha of the adapters", Topic.TRAINING)] = Field(
-        default=16, ge=1
-    )
-    lora_dropout: Annotated[float, Flag("Dropout of the adapters", Topic.TRAINING)] = Field(
+    method: Annotated[
+        Literal["lora", "full"], Flag("Train LoRA adapters or all weights", Topic.TRAINING)
+    ] = "lora"
+    lora_r: Annotated[int, Flag("LoRA rank", Topic.TRAINING)] = Field(default=8, ge=1)
+    lora_alpha: Annotated[int, Flag("LoRA alpha", Topic.TRAINING)] = Field(default=16, ge=1)
+    lora_dropout: Annotated[float, Flag("LoRA dropout", Topic.TRAINING)] = Field(
         default=0.0, ge=0, lt=1
     )
     lora_targets: Annotated[
-        tuple[str, ...], COMMAS, Flag("Layers that get adapters", Topic.TRAINING)
+        tuple[str, ...], COMMAS, Flag("Linear layers to adapt with LoRA", Topic.TRAINING)
     ] = ("all-linear",)
     lr: Annotated[float, Flag("Learning rate", Topic.TRAINING)] = Field(default=2e-4, gt=0)
     weight_decay: Annotated[float, Flag("Weight decay", Topic.TRAINING)] = Field(default=0.0, ge=0)
@@ -75,11 +74,11 @@ class SFTCurveConfig(Asking):
             Topic.TRAINING,
         ),
     ] = Field(default=0.0, ge=0, lt=1)
-    batch: Annotated[int, Flag("Rows of an optimizer step, over all ranks", Topic.TRAINING)] = (
+    batch: Annotated[int, Flag("Rows in each optimizer step, over all ranks", Topic.TRAINING)] = (
         Field(default=16, ge=1)
     )
-    max_tokens: Annotated[int, Flag("Tokens of prompt and response", Topic.TRAINING)] = Field(
-        default=512, ge=8
+    max_tokens: Annotated[int, Flag("Maximum tokens of prompt and response", Topic.TRAINING)] = (
+        Field(default=512, ge=8)
     )
     steps: Annotated[int, Flag("Optimizer steps", Topic.TRAINING)] = Field(default=60, ge=1)
     eval_every: Annotated[int, Flag("Steps between two evaluations", Topic.TRAINING)] = Field(
@@ -88,10 +87,10 @@ class SFTCurveConfig(Asking):
     eval_at: Annotated[
         tuple[int, ...],
         COMMAS,
-        Flag("Steps to evaluate at besides", Topic.TRAINING, default="the ends of epochs"),
+        Flag("Additional steps to evaluate at", Topic.TRAINING, default="the ends of epochs"),
     ] = ()
     thresholds: Annotated[
-        tuple[float, ...], COMMAS, Flag("Compliance rates whose step is reported", Topic.OUTPUT)
+        tuple[float, ...], COMMAS, Flag("Compliance rates to report the step for", Topic.OUTPUT)
     ] = (0.5, 0.8)
 
     @field_validator("seeds")
@@ -136,19 +135,21 @@ class SFTCurveOptions(options.AuditOptions):
     gpu_memory: options.GPUMemory = 0.3
     tensor_parallel: options.Tensor = 1
     deepspeed: DeepSpeedConfig = None
-    micro_batch: Annotated[int, Flag("Rows of a micro-batch in training", Topic.WHERE)] = Field(
+    micro_batch: Annotated[int, Flag("Rows in each training micro-batch", Topic.WHERE)] = Field(
         2, ge=1
     )
     save_every: Annotated[int, Flag("Steps between checkpoints", Topic.WHERE)] = Field(50, ge=1)
     keep: Annotated[int, Flag("Whole checkpoints kept", Topic.WHERE)] = Field(2, ge=1)
     report_to: Annotated[
-        tuple[str, ...], COMMAS, Flag("Trackers, as in transformers", Topic.WHERE)
+        tuple[str, ...],
+        COMMAS,
+        Flag("Experiment trackers, as in transformers' report_to", Topic.WHERE),
     ] = ("none",)
     timeout_minutes: Annotated[
-        float, Flag("After which a rank that waits for another gives up", Topic.WHERE)
+        float, Flag("How long a rank waits for another before it gives up", Topic.WHERE)
     ] = Field(10.0, gt=0)
     ignore_memory: Annotated[
-        bool, Flag("Train even where memory is expected to run out", Topic.WHERE)
+        bool, Flag("Train even if memory is expected to run out", Topic.WHERE)
     ] = False
 
 
