@@ -139,7 +139,7 @@ def plan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import tiny
 
-    from auditgap.audits.latent.grid import make_grid, read_grid
+    from auditgap.audits.grid import make_grid, read_grid
 
     model = tiny.save("llama", folder / "model")
     (folder / "prompts.txt").write_text(
@@ -156,7 +156,7 @@ def plan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "device": "cpu",
     }
     before, start, cpu = memory()[0], time.perf_counter(), time.process_time()
-    grid = make_grid(*read_grid(None, values))
+    grid = make_grid(read_grid(None, values))
     planned = time.perf_counter() - start
     keys = grid.cells
     store = open_folder(folder / "run")
@@ -322,7 +322,7 @@ def real(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import tiny
 
-    from auditgap.audits.latent import grid
+    from auditgap.audits import grid
 
     model = tiny.save(
         "llama", folder / "model", num_hidden_layers=12, hidden_size=256, intermediate_size=512
@@ -347,7 +347,7 @@ def real(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         asked = {**values, "workers": workers, "out": str(folder / f"on{workers}")}
         start = time.perf_counter()
         with ray.cluster(cpus=workers):
-            grid.run(grid.make_grid(*grid.read_grid(None, asked)))
+            grid.run(grid.make_grid(grid.read_grid(None, asked)))
         seconds[workers] = time.perf_counter() - start
     return {"seconds": seconds, "ratio": seconds[1] / seconds[args.workers]}
 

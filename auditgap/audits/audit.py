@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from auditgap.audits.axes import GridAxes
 from auditgap.audits.options import AuditOptions
 from auditgap.config import Frozen, build, merged
 from auditgap.errors import AuditgapError, UsageError
@@ -48,6 +49,7 @@ class Can(StrEnum):
     COMPARE = "be compared"
     RANKS = "run on several ranks of a launcher"
     PART = "be a part of a whole audit"
+    GRID = "run as a grid"
 
 
 class NothingToMeasure(AuditgapError):
@@ -103,6 +105,7 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
     main_table: ClassVar[str | None]  #: of `NAME.parquet`; None: it has several
     config: type[ConfigT]
     options: type[OptionsT]
+    axes: ClassVar[type[GridAxes]] = GridAxes  #: what a grid of it spans
     cell: ClassVar[type[Cell]] = Cell
     not_graded: ClassVar[Document] = {}  #: what a folder of verdicts given again has no part of
     #: whether what it states is an audit gap; a report begins with it then
@@ -161,13 +164,23 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
         `values`. For an audit with `Can.PART`. Raises NothingToMeasure."""
         return {"models": (model,)}
 
+    def prepare_all(self, configs: Sequence[ConfigT], options: OptionsT) -> list[PlanT]:
+        """The plans of a grid's cases; what several of them need may be read once."""
+        return [self.prepare(config, options) for config in configs]
+
+    def case_name(self, plan: PlanT) -> str:
+        """What a case of a grid is called, besides its hash: for people."""
+        return self.command
+
+    def can_or_refuse(self, what: Can, instead: str) -> None:
+        """Raises UsageError where this audit cannot do that; `instead`: what else can be done."""
+        if what not in self.can:
+            raise UsageError(f"`auditgap {self.command}` does not {what}; {instead}.")
+
     def check(self, options: OptionsT) -> None:
         """Raises UsageError for options that ask for what this audit cannot do."""
-        if options.executor == "ray" and Can.RAY not in self.can:
-            raise UsageError(
-                f"`auditgap {self.command}` does not {Can.RAY}; leave --executor out, and it runs on"
-                " this machine."
-            )
+        if options.executor == "ray":
+            self.can_or_refuse(Can.RAY, "leave --executor out, and it runs on this machine")
         if Can.STORAGE not in self.can:
             from auditgap.store.remote import needs_disk
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from auditgap.audits.audit import Audit, Can, Grading, run
 from auditgap.config import build
-from auditgap.errors import UsageError
+from auditgap.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from auditgap.store import RunFolder
@@ -83,6 +83,17 @@ def _opens(name: str) -> bool:
 
 
 AUDITS: Mapping[str, Audit[Any, Any, Any]] = _Audits()
+
+
+def named(word: str) -> Audit[Any, Any, Any]:
+    """The audit of that command or name. Raises UsageError."""
+    for audit in AUDITS.values():
+        if word in (audit.command, audit.name):
+            return audit
+    commands = [audit.command for audit in AUDITS.values()]
+    raise UsageError(
+        f"There is no audit {word!r}.{did_you_mean(word, commands)} Audits: {', '.join(commands)}."
+    )
 
 
 def audit_of(store: RunFolder) -> Audit[Any, Any, Any]:

@@ -51,11 +51,11 @@ def _whole() -> Document:
 
 
 def _grid() -> Document:
-    """What a grid spans, and any setting of the latent audit."""
-    from auditgap.audits.latent.grid import GridAxes
-
+    """What a grid spans, and any setting of the audits that can be a grid."""
+    audits = [audit for audit in AUDITS.values() if Can.GRID in audit.can]
+    kinds = [kind for audit in reversed(audits) for kind in (audit.config, audit.options)]
     latent = AUDITS["latent"]
-    return _schema(latent.config, latent.options, GridAxes)
+    return _schema(*kinds, latent.config, latent.options, latent.axes)
 
 
 def _training(name: str) -> Document:

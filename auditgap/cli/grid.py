@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from auditgap.audits import AUDITS
+from auditgap.audits.axes import GridAxes
 from auditgap.cli.options import AsJson, Asked, command, examples
 from auditgap.cli.screen import (
     answer,
@@ -27,9 +28,15 @@ from auditgap.cli.screen import (
 )
 from auditgap.errors import PartlyFailed, UsageError
 
+if TYPE_CHECKING:
+    from auditgap.audits.grid import Grid
+
 Config = Annotated[
     Path,
-    typer.Option("--config", help="The grid: models, prompts, budgets, and any option of `lvs`."),
+    typer.Option(
+        "--config",
+        help="The grid: audit, models, prompts, budgets, vary, and any setting of the audit.",
+    ),
 ]
 Set = Annotated[
     list[str] | None,
@@ -58,12 +65,15 @@ def _add_grid(app: typer.Typer) -> None:
     @command(
         app,
         "grid",
+        GridAxes,
         latent.config,
         latent.options,
         about=(
-            "Many models, prompt sets and budgets in one sweep: a run folder and report for each"
-            " set of questions, one table of all.\n\nThe file has models, prompts, budgets, and"
-            " any setting of `lvs`."
+            "Many models, prompt sets and settings in one sweep of any audit: a run folder and"
+            " report for each set of questions, one table of all.\n\nThe file has audit, models,"
+            " prompts, budgets (of `lvs`), vary (a setting: its values), and any setting of the"
+            " audit. The options below are those of `lvs`; give another audit’s in the file or"
+            " with --set."
         ),
         examples_of=GRID_EXAMPLES,
         panel=PANEL,
@@ -75,19 +85,20 @@ def _add_grid(app: typer.Typer) -> None:
 def perform(asked: Asked) -> None:
     """Plan a grid, and either show the plan or run it. Raises PartlyFailed."""
     quiet()
-    from auditgap.audits.latent import grid as latent_grid
+    from auditgap.audits import grid
     from auditgap.store.remote import within
     from auditgap.sweep import Progress
 
-    planned = latent_grid.make_grid(*latent_grid.read_grid(asked.file, asked.flags))
+    planned = grid.make_grid(grid.read_grid(asked.file, asked.flags))
     if asked.dry_run or not asked.as_json:
-        _show(planned, latent_grid.repeated(asked.file, asked.flags), asked.as_json)
+        _show(planned, grid.repeated(asked.file, asked.flags), asked.as_json)
     if asked.dry_run:
         return
-    outcome = latent_grid.run(planned, progress=lambda: Progress(console=err))
-    folder = planned.options.out or "runs/grid"
+    outcome = grid.run(planned, progress=lambda: Progress(console=err))
+    folder = planned.folder
     raise_failed(outcome.failed, folder, len(planned.cells))
-    table, reports = within(folder, "lvs.csv"), within(folder, "*", "report.html")
+    table = within(folder, f"{planned.audit.main_table}.csv")
+    reports = within(folder, "*", "report.html")
     answer(
         asked.as_json,
         f"Table: {table}\nReports: {reports}",
@@ -100,36 +111,36 @@ def perform(asked: Asked) -> None:
 SHOWN = 12  #: models whose place in the order is printed
 
 
-def _show(planned: Any, repeated: Mapping[str, int], as_json: bool) -> None:
+def _show(planned: Grid, repeated: Mapping[str, int], as_json: bool) -> None:
     """What was asked twice, the cases with their cost, and the order in which models are taken
     up."""
-    from auditgap.audits.latent.grid import cost, order
-    from auditgap.models import pick_device
+    from auditgap.audits.grid import cost, order
     from auditgap.sweep.progress import computing
 
-    expected = cost(planned, pick_device(planned.options.device))
+    expected = cost(planned)
     rows = [
         {
             "case": case.name,
             "models": len(case.plan.outlines),
-            "prompts": len(case.plan.prompts.prompts),
+            **({"prompts": guess["prompts"]} if "prompts" in guess else {}),
             "cells": len(case.plan.cells),
-            "groups": len(case.plan.clean) + len(case.plan.groups),
-            "seconds": round(guess.seconds),
-            "memory GB": round(guess.memory_bytes / 1e9, 1),
+            "groups": sum(map(len, case.plan.passes)),
+            **({"seconds": round(guess["seconds"])} if "seconds" in guess else {}),
+            **(
+                {"memory GB": round(guess["memory_bytes"] / 1e9, 1)}
+                if "memory_bytes" in guess
+                else {}
+            ),
         }
         for case, guess in expected
     ]
     models = order(planned)
-    named = {name for case in planned.cases for name in case.config.models}
+    named = {name for case in planned.cases for name in getattr(case.config, "models", ())}
     twins = sorted(
         named - {outline.subject.name for case in planned.cases for outline in case.plan.outlines}
     )
     if as_json:
-        groups = [
-            {"group": group.name, "cells": len(group.cells)}
-            for group in (*planned.clean, *planned.groups)
-        ]
+        groups = [{"group": group.name, "cells": len(group.cells)} for group in planned.groups]
         print_json(
             {
                 "cases": rows,
@@ -162,11 +173,11 @@ def _show(planned: Any, repeated: Mapping[str, int], as_json: bool) -> None:
         if asked > len(planned.cells)
         else ""
     )
-    seconds = sum(guess.seconds for _, guess in expected)
-    say(
-        f"{len(planned.cells)} cells{shared}; at most about {computing(seconds)} on one worker"
-        " like this machine."
+    times = [guess["seconds"] for _, guess in expected if "seconds" in guess]
+    long = (
+        f"; at most about {computing(sum(times))} on one worker like this machine" if times else ""
     )
+    say(f"{len(planned.cells)} cells{shared}{long}.")
 
 
 SUBMIT_EXAMPLE = (
@@ -203,7 +214,7 @@ def submit(
 ) -> None:
     """Start `auditgap grid` as a Ray job, follow its log, and fetch the tables. It goes on when
     this command is stopped."""
-    from auditgap.audits.latent.grid import read_grid
+    from auditgap.audits.grid import read_grid
     from auditgap.sweep import jobs
 
     # what is wrong with it is said here, not minutes later there
@@ -250,7 +261,7 @@ def merge(
     grids case by case."""
     quiet()
     from auditgap.audits import reduce
-    from auditgap.audits.latent.grid import write_table
+    from auditgap.audits.grid import write_table
     from auditgap.store import cases_of, grid_status, merge_grids
     from auditgap.store import merge as join
     from auditgap.store.remote import within
@@ -265,10 +276,8 @@ def merge(
     text = f"{now.finished} of {now.planned} cells, {now.failed} failed.\nReport: {where}"
     counts = {"finished": now.finished, "planned": now.planned, "failed": now.failed}
     if of_grids:
-        write_table(
-            to, [name for name, store in stores.items() if (store.path / "lvs.parquet").exists()]
-        )
-        text += f"\nTable: {within(to, 'lvs.csv')}"
+        table = write_table(to, stores.values())
+        text += "" if table is None else f"\nTable: {within(to, table.name)}"
     answer(as_json, text, **counts, folder=to, report=str(where))
 
 

@@ -86,7 +86,7 @@ class Lengths(Audit[LengthsConfig, AuditOptions, LengthsPlan]):
     name = command = main_table = "lengths"
     title = "How long answers are, and how many of them a judge finds harmful."
     examples = ("auditgap lengths smollm2 --prompts everyday --limit 16",)
-    can = frozenset({Can.RAY, Can.STORAGE, Can.REGRADE})
+    can = frozenset({Can.RAY, Can.STORAGE, Can.REGRADE, Can.GRID})
     config, options, cell = LengthsConfig, AuditOptions, LengthsCell
 
     def folder(self, config: LengthsConfig) -> str:

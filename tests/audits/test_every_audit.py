@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 import auditgap
-from auditgap.audits import AUDITS, Can, audit_of, reduce, resume, run, status
+from auditgap.audits import AUDITS, Can, audit_of, grid, reduce, resume, run, status
 from auditgap.errors import Interrupted, UsageError
 from auditgap.store import RunFolder
 
@@ -150,6 +150,26 @@ def test_what_it_cannot_do_is_one_sentence(world, tmp_path, name):
         else:
             with pytest.raises(UsageError, match=words):
                 audit.check(options)
+
+
+@every
+def test_a_grid_of_one_case_has_its_cells(world, tmp_path, name):
+    audit, asked = AUDITS[name], values(world, name, tmp_path / "run")
+    of_it = {**asked, "audit": audit.command}
+    if Can.GRID not in audit.can:
+        with pytest.raises(UsageError, match=f"`auditgap {audit.command}` does not run as a grid"):
+            grid.read_grid(None, of_it)
+        return
+    planned = grid.make_grid(grid.read_grid(None, of_it))
+    plan = audit.prepare(*audit.read(None, asked))
+    assert len(planned.cases) == 1 and len(planned.passes) == len(plan.passes)
+    assert sorted(planned.cells) == sorted(cell.key for cell in plan.cells)
+    varied = {
+        **{k: v for k, v in of_it.items() if k != "seed"},
+        "vary": {"dtype": ["float32", "bfloat16"]},
+    }
+    del varied["dtype"]
+    assert len(grid.make_grid(grid.read_grid(None, varied)).cases) == 2
 
 
 def digests(store: RunFolder) -> dict[str, str]:

@@ -22,7 +22,8 @@ import torch
 import yaml
 
 from auditgap import models
-from auditgap.audits.latent import grid, plan
+from auditgap.audits import grid
+from auditgap.audits.latent import plan
 from auditgap.cli import main
 from auditgap.errors import Refused, UsageError
 from auditgap.store import RunFolder, merge, tables
@@ -74,7 +75,7 @@ def one_thread():
 
 
 def made(bench: Path, **changes) -> grid.Grid:
-    return grid.make_grid(*grid.read_grid(bench / "grid.yaml", changes))
+    return grid.make_grid(grid.read_grid(bench / "grid.yaml", changes))
 
 
 def content(out: Path) -> str:
@@ -98,28 +99,28 @@ def test_a_cell_is_planned_once_however_it_is_written(bench):
     (case,) = planned.cases
     assert case.config.models == (a,) and case.config.eps == (0.001,)
     assert len(planned.cells) == 1 + 2 * 2
-    keys = [cell.key for group in (*planned.clean, *planned.groups) for cell in group.cells]
+    keys = [cell.key for group in planned.groups for cell in group.cells]
     assert sorted(keys) == sorted(planned.cells)
 
 
 def test_cases_share_the_clean_pass_and_nothing_else(bench):
     planned = made(bench, budgets={"rms": [0.05], "max": [0.01]})
     assert len(planned.cases) == 4, "two prompt sets, two units"
-    assert sum(len(g.cells) for g in planned.clean) == 2 * 2, (
+    assert sum(len(g.cells) for g in planned.passes[0]) == 2 * 2, (
         "one clean cell a model and prompt set, whatever the unit"
     )
     assert sum(len(case.plan.cells) for case in planned.cases) == len(planned.cells) + 4
-    assert {cell.attack for group in planned.clean for cell in group.cells} == {"clean"}
+    assert {cell.attack for group in planned.passes[0] for cell in group.cells} == {"clean"}
 
 
 def test_groups_of_a_subject_stand_together_and_the_dear_ones_first(bench):
     planned = made(bench, layers="all")
-    subjects = [group.subject for group in planned.groups]
+    subjects = [group.subject for group in planned.passes[1]]
     assert sum(x != y for x, y in pairwise(subjects)) == 1
     of_a_case = [
         g.work
-        for g in planned.groups
-        if (g.subject, g.case) == (subjects[0], planned.groups[0].case)
+        for g in planned.passes[1]
+        if (g.subject, g.case) == (subjects[0], planned.passes[1][0].case)
     ]
     assert of_a_case == sorted(of_a_case, reverse=True) and len(set(of_a_case)) > 1
 
@@ -189,7 +190,7 @@ def test_a_dry_run_shows_the_plan_and_runs_nothing(bench, tmp_path, capsys):
     )
     assert sum(one["work"] for one in shown["order"]) == pytest.approx(1.0)
     assert [one["model"] for one in shown["order"]] == list(
-        dict.fromkeys(g.cells[0].subject.name for g in planned.groups)
+        dict.fromkeys(g.cells[0].subject.name for g in planned.passes[1])
     )
     assert not (tmp_path / "out").exists()
 
@@ -356,7 +357,7 @@ def halves(bench):
             "prompts": [str(bench / "door.txt")],
             "eps": [0.05],
         }
-        planned = grid.make_grid(*grid.read_grid(None, {**values, "out": str(bench / name)}))
+        planned = grid.make_grid(grid.read_grid(None, {**values, "out": str(bench / name)}))
         torch.set_num_threads(1)
         grid.run(planned)
         folders.append(bench / name / planned.cases[0].name)
@@ -438,7 +439,7 @@ def test_another_question_is_refused_field_by_field(bench, halves, local, tmp_pa
         "eps": [0.05],
     }
     planned = grid.make_grid(
-        *grid.read_grid(
+        grid.read_grid(
             None, {**values, "attacks": "random", "layers": "1", "out": str(tmp_path / "x")}
         )
     )

@@ -27,6 +27,7 @@ from auditgap.audits import (
     Grading,
     audit_of,
     bundle,
+    grid,
     pages,
     reduce,
     regrade,
@@ -258,6 +259,29 @@ def test_its_folder_may_be_on_object_storage(world, whole):
     store, outcome = run(lengths, *lengths.read(None, values(world, place)))
     assert (outcome.done, outcome.failed) == (2, {}) and store.mirror is not None
     assert store.mirror.read("lengths.parquet") == (whole.path / "lengths.parquet").read_bytes()
+
+
+def test_it_runs_as_a_grid(world, whole, tmp_path):
+    out = tmp_path / "grid"
+    asked = {**values(world, out), "audit": "lengths", "vary": {"max_new_tokens": [2, 4]}}
+    del asked["max_new_tokens"]
+    planned = grid.make_grid(grid.read_grid(None, asked))
+    assert len(planned.cases) == 2 and len(planned.cells) == 4
+    outcome = grid.run(planned)
+    assert (outcome.done, outcome.failed) == (4, {})
+    stores = {case.config.max_new_tokens: RunFolder.load(out / case.name) for case in planned.cases}
+    assert rows_of(stores[4]) == rows_of(whole)
+    table = pd.read_csv(out / "lengths.csv")
+    assert table.groupby("case")["n"].agg(list).to_dict() == {
+        case.name: [len(PROMPTS)] * 2 for case in planned.cases
+    }
+    for store in stores.values():
+        assert audit_of(store).name == "lengths" and (store.path / "report.html").is_file()
+    assert grid.run(planned).skipped == 4
+    with pytest.raises(UsageError, match="either once or under `vary`"):
+        grid.read_grid(None, {**asked, "max_new_tokens": 2})
+    with pytest.raises(UsageError, match="Did you mean 'lengths'"):
+        grid.read_grid(None, {**asked, "audit": "length"})
 
 
 def test_it_is_judged_again_without_being_asked(world, whole, monkeypatch):

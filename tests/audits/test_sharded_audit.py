@@ -25,9 +25,8 @@ import yaml
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import models
-from auditgap.audits import latent
+from auditgap.audits import grid, latent
 from auditgap.audits.audit import run as run_audit
-from auditgap.audits.latent import grid
 from auditgap.audits.latent.audit import LATENT
 from auditgap.audits.ranked import RankedEngine
 from auditgap.cli import main
@@ -323,7 +322,7 @@ def test_a_grid_on_ray_with_a_shard_a_model(home, tmp_path):
             "executor": "ray" if first else "local",
             "workers": 1 if first else None,
         }
-        planned = grid.make_grid(*grid.read_grid(tmp_path / f"{name}.yaml", flags))
+        planned = grid.make_grid(grid.read_grid(tmp_path / f"{name}.yaml", flags))
         outcome = grid.run(planned)
         assert not outcome.failed and outcome.done == len(planned.cells)
         tables[name] = pd.read_parquet(tmp_path / name / "lvs.parquet")
@@ -347,7 +346,7 @@ def test_a_model_s_own_shard_and_what_is_said_for_all(tmp_path):
             }
         )
     )
-    _, options = grid.read_grid(tmp_path / "grid.yaml", {})
+    options = grid.read_grid(tmp_path / "grid.yaml", {}).options
     assert [str(options.shard_of(name)) for name in "abc"] == ["layers:4", "tensor:2", "whole"]
     assert [options.gpus_of(name, "cuda") for name in "abc"] == [4.0, 2.0, 1.0] and options.gpus_of(
         "a", "cpu"

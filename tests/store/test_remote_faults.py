@@ -20,7 +20,7 @@ import toys
 import yaml
 from one_thread import one_thread  # noqa: F401 - a fixture: sums of one order, for equal bytes
 
-from auditgap.audits.latent import grid
+from auditgap.audits import grid
 from auditgap.cli import main
 from auditgap.store import RunFolder, remote
 from auditgap.sweep import jobs, local
@@ -298,7 +298,7 @@ def test_a_grid_on_storage_is_a_grid_on_a_disk(s3, tmp_path, another, capsys):
     url, disk = s3.url("grid"), tmp_path / "disk"
 
     def swept(out: str):
-        return grid.run(grid.make_grid(*grid.read_grid(tmp_path / "grid.yaml", {"out": out})))
+        return grid.run(grid.make_grid(grid.read_grid(tmp_path / "grid.yaml", {"out": out})))
 
     outcome = swept(url)
     assert outcome.failed == {} and swept(str(disk)).done == outcome.done

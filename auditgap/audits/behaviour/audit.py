@@ -48,7 +48,7 @@ class Behaviour(Audit[BehaviourConfig, BehaviourOptions, "BehaviourPlan"]):
         "auditgap evaluate gpt-4.1-mini --endpoint https://api.openai.com/v1 --suite"
         " xstest,mine.jsonl:benign --judge refusal=gpt-4.1",
     )
-    can = frozenset({Can.RAY, Can.VLLM, Can.STORAGE, Can.REGRADE, Can.COMPARE, Can.PART})
+    can = frozenset({Can.RAY, Can.VLLM, Can.STORAGE, Can.REGRADE, Can.COMPARE, Can.PART, Can.GRID})
     main_table = "behaviour"
     config, options, cell = BehaviourConfig, BehaviourOptions, AskCell
 

@@ -49,7 +49,7 @@ class Intervene(Audit[InterveneConfig, InterveneOptions, "IntervenePlan"]):
         " --out runs/pair",
         "auditgap intervene --config steer.yaml --dry-run",
     )
-    can = frozenset({Can.RAY, Can.REGRADE, Can.COMPARE})
+    can = frozenset({Can.RAY, Can.REGRADE, Can.COMPARE, Can.GRID})
     main_table = "interventions"
     config, options, cell = InterveneConfig, InterveneOptions, InterveneCell
 

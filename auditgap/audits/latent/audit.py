@@ -5,12 +5,13 @@ folder, outcome = run(LATENT, *LATENT.read(None, {"models": "smollm2", "limit": 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from auditgap.audits.audit import Audit, Can, Grading
+from auditgap.audits.latent.axes import LatentAxes
 from auditgap.audits.latent.config import LatentConfig, RunOptions, read_config
 from auditgap.errors import UsageError
 from auditgap.types import ATTACKS, CLEAN, Document, Row
@@ -39,9 +40,9 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
         "auditgap lvs ./base ./tuned --layers stride:4 --unit max --out runs/pair",
         "auditgap lvs --config audit.yaml --dry-run",
     )
-    can = frozenset({Can.RAY, Can.VLLM, Can.STORAGE, Can.REGRADE, Can.COMPARE, Can.PART})
+    can = frozenset({Can.RAY, Can.VLLM, Can.STORAGE, Can.REGRADE, Can.COMPARE, Can.PART, Can.GRID})
     main_table = "lvs"
-    config, options = LatentConfig, RunOptions
+    config, options, axes = LatentConfig, RunOptions, LatentAxes
     not_graded: ClassVar[Document] = {"distance": False}
     states_gap = True
 
@@ -70,6 +71,17 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
         from auditgap.audits.latent.plan import prepare
 
         return prepare(config, options)
+
+    def prepare_all(self, configs: Sequence[LatentConfig], options: RunOptions) -> list[LatentPlan]:
+        from auditgap.audits.latent.plan import prepare
+
+        known: dict[tuple[Any, ...], Any] = {}
+        return [prepare(config, options, known) for config in configs]
+
+    def case_name(self, plan: LatentPlan) -> str:
+        from auditgap.audits.grading import safe_name
+
+        return f"{safe_name(plan.prompts.name)}-{plan.config.unit}-{plan.config.dtype}"
 
     def estimate(self, plan: LatentPlan, options: RunOptions) -> Document:
         from auditgap.audits.latent.plan import estimate

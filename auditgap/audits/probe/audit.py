@@ -41,7 +41,7 @@ class Probe(Audit[ProbeConfig, ProbeOptions, "ProbePlan"]):
         " calibration, with baselines."
     )
     examples = ("auditgap probe ./base ./twin --triples triples.jsonl --out runs/probe",)
-    can = frozenset({Can.RAY, Can.STORAGE, Can.COMPARE, Can.PART})
+    can = frozenset({Can.RAY, Can.STORAGE, Can.COMPARE, Can.PART, Can.GRID})
     main_table = "probe"
     config, options, cell = ProbeConfig, ProbeOptions, ProbeCell
 

@@ -48,7 +48,7 @@ class SFTCurve(Audit[SFTCurveConfig, SFTCurveOptions, "CurvePlan"]):
         "auditgap train harmful-sft --set models=./base,./twin --set data=unsafe.jsonl --set"
         " steps=40 --out runs/curve",
     )
-    can = frozenset({Can.VLLM, Can.RANKS, Can.REGRADE, Can.COMPARE, Can.PART})
+    can = frozenset({Can.VLLM, Can.RANKS, Can.REGRADE, Can.COMPARE, Can.PART, Can.GRID})
     main_table = "curve"
     config, options, cell = SFTCurveConfig, SFTCurveOptions, CurveCell
     states_gap = True
