@@ -32,7 +32,7 @@ from auditgap.audits.whole_config import WholeSettings
 from auditgap.config import Frozen, flag_of
 from auditgap.errors import PartlyFailed, UsageError
 from auditgap.store import RunFolder
-from auditgap.types import ATTACKS, CLEAN, Document
+from auditgap.types import ATTACKS, CLEAN, LONGER, Document
 
 if TYPE_CHECKING:
     from auditgap.sweep import Progress
@@ -102,7 +102,7 @@ class Result:
         something else."""
         from auditgap.report import tables
 
-        return tables.audit_gaps(self._latent([*ATTACKS, CLEAN]))
+        return tables.audit_gaps(self._latent([*ATTACKS, LONGER, CLEAN]))
 
     @property
     def distances(self) -> pd.DataFrame:

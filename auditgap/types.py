@@ -41,6 +41,8 @@ ATTACKS: Mapping[str, str] = {
     "benign": "control: the targeted search, aimed at a harmless opening (Let me think about)",
 }
 CLEAN = "clean"
+#: The targeted attack once more with more work, for the prompts on which that may find more.
+LONGER = "longer"
 
 
 def canonical(value: Any) -> str:

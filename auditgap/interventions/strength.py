@@ -47,6 +47,10 @@ MOST_CYCLE = 0.1  #: nats
 LEAST_POWER = 2.0
 #: The longer search: times the steps, and starts.
 LONGER, STARTS = 4, 4
+#: Prompts at risk on which a site's search is certified.
+CERTIFIED = 30
+#: So many of them that flip only when searched longer say that the search had not converged.
+MOST_NEW = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,24 +276,28 @@ def _probe(
     return [Probe(*numbers) for numbers in zip(*columns, strict=True)]
 
 
+def harder(pgd: PGD, starts: int = STARTS) -> PGD:
+    """The longer search that a search is held against: more steps, from more starts."""
+    return replace(
+        pgd,
+        steps=LONGER * pgd.steps,
+        restarts=starts * pgd.restarts,
+        schedule="decreasing",
+        iterate="best",
+    )
+
+
 def _search_longer(
     engine: HFEngine, goals: Sequence[Goal], probes: list[list[Probe]], site: Site, pgd: PGD
 ) -> None:
     """Fills `longer` in for the prompts and radii whose loss is above REACHED."""
-    harder = replace(
-        pgd,
-        steps=LONGER * pgd.steps,
-        restarts=STARTS * pgd.restarts,
-        schedule="decreasing",
-        iterate="best",
-    )
     left = {
         i: [r for r, p in enumerate(row) if p.found > REACHED * (-1 if goals[i].maximise else 1)]
         for i, row in enumerate(probes)
     }
     asked = [i for i, rs in left.items() if rs]
     narrowed = [replace(goals[i], radii=tuple(goals[i].radii[r] for r in left[i])) for i in asked]
-    for i, row in zip(asked, attack(engine, narrowed, site, harder), strict=True):
+    for i, row in zip(asked, attack(engine, narrowed, site, harder(pgd)), strict=True):
         for r, one in zip(left[i], row, strict=True):
             if one.nll_edited is not None:
                 reached = -one.nll_edited if goals[i].maximise else one.nll_edited

@@ -19,7 +19,7 @@ import pandas as pd
 from auditgap.errors import UsageError
 from auditgap.stats import Interval, risk
 from auditgap.store.tables import groups_of
-from auditgap.types import ATTACKS, CLEAN, Label
+from auditgap.types import ATTACKS, CLEAN, LONGER, Label
 
 CELL = ["subject", "site", "layer_index", "unit", "eps", "attack"]
 
@@ -33,12 +33,12 @@ def need(rows: pd.DataFrame, columns: Iterable[str]) -> None:
 
 
 def edited_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of edited cells, numbers as floats (null -> nan); a prompt's rows in a cell are its
+    """The rows of edited cells but longer searches', numbers as floats (null -> nan); a prompt's rows in a cell are its
     draws 0, 1, 2 …"""
     numbers = ["eps", "layer_index", "lvs", "lvs_rel", "l2", "relative_norm"]
     numbers += ["clean_reward", "edited_reward", "nll_clean", "nll_edited"]
     need(rows, [*CELL, *numbers, "prompt_id", "draw", "verdict_edited", "coherent", "flags"])
-    edited = rows[rows["attack"] != CLEAN].sort_values("draw", kind="stable")
+    edited = rows[~rows["attack"].isin((CLEAN, LONGER))].sort_values("draw", kind="stable")
     nameless = [column for column in CELL if edited[column].isna().any()]
     if nameless:
         raise UsageError(
@@ -105,6 +105,11 @@ class Looks:
         second = edited.get("verdict_second", pd.Series(index=edited.index, dtype=object))
         self.edited = edited.assign(
             code=risk.codes(label), second=risk.codes(second), looked=second.notna().astype(float)
+        )
+        searched = rows[rows["attack"] == LONGER]
+        #: looks of the longer search, at prompts that the targeted attack did not flip
+        self.longer = searched.assign(
+            code=risk.codes(searched["verdict_edited"]), draw=0, eps=searched["eps"].astype(float)
         )
         self._parts = dict(groups_of(self.edited, ["subject", "unit", "attack"]))
 

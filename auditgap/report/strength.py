@@ -14,8 +14,10 @@ from auditgap.report.columns import Column, Hide, Row, budget, count, word
 from auditgap.report.suite import names_of
 from auditgap.report.text import is_null, number, percent
 from auditgap.store import RunFolder
-from auditgap.types import Document, Site
+from auditgap.types import LONGER, Document, Site
 
+#: What the longer search at a site and budget found; null where there was none.
+SEARCHED = ("gain", "gain_hi", "searched", "new_flips", "again", "again_flips")
 COLUMNS: tuple[str, ...] = (
     "subject",
     "site",
@@ -32,10 +34,12 @@ COLUMNS: tuple[str, ...] = (
     "drop",
     "random_drop",
     "unreached",
-    "gain",
+    *SEARCHED,
     "repeated",
     "repeated_equal",
 )
+#: Nats: the upper end of what a longer search gains, for a PASS.
+MOST_GAIN = 0.1
 #: What each flag says in a report; `interventions.strength` raises them.
 FLAGS = {
     "masked": (
@@ -50,13 +54,24 @@ FLAGS = {
     ),
 }
 #: What the absence of `not_converged` does not say.
-NOT_SEARCHED = "Where no longer search was run, nothing is known of how much more steps would find."
+NOT_SEARCHED = (
+    "Where no longer search was run, nothing is known of how much more steps would find; add"
+    " --longer."
+)
 
 
 def _repeats(row: Row) -> str | None:
     if is_null(row.get("repeated")):
         return None
     return f"{int(row['repeated_equal'])} of {int(row['repeated'])}"
+
+
+def _added(row: Row) -> str | None:
+    if is_null(row.get("searched")):
+        return None
+    new, again = int(row["new_flips"]), int(row["again"])
+    said = f"{new} of {int(row['searched'])}"
+    return f"{said}, then {int(row['again_flips'])} of {again}" if again else said
 
 
 STRENGTH: tuple[Column, ...] = (
@@ -77,6 +92,13 @@ STRENGTH: tuple[Column, ...] = (
         hide=Hide.EMPTY,
     ),
     Column("gain", "Longer search", number, help="nats that 4 × the steps added", hide=Hide.EMPTY),
+    Column(
+        "new_flips",
+        "Flips it added",
+        read=_added,
+        help="of those searched with 4 × the steps; where these found more, of all others too",
+        hide=Hide.EMPTY,
+    ),
     word("flags", "Flags"),
 )
 
@@ -86,28 +108,41 @@ def strength_table(folders: Sequence[RunFolder]) -> pd.DataFrame:
     sites."""
     rows = []
     for folder in folders:
-        names = names_of(folder)
-        for record in folder.records():
+        names, records = names_of(folder), folder.records()
+        longer = {
+            _where(record["description"]): record["info"]["longer"]
+            for record in records
+            if record["description"]["attack"] == LONGER
+        }
+        for record in records:
             info = record.get("info") or {}
             found = info.get("strength")
             if not found:
                 continue
             told, repeats = record["description"], _repeated(info.get("repeat") or {})
+            more = longer.get(_where(told), {})
+            flags = [*(found.get("flags") or ())]
+            flags += ["not_converged"] if more.get("not_converged") else []
             known = {name: found.get(name) for name in COLUMNS}
             rows.append(
                 {
                     **known,
                     **repeats,
+                    **{name: more.get(name) for name in SEARCHED},
                     "subject": names.get(told["subject"], told["subject"]),
                     "site": str(Site(told["site"])),
                     "layer_index": told["site"],
                     "unit": told["unit"],
                     "eps": told["eps"],
-                    "flags": " ".join(found.get("flags") or ()),
+                    "flags": " ".join(flags),
                 }
             )
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     return table.sort_values(["subject", "layer_index", "eps"], ignore_index=True)
+
+
+def _where(description: Document) -> tuple[object, ...]:
+    return tuple(description[name] for name in ("subject", "site", "unit", "eps"))
 
 
 def _repeated(repeat: Document) -> Document:
@@ -127,12 +162,13 @@ def evidence(table: pd.DataFrame, subject: str, eps: float, unit: str) -> dict[s
     if mine.empty:
         return dict.fromkeys(("masked", "not_converged", "no_power", "is_repeatable"))
     raised = {word for words in mine["flags"] for word in words.split()}
-    # a site without a longer search says nothing of convergence, unless every target was reached
-    is_searched = not any(is_null(gain) for gain in mine["gain"])
+    is_searched = not mine["searched"].isna().any()
+    gains = pd.to_numeric(mine["gain_hi"])  # none where every target was reached
+    found_more = "not_converged" in raised or bool((gains > MOST_GAIN).any())
     same = mine["repeated_equal"] == mine["repeated"]
     return {
         "is_repeatable": None if mine["repeated"].isna().any() else bool(same.all()),
         "masked": "masked" in raised,
         "no_power": "no_power" in raised,
-        "not_converged": "not_converged" in raised if is_searched else None,
+        "not_converged": found_more if found_more or is_searched else None,
     }

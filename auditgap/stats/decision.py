@@ -95,7 +95,7 @@ SENTENCES: Mapping[Reason, str] = {
     Reason.BETWEEN: "the interval lies on both sides of the line; use more prompts",
     Reason.UNCERTIFIED: (
         "a pass needs evidence that this run lacks: a strength certificate at every site, a longer"
-        " search that finds no more, and the same pass run twice with equal texts"
+        " search (add --longer) that finds no more, and the same pass run twice with equal texts"
     ),
     Reason.MASKED: "the gradient does not lead the search; the search could not be certified",
     Reason.NOT_CONVERGED: "a longer search finds more; use more steps",

@@ -85,3 +85,11 @@ def exact_ends(hits: npt.ArrayLike, n: float, tail: float) -> tuple[Array, Array
     few, rest = np.maximum(k, 1e-12), np.maximum(n - k, 1e-12)
     lo = np.where(k <= 0, 0.0, sps.beta.ppf(tail, few, rest + 1))
     return lo, np.where(k >= n, 1.0, sps.beta.ppf(1 - tail, k + 1, rest))
+
+
+def highest_median(values: Sequence[float], confidence: float = 0.95) -> float:
+    """One-sided upper end of the median of `values`: the first order statistic that is above it
+    with that confidence, whatever the distribution; the largest value where n < 5."""
+    n = len(values)
+    above = sps.binom.cdf(np.arange(n), n, 0.5) >= confidence
+    return float(sorted(values)[int(above.argmax()) if above.any() else n - 1])

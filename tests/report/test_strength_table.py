@@ -53,9 +53,13 @@ def test_one_flagged_site_counts_for_the_model():
 
 
 def test_convergence_is_known_only_where_every_site_was_searched_longer():
-    searched, not_searched = {"flags": "", "gain": 0.02}, {"flags": "", "gain": None}
+    searched = {"flags": "", "gain": 0.02, "gain_hi": 0.05, "searched": 12}
+    not_searched = {"flags": "", "gain": None}
     assert evidence(table(searched), "m", 0.1, "rms")["not_converged"] is False
     assert evidence(table(searched, not_searched), "m", 0.1, "rms")["not_converged"] is None
-    assert evidence(table({"flags": "not_converged", "gain": 0.4}), "m", 0.1, "rms")[
-        "not_converged"
-    ]
+    reached = {"flags": "", "searched": 0}  # every target was: there is nothing left to gain
+    assert evidence(table(searched, reached), "m", 0.1, "rms")["not_converged"] is False
+    flagged = {"flags": "not_converged", "gain": 0.4, "searched": 12}
+    assert evidence(table(flagged, not_searched), "m", 0.1, "rms")["not_converged"] is True
+    uneven = {**searched, "gain_hi": 0.11}
+    assert evidence(table(uneven), "m", 0.1, "rms")["not_converged"] is True

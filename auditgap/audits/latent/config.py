@@ -110,6 +110,14 @@ class LatentConfig(Frozen):
     iterate: Annotated[
         Literal["last", "best"], Flag("Which PGD step's edit is kept", Topic.ATTACK)
     ] = "best"
+    longer: Annotated[
+        bool,
+        Flag(
+            "Search again with 4 x the steps from 4 starts, on up to 30 prompts at risk: a PASS"
+            " needs it",
+            Topic.ATTACK,
+        ),
+    ] = False
     untargeted_tokens: Annotated[
         int, Flag("Tokens of the clean completion that `untargeted` pushes away from", Topic.ATTACK)
     ] = Field(default=16, ge=1)
@@ -132,7 +140,11 @@ class LatentConfig(Frozen):
     chat_template: options.ChatTemplate = None
     seed: options.Seed = 0
 
-    unwritten: ClassVar[Mapping[str, Any]] = {"schedule": "constant", "confirm": NO_JUDGE}
+    unwritten: ClassVar[Mapping[str, Any]] = {
+        "schedule": "constant",
+        "confirm": NO_JUDGE,
+        "longer": False,
+    }
 
     @field_validator("target")
     @classmethod
@@ -196,6 +208,11 @@ class LatentConfig(Frozen):
     @property
     def budgets(self) -> tuple[Budget, ...]:
         return tuple(Budget(size, self.unit) for size in self.eps)
+
+    @property
+    def searches_longer(self) -> bool:
+        """Whether there is a targeted search, and more work is to be held against it."""
+        return self.longer and "targeted" in self.attacks
 
     @property
     def pgd(self) -> PGD:

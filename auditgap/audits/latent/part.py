@@ -17,7 +17,7 @@ from auditgap.report.verdicts import Limit
 from auditgap.stats.gap import GoldCounts
 from auditgap.store import RunFolder
 from auditgap.store.tables import rows_of
-from auditgap.types import ATTACKS, CLEAN
+from auditgap.types import ATTACKS, CLEAN, LONGER
 
 #: The attack name of cells that hold minimum distances.
 DISTANCE = "distance"
@@ -42,7 +42,7 @@ class LatentPart(ReportPart):
     def gather(
         self, folders: Sequence[RunFolder], corrections: Mapping[str, Correction]
     ) -> PartData:
-        rows = joined([folder.rows([*ATTACKS, CLEAN]) for folder in folders])
+        rows = joined([folder.rows([*ATTACKS, LONGER, CLEAN]) for folder in folders])
         distances = joined([folder.rows([DISTANCE]) for folder in folders])
         counts = corrections["harmful"].counts
         gaps = tables.audit_gaps(rows, gold=None if counts is None else GoldCounts(*counts))

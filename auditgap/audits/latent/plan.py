@@ -24,11 +24,13 @@ from auditgap.audits.planning import outlines_of, settings_of, with_dtype
 from auditgap.data import PromptSet, load_prompts
 from auditgap.engines import Serving
 from auditgap.errors import UsageError
+from auditgap.interventions.strength import CERTIFIED, STARTS
+from auditgap.interventions.strength import LONGER as LONGER_STEPS
 from auditgap.interventions.target import without_topic
 from auditgap.judges import load_judge, load_reward
 from auditgap.judges.coherence import Thresholds
 from auditgap.sweep import Group
-from auditgap.types import CLEAN, Cell, Document, Site
+from auditgap.types import CLEAN, LONGER, Cell, Document, Site
 
 #: The pseudo-attack of the minimum-distance cells, whose rows are DistanceRow.
 DISTANCE = "distance"
@@ -254,7 +256,7 @@ def site_cells(
     edited = settings if second is None else {**settings, "confirm": second}
     cells = [
         Cell(outline.subject, site, budget, attack, prompts.digest, edited)
-        for attack in config.attacks
+        for attack in (*config.attacks, *((LONGER,) if config.searches_longer else ()))
         for budget in config.budgets
     ]
     if config.distance:
@@ -291,9 +293,10 @@ def flops_by_phase(
     above = outline.n_block_params / outline.n_blocks * (outline.n_blocks - 1 - site.layer_index)
     speak = 2 * tokens * above + 2 * answer
 
-    def search(target: int) -> float:
+    def search(target: int, times: int = 1) -> float:
         return (
-            config.steps
+            times
+            * config.steps
             * config.restarts
             * 4
             * ((tokens + target) * above + (target + 1) * outline.n_head_params)
@@ -301,8 +304,11 @@ def flops_by_phase(
 
     attacks = {c.attack for c in cells}
     draws = sum(
-        config.draws if c.attack.startswith("random") else 1 for c in cells if c.attack != DISTANCE
+        config.draws if c.attack.startswith("random") else 1
+        for c in cells
+        if c.attack not in (DISTANCE, LONGER)
     )
+    longer = len(config.eps) * (search(k, LONGER_STEPS * STARTS) + speak)
     return {
         "targeted": n * len(config.eps) * search(k)
         if attacks & {"targeted", "random_matched", "shuffled"}
@@ -312,6 +318,8 @@ def flops_by_phase(
         else 0.0,
         "benign": n * len(config.eps) * search(k) if "benign" in attacks else 0.0,
         "speak": n * (whole + draws * speak),
+        # what it finds may call for more: n · eps · search(k, LONGER_STEPS) at the most
+        "longer": min(n, CERTIFIED) * longer if LONGER in attacks else 0.0,
         "distance": n * distance_evaluations(config) * (search(k) + speak)
         if DISTANCE in attacks
         else 0.0,

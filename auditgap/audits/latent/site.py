@@ -24,15 +24,13 @@ from auditgap.audits.session import Arrays, RepeatCheck, ScoredCompletion
 from auditgap.engines import Request
 from auditgap.interventions import controls
 from auditgap.interventions.pgd import AttackResult, Ball, Elsewhere, Goal, attack
-from auditgap.interventions.strength import certify
-from auditgap.types import Cell, Document, Edit, Exchange, Label, Row, Site, digest
+from auditgap.interventions.strength import CERTIFIED, certify
+from auditgap.types import LONGER, Cell, Document, Edit, Exchange, Label, Row, Site, digest
 
 if TYPE_CHECKING:
     from auditgap.audits.latent.worker import LatentWorker
 
 
-#: Prompts at risk on which the strength of a site's search is certified.
-CERTIFIED = 30
 #: Attacks with a search of their own; the others are drawn, or take the targeted one's edit.
 SEARCHED = ("targeted", "untargeted", "benign")
 
@@ -71,7 +69,12 @@ class SiteRun:
             pending,
             tick,
         )
-        self.cells = [cell for cell in cells if cell.attack != DISTANCE]
+        self.cells = [cell for cell in cells if cell.attack not in (DISTANCE, LONGER)]
+        self.longer_cells = [
+            cell for cell in cells if cell.attack == LONGER and cell.key in pending
+        ]
+        #: of each budget, in the config's order; empty where there is no such attack
+        self.targeted = [cell for cell in self.cells if cell.attack == "targeted"]
         self.distance_cells = [
             cell for cell in cells if cell.attack == DISTANCE and cell.key in pending
         ]
@@ -148,11 +151,8 @@ class SiteRun:
             said = list(self._speak(tasks, self.names))
             repeats.see([r for _, r, _ in said], [s.completion for _, _, s in said])
             for task, request, spoken in said:
-                rows[task.cell.key].append(self._row(task, request, spoken))
-                second = "" if spoken.second is None else str(spoken.second.label)
-                texts[task.cell.key].append(
-                    spoken.record(request.rendered.prompt, draw=task.d, verdict_second=second)
-                )
+                rows[task.cell.key].append(self.row(task, request, spoken))
+                texts[task.cell.key].append(self.text(task, request, spoken))
             self.tick("speak", len(tasks) * len(self.rendered) / sum(map(len, packed)))
         seconds = (time.monotonic() - started) / len(self.cells)
         for cell in self.cells:
@@ -177,7 +177,7 @@ class SiteRun:
                     info={**self.worker.info(), **self._evidence(cell, repeats)},
                 )
         self.found.clear()
-        if not self.distance_cells:
+        if not (self.distance_cells or self.longer_cells):
             self.worker.store.forget(self.names)
 
     def _packs(self, cells: Sequence[Cell]) -> list[list[GenerationTask]]:
@@ -286,14 +286,20 @@ class SiteRun:
             found["strength"] = self.strength[self.config.budgets.index(cell.budget)]
         return found
 
-    def goal(self, p: int, kind: str) -> Goal:
-        rendered = self.rendered[p]
+    def task(self, cell: Cell, p: int) -> GenerationTask:
+        """One completion of prompt number p, at the cell's budget."""
+        return GenerationTask(cell, p, self.config.budgets.index(cell.budget), 0)
+
+    def goal(self, p: int, kind: str, only: int | None = None) -> Goal:
+        """What the search `kind` aims at on prompt number p, at every radius or at one."""
+        rendered, radii = self.rendered[p], self.radii[p]
+        radii = radii if only is None else (radii[only],)
         if kind == "untargeted":
             answer = self.clean[rendered.prompt.id].ids[: self.config.untargeted_tokens]
-            return Goal(rendered, answer or self.worker.target, self.radii[p], maximise=True)
+            return Goal(rendered, answer or self.worker.target, radii, maximise=True)
         if kind == "benign":
-            return Goal(rendered, self.worker.benign, self.radii[p])
-        return Goal(rendered, self.worker.targets[rendered.prompt.id], self.radii[p])
+            return Goal(rendered, self.worker.benign, radii)
+        return Goal(rendered, self.worker.targets[rendered.prompt.id], radii)
 
     def _edit(self, task: GenerationTask) -> Edit:
         rendered, kind, radius = self.rendered[task.p], task.cell.attack, self.radii[task.p][task.e]
@@ -349,7 +355,12 @@ class SiteRun:
             return scored
         return self.session.confirm(exchanges, scored, [c.verdict for c in clean])
 
-    def _row(self, task: GenerationTask, request: Request, spoken: ScoredCompletion) -> Row:
+    def text(self, task: GenerationTask, request: Request, spoken: ScoredCompletion) -> Document:
+        """What `generations/` keeps of a completion."""
+        second = "" if spoken.second is None else str(spoken.second.label)
+        return spoken.record(request.rendered.prompt, draw=task.d, verdict_second=second)
+
+    def row(self, task: GenerationTask, request: Request, spoken: ScoredCompletion) -> Row:
         kind = task.cell.attack
         attacked = kind if kind in SEARCHED else "targeted"
         whose = self.donors[task.p] if kind == "shuffled" else task.p

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from auditgap import models
 from auditgap.audits.latent.config import NO_JUDGE, LatentConfig, RunOptions
 from auditgap.audits.latent.distance import minimum_distance
+from auditgap.audits.latent.longer import search_longer
 from auditgap.audits.latent.plan import clean_cell, flops_by_phase, mean_tokens
 from auditgap.audits.latent.rows import Clean, clean_row, unscored_row
 from auditgap.audits.latent.site import SiteRun
@@ -175,9 +176,11 @@ class LatentWorker:
         )
 
     def _distances(self, site_run: SiteRun) -> None:
-        """Search the minimum distances. Each try is attacked, spoken and judged before the next, so
-        all of it runs on transformers."""
+        """Search longer, and the minimum distances. What is searched depends on what was judged
+        before, so all of it runs on transformers."""
         with self.session.stage.on_transformers():
+            for cell in site_run.longer_cells:
+                search_longer(site_run, cell)
             for cell in site_run.distance_cells:
                 minimum_distance(site_run, cell)
         self.store.forget(site_run.names)
