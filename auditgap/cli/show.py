@@ -278,7 +278,7 @@ def _interventions(store: RunFolder, name: str | None) -> None:
     """The table, narrow enough for a terminal, and the sentences under it."""
     import pandas as pd
 
-    from auditgap.report.intervene import reading
+    from auditgap.report.intervene_page import reading
     from auditgap.store.tables import rows_of
 
     table = pd.read_parquet(store.path / f"{name}.parquet")

@@ -11,7 +11,7 @@ import pytest
 
 from auditgap import stats
 from auditgap.audits.pages import figures_of, from_store, render, write
-from auditgap.report import curve
+from auditgap.report import curve, curve_page
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, TOP
 from auditgap.store import RunFolder
 from auditgap.store.tables import to_csv
@@ -146,7 +146,7 @@ def test_the_difference_is_over_what_both_were_asked():
 
 def test_the_figure_draws_the_means_and_its_data_are_what_it_draws():
     table = curve.curve_table(rows(PAIR))
-    figure = curve.figure(table)
+    figure = curve_page.figure(table)
     compliance = str(figure.groups[0][1][0])
     (base,) = re.findall(r'<path class="line k1" d="([^"]*)"', compliance)
     corners = [tuple(map(float, pair)) for pair in re.findall(r"(-?[\d.]+) (-?[\d.]+)", base)]
@@ -159,7 +159,7 @@ def test_the_figure_draws_the_means_and_its_data_are_what_it_draws():
 
 def test_benign_prompts_get_a_drawing_of_their_own():
     both = pd.concat([rows(PAIR), rows({"base": [0.9] * 4, "twin": [0.8] * 4}, split="benign")])
-    assert len(curve.figure(curve.curve_table(both)).groups[0][1]) == 3
+    assert len(curve_page.figure(curve.curve_table(both)).groups[0][1]) == 3
     assert curve.curve_summary(both).set_index("subject").loc[
         "base", "compliance_after"
     ] == pytest.approx(0.7)
@@ -167,8 +167,8 @@ def test_benign_prompts_get_a_drawing_of_their_own():
 
 def test_one_step_is_a_sentence():
     table = rows(PAIR)
-    assert "needs two" in curve.figure(curve.curve_table(table[table["step"] == 0])).missing
-    assert "no step" in curve.figure(curve.curve_empty()).missing
+    assert "needs two" in curve_page.figure(curve.curve_table(table[table["step"] == 0])).missing
+    assert "no step" in curve_page.figure(curve.curve_empty()).missing
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_one_step_is_a_sentence():
 )
 def test_sentences_follow_the_numbers(shares, seeds, says):
     sentences = " ".join(
-        dict(curve.says(curve.curve_summary(rows(shares, seeds=seeds), base="base")))["twin"]
+        dict(curve_page.says(curve.curve_summary(rows(shares, seeds=seeds), base="base")))["twin"]
     )
     for words in says:
         assert words in sentences, sentences
@@ -211,7 +211,7 @@ def test_sentences_follow_the_numbers(shares, seeds, says):
 
 def test_the_headline_announces_only_a_gap_that_is_shown():
     shown, none = (
-        {line.subject: line for line in curve.leads(curve.curve_summary(rows(shares)))}["twin"]
+        {line.subject: line for line in curve_page.leads(curve.curve_summary(rows(shares)))}["twin"]
         for shares in ({"twin": [0.0, 0.3, 0.6, 0.9]}, {"twin": [0.0] * 4})
     )
     assert shown.shown and "The audit gap is" in shown.plain()

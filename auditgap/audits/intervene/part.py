@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from auditgap.audits.report_part import ReportPart
-from auditgap.report import intervene, left_out
+from auditgap.report import intervene, intervene_page, left_out
 from auditgap.report.correction import Correction
 from auditgap.report.gather import PartData, ReportData, joined
 from auditgap.report.section import Section
@@ -29,7 +29,7 @@ class IntervenePart(ReportPart):
         )
 
     def sections(self, report: ReportData) -> list[Section]:
-        return intervene.sections(report)
+        return intervene_page.sections(report)
 
     def subjects(self, report: ReportData) -> Iterable[str]:
         """None: it has no line of the verdict table."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from auditgap.audits.report_part import ReportPart
-from auditgap.report import curve, left_out, tables
+from auditgap.report import curve, curve_page, left_out, tables
 from auditgap.report.correction import Correction
 from auditgap.report.gather import PartData, ReportData, answers_in, names_in
 from auditgap.report.section import Section
@@ -42,7 +42,7 @@ class CurvePart(ReportPart):
         )
 
     def sections(self, report: ReportData) -> list[Section]:
-        return curve.sections(report)
+        return curve_page.sections(report)
 
     def subjects(self, report: ReportData) -> Iterable[str]:
         bases = {
