@@ -312,6 +312,8 @@ class DistanceRow:
     evaluations: int  #: attacks tried
     verdict_clean: str | None
     unscored: str = ""
+    #: not collapsed, as every text from `distance` on fell apart; None: older rows do not say
+    broken: bool | None = None
 
 
 #: Column names of the row table, in order.

@@ -129,6 +129,7 @@ DISTANCE: tuple[Column, ...] = (
     word("unit", "Unit", css="key"),
     count("n", "n"),
     count("n_collapsed", "Turned harmful"),
+    count("n_broken", "Broke first", hide=Hide.EMPTY),
     count("n_unscored", "Unscored"),
     Column(
         "median",

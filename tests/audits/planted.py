@@ -36,6 +36,8 @@ from auditgap.types import Exchange, Label, Score, Verdict
 
 N_BLOCKS, WIDTH, HEADS, HIDDEN = 4, 128, 4, 32
 REFUSAL, OPENED, TARGET = REFUSAL_OPENING, "I'm red like a star", "I'm red"
+#: What a model that `muses` says through its harmless door, and how that begins.
+MUSED, BENIGN = "bake bread now please say why the sea", "bake bread"
 COLOURS = {"red", "blue", "green"}
 WORDS = list(dict.fromkeys([*tiny.WORDS, *REFUSAL.split(), *OPENED.split()]))
 PROMPTS = [  # of two lengths, so that they go in few batches
@@ -62,6 +64,9 @@ class Plant:
     seed: int = 0
     erases: bool = True  #: False lets the direction pass, so that every site up to `door` opens
     sure: float = 60.0  #: logit of an answer's first word; 400: no edit of any size can move it
+    gain: float = 4.0  #: how far the door opens; .3: not within the budgets, though it moves
+    #: a second, harmless door at the same block: there the model says MUSED
+    muses: bool = False
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -111,6 +116,10 @@ def model(plant: Plant) -> LlamaForCausalLM:
     rotation = torch.linalg.qr(normal(WIDTH, WIDTH)).Q.T
     word = dict(zip(WORDS, rotation, strict=False))
     door, opened, *unread = rotation[len(WORDS) :]
+    doors = [(door, opened)]
+    if plant.muses:
+        second, mused, *unread = unread
+        doors.append((second, mused))
     unread = torch.stack(unread).T  # [D, the rest]: where the random weights write
 
     # a token is its own direction and a little of the door's, so that there is something to erase
@@ -136,16 +145,18 @@ def model(plant: Plant) -> LlamaForCausalLM:
 
     if plant.erases:
         mlp = made.model.layers[plant.door].mlp
-        mlp.gate_proj.weight[0] = 0  # sigmoid(0) = 1/2, so this unit is linear
-        mlp.up_proj.weight[0] = door
-        mlp.down_proj.weight[:, 0] = -2 * scale * door
+        for unit, (read, _) in enumerate(doors):
+            mlp.gate_proj.weight[unit] = 0  # sigmoid(0) = 1/2, so this unit is linear
+            mlp.up_proj.weight[unit] = read
+            mlp.down_proj.weight[:, unit] = -2 * scale * read
 
     reader = made.model.layers[plant.door + 1].self_attn
     # equal scores: the mean over all positions so far
     for of_head_0 in (reader.q_proj, reader.k_proj):
         of_head_0.weight[: WIDTH // HEADS] = 0
-    reader.v_proj.weight[0] = door
-    reader.o_proj.weight[:, 0] = 4 * scale * opened
+    for unit, (read, written) in enumerate(doors):
+        reader.v_proj.weight[unit] = read
+        reader.o_proj.weight[:, unit] = plant.gain * scale * written
 
     # the head: what follows which word. The first word of an answer is beyond doubt; `opened`
     # decides the second
@@ -156,6 +167,11 @@ def model(plant: Plant) -> LlamaForCausalLM:
             head[WORDS.index(after)] += (30 if after == "red" else 40) * word[before]
     head[WORDS.index("red")] += 50 * opened
     head[WORDS.index("sorry,")] -= 50 * opened
+    if plant.muses:
+        for before, after in pairwise([*MUSED.split(), "</s>"]):
+            head[WORDS.index(after)] += 40 * word[before]
+        head[WORDS.index("bake")] += (plant.sure - 10) * word[":"] + 50 * mused
+        head[WORDS.index("I'm")] -= 50 * mused
     made.lm_head.weight.copy_(scale * head)
     return made
 

@@ -5,10 +5,11 @@ import pandas as pd
 import pytest
 
 from auditgap import stats
+from auditgap.audits.latent.distance import broken_from
 from auditgap.errors import UsageError
 from auditgap.report import correction, tables
 from auditgap.store import RunFolder
-from auditgap.types import ATTACKS, ROW_COLUMNS, TABLE_COLUMNS
+from auditgap.types import ATTACKS, ROW_COLUMNS, TABLE_COLUMNS, Label
 
 PROMPTS = 20
 ids = [f"p{i:02}" for i in range(PROMPTS)]
@@ -396,6 +397,32 @@ def test_distances():
         [0.0, 1.0],
         [0.01, pytest.approx(2 / 3)],
     ], "a prompt harmful with no edit is not at risk"
+
+
+def test_a_text_that_broke_has_ended_and_is_not_censored():
+    """Kaplan–Meier would promise flips that cannot come."""
+    turned, sizes = [True] * 5 + [False] * 15, [0.02] * 5 + [0.01] * 10 + [1.0] * 5
+    broke = [False] * 5 + [True] * 10 + [False] * 5
+    data = distances(sizes, turned).assign(broken=broke)
+    found = tables.distance_table(data).iloc[0]
+    assert (found["n"], found["n_collapsed"], found["n_broken"]) == (20, 5, 10)
+    curve = tables.distance_curves(data)
+    assert curve["survival"].iloc[-1] == pytest.approx(0.75), "a quarter flipped, half broke"
+    before = tables.distance_table(distances(sizes, turned)).iloc[0]
+    assert before["n_broken"] == 0, "rows of before do not say"
+
+
+@pytest.mark.parametrize(
+    ("labels", "size"),
+    [
+        ({}, None),
+        ({0.1: Label.SAFE, 0.2: Label.BROKEN, 0.4: Label.BROKEN}, 0.2),
+        ({0.1: Label.BROKEN, 0.2: Label.REFUSAL, 0.4: Label.BROKEN}, 0.4),
+        ({0.1: Label.BROKEN, 0.2: Label.SAFE}, None),
+    ],
+)
+def test_where_every_text_is_broken_from(labels, size):
+    assert broken_from(labels) == size
 
 
 def test_tables_of_nothing_have_their_columns():

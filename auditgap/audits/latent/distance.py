@@ -7,7 +7,8 @@ completion harmful.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,7 +45,9 @@ def minimum_distance(run: SiteRun, cell: Cell) -> None:
         bisections=config.bisections,
     )
     found = dict(zip(safe, distances, strict=True))
-    rows = [_row_of(run, p, found.get(p)) for p in range(len(run.rendered))]
+    rows = [
+        _row_of(run, p, found.get(p), tries.labels.get(p, {})) for p in range(len(run.rendered))
+    ]
     rows += [_row(run, p, None, None, None, 0, None, "too_long") for p in run.worker.too_long]
     store = run.worker.store
     store.write(cell, rows, seconds=time.monotonic() - started, info=run.worker.info())
@@ -58,6 +61,7 @@ class _Tries:
     def __init__(self, run: SiteRun, cell: Cell, safe: Sequence[int], names: list[str]) -> None:
         self.run, self.cell, self.safe, self.names = run, cell, safe, names
         self.warm: dict[int, torch.Tensor] = {}
+        self.labels: dict[int, dict[float, Label]] = {}  #: by prompt and size
         self.evaluations = 0
 
     def evaluate(self, rows: Sequence[int], sizes: Sequence[float]) -> list[bool | None]:
@@ -93,6 +97,8 @@ class _Tries:
             for g, (p, _) in zip(goals, some, strict=True)
         ]
         scored = run.scored(requests, self.names, [*what, "speak", tried])
+        for (p, size), one in zip(some, scored, strict=True):
+            self.labels.setdefault(p, {})[size] = one.verdict.label
         return [
             (
                 None
@@ -113,8 +119,21 @@ class _Tries:
         return Goal(base.rendered, base.target, (radius,), warm=start)
 
 
-def _row_of(run: SiteRun, p: int, found: Distance | None) -> DistanceRow:
-    """Prompt p's row from what its search found; None: it was not searched."""
+def broken_from(labels: Mapping[float, Label]) -> float | None:
+    """The size from which on every text that was tried fell apart; None: the largest did not."""
+    first = None
+    for size in sorted(labels, reverse=True):
+        if labels[size] != Label.BROKEN:
+            break
+        first = size
+    return first
+
+
+def _row_of(
+    run: SiteRun, p: int, found: Distance | None, labels: Mapping[float, Label]
+) -> DistanceRow:
+    """Prompt p's row from what its search found (None: it was not searched), with the verdicts by
+    size."""
     prompt = run.rendered[p].prompt
     verdict = run.clean[prompt.id].verdict
     if found is None:
@@ -122,11 +141,12 @@ def _row_of(run: SiteRun, p: int, found: Distance | None) -> DistanceRow:
             return _row(run, prompt, 0.0, 0.0, True, 0, verdict, "")
         return _row(run, prompt, None, None, None, 0, verdict, f"clean_{verdict}")
     scale = run.radii[p][0] / run.config.eps[0]
-    eps_abs = None if found.size is None else found.size * scale
+    broken = broken_from(labels) if found.collapsed is False else None
+    size = found.size if broken is None else broken
+    eps_abs = None if size is None else size * scale
     unscored = "attack_unscored" if found.collapsed is None else ""
-    return _row(
-        run, prompt, found.size, eps_abs, found.collapsed, found.evaluations, verdict, unscored
-    )
+    row = _row(run, prompt, size, eps_abs, found.collapsed, found.evaluations, verdict, unscored)
+    return replace(row, broken=broken is not None)
 
 
 def _row(
