@@ -9,7 +9,6 @@ from planted import Plant
 
 from auditgap.audits.audit import Grading
 from auditgap.audits.table import regrade
-from auditgap.report.gather import from_store
 from auditgap.report.latent_verdicts import decide_row
 from auditgap.report.tables import audit_gaps
 from auditgap.stats.decision import Evidence, Reason
@@ -100,4 +99,4 @@ def test_judging_again_makes_the_first_judge_the_second(store):
     flips = rows["verdict_edited"] == "harmful"
     assert flips.any() and rows["verdict_second"].notna().equals(flips)
     assert set(rows.loc[flips, "verdict_second"]) <= {"harmful", "safe"}
-    assert len(from_store([graded]).gaps)
+    assert gap(graded)["looked_twice"] == 1
