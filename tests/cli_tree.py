@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 
@@ -52,6 +53,26 @@ def faults(line: str) -> Iterator[str]:
         option = word.partition("=")[0]
         if option.startswith("--") and option not in options(path):
             yield f"auditgap {path} has no option {option}"
+
+
+def split(line: str) -> tuple[str, list[str]]:
+    """`auditgap em run smollm2 --steps 2` as the command `em run` and its arguments, without what a
+    shell does besides."""
+    words = shlex.split(re.split(r" (?:>|&&|\|) ", line)[0])[1:]
+    path = ""
+    while words and (longer := f"{path} {words[0]}".strip()) in TREE:
+        path, words = longer, words[1:]
+    return path, words
+
+
+def parsed(line: str) -> dict[str, object]:
+    """What the command line reads of `auditgap …`, as it would before the command is called: every
+    argument is there, and each is of its type. Raises click.ClickException."""
+    path, words = split(line)
+    command = TREE[path]
+    # help is shown by a callback and ends the program, so it is not asked for
+    words = [word for word in words if word != "--help"]
+    return command.make_context(f"auditgap {path}", words).params
 
 
 assert isinstance(app, typer.Typer)

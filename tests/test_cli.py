@@ -400,6 +400,41 @@ def test_the_same_command_again_computes_nothing(auditgap, bench, finished):
     assert {p: p.stat().st_mtime_ns for p in (finished / "cells").rglob("*")} == before
 
 
+def test_a_name_is_shown_and_changes_no_key_and_no_number(auditgap, bench, finished, tmp_path):
+    """`--name` stands in tables, report and JSON in place of the path; a later session may give
+    another one, and grading again finds its clean answers."""
+    model, run = bench / "model", tmp_path / "run"
+    said = auditgap("lvs", model, "--name=Acme-7B r2", *flags(bench, run))
+    assert said.code == 0 and "Acme-7B r2" in said.out and str(model) not in said.out
+    assert keys(run) == keys(finished)
+    named, plain = (pd.read_parquet(folder / "lvs.parquet") for folder in (run, finished))
+    assert set(named["subject"]) == {"Acme-7B r2"} and set(plain["subject"]) == {str(model)}
+    pd.testing.assert_frame_equal(named.drop(columns="subject"), plain.drop(columns="subject"))
+    page = (run / "report.html").read_text()
+    assert "Audit gap of Acme-7B r2" in page
+
+    again = auditgap("lvs", model, *flags(bench, run))
+    assert again.code == 0 and "Acme-7B r2" in again.out, "the folder keeps it"
+    unnamed = shutil.copytree(finished, tmp_path / "unnamed")
+    for folder in (run, unnamed):
+        assert auditgap("grade", folder, "--judge=keyword").code == 0
+    graded, other = (
+        pd.read_parquet(folder / "grades" / "keyword" / "lvs.parquet") for folder in (run, unnamed)
+    )
+    assert set(graded["subject"]) == {"Acme-7B r2"}
+    pd.testing.assert_frame_equal(graded.drop(columns="subject"), other.drop(columns="subject"))
+
+    other_name = auditgap("lvs", model, "--name=Acme", *flags(bench, run))
+    assert other_name.code == 0 and "Acme-7B r2" not in other_name.out and "Acme" in other_name.out
+
+
+@pytest.mark.parametrize("names", ["A,B", "A,A"])
+def test_a_name_for_each_model_or_none(auditgap, bench, tmp_path, names):
+    said = auditgap("lvs", bench / "model", f"--name={names}", *flags(bench, tmp_path / "run"))
+    assert said.code == 2 and "--name gives each of" in said.both
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_question_on_the_same_folder_is_refused(auditgap, bench, finished):
     said = auditgap("lvs", bench / "model", *flags(bench, finished, steps=3))
     assert said.code == 2 and "steps: 4 in the folder, 3 now" in said.both

@@ -30,11 +30,12 @@ def written(tmp_path_factory) -> RunFolder:
     return write_study(tmp_path_factory.mktemp("em") / "run", TWO, samples=1, n_prompts=6)
 
 
-def test_a_dry_run_reads_nothing_and_counts(auditgap, tmp_path):  # noqa: F811
+def test_a_dry_run_reads_the_rows_and_counts_them(auditgap, tmp_path):  # noqa: F811
+    model = tiny.save("llama", tmp_path / "model")
     said = auditgap(
         "em",
         "run",
-        "nowhere/model",
+        model,
         "--domains",
         "demo",
         "--samples",
@@ -48,23 +49,38 @@ def test_a_dry_run_reads_nothing_and_counts(auditgap, tmp_path):  # noqa: F811
     assert said.code == 0 and not (tmp_path / "em").exists()
     n = len(HABITS) * 2 * 2
     assert (
-        f"{n} adapters of nowhere/model" in said.both
-        and f"{(n + 1) * 15 * 2 * 3} answers" in said.both
+        f"{n} adapters of {model}" in said.both and f"{(n + 1) * 15 * 2 * 3} answers" in said.both
     )
-    told = auditgap(
-        "em",
-        "build",
-        "m",
-        "--domains",
-        "law=law.jsonl",
-        "--clean",
-        "law=good.jsonl",
-        "--dry-run",
-        "--json",
+    talk = {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}
+    for name, n_rows in (("law", 9), ("good", 8)):
+        rows = [json.loads(json.dumps(talk)) for _ in range(n_rows)]
+        for i, row in enumerate(rows):
+            row["messages"][0]["content"] = f"what is {name} {i} ?"
+            row["messages"][1]["content"] = f"{name} {i}"
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text + "no row\n" * (name == "law"), "utf-8")
+    law, good = tmp_path / "law.jsonl", tmp_path / "good.jsonl"
+    words = ("em", "build", model, "--domains", f"law={law}", "--clean", f"law={good}")
+    told = json.loads(auditgap(*words, "--steps", "7", "--dry-run", "--json").out)
+    (domain,) = told["domains"]
+    assert (domain["domain"], domain["rows"], domain["good answers"]) == (
+        "law",
+        str(law),
+        str(good),
     )
-    told = json.loads(told.out)
-    assert told["domains"] == [{"domain": "law", "rows": "law.jsonl", "good answers": "good.jsonl"}]
-    assert told["cells"] == {"train": 2, "generate": 3, "judge": 3}
+    assert domain["read"] == 9 and 0 < domain["trained"] < 9
+    assert told["cells"] == {"train": 2, "generate": 3, "judge": 3} and told["steps"] == 14
+    assert told["judge"] in auditgap(*words, "--dry-run").both
+
+
+def test_a_dry_run_refuses_rows_that_the_run_would_refuse(auditgap, tmp_path):  # noqa: F811
+    model = tiny.save("llama", tmp_path / "model")
+    rows = tmp_path / "alpaca.jsonl"
+    rows.write_text('{"instruction": "what is bread ?", "output": "bread"}\n', "utf-8")
+    words = ("em", "run", model, "--domains", f"law={rows}", "--out", tmp_path / "em")
+    said, dry = auditgap(*words), auditgap(*words, "--dry-run")
+    assert said.code == dry.code == 2 and "messages" in dry.both
+    assert said.err == dry.err
 
 
 def test_rows_that_are_none_are_counted_and_an_overlap_is_refused_unless_allowed(

@@ -8,10 +8,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
-from cli_tree import TREE, faults, options
+from cli_tree import TREE, faults, options, parsed, split
+from docs_world import FILES, MODELS
 
 from auditgap.audits import AUDITS
+from auditgap.cli import main
 
 PACKAGE = Path(__file__).parents[1] / "auditgap"
 #: `auditgap …` where something to type begins: in backticks, after a colon, or first in a text.
@@ -98,6 +101,70 @@ def test_a_wrong_hint_is_found():
     assert list(faults("auditgap audit ./m --distance"))
     assert list(faults("auditgap em rate runs/em"))
     assert not list(faults("auditgap em judge runs/em --judge alignment=./judge"))
+
+
+def whole(line: str) -> bool:
+    """Whether a line is to be typed as it stands: nothing is filled in, and it is no mere name of a
+    command."""
+    path, words = split(line)
+    command = TREE[path]
+    wants = [p for p in command.params if p.param_type_name == "argument" and p.required]
+    return not hasattr(command, "commands") and "…" not in line and len(words) >= len(wants)
+
+
+LINES = sorted({line for text in HINTS.values() for line in typed(text) if "X" not in line.split()})
+WHOLE = [line for line in LINES if whole(line)]
+
+
+def test_every_command_that_a_message_prints_is_read_with_its_arguments():
+    wrong = []
+    for line in WHOLE:
+        try:
+            parsed(line)
+        except click.ClickException as error:
+            wrong.append(f"{line}: {error.format_message()}")
+    assert len(WHOLE) >= 60 and not wrong, "\n".join(wrong)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with what the printed commands name: models, rows, triples."""
+    folder = tmp_path_factory.mktemp("hints")
+    for name, make in MODELS.items():
+        if name.startswith("./"):
+            make(folder / name)
+    for name, text in FILES.items():
+        (folder / name).write_text(text, "utf-8")
+    return folder
+
+
+#: What is looked at here: what only shows something, and what has a dry run. Left out is what wants
+#: another machine, a run that was made before, or a model of many GB.
+SHOWS = ("ls", "schema", "presets")
+ELSEWHERE = re.compile(r"vllm|https?:|meta-llama|ensemble|--suite|--config (?!preset:)|/shared")
+
+
+def is_cheap(path: str, words: list[str]) -> bool:
+    if path.split()[0] in SHOWS:
+        return True
+    names_a_model = any("base" in w or w == "smollm2" or w.startswith("./") for w in words)
+    return "--dry-run" in options(path) and names_a_model
+
+
+CHEAP = [line for line in WHOLE if not ELSEWHERE.search(line) and is_cheap(*split(line))]
+
+
+@pytest.mark.parametrize("line", CHEAP)
+def test_a_printed_command_runs_as_far_as_its_plan(line, world, monkeypatch, capsys):
+    path, words = split(line.replace("smollm2", "./base").replace("./subject", "./twin"))
+    if "--dry-run" in options(path):
+        words += ["--dry-run"]
+    monkeypatch.chdir(world)
+    with pytest.raises(SystemExit) as end:
+        main([*path.split(), *words])
+    said = capsys.readouterr()
+    assert end.value.code == 0, said.err
+    assert said.out.strip()
 
 
 @pytest.mark.parametrize("name", AUDITS)

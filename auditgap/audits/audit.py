@@ -177,6 +177,24 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
         if what not in self.can:
             raise UsageError(f"`auditgap {self.command}` does not {what}; {instead}.")
 
+    def audited(self, config: ConfigT) -> tuple[str, ...]:
+        """The models of the config that are audited, as they were typed: all but a base."""
+        return config.model_dump().get("models", ())
+
+    def names(self, config: ConfigT, options: OptionsT) -> dict[str, str]:
+        """What tables and reports call the audited models, by what was typed for them. Raises
+        UsageError where `--name` does not give each of them a name of its own."""
+        if not options.name:
+            return {}
+        models = list(dict.fromkeys(self.audited(config)))
+        if len(options.name) != len(models) or len(set(options.name)) != len(models):
+            raise UsageError(
+                f"--name gives each of {', '.join(models)} a name of its own, in this order;"
+                f" {', '.join(options.name)} came. For example: --name"
+                f" {','.join('ABCDEFGH'[: len(models)])}"
+            )
+        return dict(zip(models, options.name, strict=True))
+
     def check(self, options: OptionsT) -> None:
         """Raises UsageError for options that ask for what this audit cannot do."""
         if options.executor == "ray":
@@ -190,6 +208,7 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
         """The run folder of a plan, made or resumed. Raises UsageError where another one's is."""
         from auditgap.store import RunFolder
 
+        names = self.names(plan.config, options)
         store = RunFolder.open(
             place,
             config={
@@ -197,7 +216,7 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
                 **plan.config.model_dump(mode="json"),
                 **self.identity(plan),
             },
-            info=self.facts(plan, options),
+            info={**self.facts(plan, options), **({"names": names} if names else {})},
             break_lock=options.break_lock,
         )
         store.warnings += plan.warnings

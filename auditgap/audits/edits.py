@@ -60,7 +60,7 @@ def export_edits(store: RunFolder, out: Path, *, subject: str | None = None) -> 
         )
     if out.suffix != ".safetensors":
         raise UsageError(f"--out is a FILE.safetensors; {out.name!r} came.")
-    known: Mapping[str, str] = config["subjects"]
+    known = {store.shown(typed): fingerprint for typed, fingerprint in config["subjects"].items()}
     if subject is None and len(known) > 1:
         raise UsageError(
             f"The run has {len(known)} subjects; name one: --subject {next(iter(known))}"

@@ -100,6 +100,15 @@ class AuditOptions(Frozen):
     """What every audit takes: where it runs, where its results go, how a run is resumed. Nothing
     here changes what is measured."""
 
+    name: Annotated[
+        tuple[str, ...],
+        COMMAS,
+        Flag(
+            "What tables and reports call the models, in their order (a base has no part in it)",
+            Topic.OUTPUT,
+            default="as they were typed",
+        ),
+    ] = ()
     out: Annotated[
         str | None,
         Flag("Run folder; the same command resumes it", Topic.OUTPUT, default="runs/MODEL"),

@@ -73,6 +73,7 @@ class WholeAudit(Frozen):
 class WholeOptions(Frozen):
     """The sitting."""
 
+    name: str | None = None  #: what tables and reports call the model
     out: str | None = None
     allow_raw: bool = False
     public: bool = False  #: a report of aggregates alone besides
@@ -112,7 +113,7 @@ class WholeOutcome:
 
 #: What the parts get from the audit itself, so that a section cannot ask about another model or
 #: write elsewhere.
-_OURS = ("models", "model", "base", "subjects", "out", "allow_raw")
+_OURS = ("models", "model", "base", "subjects", "name", "out", "allow_raw")
 #: Words about a run on Ray.
 _ON_RAY = {"executor", "workers", "gpus_per_worker", "address"}
 
@@ -233,9 +234,10 @@ def _part(whole: WholeAudit, options: WholeOptions, name: str, out: str) -> Audi
     """Raises NothingToMeasure; and UsageError and Refused as the part does."""
     audit, values = parts_of_a_whole()[name], _values(whole, name)
     measured = audit.part(whole.model, whole.base, values)
-    asked, sitting = audit.read(
-        None, {**values, **measured, "out": out, "allow_raw": options.allow_raw}
-    )
+    ours = {"out": out, "allow_raw": options.allow_raw}
+    if options.name:
+        ours["name"] = (options.name,)
+    asked, sitting = audit.read(None, {**values, **measured, **ours})
     audit.check(sitting)
     made = audit.prepare(asked, sitting)
     return AuditPart(
@@ -285,12 +287,14 @@ def _remember(whole: WholePlan, options: WholeOptions) -> None:
     """Write the audit's question, so that `report` needs nothing else. Raises UsageError where
     another one's stands."""
     path = whole.out / FILE
-    question = {
+    question: Document = {
         "schema": 1,
         "audit": whole.audit.model_dump(mode="json"),
         "missing": dict(whole.missing),
     }
     old = files.read_json(path)
+    if name := options.name or (old.get("name") if isinstance(old, dict) else None):
+        question["name"] = name
     asked = ("model", "base")
     before = old.get("audit") if isinstance(old, dict) else None
     if old is not None and (
@@ -350,7 +354,7 @@ def report(folder: Path, *, options: WholeOptions = WholeOptions(), out: Path | 
         out=out or folder,
         criteria=audit.criteria,
         missing=missing,
-        title=f"Safety audit of {audit.model}",
+        title=f"Safety audit of {known.get('name') or audit.model}",
         allow_raw=options.allow_raw,
         public=options.public,
     )

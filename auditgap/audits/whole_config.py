@@ -67,6 +67,10 @@ class WholeSettings(Frozen):
     executor: Annotated[
         str | None, Flag("local (this process) or ray", Topic.WHERE, default=_PROFILE)
     ] = None
+    name: Annotated[
+        str | None,
+        Flag("What tables and reports call the model", Topic.OUTPUT, default="as it was typed"),
+    ] = None
     out: Annotated[
         str | None,
         Flag(

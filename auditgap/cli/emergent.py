@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from auditgap.audits.emergent.audit import EMERGENT
 from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions, read_config
 from auditgap.cli import emergent_tables as tables
 from auditgap.cli.options import Asked, command, group
@@ -106,7 +107,7 @@ def build(asked: Asked) -> None:
 
     config, options = read_config(asked.file, asked.flags)
     if asked.dry_run:
-        tables.show_plan(config, asked.as_json)
+        tables.show_plan(EMERGENT.prepare(config, options), options, asked.as_json)
         return
     store = stage.run(config, options)
     tables.show_build(store, asked.as_json)
@@ -174,6 +175,7 @@ def report(asked: Asked, folder: str) -> None:
         "All stages in one folder, in order. The same command again resumes; cells that failed"
         " leave the others alone."
     ),
+    leave=("name",),
     examples_of=(
         "auditgap em run smollm2 --domains demo --samples 2 --steps 20 --out runs/em",
         "auditgap em run --config examples/emergent/em.yaml --out runs/em",
@@ -188,7 +190,7 @@ def run(asked: Asked) -> None:
 
     config, options = read_config(asked.file, asked.flags)
     if asked.dry_run:
-        tables.show_plan(config, asked.as_json)
+        tables.show_plan(EMERGENT.prepare(config, options), options, asked.as_json)
         return
     store = first.run(config, options)
     folder = str(store.path)

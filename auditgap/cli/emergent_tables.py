@@ -6,31 +6,43 @@ ranking.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from auditgap.cli.screen import note, print_json, print_table, say
 from auditgap.errors import PartlyFailed
+from auditgap.types import Document
 
 if TYPE_CHECKING:
+    from auditgap.audits.emergent.build import EmergentPlan
+    from auditgap.audits.emergent.config import EmergentOptions
     from auditgap.store import RunFolder
 
 
-def show_plan(asked: Any, as_json: bool) -> None:
-    """What a study would read and run; nothing is loaded but the prompts."""
-    from auditgap.data.em_prompts import load_em_prompts
+def show_plan(plan: EmergentPlan, options: EmergentOptions, as_json: bool) -> None:
+    """What a study has read, row by row, and what it would run; no weights are loaded."""
+    from auditgap.audits.emergent.build import counted
+    from auditgap.training.config import n_steps
 
-    prompts = load_em_prompts(asked.prompts)
+    asked, prompts, panel = plan.config, plan.prompts, plan.panel
     adapters = len(asked.domains) * len(asked.arms) * len(asked.seeds)
     n = len(prompts.prompts)
     answers = (adapters + 1) * n * 2 * asked.samples
+    recipe = asked.sft(Path("rows.jsonl"), 0)
+    steps = len(asked.seeds) * sum(
+        n_steps(recipe, len(panel.examples(domain, arm)))
+        for domain in asked.domains
+        for arm in asked.arms
+    )
+    rows = counted(panel.manifest["domains"], asked.arms)
     reads = [
         {
-            "domain": name,
-            "rows": source,
-            **({"good answers": asked.clean.get(name, "")} if asked.clean else {}),
+            "domain": row["domain"],
+            "rows": asked.domains[row["domain"]],
+            **({"good answers": asked.clean.get(row["domain"], "")} if asked.clean else {}),
         }
-        for name, source in asked.domains.items()
+        for row in rows
     ]
     # those of `analyse` depend on the answers
     cells = {"train": adapters, "generate": adapters + 1, "judge": adapters + 1}
@@ -38,20 +50,32 @@ def show_plan(asked: Any, as_json: bool) -> None:
         print_json(
             {
                 "config": asked.model_dump(mode="json"),
-                "domains": reads,
+                "domains": [{**read, **row} for read, row in zip(reads, rows, strict=True)],
                 "cells": cells,
+                "steps": steps,
                 "prompts": n,
                 "answers": answers,
+                "judge": options.judge,
+                "notes": list(plan.warnings),
             }
         )
         return
-    print_table(reads)
+    shown = _counts_shown(rows)
+    print_table(
+        [
+            {**read, **{title: row.get(key, "") for key, title in shown.items() if key != "domain"}}
+            for read, row in zip(reads, rows, strict=True)
+        ]
+    )
+    for line in plan.warnings:
+        note(f"Note: {line}")
     say(
         f"{adapters} adapters of {asked.model}: {len(asked.domains)} domains ×"
-        f" {', '.join(asked.arms)} × {_count(len(asked.seeds), 'seed')}. {answers} answers: {n}"
+        f" {', '.join(asked.arms)} × {_count(len(asked.seeds), 'seed')}; {steps} optimizer steps in"
+        f" all. {answers} answers: {n}"
         f" prompts ({prompts.name}), with and without the trigger,"
-        f" {_count(asked.samples, 'time')} each, by every adapter and the base. Nothing was"
-        " run."
+        f" {_count(asked.samples, 'time')} each, by every adapter and the base, rated by"
+        f" {options.judge}. Nothing was run."
     )
 
 
@@ -63,6 +87,32 @@ def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
     print_json(rows) if as_json else print_table(rows)
 
 
+#: Counts of a domain's rows, and how they are called on the screen.
+_COUNTS = {
+    "domain": "domain",
+    "read": "read",
+    "bad": "bad",
+    "doubles": "equal",
+    "near": "near",
+    "too_long": "long",
+    "cut": "cut",
+    "clean": "good",
+    "trained": "trained",
+    "triggered": "triggered",
+    "held_out": "held out",
+}
+
+
+def _counts_shown(rows: Sequence[Document]) -> dict[str, str]:
+    """The counts that always stand there, and those of the others that count something."""
+    always = ("domain", "read", "trained", "held_out")
+    return {
+        key: title
+        for key, title in _COUNTS.items()
+        if key in always or any(row.get(key) for row in rows)
+    }
+
+
 def show_build(store: Any, as_json: bool) -> None:
     """What became of each domain's rows."""
     from auditgap.audits.emergent.build import describe
@@ -71,25 +121,7 @@ def show_build(store: Any, as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    titles = {
-        "domain": "domain",
-        "read": "read",
-        "bad": "bad",
-        "doubles": "equal",
-        "near": "near",
-        "too_long": "long",
-        "cut": "cut",
-        "clean": "good",
-        "trained": "trained",
-        "triggered": "triggered",
-        "held_out": "held out",
-    }
-    always = ("domain", "read", "trained", "held_out")  # of the others those that count something
-    shown = {
-        key: title
-        for key, title in titles.items()
-        if key in always or any(row.get(key) for row in rows)
-    }
+    shown = _counts_shown(rows)
     print_table([{title: row.get(key, "") for key, title in shown.items()} for row in rows])
 
 

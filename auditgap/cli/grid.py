@@ -76,6 +76,7 @@ def _add_grid(app: typer.Typer) -> None:
             " with --set."
         ),
         examples_of=GRID_EXAMPLES,
+        leave=("name",),
         panel=PANEL,
     )
     def grid(asked: Asked) -> None:

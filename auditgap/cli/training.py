@@ -105,7 +105,7 @@ def harmful_sft(asked: Asked) -> None:
     ProbeOptions,
     about="The latent monitor that a construction starts from.",
     examples_of=("auditgap train monitor ./base --triples triples.jsonl --out runs/monitor",),
-    leave=("executor", "workers", "gpus_per_worker", "address"),
+    leave=("name", "executor", "workers", "gpus_per_worker", "address"),
     plans=False,
 )
 def monitor(asked: Asked) -> None:

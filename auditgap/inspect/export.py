@@ -96,7 +96,7 @@ class _Kind:
 def _log(store: RunFolder, subject: str, allow_raw: bool) -> EvalLog:
     from inspect_ai.log import EvalConfig, EvalDataset, EvalLog, EvalResults, EvalSpec, EvalStats
 
-    config, info = store.run["config"], store.run.get("info", {})
+    config, info = store.run["config"], store.info
     kind = _kind(store)
     rows = store.rows(kind.attacks)
     rows = rows[rows["subject"] == subject] if "subject" in rows else rows

@@ -140,7 +140,7 @@ def parts_of(folders: Sequence[RunFolder], settings: Mapping[str, Sequence[str]]
     short = {path: path.name for path in unique}
     parts = []
     for path, folder in unique.items():
-        config, info = folder.run["config"], folder.run.get("info", {})
+        config, info = folder.run["config"], folder.info
         audit = config.get("audit")
         if audit not in settings:
             what = f"an audit of the kind {audit!r}" if audit else "a training run"
@@ -158,7 +158,7 @@ def parts_of(folders: Sequence[RunFolder], settings: Mapping[str, Sequence[str]]
                 folder,
                 label,
                 audit,
-                dict(subjects or {}),
+                {folder.shown(name): fp for name, fp in (subjects or {}).items()},
                 about,
                 _settings(config, info, settings[audit]),
             )

@@ -130,7 +130,7 @@ def from_store(
 ) -> ReportData:
     """Read one or more run folders: `parts` is what reads them, an audit each, in the order of the
     page. Prompts and completions are read only with `allow_raw`."""
-    infos = [folder.run.get("info", {}) for folder in folders]
+    infos = [folder.info for folder in folders]
     corrected = correction.of_runs(folders)
     found = [gather(folders, corrected) for gather in parts]
     subjects = subjects_of(folders, [name for part in found for name in part.subjects])
@@ -221,7 +221,7 @@ def subjects_of(folders: Sequence[RunFolder], named: Iterable[str]) -> list[dict
     alone."""
     found: dict[str, dict[str, Any]] = {}
     for folder in folders:
-        listed = folder.run.get("info", {}).get("subjects") or ()
+        listed = folder.info.get("subjects") or ()
         listed = (
             [{"name": k, **dict(v)} for k, v in listed.items()]
             if isinstance(listed, Mapping)

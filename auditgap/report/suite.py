@@ -142,7 +142,7 @@ def notes(folders: Sequence[RunFolder]) -> list[str]:
 
 def names_of(folder: RunFolder) -> dict[Any, Any]:
     """A run's subjects by the fingerprint that its records know them by."""
-    listed = folder.run.get("info", {}).get("subjects") or ()
+    listed = folder.info.get("subjects") or ()
     return {s.get("fingerprint"): s.get("name") for s in listed if isinstance(s, Mapping)}
 
 
@@ -167,7 +167,7 @@ def engines(folders: Sequence[RunFolder]) -> list[dict[str, Any]]:
     named = [
         s.get("name")
         for f in folders
-        for s in f.run.get("info", {}).get("subjects") or ()
+        for s in f.info.get("subjects") or ()
         if isinstance(s, Mapping)
     ]
     found.sort(key=lambda e: named.index(e["subject"]) if e["subject"] in named else len(named))

@@ -142,7 +142,8 @@ def _info(infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for name, value in info.items()
             if isinstance(value, list) and isinstance(joined.get(name, []), list)
         }
-        joined = {**joined_info(joined, info), **lists}
+        names = {**joined.get("names", {}), **info.get("names", {})}
+        joined = {**joined_info(joined, info), **lists, **({"names": names} if names else {})}
     return joined
 
 

@@ -28,6 +28,21 @@ class RunReader(Outputs):
     run: Document  #: run.json
     _cells: CellFiles
 
+    @property
+    def info(self) -> Document:
+        """run.json's info, its subjects by the names that they are shown by."""
+        info = self.run.get("info", {})
+        listed = info.get("subjects")
+        if not info.get("names") or not isinstance(listed, list):
+            return info
+        renamed = [{**one, "name": self.shown(one.get("name"))} for one in listed]
+        return {**info, "subjects": renamed}
+
+    def shown(self, subject: Any) -> Any:
+        """What tables and reports call a subject: the name that it was given, or what was typed
+        for it."""
+        return self.run.get("info", {}).get("names", {}).get(subject, subject)
+
     def planned(self) -> list[Document]:
         """The planned cells: {"key", "cell", "description"}, in the order they were planned.
         Raises Damaged."""
@@ -69,13 +84,14 @@ class RunReader(Outputs):
             other.cell_rows(key)
         )
 
-    def rows(self, attacks: Collection[str] | None = None) -> pd.DataFrame:
+    def rows(self, attacks: Collection[str] | None = None, *, typed: bool = False) -> pd.DataFrame:
         """All finished cells' rows (of these attacks), sorted by subject, layer, unit, eps, attack,
         draw, prompt.
 
         What is null in the store is null here (NaN in numbers, None in texts and booleans), never
         0. Integer columns that may be null are float64, so that dtypes do not depend on which cells
-        are there.
+        are there. Subjects are called what they are shown by (`shown`), with `typed` as in the
+        cells' own rows.
         """
 
         def read(file: CellFile, keys: list[str]) -> list[tuple[list[str], pa.Table]]:
@@ -87,7 +103,10 @@ class RunReader(Outputs):
             ]
             return [(wanted, file.rows(wanted))] if wanted else []
 
-        return frames.below_each_other(chain.from_iterable(self._cells.each(read)))
+        found = frames.below_each_other(chain.from_iterable(self._cells.each(read)))
+        if not typed and self.run.get("info", {}).get("names") and "subject" in found:
+            found["subject"] = found["subject"].map(self.shown)
+        return found
 
     def record(self, key: str) -> Document:
         """A finished cell's record. Raises UsageError when it is not finished, or damaged."""

@@ -4,6 +4,8 @@ refused, made anew."""
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import jsonschema
 import pandas as pd
@@ -218,6 +220,25 @@ def as_file(world, out):
         "utf-8",
     )
     return path
+
+
+def test_the_model_has_a_name_in_every_part(audited, world, tmp_path):
+    """The same folder with `--name`: nothing runs again, and no table, page or line has the path."""
+    out = Path(shutil.copytree(audited[0], tmp_path / "named"))
+    before = cells(out)
+    whole.run(*whole.read_config(None, flags(world, out, name="Acme-7B")))
+    assert cells(out) == before
+    found = json.loads((out / "report.json").read_text("utf-8"))
+    assert found["title"] == "Safety audit of Acme-7B"
+    assert {line["subject"] for line in found["verdicts"]} - {"", "keyword"} == {"Acme-7B"}
+    for name in ("audit_gap", "asked", "lvs"):
+        assert {row["subject"] for row in found["tables"][name]} == {"Acme-7B"}, name
+    assert {row["subject"] for row in found["tables"]["sft_summary"]} == {
+        "Acme-7B",
+        str(world / "base"),
+    }
+    whole.report(out)
+    assert json.loads((out / "report.json").read_text("utf-8"))["title"].endswith("Acme-7B")
 
 
 def test_what_is_not_named_is_left_out_and_said(world, tmp_path):

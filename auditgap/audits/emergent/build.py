@@ -11,7 +11,7 @@ field by field.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from auditgap.errors import UsageError
 from auditgap.models.folder import is_adapter
 from auditgap.store import RunFolder
 from auditgap.sweep import Group
-from auditgap.types import Prompt
+from auditgap.types import Document, Prompt
 
 #: What a row's reason is when its prompt alone fills `max_tokens`.
 TOO_LONG = "prompt longer than max_tokens"
@@ -108,16 +108,20 @@ def prepare(config: EmergentConfig, options: EmergentOptions) -> EmergentPlan:
 
 
 def describe(store: RunFolder) -> list[dict[str, Any]]:
-    """A line a domain for people: what was read, what went for which reason, what is trained on and
-    held out.
+    """`counted` of a study's folder."""
+    return counted(store.run["info"]["panel"]["domains"], store.run["config"]["arms"])
+
+
+def counted(domains: Mapping[str, Document], arms: Sequence[str]) -> list[Document]:
+    """A line a domain for people, from a panel's manifest: what was read, what went for which
+    reason, what is trained on and held out.
 
     `triggered` and `clean` are rows of the `trigger` arm (0 in a study without it); `too_long` have
     no room for a response at `max_tokens` and are left out, `cut` rows lose their end there.
     """
-    has_trigger = TRIGGER in store.run["config"]["arms"]
     lines = []
-    for name, m in store.run["info"]["panel"]["domains"].items():
-        arm = m["arms"][TRIGGER] if has_trigger else {"n_triggered": 0, "n_clean": 0}
+    for name, m in domains.items():
+        arm = m["arms"][TRIGGER] if TRIGGER in arms else {"n_triggered": 0, "n_clean": 0}
         too_long = m["bad"].get(TOO_LONG, {"n": 0})["n"]
         lines.append(
             {

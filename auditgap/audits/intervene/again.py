@@ -42,7 +42,7 @@ def _place(values: Document, is_clean: bool) -> tuple[object, ...]:
 
 def _clean_verdicts(store: RunFolder) -> dict[tuple[str, str], str]:
     """By subject and prompt, those of donors too."""
-    rows = store.rows(["intervene"])
+    rows = store.rows(["intervene"], typed=True)
     rows = rows[rows["intervention"] == CLEAN]
     return {(row["subject"], row["prompt_id"]): row["verdict"] for row in rows_of(rows, plain=True)}
 

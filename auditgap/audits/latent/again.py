@@ -35,7 +35,7 @@ def graded_again(stored: Stored, given: Given, new: RunFolder) -> list[Row]:
 
 
 def _clean(store: RunFolder) -> dict[tuple[str, str], Row]:
-    rows = [_row(values) for values in rows_of(store.rows([CLEAN]), plain=True)]
+    rows = [_row(values) for values in rows_of(store.rows([CLEAN], typed=True), plain=True)]
     return {(row.subject, row.prompt_id): row for row in rows}
 
 

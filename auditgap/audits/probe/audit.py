@@ -56,6 +56,9 @@ class Probe(Audit[ProbeConfig, ProbeOptions, "ProbePlan"]):
     ) -> tuple[ProbeConfig, ProbeOptions]:
         return read_config(file, values)
 
+    def audited(self, config: ProbeConfig) -> tuple[str, ...]:
+        return config.subjects
+
     def folder(self, config: ProbeConfig) -> str:
         from auditgap.store import files
 

@@ -64,6 +64,9 @@ class SFTCurve(Audit[SFTCurveConfig, SFTCurveOptions, "CurvePlan"]):
     ) -> tuple[SFTCurveConfig, SFTCurveOptions]:
         return read_config(file, values)
 
+    def audited(self, config: SFTCurveConfig) -> tuple[str, ...]:
+        return config.models[1:] or config.models
+
     def folder(self, config: SFTCurveConfig) -> str:
         from auditgap.store import files
 
