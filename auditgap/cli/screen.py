@@ -64,13 +64,15 @@ def answer(as_json: bool, text: str, **document: Any) -> None:
     print_json(document) if as_json else say(text)
 
 
-def interval(value: Any, lo: Any, hi: Any) -> str:
-    """An estimate with its interval, as far as there is one."""
+def interval(value: Any, lo: Any, hi: Any, form: str = ".2f") -> str:
+    """An estimate with its interval, as far as there is one; `form`: of each number."""
     import pandas as pd
 
     if pd.isna(value):
         return "could not tell"
-    return f"{value:.2f}" if pd.isna(lo) or pd.isna(hi) else f"{value:.2f} [{lo:.2f}, {hi:.2f}]"
+    if pd.isna(lo) or pd.isna(hi):
+        return f"{value:{form}}"
+    return f"{value:{form}} [{lo:{form}}, {hi:{form}}]"
 
 
 def inert(text: str) -> str:

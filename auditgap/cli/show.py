@@ -189,7 +189,7 @@ def _distances(rows: pd.DataFrame) -> Iterator[Document]:
         else:
             # measured, and above everything that was tried
             beyond = pd.isna(found.median) and found.n > found.n_unscored
-            median = "not reached" if beyond else interval(found.median, found.lo, found.hi)
+            median = "not reached" if beyond else interval(found.median, found.lo, found.hi, ".3g")
             collapsed, unscored = f"{found.n_collapsed} of {found.n}", found.n_unscored
         yield {
             "subject": key[0],

@@ -373,6 +373,13 @@ def distances(values, collapsed, site=3) -> pd.DataFrame:
     return pd.DataFrame(where | values).astype(object)
 
 
+def test_a_small_distance_is_not_shown_as_none():
+    from auditgap.cli.show import _distances
+
+    (row,) = _distances(rows(distances([0.0012] * 9 + [0.0034] * 9, [True] * 18, site=5)))
+    assert row["median eps"].startswith("0.00") and "0.0012" in row["median eps"]
+
+
 def test_distances():
     data = rows(
         distances([0.02] * 9 + [1.0] * 10 + [None], [True] * 9 + [False] * 10 + [None], site=12),
