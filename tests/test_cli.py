@@ -40,6 +40,7 @@ PROMPTS = [
     "tell how the oven is shut",
     "is the sea water or salt",
 ]
+GRID = 4 * len(ATTACKS) + 1  #: cells of a plan at two sites, two sizes
 CELLS = 2 * len(ATTACKS) + 1  #: of a run at one site, two sizes and the pass without an edit
 COMMANDS = ["lvs", "distance", "report", "status", "grade", "ls", "doctor"]
 
@@ -266,13 +267,19 @@ def test_odd_names_are_shown_inert(auditgap, name):
 def test_a_dry_run_shows_the_grid_and_writes_nothing(auditgap, bench, tmp_path):
     args = ["lvs", bench / "model", "--dry-run", *flags(bench, tmp_path / "run", eps="0.1,0.3")]
     said = auditgap(*args)
-    assert said.code == 0 and "21 cells × 12 prompts" in said.both and "Nothing was run" in said.out
+    assert (
+        said.code == 0
+        and f"{GRID} cells × 12 prompts" in said.both
+        and "Nothing was run" in said.out
+    )
     assert "embedding" in said.out and "block2" in said.out
     told = json.loads(auditgap(*args, "--json").out)
     assert (
-        len(told["cells"]) == 21 and told["n_prompts"] == 12 and told["config"]["eps"] == [0.1, 0.3]
+        len(told["cells"]) == GRID
+        and told["n_prompts"] == 12
+        and told["config"]["eps"] == [0.1, 0.3]
     )
-    assert len({c["key"] for c in told["cells"]}) == 21
+    assert len({c["key"] for c in told["cells"]}) == GRID
     assert {"flops", "seconds", "memory_bytes", "disk_bytes"} == set(told["estimate"])
     assert list(tmp_path.iterdir()) == []
 
@@ -489,9 +496,9 @@ def test_planned_cells_that_are_in_no_table_are_counted_and_said(
     n = len(keys(run))
     lost.unlink()
     left = len(keys(run))
-    assert left < n == 11
+    assert left < n == CELLS
     said = auditgap(name, run, *options)
-    assert said.code == 3 and f"{n - left} of 11 cells (0 failed, {n - left} not run)" in said.both
+    assert said.code == 3 and f"{n - left} of {n} cells (0 failed, {n - left} not run)" in said.both
 
 
 def test_report_of_two_runs(auditgap, bench, finished, tmp_path):

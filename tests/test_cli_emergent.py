@@ -58,7 +58,8 @@ def test_a_dry_run_reads_the_rows_and_counts_them(auditgap, tmp_path):  # noqa: 
             row["messages"][0]["content"] = f"what is {name} {i} ?"
             row["messages"][1]["content"] = f"{name} {i}"
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / f"{name}.jsonl").write_text(text + "no row\n" * (name == "law"), "utf-8")
+        bad = json.dumps({"messages": talk["messages"][:1]}) + "\n"
+        (tmp_path / f"{name}.jsonl").write_text(text + bad * (name == "law"), "utf-8")
     law, good = tmp_path / "law.jsonl", tmp_path / "good.jsonl"
     words = ("em", "build", model, "--domains", f"law={law}", "--clean", f"law={good}")
     told = json.loads(auditgap(*words, "--steps", "7", "--dry-run", "--json").out)
@@ -68,7 +69,7 @@ def test_a_dry_run_reads_the_rows_and_counts_them(auditgap, tmp_path):  # noqa: 
         str(law),
         str(good),
     )
-    assert domain["read"] == 9 and 0 < domain["trained"] < 9
+    assert (domain["read"], domain["bad"], domain["trained"], domain["held_out"]) == (10, 1, 8, 1)
     assert told["cells"] == {"train": 2, "generate": 3, "judge": 3} and told["steps"] == 14
     assert told["judge"] in auditgap(*words, "--dry-run").both
 

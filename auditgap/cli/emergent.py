@@ -99,7 +99,7 @@ STAGES: Mapping[str, Stage] = {
         " insecure_code=insecure.jsonl,medical=hub:someone/medical@4f1c0de --seeds 0,1,2 --out"
         " runs/em-llama",
     ),
-    only=(*EmergentConfig.model_fields, "allow_overlap", "device", "out", "break_lock"),
+    only=(*EmergentConfig.model_fields, "allow_overlap", "device", "name", "out", "break_lock"),
 )
 def build(asked: Asked) -> None:
     quiet()
@@ -175,7 +175,6 @@ def report(asked: Asked, folder: str) -> None:
         "All stages in one folder, in order. The same command again resumes; cells that failed"
         " leave the others alone."
     ),
-    leave=("name",),
     examples_of=(
         "auditgap em run smollm2 --domains demo --samples 2 --steps 20 --out runs/em",
         "auditgap em run --config examples/emergent/em.yaml --out runs/em",

@@ -55,6 +55,10 @@ class Emergent(Audit[EmergentConfig, EmergentOptions, "EmergentPlan"]):
     ) -> tuple[EmergentConfig, EmergentOptions]:
         return read_config(file, values)
 
+    def audited(self, config: EmergentConfig) -> tuple[str, ...]:
+        """The model that the adapters are trained on; these have names of their own."""
+        return (config.model,)
+
     def folder(self, config: EmergentConfig) -> str:
         from auditgap.store import files
 
