@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 
@@ -36,10 +37,14 @@ from auditgap.audits import (
     status,
     table,
 )
+from auditgap.audits.comparing import compare
 from auditgap.audits.report_part import ReportPart
 from auditgap.errors import UsageError
 from auditgap.report.charts import Figure
 from auditgap.report.columns import of_table
+from auditgap.report.compare import Comparable
+from auditgap.report.compare_measures import Measure, Place, Reading, by_prompt
+from auditgap.report.compare_models import Sides
 from auditgap.report.gather import ReportData
 from auditgap.report.section import Findings, Section, Table
 from auditgap.report.verdict_lines import PASS, Criteria, Line
@@ -261,7 +266,34 @@ def test_its_folder_may_be_on_object_storage(world, whole):
     assert store.mirror.read("lengths.parquet") == (whole.path / "lengths.parquet").read_bytes()
 
 
-def test_it_runs_as_a_grid(world, whole, tmp_path):
+def test_it_may_be_compared(world, whole, monkeypatch):
+    lengths, tokens = AUDITS["lengths"], Measure("mean_tokens", "Mean tokens")
+
+    def readings(rows: pd.DataFrame, sides: Sides, seed: int) -> Iterator[Reading]:
+        values = {
+            name: part.set_index("prompt_id")["n_new_tokens"].astype(float)
+            for name, part in rows.groupby("subject")
+        }
+        yield from by_prompt(tokens, values, sides.models, Place("answers"), seed=seed)
+
+    told = Comparable(
+        attacks=("lengths",),
+        identity=("subject", "prompt_id"),
+        settings=("dtype", "prompt_set", "max_new_tokens"),
+        measures=(tokens,),
+        readings=readings,
+    )
+    with pytest.raises(UsageError):
+        compare([whole])
+    monkeypatch.setattr(type(lengths), "can", lengths.can | {Can.COMPARE})
+    monkeypatch.setattr(type(lengths), "comparable", lambda self: told)
+    table = compare([whole]).table
+    assert set(table["measure"]) == {"mean_tokens"} and len(table) == 2
+    means = whole.rows(["lengths"]).groupby("subject")["n_new_tokens"].mean()
+    assert sorted(table["value"]) == sorted(means)
+
+
+def test_it_runs_as_a_grid(world, whole, tmp_path, capsys):
     out = tmp_path / "grid"
     asked = {**values(world, out), "audit": "lengths", "vary": {"max_new_tokens": [2, 4]}}
     del asked["max_new_tokens"]
@@ -278,6 +310,12 @@ def test_it_runs_as_a_grid(world, whole, tmp_path):
     for store in stores.values():
         assert audit_of(store).name == "lengths" and (store.path / "report.html").is_file()
     assert grid.run(planned).skipped == 4
+    file = tmp_path / "grid.yaml"
+    file.write_text(json.dumps({k: v for k, v in asked.items() if k != "audit"}))
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["grid", "--audit", "lengths", "--config", str(file), "--dry-run", "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["cells"] == 4 and [one["models"] for one in shown["cases"]] == [2, 2]
     with pytest.raises(UsageError, match="either once or under `vary`"):
         grid.read_grid(None, {**asked, "max_new_tokens": 2})
     with pytest.raises(UsageError, match="Did you mean 'lengths'"):
