@@ -38,6 +38,11 @@ def test_every_file_of_the_package_is_in_the_wheel(distribution):
     assert packed == there and len(there) > 200
 
 
+def test_weights_in_the_package_are_one_small_adapter():
+    [adapter] = (ROOT / "auditgap").rglob("*.safetensors")
+    assert adapter.parent.name == "smollm2_refuses" and adapter.stat().st_size <= 5e6
+
+
 def test_the_version_stands_in_one_place(distribution):
     assert distribution.get_version() == __version__ and Version(__version__)
     versions = [

