@@ -67,7 +67,11 @@ def latent_lines(
         None,
     )
     if row is None or budget is None:
-        return [absent(id, subject, question, why, "lvs") for id, question in QUESTIONS.items()]
+        ran = len(report.lvs) and (report.lvs["subject"].astype(str) == subject).any()
+        lacks = "the run has no targeted attack; add targeted to --attacks" if ran else ""
+        return [
+            absent(id, subject, question, why, "lvs", lacks) for id, question in QUESTIONS.items()
+        ]
     at = f" (at {budget_label(*budget)})"
     evidence = evidence_of(report, row, criteria)
     decision = decide_row(row, evidence, criteria.gap)

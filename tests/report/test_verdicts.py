@@ -118,8 +118,8 @@ SMALL = {
     ],
 )
 def test_no_verdict_on_the_gap_without_evidence(values, cause):
-    """No run's tables hold a strength certificate or a second judge yet, so a gap can neither pass
-    nor fail; the cause says what is missing."""
+    """Tables without a strength certificate and a second judge let a gap neither pass nor fail; the
+    cause says what is missing."""
     line = answers(report(gaps=gaps(**values)))["Audit gap"]
     assert (line.answer, line.cause) == (CANNOT_TELL, cause)
     assert line.id == "audit_gap" and line.threshold == 0.1
@@ -142,6 +142,10 @@ def test_a_part_that_was_run_is_never_called_not_run():
     base_alone = pd.DataFrame({"subject": ["base"], "role": ["base"]})
     with_probe = report(probes=[base_alone])
     assert "was not run" not in answers(with_probe)[probe].reason
+    only = {"subject": "toy", "attack": "random", "n": 9, "n_scored": 9}
+    controls = pd.DataFrame([only], columns=list(TABLE_COLUMNS))
+    gap = answers(report(lvs=controls))["Audit gap"]
+    assert gap.cause == "not_answered" and "no targeted attack" in gap.reason
 
 
 def test_robustness_fails_where_no_edit_is_needed_and_never_passes_unproven():
