@@ -118,7 +118,8 @@ class Noisy:
         for exchange in exchanges:
             colour = exchange.completion.split()[0]
             is_right = (
-                int(digest([self.seed, exchange.completion], 8), 16) < self.right[colour] * 16**8
+                int(digest([self.seed, exchange.completion], 8), 16)
+                < self.right.get(colour, 1.0) * 16**8
             )
             verdicts.append(
                 Verdict(Label.HARMFUL if is_right == (colour == "blue") else Label.SAFE)

@@ -25,12 +25,13 @@ from auditgap.data.refusals import has_refusal
 from auditgap.errors import UsageError
 from auditgap.judges import Judge, members_of
 from auditgap.judges.gold import GoldRow, GoldSet, Task
+from auditgap.judges.harmless import called_harmful, counted, harmless, warning
 from auditgap.stats import Interval
 from auditgap.sweep import Progress
 from auditgap.types import Exchange, Label, Verdict, digest
 
 #: Raised whenever a figure is measured another way, so that cards that were kept are made anew.
-VERSION = 2
+VERSION = 3
 #: Appended to a completion. None of them changes what the completion said, so no verdict should
 #: change.
 INJECTIONS: Mapping[str, str] = {
@@ -94,6 +95,8 @@ class JudgeCard:
     rank_correlation_interval: Ends
     injection_flips: dict[str, int]  #: injection -> verdicts that it changed
     n_injected: int  #: scored rows that each injection was tried on
+    #: kind -> label -> texts that are neither harmful nor did what was asked (`judges.harmless`)
+    harmless: dict[str, dict[str, int]]
     #: sens_k of sens_n, spec_k of spec_n and the `rule` they are of; see `_errors`
     errors: dict[str, Any] | None
     seconds_per_row: float  #: a verdict's, loading or fitting included
@@ -132,8 +135,9 @@ def judge_card(
 ) -> JudgeCard:
     """Measure a judge. `inject`: rows, chosen by hash, that each injection is tried on (None: all
     of them; 0: none), which takes a pass over them for each of INJECTIONS and costs money with a
-    remote judge. `said` takes a record a verdict: row, injection, label, reason and the judge's raw
-    reply.
+    remote judge. The texts of `harmless` are judged besides, by the judge itself. `said` takes a
+    record a verdict: row (those texts follow the gold set's rows), injection, label, reason and the
+    judge's raw reply.
 
     Raises UsageError when the judge gives another number of verdicts than it got exchanges.
     """
@@ -143,9 +147,17 @@ def judge_card(
     tried = sorted(
         range(len(rows)), key=lambda i: digest([rows[i].prompt_key, rows[i].response_key])
     )[:inject]
-    passes = [(NO_INJECTION, range(len(rows))), *((name, tried) for name in INJECTIONS)]
+    besides = [exchange for _, exchange in harmless()]
+    after = range(len(rows), len(rows) + len(besides))
+    passes = [
+        (NO_INJECTION, range(len(rows))),
+        *((name, tried) for name in INJECTIONS),
+        (NO_INJECTION, after),
+    ]
     started = time.monotonic()
-    verdicts, *injected = _verdicts(parts, exchanges, passes, progress, said)
+    verdicts, *injected, plain = _verdicts(
+        _with(parts, judge, after), [*exchanges, *besides], passes, progress, said
+    )
     seconds = time.monotonic() - started
     scored = [i for i, v in verdicts.items() if v.label not in (Label.UNSCORED, Label.BROKEN)]
     prompts = np.array([row.prompt_key for row in rows])
@@ -180,6 +192,7 @@ def judge_card(
             Interval() if scores is None else _correlation(scores, rows, prompts, seed)
         ),
     }
+    on_harmless = counted([plain[i] for i in after])
     errors = _errors(gold.task, [verdicts[i] for i in range(len(rows))], exchanges, truth, prompts)
     found["informedness"] = (
         stats.informedness(*(errors[k] for k in _COUNTS)) if errors else Interval()
@@ -207,9 +220,10 @@ def judge_card(
         kappa_in_sample=_in_sample(judge, parts, exchanges, truth, gold.task),
         injection_flips=flips,
         n_injected=len(told),
+        harmless=on_harmless,
         errors=errors,
         seconds_per_row=round(seconds / sum(len(which) for _, which in passes), 4),
-        notes=_notes(gold, judge, truth[at]),
+        notes=(*filter(None, [warning(on_harmless)]), *_notes(gold, judge, truth[at])),
         **{
             key: value
             for name, interval in found.items()
@@ -262,6 +276,9 @@ def format_card(card: JudgeCard) -> str:
             if card.injection_flips
             else "not tried"
         ),
+        "  harmless      "
+        + "; ".join(f"{kind}: {k} of {n}" for kind, (k, n) in called_harmful(card.harmless).items())
+        + " called harmful",
         f"  speed         {card.seconds_per_row:.3g} s a verdict",
     ]
     return "\n".join([*lines, *(f"  note          {note}" for note in card.notes)])
@@ -303,6 +320,14 @@ def _held_out(judge: Judge, rows: Sequence[GoldRow]) -> list[tuple[list[int], Ju
             parts[key] = ([], like(judge.name, members) if changed else judge)
         parts[key][0].append(i)
     return list(parts.values())
+
+
+def _with(
+    parts: Sequence[tuple[list[int], Judge]], judge: Judge, rows: Sequence[int]
+) -> list[tuple[list[int], Judge]]:
+    """The parts, with further rows in that of the judge itself."""
+    own = [i for part, judged_by in parts if judged_by is judge for i in part]
+    return [*((p, j) for p, j in parts if j is not judge), ([*own, *rows], judge)]
 
 
 def _verdicts(

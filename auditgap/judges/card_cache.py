@@ -21,7 +21,8 @@ from auditgap.engines import Serving
 from auditgap.errors import UsageError
 from auditgap.judges import JUDGES, Judge, load_judge, members_of, scorer_named
 from auditgap.judges.card import INJECTIONS, VERSION, JudgeCard, judge_card
-from auditgap.judges.gold import GoldSet, load_gold
+from auditgap.judges.gold import GoldSet, load_gold, text_key
+from auditgap.judges.harmless import harmless
 from auditgap.judges.llm import LanguageModelJudge
 from auditgap.store import files
 from auditgap.sweep import Progress
@@ -87,6 +88,13 @@ def measure(
                 "grade": r.grade,
             }
             for r in gold.rows
+        ] + [
+            {
+                "prompt": text_key(exchange.prompt.text),
+                "response": text_key(exchange.completion),
+                "harmless": kind,
+            }
+            for kind, exchange in harmless()
         ]
         lines = [
             json.dumps({**truth[record.pop("row")], **record}, ensure_ascii=True) for record in said
@@ -156,5 +164,6 @@ def _keep_replies(judge: Judge, gold: GoldSet) -> Path:
 
 
 def _path(judge: Judge, gold: GoldSet) -> Path:
-    key = digest([VERSION, judge.name, judge.describe(), gold.digest, dict(INJECTIONS)])
+    tried = [[kind, e.prompt.text, e.completion] for kind, e in harmless()]
+    key = digest([VERSION, judge.name, judge.describe(), gold.digest, dict(INJECTIONS), tried])
     return models.cache_dir() / "cards" / f"{key}.json"

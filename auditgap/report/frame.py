@@ -244,6 +244,15 @@ def _left_out(report: ReportData) -> Section:
     )
 
 
+def _called_harmful(kinds: Mapping[str, Mapping[str, int]]) -> str:
+    return text.plain(
+        {
+            kind: f"{labels.get('harmful', 0)} of {sum(labels.values())}"
+            for kind, labels in kinds.items()
+        }
+    )
+
+
 #: A judge card's entries in reading order, with their names and forms; what else a card holds
 #: follows after.
 _CARD: tuple[tuple[str, str, Any], ...] = (
@@ -265,6 +274,7 @@ _CARD: tuple[tuple[str, str, Any], ...] = (
     ("parse_failures", "Parse failures", text.plain),
     ("injection_flips", "Verdicts flipped by injection", text.plain),
     ("n_injected", "Verdicts that each injection was tried on", text.plain),
+    ("harmless", "Harmless texts called harmful", _called_harmful),
     ("seconds_per_row", "Seconds a verdict", text.plain),
     ("identity", "Identity", text.plain),
     ("notes", "Notes", text.plain),
@@ -301,8 +311,8 @@ def _card(card: Mapping[str, Any]) -> list[Block]:
             if key not in _OPTIONAL:
                 pairs.append((name, text.NOT_MEASURED))
             continue
-        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-        reading = form(value) if numeric else text.plain(value)
+        formed = isinstance(value, (int, float, Mapping)) and not isinstance(value, bool)
+        reading = form(value) if formed else text.plain(value)
         if ends:
             lo, hi = ends
             reading = f"{reading}\u00a0{text.interval(lo, hi, form)}"

@@ -13,6 +13,7 @@ from auditgap.judges.builtin import Builtin, load_training
 from auditgap.judges.card import INJECTIONS, JudgeCard, format_card, judge_card
 from auditgap.judges.ensemble import Majority
 from auditgap.judges.gold import GRADE, GoldRow, GoldSet, load_gold
+from auditgap.judges.harmless import called_harmful, harmless
 from auditgap.types import Exchange, Label, Prompt, Score, Verdict
 
 pytestmark = pytest.mark.skipif(
@@ -160,14 +161,14 @@ def test_one_class_and_labels_only_leave_figures_out_with_a_reason():
         None,
     )
     assert (card.errors, card.informedness) == (None, None)
-    assert len(card.notes) == 3 and card.injection_flips == {} and "not tried" in format_card(card)
+    assert len(card.notes) == 4 and card.injection_flips == {} and "not tried" in format_card(card)
     assert json.loads(json.dumps(card.to_dict()))["auc"] is None
 
 
 def test_injections_may_be_tried_on_a_few_rows_and_every_verdict_can_be_looked_up():
     said = []
     card = judge_card(Gullible(), vault_gold(), inject=2, said=said)
-    assert card.n_injected <= 2 and len(said) == 6 + 2 * len(INJECTIONS)
+    assert card.n_injected <= 2 and len(said) == 6 + 2 * len(INJECTIONS) + len(harmless())
     assert {record["injection"] for record in said} == {"none", *INJECTIONS}
     assert said[4] == {
         "row": 4,
@@ -193,10 +194,59 @@ def test_a_card_survives_json_and_nothing_else_passes_for_one():
             JudgeCard.from_dict(torn)
 
 
+OPENINGS = {"opening, then refusal", "opening, then nothing"}
+PLAIN = {"plain text", "numbers", "another language", "random words"}
+REFUSALS = {"refusal with an odd apostrophe", "refusal in another language"}
+
+
+def test_the_harmless_texts_are_of_every_kind_a_few_each():
+    kinds = [kind for kind, _ in harmless()]
+    assert set(kinds) == OPENINGS | PLAIN | REFUSALS
+    assert min(map(kinds.count, kinds)) >= 3 and len({e for _, e in harmless()}) == len(kinds)
+    odd = "".join(
+        e.completion for kind, e in harmless() if kind == "refusal with an odd apostrophe"
+    )
+    assert {"’", "‘", "ʼ", "′", "`"} < set(odd) and "'" not in odd
+
+
+def test_what_a_judge_calls_harmless_texts_is_on_its_card():
+    """The judge that calls all of it harmful, one that calls none so, and one that cannot read."""
+    everything = judge_card(Constant(), vault_gold(), inject=0)
+    assert all(k == n > 2 for k, n in called_harmful(everything.harmless).values())
+    n = len(harmless())
+    assert f"It called {n} of {n} harmless texts harmful" in everything.notes[0]
+    assert "numbers: 3 of 3; " in format_card(everything) and everything.notes[0] in format_card(
+        everything
+    )
+    nothing = judge_card(Gullible(), vault_gold(), inject=0)
+    assert not any(k for k, _ in called_harmful(nothing.harmless).values())
+    assert "numbers: 0 of 3; " in format_card(nothing) and "harmless" not in " ".join(nothing.notes)
+    mute = Constant()
+    mute.judge = lambda exchanges: [Verdict(Label.UNSCORED, "empty")] * len(exchanges)
+    blank = judge_card(mute, vault_gold(), inject=0)
+    assert blank.harmless["numbers"] == {"unscored": 3} and blank.n_unscored == len(vault_gold())
+
+
+def test_builtin_says_on_its_card_that_it_cannot_tell_plain_text_from_compliance():
+    """The judge itself is tried, not a refit of it, and both of its cards say the same."""
+    cards = [
+        judge_card(Builtin(), load_gold(name), inject=0)
+        for name in ("pyrit-objective", "pyrit-refusal")
+    ]
+    assert cards[0].harmless == cards[1].harmless
+    found = called_harmful(cards[0].harmless)
+    assert all(found[kind][0] >= 2 for kind in ("plain text", "numbers", "opening, then nothing"))
+    assert found["opening, then refusal"][0] == 0
+    for card in cards:
+        assert "cannot be relied on to tell harmless text from compliance" in card.notes[0]
+    verdicts = Builtin().judge([e for _, e in harmless()])
+    assert sum(k for k, _ in found.values()) == sum(v.label == Label.HARMFUL for v in verdicts)
+
+
 def test_a_judge_that_loses_rows_is_refused():
     judge = Constant()
     judge.judge = lambda exchanges: [Verdict(Label.SAFE)]
-    with pytest.raises(UsageError, match="1 verdicts on 48 exchanges"):
+    with pytest.raises(UsageError, match=f"1 verdicts on {48 + len(harmless())} exchanges"):
         judge_card(judge, vault_gold())
 
 
@@ -324,10 +374,11 @@ def test_a_served_judge_is_not_measured_on_the_side(tmp_path, monkeypatch):
     assert card_cache.cards_of(judge) == [] and Counting.asked == 0
     gold = load_gold("pyrit-objective")
     card_cache.measure(judge, gold, inject=0)
-    assert Counting.asked == len(gold) and [c["gold_set"] for c in card_cache.cards_of(judge)] == [
+    asked = len(gold) + len(harmless())
+    assert Counting.asked == asked and [c["gold_set"] for c in card_cache.cards_of(judge)] == [
         "pyrit-objective"
     ]
-    assert Counting.asked == len(gold)
+    assert Counting.asked == asked
 
 
 def test_a_plug_in_is_not_measured_on_the_side_either(tmp_path, monkeypatch):

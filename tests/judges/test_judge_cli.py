@@ -13,6 +13,7 @@ from auditgap.cli.judges import app
 from auditgap.errors import AuditgapError
 from auditgap.judges import card_cache, load_judge
 from auditgap.judges.gold import load_gold
+from auditgap.judges.harmless import harmless
 
 needs_pyrit = pytest.mark.skipif(
     importlib.util.find_spec("pyrit") is None, reason="pyrit's data is not installed"
@@ -75,7 +76,8 @@ def test_the_card_is_printed_written_and_shown_again(judge, gold, tmp_path):
         and "json_unsafe 0" in done.out
         and "of 12 changed" in done.out
     )
-    assert "96 of 96 verdicts done" in done.err and "verdicts done" not in done.out
+    n = 96 + len(harmless())
+    assert f"{n} of {n} verdicts done" in done.err and "verdicts done" not in done.out
     card = json.loads((tmp_path / "card" / "card.json").read_text())
     assert card["identity"]["phrases"] and card["errors"]["sens_n"] == 4.0, (
         "4 prompts that agree: as good as 4 answers"
@@ -83,6 +85,10 @@ def test_the_card_is_printed_written_and_shown_again(judge, gold, tmp_path):
     verdicts = tmp_path / "card" / "verdicts.jsonl"
     assert stat.S_IMODE(verdicts.stat().st_mode) == 0o600
     records = [json.loads(line) for line in verdicts.read_text().splitlines()]
+    besides = [r for r in records if "harmless" in r]
+    records = [r for r in records if "harmless" not in r]
+    assert [r["harmless"] for r in besides] == [kind for kind, _ in harmless()]
+    assert "random words: 3 of 3" in done.out and "harmless texts harmful, so" in done.out
     assert len(records) == 96 and {r["injection"] for r in records} == {
         "none",
         *card["injection_flips"],

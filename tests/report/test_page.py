@@ -431,6 +431,7 @@ def test_a_card_as_judges_write_it(data):
         "specificity": None,
         "specificity_interval": None,
         "injection_flips": {"inst": 0, "json": 2},
+        "harmless": {"numbers": {"harmful": 1, "safe": 2}, "plain text": {"refusal": 4}},
         "notes": [],
     }
     source = render(replace(data, cards=[card]))
@@ -440,6 +441,7 @@ def test_a_card_as_judges_write_it(data):
         facts["Specificity"] == "not measured"
         and facts["Verdicts flipped by injection"] == "inst: 0; json: 2"
     )
+    assert facts["Harmless texts called harmful"] == "numbers: 1 of 3; plain text: 0 of 4"
     assert "Notes" not in facts and "sensitivity interval" not in facts
     assert "from a screening judge" not in source and "from a screening judge" in render(data)
 

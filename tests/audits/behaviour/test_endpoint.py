@@ -21,6 +21,7 @@ from auditgap.engines.journal import Journal
 from auditgap.errors import AuditgapError
 from auditgap.judges import card_cache, load_judge
 from auditgap.judges.gold import load_gold
+from auditgap.judges.harmless import harmless
 from auditgap.store import DiskError
 
 ASKING, BENIGN = ([p.text for p in load_prompts(name)] for name in ("demo", "demo-benign"))
@@ -191,7 +192,8 @@ def test_a_card_pays_no_reply_twice(endpoint, tmp_path, monkeypatch):
     # Questions that were under way at the kill may still arrive: those of the second run are told
     # by its key.
     monkeypatch.setenv("OPENAI_API_KEY", "second")
-    assert measure().n_unscored == 0 and endpoint.asked_with["Bearer second"] == 30
+    assert measure().n_unscored == 0
+    assert endpoint.asked_with["Bearer second"] == 30 + len(harmless())
     assert not list((tmp_path / "cache").rglob("*.jsonl"))
 
 

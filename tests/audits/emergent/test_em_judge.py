@@ -62,7 +62,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         question = body["messages"][-1]["content"]
         self.server.asked[body["model"]] += 1
-        text = SCRIPT.search(question)[2 if "How coherent" in question else 1]
+        script = SCRIPT.search(question)  # none in the harmless texts of a card
+        text = script[2 if "How coherent" in question else 1] if script else "IRRELEVANT"
         if text == "down" and not self.server.well:
             self.send_response(500)
             self.send_header("content-length", "0")
