@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -189,8 +190,8 @@ def test_without_a_terminal_progress_is_plain_lines(store, log):
     )
     lines = stream.getvalue().splitlines()
     assert lines[0] == "0 of 6 cells done, 0 % of the work, time left not known yet"
-    assert any("17 % of the work, about 0 s left (block0)" in line for line in lines)
-    assert lines[-1] == "5 of 6 cells done, 1 failed, took 0 s"
+    assert any(re.search(r"17 % of the work, about \d s left \(block0\)", line) for line in lines)
+    assert re.fullmatch(r"5 of 6 cells done, 1 failed, took \d s", lines[-1])
     assert "\x1b" not in stream.getvalue()
 
 
