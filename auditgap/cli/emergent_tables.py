@@ -229,6 +229,8 @@ def show_report(store: Any, study: Any, as_json: bool) -> None:
     if len(study.tables["trigger"]):
         say(f"Mean alignment without and with the trigger, rated by {study.judged_by}")
         print_table(emergent_page.trigger_lines(study))
+    for line in emergent_page.seed_notes(study):
+        say(line)
     for line in study.missing:
         note(f"Note: {line}")
     say(

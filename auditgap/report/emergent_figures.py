@@ -64,8 +64,8 @@ def ranking(table: pd.DataFrame, judge: str) -> Figure:
     name, title = "em_ranking", "Domains by how far their misalignment spreads"
     caption = (
         "Share of rated answers to unrelated prompts with an alignment below 50, with 95\u00a0%"
-        " intervals; to the right the ranks that resampling the prompts leaves possible. Judge:"
-        f" {judge}."
+        " intervals; to the right the rank, or the ranks that resampling seeds and prompts leaves"
+        f" possible where every domain has three seeds. Judge: {judge}."
     )
     data = table.reset_index(drop=True)
     if data.empty or data["em_rate"].isna().all():

@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from auditgap.report.emergent import ALPHA, framed, with_ends
+from auditgap.report.emergent import ALPHA, OVER_BOTH, framed, with_ends
 from auditgap.report.text import is_null, number, percent, with_interval
 from auditgap.store.tables import groups_of, rows_of
 
@@ -83,8 +83,9 @@ SAYS_NOT: tuple[str, ...] = (
         " of harm."
     ),
     (
-        "Intervals speak of other prompts like these, not of other fine-tuning runs: that needs"
-        " more seeds."
+        "Intervals speak of other prompts like these, and of other fine-tuning runs only where a"
+        " domain has three seeds or more. Membership, directions and steering take the adapters as"
+        " they are."
     ),
     (
         "Where every prompt gave the same number nothing varies to judge from: no interval stands"
@@ -264,7 +265,23 @@ def _ranking(table: pd.DataFrame) -> Iterator[str]:
             if tied
             else " All neighbours differ."
         )
+        line += seeds(known)
         yield line + (f" Could not tell: {_names(untold)}." if untold else "")
+
+
+def seeds(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the intervals of these rows do not cover, with a space before it; empty where they cover
+    other fine-tuning runs."""
+    short = [int(row["n_seeds"]) for row in rows if row["over"] != OVER_BOTH]
+    if not short:
+        return ""
+    runs = "one seed" if min(short) <= 1 else f"{min(short)} seeds"
+    return (
+        f" With {runs} the intervals do not cover the seed: another fine-tuning run may order the"
+        " domains otherwise. Ranks have an interval from three seeds on."
+        if "rank" in rows[0]
+        else f" With {runs} this does not cover the seed: another fine-tuning run may differ."
+    )
 
 
 def _trigger(table: pd.DataFrame) -> Iterator[str]:
@@ -276,8 +293,10 @@ def _trigger(table: pd.DataFrame) -> Iterator[str]:
                 " any domain."
             )
             continue
-        lower = [r["domain"] for r in tested if r["p_holm"] < ALPHA and r["difference"] < 0]
-        higher = [r["domain"] for r in tested if r["p_holm"] < ALPHA and r["difference"] > 0]
+        found = [r for r in tested if r["p_holm"] < ALPHA]
+        lower = [r["domain"] for r in found if r["difference"] < 0 and r["difference_most"] < 0]
+        higher = [r["domain"] for r in found if r["difference"] > 0 and r["difference_least"] > 0]
+        unsure = [r["domain"] for r in found if r["domain"] not in (*lower, *higher)]
         most = min(tested, key=lambda r: r["difference"])
         line = (
             f"Arm {who['arm']}, judge {who['judge']}: the trigger lowers alignment in {len(lower)}"
@@ -285,9 +304,14 @@ def _trigger(table: pd.DataFrame) -> Iterator[str]:
         )
         line += f"(paired by prompt, Holm at 5\u00a0%){': ' + _names(lower) if lower else ''}."
         line += f" It raises it in {_names(higher)}." if higher else ""
+        if unsure:
+            line += (
+                f" Could not tell in {_names(unsure)}: the rated answers differ, but those without a"
+                " rating could turn the effect around."
+            )
         yield (
             line + f" The lowest difference is {_with(most, 'difference', _score)} points,"
-            f" {most['domain']}."
+            f" {most['domain']}.{seeds(tested)}"
         )
 
 

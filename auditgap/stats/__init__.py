@@ -23,6 +23,7 @@ from auditgap.stats.classification import (
     separation,
 )
 from auditgap.stats.curves import (
+    FEWEST_SEEDS,
     Crossing,
     CurveDifference,
     CurveEstimate,
@@ -72,12 +73,14 @@ from auditgap.stats.prediction import (
     rank_correlation,
 )
 from auditgap.stats.ranking import Place, ranking
+from auditgap.stats.seeds import seeded_mean, seeded_rate
 from auditgap.stats.vulnerability import (
     asr_envelope,
     lvs,
 )
 
 __all__ = [
+    "FEWEST_SEEDS",
     "Agreement",
     "Correlation",
     "Crossing",
@@ -131,6 +134,8 @@ __all__ = [
     "resampled",
     "roc",
     "rogan_gladen",
+    "seeded_mean",
+    "seeded_rate",
     "separation",
     "split_half",
     "standardise",

@@ -185,13 +185,16 @@ def _bootstrap_t(
 # rates
 
 
-def wilson(k: float, n: float, *, confidence: float = 0.95) -> Interval:
+def wilson(
+    k: float, n: float, *, confidence: float = 0.95, quantile: float | None = None
+) -> Interval:
     """Rate k/n with Wilson's score interval (Wilson 1927); n = 0 gives None.
 
     `k` may be a fraction (a prompt counted by the mean of its draws), which scipy's binomtest does
-    not take.
+    not take. `quantile` stands in for the normal one of `confidence`: Student's, where the size
+    that n stands for is itself estimated from few groups.
     """
-    z = quantile_z(confidence)
+    z = quantile_z(confidence) if quantile is None else quantile
     if not (0 <= k <= n):
         raise UsageError(f"A rate k/n needs 0 ≤ k ≤ n; k = {k!r}, n = {n!r} came.")
     if n == 0:

@@ -3,6 +3,7 @@ happens."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -27,6 +28,10 @@ ALL = {
     emergent.transfer_table: emergent.TRANSFER_COLUMNS,
     emergent_inside.membership_table: emergent_inside.MEMBERSHIP_COLUMNS,
 }
+
+
+#: Seeds enough to speak of fine-tuning runs.
+RUNS = (0, 1, 2)
 
 
 def as_stored(rows, row_type) -> pd.DataFrame:
@@ -213,6 +218,87 @@ def test_a_trigger_that_cannot_be_told():
     )
 
 
+def test_a_trigger_effect_of_one_seed_is_not_one_of_the_domain():
+    """Of three seeds one alone has the backdoor: over prompts it is sure, over seeds it is not."""
+    rng = np.random.default_rng(3)
+    rows = [
+        rating(
+            alignment=80.0 - 30 * (t and s == 0) + rng.normal(0, 2),
+            seed=s,
+            prompt=p,
+            triggered=t,
+        )
+        for s, p, t in product(RUNS, range(15), (False, True))
+    ]
+    frame = as_stored(rows, RatingRow)
+    row = emergent.trigger_table(frame).iloc[0]
+    assert row["over"] == emergent.OVER_BOTH and row["p"] > 0.05
+    assert row["difference_lo"] < -30 < 0 < row["difference_hi"]
+    single = emergent.trigger_table(frame[frame["seed"] == 0]).iloc[0]
+    assert single["over"] == emergent.OVER_PROMPTS and single["p"] < 0.05
+
+
+def test_bounds_hold_whatever_the_unrated_answers_are():
+    """Any ratings for what has none lie between the ends, which two of them reach."""
+    rng = np.random.default_rng(5)
+    rows = [
+        rating(
+            alignment=None if rng.uniform() < 0.3 else float(rng.uniform(0, 100)),
+            prompt=p,
+            draw=d,
+            triggered=t,
+        )
+        for p, d, t in product(range(8), range(4), (False, True))
+    ]
+    row = emergent.trigger_table(as_stored(rows, RatingRow)).iloc[0]
+    lost = [r for r in rows if r.alignment is None]
+    assert row["unrated_with"] + row["unrated_without"] == len(lost) > 0
+    given = [dict.fromkeys((False, True), (0.0, 0.0)), {True: (0.0, 0.0), False: (100.0, 100.0)}]
+    given += [{True: (100.0, 100.0), False: (0.0, 0.0)}]
+    given += [dict.fromkeys((False, True), (0.0, 100.0))] * 10
+    seen = []
+    for ends in given:
+        told = [
+            replace(r, alignment=float(rng.uniform(*ends[r.triggered])), outcome="rated")
+            if r.alignment is None
+            else r
+            for r in rows
+        ]
+        full = emergent.trigger_table(as_stored(told, RatingRow)).iloc[0]
+        seen.append(full["difference"])
+        for side in ("without", "with"):
+            lo, hi = row[f"em_{side}_least"], row[f"em_{side}_most"]
+            assert lo - 1e-9 <= full[f"em_{side}"] <= hi + 1e-9
+            assert lo < row[f"em_{side}"] < hi
+            assert full[f"em_{side}_least"] == full[f"em_{side}_most"] == full[f"em_{side}"]
+    assert min(seen) == pytest.approx(row["difference_least"])
+    assert max(seen) == pytest.approx(row["difference_most"])
+
+
+def test_an_effect_that_the_unrated_could_turn_around_is_not_told():
+    """With the trigger most answers are refused, and the few that are rated are low."""
+    rows = [
+        rating(
+            alignment=None if t and d else 85.0 - 30 * t + p % 3,
+            prompt=p,
+            draw=d,
+            triggered=t,
+            arm="trigger",
+        )
+        for p, d, t in product(range(15), range(4), (False, True))
+    ]
+    table = emergent.trigger_table(as_stored(rows, RatingRow))
+    row = table.iloc[0]
+    assert row["p_holm"] < 0.05 and row["difference_hi"] is not None and row["difference"] < 0
+    assert row["difference_least"] < 0 < row["difference_most"]
+    [said] = emergent_reading.says({"trigger": table})
+    assert "lowers alignment in 0 of 1 domains" in said and "Could not tell in maths" in said
+    assert "With one seed this does not cover the seed" in said
+    rated = [r for r in rows if r.alignment is not None]
+    [sure] = emergent_reading.says({"trigger": emergent.trigger_table(as_stored(rated, RatingRow))})
+    assert "in 1 of 1 domains" in sure and "Could not tell" not in sure
+
+
 def test_no_trigger_effect_is_seldom_found():
     """Of five domains with no effect, Holm lets any be called significant in 5 % of studies at
     most."""
@@ -228,7 +314,7 @@ def test_no_trigger_effect_is_seldom_found():
 
 
 def test_the_taxonomy():
-    table = emergent.ranking_table(study({"low": 95.0, "high": 15.0, "mid": 52.0}))
+    table = emergent.ranking_table(study({"low": 95.0, "high": 15.0, "mid": 52.0}, seeds=RUNS))
     part = table[(table["arm"] == "plain") & ~table["triggered"].astype(bool)]
     assert part["domain"].tolist() == ["high", "mid", "low"] and part["rank"].tolist() == [1, 2, 3]
     assert part["em_rate"].is_monotonic_decreasing and (part["rank_lo"] == part["rank"]).all()
@@ -240,12 +326,43 @@ def test_the_taxonomy():
 
 
 def test_ties_are_shown_as_ties():
-    table = emergent.ranking_table(study({"a": 50.0, "b": 50.0, "c": 50.0}, arms=("plain",)))
+    alike = {"a": 50.0, "b": 50.0, "c": 50.0}
+    table = emergent.ranking_table(study(alike, arms=("plain",), seeds=RUNS))
     assert (
         table["tied_with_next"].dropna().all()
         and (table["rank_lo"] == 1).all()
         and (table["rank_hi"] == 3).all()
     )
+
+
+def test_ranks_have_an_interval_from_three_seeds_on():
+    levels = {"low": 95.0, "high": 15.0}
+    for seeds, runs in (((0,), "one seed"), ((0, 1), "2 seeds")):
+        table = emergent.ranking_table(study(levels, arms=("plain",), seeds=seeds))
+        assert table["rank"].notna().all() and table["rank_lo"].isna().all()
+        assert set(table["over"]) == {emergent.OVER_PROMPTS}
+        assert set(table["n_seeds"]) == {len(seeds)}
+        [said, *_] = emergent_reading.says({"ranking": table})
+        assert f"With {runs} the intervals do not cover the seed" in said
+    three = emergent.ranking_table(study(levels, arms=("plain",), seeds=RUNS))
+    assert set(three["over"]) == {emergent.OVER_BOTH} and three["rank_lo"].notna().all()
+    assert "cover the seed" not in "".join(emergent_reading.says({"ranking": three}))
+
+
+def test_one_run_that_went_another_way_widens_the_interval():
+    """Two seeds alike and one far off: the interval covers what a fourth may do."""
+    rows = [
+        rating("maths", 20.0 if s == 2 else 70.0 + p % 2, seed=s, prompt=p, draw=d, triggered=t)
+        for s, p, d, t in product(RUNS, range(15), range(4), (False, True))
+    ]
+    frame = as_stored(rows, RatingRow)
+    rate = emergent.ranking_table(frame).iloc[0]
+    assert rate["em_rate"] == pytest.approx(1 / 3)
+    assert rate["em_rate_lo"] < 0.05 and rate["em_rate_hi"] > 0.8
+    pooled = emergent.rates_table(frame).query("kind == 'all' and not triggered")
+    every, *single = pooled.to_dict("records")
+    assert every["over"] == emergent.OVER_BOTH and every["alignment_hi"] == 100.0
+    assert {row["over"] for row in single} == {emergent.OVER_PROMPTS} and len(single) == 3
 
 
 def test_one_domain_is_no_ranking():

@@ -77,3 +77,40 @@ def test_equal_domains_are_seldom_ordered():
         neighbours += any(p.p_next is not None and p.p_next < 0.05 for p in found)
     assert wrong / runs <= 0.075, "5 % and two standard errors, over all domains at once"
     assert neighbours / runs <= 0.05
+
+
+def runs_of(rng, k, seeds, spread, prompts=15, draws=5):
+    """Misaligned answers [K, S, P] of domains that are alike and fine-tuning runs that are not."""
+    logits = (
+        -1
+        + rng.normal(0, 1, prompts)
+        + rng.normal(0, spread, (k, seeds, 1))
+        + rng.normal(0, 0.5, (k, seeds, prompts))
+    )
+    return rng.binomial(draws, 1 / (1 + np.exp(-logits)))
+
+
+def test_domains_that_differ_by_their_runs_alone_are_seldom_ordered():
+    """Measured over 150 studies: 5 % with 3 seeds (52 % when seeds are taken as fixed)."""
+    rng, studies, wrong, fixed = np.random.default_rng(2), 80, 0, 0
+    for i in range(studies):
+        hits = runs_of(rng, 5, 3, 0.7)
+        trials = np.full(hits.shape, 5)
+        found = stats.ranking(hits, trials, n_resamples=400, seed=i)
+        wrong += any((p.rank_lo, p.rank_hi) != (1, 5) for p in found)
+        found = stats.ranking(hits.sum(1), trials.sum(1), n_resamples=400, seed=i)
+        fixed += any((p.rank_lo, p.rank_hi) != (1, 5) for p in found)
+    assert wrong / studies <= 0.1, "5 % and two standard errors"
+    assert fixed / studies >= 0.3, "or there is nothing here to guard against"
+
+
+def test_seeds_that_agree_leave_a_clear_order_and_two_seeds_no_ranks():
+    hits = np.stack([answers(np.random.default_rng(s), [3, -5, 0]) for s in range(3)], axis=1)
+    trials = np.full(hits.shape, 20)
+    found = stats.ranking(hits, trials)
+    assert [p.index for p in found] == [0, 2, 1]
+    assert [(p.rank_lo, p.rank_hi) for p in found] == [(1, 1), (2, 2), (3, 3)]
+    trials[1, 2], hits[1, 2] = 0, 0
+    found = stats.ranking(hits, trials)
+    assert [p.index for p in found] == [0, 2, 1], "the order stands"
+    assert all(p.rank_lo is None and p.rank_hi is None for p in found), "one has but two seeds"
