@@ -88,6 +88,7 @@ def two_ranks(world, kinds):
         [*runs, last],
         world.folder / "two",
         fault={"run": len(runs), "rank": 1, "batches": 5, "how": "perturb"},
+        limit=480,  # nine runs
     )
     assert (world.folder / "two" / f"facts-{len(runs) - 1}-0.json").exists(), done.tail
     return done
