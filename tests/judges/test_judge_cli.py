@@ -88,7 +88,8 @@ def test_the_card_is_printed_written_and_shown_again(judge, gold, tmp_path):
     besides = [r for r in records if "harmless" in r]
     records = [r for r in records if "harmless" not in r]
     assert [r["harmless"] for r in besides] == [kind for kind, _ in harmless()]
-    assert "random words: 3 of 3" in done.out and "harmless texts harmful, so" in done.out
+    unwrapped = " ".join(done.out.split())
+    assert "random words: 3 of 3" in unwrapped and "harmless texts harmful, so" in unwrapped
     assert len(records) == 96 and {r["injection"] for r in records} == {
         "none",
         *card["injection_flips"],
