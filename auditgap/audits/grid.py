@@ -29,6 +29,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -365,11 +366,11 @@ def write_table(out: Place, stores: Iterable[RunFolder]) -> Path | None:
     other by the case's name; returns the CSV's path, None where no case has one. Raises
     DiskError."""
     frames, name = [], ""
-    for store in sorted(stores, key=lambda store: store.path.name):
+    for case, store in sorted(((Path(str(s.place)).name, s) for s in stores), key=itemgetter(0)):
         name = audit_of(store).main_table or name
         if (path := store.path / f"{name}.parquet").is_file():
             frame = pd.read_parquet(path)
-            frame.insert(0, "case", store.path.name)
+            frame.insert(0, "case", case)
             frames.append(frame)
     if not frames:
         return None
