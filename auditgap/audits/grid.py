@@ -338,7 +338,7 @@ def run(grid: Grid, *, progress: Callable[[], Progress] | None = None) -> Outcom
             if not any(cell.key in outcome.failed for cell in case.plan.cells):
                 store.forget()
             audit.reduce(store, allow_raw=options.allow_raw)
-        write_table(out, stores.values())
+        write_table(out, stores)
     return outcome
 
 
@@ -361,12 +361,12 @@ def _folders_of(out: Place, stores: Mapping[str, RunFolder]) -> Iterator[tuple[s
             yield name, RunFolder.load(place)
 
 
-def write_table(out: Place, stores: Iterable[RunFolder]) -> Path | None:
+def write_table(out: Place, stores: Mapping[str, RunFolder]) -> Path | None:
     """OUT/<main table>.parquet and .csv: the cases' main tables, as they were reduced, below each
     other by the case's name; returns the CSV's path, None where no case has one. Raises
     DiskError."""
     frames, name = [], ""
-    for case, store in sorted(((Path(str(s.place)).name, s) for s in stores), key=itemgetter(0)):
+    for case, store in sorted(stores.items(), key=itemgetter(0)):
         name = audit_of(store).main_table or name
         if (path := store.path / f"{name}.parquet").is_file():
             frame = pd.read_parquet(path)

@@ -96,6 +96,10 @@ AllowOverlap = Annotated[
 ]
 
 
+AllowRaw = Annotated[bool, Flag("Include prompts and completions in the report", Topic.OUTPUT)]
+RetryFailed = Annotated[bool, Flag("Retry cells that failed in an earlier run", Topic.OUTPUT)]
+
+
 class AuditOptions(Frozen):
     """What every audit takes: where it runs, where its results go, how a run is resumed. Nothing
     here changes what is measured."""
@@ -134,15 +138,11 @@ class AuditOptions(Frozen):
         ),
     ] = None
     batch_tokens: BatchTokens = None
-    allow_raw: Annotated[
-        bool, Flag("Include prompts and completions in the report", Topic.OUTPUT)
-    ] = False
+    allow_raw: AllowRaw = False
     break_lock: Annotated[
         bool, Flag("Take over the folder of a process that is no longer running", Topic.OUTPUT)
     ] = False
-    retry_failed: Annotated[
-        bool, Flag("Retry cells that failed in an earlier run", Topic.OUTPUT)
-    ] = False
+    retry_failed: RetryFailed = False
 
     def gpus_of(self, model: str, device: str) -> float:
         """GPUs that a Ray worker needs for this model."""

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from auditgap.audits.options import AllowRaw, RetryFailed
 from auditgap.config import Flag, Frozen, Topic
 
 _PROFILE = "the profile's"
@@ -79,15 +80,11 @@ class WholeSettings(Frozen):
             default="runs/audit-MODEL",
         ),
     ] = None
-    allow_raw: Annotated[
-        bool, Flag("Include prompts and completions in the report", Topic.OUTPUT)
-    ] = False
+    allow_raw: AllowRaw = False
     public: Annotated[
         bool, Flag("Write a copy of the report with aggregates alone as well", Topic.OUTPUT)
     ] = False
     break_lock: Annotated[
         bool, Flag("Take over folders of processes that are no longer running", Topic.OUTPUT)
     ] = False
-    retry_failed: Annotated[
-        bool, Flag("Retry cells that failed in an earlier run", Topic.OUTPUT)
-    ] = False
+    retry_failed: RetryFailed = False

@@ -277,7 +277,7 @@ def merge(
     text = f"{now.finished} of {now.planned} cells, {now.failed} failed.\nReport: {where}"
     counts = {"finished": now.finished, "planned": now.planned, "failed": now.failed}
     if of_grids:
-        table = write_table(to, stores.values())
+        table = write_table(to, stores)
         text += "" if table is None else f"\nTable: {within(to, table.name)}"
     answer(as_json, text, **counts, folder=to, report=str(where))
 
