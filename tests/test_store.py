@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import run_folders
+import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -270,6 +271,31 @@ def test_a_cell_without_one_of_its_files_is_done_again(tmp_path):
         assert not store.is_finished(cell().key)
         assert store.scan([cell().key]) == (set(), {})
     assert len(store.rows()) == 1
+
+
+def test_a_cell_whose_edits_have_changed_is_done_again(tmp_path):
+    store = open_folder(tmp_path / "out")
+    path = store.edits(cell().key)
+    path.parent.mkdir()
+    path.write_bytes(b"what was put in")
+    store.write(cell(), [row()], seconds=1)
+    assert store.is_finished(cell().key)
+    path.write_bytes(b"what was put In")
+    assert not store.is_finished(cell().key) and store.scan([cell().key]) == (set(), {})
+    path.write_bytes(b"what was put in again")
+    store.write(cell(), [row()], seconds=1)
+    assert store.is_finished(cell().key) and len(store.rows()) == 1
+
+
+def test_directions_of_an_earlier_release_are_found(tmp_path):
+    store = open_folder(tmp_path / "out")
+    old = store.path / "directions" / f"{cell().key}.safetensors"
+    old.parent.mkdir()
+    safetensors.numpy.save_file({"direction": np.ones((2, 3))}, old)
+    assert store.tensors(cell().key)["direction"].shape == (2, 3)
+    old.write_bytes(old.read_bytes()[:-1])
+    with pytest.raises(UsageError, match=r"directions.*missing or torn. Do this"):
+        store.tensors(cell().key, "Do this.")
 
 
 def test_torn_generations_are_named_not_read(tmp_path):

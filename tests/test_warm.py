@@ -20,7 +20,7 @@ print(json.dumps({
     "parent": os.getppid(), "session": os.getsid(0) == os.getpid(), "argv": sys.argv,
     "cwd": os.getcwd(), "mood": os.environ.get("MOOD"), "name": __name__,
     "kept": os.read(int(sys.argv[1]), 9).decode(), "in": sys.stdin.read(),
-    "fds": sorted(set(map(int, os.listdir("/proc/self/fd"))) & set(range(3, 400))),
+    "fds": sorted(fd for fd in map(int, os.listdir("/proc/self/fd")) if fd > 2),
 }))
 print("grüße", file=sys.stderr)
 raise SystemExit(7)

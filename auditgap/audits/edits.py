@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from auditgap.errors import UsageError
@@ -83,7 +82,7 @@ def export_edits(store: RunFolder, out: Path, *, subject: str | None = None) -> 
             described[first] = told["settings"]["asked_for"]
         else:
             first = f"{told['attack']}.{told['eps']:g}_{told['unit']}"
-        for what, array in _read(store, record["key"], record["cell"]).items():
+        for what, array in store.tensors(record["key"]).items():
             tensors[f"{first}.{what}.{site_name(told['site'])}"] = array
     if not tensors:
         raise UsageError(
@@ -103,14 +102,3 @@ def export_edits(store: RunFolder, out: Path, *, subject: str | None = None) -> 
         out.parent.mkdir(parents=True, exist_ok=True)
     files.write_bytes(out, safetensors.numpy.save(tensors, metadata=metadata))
     return sorted(tensors)
-
-
-def _read(store: RunFolder, key: str, cell: str) -> dict[str, np.ndarray]:
-    path = store.edits(key)
-    try:
-        return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, OSError):
-        raise UsageError(
-            f"What {cell} has put in is missing or torn ({path}). Delete the file, if it is there,"
-            " and run the same command again."
-        ) from None

@@ -16,13 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
-import safetensors
-import safetensors.numpy
 
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.report import emergent, emergent_inside, emergent_reading
 from auditgap.store import RunFolder
+from auditgap.store.files import Damaged
 
 #: What stands in a cell's `attack`, a stage each.
 TRAINED, ANSWERED, JUDGED = "em_train", "em_generate", "em_judge"
@@ -195,17 +195,18 @@ def _directions(
             continue
         rows = store.cell_rows(record["key"]).sort_values("block", kind="stable")
         frames.append(rows)
-        path = store.edits(record["key"])
-        if rows["norm"].notna().any() and path.is_file():
-            try:
-                vectors[str(rows["subject"].iloc[0])] = safetensors.numpy.load_file(path)[
-                    "direction"
-                ]
-            except (OSError, KeyError, ValueError, safetensors.SafetensorError):
-                raise UsageError(
-                    f"{path} cannot be read. Type: auditgap em analyse {store.place}"
-                ) from None
+        if rows["norm"].notna().any() and store.edits(record["key"]).is_file():
+            vectors[str(rows["subject"].iloc[0])] = vectors_of(store, record["key"])
     return (pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()), vectors
+
+
+def vectors_of(store: RunFolder, key: str) -> np.ndarray:
+    """The directions [L, D] that a finished cell has found. Raises Damaged."""
+    advice = f"Type: auditgap em analyse {store.place}"
+    found = store.tensors(key, advice)
+    if "direction" not in found:
+        raise Damaged(store.edits(key), "it holds no direction", advice)
+    return found["direction"]
 
 
 def _panel(manifest: Any) -> list[dict[str, Any]]:

@@ -335,8 +335,10 @@ class CellFiles:
             return False
 
     def edits(self, key: str) -> Path:
-        """Where a cell's edits are."""
-        return self.path / EDITS / f"{key}.safetensors"
+        """Where a cell's edits are; 0.2 kept the directions of `em` in a folder of their own."""
+        path = self.path / EDITS / f"{key}.safetensors"
+        old = self.path / "directions" / path.name
+        return old if not path.exists() and old.is_file() else path
 
     def _forget(self, name: str) -> None:
         _, keys = self._files.pop(name, (None, ()))

@@ -8,13 +8,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
+import safetensors
+import safetensors.numpy
 
 from auditgap.errors import UsageError
 from auditgap.store import frames, plan, tables
 from auditgap.store.cellfile import KEY, CellFile
 from auditgap.store.cells import CellFiles
+from auditgap.store.files import Damaged
 from auditgap.store.lock import holder
 from auditgap.store.outputs import NAME, Outputs
 from auditgap.store.session import OLDEST
@@ -148,6 +152,15 @@ class RunReader(Outputs):
         if not NAME.fullmatch(key):
             raise UsageError(f"A cell key is letters and digits such as 9c1e…; {key[:40]!r} came.")
         return self._cells.edits(key)
+
+    def tensors(self, key: str, advice: str = "") -> dict[str, np.ndarray]:
+        """The arrays of a cell's edits. Raises Damaged, which says what to do (`advice`)."""
+        path = self.edits(key)
+        try:
+            return safetensors.numpy.load_file(path)
+        except (safetensors.SafetensorError, OSError, ValueError):
+            why = "it cannot be read, as it is missing or torn"
+            raise Damaged(path, why, advice) from None
 
     def generations(self, key: str) -> pd.DataFrame:
         """Prompts and completions of a finished cell. Raises UsageError when there are none, or

@@ -47,6 +47,7 @@ def store(tmp_path_factory):
         max_new_tokens=4,
         reward="margin",
         judge="keyword",
+        confirm="none",
         untargeted_tokens=4,
     )
 
@@ -71,7 +72,7 @@ def test_lvs_rel_stays_and_lvs_moves(store, c):
     tolerance, most_astray = (1e-6, 0.0) if exact else (2e-3, 0.1)
     plain, other = (of(store, s).set_index(KEY).sort_index() for s in (1.0, c))
     assert (
-        len(plain) == len(other) == 3 * 2 * 5 * len(planted.PROMPTS)
+        len(plain) == len(other) == 3 * 2 * len(ATTACKS) * len(planted.PROMPTS)
         and plain["lvs_rel"].notna().all()
     )
     assert (plain["lvs_rel"] > 0).mean() > 0.3, "else there is nothing to compare"
@@ -93,4 +94,6 @@ def test_so_do_the_tables(store):
     plain, large = (t.set_index(KEY[:3]).sort_index() for t in (plain, large))
     for column in ("lvs_rel_mean", "lvs_rel_lo", "lvs_rel_hi", "relative_norm_median", "asr"):
         pd.testing.assert_series_equal(large[column], plain[column], rtol=1e-6)
-    assert (large["lvs_mean"] < 0.7 * plain["lvs_mean"]).all()
+    moved = plain["lvs_mean"] > 0
+    assert moved.drop("benign", level="attack").all()
+    assert (large["lvs_mean"] < 0.7 * plain["lvs_mean"])[moved].all()

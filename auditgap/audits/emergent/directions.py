@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 import torch
 
@@ -47,6 +46,7 @@ from auditgap.errors import AuditgapError, UsageError
 from auditgap.judges.alignment import load_rater
 from auditgap.models import Conversation
 from auditgap.probes.pooling import pooled
+from auditgap.report.emergent_study import vectors_of
 from auditgap.stats.geometry import direction, split_half
 from auditgap.store import RunFolder, files
 from auditgap.sweep import Group, Outcome, Progress
@@ -440,15 +440,3 @@ def read(
             )
         )
     return sorted(found, key=lambda f: (f.domain, f.arm, f.seed))
-
-
-def vectors_of(store: RunFolder, key: str) -> np.ndarray:
-    """The directions [L, D] that a finished cell has found. Raises UsageError when its file is
-    missing or torn."""
-    path = store.edits(key)
-    try:
-        return safetensors.numpy.load_file(path)["direction"]
-    except (safetensors.SafetensorError, OSError, KeyError):
-        raise UsageError(
-            f"The directions in {path} are missing or torn. Type: auditgap em analyse {store.place}"
-        ) from None
