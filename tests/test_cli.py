@@ -22,7 +22,9 @@ import torch
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import __version__
+from auditgap.api import Result
 from auditgap.cli import main
+from auditgap.report import latent
 from auditgap.store import RunFolder
 from auditgap.types import ATTACKS, ROW_COLUMNS, TABLE_COLUMNS
 
@@ -403,7 +405,11 @@ def test_the_terminal_shows_no_text(auditgap, bench, finished):
 def test_the_same_command_again_computes_nothing(auditgap, bench, finished):
     before = {p: p.stat().st_mtime_ns for p in (finished / "cells").rglob("*")}
     said = auditgap("lvs", bench / "model", *flags(bench, finished))
-    assert said.code == 0 and "audit gap" in said.out
+    words = " ".join(said.out.split())
+    assert said.code == 0 and "Audit gap by budget" in words and "excess gap" in words
+    run = Result(finished, {})
+    (headline,) = latent.leads(run.gaps, run.table)
+    assert headline.plain() in words and "\ufffd" not in words, "the report's headline"
     assert {p: p.stat().st_mtime_ns for p in (finished / "cells").rglob("*")} == before
 
 
@@ -717,6 +723,7 @@ def process(
 IN_TURN = """
 import json, sys
 from auditgap.cli import main
+from auditgap.report import latent
 for args in json.loads(sys.argv[1]):
     try:
         main(args)

@@ -129,9 +129,11 @@ def joined(table: pd.DataFrame) -> list[Document]:
 
 
 def _latent(store: RunFolder, name: str | None) -> None:
-    """The targeted attack's table, the minimum distance, and the audit gap. Every count stands
-    before the figures that are of so many prompts."""
+    """The targeted attack's table, the minimum distance, the audit gap, and the report's headline
+    last. Every count stands before the figures that are of so many prompts."""
     import pandas as pd
+
+    from auditgap.report import latent
 
     table = pd.read_parquet(store.path / f"{name}.parquet")
     if rows := list(_targeted(table[table["attack"] == "targeted"])):
@@ -141,13 +143,27 @@ def _latent(store: RunFolder, name: str | None) -> None:
     if "distance" in distances.columns:
         say("Minimum distance to collapse (Aalen–Johansen median of the prompts safe unedited)")
         print_table(list(_distances(distances)))
-    for gap in _latent_more(store)["audit_gap"].itertuples():
-        safe = interval(gap.safety, gap.safety_lo, gap.safety_hi)
-        robust = interval(gap.robustness, gap.robustness_lo, gap.robustness_hi)
-        say(
-            f"{gap.subject}, eps {gap.eps:g} {gap.unit}: behaviourally safe {safe}, under bounded"
-            f" edits {robust}, audit gap {interval(gap.gap, gap.gap_lo, gap.gap_hi)} (n = {gap.n})"
-        )
+    gaps = _latent_more(store)["audit_gap"]
+    if len(gaps):
+        say("Audit gap by budget: shares of the prompts, with 95 % intervals")
+        print_table(list(_gaps(gaps)))
+    for lead in latent.leads(gaps, table):
+        say(inert(lead.plain()))
+
+
+def _gaps(table: Any) -> Iterator[Document]:
+    for r in table.itertuples():
+        yield {
+            "subject": r.subject,
+            "eps": f"{r.eps:g} {r.unit}",
+            "n": r.n,
+            "at risk": r.n_at_risk,
+            "safe": interval(r.safety, r.safety_lo, r.safety_hi),
+            "robust": interval(r.robustness, r.robustness_lo, r.robustness_hi),
+            "gap": interval(r.gap, r.gap_lo, r.gap_hi),
+            "excess gap": interval(r.excess, r.excess_lo, r.excess_hi),
+            "site": r.worst_site,
+        }
 
 
 def _targeted(table: Any) -> Iterator[Document]:

@@ -206,7 +206,7 @@ def sections(report: ReportData, *, is_there: bool = True) -> list[Section]:
         return [silent("depth", **data)]
     first, *rest = _sections(report)
     facts = reading.setup(report.config, report.lvs)
-    leads = _leading(report)
+    leads = _leading(report.gaps, report.lvs)
     headlines = [_headline(row) for row in leads] or [
         Headline("", (("No audit gap was measured in this run.", "", ""),))
     ]
@@ -228,10 +228,15 @@ def sections(report: ReportData, *, is_there: bool = True) -> list[Section]:
     ]
 
 
-def _leading(report: ReportData) -> list[Row]:
+def leads(gaps: pd.DataFrame, lvs: pd.DataFrame) -> list[Headline]:
+    """A headline a subject: what its answers and its audit gap say at the headline's budget."""
+    return [_headline(row) for row in _leading(gaps, lvs)]
+
+
+def _leading(gaps: pd.DataFrame, lvs: pd.DataFrame) -> list[Row]:
     """The rows of the gap table that the headlines speak of."""
-    chosen = reading.headline_budget(report.gaps, report.lvs)
-    rows = rows_of(report.gaps) if chosen is not None else []
+    chosen = reading.headline_budget(gaps, lvs)
+    rows = rows_of(gaps) if chosen is not None else []
     return [row for row in rows if (float(row["eps"]), str(row["unit"])) == chosen]
 
 

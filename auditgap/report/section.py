@@ -14,6 +14,7 @@ and figures are comprehensions over sections, so that none of them can forget on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -154,10 +155,10 @@ class Headline:
     def plain(self) -> str:
         """As one line for a terminal, figures without spaces inside."""
         said = "".join(
-            f"{words}{tight(figure)}{' ' if ends else ''}{tight(ends)}"
+            f"{words}{figure}{' ' if ends else ''}{ends}"
             for words, figure, ends in (*self.parts, *self.shown)
         )
-        return self.subject + said
+        return self.subject + tight(said)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +303,6 @@ def code(words: str) -> Markup:
     return Markup("<code>{}</code>").format(words)
 
 
-def tight(figure: str) -> str:
-    """A figure for a terminal, without the page's spaces."""
-    return figure.replace("\u00a0", "").replace("\u2009", "")
+def tight(text: str) -> str:
+    """Text for a terminal, without the page's spaces inside its figures."""
+    return re.sub("\u00a0(?=[a-z])", " ", text).replace("\u00a0", "").replace("\u2009", "")
