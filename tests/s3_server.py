@@ -54,7 +54,7 @@ class Server:
         self._behind = free_port()
         self.port = free_port()
         self.requests: list[str] = []  #: method and path, in order
-        self._sockets: list[socket.socket] = []
+        self._sockets: set[socket.socket] = set()
         self._listener: socket.socket | None = None
         self.process = subprocess.Popen(
             [sys.executable, "-c", SERVE, str(self._behind)],
@@ -105,7 +105,7 @@ class Server:
             with suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)  # or the thread in accept() keeps the port open
             listener.close()
-        for one in self._sockets:
+        for one in list(self._sockets):
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
             one.close()
@@ -119,13 +119,20 @@ class Server:
                     client.close()
                     return
                 server = socket.create_connection(("127.0.0.1", self._behind))
-                self._sockets += [client, server]
-                threading.Thread(
-                    target=self._pump, args=(client, server, True), daemon=True
-                ).start()
-                threading.Thread(
-                    target=self._pump, args=(server, client, False), daemon=True
-                ).start()
+                self._sockets |= {client, server}
+                threading.Thread(target=self._carry, args=(client, server), daemon=True).start()
+
+    def _carry(self, client: socket.socket, server: socket.socket) -> None:
+        """One connection, until both sides have ended."""
+        asking = threading.Thread(target=self._pump, args=(client, server, True), daemon=True)
+        asking.start()
+        self._pump(server, client, False)
+        with suppress(OSError):
+            client.shutdown(socket.SHUT_RDWR)  # or the other thread waits for a word more
+        asking.join()
+        self._sockets -= {client, server}
+        client.close()
+        server.close()
 
     def _pump(self, source: socket.socket, sink: socket.socket, count: bool) -> None:
         with suppress(OSError):
