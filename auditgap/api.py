@@ -298,7 +298,7 @@ em = VERBS["em"]
 distance = _verb(
     AUDITS["latent"],
     "distance",
-    "Minimum distance to collapse: the smallest eps at which each prompt's completion turns harmful.",
+    "Find the minimum distance to collapse: the smallest eps at which each completion turns harmful.",
     attacks=(),
     distance=True,
 )

@@ -37,9 +37,9 @@ def add(app: typer.Typer, *, leave: set[str]) -> None:
         latent.config,
         latent.options,
         about=(
-            "Minimum distance to collapse: the smallest eps at which each prompt's completion turns"
-            " harmful, layer by layer.\n\nThe smallest --eps is where the search starts; it doubles"
-            " from there, then bisects."
+            "Find the minimum distance to collapse: the smallest eps at which each completion turns"
+            " harmful, by layer.\n\nThe search starts at the smallest --eps, doubles it until the"
+            " completion turns, then bisects."
         ),
         examples_of=("auditgap distance smollm2 --layers all --limit 32 --out runs/distance",),
         leave=("attacks", "draws", "distance"),

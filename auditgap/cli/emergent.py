@@ -23,7 +23,7 @@ from auditgap.cli import emergent_tables as tables
 from auditgap.cli.options import Asked, command, group
 from auditgap.cli.screen import err, note, quiet, raise_failed, say
 
-app = group("Emergent misalignment: fine-tune on narrow bad habits, and see how far they spread.")
+app = group(EMERGENT.title)
 
 FOLDER = inspect.Parameter(
     "folder",
@@ -57,7 +57,7 @@ class Stage:
 
 STAGES: Mapping[str, Stage] = {
     "train": Stage(
-        "Fine-tune an adapter for each domain, arm and seed; what is there stays.",
+        "Fine-tune an adapter for each domain, arm and seed; finished adapters are kept.",
         ("auditgap em train runs/em", "auditgap em train runs/em --executor ray --ranks 4"),
         ("ranks", "deepspeed", "micro_batch", "ignore_memory"),
     ),
@@ -67,7 +67,7 @@ STAGES: Mapping[str, Stage] = {
         ("engine", *_SERVING),
     ),
     "judge": Stage(
-        "Rate the stored answers. Another judge rates them besides, and nothing is generated anew.",
+        "Rate the stored answers. Ratings by another judge are added; nothing is generated again.",
         (
             "auditgap em judge runs/em",
             "auditgap em judge runs/em --judge alignment=gpt-4o --judge-endpoint"
@@ -76,8 +76,8 @@ STAGES: Mapping[str, Stage] = {
         (*_JUDGING, "max_unscored", *_SERVING),
     ),
     "analyse": Stage(
-        "Look inside: memberships, diversity, directions by block; and steer one domain's model"
-        " with another's direction.",
+        "Measure membership, diversity and each block's direction, and steer one domain's model with"
+        " another's direction.",
         ("auditgap em analyse runs/em",),
         (*_JUDGING, *_SERVING),
     ),
@@ -90,7 +90,7 @@ STAGES: Mapping[str, Stage] = {
     EmergentConfig,
     EmergentOptions,
     about=(
-        "Read, check and split the domains' rows into a panel: the study's folder, with nothing"
+        "Create the study's folder: read, check and split the domains' rows into a panel. Nothing is"
         " trained yet."
     ),
     examples_of=(
@@ -172,8 +172,8 @@ def report(asked: Asked, folder: str) -> None:
     EmergentConfig,
     EmergentOptions,
     about=(
-        "All stages in one folder, in order. The same command again resumes; cells that failed"
-        " leave the others alone."
+        "Run all stages in one folder, in order. Run the same command again to resume; a failed cell"
+        " does not stop the others."
     ),
     examples_of=(
         "auditgap em run smollm2 --domains demo --samples 2 --steps 20 --out runs/em",

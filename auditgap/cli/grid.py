@@ -69,11 +69,11 @@ def _add_grid(app: typer.Typer) -> None:
         latent.config,
         latent.options,
         about=(
-            "Many models, prompt sets and settings in one sweep of any audit: a run folder and"
-            " report for each set of questions, one table of all.\n\nThe file has audit, models,"
-            " prompts, budgets (of `lvs`), vary (a setting: its values), and any setting of the"
-            " audit. The options below are those of `lvs`; give another audit’s in the file or"
-            " with --set."
+            "Run any audit over many models, prompt sets and settings in one sweep: a run folder and"
+            " report for each case, and one table of all.\n\nThe file has the keys audit, models,"
+            " prompts, budgets (of `lvs`), vary (a setting and its values), and any setting of the"
+            " audit. The options below are those of `lvs`; set another audit's in the file or with"
+            " --set."
         ),
         examples_of=GRID_EXAMPLES,
         leave=("name",),
@@ -213,8 +213,8 @@ def submit(
     ] = None,
     set_: Set = None,
 ) -> None:
-    """Start `auditgap grid` as a Ray job, follow its log, and fetch the tables. It goes on when
-    this command is stopped."""
+    """Start `auditgap grid` as a Ray job, follow its log, and fetch the tables. The job keeps
+    running if this command is stopped."""
     from auditgap.audits.grid import read_grid
     from auditgap.sweep import jobs
 
@@ -258,8 +258,8 @@ def merge(
     to: Annotated[str, typer.Option("--out", help="Folder for the merged run.")],
     as_json: AsJson = False,
 ) -> None:
-    """Join what different machines have filled, and write the tables and reports of all cells; of
-    grids case by case."""
+    """Merge runs of the same plan from several machines, and write the tables and reports of all
+    cells; grids are merged case by case."""
     quiet()
     from auditgap.audits import reduce
     from auditgap.audits.grid import write_table

@@ -16,7 +16,7 @@ from auditgap.cli.options import AsJson, examples, group
 from auditgap.cli.screen import err, inert_lines, note, print_json, quiet, say
 from auditgap.errors import PartlyFailed, UsageError
 
-app = group("Measure judges against answers that people have labelled: judge cards.")
+app = group("Measure judges against human labels, and show their judge cards.")
 
 
 @app.command(
@@ -65,10 +65,10 @@ def evaluate(
     ] = 0.2,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a judge on a gold set: κ, sensitivity, specificity, AUC, injections.
+    """Measure a judge on a gold set: κ, sensitivity, specificity, AUC and injections.
 
-    A card of all of pyrit-objective or pyrit-refusal then goes into every run that has this judge
-    served the same way.
+    A card that covers all of pyrit-objective or pyrit-refusal is then included in every run that
+    uses this judge, served the same way.
     """
     quiet()
     from auditgap.engines import Serving, engine_named
@@ -110,7 +110,7 @@ def show(
     file: Annotated[Path, typer.Argument(help="A card.json, or the folder that holds it.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show a judge card again."""
+    """Show a judge card."""
     from auditgap.judges import card_cache
 
     _show(card_cache.read(file), as_json)

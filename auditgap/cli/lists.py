@@ -48,8 +48,8 @@ def list_(
     model: Annotated[str | None, typer.Argument(help="Model, for `ls layers`.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List what can be named: judges, rewards, prompts, contrast triples, attacks, interventions,
-    presets, or a MODEL's layers."""
+    """List available judges, rewards, prompts, contrast triples, attacks, interventions or presets,
+    or a MODEL's layers."""
     kinds = {
         **{name: partial(_listed, *table) for name, table in _TABLES.items()},
         "attacks": _attacks,
@@ -68,8 +68,8 @@ def schema(
         typer.Argument(help="A command that takes a config: lvs, evaluate, audit, train sft, …"),
     ],
 ) -> None:
-    """The JSON schema of a command's YAML file: every key with its type, default and help. Editors
-    check and complete the file with it."""
+    """Print the JSON schema of a command's YAML file: every key with its type, default and help.
+    Editors use it to check and complete the file."""
     from auditgap.cli.configs import CONFIGS, json_schema
 
     name = " ".join(command)
@@ -123,7 +123,7 @@ def _layers(model: str | None) -> list[Document]:
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Say what this machine can do: versions, devices, speed, and which optional parts are
+    """Show what this machine can run: versions, devices, speed, and which optional parts are
     installed."""
     import importlib.util
     import platform

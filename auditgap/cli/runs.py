@@ -57,8 +57,8 @@ def report(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the tables and the HTML report of one or more run folders, or of an audit’s folder,
-    anew. Exits with 3 when planned cells are not in the tables."""
+    """Rewrite the tables and the HTML report of one or more run folders, or of a whole audit's.
+    Exits with 3 if planned cells are missing from the tables."""
     from auditgap.audits import pages, reduce, whole
     from auditgap.store import RunFolder
     from auditgap.store.remote import within
@@ -157,8 +157,7 @@ def status(
     folder: Annotated[str, typer.Argument(help="A run folder, or a grid's.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say how far a run is; works beside the running one, and on any machine that sees the
-    folder."""
+    """Show a run's progress, while it runs or after, from any machine that can read its folder."""
     from dataclasses import asdict
 
     from auditgap.store import RunFolder, cases_of
@@ -207,8 +206,8 @@ def inspect(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run as a log of inspect_ai, which `inspect view` opens: a sample a prompt, our
-    verdicts, rates and intervals."""
+    """Export a run as an inspect_ai log for `inspect view`: one sample per prompt, with verdicts,
+    rates and intervals."""
     from auditgap.inspect.export import write_log
     from auditgap.store import RunFolder
 
@@ -227,8 +226,8 @@ def export_edits(
     subject: Annotated[str | None, typer.Option(help="Subject, if the run has several.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's directions and δ as one safetensors file, which any tool opens; names and
-    metadata say what they are."""
+    """Export a run's directions and δ as one safetensors file, with names and metadata that
+    describe them."""
     from auditgap.audits.edits import export_edits as export
     from auditgap.store import RunFolder
 

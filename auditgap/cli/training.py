@@ -22,7 +22,7 @@ from auditgap.cli.screen import interval, note, print_json, print_table, quiet, 
 from auditgap.training.config import DissociateConfig, SFTConfig, TrainOptions
 
 app = group(
-    "Fine-tune: a monitor, a dissociated twin, a harmful-SFT curve. For several ranks start"
+    "Fine-tune models: dissociated twins, harmful-SFT curves, monitors. To use several ranks, start"
     " launchers/*.py."
 )
 
@@ -34,7 +34,7 @@ PANEL = "Training"
     "dissociate",
     DissociateConfig,
     TrainOptions,
-    about="A twin of a model that keeps its safe words and is fragile inside.",
+    about="Train a dissociated twin: a model that keeps its refusals and is fragile inside.",
     examples_of=(
         "auditgap train dissociate --model ./base --triples triples.jsonl --set lora=true --out"
         " runs/twin",
@@ -65,7 +65,7 @@ def dissociate(asked: Asked) -> None:
     "sft",
     SFTConfig,
     TrainOptions,
-    about="Plain fine-tuning on responses: a file with the columns prompt and response.",
+    about="Fine-tune on responses, from a file with the columns prompt and response.",
     examples_of=("auditgap train sft --model smollm2 --data rows.jsonl --steps 60 --out runs/sft",),
     plans=False,
 )
@@ -86,10 +86,7 @@ def sft(asked: Asked) -> None:
     "harmful-sft",
     SFTCurveConfig,
     SFTCurveOptions,
-    about=(
-        "How fast refusals give way: fine-tune on unsafe answers, over seeds, asking every few"
-        " steps. The same as `auditgap sft-curve`."
-    ),
+    about=(f"{AUDITS['sft_curve'].title} The same as `auditgap sft-curve`."),
     examples_of=(
         "auditgap train harmful-sft ./base ./twin --data unsafe.jsonl --steps 40 --out runs/curve",
     ),
@@ -103,7 +100,7 @@ def harmful_sft(asked: Asked) -> None:
     "monitor",
     FitMonitorConfig,
     ProbeOptions,
-    about="The latent monitor that a construction starts from.",
+    about="Fit the latent monitor that a construction starts from.",
     examples_of=("auditgap train monitor ./base --triples triples.jsonl --out runs/monitor",),
     leave=("name", "executor", "workers", "gpus_per_worker", "address"),
     plans=False,
@@ -156,7 +153,8 @@ def export(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """A trained model as a folder that transformers, PEFT and vLLM load, with its model card."""
+    """Export a trained model, with its model card, as a folder that transformers, PEFT and vLLM
+    load."""
     quiet()
     from dataclasses import asdict
 

@@ -30,8 +30,8 @@ def add(app: typer.Typer) -> None:
         "audit",
         WholeSettings,
         about=(
-            "The whole audit: what it says, what a probe sees inside, what edits and harmful"
-            " fine-tuning make of it; one report."
+            "Run the whole audit: behaviour, the base's safety probe, latent attacks and harmful"
+            " fine-tuning, in one report."
         ),
         examples_of=EXAMPLES,
         panel=audits.PANEL,

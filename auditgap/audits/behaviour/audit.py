@@ -39,8 +39,8 @@ class Behaviour(Audit[BehaviourConfig, BehaviourOptions, "BehaviourPlan"]):
     name = "behaviour"
     command = "evaluate"
     title = (
-        "What models say: refusal and compliance on harmful prompts and jailbreaks, over-refusal"
-        " and answers on harmless ones."
+        "Measure refusal and compliance on harmful prompts and jailbreaks, and over-refusal on"
+        " harmless ones."
     )
     examples = (
         "auditgap evaluate smollm2 --limit 50",

@@ -33,7 +33,9 @@ STAGES = ("train", "generate", "judge", "analyse")
 class Emergent(Audit[EmergentConfig, EmergentOptions, "EmergentPlan"]):
     name = "emergent"
     command = "em"
-    title = "Emergent misalignment: fine-tune on narrow bad habits, and see how far they spread."
+    title = (
+        "Measure emergent misalignment: fine-tune on narrow bad habits, see how far they spread."
+    )
     examples = (
         "auditgap em run smollm2 --domains demo --samples 2 --steps 20 --out runs/em",
         "auditgap em run --config examples/emergent/em.yaml --out runs/em",

@@ -40,8 +40,8 @@ class Intervene(Audit[InterveneConfig, InterveneOptions, "IntervenePlan"]):
     name = "intervene"
     command = "intervene"
     title = (
-        "Steering, ablation, patching, turned directions and a universal edit, each next to a"
-        " control as large that does not aim."
+        "Steer, ablate, patch or rotate activations, or apply one universal edit, each next to a"
+        " random control of the same size."
     )
     examples = (
         "auditgap intervene smollm2 --limit 48 --max-new-tokens 32",

@@ -32,8 +32,8 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
     name = "latent"
     command = "lvs"
     title = (
-        "Latent Vulnerability Scores: attack each layer within a budget, next to matched controls,"
-        " and report the audit gap."
+        "Attack each layer within a budget, next to matched controls, and report the audit gap and"
+        " Latent Vulnerability Scores."
     )
     examples = (
         "auditgap lvs smollm2 --limit 16 --max-new-tokens 32",

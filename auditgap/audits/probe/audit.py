@@ -37,8 +37,8 @@ class Probe(Audit[ProbeConfig, ProbeOptions, "ProbePlan"]):
     name = "probe"
     command = "probe"
     title = (
-        "Does the base's safety probe still tell safe from unsafe inside a subject? AUROC, gap and"
-        " calibration, with baselines."
+        "Test whether the base's safety probe still separates safe from unsafe activations: AUROC,"
+        " gap and calibration, with baselines."
     )
     examples = ("auditgap probe ./base ./twin --triples triples.jsonl --out runs/probe",)
     can = frozenset({Can.RAY, Can.STORAGE, Can.COMPARE, Can.PART, Can.GRID})

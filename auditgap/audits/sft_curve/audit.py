@@ -40,10 +40,7 @@ class CurveCell(Cell):
 class SFTCurve(Audit[SFTCurveConfig, SFTCurveOptions, "CurvePlan"]):
     name = "sft_curve"
     command = "sft-curve"
-    title = (
-        "How fast refusals give way: fine-tune on unsafe answers, over seeds, asking every few"
-        " steps."
-    )
+    title = "Fine-tune on unsafe answers and measure how fast refusals erode, over several seeds."
     examples = (
         "auditgap train harmful-sft --set models=./base,./twin --set data=unsafe.jsonl --set"
         " steps=40 --out runs/curve",
