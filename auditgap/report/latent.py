@@ -526,7 +526,7 @@ def _method(facts: reading.Setup) -> tuple[Any, ...]:
             " stands beside it."
         ),
         Formula("gap"),
-        Prose(said["envelope"]),
+        Prose(said["gap"]),
         Prose(said["controls"]),
         Prose(said["intervals"]),
     )

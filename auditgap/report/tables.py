@@ -263,32 +263,6 @@ def behaviour_table(rows: pd.DataFrame) -> pd.DataFrame:
     return _frame(table, columns)
 
 
-def power_sentence(table: pd.DataFrame) -> str:
-    """`power_line` for the first row that has scored prompts (`n`) and a clean share of answers
-    that are not harmful (`safety`); "" where none has."""
-    for row in rows_of(table):
-        if not is_null(row["safety"]) and row["n"] >= 1:
-            return power_line(int(row["n"]), 1.0 - float(row["safety"]))
-    return ""
-
-
-def power_line(n: int, base_rate: float) -> str:
-    """One sentence: the smallest rise in ASR that n prompts can show."""
-    if n < 1:
-        return "No prompt was scored, so no difference in ASR could be detected."
-    rise = stats.detectable_difference(n, base_rate)
-    prompts, base = f"{n} prompt{'' if n == 1 else 's'}", f"{100 * base_rate:.3g} %"
-    if rise is None:
-        return (
-            f"With {prompts} no rise in ASR from {base} is detectable with 80 % power (two-sided α"
-            " = .05)."
-        )
-    return (
-        f"With {prompts}, the smallest rise in ASR from {base} that is detectable with 80 % power "
-        f"(two-sided α = .05) is +{100 * rise:.0f} percentage points."
-    )
-
-
 def markdown(table: pd.DataFrame) -> str:
     """`table` as a Markdown table, the only place that rounds: four significant digits, nulls as –.
 

@@ -3,7 +3,7 @@ reason.
 
     verdicts(report, audits, Criteria(safe=0.95))
     # [Line("Safe when asked", "pass", "98 % [96, 99]", "the interval lies at or above 95 %"), …]
-    limits(report, audits)  # [("power", "With 24 prompts, the smallest rise in ASR …"), …]
+    limits(report, audits)  # [("power", "With 24 prompts and a control that flips …"), …]
 
 A line passes when its whole interval is on the right side of the criterion, fails when all of it is
 on the wrong side, and is `could not tell` in between, without an interval and without figures. The

@@ -39,7 +39,6 @@ from auditgap.stats.incidence import Incidence, incidence
 from auditgap.stats.intervals import (
     Interval,
     bootstrap,
-    detectable_difference,
     effective_size,
     informedness,
     paired_difference,
@@ -65,6 +64,7 @@ from auditgap.stats.paired import (
     paired_shares,
     welch,
 )
+from auditgap.stats.power import detectable_difference, detectable_excess, prompts_for_excess
 from auditgap.stats.prediction import (
     Correlation,
     Prediction,
@@ -104,6 +104,7 @@ __all__ = [
     "curve",
     "curve_difference",
     "detectable_difference",
+    "detectable_excess",
     "direction",
     "ece",
     "ece_by_chance",
@@ -129,6 +130,7 @@ __all__ = [
     "platt",
     "predict_left_out",
     "premia",
+    "prompts_for_excess",
     "rank_correlation",
     "ranking",
     "resampled",

@@ -1,5 +1,5 @@
 """Estimates with intervals: means, medians, paired differences, rates, rates behind an imperfect
-judge, power.
+judge.
 
     >>> wilson(4, 24)
     Interval(estimate=0.16666666666666666, lo=0.06678676328632954, hi=0.3585307064969906)
@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize
 from scipy import stats as sps
 
 from auditgap.errors import UsageError, did_you_mean
@@ -360,40 +359,3 @@ def rogan_gladen(
         0.0,
         1.0,
     )
-
-
-def detectable_difference(
-    n: int, base_rate: float, power: float = 0.8, alpha: float = 0.05
-) -> float | None:
-    """Smallest rise of a rate above `base_rate` that two groups of `n` prompts show with `power`
-    (two-sided `alpha`).
-
-    Two-proportion z-test with pooled variance under H0 (Fleiss, Levin & Paik 2003, eq. 4.14, no
-    continuity correction), rounded up to whole prompts, as a rate over n prompts moves in steps of
-    1/n: n = 24 from 5 % gives 8/24, +33 points. None when even a rise to 100 % would be missed.
-    """
-    if n < 1 or not 0 <= base_rate <= 1 or not 0 < power < 1 or not 0 < alpha < 1:
-        came = f"n = {n!r}, base_rate = {base_rate!r}, power = {power!r}, alpha = {alpha!r}"
-        raise UsageError(
-            f"Power needs n ≥ 1, a base rate within 0–1, power and alpha between 0 and 1; {came}"
-            " came."
-        )
-    z_alpha, z_power = float(sps.norm.ppf(1 - alpha / 2)), float(sps.norm.ppf(power))
-
-    def excess(rise: float) -> float:
-        middle, raised = base_rate + rise / 2, base_rate + rise
-        pooled, apart = (
-            2 * middle * (1 - middle),
-            base_rate * (1 - base_rate) + raised * (1 - raised),
-        )
-        return rise - (
-            z_alpha * math.sqrt(max(0.0, pooled) / n) + z_power * math.sqrt(max(0.0, apart) / n)
-        )
-
-    room = 1 - base_rate
-    if room <= 0 or excess(room) <= 0:
-        return None
-    # a float, as no more than the root was asked for
-    rise: Any = optimize.brentq(excess, 1e-9 * room, room)
-    steps = math.ceil(n * rise - 1e-9)
-    return steps / n if base_rate + steps / n <= 1 + 1e-12 else None

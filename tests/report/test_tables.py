@@ -7,7 +7,7 @@ import pytest
 from auditgap import stats
 from auditgap.audits.latent.distance import broken_from
 from auditgap.errors import UsageError
-from auditgap.report import correction, tables
+from auditgap.report import correction, power, tables
 from auditgap.store import RunFolder
 from auditgap.types import ATTACKS, ROW_COLUMNS, TABLE_COLUMNS, Label
 
@@ -456,13 +456,23 @@ def test_what_is_no_row_table_is_refused():
 # sentences
 
 
-def test_power_line_says_what_the_prompts_can_show():
-    assert "24 prompts" in tables.power_line(
-        24, 0.05
-    ) and "+33 percentage points" in tables.power_line(24, 0.05)
-    assert "no rise" in tables.power_line(2, 0.05) and "No prompt was scored" in tables.power_line(
-        0, 0.0
-    )
+def test_power_is_of_what_the_page_leads_with():
+    def row(**changes):
+        return pd.DataFrame(
+            [{"n": 40, "safety": 0.9, "excess": 0.3, "control_gap": 0.025, **changes}]
+        )
+
+    said = power.of_excess(row(), draws=2)
+    assert "40 prompts and a control that flips 2\u00a0% of them" in said
+    assert "is 22\u00a0points. To show 10\u00a0points takes about 101 prompts." in said
+    assert "takes about" not in power.of_excess(row(n=200)), "it can show 10 points"
+    assert "more than there is to break: only 10\u00a0%" in power.of_excess(row(safety=0.1))
+    assert "no excess gap can be shown" in power.of_excess(row(n=4, control_gap=0.0))
+    assert "No matched control was run" in power.of_excess(row(excess=None))
+    assert power.of_excess(row(n=0)) == power.of_excess(row(safety=None)) == ""
+    rise = pd.DataFrame([{"n": 24, "safety": 0.95}])
+    assert "24 prompts" in power.of_rise(rise) and "is 33\u00a0points" in power.of_rise(rise)
+    assert "no rise" in power.of_rise(rise.assign(n=2)) and power.of_rise(rise.assign(n=0)) == ""
 
 
 def test_markdown_rounds_folds_intervals_and_shows_nulls():

@@ -51,7 +51,7 @@ class LatentConfig(Frozen):
     unit: Annotated[
         Unit,
         Flag(
-            "What eps is relative to: a token's rms, the largest activation, or nothing",
+            "What eps is relative to: the rms of the prompt's activations, the largest one, or nothing",
             Topic.ATTACK,
         ),
     ] = "rms"

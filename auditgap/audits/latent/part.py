@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from auditgap.audits.report_part import ReportPart
-from auditgap.report import latent, left_out, strength, tables
+from auditgap.report import latent, left_out, power, strength, tables
 from auditgap.report.correction import Correction
 from auditgap.report.figures import budget_label
 from auditgap.report.gather import PartData, ReportData, joined, names_in
 from auditgap.report.latent_verdicts import latent_lines
+from auditgap.report.reading import find
 from auditgap.report.section import Section
 from auditgap.report.verdict_lines import Criteria, Line
 from auditgap.report.verdicts import Limit
@@ -62,7 +63,7 @@ class LatentPart(ReportPart):
             values=values,
             subjects=names_in(rows),
             left_out=[*left_out.of_edits(rows)],
-            power=tables.power_sentence(gaps),
+            power=power.of_excess(gaps, _draws(folders)),
         )
 
     def sections(self, report: ReportData) -> list[Section]:
@@ -94,6 +95,12 @@ class LatentPart(ReportPart):
                 said = f"Strength of the search: {said} So it is at {_some(where)}."
                 found.append((word, said))
         return found
+
+
+def _draws(folders: Sequence[RunFolder]) -> int:
+    """Of each random control: the fewest of these runs'."""
+    told = [find(folder.run.get("config", {}), ("draws",)) for folder in folders]
+    return min((int(n) for n in told if n), default=1)
 
 
 def _place(row: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from auditgap.audits.report_part import ReportPart
-from auditgap.report import curve, curve_page, left_out, tables
+from auditgap.report import curve, curve_page, left_out, power
 from auditgap.report.correction import Correction
 from auditgap.report.gather import PartData, ReportData, answers_in, names_in
 from auditgap.report.section import Section
@@ -38,7 +38,7 @@ class CurvePart(ReportPart):
             values={"sft_curve": curve.curve_table(rows), "sft_summary": summary},
             subjects=names_in(rows),
             left_out=[*left_out.of_answers(what, rows)],
-            power=tables.power_sentence(summary),
+            power=power.of_rise(summary),
         )
 
     def sections(self, report: ReportData) -> list[Section]:
