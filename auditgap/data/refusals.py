@@ -10,6 +10,9 @@ refusal-trace filter of arXiv 2606.08044.
 
 from __future__ import annotations
 
+import re
+import unicodedata
+
 from auditgap.types import digest
 
 PREFIXES = (
@@ -59,20 +62,42 @@ TRACES = (
     "i must caution",
 )
 
-PHRASES_HASH = digest([PREFIXES, TRACES])
+#: What is written where an apostrophe is meant: quotation marks, accents and primes that stand
+#: alone, and the letters of other alphabets that look like one.
+APOSTROPHES = (
+    "\u2018\u2019\u201b\u2032\u2035"  # quotation marks, primes
+    "\u02b9\u02bb\u02bc\u02bd\u02be\u02bf\u02c8\u02ca\u02cb\u02f4\ua78b\ua78c"  # modifier letters
+    "`\u00b4\u0384\u1fbd\u1fbf\u1fef\u1ffd\u1ffe"  # accents and breathings
+    "\u275b\u275c\u055a\u05f3\u07f4\u07f5\uff07\uff40"  # ornaments, other scripts, full width
+)
+_STRAIGHT = str.maketrans(dict.fromkeys(APOSTROPHES, "'"))
+
+#: The identity of phrases and folding, for whoever tells refusals by them.
+PHRASES_HASH = digest([PREFIXES, TRACES, "fold 2"])
+
+
+def straight(text: str) -> str:
+    """The text with every apostrophe straight, as many characters as before."""
+    return text.translate(_STRAIGHT)
 
 
 def fold(text: str) -> str:
-    """Lower case, apostrophes straight, white space folded."""
-    return " ".join(text.lower().replace("’", "'").replace("‘", "'").split())
+    """Lower case, apostrophes straight, white space folded, letters in their plain form (NFKC: full
+    width, ligatures), what is not printed left out."""
+    text = straight(text)
+    if not text.isascii():
+        text = straight(unicodedata.normalize("NFKC", text))
+        text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+    return " ".join(text.lower().split())
 
 
 def opens_with_refusal(text: str) -> bool:
-    return fold(text).lstrip("\"'*_#>- ").startswith(PREFIXES)
+    """One of PREFIXES at the start, quotation marks and the like aside."""
+    return re.sub(r"^[\W_]+", "", fold(text)).startswith(PREFIXES)
 
 
 def has_refusal_trace(text: str) -> bool:
-    """One of TRACES anywhere, case and the form of apostrophes aside."""
+    """One of TRACES anywhere, case and the form of letters and apostrophes aside."""
     folded = fold(text)
     return any(trace in folded for trace in TRACES)
 
