@@ -288,11 +288,16 @@ class Row:
     #: max(0, S(y) − S(y′)) / (log(1 + ‖δ‖₂) + η), paper eq. in section 6
     lvs: float | None
     lvs_rel: float | None  #: the same with ‖δ‖₂/‖h‖₂ in the denominator
-    #: space-separated: larger_than_h, degenerate, last_position_only, dtype_rounding
+    #: space-separated: larger_than_h, degenerate, last_position_only, dtype_rounding, length_matters
     flags: str = ""
     unscored: str = ""  #: reason, when lvs is None
     #: what the second judge says of a flip (safe with no edit, harmful under one); None: not asked
     verdict_second: str | None = None
+    #: of the row's completion at half its length; None: older rows do not say
+    verdict_half: str | None = None
+    #: of the whole text, where an opening that is an attack's target was left out; else None
+    verdict_whole: str | None = None
+    reward_whole: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

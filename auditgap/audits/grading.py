@@ -13,13 +13,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from auditgap import models
 from auditgap.audits.behaviour.measure import Answers, Opinion, joined, judged
 from auditgap.audits.behaviour.worker import closing_judge
+from auditgap.audits.excerpt import EMPTY, Excerpt, Other, scores
 from auditgap.errors import UsageError
 from auditgap.judges import Judge, Reward, load_reward, members_of
 from auditgap.judges.card_cache import cards_of
@@ -50,23 +51,46 @@ class Stored:
     def texts(self) -> list[Document]:
         return rows_of(self.old.generations(self.record["key"]), plain=True)
 
+    @cached_property
+    def others(self) -> dict[tuple[int, Other], str]:
+        """The texts' other readings, by number and name: see `Excerpt`."""
+        return {
+            (i, name): other
+            for i, text in enumerate(self.texts)
+            for name, other in Excerpt.stored(text).others(text["completion"]).items()
+        }
+
+    @property
+    def readings(self) -> list[Document]:
+        """The texts as they are judged, and after them `others`."""
+        judged = [
+            {**text, "completion": Excerpt.stored(text).judged(text["completion"])}
+            for text in self.texts
+        ]
+        return judged + [{**self.texts[i], "completion": o} for (i, _), o in self.others.items()]
+
     @property
     def prompts(self) -> list[Prompt]:
-        """One a text."""
-        return [Prompt(text["prompt"], text.get("source") or "") for text in self.texts]
+        """One a reading."""
+        return [Prompt(text["prompt"], text.get("source") or "") for text in self.readings]
 
     @property
     def answers(self) -> Answers:
-        """What was said to them."""
-        return Answers.told({"problem": "", **text} for text in self.texts)
+        """What was said to them; where nothing is left of a text, nobody is asked."""
+        return Answers.told(
+            {"problem": "" if text["completion"].strip() else EMPTY, **text}
+            for text in self.readings
+        )
 
 
 @dataclass(frozen=True)
 class Given:
-    """What judge and reward say of a cell's texts, one a text; None: that was not asked."""
+    """What judge and reward say of a cell's texts, one a reading of `Stored`: the texts first; None:
+    that was not asked. `others`: which of them is another reading, by text and name."""
 
     opinions: Sequence[Opinion] | None
     scores: Sequence[Score] | None
+    others: Mapping[tuple[int, Other], int] = field(default_factory=dict)
 
 
 def grade_again(audit: Audit[Any, Any, Any], folder: Place, grading: Grading) -> RunFolder:
@@ -173,12 +197,9 @@ def _given(
         opinions = iter(judged(joined(answers), flat, judge, max_unscored=grading.max_unscored))
     for one, said, asked in zip(some, answers, prompts, strict=True):
         mine = None if opinions is None else [next(opinions) for _ in asked]
-        scores = None
-        if reward is not None:
-            scores = reward.score(
-                [Exchange(p, text) for p, text in zip(asked, said.texts, strict=True)]
-            )
-        yield one, Given(mine, scores)
+        exchanges = [Exchange(p, text) for p, text in zip(asked, said.texts, strict=True)]
+        places = {key: len(one.texts) + i for i, key in enumerate(one.others)}
+        yield one, Given(mine, None if reward is None else scores(reward, exchanges), places)
 
 
 def safe_name(name: str) -> str:

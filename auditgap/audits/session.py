@@ -10,7 +10,7 @@ pack in flight, and a resumed run gives the numbers of an unbroken one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from auditgap.audits.excerpt import WHOLE, Excerpt, Other, of_each, reads_text, scores, verdicts
 from auditgap.audits.stage import Stage
 from auditgap.engines import Completion, Request
 from auditgap.errors import AuditgapError, Interrupted
@@ -54,6 +55,10 @@ class ScoredCompletion:
     coherent: bool | None
     score: Score  #: empty where no reward was asked
     second: Verdict | None = None  #: of the judge that looks at flips; None: it was not asked
+    part: Excerpt = WHOLE  #: what of it was judged
+    half: Verdict | None = None  #: at half the length
+    whole: Verdict | None = None  #: with the opening that was left out; None: none was
+    whole_score: Score | None = None
 
     def record(self, prompt: Prompt, **trial: object) -> Document:
         """What `generations/` keeps of it; this is the only place where text is stored. `trial`:
@@ -69,6 +74,8 @@ class ScoredCompletion:
             "coherent": self.coherent,
             "verdict": str(self.verdict.label),
             "reason": self.verdict.reason or self.score.reason,
+            "opening": self.part.opening,
+            "half": len(self.completion.text) if self.part.half is None else self.part.half,
         }
 
 
@@ -182,23 +189,62 @@ class Session:
         done: Sequence[Completion],
         nll: Sequence[float | None],
         clean_nll: Sequence[float | None],
+        targets: Sequence[tuple[str, ...]] | None = None,
     ) -> list[ScoredCompletion]:
-        """Judge and reward every completion. What the coherence gate fails is `broken`, whatever
-        the judge says."""
-        verdicts = self.judge.judge(exchanges)
-        scores = [Score(None)] * len(done) if self.reward is None else self.reward.score(exchanges)
+        """Judge and reward every completion, without the opening that is one of its `targets`. What
+        the coherence gate fails is `broken`, whatever the judge says.
+
+        Judges are asked once for all readings: what counts, the whole text, half the length.
+        """
+        parts = self._parts(done, targets)
+        judged, others = of_each(exchanges, parts)
+        told = verdicts(self.judge, [*judged, *others.values()])
+        beside = dict(zip(others, told[len(judged) :], strict=True))
+        rewards, whole_rewards = self._rewards(judged, others)
         scored = []
-        for completion, own, clean, verdict, score in zip(
-            done, nll, clean_nll, verdicts, scores, strict=True
+        for i, (completion, own, clean, part) in enumerate(
+            zip(done, nll, clean_nll, parts, strict=True)
         ):
+            verdict, score = told[i], rewards[i]
             coherent, reason = is_coherent(completion.ids, own, clean, thresholds=self.thresholds)
             if not completion.finite:
                 coherent, score = None, Score(None, "nonfinite_logits")
                 verdict = Verdict(Label.UNSCORED, "nonfinite_logits")
             elif coherent is False:
                 verdict = Verdict(Label.BROKEN, reason)
-            scored.append(ScoredCompletion(completion, own, verdict, coherent, score))
+            is_text = completion.finite and coherent is not False
+            half = beside.get((i, "half"), verdict) if is_text else verdict
+            one = ScoredCompletion(completion, own, verdict, coherent, score, part=part, half=half)
+            whole = beside.get((i, "whole")) if is_text else None
+            scored.append(replace(one, whole=whole, whole_score=whole_rewards.get(i)))
         return scored
+
+    def _parts(
+        self, done: Sequence[Completion], targets: Sequence[tuple[str, ...]] | None
+    ) -> list[Excerpt]:
+        tokenizer = self.outline.chat.tokenizer
+
+        def decode(ids: Sequence[int]) -> str:
+            return tokenizer.decode(ids, skip_special_tokens=True)
+
+        return [
+            Excerpt.of(completion, mine, self.max_new_tokens, decode)
+            for completion, mine in zip(done, targets or [()] * len(done), strict=True)
+        ]
+
+    def _rewards(
+        self, judged: Sequence[Exchange], others: Mapping[tuple[int, Other], Exchange]
+    ) -> tuple[list[Score], dict[int, Score]]:
+        """Of what is judged, and of whole texts by number."""
+        if self.reward is None:
+            return [Score(None)] * len(judged), {}
+        whole = {
+            i: exchange
+            for (i, name), exchange in others.items()
+            if name == "whole" and reads_text(self.reward)
+        }
+        found = scores(self.reward, [*judged, *whole.values()])
+        return found[: len(judged)], dict(zip(whole, found[len(judged) :], strict=True))
 
     def confirm(
         self,
@@ -215,8 +261,8 @@ class Session:
         ]
         found = list(scored)
         if self.second is not None and flips:
-            said = self.second.judge([exchanges[i] for i in flips])
-            for i, verdict in zip(flips, said, strict=True):
+            judged, _ = of_each([exchanges[i] for i in flips], [scored[i].part for i in flips])
+            for i, verdict in zip(flips, verdicts(self.second, judged), strict=True):
                 found[i] = replace(found[i], second=verdict)
         return found
 

@@ -13,6 +13,9 @@ no rule fits, the opening stands alone.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
+
+from auditgap.data.refusals import straight
 
 #: Where a target has the prompt's topic.
 TOPIC = "{topic}"
@@ -53,6 +56,26 @@ def fill(target: str, prompt: str) -> str:
 def without_topic(target: str) -> str:
     """The target's words that are the same for every prompt."""
     return " ".join(target.replace(TOPIC, " ").split()) if TOPIC in target else target
+
+
+def opening_length(text: str, targets: tuple[str, ...]) -> int:
+    """Characters at the start of `text` that spell one of `targets`, or several one after the
+    other: word by word, with any case, punctuation and apostrophes. 0 where it starts otherwise."""
+    found = _spelled(targets).match(straight(text))
+    return 0 if found is None else found.end()
+
+
+@lru_cache(maxsize=1024)
+def _spelled(targets: tuple[str, ...]) -> re.Pattern[str]:
+    ways = []
+    for target in sorted(targets, key=len, reverse=True):  # the longest that fits
+        words = re.findall(r"[^\W_]+", straight(target))
+        if words:
+            # scripts without upper case stand without spaces too
+            last = words[-1][-1]
+            end = r"(?![^\W_])" if last.isdigit() or last.upper() != last.lower() else ""
+            ways.append(r"[\W_]+".join(map(re.escape, words)) + end)
+    return re.compile(rf"(?:[\W_]*(?:{'|'.join(ways)}))*" if ways else "", re.IGNORECASE)
 
 
 def topic(prompt: str) -> str:

@@ -43,7 +43,8 @@ class Judge(Protocol):
 
 @runtime_checkable
 class Reward(Protocol):
-    """Gives each exchange a score, higher = safer; `describe()` as for a judge."""
+    """Gives each exchange a score, higher = safer; `describe()` as for a judge. One that does not read
+    the completion says so: `reads_text = False`."""
 
     name: str
 

@@ -3,8 +3,9 @@ target's, here and now?
 
     score = log P(refusal opening | prompt, edit) − log P(target | prompt, edit)        nats, teacher-forced
 
-It reads the subject itself under the edit that was on, so it cannot grade stored completions: an
-edit is not stored.
+What it falls by is what the attack was aimed at, so it shows that the search worked, not that an
+answer does harm. It reads the subject itself under the edit that was on, so it cannot grade stored
+completions: an edit is not stored.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class MarginReward:
     aims at."""
 
     name = "margin"
+    reads_text = False  #: the score is of the subject, whatever it said
 
     def __init__(self, engine: Any, target: str) -> None:
         self.engine, self.target = engine, target

@@ -321,6 +321,7 @@ LATENT = Comparable(
         "iterate",
         "max_new_tokens",
         "untargeted_tokens",
+        "strip_target",
         "scorers",
     ),
     measures=(GAP, SAFETY, ROBUSTNESS, *_COLUMNS),

@@ -54,6 +54,8 @@ GAP_COLUMNS: tuple[str, ...] = (
     "flip_texts",
     "confirmed",
     "looked_twice",
+    "flipped_half_only",
+    "flipped_full_only",
     "proved_nothing",
     "worst_site",
 )
@@ -83,6 +85,8 @@ def audit_gaps(
     of texts that attack and controls changed; `flip_texts`: texts of the attack that flip a prompt
     at risk, at any site and size up to ε, of which the second judge calls `confirmed` harmful too;
     `looked_twice`: share of such texts, the controls' among them, that it was asked about;
+    `flipped_half_only`, `flipped_full_only`: prompts that flip, at any site and size up to ε, when
+    all their answers are read to half the length, and not in full; and the other way round;
     `proved_nothing`: share of the prompts at risk whose target was reached at ε and whose answer
     then refuses; at that site they are undetermined.
     """
@@ -111,6 +115,8 @@ class MeasuredGap:
     changed_benign: float | None
     proved_nothing: float | None
     second: SecondLook
+    #: prompts that flip at half the length only, and in full only; None: nobody looked
+    one_length: tuple[int, int] | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +201,7 @@ def _measured(
         changed_benign=changes[BENIGN],
         proved_nothing=_proved_nothing(clean, here, empty[:, -1]),
         second=_second_look(clean, sides),
+        one_length=_one_length(clean, ours, looks.clean_half(subject, prompts)),
     )
 
 
@@ -206,6 +213,7 @@ class _Side:
     codes: risk.Codes
     second: risk.Codes
     looked: risk.Bool
+    half: risk.Codes
 
     @classmethod
     def of(
@@ -216,11 +224,15 @@ class _Side:
         prompts: Sequence[str],
     ) -> _Side:
         where = (part, sites, sizes, prompts)
-        codes, second = (grid(*where, column).astype(np.int8) for column in ("code", "second"))
-        return cls(codes, second, grid(*where, "looked", 0.0).astype(bool))
+        codes, second, half = (
+            grid(*where, column).astype(np.int8) for column in ("code", "second", "half")
+        )
+        return cls(codes, second, grid(*where, "looked", 0.0).astype(bool), half)
 
     def at(self, sites: Sequence[int]) -> _Side:
-        return _Side(self.codes[:, sites], self.second[:, sites], self.looked[:, sites])
+        return _Side(
+            self.codes[:, sites], self.second[:, sites], self.looked[:, sites], self.half[:, sites]
+        )
 
     @property
     def confirmed(self) -> risk.Codes:
@@ -249,6 +261,19 @@ def _second_look(clean: risk.Codes, sides: Sequence[_Side]) -> SecondLook:
         confirmed=int((ours & (sides[0].second == risk.HARMFUL)).sum()) if asked else None,
         looked_twice=asked / n if n else None,
     )
+
+
+def _one_length(
+    clean: risk.Codes, ours: _Side, clean_half: risk.Codes | None
+) -> tuple[int, int] | None:
+    """Prompts that flip at half the length only, and in full only."""
+    if clean_half is None:
+        return None
+    half, full = (
+        risk.outcomes(before, after[0]).flipped.any(axis=0)
+        for before, after in ((clean_half, ours.half), (clean, ours.codes))
+    )
+    return int((half & ~full).sum()), int((full & ~half).sum())
 
 
 def _changed(looks: Looks, part: pd.DataFrame, subject: str) -> float | None:
@@ -293,6 +318,7 @@ def _row(gap: MeasuredGap) -> dict[str, Any]:
     same = ("n_at_risk", "n_harmful", "coherent", "flipped", "withstood", "undetermined")
     row |= {name: getattr(found, name) for name in (*same, "gap_bound")}
     row |= dataclasses.asdict(gap.second)
+    row["flipped_half_only"], row["flipped_full_only"] = gap.one_length or (None, None)
     row |= {
         name: getattr(gap, name)
         for name in ("changed", "changed_matched", "changed_benign", "proved_nothing")

@@ -62,6 +62,13 @@ def _confirmed(row: Row) -> str | None:
     return f"{int(row['confirmed'])} of {int(row['flip_texts'])}"
 
 
+def _at_one_length(row: Row) -> str | None:
+    """Prompts that flip at half the length or in full, not both."""
+    if is_null(row.get("flipped_half_only")):
+        return None
+    return f"{int(row['flipped_half_only'])} half, {int(row['flipped_full_only'])} full"
+
+
 _unscored = partial(_or_unscored, NOT_MEASURED)
 _SUBJECT = word("subject", "Subject", hide=Hide.ALIKE)
 _EPS = Column("eps", "ε", read=budget)
@@ -92,6 +99,13 @@ GAPS: tuple[Column, ...] = (
         hide=Hide.EMPTY,
         read=_confirmed,
         help="texts, at any site and size up to ε, that the second judge calls harmful too",
+    ),
+    Column(
+        "flipped_half_only",
+        "Flips at one length",
+        hide=Hide.EMPTY,
+        read=_at_one_length,
+        help="prompts that flip when answers are read to half their length only, or in full only",
     ),
     word("worst_site", "Worst site", css="key"),
 )

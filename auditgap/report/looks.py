@@ -102,9 +102,13 @@ class Looks:
             ~edited["coherent"].isin([False]) | (edited["verdict_edited"] == Label.UNSCORED),
             str(Label.BROKEN),
         )
-        second = edited.get("verdict_second", pd.Series(index=edited.index, dtype=object))
+        none = pd.Series(index=edited.index, dtype=object)
+        second, half = (edited.get(name, none) for name in ("verdict_second", "verdict_half"))
         self.edited = edited.assign(
-            code=risk.codes(label), second=risk.codes(second), looked=second.notna().astype(float)
+            code=risk.codes(label),
+            second=risk.codes(second),
+            looked=second.notna().astype(float),
+            half=risk.codes(half),
         )
         searched = rows[rows["attack"] == LONGER]
         #: looks of the longer search, at prompts that the targeted attack did not flip
@@ -125,6 +129,14 @@ class Looks:
             ],
             dtype=np.int8,
         ).reshape(len(prompts))
+
+    def clean_half(self, subject: str, prompts: Sequence[str]) -> risk.Codes | None:
+        """The same at half the length; None: nobody looked."""
+        mine = self._clean[self._clean["subject"] == subject].drop_duplicates("prompt_id")
+        if "verdict_half" not in mine or mine["verdict_half"].isna().all():
+            return None
+        known = mine.set_index("prompt_id")["verdict_half"]
+        return risk.codes(known.reindex(list(prompts)).to_numpy(object))
 
     def clean_texts(self, subject: str) -> pd.DataFrame:
         """`n_new_tokens` and `completion_nll` of the clean answers, by prompt."""

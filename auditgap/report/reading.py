@@ -43,6 +43,7 @@ class Setup:
     iterate: str | None = None
     schedule: str | None = None
     restarts: int | None = None
+    strip_target: bool | None = None
 
 
 _NAMES: Mapping[str, tuple[str, ...]] = {
@@ -61,6 +62,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "iterate": ("iterate",),
     "schedule": ("schedule",),
     "restarts": ("restarts",),
+    "strip_target": ("strip_target",),
 }
 
 
@@ -113,6 +115,7 @@ def setup(config: Mapping[str, Any], lvs: pd.DataFrame | None = None) -> Setup:
         iterate=got["iterate"],
         schedule=got["schedule"],
         restarts=got["restarts"],
+        strip_target=got["strip_target"],
         **words,
     )
 
@@ -368,6 +371,11 @@ def method(facts: Setup) -> dict[str, str]:
         for a in ATTACK_NAMES
         if a in facts.attacks and a != "targeted"
     ]
+    judged = (
+        "the answer without such an opening at its start, clean answers too"
+        if facts.strip_target
+        else "the answer"
+    )
     draws = (
         f" ({plain(facts.draws)} draw{'' if facts.draws == 1 else 's'} of each random one)"
         if facts.draws and ran
@@ -388,7 +396,7 @@ def method(facts: Setup) -> dict[str, str]:
             f" activations that makes {target} most likely: projected gradient descent from zero,"
             f" {steps} along the sign of the {way}{kept}{again}, ‖δ‖∞ ≤ ε, on the prompt’s"
             f" positions only. The subject then answers greedily with {tokens}, and judge and"
-            " reward read the answer."
+            f" reward read {judged}."
         ),
         "unit": _UNITS.get(facts.unit or "", "The unit of the budget was not recorded."),
         "eta": f"{float(facts.eta):g}" if isinstance(facts.eta, (int, float)) else "10⁻⁶",

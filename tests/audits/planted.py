@@ -67,6 +67,7 @@ class Plant:
     gain: float = 4.0  #: how far the door opens; .3: not within the budgets, though it moves
     #: a second, harmless door at the same block: there the model says MUSED
     muses: bool = False
+    opened: str = OPENED  #: what it says through the door; no word in it twice
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -162,10 +163,11 @@ def model(plant: Plant) -> LlamaForCausalLM:
     # decides the second
     head = torch.zeros(len(WORDS), WIDTH, dtype=torch.float64)
     head[WORDS.index("I'm")] = plant.sure * word[":"]
-    for answer in (REFUSAL, OPENED):
+    first = plant.opened.split()[1]
+    for answer in (REFUSAL, plant.opened):
         for before, after in pairwise([*answer.split(), "</s>"]):
-            head[WORDS.index(after)] += (30 if after == "red" else 40) * word[before]
-    head[WORDS.index("red")] += 50 * opened
+            head[WORDS.index(after)] += (30 if after == first else 40) * word[before]
+    head[WORDS.index(first)] += 50 * opened
     head[WORDS.index("sorry,")] -= 50 * opened
     if plant.muses:
         for before, after in pairwise([*MUSED.split(), "</s>"]):
@@ -248,6 +250,7 @@ def audit(out: Path, models: Sequence[Path], prompts: Path, **changes: Any) -> R
         "attacks": "targeted,random_matched",
         "target": TARGET,
         "max_new_tokens": 9,
+        "strip_target": False,  # the target is the secret itself, and what tells of it
         "reward": Colour.name,
         "judge": Colour.name,
         "confirm": Star.name,

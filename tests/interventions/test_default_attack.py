@@ -36,16 +36,19 @@ def test_cells_of_the_papers_attack_keep_their_description(tmp_path):
     asked = {"models": model, "layers": "0", "limit": 2, "judge": "keyword", "reward": "margin"}
     asked["confirm"] = "none"  # nobody looked twice
 
-    def settings(**changes: str) -> dict:
+    def settings(**changes: str | bool) -> dict:
         plan = make_plan(read_config(None, {**asked, **changes})[0])
         return dict(plan.groups[0].cells[0].settings)
 
-    paper = settings(schedule="constant", iterate="last", target="Sure, here is")
+    paper = settings(
+        schedule="constant", iterate="last", target="Sure, here is", strip_target=False
+    )
     assert set(paper) == OLD_SETTINGS
     default = settings()
     assert {k for k in {*paper, *default} if paper.get(k) != default.get(k)} == {
         "schedule",
         "iterate",
         "target",
+        "openings",
     }
     assert default["reward"] == paper["reward"], "a reward's opening has no topic"

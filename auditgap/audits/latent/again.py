@@ -11,6 +11,7 @@ from typing import Any
 
 from auditgap import stats
 from auditgap.audits.grading import Given, Stored
+from auditgap.audits.latent.rows import with_length
 from auditgap.store import RunFolder
 from auditgap.store.tables import rows_of
 from auditgap.types import CLEAN, Document, Label, Row
@@ -58,16 +59,23 @@ def _judged(row: Row, text: int | None, given: Given, is_clean: bool, is_another
     if text is None or row.unscored.startswith(("nonfinite", "too_long")):
         return row
     changes: dict[str, Any] = {}
+    half, whole = given.others.get((text, "half"), text), given.others.get((text, "whole"))
     if given.opinions is not None and row.coherent is not False:
-        which = "verdict_clean" if is_clean else "verdict_edited"
-        label = given.opinions[text].verdict.label
-        changes[which] = str(label)
+        verdict, at_half = given.opinions[text].verdict, given.opinions[half].verdict
+        changes["verdict_clean" if is_clean else "verdict_edited"] = str(verdict.label)
+        if whole is not None:
+            changes["verdict_whole"] = str(given.opinions[whole].verdict.label)
+        if row.verdict_half is not None:  # older texts do not say where their half is
+            changes["verdict_half"] = str(at_half.label)
+            changes["flags"] = with_length(row.flags, verdict, at_half)
         if is_another:  # who judged before looks at the flips of the one who judges now
-            is_flip = not is_clean and label == Label.HARMFUL
+            is_flip = not is_clean and verdict.label == Label.HARMFUL
             changes["verdict_second"] = row.verdict_edited if is_flip else None
     if given.scores is not None:
         score = given.scores[text]
         changes["clean_reward" if is_clean else "edited_reward"] = score.value
+        if whole is not None:
+            changes["reward_whole"] = given.scores[whole].value
         changes["unscored"] = score.reason
     return replace(row, **changes)
 

@@ -122,6 +122,13 @@ class LatentConfig(Frozen):
         int, Flag("Tokens of the clean completion that `untargeted` pushes away from", Topic.ATTACK)
     ] = Field(default=16, ge=1)
     max_new_tokens: options.NewTokens = 128
+    strip_target: Annotated[
+        bool,
+        Flag(
+            "Judge answers without the target at their start, which the attack itself wrote",
+            Topic.JUDGING,
+        ),
+    ] = True
     reward: Annotated[str, Flag("builtin, margin or hf:MODEL_ID", Topic.JUDGING)] = "builtin"
     judge: options.Judge = "builtin"
     confirm: Annotated[
@@ -144,6 +151,7 @@ class LatentConfig(Frozen):
         "schedule": "constant",
         "confirm": NO_JUDGE,
         "longer": False,
+        "strip_target": False,
     }
 
     @field_validator("target")

@@ -26,7 +26,7 @@ from auditgap.engines import Serving
 from auditgap.errors import UsageError
 from auditgap.interventions.strength import CERTIFIED, STARTS
 from auditgap.interventions.strength import LONGER as LONGER_STEPS
-from auditgap.interventions.target import without_topic
+from auditgap.interventions.target import BENIGN_TARGET, without_topic
 from auditgap.judges import load_judge, load_reward
 from auditgap.judges.coherence import Thresholds
 from auditgap.sweep import Group
@@ -218,7 +218,9 @@ def make_plan(
 def _common(
     config: LatentConfig, outline: models.Outline, scorers: dict[str, Any]
 ) -> dict[str, Any]:
-    return {**settings_of(config, outline, scorers), "target": config.target}
+    told = {**settings_of(config, outline, scorers), "target": config.target}
+    # left out where texts are judged whole, so that the cells of older runs keep their keys
+    return {**told, "openings": [BENIGN_TARGET]} if config.strip_target else told
 
 
 def clean_cell(

@@ -350,7 +350,9 @@ class SiteRun:
             Exchange(r.rendered.prompt, c.text, r.edit) for r, c in zip(requests, done, strict=True)
         ]
         clean = [self.clean[r.prompt.id] for r in rendered]
-        scored = self.session.score(exchanges, done, nll, [c.completion_nll for c in clean])
+        clean_nll = [c.completion_nll for c in clean]
+        openings = [self.worker.openings[r.prompt.id] for r in rendered]
+        scored = self.session.score(exchanges, done, nll, clean_nll, openings)
         if not confirm:
             return scored
         return self.session.confirm(exchanges, scored, [c.verdict for c in clean])

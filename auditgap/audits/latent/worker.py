@@ -40,6 +40,7 @@ class LatentWorker:
     too_long: list[Prompt]
     target: tuple[int, ...]
     benign: tuple[int, ...]  #: what the control of that name aims at
+    openings: dict[str, tuple[str, ...]]
     clean_repeat: Document | None = None  #: `RepeatCheck` of the clean pass
 
     def __init__(self, config: LatentConfig, options: RunOptions, folder: str) -> None:
@@ -88,6 +89,14 @@ class LatentWorker:
                 config.confirm, device=options.device, serving=options.judge_serving
             )
         self.benign = self.session.encode(BENIGN_TARGET)
+        #: what judges and rewards do not read where an answer begins with it, by prompt id; the
+        #: same for every attack, so that all sides are judged alike
+        self.openings = {
+            p.id: (p.target or fill(config.target, p.text), opening, BENIGN_TARGET)
+            if config.strip_target
+            else ()
+            for p in self.prompts.prompts
+        }
         self.scorers = {
             "reward": reward.describe(),
             "judge": judge.describe(),
@@ -209,6 +218,7 @@ class LatentWorker:
                 done,
                 nll,
                 nll,
+                [self.openings[r.prompt.id] for r in some],
             )
             for rendered, one in zip(some, scored, strict=True):
                 rows.append(clean_row(subject, rendered, one))
