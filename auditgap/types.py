@@ -298,6 +298,8 @@ class Row:
     #: of the whole text, where an opening that is an attack's target was left out; else None
     verdict_whole: str | None = None
     reward_whole: float | None = None
+    #: in the clean cell: the prompt that this one nearly repeats, or itself; None: nobody looked
+    cluster: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,9 +58,17 @@ def near_duplicates(rows: Sequence[Sequence[str]], near: float) -> np.ndarray:
     Of those that are left no two are as near. `near` 1 means that equal rows alone count as one,
     which are not looked for here: all False.
     """
-    doubles = np.zeros(len(rows), dtype=bool)
+    return leaders(rows, near) != np.arange(len(rows))
+
+
+def leaders(rows: Sequence[Sequence[str]], near: float) -> np.ndarray:
+    """For each row the place of the row that it is a double of, its own where it is none: [n] int.
+
+    A double is as near as `near` to its leader, which is the first such row and no double itself.
+    """
+    found = np.arange(len(rows))
     if near >= 1 or len(rows) < 2:
-        return doubles
+        return found
     sets, is_shared = _by_rarity([words(parts) for parts in rows])
     index: dict[int, tuple[array, array, array]] = defaultdict(
         lambda: (array("q"), array("q"), array("q"))
@@ -76,16 +84,16 @@ def near_duplicates(rows: Sequence[Sequence[str]], near: float) -> np.ndarray:
         ]
         candidates = {y for i, s in rare if s in index for y in _possible(index[s], i, size, near)}
         own = set(mine.tolist()) if candidates else set()
-        for y in candidates:
+        for y in sorted(candidates):
             both = len(own.intersection(sets[y].tolist()))
             if both / (size + len(sets[y]) - both) >= near:
-                doubles[x] = True
+                found[x] = y
                 break
-        if not doubles[x]:
+        if found[x] == x:
             for i, s in rare:
                 for column, value in zip(index[s], (x, i, size), strict=True):
                     column.append(value)
-    return doubles
+    return found
 
 
 def _possible(

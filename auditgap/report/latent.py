@@ -62,6 +62,13 @@ def _confirmed(row: Row) -> str | None:
     return f"{int(row['confirmed'])} of {int(row['flip_texts'])}"
 
 
+def _as_one(row: Row) -> str | None:
+    """Prompts at risk with near-duplicates counted as one, where that makes fewer."""
+    effective = row.get("effective_at_risk")
+    is_fewer = not is_null(effective) and effective < row["n_at_risk"]
+    return number(effective) if is_fewer else None
+
+
 def _at_one_length(row: Row) -> str | None:
     """Prompts that flip at half the length or in full, not both."""
     if is_null(row.get("flipped_half_only")):
@@ -79,6 +86,13 @@ GAPS: tuple[Column, ...] = (
     _EPS,
     *_COUNTS,
     count("n_at_risk", "At risk", hide=Hide.EMPTY),
+    Column(
+        "effective_at_risk",
+        "Duplicates as one",
+        hide=Hide.EMPTY,
+        read=_as_one,
+        help="prompts at risk, near-duplicates counted as one: what intervals and verdicts go by",
+    ),
     Column("safety", "Behaviourally safe", percent),
     Column("robustness", "Robust", percent),
     Column("flip_rate", "Flip rate", percent, hide=Hide.EMPTY),

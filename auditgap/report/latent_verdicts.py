@@ -97,6 +97,7 @@ def evidence_of(report: ReportData, row: Mapping[str, Any], criteria: Criteria) 
     budget = float(row["eps"]), str(row["unit"])
     return Evidence(
         **strength.evidence(report.strength, str(row["subject"]), *budget),
+        changed=_known(row, "changed_most"),
         proved_nothing=_known(row, "proved_nothing"),
         is_screening=not report.cards or any(map(is_screening, report.cards)),
         accept_screening=criteria.accept_screening,
@@ -111,10 +112,11 @@ def is_screening(card: Mapping[str, Any]) -> bool:
 
 def decide_row(row: Mapping[str, Any], evidence: Evidence, threshold: float) -> Decision:
     """The decision on one row of the gap table."""
+    effective = _known(row, "effective_at_risk")
     facts = GapFacts(
         n_judged=int(row["n"]),
         n_at_risk=int(row["n_at_risk"]),
-        effective_at_risk=float(row["n_at_risk"]),
+        effective_at_risk=float(row["n_at_risk"]) if effective is None else effective,
         n_harmful=int(row["n_harmful"]),
         coherent=_known(row, "coherent"),
         gap=_interval(row, "gap"),

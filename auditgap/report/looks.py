@@ -138,6 +138,14 @@ class Looks:
         known = mine.set_index("prompt_id")["verdict_half"]
         return risk.codes(known.reindex(list(prompts)).to_numpy(object))
 
+    def clusters(self, subject: str, prompts: Sequence[str]) -> list[str] | None:
+        """What each prompt nearly repeats, or its own name; None where nobody looked."""
+        mine = self._clean[self._clean["subject"] == subject].drop_duplicates("prompt_id")
+        if "cluster" not in mine or mine["cluster"].isna().all():
+            return None
+        known = mine.set_index("prompt_id")["cluster"].dropna().to_dict()
+        return [str(known.get(prompt, prompt)) for prompt in prompts]
+
     def clean_texts(self, subject: str) -> pd.DataFrame:
         """`n_new_tokens` and `completion_nll` of the clean answers, by prompt."""
         mine = self._clean[self._clean["subject"] == subject]

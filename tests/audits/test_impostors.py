@@ -131,6 +131,7 @@ def run(
     evidence = Evidence(
         **found,
         proved_nothing=None if is_null(row["proved_nothing"]) else row["proved_nothing"],
+        changed=None if is_null(row["changed_most"]) else row["changed_most"],
         is_screening=False,
         gold=GOLD,
     )
@@ -165,6 +166,8 @@ IMPOSTORS: dict[str, tuple[Plant, Hook | None, dict[str, Any], set[Reason]]] = {
         {"target": "I'm sorry,"},
         {Reason.TARGET_PROVED_NOTHING},
     ),
+    # nothing that it could say otherwise was within the budget: a larger one would tell
+    "deaf": (replace(ROBUST, muses=False), None, {}, {Reason.NO_POWER}),
     "weak attack": (
         replace(FRAGILE, gain=1.0),
         None,

@@ -9,7 +9,7 @@ from itertools import accumulate
 import numpy as np
 import pytest
 
-from auditgap.data.near_duplicates import jaccard, near_duplicates, shingles, words
+from auditgap.data.near_duplicates import jaccard, leaders, near_duplicates, shingles, words
 
 
 def plainly(rows, near) -> list[bool]:
@@ -46,6 +46,9 @@ def test_it_finds_what_comparing_every_pair_finds(near):
         rows = some_rows(rng)
         found = near_duplicates(rows, near)
         assert found.tolist() == plainly(rows, near)
+        for row, leader in enumerate(leaders(rows, near).tolist()):
+            assert leader == row or (not found[leader] and leader < row and found[row])
+            assert leader == row or jaccard(shingles(*rows[row]), shingles(*rows[leader])) >= near
         total += int(found.sum())
     assert total > 20, "nothing was near, so nothing was tried"
 

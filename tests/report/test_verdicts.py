@@ -46,6 +46,7 @@ def gaps(**values):
         "control_gap": 0.05,
         "control_gap_lo": 0.01,
         "control_gap_hi": 0.1,
+        "changed_most": 1.0,
         "worst_site": "block3",
     }
     return pd.DataFrame([{**row, **values}], columns=list(GAP_COLUMNS))
@@ -106,6 +107,8 @@ SMALL = {
         ({"control_gap_lo": 0.2}, "any_edit"),
         (SMALL, "uncertified"),
         (SMALL | {"proved_nothing": 0.2}, "target_proved_nothing"),
+        (SMALL | {"proved_nothing": 0.0, "changed_most": 0.4}, "no_power"),
+        (SMALL | {"effective_at_risk": 20.0}, "too_few"),
         (SMALL | {"n_at_risk": 20}, "too_few"),
         (SMALL | {"n_at_risk": 3, "n_harmful": 97}, "complies"),
         (SMALL | {"coherent": 0.5}, "incoherent"),

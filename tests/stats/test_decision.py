@@ -29,6 +29,7 @@ SOUND = Evidence(
     not_converged=False,
     no_power=False,
     is_repeatable=True,
+    changed=1.0,
     proved_nothing=0.0,
     is_screening=False,
     gold=GOLD,
@@ -81,11 +82,19 @@ def test_an_honest_robust_and_an_honest_fragile_model_keep_theirs():
         ({"no_power": True}, Reason.NO_POWER),
         ({"is_repeatable": False}, Reason.NOT_REPEATABLE),
         ({"proved_nothing": 0.2}, Reason.TARGET_PROVED_NOTHING),
+        ({"changed": 0.4}, Reason.NO_POWER),
         ({"is_screening": True}, Reason.SCREENING),
         ({"gold": None}, Reason.NO_CARD),
         *[
             ({name: None}, Reason.UNCERTIFIED)
-            for name in ("masked", "not_converged", "no_power", "is_repeatable", "proved_nothing")
+            for name in (
+                "masked",
+                "not_converged",
+                "no_power",
+                "is_repeatable",
+                "changed",
+                "proved_nothing",
+            )
         ],
     ],
 )

@@ -91,8 +91,8 @@ def with_length(flags: str, verdict: Verdict, half: Verdict | None) -> str:
     return " ".join(kept)
 
 
-def clean_row(subject: str, rendered: Rendered, spoken: ScoredCompletion) -> Row:
-    """The clean pass's row: no edit, so no norms and no LVS."""
+def clean_row(subject: str, rendered: Rendered, spoken: ScoredCompletion, cluster: str) -> Row:
+    """The clean pass's row: no edit, so no norms and no LVS. `cluster`: see `Row`."""
     return Row(
         **{
             **dict.fromkeys(Row.__dataclass_fields__),
@@ -100,6 +100,7 @@ def clean_row(subject: str, rendered: Rendered, spoken: ScoredCompletion) -> Row
             "attack": CLEAN,
             "draw": 0,
             "prompt_id": rendered.prompt.id,
+            "cluster": cluster,
             "flags": with_length("", spoken.verdict, spoken.half),
             "n_prompt_tokens": len(rendered.ids),
             "n_new_tokens": len(spoken.completion.ids),

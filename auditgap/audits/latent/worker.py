@@ -20,6 +20,7 @@ from auditgap.audits.latent.site import SiteRun
 from auditgap.audits.session import RepeatCheck, Session, Tick
 from auditgap.audits.stage import Stage
 from auditgap.data import load_prompts
+from auditgap.data.near_duplicates import leaders
 from auditgap.engines import Reply, Request, Serving
 from auditgap.engines.parity import parity, sample
 from auditgap.interventions.target import BENIGN_TARGET, fill, without_topic
@@ -29,6 +30,9 @@ from auditgap.store import RunFolder
 from auditgap.store.tables import rows_of
 from auditgap.sweep import Group
 from auditgap.types import CLEAN, Cell, Document, Exchange, Prompt, Site
+
+#: Prompts with so many of their runs of three words in common (Jaccard) count as one.
+NEAR = 0.6
 
 
 class LatentWorker:
@@ -49,6 +53,12 @@ class LatentWorker:
         self.prompts = load_prompts(
             config.prompts, limit=config.limit, seed=config.seed, column=config.column
         )
+        every = self.prompts.prompts
+        #: near-duplicates by prompt id, which count as one
+        self.clusters = {
+            p.id: every[leader].id
+            for p, leader in zip(every, leaders([[p.text] for p in every], NEAR), strict=True)
+        }
         self._name: str | None = None
 
     # -- what a group needs
@@ -221,7 +231,7 @@ class LatentWorker:
                 [self.openings[r.prompt.id] for r in some],
             )
             for rendered, one in zip(some, scored, strict=True):
-                rows.append(clean_row(subject, rendered, one))
+                rows.append(clean_row(subject, rendered, one, self.clusters[rendered.prompt.id]))
                 texts.append(one.record(rendered.prompt, draw=0))
             tick(len(pack) / len(self.rendered))
         rows += [unscored_row(subject, cell, p, "too_long") for p in self.too_long]
