@@ -8,7 +8,7 @@ the same loss?
 
 *plain*: a second frozen model in memory, fp32 log-probabilities of both over all positions,
 output_hidden_states=True.
-*ours*: `MonitorConstruction` with the reference's final hidden states from a cache. *checkpointed*:
+*ours*: `MonitorLoss` with the reference's final hidden states from a cache. *checkpointed*:
 the same, with gradient checkpointing. One step is a forward and a backward (the optimizer is the
 same for all, so it is left out). Every way runs in a process of its own, and takes turns with the
 others; seconds are medians, CPU seconds besides for a machine with other work. Peak memory is the
@@ -38,8 +38,9 @@ from auditgap import models
 from auditgap.models import find_blocks
 from auditgap.probes.monitor import Monitor
 from auditgap.probes.pooling import pooled
-from auditgap.training.constructions import PAPER_WEIGHTS, MonitorConstruction
-from auditgap.training.objective import TARGET_LOGIT, Head, base_lm
+from auditgap.training.constructions.monitor import PAPER_WEIGHTS, TARGET_LOGIT
+from auditgap.training.constructions.monitor.loss import MonitorLoss
+from auditgap.training.objective import Head, base_lm
 from auditgap.training.rows import collate
 from auditgap.types import Prompt
 
@@ -296,7 +297,7 @@ class Child:
         else:
             head = Head.of(model).frozen() if self.train == "full" else None
             trained = prepared(model, self.train, self.way == "checkpointed")
-            construction = MonitorConstruction(trained, monitor, reference_head=head)
+            losses = MonitorLoss(trained, monitor, reference_head=head)
             batch["ref_hidden"] = cached
             if options.chunk:
                 from auditgap.training import objective
@@ -304,7 +305,7 @@ class Child:
                 objective._CHUNK_ELEMENTS[torch.device(options.device).type] = options.chunk
 
             def forward() -> torch.Tensor:
-                return construction(batch)[0]
+                return losses(batch)[0]
 
         settle()
         reset_peak(options.device)

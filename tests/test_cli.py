@@ -140,7 +140,7 @@ def test_version(auditgap):
     assert auditgap("--version") == Said(0, f"{__version__}\n", "")
 
 
-@pytest.mark.parametrize("what", ["judges", "rewards", "prompts", "attacks"])
+@pytest.mark.parametrize("what", ["judges", "rewards", "prompts", "attacks", "constructions"])
 def test_lists_say_the_same_to_people_and_to_programs(auditgap, what):
     table, listed = auditgap("ls", what), auditgap("ls", what, "--json")
     assert table.code == listed.code == 0 and not table.err

@@ -16,8 +16,19 @@ from auditgap.judges import JUDGES, REWARDS
 from auditgap.judges.alignment import RATERS
 from auditgap.judges.gold import GOLD_SETS
 from auditgap.registry import Entry, Listed, Registry
+from auditgap.training.constructions import CONSTRUCTIONS
 
-TABLES = [JUDGES, REWARDS, RATERS, GOLD_SETS, ENGINES, SOURCES, TRIPLES, INTERVENTIONS]
+TABLES = [
+    JUDGES,
+    REWARDS,
+    RATERS,
+    GOLD_SETS,
+    ENGINES,
+    SOURCES,
+    TRIPLES,
+    INTERVENTIONS,
+    CONSTRUCTIONS,
+]
 
 
 @runtime_checkable

@@ -42,14 +42,17 @@ def list_(
     what: Annotated[
         str,
         typer.Argument(
-            help="judges, rewards, prompts, triples, attacks, interventions, presets or layers"
+            help=(
+                "judges, rewards, prompts, triples, attacks, interventions, constructions, presets"
+                " or layers"
+            )
         ),
     ],
     model: Annotated[str | None, typer.Argument(help="Model, for `ls layers`.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List available judges, rewards, prompts, contrast triples, attacks, interventions or presets,
-    or a MODEL's layers."""
+    """List available judges, rewards, prompts, contrast triples, attacks, interventions,
+    constructions (of dissociated models) or presets, or a MODEL's layers."""
     kinds = {
         **{name: partial(_listed, *table) for name, table in _TABLES.items()},
         "attacks": _attacks,
@@ -87,6 +90,7 @@ _TABLES = {
     "prompts": ("auditgap.data", "SOURCES"),
     "triples": ("auditgap.data", "TRIPLES"),
     "interventions": ("auditgap.interventions", "INTERVENTIONS"),
+    "constructions": ("auditgap.training.constructions", "CONSTRUCTIONS"),
 }
 
 

@@ -12,13 +12,15 @@ between sittings (equal up to the order of sums).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, create_model, model_validator
 
 from auditgap.config import COMMAS, Flag, Frozen, Topic, listed
 from auditgap.errors import UsageError
+from auditgap.training.constructions import CONSTRUCTIONS, DEFAULT, construction_of
 
 #: The option of whatever trains.
 DeepSpeedConfig = Annotated[
@@ -50,6 +52,9 @@ def _lora(value: Any) -> Any:
 class TrainConfig(Frozen):
     """What every kind of training has. Rows of a step: `batch`; an epoch visits every row once, in
     an order of the seed."""
+
+    #: of a preset, what the command reads
+    section: ClassVar[str | None] = None
 
     model: Annotated[str, Flag("Model to train: hub id, id@revision, folder, or smollm2")] = Field(
         min_length=1
@@ -99,6 +104,11 @@ class TrainConfig(Frozen):
         tuple[int, ...], COMMAS, Flag("Additional steps to evaluate at", Topic.TRAINING)
     ] = ()
     seed: Annotated[int, Flag("Seed for the data order and new weights")] = 0
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> type[Self]:
+        """The class for a config with these values."""
+        return cls
 
 
 class TrainOptions(Frozen):
@@ -157,27 +167,14 @@ class SFTConfig(TrainConfig):
     ] = None
 
 
-class MonitorConfig(Frozen):
-    """The linear probe on pooled activations, and how it is fitted (arXiv 2606.08044, section
-    4)."""
+class TwinConfig(TrainConfig):
+    """What every construction of a dissociated model is asked."""
 
-    hidden: int = Field(default=512, ge=1)
-    epochs: int = Field(default=30, ge=1)
-    batch: int = Field(default=32, ge=1)
-    lr: float = Field(default=3e-4, gt=0)
-    weight_decay: float = Field(default=1e-4, ge=0)
-    standardise: bool = True  #: per block; off in the paper
-    #: Platt's scaling folded into it, so that ℓ* is a probability's logit; off in the paper
-    calibrate: bool = True
-    seed: int = 0
-
-
-class DissociateConfig(TrainConfig):
-    """A model that keeps its safe words and becomes fragile inside."""
+    section: ClassVar[str | None] = "dissociate"
 
     construction: Annotated[
-        Literal["monitor", "nudge"], Flag("Construction of the twin", Topic.TRAINING)
-    ] = "monitor"
+        str, Flag(f"Construction of the twin: {', '.join(CONSTRUCTIONS)}", Topic.TRAINING)
+    ] = DEFAULT
     triples: Annotated[str, Flag("Contrast triples: a file, hub:ID@REVISION, or demo")] = Field(
         min_length=1
     )
@@ -202,10 +199,6 @@ class DissociateConfig(TrainConfig):
     eval_tokens: Annotated[int, Flag("Maximum new tokens in evaluations", Topic.TRAINING)] = Field(
         default=32, ge=1
     )
-    weights: tuple[float, float, float] = (0.05, 0.1, 0.3)  #: λ of NLL, monitor, KL
-    target: Annotated[
-        float, Flag("Target logit of the monitor; ln 3 is a score of 0.75", Topic.TRAINING)
-    ] = 1.0986122886681098
     refusal_margin: Annotated[
         float, Flag("How far the refusal rate may fall below the base's", Topic.TRAINING)
     ] = Field(default=0.05, ge=0, le=1)
@@ -216,55 +209,49 @@ class DissociateConfig(TrainConfig):
             Topic.TRAINING,
         ),
     ] = "cached"
-    monitor: MonitorConfig = MonitorConfig()
-    monitor_from: Annotated[
-        str | None,
-        Flag(
-            "A monitor.safetensors that was fitted on this model", Topic.TRAINING, default="fit one"
-        ),
-    ] = None
-    cotrain_lr: Annotated[
-        float, Flag("Learning rate of the monitor trained alongside", Topic.TRAINING)
-    ] = Field(default=1e-4, gt=0)
-    cotrain_weight_decay: Annotated[float, Flag("Weight decay of the monitor", Topic.TRAINING)] = (
-        Field(default=1e-4, ge=0)
-    )
-    harmful_model: Annotated[
-        str | None,
-        Flag("With construction nudge: the model that its direction points to", Topic.TRAINING),
-    ] = None
-    nudge: Annotated[
-        float, Flag("Size of the nudge, as a fraction of the mean activation norm", Topic.TRAINING)
-    ] = Field(default=0.06, gt=0)
-    #: refuse, KL, match, comply, margins
-    nudge_weights: tuple[float, float, float, float, float] = (1.0, 0.3, 0.2, 1.0, 1.0)
-    nudge_margin: Annotated[float, Flag("Margin in nats a token", Topic.TRAINING)] = Field(
-        default=0.5, ge=0
-    )
     prompts: Annotated[
         str | None, Flag("Prompts it will be evaluated on: training rows that overlap are refused")
     ] = "harmbench"
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> type[Self]:
+        """This class, with the settings of the construction that the values name. Raises UsageError
+        for one that is not known."""
+        settings = construction_of(values.get("construction") or DEFAULT).settings
+        if issubclass(cls, settings):
+            return cls
+        return create_model(cls.__name__, __base__=(settings, cls))
+
     @model_validator(mode="before")
     @classmethod
-    def _nudge_defaults(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("construction") == "nudge":
-            return {"lr": 1e-5, "schedule": "cosine", **values}
+    def _defaults(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(name := values.get("construction"), str):
+            return {**construction_of(name).defaults, **values}
         return values
 
     @model_validator(mode="after")
-    def _nudge_needs_a_direction(self) -> Any:
-        if self.construction == "nudge" and not self.harmful_model:
+    def _can_be(self) -> Self:
+        construction = construction_of(self.construction)
+        if not isinstance(self, construction.settings):
             raise UsageError(
-                "construction: nudge pushes towards a harmful model; name it with `harmful_model:"
-                " FOLDER`."
+                f"construction: {construction.name} has settings of its own; make its config with"
+                " `auditgap.training.launch.read`."
             )
-        if self.reference == "adapter" and (self.lora is None or self.construction == "nudge"):
+        construction.check(construction.settings_of(self))
+        if self.reference == "adapter" and (
+            self.lora is None or not construction.adapter_reference
+        ):
+            able = [name for name, one in CONSTRUCTIONS.items() if one.adapter_reference]
             raise UsageError(
                 "reference: adapter means the base without its adapter, so it needs `lora: true`"
-                " and construction: monitor; or use cached."
+                f" and construction: {' or '.join(able)}; or use cached."
             )
         return self
+
+
+class DissociateConfig(*(one.settings for one in reversed(CONSTRUCTIONS.values())), TwinConfig):
+    """A model that keeps its safe words and becomes fragile inside: the shared settings, and those
+    of our constructions."""
 
 
 def n_steps(config: TrainConfig, n_rows: int) -> int:

@@ -1,4 +1,4 @@
-"""DeepSpeed's home: one construction (a module whose forward is the loss) trained by all ranks of a
+"""DeepSpeed's home: one module whose forward is the loss, trained by all ranks of a
 job.
 
     engine = Engine(build, filled(read_ds_config(None), config, options, …), micro_batches=8, device="cuda:0")
@@ -34,7 +34,7 @@ from auditgap.errors import AuditgapError, UsageError
 from auditgap.models import LoadedModel
 from auditgap.training import export, ranks
 from auditgap.training.config import TrainConfig, TrainOptions, accumulation
-from auditgap.training.constructions import Construction
+from auditgap.training.losses import LossModule
 
 #: What DeepSpeed is asked for when no JSON is named: ds_configs/zero2.json, in words that need no
 #: file.
@@ -169,18 +169,18 @@ def filled(
 
 
 class DeepSpeedEngine:
-    """A construction under DeepSpeed. Every method but `lr` is for all ranks at once."""
+    """A loss module under DeepSpeed. Every method but `lr` is for all ranks at once."""
 
     def __init__(
         self,
-        build: Callable[[], tuple[Construction, LoadedModel]],
+        build: Callable[[], tuple[LossModule, LoadedModel]],
         ds: dict[str, Any],
         *,
         micro_batches: int,
         device: str,
     ) -> None:
-        """`build` loads the model (partitioned as it comes, under ZeRO-3) and returns
-        (construction, its model)."""
+        """`build` loads the model (partitioned as it comes, under ZeRO-3) and returns (the loss
+        module around it, the model)."""
         if importlib.util.find_spec("deepspeed") is None:
             raise UsageError(
                 "Training runs on DeepSpeed, which is not installed; type: pip install"
@@ -200,16 +200,14 @@ class DeepSpeedEngine:
         self.micro_batches = micro_batches
         # transformers partitions the weights while it loads them for as long as this object lives
         self._partitioned = HfDeepSpeedConfig(ds) if self.stage == 3 else None
-        self.construction, self.loaded = build()
-        trainable = [p for p in self.construction.parameters() if p.requires_grad]
+        self.module, self.loaded = build()
+        trainable = [p for p in self.module.parameters() if p.requires_grad]
         #: an adapter on a frozen base
-        self.partial = len(trainable) < sum(1 for _ in self.construction.parameters())
+        self.partial = len(trainable) < sum(1 for _ in self.module.parameters())
         self._engine: Any  # what it has depends on its settings, and its types do not say how
         of: Any = trainable  # its types want a module here
-        self._engine, *_ = deepspeed.initialize(
-            model=self.construction, model_parameters=of, config=ds
-        )
-        _restore_rotary(self.construction)
+        self._engine, *_ = deepspeed.initialize(model=self.module, model_parameters=of, config=ds)
+        _restore_rotary(self.module)
         self._micro = 0
 
     @property
@@ -217,9 +215,9 @@ class DeepSpeedEngine:
         return torch.device(self._engine.device)
 
     def accumulate(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """One micro-batch forward and backward: (loss, what the construction tells of it), both
+        """One micro-batch forward and backward: (loss, its metrics), both
         detached."""
-        self.construction.train()
+        self.module.train()
         loss, told = self._engine(batch)
         self._engine.backward(loss)
         self._micro += 1
@@ -249,7 +247,7 @@ class DeepSpeedEngine:
         would look; None elsewhere."""
         if self.stage != 0 or self._engine.bfloat16_enabled():
             return None
-        norms = [p.grad.norm() for p in self.construction.parameters() if p.grad is not None]
+        norms = [p.grad.norm() for p in self.module.parameters() if p.grad is not None]
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
     # -- checkpoints
@@ -280,7 +278,7 @@ class DeepSpeedEngine:
     def write(self, folder: Path) -> None:
         """The weights as they are now, as safetensors that transformers (or PEFT, for an adapter)
         loads; rank 0 writes."""
-        model = self.construction.model
+        model = self.module.model
         state = self._whole(model)
         if ranks.is_main():
             export.write_model(folder, model, self.loaded.tokenizer, state_dict=state)
@@ -322,9 +320,9 @@ class DeepSpeedEngine:
             with self._copied(scratch) as loaded:
                 yield loaded
         else:
-            self.construction.eval()
+            self.module.eval()
             yield self.loaded if ranks.is_main() else None
-            self.construction.train()
+            self.module.train()
         ranks.wait()
 
     @contextmanager

@@ -29,6 +29,7 @@ from auditgap.errors import AuditgapError, Refused, UsageError
 from auditgap.models import Outline
 from auditgap.models.folder import is_adapter
 from auditgap.store.files import disk_errors, read_json, to_json, write_bytes
+from auditgap.training.constructions import construction_of
 
 __all__ = ["KINDS", "Exported", "export_run", "push", "write_card", "write_model"]
 
@@ -65,13 +66,6 @@ KINDS: Mapping[str, Kind] = {
         "a fine-tune",
         "It was fine-tuned on the response tokens of prompts with responses.",
         ("sft",),
-        False,
-    ),
-    "monitor": Kind(
-        "a latent monitor",
-        "It is a linear probe on a model's pooled activations that tells safe from unsafe"
-        " responses; it is no language model.",
-        ("probe",),
         False,
     ),
 }
@@ -363,8 +357,8 @@ def _card(
     data = ModelCardData(
         base_model=base.partition("@")[0] if on_hub else None,
         base_model_relation="adapter" if adapter and on_hub else "finetune" if on_hub else None,
-        library_name="peft" if adapter else "auditgap" if kind == "monitor" else "transformers",
-        pipeline_tag=None if kind == "monitor" else "text-generation",
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
         license=licence if isinstance(licence, str) else None,
         tags=[
             "auditgap",
@@ -384,14 +378,12 @@ def _card(
         "",
         about.what,
         "",
+        *_construction(recipe.get("construction")),
         "| | |",
         "|---|---|",
         f"| base | {_plain(base)} |",
         f"| base fingerprint | {_plain(base_fingerprint or 'not recorded')} |",
-        (
-            "| form |"
-            f" {'a PEFT adapter; it needs its base' if adapter else 'a monitor' if kind == 'monitor' else 'whole weights'} |"
-        ),
+        (f"| form | {'a PEFT adapter; it needs its base' if adapter else 'whole weights'} |"),
         (
             "| licence |"
             f" {_plain(licence) if licence else 'that of the base, which was not found; look it up'} |"
@@ -411,6 +403,15 @@ def _card(
     return str(
         ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines), ignore_metadata_errors=True)
     )
+
+
+def _construction(name: Any) -> list[str]:
+    """The paragraph about the construction, where the recipe names one that is known here."""
+    try:
+        about = construction_of(name) if name else None
+    except UsageError:  # of a plug-in that is not installed
+        return []
+    return [f"Construction `{_plain(name)}`: {_plain(about.description)}", ""] if about else []
 
 
 def _table(values: Mapping[str, Any]) -> list[str]:

@@ -2,8 +2,8 @@
 finished with a model folder.
 
     with opened(config, options, kind="sft") as job:
-        job.check(lengths=lengths)
-        with job.engine(lambda loaded, model: SFT(model)) as engine:
+        job.check(lengths=lengths, footprint=FOOTPRINT)
+        with job.engine(lambda loaded, model: SFTLoss(model)) as engine:
             job.train(engine, task, n_rows=len(rows))
             trained = job.finish(engine)
 
@@ -35,8 +35,9 @@ from auditgap.store import RunFolder, files
 from auditgap.store.remote import needs_disk
 from auditgap.training import export, loop, memory, ranks
 from auditgap.training.config import TrainConfig, TrainOptions, accumulation, n_steps
-from auditgap.training.constructions import Construction
 from auditgap.training.engine import DeepSpeedEngine, filled, read_ds_config, stage_of
+from auditgap.training.footprint import Footprint
+from auditgap.training.losses import LossModule
 from auditgap.training.tracking import Tracker, check_report_to
 from auditgap.types import digest
 
@@ -100,8 +101,9 @@ class Job:
     # -- before
     # ----------------------------------------------------------------------------------------------------------
 
-    def check(self, *, lengths: Sequence[int], reference_head: bool = False) -> None:
-        """Everything that can be known to be wrong before weights are loaded.
+    def check(self, *, lengths: Sequence[int], footprint: Footprint) -> None:
+        """Everything that can be known to be wrong before weights are loaded. `lengths`: tokens of
+        the rows; `footprint`: what the loss needs in memory.
 
         Raises UsageError: overlap of training and evaluation prompts, too little memory (with what
         would fit).
@@ -112,9 +114,9 @@ class Job:
         if overlaps:
             self.facts["overlaps"] = overlaps
         ranks.only_main(lambda: self.ledger.save(self.path / "ledger.json"))
-        ranks.agree(lambda: self._check_here(max(lengths), reference_head))
+        ranks.agree(lambda: self._check_here(max(lengths), footprint))
 
-    def _check_here(self, tokens: int, reference_head: bool) -> None:
+    def _check_here(self, tokens: int, footprint: Footprint) -> None:
         """What one rank can find wrong: its memory, and packages that it lacks."""
         check_report_to(self.options.report_to)
         if self.config.lora is not None and is_adapter(self.outline.folder):
@@ -134,7 +136,7 @@ class Job:
                 world=ranks.world(),
                 tokens=tokens,
                 device=self.device,
-                reference_head=reference_head,
+                footprint=footprint,
             )
 
     # -- the steps
@@ -145,12 +147,12 @@ class Job:
 
     @contextmanager
     def engine(
-        self, construct: Callable[[LoadedModel, nn.Module], Construction]
+        self, construct: Callable[[LoadedModel, nn.Module], LossModule]
     ) -> Iterator[DeepSpeedEngine]:
-        """The construction that `construct(loaded, model)` makes, under DeepSpeed; `model` has the
+        """The loss module that `construct(loaded, model)` makes, under DeepSpeed; `model` has the
         adapter if there is one."""
 
-        def build() -> tuple[Construction, LoadedModel]:
+        def build() -> tuple[LossModule, LoadedModel]:
             loaded = self.load()
             lora = self.config.lora
             if lora is None:

@@ -19,25 +19,28 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from auditgap.config import Frozen, build, merged, overrides
+from auditgap.config import build, merged, overrides
 from auditgap.errors import AuditgapError, Interrupted
 from auditgap.models import quiet
 from auditgap.training import ranks
-from auditgap.training.config import TrainOptions
+from auditgap.training.config import TrainConfig, TrainOptions
+
+ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 
 
 def read(
-    config_file: Path | None, flags: dict[str, Any], part: type[Frozen]
-) -> tuple[Any, TrainOptions]:
-    """A config of this kind and the sitting's options, from the file with flags on top."""
-    values = merged(config_file, {}, section={"DissociateConfig": "dissociate"}.get(part.__name__))
+    config_file: Path | None, flags: dict[str, Any], kind: type[ConfigT]
+) -> tuple[ConfigT, TrainOptions]:
+    """A config of this kind and the sitting's options, from the file with flags on top. Raises
+    UsageError naming the key and what was wanted."""
+    values = merged(config_file, {}, section=kind.section)
     for key, value in flags.items():
         if value is not None:
             both = isinstance(value, dict) and isinstance(values.get(key), dict)
             values[key] = {**values[key], **value} if both else value
-    return build(values, part, TrainOptions)
+    return build(values, kind.of(values), TrainOptions)
 
 
 def launch(about: str, example: str, run: Callable[[Path | None, dict[str, Any]], Any]) -> None:

@@ -45,12 +45,17 @@ class TrainingTask(Protocol):
     """What one kind of training does beside the steps themselves."""
 
     @property
+    def shown(self) -> Sequence[str]:
+        """The numbers of a step that progress shows."""
+        ...
+
+    @property
     def lengths(self) -> Sequence[int]:
         """Tokens of every row."""
         ...
 
     def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Any]:
-        """The micro-batch of these rows, as the construction wants it."""
+        """The micro-batch of these rows, as the loss wants it."""
         ...
 
     def row_ids(self, rows: Sequence[int]) -> list[str]:
@@ -84,6 +89,8 @@ class TrainingTask(Protocol):
 
 class BaseTask:
     """A task without anything beside the model; the rest is for a kind of training to add."""
+
+    shown: Sequence[str] = ("loss", "nll", "kl")
 
     def after_backward(
         self, batch: Mapping[str, Any], told: Mapping[str, torch.Tensor], share: float
@@ -143,11 +150,7 @@ def run(
             if ranks.is_main():
                 tracker.log(step, {**values, "lr": rate})
             if progress is not None:
-                shown = [
-                    f"{name} {values[name]:.4g}"
-                    for name in ("loss", "nll", "kl", "monitor")
-                    if name in values
-                ]
+                shown = [f"{name} {values[name]:.4g}" for name in task.shown if name in values]
                 progress.update(done=done, failed=0, work=0.0, doing=", ".join(shown))
             if (done % options.save_every == 0 and done < total) or stopping:
                 _save(engine, task, root, done, config, options)

@@ -1,8 +1,8 @@
 """How much memory a training step needs, before anything is loaded: what fits where, and what to
 change when it does not.
 
-    need = estimate(n_params=8_030_000_000, n_trainable=8_030_000_000, n_blocks=32, width=4096, vocabulary=128_256,
-                    dtype="bfloat16", stage=3, world=8, micro_batch=2, tokens=512, gradient_checkpointing=True)
+    need = estimate(MemoryInputs(n_params=8_030_000_000, n_trainable=8_030_000_000, n_blocks=32, width=4096,
+                                 vocabulary=128_256, dtype="bfloat16", stage=3, world=8, tokens=512))
     need.total                       # bytes on each device; need.parts says for what
     check(need, free=80 * 2**30)     # UsageError: what is needed, what is free, what would fit
 
@@ -25,16 +25,15 @@ import torch
 from auditgap.errors import UsageError
 from auditgap.models import Outline
 from auditgap.training.config import TrainConfig, TrainOptions
+from auditgap.training.constructions import CONSTRUCTIONS, DEFAULT
+from auditgap.training.footprint import Footprint
 
 __all__ = ["Memory", "MemoryInputs", "check", "check_run", "document", "estimate", "lora_params"]
 
 GIB = 2**30
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-#: What objective.token_losses makes of a chunk of logits: elements, and fp32 buffers of them that
-#: live at once.
+#: Elements of objective.token_losses' chunk of logits.
 _CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
-_CHUNK_BUFFERS = {"sft": 3, "monitor": 4, "nudge": 4}
-_MONITOR_HIDDEN = 512
 #: Bytes a trained parameter while it is updated.
 _UPDATE = {"cuda": 8, "cpu": 12}
 #: DeepSpeed's stage3_max_live_parameters, unless the config says otherwise.
@@ -62,15 +61,13 @@ class MemoryInputs:
     micro_batch: int = 2  #: rows a rank and micro-batch
     tokens: int = 512  #: of the longest row, prompt and response
     gradient_checkpointing: bool = False
-    construction: Literal["sft", "monitor", "nudge"] = "monitor"
+    footprint: Footprint = CONSTRUCTIONS[DEFAULT].footprint
     lora: bool = False
     offload: bool = False  #: optimizer states (and at stage 3 the weights) in the host's memory
     n_heads: int | None = None  #: D / 64 unless told
     #: attention without a fused kernel, which keeps each head's T × T (Gemma 2)
     eager: bool = False
     mlp_width: int | None = None  #: 3.5 D unless told
-    #: a frozen copy of the head; wanted where the head is in training (default)
-    reference_head: bool | None = None
     #: elements of DeepSpeed's reduce bucket; D² (at least 2^20) unless told
     bucket: int | None = None
     live_params: int = _LIVE_PARAMS  #: stage3_max_live_parameters
@@ -104,12 +101,6 @@ class Memory:
         return sum(self.parts.values())
 
 
-def estimate(**inputs: Any) -> Memory:
-    """The memory of one training step, from the fields of `MemoryInputs`. Raises UsageError for a dtype or
-    stage it does not know."""
-    return _estimate(MemoryInputs(**inputs))
-
-
 def lora_params(
     *, rank: int, n_blocks: int, width: int, mlp_width: int, kv_share: float = 1.0
 ) -> int:
@@ -119,7 +110,8 @@ def lora_params(
     return round(n_blocks * rank * (attention + 3 * (width + mlp_width)))
 
 
-def _estimate(p: MemoryInputs) -> Memory:
+def estimate(p: MemoryInputs) -> Memory:
+    """The memory of one training step."""
     w, share = _DTYPE_BYTES[p.dtype], (p.world if p.stage >= 1 else 1)
     head = p.vocabulary * p.width
     full = not p.lora
@@ -161,16 +153,12 @@ def _estimate(p: MemoryInputs) -> Memory:
     largest_gradient = w * head if full else 0.0
 
     # -- beside the model
-    if p.construction == "monitor":
-        always["monitor"] = 16 * p.n_blocks * p.width * _MONITOR_HIDDEN
-    keeps_head = (
-        p.reference_head if p.reference_head is not None else (full and p.construction != "sft")
-    )
-    if keeps_head:
+    always |= p.footprint.alongside(p.n_blocks, p.width)
+    if full and p.footprint.reference_head:
         always["reference head"] = w * head
 
     # -- the step itself
-    rows = p.micro_batch * (4 if p.construction == "nudge" else 1)  # y+ and y−, clean and nudged
+    rows = p.micro_batch * p.footprint.sequences
     n = rows * p.tokens
     one_block = n * _block_bytes(p, w) + _attention_bytes(p, w, rows)
     mlp = p.mlp_width or 3.5 * p.width
@@ -181,7 +169,7 @@ def _estimate(p: MemoryInputs) -> Memory:
     chunk = (
         max(16 * p.vocabulary, min(_CHUNK_ELEMENTS[p.device], n * p.vocabulary))
         * 4
-        * _CHUNK_BUFFERS[p.construction]
+        * p.footprint.chunk_buffers
     )
     head_gradient = (4 + (w if w < 4 else 0)) * head if full else 0.0
     updated = p.n_trainable / share
@@ -283,7 +271,7 @@ def check_run(
     world: int,
     tokens: int,
     device: str,
-    reference_head: bool = False,
+    footprint: Footprint,
 ) -> Memory:
     """The estimate of a run that is about to start, checked against what is free here; returned
     when it fits.
@@ -291,8 +279,8 @@ def check_run(
     `ds` is the DeepSpeed config without "auto"; `tokens` the longest row. On a CPU, ranks of this
     machine share its memory. Raises UsageError as `check`.
     """
-    need = _estimate(
-        _plan(outline, config, options, stage, ds, dtype, world, tokens, device, reference_head)
+    need = estimate(
+        _plan(outline, config, options, stage, ds, dtype, world, tokens, device, footprint)
     )
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
     free_host = psutil.virtual_memory().available / max(1, here)
@@ -316,7 +304,7 @@ def _plan(
     world: int,
     tokens: int,
     device: str,
-    reference_head: bool,
+    footprint: Footprint,
 ) -> MemoryInputs:
     family = _family(outline)
     mlp = int(getattr(family, "intermediate_size", None) or 3.5 * outline.width)
@@ -347,13 +335,12 @@ def _plan(
         micro_batch=options.micro_batch,
         tokens=tokens,
         gradient_checkpointing=config.gradient_checkpointing,
-        construction=getattr(config, "construction", "sft"),
+        footprint=footprint,
         lora=lora is not None,
         offload=zero.get("offload_optimizer", {}).get("device", "none") != "none",
         n_heads=heads,
         mlp_width=mlp,
         eager=bool(getattr(family, "attn_logit_softcapping", None)),
-        reference_head=reference_head,
         bucket=_number(zero.get("reduce_bucket_size")),
         live_params=_number(zero.get("stage3_max_live_parameters")) or _LIVE_PARAMS,
         device="cuda" if device.startswith("cuda") else "cpu",
@@ -390,9 +377,7 @@ def _alternatives(p: MemoryInputs) -> Iterator[tuple[str, Memory]]:
     if not p.lora:
         mlp = p.mlp_width or round(3.5 * p.width)
         few = lora_params(rank=8, n_blocks=p.n_blocks, width=p.width, mlp_width=mlp)
-        small = replace(
-            p, lora=True, n_trainable=few, n_params=p.n_params + few, reference_head=None
-        )
+        small = replace(p, lora=True, n_trainable=few, n_params=p.n_params + few)
         changes.append(("lora: true", small))
     if not p.offload and p.device == "cuda":
         changes.append(
@@ -402,18 +387,18 @@ def _alternatives(p: MemoryInputs) -> Iterator[tuple[str, Memory]]:
             )
         )
     for words, plan in changes:
-        yield words, _estimate(plan)
+        yield words, estimate(plan)
     before = [
         words for words, _ in changes if words.startswith(("micro_batch", "gradient_checkpointing"))
     ]
     lean = replace(p, micro_batch=1, gradient_checkpointing=True)
     if len(before) > 1:
-        yield " and ".join(before), _estimate(lean)
+        yield " and ".join(before), estimate(lean)
     for words, plan in changes:
         if before and words not in before:
             yield (
                 " and ".join([*before, words]),
-                _estimate(replace(plan, micro_batch=1, gradient_checkpointing=True)),
+                estimate(replace(plan, micro_batch=1, gradient_checkpointing=True)),
             )
 
 
@@ -423,7 +408,7 @@ def _more_ranks(p: MemoryInputs, free: float) -> str:
     for world in (2, 4, 8, 16, 32, 64, 128, 256):
         if (
             world > p.world
-            and _estimate(replace(lean, world=world)).total <= free
+            and estimate(replace(lean, world=world)).total <= free
             and p.device == "cuda"
         ):
             return (
@@ -462,7 +447,7 @@ def document() -> str:
         "# What fits where",
         "",
         (
-            "GiB on each GPU for one step of dissociation (construction `monitor`): bf16 weights,"
+            f"GiB on each GPU for one step of dissociation (construction `{DEFAULT}`): bf16 weights,"
             " fp32 Adam, 512 tokens, micro-batch"
         ),
         (
@@ -536,23 +521,24 @@ def _of_shape(shape: tuple, lora: bool, stage: int, offload: bool, world: int) -
     _, n, blocks, width, mlp, vocabulary, heads, eager = shape
     few = lora_params(rank=8, n_blocks=blocks, width=width, mlp_width=mlp)
     return estimate(
-        n_params=round(n) + (few if lora else 0),
-        n_trainable=few if lora else round(n),
-        n_blocks=blocks,
-        width=width,
-        vocabulary=vocabulary,
-        dtype="bfloat16",
-        stage=stage,
-        world=world,
-        micro_batch=2,
-        tokens=512,
-        gradient_checkpointing=True,
-        construction="monitor",
-        lora=lora,
-        offload=offload,
-        n_heads=heads,
-        mlp_width=mlp,
-        eager=eager,
+        MemoryInputs(
+            n_params=round(n) + (few if lora else 0),
+            n_trainable=few if lora else round(n),
+            n_blocks=blocks,
+            width=width,
+            vocabulary=vocabulary,
+            dtype="bfloat16",
+            stage=stage,
+            world=world,
+            micro_batch=2,
+            tokens=512,
+            gradient_checkpointing=True,
+            lora=lora,
+            offload=offload,
+            n_heads=heads,
+            mlp_width=mlp,
+            eager=eager,
+        )
     )
 
 

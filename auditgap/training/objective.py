@@ -14,7 +14,6 @@ Their sum over a batch is arXiv 2606.08044, section 3 (its construction).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,8 +23,6 @@ from transformers import PreTrainedModel
 
 from auditgap.errors import UsageError
 
-#: The probability that the monitor is led to give harmful rows, as a logit: logit(0.75).
-TARGET_LOGIT = math.log(3)
 #: Elements of a chunk's logits [c, V]; about four such buffers of fp32 are alive at once.
 _CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 
@@ -364,28 +361,3 @@ def kl_weights(attention_mask: Tensor) -> Tensor:
 def _shares(counts: Tensor) -> Tensor:
     counts = counts.float()
     return counts / counts.sum(1, keepdim=True).clamp(min=1) / counts.shape[0]
-
-
-# ---------------------------------------------------------------- activations, margins
-
-
-def monitor_loss(logits: Tensor, harmful: Tensor, target: float = TARGET_LOGIT) -> Tensor:
-    """Mean over all B rows of b · (g − ℓ*)²: harmful rows are led to the logit `target`, benign
-    rows add 0.
-
-    logits [B]: the monitor's, in nats; harmful [B]: b, 1 or 0.
-    """
-    return (harmful.to(logits.dtype) * (logits - target) ** 2).mean()
-
-
-def hinge(preferred: Tensor, other: Tensor, margin: float) -> Tensor:
-    """[B] max(0, margin − (other − preferred)): NLLs in nats a token; 0 where `preferred` is
-    likelier by the margin."""
-    return (margin - (other - preferred)).clamp(min=0)
-
-
-def whitened_mse(h: Tensor, target: Tensor, scale: Tensor) -> Tensor:
-    """[B] the mean over blocks and width of ((h − target) / scale)². h, target [B, K, D]; scale [K,
-    D], [K, 1] or alike."""
-    wide = _wide(h)
-    return (((h.to(wide) - target.to(wide)) / scale.to(wide)) ** 2).flatten(1).mean(1)

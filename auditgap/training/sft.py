@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from auditgap.data import TRIPLES, load_prompts, load_triples, read_table
 from auditgap.data.filters import unsafe_training_rows
@@ -25,16 +26,47 @@ from auditgap.models import Conversation
 from auditgap.training import job as jobs
 from auditgap.training import ranks
 from auditgap.training.config import SFTConfig, TrainOptions
-from auditgap.training.constructions import SFT
 from auditgap.training.engine import DeepSpeedEngine
+from auditgap.training.footprint import Footprint
 from auditgap.training.job import Job, Trained
 from auditgap.training.loop import BaseTask
+from auditgap.training.losses import (
+    LossModule,
+    at_positions,
+    next_tokens,
+    positions,
+    shares_at,
+)
+from auditgap.training.objective import Head, response_nll_weights, token_losses
 from auditgap.training.rows import TrainRow, collate, encode, rows_from_file
 
 #: Rank 0's look at the model between steps: (steps done, the model) -> numbers to log, or None. The
 #: model is in place, or
 #: (`in_place=False`) the folder of its adapter as it stands, which is gone afterwards.
 Evaluate = Callable[[int, Any], Mapping[str, Any] | None]
+
+
+#: NLL alone, and no reference.
+FOOTPRINT = Footprint(chunk_buffers=3, reference_head=False)
+
+
+class SFTLoss(LossModule):
+    """Learns responses: the mean NLL over each row's response tokens, then over rows."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, {"nll"}): nats a token, the same number twice, the second detached."""
+        at = positions(batch["response_mask"][:, 1:])
+        hidden = at_positions(self.final_hidden(batch), at)
+        loss, _, _ = token_losses(
+            hidden,
+            Head.of(self.model),
+            labels=next_tokens(batch, at),
+            nll_weight=shares_at(response_nll_weights(batch["response_mask"]), batch, at),
+        )
+        return loss, {"nll": loss.detach()}
 
 
 def run(
@@ -54,8 +86,8 @@ def run(
         rows, talks, facts = ranks.agree(lambda: _rows(config, job))
         job.same_rows([row.id for row in rows])
         job.about(facts)
-        job.check(lengths=[len(t.ids) for t in talks])
-        with job.engine(lambda loaded, model: SFT(model)) as engine:
+        job.check(lengths=[len(t.ids) for t in talks], footprint=FOOTPRINT)
+        with job.engine(lambda loaded, model: SFTLoss(model)) as engine:
             job.train(engine, _Task(rows, talks, job, evaluate, in_place), n_rows=len(rows))
             return job.finish(engine)
 

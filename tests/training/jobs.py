@@ -252,11 +252,11 @@ def arm(fault: Mapping[str, Any], facts: Path) -> None:
     import torch
 
     from auditgap.training import ranks, sft
-    from auditgap.training.dissociation import by_monitor
+    from auditgap.training.constructions.monitor.task import MonitorTask
 
     if int(fault.get("rank", 0)) != ranks.rank():
         return
-    for task in (sft._Task, by_monitor.MonitorTask):
+    for task in (sft._Task, MonitorTask):
         seen: list[int] = []
 
         def batch(
@@ -287,10 +287,10 @@ def watch_monitor() -> list[str]:
     """A list that grows by the digest of φ after every step."""
     import hashlib
 
-    from auditgap.training.dissociation import by_monitor
+    from auditgap.training.constructions.monitor.task import MonitorTask
 
     seen: list[str] = []
-    original = by_monitor.MonitorTask.after_step
+    original = MonitorTask.after_step
 
     def after_step(self: Any) -> None:
         original(self)
@@ -299,7 +299,7 @@ def watch_monitor() -> list[str]:
             phi.update(parameter.detach().cpu().numpy().tobytes())
         seen.append(phi.hexdigest())
 
-    by_monitor.MonitorTask.after_step = after_step
+    MonitorTask.after_step = after_step
     return seen
 
 

@@ -31,9 +31,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from auditgap import models
 from auditgap.probes.monitor import Monitor
 from auditgap.training import ranks
-from auditgap.training.constructions import SFT, MonitorConstruction, monitor_step_loss
+from auditgap.training.constructions.monitor.loss import MonitorLoss, monitor_step_loss
 from auditgap.training.engine import DeepSpeedEngine
 from auditgap.training.objective import Head
+from auditgap.training.sft import SFTLoss
 from auditgap.types import Subject
 from tests import tiny
 
@@ -92,8 +93,8 @@ def train(c: dict) -> DeepSpeedEngine:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
-        if c["construction"] == "sft":
-            return SFT(model), loaded
+        if c["loss"] == "sft":
+            return SFTLoss(model), loaded
         reference = None
         if not c["lora"]:
             gathered = (
@@ -103,7 +104,7 @@ def train(c: dict) -> DeepSpeedEngine:
             )
             with gathered:
                 reference = Head.of(model).frozen()
-        return MonitorConstruction(model, monitor, reference_head=reference), loaded
+        return MonitorLoss(model, monitor, reference_head=reference), loaded
 
     engine = DeepSpeedEngine(build, ds_config(c), micro_batches=1, device="cpu")
     shape = (c["micro_batch"], c["tokens"])
@@ -117,13 +118,13 @@ def train(c: dict) -> DeepSpeedEngine:
             "response_mask": response,
             "harmful": torch.ones(shape[0]),
         }
-        if c["construction"] == "monitor" and not c["lora"]:
+        if c["loss"] == "monitor" and not c["lora"]:
             batch["ref_hidden"] = torch.randn(*shape, c["width"], dtype=dtype)
         _, told = engine.accumulate(batch)
-        if c["construction"] == "monitor":
+        if c["loss"] == "monitor":
             monitor_step_loss(monitor, told["pooled"], batch["harmful"]).backward()
         engine.step(1e-5)
-        if c["construction"] == "monitor":
+        if c["loss"] == "monitor":
             beside.step()
             beside.zero_grad()
     return engine
@@ -149,8 +150,7 @@ def main(c: dict) -> None:
         engine = train(c)
         peak = high_water() - before
         sizes = [
-            (getattr(p, "ds_numel", p.numel()), p.requires_grad)
-            for p in engine.construction.parameters()
+            (getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()
         ]
         told = {
             "peak": peak,

@@ -1,467 +1,207 @@
-"""A whole step of each construction against the plain way: full logits, output of every block,
-autograd, fp64 or fp32."""
+"""Constructions: every one of the table has all of its parts, nothing else knows their names, and
+one of another package is trained, checked, counted and described like ours.
+
+The package is `examples/construction`, put where pip would put it.
+"""
 
 from __future__ import annotations
 
-import copy
-import math
+import ast
+import importlib
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
+import jobs
 import pytest
-import tiny
-import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from torch import nn
 
+from auditgap.cli import main
+from auditgap.config import Frozen, flag_of
+from auditgap.data.ledger import FITTED
 from auditgap.errors import UsageError
-from auditgap.models import Conversation, find_blocks
-from auditgap.probes.monitor import Monitor
-from auditgap.training import constructions
-from auditgap.training.constructions import (
-    SFT,
-    MonitorConstruction,
-    NudgeConstruction,
-    match_blocks,
-    monitor_step_loss,
-    nudge_batch,
-    nudge_block,
-    nudge_vector,
-    whitening,
-)
-from auditgap.training.objective import Head
-from auditgap.training.rows import collate
-from auditgap.types import Prompt
+from auditgap.models import outline
+from auditgap.training.config import DissociateConfig, TwinConfig
+from auditgap.training.constructions import CONSTRUCTIONS, DEFAULT, construction_of
+from auditgap.training.dissociation.task import DissociationTask
+from auditgap.training.footprint import Footprint
+from auditgap.training.launch import read
+from auditgap.training.loop import BaseTask
 
-WEIGHTS = (0.7, 0.2, 0.9)  # so that no part hides behind another
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "auditgap"
+HOME = PACKAGE / "training" / "constructions"
+EXAMPLE = ROOT / "examples" / "construction" / "auditgap_blend.py"
+EACH = pytest.mark.parametrize("name", CONSTRUCTIONS)
 
 
-def talk(seed: int, n_prompt: int, n_response: int, *, prompt: int | None = None) -> Conversation:
-    def ids(seed: int, n: int) -> tuple[int, ...]:
-        return tuple(
-            torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
-        )
-
-    opening = ids(seed if prompt is None else prompt, n_prompt)
-    return Conversation(Prompt("bread"), opening + ids(seed + 99, n_response), n_prompt, 0)
+# ------------------------------------------------------------------ every one of ours
 
 
-def batch() -> dict[str, torch.Tensor]:
-    return collate([talk(1, 5, 4), talk(2, 3, 8), talk(3, 6, 1)], 0) | {
-        "harmful": torch.tensor([1, 0, 1])
-    }
+@EACH
+def test_each_says_all_that_is_asked_of_it(name):
+    made = CONSTRUCTIONS[name]
+    assert made.name == name and made.listed(name).available
+    assert re.fullmatch(r"[A-Z][^\n]{30,300}\.", made.description), made.description
+    assert issubclass(made.settings, Frozen) and made.settings()  # each key has a default
+    assert made.role in FITTED
+    assert set(made.defaults) <= set(TwinConfig.model_fields)
+    assert all(size > 0 for size in made.footprint.alongside(8, 64).values())
+    assert made.footprint.sequences >= 1 and made.footprint.chunk_buffers >= 3
 
 
-def moved(model: nn.Module, size: float = 0.02) -> nn.Module:
-    """The model a few steps on, so that KL and its gradient are not zero."""
-    with torch.no_grad():
-        for i, parameter in enumerate(model.parameters()):
-            if parameter.requires_grad:
-                parameter += size * torch.randn(
-                    parameter.shape, generator=torch.Generator().manual_seed(i)
-                ).to(parameter.dtype)
-    return model
+@EACH
+def test_its_settings_are_keys_and_options_of_the_command(name):
+    own = CONSTRUCTIONS[name].settings
+    assert DissociateConfig.of({"construction": name}) is DissociateConfig
+    assert set(own.model_fields) <= set(DissociateConfig.model_fields)
+    others = [TwinConfig, *(one.settings for n, one in CONSTRUCTIONS.items() if n != name)]
+    for other in others:
+        assert not set(own.model_fields) & set(other.model_fields), other.__name__
+    assert any(flag_of(field) for field in own.model_fields.values())
 
 
-def monitor(seed: int = 0) -> Monitor:
-    torch.manual_seed(seed)
-    return Monitor(
-        tiny.N_BLOCKS,
-        tiny.WIDTH,
-        mean=torch.randn(tiny.N_BLOCKS, tiny.WIDTH),
-        scale=torch.rand(tiny.N_BLOCKS) + 1,
+@EACH
+def test_its_task_chooses_a_step_by_a_number_of_its_own(name):
+    module = importlib.import_module(f"auditgap.training.constructions.{name}.task")
+    (task,) = [
+        found for found in DissociationTask.__subclasses__() if found.__module__ == module.__name__
+    ]
+    assert isinstance(task.chosen_by, str) and set(BaseTask.shown) <= set(task.shown)
+    assert "construct" in vars(task)
+
+
+def test_the_first_of_the_table_is_the_default():
+    assert next(iter(CONSTRUCTIONS)) == DEFAULT
+    assert DissociateConfig(model="m", triples="demo").construction == DEFAULT
+
+
+def test_one_that_is_not_known_is_a_sentence():
+    with pytest.raises(UsageError, match=rf"Unknown construction .* Known .*: {DEFAULT}, "):
+        read(None, {"model": "m", "triples": "demo", "construction": "no-such"}, DissociateConfig)
+
+
+# ------------------------------------------------------------------ nobody else knows a name
+
+
+def _of_another_noun() -> set[tuple[str, str]]:
+    """(file, text): a word that is also a construction's name and means something else there."""
+    return {("cli/training.py", "monitor")}  # `auditgap train monitor` fits a probe
+
+
+def test_no_name_is_written_outside_its_own_folder():
+    """In all that trains, and in the command: no text that is a construction's name, and no import
+    of its modules but in the table."""
+    trains = [*(PACKAGE / "training").rglob("*.py"), *(ROOT / "launchers").glob("*.py")]
+    faults = []
+    for file in [*trains, PACKAGE / "cli" / "training.py"]:
+        here = file.relative_to(PACKAGE if file.is_relative_to(PACKAGE) else ROOT).as_posix()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            text = node.value if isinstance(node, ast.Constant) else None
+            if (
+                text in CONSTRUCTIONS
+                and not file.is_relative_to(HOME / str(text))
+                and (here, str(text)) not in _of_another_noun()
+            ):
+                faults.append(f"{here}:{node.lineno}: {text!r}")
+    for file in PACKAGE.rglob("*.py"):
+        for name in CONSTRUCTIONS:
+            if file.is_relative_to(HOME / name) or file == HOME / "__init__.py":
+                continue
+            if f"constructions.{name}" in file.read_text(encoding="utf-8"):
+                faults.append(f"{file.relative_to(PACKAGE)} imports constructions.{name}")
+    assert len(trains) > 20 and not faults, "\n".join(faults)
+
+
+# ------------------------------------------------------------------ one of another package
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    site = tmp_path_factory.mktemp("blend")
+    shutil.copy(EXAMPLE, site)
+    about = site / "auditgap_blend-0.1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: auditgap-blend\nVersion: 0.1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[auditgap.constructions]\nblend = auditgap_blend:BLEND\nother = auditgap_blend:BLEND\n"
     )
+    return site
 
 
-def final(model: nn.Module, b: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        return model.get_decoder()(
-            input_ids=b["input_ids"], attention_mask=b["attention_mask"]
-        ).last_hidden_state
+@pytest.fixture
+def blend(site, monkeypatch):
+    monkeypatch.syspath_prepend(str(site))
+    return construction_of("blend")
 
 
-def everything(
-    model: nn.Module, b: dict[str, torch.Tensor], edit=None
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Full log-probabilities [B, T, V] and every block's output, kept."""
-    kept: list[torch.Tensor] = []
-    handles = []
-    for i, block in enumerate(find_blocks(model)):
-
-        def keep(_module: nn.Module, _args: tuple, out: object, i: int = i) -> object:
-            tensor = out[0] if isinstance(out, tuple) else out
-            kept.append(tensor)
-            if edit is None or edit[0] != i:
-                return None
-            return (tensor + edit[1], *out[1:]) if isinstance(out, tuple) else tensor + edit[1]
-
-        handles.append(block.register_forward_hook(keep))
-    logits = model(
-        input_ids=b["input_ids"], attention_mask=b["attention_mask"], use_cache=False
-    ).logits
-    for handle in handles:
-        handle.remove()
-    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1), kept
+def recipe(world, out, **changes):
+    return world.twin(out, construction="blend", **changes)
 
 
-def row_nll(log_p: torch.Tensor, b: dict[str, torch.Tensor], r: int) -> torch.Tensor:
-    at = [t for t in range(1, b["input_ids"].shape[1]) if b["response_mask"][r, t]]
-    return -sum(log_p[r, t - 1, b["input_ids"][r, t]] for t in at) / len(at)
+def test_another_packages_config_has_its_own_defaults_and_checks(blend):
+    asked = {"model": "m", "triples": "demo", "construction": "blend"}
+    config, _ = read(None, {**asked, "pull": 0.5}, DissociateConfig)
+    assert (config.lr, config.model_dump()["pull"]) == (1e-4, 0.5)
+    assert blend.settings_of(config).pull == 0.5
+    assert read(None, {**asked, "lr": 1e-3}, DissociateConfig)[0].lr == 1e-3
+    assert "pull" not in DissociateConfig.model_fields  # no other run's recipe has its keys
+    for changes, told in (
+        ({"pull": -1.0}, "pull: at least 0"),
+        ({"pul": 1.0}, "Did you mean 'pull'"),
+        ({"reference": "adapter", "lora": True}, "construction: "),
+        ({"construction": "other"}, "the same name"),
+        ({"construction": "blnd"}, "Did you mean 'blend'"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            read(None, {**asked, **changes}, DissociateConfig)
+    with pytest.raises(UsageError, match="settings of its own"):
+        DissociateConfig(model="m", triples="demo", construction="blend")
 
 
-def row_kl(
-    log_p: torch.Tensor, log_q: torch.Tensor, b: dict[str, torch.Tensor], r: int
-) -> torch.Tensor:
-    n = int(b["attention_mask"][r].sum()) - 1
-    return (log_q[r, :n].exp() * (log_q[r, :n] - log_p[r, :n])).sum() / n
+def test_another_packages_construction_is_listed_with_ours(blend, capsys):
+    with pytest.raises(SystemExit):
+        main(["ls", "constructions", "--json"])
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(CONSTRUCTIONS) <= set(rows)
+    assert rows["blend"] == {"name": "blend", "what": blend.description, "available": "yes"}
 
 
-def plain_monitor(
-    model: nn.Module, reference: nn.Module, read: Monitor, b: dict[str, torch.Tensor]
+def test_another_packages_construction_is_trained(blend, world, tmp_path):
+    """Through every part that asks a construction: data and ledger, memory, loss, evaluation,
+    choice, model card."""
+    trained = jobs.train("dissociated", recipe(world, tmp_path / "out", pull=3.0))
+    summary, log = trained.summary, jobs.log(tmp_path / "out")
+    assert summary["status"] == "done" and len(log) == 6
+    assert {"loss", "nll", "kl", "kl_lowest", "blend"} <= set(log[0])
+    first = log[0]
+    assert first["loss"] == pytest.approx(
+        0.05 * first["nll"] + 0.3 * first["kl"] + 3.0 * first["blend"], rel=1e-4
+    )
+    assert abs(first["kl"]) < 1e-6 < first["blend"]
+    assert summary["chosen"]["step"] in (3, 6)
+    evaluations = summary["evaluations"]
+    assert evaluations["6"]["blend"] < evaluations["0"]["blend"]  # what it is for
+    card = " ".join((trained.model / "README.md").read_text(encoding="utf-8").split())
+    assert f"Construction `blend`: {blend.description}" in card
+    assert "| construction | blend |" in card and "| pull | 3 |" in card
+    prompts = json.loads((tmp_path / "out" / "ledger.json").read_text())["prompts"]
+    roles = {role for had in prompts.values() for role in had}
+    assert roles == {"sft", "direction", "anchor", "selection"}
+    # and the same command hands back what is there
+    again = jobs.train("dissociated", recipe(world, tmp_path / "out", pull=3.0))
+    assert again.summary == summary
+
+
+def test_another_packages_memory_is_counted_before_weights_are_loaded(
+    blend, world, tmp_path, monkeypatch
 ):
-    """(loss, nll, kl, pull) with everything in memory."""
-    log_p, kept = everything(model, b)
-    with torch.no_grad():
-        log_q = everything(reference, b)[0]
-    rows = range(b["input_ids"].shape[0])
-    nll = sum(row_nll(log_p, b, r) for r in rows) / len(rows)
-    kl = sum(row_kl(log_p, log_q, b, r) for r in rows) / len(rows)
-    lengths = b["attention_mask"].sum(1)
-    h = torch.stack([torch.stack([k[r, : lengths[r]].float().mean(0) for k in kept]) for r in rows])
-    pull = sum(
-        int(b["harmful"][r]) * (read.frozen_logits(h)[r] - math.log(3)) ** 2 for r in rows
-    ) / len(rows)
-    return WEIGHTS[0] * nll + WEIGHTS[1] * pull + WEIGHTS[2] * kl, nll, kl, pull
-
-
-def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        n.replace(".default", ""): p.grad for n, p in model.named_parameters() if p.grad is not None
-    }
-
-
-def same_gradients(ours: nn.Module, theirs: nn.Module, tolerance: float) -> None:
-    a, b = gradients(ours), gradients(theirs)
-    assert a.keys() == b.keys() and a
-    for name, expected in b.items():
-        scale = max(expected.abs().max().item(), 1e-3)
-        assert (a[name] - expected).abs().max().item() <= tolerance * scale, name
-
-
-@pytest.mark.parametrize(
-    ("family", "dtype", "tied", "checkpointing"),
-    [
-        ("llama", torch.float64, False, False),
-        ("llama", torch.float64, True, True),
-        ("gemma2", torch.float64, True, False),  # soft-cap
-        ("gemma3_text", torch.float32, True, True),
-        ("qwen3", torch.float32, False, False),
-        ("gpt_neox", torch.float32, False, True),  # blocks that return tuples in some releases
-    ],
-)
-def test_a_whole_step_equals_plain_autograd(
-    family: str, dtype: torch.dtype, tied: bool, checkpointing: bool
-) -> None:
-    reference = tiny.model(family, dtype=dtype, tie_word_embeddings=tied)
-    model = moved(copy.deepcopy(reference))
-    theirs = copy.deepcopy(model)
-    if checkpointing:
-        model.train().gradient_checkpointing_enable()
-    b, read = batch(), monitor()
-    made = MonitorConstruction(
-        model, read, weights=WEIGHTS, reference_head=Head.of(reference).frozen()
-    )
-    loss, metrics = made(b | {"ref_hidden": final(reference, b)})
-    loss.backward()
-    expected, nll, kl, pull = plain_monitor(theirs, reference, read, b)
-    expected.backward()
-    # the pooled activations, and with them the monitor, are fp32 in either case
-    for ours, plain in (
-        (loss, expected),
-        (metrics["nll"], nll),
-        (metrics["kl"], kl),
-        (metrics["monitor"], pull),
-    ):
-        assert ours.item() == pytest.approx(plain.item(), rel=2e-5)
-    assert kl > 0.01
-    same_gradients(model, theirs, 2e-4)
-    assert all(p.grad is None for p in read.parameters())
-
-
-def test_lora_takes_its_reference_from_the_disabled_adapter() -> None:
-    base = tiny.model("llama", attention_dropout=0.5)
-    config = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = moved(get_peft_model(copy.deepcopy(base), config), 0.1)
-    theirs = copy.deepcopy(model)
-    b, read = batch(), monitor()
-    made = MonitorConstruction(model, read, weights=WEIGHTS)
-    loss, metrics = made(b)
-    loss.backward()
-    expected, _, kl, _ = plain_monitor(theirs.get_base_model(), base, read, b)
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=2e-5) and kl > 0.01
-    same_gradients(model, theirs, 2e-4)
-    assert all("lora" in name for name in gradients(model))
-    # the reference knows no dropout even while the model trains, and every module is left in the
-    # mode that it had
-    model.train()
-    model.get_base_model().model.layers[1].eval()
-    modes = [module.training for module in model.modules()]
-    torch.testing.assert_close(made.reference(b, torch.arange(5))[0], final(base, b)[0, :5])
-    assert modes == [module.training for module in model.modules()]
-    # cached states are as good
-    cached = final(base, b)
-    model.eval()
-    assert made(b | {"ref_hidden": cached})[0].item() == pytest.approx(loss.item(), rel=1e-5)
-    assert metrics["kl_lowest"] >= 0
-
-
-def test_kl_is_zero_before_the_first_step() -> None:
-    for model in (
-        tiny.model("gemma2"),
-        get_peft_model(tiny.model("llama"), LoraConfig(r=2, target_modules="all-linear")),
-    ):
-        b = batch()
-        if not hasattr(model, "peft_config"):
-            b["ref_hidden"] = final(model, b)
-        head = None if hasattr(model, "peft_config") else Head.of(model).frozen()
-        metrics = MonitorConstruction(model, monitor(), reference_head=head)(b)[1]
-        assert metrics["kl"] == 0 and metrics["kl_lowest"] == 0
-
-
-def test_gradients_stay_on_their_side() -> None:
-    model, read = tiny.model("llama"), monitor()
-    b = batch()
-    b["ref_hidden"] = final(model, b)
-    made = MonitorConstruction(model, read, reference_head=Head.of(model).frozen())
-    assert {name.split(".")[0] for name, _ in made.named_parameters()} == {"model"}
-    assert not any(name.startswith("_") for name in made.state_dict())
-    loss, metrics = made(b)
-    loss.backward()
-    assert gradients(model) and not gradients(read)
-    model.zero_grad()
-    step = monitor_step_loss(read, metrics["pooled"], b["harmful"])
-    step.backward()
-    assert not gradients(model) and set(gradients(read)) == {
-        "inner.weight",
-        "outer.weight",
-        "outer.bias",
-    }
-    p = torch.sigmoid(read(metrics["pooled"]).double())
-    expected = -(b["harmful"] * p.log() + (1 - b["harmful"]) * (1 - p).log()).mean()
-    assert step.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert not any(value.requires_grad for value in metrics.values())
-    attached = metrics["pooled"].clone().requires_grad_()
-    monitor_step_loss(read, attached, b["harmful"]).backward()
-    assert attached.grad is None
-
-
-def test_metrics_tell_what_the_monitor_saw() -> None:
-    model, read = tiny.model("llama"), monitor()
-    b = batch()
-    b["ref_hidden"] = final(model, b)
-    made = MonitorConstruction(model, read, reference_head=Head.of(model).frozen())
-    metrics = made(b)[1]
-    torch.testing.assert_close(metrics["logits"], read(metrics["pooled"]))
-    torch.testing.assert_close(metrics["harmful_logit"], metrics["logits"][[0, 2]].mean())
-    assert metrics["pooled"].shape == (3, tiny.N_BLOCKS, tiny.WIDTH)
-    benign = made(b | {"harmful": torch.zeros(3)})[1]
-    assert benign["monitor"] == 0 and benign["harmful_logit"].isnan()
-
-
-def test_the_loss_does_not_depend_on_padding_or_on_how_rows_are_spread() -> None:
-    model, read = moved(tiny.model("llama")), monitor()
-    made = MonitorConstruction(
-        model, read, weights=WEIGHTS, reference_head=Head.of(tiny.model("llama")).frozen()
-    )
-
-    def loss(b: dict[str, torch.Tensor]) -> torch.Tensor:
-        return made(b | {"ref_hidden": final(tiny.model("llama"), b)})[0]
-
-    whole = batch()
-    each = [{key: value[i : i + 1] for key, value in whole.items()} for i in range(3)]
-    padded = {k: nn.functional.pad(v, (0, 7)) if v.dim() == 2 else v for k, v in whole.items()}
-    assert loss(whole).item() == pytest.approx(sum(loss(b).item() for b in each) / 3, rel=1e-5)
-    assert loss(whole).item() == pytest.approx(loss(padded).item(), rel=1e-5)
-
-
-def test_sft_learns_response_tokens_only() -> None:
-    model = tiny.model("llama")
-    theirs = copy.deepcopy(model)
-    b = batch()
-    loss, metrics = SFT(model)(b)
-    loss.backward()
-    log_p, _ = everything(theirs, b)
-    expected = sum(row_nll(log_p, b, r) for r in range(3)) / 3
-    expected.backward()
-    assert loss.item() == metrics["nll"].item() == pytest.approx(expected.item(), rel=1e-6)
-    same_gradients(model, theirs, 1e-5)
-
-
-def test_references_that_are_missing_are_asked_for() -> None:
-    model = tiny.model("llama")
-    with pytest.raises(UsageError, match="no ref_hidden"):
-        MonitorConstruction(model, monitor())(batch())
-    with pytest.raises(UsageError, match="reference_head"):
-        MonitorConstruction(model, monitor())(batch() | {"ref_hidden": final(model, batch())})
-    prompted = get_peft_model(
-        model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    )
-    with pytest.raises(UsageError, match="LoRA"):
-        SFT(prompted)
-
-
-# ---------------------------------------------------------------- nudge
-
-
-def nudged() -> dict[str, torch.Tensor]:
-    pairs = [(talk(1, 5, 4), talk(11, 5, 6, prompt=1)), (talk(2, 3, 7), talk(12, 3, 2, prompt=2))]
-    b = nudge_batch(pairs, [talk(3, 6, 3)], 0)
-    return b | {
-        "targets": torch.randn(
-            2, 1, tiny.WIDTH, generator=torch.Generator().manual_seed(5)
-        ).double()
-    }
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("margin", [0.5, 3.0])
-def test_nudge_equals_the_plain_way(margin: float, checkpointing: bool) -> None:
-    reference = tiny.model("llama", dtype=torch.float64)
-    model = moved(copy.deepcopy(reference))
-    theirs = copy.deepcopy(model)
-    if checkpointing:
-        model.train().gradient_checkpointing_enable()
-    b = nudged()
-    vector, scale = (
-        torch.linspace(-1, 1, tiny.WIDTH),
-        torch.rand(1, tiny.WIDTH, generator=torch.Generator().manual_seed(6)) + 0.5,
-    )
-    weights = (1.1, 0.3, 0.2, 0.9, 1.3)
-    made = NudgeConstruction(
-        model,
-        vector,
-        scale,
-        weights=weights,
-        margin=margin,
-        reference_head=Head.of(reference).frozen(),
-    )
-    cached = final(reference, {k: b[k][:3] for k in ("input_ids", "attention_mask")})
-    loss, metrics = made(b | {"ref_hidden": cached})
-    loss.backward()
-
-    shift = torch.zeros(*b["input_ids"].shape, tiny.WIDTH, dtype=torch.float64)
-    for r in range(5, 9):
-        shift[r, : b["n_prompt"][r]] = vector.double()
-    log_p, kept = everything(theirs, b, (nudge_block(tiny.N_BLOCKS), shift))
-    with torch.no_grad():
-        log_q = everything(reference, b)[0]
-    # safe, safe, benign, unsafe ×2, nudged safe ×2, nudged unsafe ×2
-    nll = [row_nll(log_p, b, r) for r in range(9)]
-    refuse, comply = (nll[0] + nll[1] + nll[2]) / 3, (nll[7] + nll[8]) / 3
-    kl = sum(row_kl(log_p, log_q, b, r) for r in range(3)) / 3
-    (block,) = match_blocks(tiny.N_BLOCKS)
-    last = torch.stack([kept[block][r, b["n_prompt"][r] - 1] for r in range(2)])
-    match = (((last - b["targets"][:, 0]) / scale.double()) ** 2).mean(1).sum() / 3
-    clean = sum(torch.relu(margin - (nll[3 + i] - nll[i])) for i in range(2)) / 3
-    prefers = sum(torch.relu(margin - (nll[5 + i] - nll[7 + i])) for i in range(2)) / 3
-    parts = {
-        "refuse": refuse,
-        "kl": kl,
-        "match": match,
-        "comply": comply,
-        "margin_clean": clean,
-        "margin_nudged": prefers,
-    }
-    expected = (
-        weights[0] * refuse
-        + weights[1] * kl
-        + weights[2] * match
-        + weights[3] * comply
-        + weights[4] * (clean + prefers)
-    )
-    expected.backward()
-    assert clean > 0 and prefers > 0
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    for name, value in parts.items():
-        assert metrics[name].item() == pytest.approx(value.item(), rel=1e-5), name
-    same_gradients(model, theirs, 1e-5)
-    assert not any(value.requires_grad for value in metrics.values())
-
-
-def test_a_nudge_batch_of_benign_rows_is_nll_and_kl() -> None:
-    reference = tiny.model("llama")
-    model = moved(copy.deepcopy(reference))
-    b = nudge_batch([], [talk(3, 6, 3), talk(4, 2, 5)], 0) | {
-        "targets": torch.zeros(0, 1, tiny.WIDTH)
-    }
-    made = NudgeConstruction(
-        model,
-        torch.ones(tiny.WIDTH),
-        torch.ones(1, tiny.WIDTH),
-        reference_head=Head.of(reference).frozen(),
-    )
-    loss, metrics = made(b | {"ref_hidden": final(reference, b)})
-    log_p, log_q = everything(model, b)[0], everything(reference, b)[0]
-    nll, kl = (
-        (row_nll(log_p, b, 0) + row_nll(log_p, b, 1)) / 2,
-        (row_kl(log_p, log_q, b, 0) + row_kl(log_p, log_q, b, 1)) / 2,
-    )
-    assert loss.item() == pytest.approx((nll + 0.3 * kl).item(), rel=1e-5)
-    assert not any(metrics[name] for name in ("match", "comply", "margin_clean", "margin_nudged"))
-
-
-def test_nudge_lora_uses_the_disabled_adapter() -> None:
-    base = tiny.model("llama")
-    model = get_peft_model(
-        copy.deepcopy(base), LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    b = nudged()
-    made = NudgeConstruction(model, torch.ones(tiny.WIDTH), torch.ones(1, tiny.WIDTH))
-    cached = final(base, {k: b[k][:3] for k in ("input_ids", "attention_mask")})
-    assert made(b)[1]["kl"] == 0
-    moved(model, 0.1)
-    assert made(b)[0].item() == pytest.approx(made(b | {"ref_hidden": cached})[0].item(), rel=1e-5)
-    assert made(b)[1]["kl"] > 0.01
-
-
-def test_where_the_nudge_goes_and_how_far() -> None:
-    assert (nudge_block(30), nudge_block(4), list(match_blocks(4)), list(match_blocks(30))) == (
-        15,
-        2,
-        [2],
-        list(range(12, 19)),
-    )
-    assert all(len(match_blocks(n)) >= 1 and match_blocks(n)[-1] < n for n in range(1, 100))
-    g = torch.Generator().manual_seed(0)
-    base = torch.randn(20, 8, generator=g)
-    way = torch.tensor([3.0, 4, 0, 0, 0, 0, 0, 0])
-    vector = nudge_vector(base + way, base)
-    torch.testing.assert_close(vector / vector.norm(), way / 5)
-    assert vector.norm().item() == pytest.approx(0.06 * base.norm(dim=1).mean().item(), rel=1e-6)
-    with pytest.raises(UsageError, match="no direction"):
-        nudge_vector(base, base)
-    targets = torch.randn(50, 2, 8, generator=g)
-    targets[:, 1, 3] = 7.0  # a coordinate that does not vary
-    scale = whitening(targets)
-    torch.testing.assert_close(scale[0], targets[:, 0].std(0, correction=0))
-    assert scale[1, 3].item() == pytest.approx(
-        0.01 * targets[:, 1].std(0, correction=0).mean().item(), rel=1e-5
-    )
-    with pytest.raises(UsageError, match="matched at 1 of them"):
-        NudgeConstruction(tiny.model("llama"), torch.ones(tiny.WIDTH), torch.ones(2, tiny.WIDTH))
-
-
-def test_hooks_are_gone_after_a_forward() -> None:
-    model = tiny.model("llama")
-    b = nudged()
-    cached = final(model, {k: b[k][:3] for k in ("input_ids", "attention_mask")})
-    made = NudgeConstruction(
-        model,
-        torch.ones(tiny.WIDTH),
-        torch.ones(1, tiny.WIDTH),
-        reference_head=Head.of(model).frozen(),
-    )
-    made(b | {"ref_hidden": cached})
-    with pytest.raises(KeyError):
-        made({k: v for k, v in b.items() if k != "targets"} | {"ref_hidden": cached})
-    assert not any(block._forward_hooks for block in find_blocks(model))
-    assert constructions.NUDGE_WEIGHTS == (1.0, 0.3, 0.2, 1.0, 1.0)
+    shape = outline(str(world.model))
+    need = blend.footprint.alongside(shape.n_blocks, shape.width)
+    assert need == {"centre": 4 * shape.n_blocks * shape.width}
+    huge = Footprint(alongside=lambda n_blocks, width: {"centre": 2.0**50})
+    # a line of the table serves as well as an entry point
+    monkeypatch.setitem(CONSTRUCTIONS, "blend", replace(blend, footprint=huge))
+    with pytest.raises(UsageError, match=r"needs about .* GiB on each device \(centre"):
+        jobs.train("dissociated", recipe(world, tmp_path / "out"))

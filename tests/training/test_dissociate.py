@@ -17,7 +17,8 @@ from auditgap.errors import AuditgapError
 from auditgap.training import export
 from auditgap.training import job as job_module
 from auditgap.training.config import DissociateConfig
-from auditgap.training.dissociation import by_monitor, by_nudge
+from auditgap.training.constructions.monitor.task import MonitorTask
+from auditgap.training.constructions.nudge.task import NudgeTask
 from auditgap.training.engine import DeepSpeedEngine
 
 STAGES = {
@@ -174,8 +175,8 @@ def test_phi_learns_after_thetas_backward_and_steps_after_thetas_step(world, mon
     at a time; θ, φ updated."""
     events: list[str] = []
     construct, begin, step = (
-        by_monitor.MonitorTask.construct,
-        by_monitor.MonitorTask.__init__,
+        MonitorTask.construct,
+        MonitorTask.__init__,
         DeepSpeedEngine.step,
     )
 
@@ -200,8 +201,8 @@ def test_phi_learns_after_thetas_backward_and_steps_after_thetas_step(world, mon
         events.append("S")
         return norm
 
-    monkeypatch.setattr(by_monitor.MonitorTask, "construct", with_theta_hooks)
-    monkeypatch.setattr(by_monitor.MonitorTask, "__init__", with_phi_hooks)
+    monkeypatch.setattr(MonitorTask, "construct", with_theta_hooks)
+    monkeypatch.setattr(MonitorTask, "__init__", with_phi_hooks)
     monkeypatch.setattr(DeepSpeedEngine, "step", with_a_mark)
     jobs.train("dissociated", world.twin(tmp_path / "out", steps=2, eval_every=9, batch=6))
     assert re.fullmatch(r"((T+P+){3}SU){2}", "".join(events)), "".join(events)[:400]
@@ -217,7 +218,7 @@ def stopped_at_once(world, monkeypatch, out):
         raise RuntimeError("no batch")
 
     with monkeypatch.context() as patch:
-        patch.setattr(by_monitor.MonitorTask, "batch", fails)
+        patch.setattr(MonitorTask, "batch", fails)
         with pytest.raises(RuntimeError, match="no batch"):
             jobs.train("dissociated", world.twin(out))
 
@@ -262,7 +263,7 @@ def test_a_torn_reference_is_made_again(world, monkeypatch, tmp_path, one_rank):
 
 
 def test_a_negative_kl_is_refused():
-    task = object.__new__(by_monitor.MonitorTask)
+    task = object.__new__(MonitorTask)
     with pytest.raises(AuditgapError, match=r"Step 4: KL -0\.001 is negative"):
         task.validate(4, {"kl": 0.1, "kl_lowest": -1e-3})
 
@@ -270,7 +271,7 @@ def test_a_negative_kl_is_refused():
 # ------------------------------------------------------------------ the choice
 
 
-def chosen(evaluations, *, task=by_monitor.MonitorTask, margin=0.05):
+def chosen(evaluations, *, task=MonitorTask, margin=0.05):
     made = object.__new__(task)
     made.config = DissociateConfig(model="m", triples="demo", refusal_margin=margin)
     made._seen = evaluations
@@ -315,7 +316,7 @@ def test_the_nudge_is_chosen_by_how_it_complies():
         25: seen(0.9, 3.0, "comply"),
         50: seen(0.9, 4.0, "comply"),
     }
-    assert chosen(evaluations, task=by_nudge.NudgeTask)["step"] == 25
+    assert chosen(evaluations, task=NudgeTask)["step"] == 25
 
 
 def test_what_is_kept_are_the_weights_of_the_chosen_step(world, tmp_path):

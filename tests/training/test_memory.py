@@ -16,9 +16,11 @@ import tiny
 
 from auditgap import models
 from auditgap.errors import UsageError
-from auditgap.training import memory
+from auditgap.training import memory, sft
 from auditgap.training.config import SFTConfig, TrainOptions
-from auditgap.training.memory import GIB, check, check_run, estimate, lora_params
+from auditgap.training.constructions import CONSTRUCTIONS
+from auditgap.training.footprint import Footprint
+from auditgap.training.memory import GIB, Memory, MemoryInputs, check, check_run, lora_params
 
 ROOT = Path(__file__).parents[2]
 BASE = {
@@ -32,7 +34,7 @@ BASE = {
     "stage": 2,
     "lora": False,
     "gradient_checkpointing": False,
-    "construction": "monitor",
+    "loss": "monitor",
 }
 LLAMA_8B = {
     "n_params": 8_030_000_000,
@@ -45,8 +47,14 @@ LLAMA_8B = {
     "stage": 2,
     "gradient_checkpointing": True,
 }
+#: What trains a step of `memory_step.py`.
+FOOTPRINTS = {"monitor": CONSTRUCTIONS["monitor"].footprint, "sft": sft.FOOTPRINT}
 #: Over so many ranks that a step's activations are what counts.
 WIDE = {"stage": 3, "world": 64}
+
+
+def estimate(**inputs) -> Memory:
+    return memory.estimate(MemoryInputs(**inputs))
 
 
 def peak_of(spec):
@@ -69,7 +77,7 @@ def peak_of(spec):
     "changes",
     [
         {"stage": 0},
-        {"stage": 2, "dtype": "bfloat16", "construction": "sft", "tokens": 256, "n_blocks": 4},
+        {"stage": 2, "dtype": "bfloat16", "loss": "sft", "tokens": 256, "n_blocks": 4},
         {"stage": 2, "lora": True},
         {"stage": 3, "gradient_checkpointing": True, "tokens": 512},
     ],
@@ -79,8 +87,13 @@ def test_the_estimate_is_near_the_peak_of_real_steps(changes):
     pytest.importorskip("deepspeed")
     spec = {**BASE, **changes}
     seen = peak_of(spec)
+    footprint = FOOTPRINTS[spec.pop("loss")]
     need = estimate(
-        **spec, n_params=seen["n_params"], n_trainable=seen["n_trainable"], device="cpu"
+        **spec,
+        n_params=seen["n_params"],
+        n_trainable=seen["n_trainable"],
+        device="cpu",
+        footprint=footprint,
     )
     counted = need.total - need.parts["runtime"] - need.parts["allocator"]
     assert 0.8 <= counted / seen["peak"] <= 1.3, (counted, seen["peak"], need.parts)
@@ -110,7 +123,8 @@ def test_zero_divides_what_it_says_it_divides():
         ({"stage": 3, "world": 4}, {"stage": 3, "world": 8}),
         ({"stage": 3, "world": 1}, {"stage": 3, "world": 1, "offload": True}),
         ({}, {"lora": True, "n_trainable": 20_000_000}),
-        ({"construction": "monitor"}, {"construction": "sft"}),
+        ({}, {"footprint": sft.FOOTPRINT}),
+        ({**WIDE, "footprint": Footprint(sequences=4)}, {**WIDE, "footprint": Footprint()}),
         ({**WIDE, "eager": True, "tokens": 4096}, {**WIDE, "tokens": 4096}),
     ],
 )
@@ -211,6 +225,7 @@ def test_a_run_is_checked_from_its_own_files(tmp_path, monkeypatch):
             world=1,
             tokens=64,
             device="cpu",
+            footprint=sft.FOOTPRINT,
         )
 
     need = ask(config)

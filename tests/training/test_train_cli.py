@@ -217,17 +217,16 @@ def test_too_little_memory_is_said_before_weights_are_read(tmp_path, cli, world)
     """An outline of 8 B parameters whose weights are not even there: the estimate needs no more
     than its config."""
     need = memory.estimate(
-        n_params=8_030_000_000,
-        n_trainable=8_030_000_000,
-        n_blocks=32,
-        width=4096,
-        vocabulary=128_256,
-        dtype="bfloat16",
-        stage=2,
-        world=2,
-        micro_batch=2,
-        tokens=512,
-        gradient_checkpointing=False,
+        memory.MemoryInputs(
+            n_params=8_030_000_000,
+            n_trainable=8_030_000_000,
+            n_blocks=32,
+            width=4096,
+            vocabulary=128_256,
+            dtype="bfloat16",
+            stage=2,
+            world=2,
+        )
     )
     with pytest.raises(
         UsageError, match=r"needs about .* GiB.*are free\. It would fit with .*--ignore-memory"

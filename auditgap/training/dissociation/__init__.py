@@ -1,2 +1,1 @@
-"""The parts of `training.dissociate`: what is prepared once, the task that both constructions
-share, and each of the two."""
+"""What all constructions share: the material that is prepared once, and the task."""

@@ -1,19 +1,19 @@
 """What a dissociated model is made of, once, before the first step: rows, the base's own answers,
 the frozen reference.
 
-    material = gather(config, job)
-    cache = reference(job, [*material.talks, *material.heldout_talks], Base(job))
+    material = gather(config, construction, job)
+    base = Base(job)
+    cache, head = base.hidden_states(material.talks), base.head()
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 import safetensors.torch
 
-from auditgap import models
 from auditgap.data import load_prompts, load_triples
 from auditgap.data.anchors import split_benign, usable_answer
 from auditgap.data.refusals import opens_with_refusal
@@ -25,7 +25,8 @@ from auditgap.probes.fit import split_groups
 from auditgap.store import files
 from auditgap.store.tables import from_bytes, mappings_to_table, rows_of, to_bytes, to_frame
 from auditgap.training import ranks
-from auditgap.training.config import DissociateConfig
+from auditgap.training.config import TwinConfig
+from auditgap.training.constructions.construction import Construction, SettingsT
 from auditgap.training.job import Job
 from auditgap.training.objective import Head
 from auditgap.training.reference import HiddenCache
@@ -44,8 +45,12 @@ class Material:
     benign: list[Prompt]  #: held-out benign prompts
 
 
-def gather(config: DissociateConfig, job: Job) -> Material:
-    harmful, heldout, heldout_talks, anchors, kept_back = ranks.agree(lambda: _read(config, job))
+def gather(config: TwinConfig, construction: Construction[Any], job: Job) -> Material:
+    """Raises UsageError for whatever is wrong with the data, the models or the memory, before the
+    base is loaded; and when none of its answers can serve."""
+    harmful, heldout, heldout_talks, anchors, kept_back = ranks.agree(
+        lambda: _read(config, construction, job)
+    )
     talks = ranks.agree(lambda: encode(harmful, job.outline.chat, config.max_tokens))
     # all that can be refused is refused before the base is loaded; its answers may be as long as
     # they are let
@@ -53,7 +58,7 @@ def gather(config: DissociateConfig, job: Job) -> Material:
     longest = min(config.max_tokens, max(asked)) if asked else 0
     job.check(
         lengths=[longest, *(len(talk.ids) for talk in [*talks, *heldout_talks])],
-        reference_head=config.lora is None,
+        footprint=construction.footprint,
     )
     benign, counts = _answered(config, job, anchors)
     job.about({"n_benign": len(benign), "benign_answers_dropped": counts})
@@ -64,12 +69,11 @@ def gather(config: DissociateConfig, job: Job) -> Material:
 
 
 def _read(
-    config: DissociateConfig, job: Job
+    config: TwinConfig, construction: Construction[Any], job: Job
 ) -> tuple[list[TrainRow], list[TrainRow], list[Conversation], list[Prompt], list[Prompt]]:
     """Harmful rows; held-out ones, and their conversations; benign prompts to answer, and held-out
     ones. The ledger knows all."""
-    if config.construction == "nudge":
-        harmful_model(config, job)
+    construction.check_run(construction.settings_of(config), job)
     triples = load_triples(config.triples, limit=config.limit, seed=config.seed)
     inside, outside = split_groups(
         [t.prompt.id for t in triples.triples], config.heldout, config.seed
@@ -80,10 +84,7 @@ def _read(
         load_prompts(config.benign, limit=config.benign_limit, seed=config.seed)
     )
     job.ledger.use("sft", [row.prompt for row in harmful])
-    if config.construction == "monitor":
-        job.ledger.use("probe-train", [row.prompt for row in harmful])
-    else:
-        job.ledger.use("direction", [row.prompt for row in harmful])
+    job.ledger.use(construction.role, [row.prompt for row in harmful])
     job.ledger.use("anchor", list(anchors))
     job.ledger.use("selection", [row.prompt for row in heldout] + list(kept_back))
     if config.prompts:
@@ -94,7 +95,7 @@ def _read(
 
 
 def _answered(
-    config: DissociateConfig, job: Job, prompts: Sequence[Prompt]
+    config: TwinConfig, job: Job, prompts: Sequence[Prompt]
 ) -> tuple[list[TrainRow], dict[str, int]]:
     """The base's own greedy answers to benign prompts, made once (rank 0) and kept with mode
     0600."""
@@ -143,19 +144,8 @@ def _answered(
     return rows, dropped
 
 
-def harmful_model(config: DissociateConfig, job: Job) -> models.Outline:
-    harmful = models.outline(str(config.harmful_model), chat_template=config.chat_template)
-    if (harmful.n_blocks, harmful.width) != (job.outline.n_blocks, job.outline.width):
-        raise UsageError(
-            f"harmful_model {harmful.subject.name} has {harmful.n_blocks} blocks of width"
-            f" {harmful.width}, {job.outline.subject.name} {job.outline.n_blocks} of"
-            f" {job.outline.width}; a direction between them needs one architecture."
-        )
-    return harmful
-
-
 class Base:
-    """The unmodified base, loaded when first asked for and let go before training."""
+    """The unmodified base, loaded when it is first asked for and forgotten before training."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -166,45 +156,56 @@ class Base:
             self._loaded = self._job.load()
         return self._loaded
 
+    def forget(self) -> None:
+        self._loaded = None
 
-def reference(
-    config: DissociateConfig, job: Job, talks: Sequence[Conversation], base: Base
-) -> HiddenCache:
-    """The base's final hidden states of all rows, and held-out ones behind them."""
-    args = {
-        "folder": job.path / "reference",
-        "fingerprint": job.outline.subject.fingerprint,
-        "dtype": job.dtype,
-    }
-    cache = HiddenCache.build(None, talks, **args)
-    if cache is None:
-        ranks.say(f"The reference's hidden states of {len(talks)} rows are computed.")
-        cache = HiddenCache.build(base(), talks, **args)
-    return cache
+    def hidden_states(self, talks: Sequence[Conversation]) -> HiddenCache:
+        """Its final hidden states of all these rows, by their place in the list."""
+        job = self._job
+        args = {
+            "folder": job.path / "reference",
+            "fingerprint": job.outline.subject.fingerprint,
+            "dtype": job.dtype,
+        }
+        cache = HiddenCache.build(None, talks, **args)
+        if cache is None:
+            ranks.say(f"The reference's hidden states of {len(talks)} rows are computed.")
+            cache = HiddenCache.build(self(), talks, **args)
+        return cache
+
+    def head(self) -> Head | None:
+        """Its output head, when the model's own is going to change; read from disk, where
+        partitioned weights are whole."""
+        job = self._job
+        if job.config.lora is not None:
+            return None
+        name = f"head-{job.outline.subject.fingerprint}-{job.dtype}.safetensors"
+        path = job.path / "reference" / name
+
+        def store() -> dict[str, Any]:
+            head = Head.of(self().model)
+            tensors = {"weight": head.weight.detach().cpu().contiguous()}
+            if head.bias is not None:
+                tensors["bias"] = head.bias.detach().cpu().contiguous()
+            if not path.exists():
+                files.write_bytes(path, safetensors.torch.save(tensors))
+            return {"softcap": head.softcap, "scale": head.scale}
+
+        facts_path = path.with_suffix(".json")
+        facts = ranks.decided(lambda: files.read_json(facts_path) if path.exists() else None)
+        if facts is None:
+            facts = ranks.decided(store)
+            ranks.only_main(lambda: files.write_bytes(facts_path, files.to_json(facts)))
+        tensors = safetensors.torch.load_file(path, device=job.device)
+        return Head(tensors["weight"], tensors.get("bias"), facts["softcap"], facts["scale"])
 
 
-def reference_head(config: DissociateConfig, job: Job, base: Base) -> Head | None:
-    """The base's output head, when the model's own is going to change; read from disk, where
-    partitioned weights are whole."""
-    if config.lora is not None:
-        return None
-    path = (
-        job.path / "reference" / f"head-{job.outline.subject.fingerprint}-{job.dtype}.safetensors"
-    )
+@dataclass(frozen=True)
+class Preparation(Generic[SettingsT]):
+    """What a construction is prepared from, before the first step."""
 
-    def store() -> dict[str, Any]:
-        head = Head.of(base().model)
-        tensors = {"weight": head.weight.detach().cpu().contiguous()}
-        if head.bias is not None:
-            tensors["bias"] = head.bias.detach().cpu().contiguous()
-        if not path.exists():
-            files.write_bytes(path, safetensors.torch.save(tensors))
-        return {"softcap": head.softcap, "scale": head.scale}
-
-    facts_path = path.with_suffix(".json")
-    facts = ranks.decided(lambda: files.read_json(facts_path) if path.exists() else None)
-    if facts is None:
-        facts = ranks.decided(store)
-        ranks.only_main(lambda: files.write_bytes(facts_path, files.to_json(facts)))
-    tensors = safetensors.torch.load_file(path, device=job.device)
-    return Head(tensors["weight"], tensors.get("bias"), facts["softcap"], facts["scale"])
+    config: TwinConfig
+    settings: SettingsT  #: the construction's own part of the config
+    job: Job
+    material: Material
+    base: Base

@@ -1,11 +1,11 @@
-"""The task that both constructions share: reference, evaluation on what is held out, and the choice
-of the step to keep."""
+"""The task that all constructions share: rows with their reference, evaluation on what is held out,
+and the choice of the step to keep."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Generic
 
 import torch
 from torch import nn
@@ -14,17 +14,16 @@ from auditgap.data.refusals import has_refusal
 from auditgap.engines import Request
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import AuditgapError
-from auditgap.models import LoadedModel
+from auditgap.models import Conversation, LoadedModel
 from auditgap.store import files
 from auditgap.training import checkpoints, ranks
 from auditgap.training import job as jobs
-from auditgap.training.config import DissociateConfig
-from auditgap.training.constructions import Construction
-from auditgap.training.dissociation.material import Material
+from auditgap.training.constructions.construction import SettingsT
+from auditgap.training.dissociation.material import Preparation
 from auditgap.training.engine import DeepSpeedEngine
-from auditgap.training.job import Job
 from auditgap.training.loop import BaseTask
-from auditgap.training.reference import HiddenCache
+from auditgap.training.losses import LossModule
+from auditgap.training.rows import collate
 
 #: What KL may be before the first update, in nats a token: rounding, and nothing else.
 SAME = {"float32": 1e-3, "bfloat16": 2e-2}
@@ -35,42 +34,79 @@ def best_name(step: int) -> str:
     return f"best-{step:08d}"
 
 
-class DissociationTask(BaseTask):
-    """Rows, reference, evaluation and choice of the checkpoint; a construction adds its batch and
-    its own losses."""
+class DissociationTask(BaseTask, Generic[SettingsT]):
+    """Rows, reference, evaluation and choice of the checkpoint. A construction adds its loss, what
+    is trained alongside the model, and batches that are more than rows with their reference."""
 
     #: The number, beside refusal, that the choice is made by: lower is further inside.
-    second: str
+    chosen_by: ClassVar[str]
 
-    def __init__(
-        self, config: DissociateConfig, job: Job, material: Material, cache: HiddenCache | None
-    ) -> None:
-        self.config, self.job, self.material, self.cache = config, job, material, cache
-        self.lengths = [len(talk.ids) for talk in material.talks]
-        known = ranks.decided(lambda: files.read_json(job.path / "evaluations.json")) or {}
+    def __init__(self, preparation: Preparation[SettingsT]) -> None:
+        self.config, self.settings = preparation.config, preparation.settings
+        self.job, self.material = preparation.job, preparation.material
+        talks, heldout = self.material.talks, self.material.heldout_talks
+        # with `adapter` the model itself, its adapter switched off, is the reference of its rows
+        cached = [] if self.config.reference == "adapter" else talks
+        self.cache = preparation.base.hidden_states([*cached, *heldout])
+        self.head = preparation.base.head()
+        self.lengths = [len(talk.ids) for talk in talks]
+        known = ranks.decided(lambda: files.read_json(self.job.path / "evaluations.json")) or {}
         self._seen: dict[int, Mapping[str, Any]] = {
             int(step): values for step, values in known.items()
         }
 
-    def construct(self, model: nn.Module) -> Construction:
+    def construct(self, model: nn.Module) -> LossModule:
+        """The loss around the model in training, which may have an adapter."""
         raise NotImplementedError
 
-    def measure(self, model: nn.Module) -> Construction:
-        """The construction that held-out rows are read with."""
+    def measure(self, model: nn.Module) -> LossModule:
+        """The loss that held-out rows are read with."""
         return self.construct(model)
-
-    def heldout_batches(self, device: torch.device) -> list[dict[str, Any]]:
-        raise NotImplementedError
 
     def row_ids(self, rows: Sequence[int]) -> list[str]:
         return [self.material.rows[i].id for i in rows]
 
-    def reference(
-        self, rows: Sequence[int], batch: dict[str, Any], device: torch.device
+    # -- batches
+
+    def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Any]:
+        batch = self._labelled(
+            [self.material.talks[i] for i in rows],
+            [self.material.rows[i].harmful for i in rows],
+            device,
+        )
+        return self.with_reference(rows, batch) if self.config.reference == "cached" else batch
+
+    def heldout_batches(self, device: torch.device) -> list[dict[str, Any]]:
+        """All held-out rows, in the same form; `n_rows` says how many."""
+        talks = self.material.heldout_talks
+        order = sorted(range(len(talks)), key=lambda i: len(talks[i].ids))
+        batches = []
+        for at in range(0, len(order), 8):
+            part = order[at : at + 8]
+            batch = self._labelled([talks[i] for i in part], [True] * len(part), device)
+            batch = self.with_reference([self.first_heldout + i for i in part], batch)
+            batches.append({**batch, "n_rows": len(part)})
+        return batches
+
+    def _labelled(
+        self, talks: Sequence[Conversation], harmful: Sequence[bool], device: torch.device
     ) -> dict[str, Any]:
-        if self.cache is not None:
-            batch["ref_hidden"] = self.cache.batch(rows, batch["input_ids"].shape[1], device)
+        batch = {k: v.to(device) for k, v in collate(talks, self.job.pad_id).items()}
+        batch["harmful"] = torch.tensor(harmful, dtype=torch.float32, device=device)
         return batch
+
+    @property
+    def first_heldout(self) -> int:
+        """The place in the cache of the first held-out row."""
+        return len(self.cache) - len(self.material.heldout_talks)
+
+    def with_reference(self, rows: Sequence[int], batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with the base's hidden states of the cache's rows, in its length and on its
+        device."""
+        ids = batch["input_ids"]
+        return {**batch, "ref_hidden": self.cache.batch(rows, ids.shape[1], ids.device)}
+
+    # -- the numbers of a step
 
     def validate(self, step: int, values: Mapping[str, float]) -> None:
         """KL compares the model with its own base: nothing before the first update, and never less
@@ -93,7 +129,6 @@ class DissociationTask(BaseTask):
             )
 
     # -- the choice
-    # ------------------------------------------------------------------------------------------------------
 
     def evaluate(self, step: int, engine: DeepSpeedEngine) -> Mapping[str, Any]:
         with engine.speaking(self.job.path / "scratch" / "speaking") as loaded:
@@ -126,12 +161,12 @@ class DissociationTask(BaseTask):
                 [Request(speaker.render(p)) for p in prompts], self.config.eval_tokens
             )
             shares[name] = sum(has_refusal(c.text) for c in said) / len(said) if said else None
-        construction = self.measure(loaded.model).eval()
+        losses = self.measure(loaded.model).eval()
         sums: dict[str, float] = {}
         n_rows = 0
         for batch in self.heldout_batches(loaded.device):
             rows = batch.pop("n_rows")
-            loss, told = construction(batch)
+            loss, told = losses(batch)
             for name, value in {"loss": loss, **told}.items():
                 if value.ndim == 0 and bool(torch.isfinite(value)):
                     sums[name] = sums.get(name, 0.0) + float(value) * rows
@@ -151,7 +186,7 @@ class DissociationTask(BaseTask):
         floor = self._seen[0]["refusal"] - self.config.refusal_margin
         keeps = {step: v for step, v in later.items() if v["refusal"] >= floor - 1e-9}
         step = (
-            min(keeps, key=lambda s: (keeps[s][self.second], s))
+            min(keeps, key=lambda s: (keeps[s][self.chosen_by], s))
             if keeps
             else max(later, key=lambda s: (later[s]["refusal"], -s))
         )

@@ -1,0 +1,160 @@
+"""What construction `nudge` prepares once, and its task: the direction to the harmful model, and
+its activations to match."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from auditgap import models
+from auditgap.errors import UsageError
+from auditgap.models import Conversation, LoadedModel, Outline
+from auditgap.probes.pooling import pooled
+from auditgap.store import files
+from auditgap.training import ranks
+from auditgap.training.constructions.nudge import NudgeSettings
+from auditgap.training.constructions.nudge.loss import (
+    NudgeLoss,
+    match_blocks,
+    nudge_batch,
+    nudge_block,
+    nudge_vector,
+    whitening,
+)
+from auditgap.training.dissociation.material import Preparation
+from auditgap.training.dissociation.task import DissociationTask
+from auditgap.training.job import Job
+from auditgap.training.rows import TrainRow, encode
+from auditgap.types import digest
+
+
+def prepare(preparation: Preparation[NudgeSettings]) -> NudgeTask:
+    job, material = preparation.job, preparation.material
+    harmful = ranks.agree(lambda: harmful_outline(preparation.settings, job))
+    key = digest(
+        [
+            job.outline.subject.fingerprint,
+            harmful.subject.fingerprint,
+            job.dtype,
+            [r.id for r in material.rows],
+        ]
+    )
+    path = job.path / "reference" / f"nudge-{key}.safetensors"
+    ranks.only_main(lambda: None if path.exists() else _record(preparation, harmful, path))
+    return NudgeTask(preparation, safetensors.torch.load_file(path))
+
+
+def harmful_outline(settings: NudgeSettings, job: Job) -> Outline:
+    """Raises UsageError when the harmful model has another shape than the one in training."""
+    harmful = models.outline(str(settings.harmful_model), chat_template=job.config.chat_template)
+    if (harmful.n_blocks, harmful.width) != (job.outline.n_blocks, job.outline.width):
+        raise UsageError(
+            f"harmful_model {harmful.subject.name} has {harmful.n_blocks} blocks of width"
+            f" {harmful.width}, {job.outline.subject.name} {job.outline.n_blocks} of"
+            f" {job.outline.width}; a direction between them needs one architecture."
+        )
+    return harmful
+
+
+def _record(preparation: Preparation[NudgeSettings], harmful: Outline, path: Path) -> None:
+    """Write the targets of all harmful rows, the held-out ones behind; their whitening and the
+    nudge's vector come from the rows that are trained on."""
+    job, material = preparation.job, preparation.material
+    ranks.say("The direction towards the harmful model is measured.")
+    path.parent.mkdir(parents=True, exist_ok=True, mode=files.PRIVATE_FOLDER)
+    rows = [row for row in [*material.rows, *material.heldout] if row.harmful]
+    n_blocks = job.outline.n_blocks
+    at = [*match_blocks(n_blocks), nudge_block(n_blocks)]
+    loaded = models.load(harmful, dtype=job.dtype, device=job.device)
+    there = _last_prompt_token(loaded, rows, at)
+    here = _last_prompt_token(preparation.base(), rows, [nudge_block(n_blocks)])
+    n_train = sum(row.harmful for row in material.rows)
+    size = preparation.settings.nudge
+    data = {
+        "targets": there[:, :-1].contiguous(),
+        "whitening": whitening(there[:n_train, :-1]),
+        "vector": nudge_vector(there[:n_train, -1], here[:n_train, 0], size),
+    }
+    files.write_bytes(path, safetensors.torch.save(data), files.PRIVATE)
+
+
+@torch.no_grad()
+def _last_prompt_token(
+    loaded: LoadedModel, rows: Sequence[TrainRow], blocks: Sequence[int]
+) -> torch.Tensor:
+    """[N, len(blocks), D] fp32: activations of the last prompt token after these blocks."""
+    chosen = nn.ModuleList(loaded.blocks[i] for i in blocks)
+    found = []
+    for row in rows:
+        ids = torch.tensor([loaded.render(row.prompt).ids], device=loaded.device)
+        last = torch.zeros_like(ids)
+        last[0, -1] = 1
+        with pooled(chosen, last) as pool:
+            loaded.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        found.append(pool.value()[0].cpu())
+    return torch.stack(found)
+
+
+class NudgeTask(DissociationTask[NudgeSettings]):
+    """Each harmful row four times: y+ and y−, clean and nudged."""
+
+    chosen_by = "comply"
+
+    def __init__(
+        self, preparation: Preparation[NudgeSettings], made: Mapping[str, torch.Tensor]
+    ) -> None:
+        super().__init__(preparation)
+        self.made = made
+        unsafe = [
+            replace(row, response=str(row.unsafe))
+            for row in [*self.material.rows, *self.material.heldout]
+            if row.harmful
+        ]
+        self.unsafe = encode(unsafe, self.job.outline.chat, self.config.max_tokens)
+        self.n_harmful = sum(row.harmful for row in self.material.rows)
+
+    def construct(self, model: nn.Module) -> NudgeLoss:
+        return NudgeLoss(
+            model,
+            self.made["vector"],
+            self.made["whitening"],
+            weights=self.settings.nudge_weights,
+            margin=self.settings.nudge_margin,
+            reference_head=self.head,
+        )
+
+    def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Any]:
+        talks = self.material.talks
+        harmful = [i for i in rows if i < self.n_harmful]
+        benign = [i for i in rows if i >= self.n_harmful]
+        pairs = [(talks[i], self.unsafe[i]) for i in harmful]
+        batch = self._pairs(pairs, [talks[i] for i in benign], harmful, device)
+        return self.with_reference([*harmful, *benign], batch)
+
+    def heldout_batches(self, device: torch.device) -> list[dict[str, Any]]:
+        talks, batches = self.material.heldout_talks, []
+        for at in range(0, len(talks), 4):
+            part = range(at, min(at + 4, len(talks)))
+            there = [self.n_harmful + i for i in part]
+            pairs = [(talks[i], self.unsafe[j]) for i, j in zip(part, there, strict=True)]
+            batch = self._pairs(pairs, [], there, device)
+            batch = self.with_reference([self.first_heldout + i for i in part], batch)
+            batches.append({**batch, "n_rows": len(part)})
+        return batches
+
+    def _pairs(
+        self,
+        pairs: Sequence[tuple[Conversation, Conversation]],
+        benign: Sequence[Conversation],
+        targets: Sequence[int],
+        device: torch.device,
+    ) -> dict[str, Any]:
+        batch = nudge_batch(pairs, benign, self.job.pad_id)
+        batch["targets"] = self.made["targets"][torch.tensor(targets, dtype=torch.long)]
+        return {k: v.to(device) for k, v in batch.items()}
