@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, overload
 
 import yaml
@@ -188,18 +189,32 @@ def _of_preset(name: str, section: str | None) -> dict[str, Any]:
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _Second = TypeVar("_Second", bound=BaseModel)
+#: Keys that must have a value, each with the sentence for when it has none.
+Needs = Mapping[str, str]
 
 
-@overload
-def build(values: Mapping[str, Any], part: type[_Model], /) -> tuple[_Model]: ...
 @overload
 def build(
-    values: Mapping[str, Any], first: type[_Model], second: type[_Second], /
+    values: Mapping[str, Any], part: type[_Model], /, *, needs: Needs = ...
+) -> tuple[_Model]: ...
+@overload
+def build(
+    values: Mapping[str, Any],
+    first: type[_Model],
+    second: type[_Second],
+    /,
+    *,
+    needs: Needs = ...,
 ) -> tuple[_Model, _Second]: ...
 @overload
-def build(values: Mapping[str, Any], *parts: type[_Model]) -> tuple[_Model, ...]: ...
-def build(values: Mapping[str, Any], *parts: type[BaseModel]) -> tuple[Any, ...]:
-    """One value a part, each from the keys that are its own.
+def build(
+    values: Mapping[str, Any], *parts: type[_Model], needs: Needs = ...
+) -> tuple[_Model, ...]: ...
+def build(
+    values: Mapping[str, Any], *parts: type[BaseModel], needs: Needs = MappingProxyType({})
+) -> tuple[Any, ...]:
+    """One value a part, each from the keys that are its own. `needs`: keys that must have a value,
+    each with the sentence for when it has none.
 
     Raises UsageError naming the key and what was wanted; Refused when foreign code is asked for.
     """
@@ -215,6 +230,9 @@ def build(values: Mapping[str, Any], *parts: type[BaseModel]) -> tuple[Any, ...]
                 f"Unknown config key {key!r}.{did_you_mean(str(key), known)} Known keys:"
                 f" {', '.join(known)}."
             )
+    for key, sentence in needs.items():
+        if not values.get(key):
+            raise UsageError(sentence)
     try:
         return tuple(
             part(**{k: v for k, v in values.items() if k in part.model_fields}) for part in parts

@@ -19,7 +19,9 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -130,7 +132,7 @@ class Registry(dict[str, L]):
         if not isinstance(made, kind):
             raise UsageError(
                 f"The plug-in {point.value} gave a {type(made).__name__}, which is no {self.noun}:"
-                f" {', '.join(_members(kind))} are wanted."
+                f" {_wanted(kind)}."
             )
         return made
 
@@ -155,13 +157,65 @@ class Registry(dict[str, L]):
         return Listed(point.name, (found.__doc__ or "").strip().partition("\n")[0] or plain)
 
 
+class Objects(Mapping[str, T]):
+    """The objects that a table's lines stand for, by name, and after them those of the plug-ins
+    that can be used. An object is imported when it is asked for.
+
+        AUDITS = Objects(Registry("audit", {...}, group="auditgap.audits"), Audit)
+        AUDITS["latent"].title
+
+    A plug-in that fails is left out, and raises UsageError when it is asked for by its name.
+    """
+
+    def __init__(self, table: Registry[Entry], kind: type[T]) -> None:
+        self.table, self.kind = table, kind
+        self._plugins: dict[tuple[str, ...], dict[str, T]] = {}  # by the path of packages
+
+    def __getitem__(self, name: str) -> T:
+        if name in self.table:
+            return self.table[name].load()
+        if name in (usable := self._usable()):
+            return usable[name]
+        if name in self.table.plugins():
+            return self._open(name)
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self.table, *self._usable()))
+
+    def __len__(self) -> int:
+        return len(self.table) + len(self._usable())
+
+    def _usable(self) -> Mapping[str, T]:
+        """Those of plug-ins, looked for once: to read what is installed takes tens of ms."""
+        path = tuple(sys.path)
+        if path not in self._plugins:
+            found = self._plugins[path] = {}
+            for name in self.table.plugins():
+                if name not in self.table:
+                    with suppress(UsageError):
+                        found[name] = self._open(name)
+        return self._plugins[path]
+
+    def _open(self, name: str) -> T:
+        found = self.table.plugged(name, lambda made: made, self.kind)
+        if (own := getattr(found, "name", name)) != name:
+            raise UsageError(
+                f"The entry point {name!r} of {self.table.group} brings the {self.table.noun}"
+                f" {own!r}; an entry point has the name of what it brings."
+            )
+        return found
+
+
 def _cause(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def _members(kind: type) -> list[str]:
-    """The public attributes and methods() of a protocol or class, in the order it has them."""
+def _wanted(kind: type) -> str:
+    """What something must have to be of that kind: of a protocol, its public attributes and
+    methods() in their order."""
+    if not getattr(kind, "_is_protocol", False):
+        return f"a value of {kind.__module__}.{kind.__qualname__} is wanted"
     fields = [name for name in kind.__annotations__ if not name.startswith("_")]
-    return fields + [
-        f"{name}()" for name, value in vars(kind).items() if callable(value) and name[0] != "_"
-    ]
+    methods = [n for n, value in vars(kind).items() if callable(value) and not n.startswith("_")]
+    return f"{', '.join((*fields, *(f'{name}()' for name in methods)))} are wanted"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from auditgap.audits.latent import LatentConfig, read_config
+from auditgap.audits.latent import LatentConfig
+from auditgap.audits.latent.audit import LATENT
 from auditgap.errors import Refused, UsageError
 from auditgap.types import ATTACKS, Budget
 
@@ -21,7 +22,7 @@ def written(tmp_path: Path, text: str | bytes) -> Path:
 def refused(tmp_path: Path, text: str | bytes, kind: type[Exception] = UsageError) -> str:
     """The one sentence that a config file gets."""
     with pytest.raises(kind) as caught:
-        read_config(written(tmp_path, text), {})
+        LATENT.read(written(tmp_path, text), {})
     said = str(caught.value)
     assert said and "\n" not in said and len(said) < 1500
     assert type(caught.value) is kind
@@ -33,7 +34,7 @@ def refused(tmp_path: Path, text: str | bytes, kind: type[Exception] = UsageErro
 
 
 def test_defaults_are_the_method():
-    config, options = read_config(None, {"models": "smollm2"})
+    config, options = LATENT.read(None, {"models": "smollm2"})
     assert config.models == ("smollm2",)
     assert (config.unit, config.eps) == ("rms", (0.01, 0.03, 0.1))
     assert (config.steps, config.pgd.schedule, config.pgd.iterate, config.max_new_tokens) == (
@@ -52,7 +53,7 @@ def test_defaults_are_the_method():
 
 @pytest.mark.parametrize("unit", ["max", "absolute"])
 def test_the_papers_sizes_are_the_defaults_of_its_units(unit):
-    assert read_config(None, {"models": "m", "unit": unit})[0].eps == (0.0005, 0.001, 0.005)
+    assert LATENT.read(None, {"models": "m", "unit": unit})[0].eps == (0.0005, 0.001, 0.005)
 
 
 def test_file_and_flags_say_the_same(tmp_path):
@@ -68,12 +69,12 @@ def test_file_and_flags_say_the_same(tmp_path):
         "attacks": "targeted,random",
         "limit": 7,
     }
-    assert read_config(file, {}) == read_config(None, flags)
+    assert LATENT.read(file, {}) == LATENT.read(None, flags)
 
 
 def test_flags_win_over_the_file(tmp_path):
     file = written(tmp_path, "models: [a]\nunit: max\neps: [0.5]\nsteps: 3\nout: there\n")
-    config, options = read_config(
+    config, options = LATENT.read(
         file, {"models": ["b"], "eps": "0.2", "steps": None, "out": "here"}
     )
     assert (config.models, config.unit, config.eps, config.steps, options.out) == (
@@ -86,7 +87,7 @@ def test_flags_win_over_the_file(tmp_path):
 
 
 def test_a_flag_that_was_not_given_does_not_win(tmp_path):
-    config, _ = read_config(written(tmp_path, "models: [a]\ndistance: true\n"), {"distance": None})
+    config, _ = LATENT.read(written(tmp_path, "models: [a]\ndistance: true\n"), {"distance": None})
     assert config.distance
 
 
@@ -94,11 +95,11 @@ def test_a_flag_that_was_not_given_does_not_win(tmp_path):
     "eps", ["1e-3,0.001", [0.001, "1e-3"], "0.001, 1e-3 ,1.0e-03", [1e-3, 0.001]]
 )
 def test_one_size_written_in_two_ways_is_one_size(eps):
-    assert read_config(None, {"models": "m", "eps": eps})[0].eps == (0.001,)
+    assert LATENT.read(None, {"models": "m", "eps": eps})[0].eps == (0.001,)
 
 
 def test_sizes_come_in_order():
-    config, _ = read_config(None, {"models": "m", "eps": "0.1,0.02,0.3"})
+    config, _ = LATENT.read(None, {"models": "m", "eps": "0.1,0.02,0.3"})
     assert config.budgets == (Budget(0.02, "rms"), Budget(0.1, "rms"), Budget(0.3, "rms"))
 
 
@@ -111,7 +112,7 @@ def test_a_config_is_frozen():
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
-    assert read_config(written(tmp_path, b"\xef\xbb\xbfmodels: [a]\n"), {})[0].models == ("a",)
+    assert LATENT.read(written(tmp_path, b"\xef\xbb\xbfmodels: [a]\n"), {})[0].models == ("a",)
 
 
 # -- what is refused
@@ -161,7 +162,7 @@ def test_eps_on_the_command_line(eps):
     with pytest.raises(
         UsageError, match=r"^--eps must be .*finite.*above 0.*came.*xample: --eps 0"
     ):
-        read_config(None, {"models": "m", "eps": eps})
+        LATENT.read(None, {"models": "m", "eps": eps})
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def test_eps_that_is_yes(tmp_path, eps):
 @pytest.mark.parametrize("eps", ["", ",", " , "])
 def test_eps_of_nothing(eps):
     with pytest.raises(UsageError):
-        read_config(None, {"models": "m", "eps": eps})
+        LATENT.read(None, {"models": "m", "eps": eps})
 
 
 def test_eps_beyond_floats(tmp_path):
@@ -240,7 +241,7 @@ def test_a_unit_that_is_a_list(tmp_path, text):
 @pytest.mark.parametrize("attack", ["target", "randomm", "clean", "PGD", "Targeted"])
 def test_an_unknown_attack(attack):
     with pytest.raises(UsageError, match="--attacks takes targeted") as caught:
-        read_config(None, {"models": "m", "attacks": f"random,{attack}"})
+        LATENT.read(None, {"models": "m", "attacks": f"random,{attack}"})
     assert repr(attack) in str(caught.value)
     assert attack != "randomm" or "Did you mean 'random'" in str(caught.value)
 
@@ -248,7 +249,7 @@ def test_an_unknown_attack(attack):
 @pytest.mark.parametrize("models", [None, [], "", ","])
 def test_no_model(models):
     with pytest.raises(UsageError):
-        read_config(None, {"models": models})
+        LATENT.read(None, {"models": models})
 
 
 @pytest.mark.parametrize("value", ["true", "1", "'yes'", "[a]"])
@@ -256,7 +257,7 @@ def test_foreign_code_is_refused(tmp_path, value):
     said = refused(tmp_path, f"models: [m]\ntrust_remote_code: {value}\n", Refused)
     assert "trust_remote_code" in said
     with pytest.raises(Refused) as caught:
-        read_config(None, {"models": "m", "trust_remote_code": True})
+        LATENT.read(None, {"models": "m", "trust_remote_code": True})
     assert caught.value.exit_code == 4
 
 
@@ -305,7 +306,7 @@ def test_scalars_that_yaml_cannot_make(tmp_path, text):
 def test_no_file(tmp_path):
     for path in (tmp_path / "nowhere.yaml", tmp_path):
         with pytest.raises(UsageError, match="no such file"):
-            read_config(path, {})
+            LATENT.read(path, {})
 
 
 # -- budgets

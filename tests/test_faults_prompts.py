@@ -23,7 +23,6 @@ sys.path.append(str(Path(__file__).parent / "audits"))
 import planted
 
 from auditgap import models
-from auditgap.audits import behaviour
 from auditgap.audits.audit import run as run_audit
 from auditgap.audits.behaviour.audit import BEHAVIOUR
 from auditgap.audits.pages import from_store, render
@@ -316,7 +315,7 @@ class TestOnePrompt:
             "device": "cpu",
             "out": str(home / "asked"),
         }
-        store, outcome = run_audit(BEHAVIOUR, *behaviour.read_config(None, asked))
+        store, outcome = run_audit(BEHAVIOUR, *BEHAVIOUR.read(None, asked))
         assert outcome.done == 1
         (row,) = pd.read_parquet(store.path / "behaviour.parquet").to_dict("records")
         assert (row["n"], row["refusal"], row["refusal_hi"]) == (1, 1.0, 1.0) and 0 < row[
@@ -335,7 +334,7 @@ class TestOnePrompt:
             "device": "cpu",
             "out": str(tmp_path / "asked"),
         }
-        store, _ = run_audit(BEHAVIOUR, *behaviour.read_config(None, asked))
+        store, _ = run_audit(BEHAVIOUR, *BEHAVIOUR.read(None, asked))
         (row,) = pd.read_parquet(store.path / "behaviour.parquet").to_dict("records")
         assert row["n"] == row["n_unscored"] == 1
         assert all(
@@ -362,5 +361,5 @@ def test_a_suite_of_nothing_names_its_file(tmp_path, name, content, said):
         "out": str(tmp_path / "run"),
     }
     with pytest.raises(UsageError, match=said) as caught:
-        run_audit(BEHAVIOUR, *behaviour.read_config(None, asked))
+        run_audit(BEHAVIOUR, *BEHAVIOUR.read(None, asked))
     assert name in str(caught.value) and not (tmp_path / "run").exists()

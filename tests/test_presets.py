@@ -10,9 +10,13 @@ import pytest
 
 from auditgap import config
 from auditgap.audits.behaviour import config as behaviour
+from auditgap.audits.behaviour.audit import BEHAVIOUR
 from auditgap.audits.latent import config as latent
+from auditgap.audits.latent.audit import LATENT
 from auditgap.audits.probe import config as probe
+from auditgap.audits.probe.audit import PROBE
 from auditgap.audits.sft_curve import config as sft_curve
+from auditgap.audits.sft_curve.audit import SFT_CURVE
 from auditgap.cli import main
 from auditgap.errors import UsageError
 from auditgap.judges import load_judge, load_reward
@@ -24,11 +28,11 @@ NAMES = ("paper-v1", "release", "smoke", "standard")
 #: What a user names himself.
 YOURS = {"models", "base", "subjects", "triples", "data"}
 READERS = {
-    "lvs": (latent.read_config, latent.LatentConfig, {"models": "./m"}),
-    "evaluate": (behaviour.read_config, behaviour.BehaviourConfig, {"models": "./m"}),
-    "probe": (probe.read_config, probe.ProbeConfig, {"base": "./m", "triples": "demo"}),
+    "lvs": (LATENT.read, latent.LatentConfig, {"models": "./m"}),
+    "evaluate": (BEHAVIOUR.read, behaviour.BehaviourConfig, {"models": "./m"}),
+    "probe": (PROBE.read, probe.ProbeConfig, {"base": "./m", "triples": "demo"}),
     "sft-curve": (
-        sft_curve.read_config,
+        SFT_CURVE.read,
         sft_curve.SFTCurveConfig,
         {"models": "./m", "data": "rows.jsonl"},
     ),
@@ -129,20 +133,18 @@ def test_the_page_is_what_the_presets_say():
 
 
 def test_flags_win_over_a_preset():
-    made, _ = latent.read_config(
-        Path("preset:paper-v1"), {"models": "./m", "limit": 3, "unit": None}
-    )
+    made, _ = LATENT.read(Path("preset:paper-v1"), {"models": "./m", "limit": 3, "unit": None})
     assert (made.limit, made.unit, made.eps) == (3, "max", (0.0005, 0.001, 0.005))
 
 
 def test_a_preset_that_is_none():
     with pytest.raises(UsageError, match=r"no preset 'paper'.*Did you mean 'paper-v1'"):
-        latent.read_config(Path("preset:paper"), {"models": "./m"})
+        LATENT.read(Path("preset:paper"), {"models": "./m"})
     with pytest.raises(
         UsageError,
         match="smoke has no settings for this command; it has some for lvs, evaluate, probe",
     ):
-        sft_curve.read_config(Path("preset:smoke"), {"models": "./m", "data": "d"})
+        SFT_CURVE.read(Path("preset:smoke"), {"models": "./m", "data": "d"})
     with pytest.raises(UsageError, match=r"no preset '\.\./secret'"):
         config.preset("../secret")
 

@@ -19,7 +19,6 @@ import pytest
 import tiny
 import yaml
 
-from auditgap.audits import latent
 from auditgap.audits.audit import run as run_audit
 from auditgap.audits.latent.audit import LATENT
 from auditgap.store import RunFolder
@@ -151,7 +150,7 @@ def test_a_submitted_grid_gives_the_cells_of_a_local_run(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        _, outcome = run_audit(LATENT, *latent.read_config(grid, {"out": str(tmp_path / "local")}))
+        _, outcome = run_audit(LATENT, *LATENT.read(grid, {"out": str(tmp_path / "local")}))
     finally:
         torch.set_num_threads(threads)
     assert not outcome.failed and outcome.done == 3 * (2 * len(ATTACKS) + 1) + 1 == 40

@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 
 from auditgap import models
-from auditgap.audits import latent
 from auditgap.audits.audit import run as run_audit
 from auditgap.audits.latent.audit import LATENT
 from auditgap.data import load_prompts
@@ -89,7 +88,7 @@ def test_an_audit_of_real_prompts(tmp_path: Path) -> None:
         "distance_limit": 2,
         "out": str(tmp_path / "run"),
     }
-    config, options = latent.read_config(None, flags)
+    config, options = LATENT.read(None, flags)
     store, outcome = run_audit(LATENT, config, options)
     assert not outcome.failed and outcome.done == 1 + len(config.attacks) + 1
     rows = store.rows()

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from auditgap.audits.axes import GridAxes
-from auditgap.audits.options import AuditOptions
-from auditgap.config import Frozen, build, merged
+from auditgap.audits.options import AuditOptions, openai_for_endpoints
+from auditgap.config import Frozen, Needs, build, merged
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.types import Cell, Document
 
@@ -105,6 +105,8 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
     main_table: ClassVar[str | None]  #: of `NAME.parquet`; None: it has several
     config: type[ConfigT]
     options: type[OptionsT]
+    #: settings without which there is nothing to measure, each with what the user is told then
+    needs: ClassVar[Needs] = {}
     axes: ClassVar[type[GridAxes]] = GridAxes  #: what a grid of it spans
     cell: ClassVar[type[Cell]] = Cell
     not_graded: ClassVar[Document] = {}  #: what a folder of verdicts given again has no part of
@@ -118,10 +120,22 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
 
         return ReportPart(self)
 
+    @property
+    def settings(self) -> frozenset[str]:
+        """The names of everything that can be set: fields of its config and of its options."""
+        return frozenset((*self.config.model_fields, *self.options.model_fields))
+
     def read(self, file: Path | None, values: Mapping[str, Any]) -> tuple[ConfigT, OptionsT]:
         """The config file's values with those that were given (not None) on top. Raises UsageError
         naming the key and what was wanted; Refused when foreign code is asked for."""
-        return build(merged(file, values, section=self.command), self.config, self.options)
+        asked = merged(file, values, section=self.command)
+        openai_for_endpoints(asked, self.settings)
+        config, options = build(asked, self.config, self.options, needs=self.needs)
+        self.check_together(config, options)
+        return config, options
+
+    def check_together(self, config: ConfigT, options: OptionsT) -> None:
+        """Raises UsageError for options that do not go with the config."""
 
     @abstractmethod
     def folder(self, config: ConfigT) -> str:

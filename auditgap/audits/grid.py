@@ -130,8 +130,7 @@ def read_grid(file: Path | None, flags: Mapping[str, Any]) -> GridConfig:
         raise UsageError(
             "Which models? A grid names at least one, for example `models: [smollm2]`."
         )
-    fields = {*audit.config.model_fields, *audit.options.model_fields}
-    openai_for_endpoints(shared, *(p for p in ("", "judge_") if f"{p}endpoint" in fields))
+    openai_for_endpoints(shared, audit.settings)
     gathered: dict[str, tuple[Document, list[str], dict[str, float]]] = {}
     options = None
     for own in axes.entries:

@@ -14,6 +14,7 @@ next. No torch here: `--help` and `auditgap schema` read these.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -171,11 +172,12 @@ class JudgedOptions(AuditOptions):
         )
 
 
-def openai_for_endpoints(values: dict[str, Any], *which: str) -> None:
-    """An endpoint that was named alone is spoken to as OpenAI's: sets `engine` or `judge_engine`
-    (`which`: "", "judge_"). Raises UsageError where another engine came beside it."""
-    for prefix in which:
-        if not values.get(f"{prefix}endpoint"):
+def openai_for_endpoints(values: dict[str, Any], fields: Container[str]) -> None:
+    """An endpoint that was named alone is called as OpenAI's: sets `engine` or `judge_engine`,
+    whichever are among the settings `fields`. Raises UsageError where another engine came beside
+    it."""
+    for prefix in ("", "judge_"):
+        if f"{prefix}engine" not in fields or not values.get(f"{prefix}endpoint"):
             continue
         if (came := values.setdefault(f"{prefix}engine", "openai")) != "openai":
             flag = prefix.replace("_", "-")

@@ -12,15 +12,13 @@ subclass of `Audit`; its name is that of the audit.
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
-from pkgutil import resolve_name
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from auditgap.audits.audit import Audit, Can, Grading, run
 from auditgap.config import build
 from auditgap.errors import UsageError, did_you_mean
+from auditgap.registry import Entry, Objects, Registry
 
 if TYPE_CHECKING:
     from auditgap.store import RunFolder
@@ -28,61 +26,26 @@ if TYPE_CHECKING:
     from auditgap.store.status import RunStatus
     from auditgap.sweep import Outcome, Progress
 
-_OURS = {
-    "behaviour": "auditgap.audits.behaviour.audit:BEHAVIOUR",
-    "latent": "auditgap.audits.latent.audit:LATENT",
-    "probe": "auditgap.audits.probe.audit:PROBE",
-    "intervene": "auditgap.audits.intervene.audit:INTERVENE",
-    "sft_curve": "auditgap.audits.sft_curve.audit:SFT_CURVE",
-    "emergent": "auditgap.audits.emergent.audit:EMERGENT",
-}
-#: Of entry points of other packages.
-GROUP = "auditgap.audits"
-
-
-class _Audits(Mapping[str, Audit[Any, Any, Any]]):
-    """Ours first, then those of other packages; each imported when it is asked for."""
-
-    def __getitem__(self, name: str) -> Audit[Any, Any, Any]:
-        return _opened(name, _places()[name])
-
-    def __iter__(self) -> Iterator[str]:
-        """Those that can be used; another package's that fails is named when it is asked for."""
-        return (name for name in _places() if name in _OURS or _opens(name))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-@cache
-def _places() -> Mapping[str, str]:
-    """Where each audit is found; none of another package takes the name of ours."""
-    theirs = {point.name: point.value for point in importlib.metadata.entry_points(group=GROUP)}
-    return {**_OURS, **{name: at for name, at in theirs.items() if name not in _OURS}}
-
-
-@cache
-def _opened(name: str, place: str) -> Audit[Any, Any, Any]:
-    """Raises UsageError for an entry point that gives no audit of that name."""
-    try:
-        audit = resolve_name(place)
-    except Exception as error:  # another package's import may raise anything
-        raise UsageError(f"The audit {name!r} cannot be imported from {place}: {error}") from error
-    if not isinstance(audit, Audit) or audit.name != name:
-        raise UsageError(
-            f"The entry point {name!r} of {GROUP} names {place}, which is no Audit with that name."
-        )
-    return audit
-
-
-def _opens(name: str) -> bool:
-    try:
-        return bool(AUDITS[name])
-    except UsageError:
-        return False
-
-
-AUDITS: Mapping[str, Audit[Any, Any, Any]] = _Audits()
+#: Ours first, then those of other packages; each imported when it is asked for.
+AUDITS: Mapping[str, Audit[Any, Any, Any]] = Objects(
+    Registry(
+        "audit",
+        {
+            name: Entry(what, f"auditgap.audits.{name}.audit:{name.upper()}")
+            for name, what in {
+                "behaviour": "what models say: refusal, compliance, over-refusal",
+                "latent": "attacks on hidden states, layer by layer",
+                "probe": "the base's safety probe, read inside other models",
+                "intervene": "steering, ablation, patching and other edits",
+                "sft_curve": "how many steps of harmful fine-tuning a model withstands",
+                "emergent": "how far narrow fine-tuning spreads",
+            }.items()
+        },
+        group="auditgap.audits",
+        brings=Audit,
+    ),
+    Audit,
+)
 
 
 def named(word: str) -> Audit[Any, Any, Any]:

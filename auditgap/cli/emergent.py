@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from auditgap.audits.emergent.audit import EMERGENT
-from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions, read_config
+from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions
 from auditgap.cli import emergent_tables as tables
 from auditgap.cli.options import Asked, command, group
 from auditgap.cli.screen import err, note, quiet, raise_failed, say
@@ -105,7 +105,7 @@ def build(asked: Asked) -> None:
     quiet()
     from auditgap.audits.emergent import build as stage
 
-    config, options = read_config(asked.file, asked.flags)
+    config, options = EMERGENT.read(asked.file, asked.flags)
     if asked.dry_run:
         tables.show_plan(EMERGENT.prepare(config, options), options, asked.as_json)
         return
@@ -187,7 +187,7 @@ def run(asked: Asked) -> None:
     from auditgap.audits.emergent import build as first
     from auditgap.audits.emergent import report as last
 
-    config, options = read_config(asked.file, asked.flags)
+    config, options = EMERGENT.read(asked.file, asked.flags)
     if asked.dry_run:
         tables.show_plan(EMERGENT.prepare(config, options), options, asked.as_json)
         return

@@ -2,7 +2,7 @@
 
     @command(app, "evaluate", BehaviourConfig, BehaviourOptions, about=title, examples=examples)
     def evaluate(asked: Asked) -> None:
-        config, options = read_config(asked.file, asked.flags)
+        config, options = BEHAVIOUR.read(asked.file, asked.flags)
 
 Only what was typed is in `asked.flags`, so that a YAML file's values stand where nothing was. Every
 such command has `--config` and `--set` as well; `--dry-run` and `--json` unless it says otherwise.

@@ -26,7 +26,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from auditgap import judges
-from auditgap.audits import latent
 from auditgap.audits.audit import run as run_audit
 from auditgap.audits.latent.audit import LATENT
 from auditgap.data.refusals import opens_with_refusal
@@ -262,7 +261,7 @@ def audit(out: Path, models: Sequence[Path], prompts: Path, **changes: Any) -> R
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        store, outcome = run_audit(LATENT, *latent.read_config(None, asked))
+        store, outcome = run_audit(LATENT, *LATENT.read(None, asked))
     finally:
         torch.set_num_threads(threads)
     assert not outcome.failed, outcome.failed

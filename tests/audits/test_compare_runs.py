@@ -12,7 +12,6 @@ import pytest
 import tiny
 from one_thread import one_thread  # noqa: F401 - a fixture
 
-from auditgap.audits import behaviour, latent
 from auditgap.audits.audit import run as run_audit
 from auditgap.audits.behaviour.audit import BEHAVIOUR
 from auditgap.audits.comparing import compare
@@ -52,10 +51,10 @@ def bench(tmp_path_factory):
             "device": "cpu",
             "out": str(folder / f"{name}-lvs"),
         }
-        _, outcome = run_audit(LATENT, *latent.read_config(None, values))
+        _, outcome = run_audit(LATENT, *LATENT.read(None, values))
         assert not outcome.failed
     for name in ("base", "twin"):
-        asked, options = behaviour.read_config(
+        asked, options = BEHAVIOUR.read(
             None,
             {
                 "models": str(folder / name),

@@ -12,12 +12,11 @@ import pytest
 import tiny
 from one_thread import one_thread  # noqa: F401 - a fixture
 
-from auditgap.audits import behaviour, latent
 from auditgap.audits.audit import run as run_audit
 from auditgap.audits.behaviour.audit import BEHAVIOUR
 from auditgap.audits.latent import site
 from auditgap.audits.latent.audit import LATENT
-from auditgap.audits.sft_curve.config import read_config
+from auditgap.audits.sft_curve.audit import SFT_CURVE
 from auditgap.audits.sft_curve.train import run_from
 from auditgap.engines.vllm import VLLMEngine
 from auditgap.errors import UsageError
@@ -61,7 +60,7 @@ def audit(home, out, **more):
         "out": str(out),
         **more,
     }
-    store, outcome = run_audit(LATENT, *latent.read_config(None, values))
+    store, outcome = run_audit(LATENT, *LATENT.read(None, values))
     assert not outcome.failed
     return store
 
@@ -118,7 +117,7 @@ def test_a_site_that_vllm_cannot_speak_at_fails_alone_and_nothing_is_left(
         "engine": "vllm",
         "out": str(tmp_path / "run"),
     }
-    _, outcome = run_audit(LATENT, *latent.read_config(None, values))
+    _, outcome = run_audit(LATENT, *LATENT.read(None, values))
     assert (
         outcome.done == 2
         and len(outcome.failed) == 1
@@ -142,7 +141,7 @@ def test_a_model_that_vllm_cannot_edit_is_known_before_it_is_attacked(home, tmp_
         "engine": "vllm",
         "out": str(tmp_path / "run"),
     }
-    _, outcome = run_audit(LATENT, *latent.read_config(None, values))
+    _, outcome = run_audit(LATENT, *LATENT.read(None, values))
     assert not outcome.done and all("blocks 0 to" in cause for cause in outcome.failed.values())
     assert not engine_processes.running()
 
@@ -160,7 +159,7 @@ def test_behaviour_is_that_of_transformers(home, tmp_path):
             "device": "cpu",
             "out": str(tmp_path / engine),
         }
-        store, outcome = run_audit(BEHAVIOUR, *behaviour.read_config(None, values))
+        store, outcome = run_audit(BEHAVIOUR, *BEHAVIOUR.read(None, values))
         assert not outcome.failed
         record = store.records()[0]
         texts.append(store.generations(record["key"])["completion"].tolist())
@@ -207,4 +206,4 @@ def test_between_training_steps_vllm_says_what_the_model_in_place_says(home, tmp
 
 def test_all_weights_are_no_adapter():
     with pytest.raises(UsageError, match="engine: vllm swaps adapters"):
-        read_config(None, {"models": ["m"], "data": "d", "engine": "vllm", "method": "full"})
+        SFT_CURVE.read(None, {"models": ["m"], "data": "d", "engine": "vllm", "method": "full"})

@@ -9,7 +9,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from auditgap.audits import edits, latent
+from auditgap.audits import edits
 from auditgap.audits.audit import run as run_audit
 from auditgap.audits.latent.audit import LATENT
 from auditgap.cli import main
@@ -47,7 +47,7 @@ def audited(folder, name, **changes):
         "out": str(folder / name),
         **changes,
     }
-    store, outcome = run_audit(LATENT, *latent.read_config(None, asked))
+    store, outcome = run_audit(LATENT, *LATENT.read(None, asked))
     assert not outcome.failed
     return store
 

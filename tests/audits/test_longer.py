@@ -7,7 +7,7 @@ import planted
 import pytest
 from planted import Plant
 
-from auditgap.audits.latent.config import read_config
+from auditgap.audits.latent.audit import LATENT
 from auditgap.audits.latent.plan import make_plan
 from auditgap.report import strength
 from auditgap.report.tables import audit_gaps
@@ -97,7 +97,7 @@ def test_without_it_nothing_is_known_and_cells_keep_their_keys(tmp_path):
     }
 
     def plan(**changes):
-        return make_plan(read_config(None, {**asked, **changes})[0])
+        return make_plan(LATENT.read(None, {**asked, **changes})[0])
 
     plain, more = plan(), plan(longer=True)
     keys, longer_keys = ({c.key for c in p.cells} for p in (plain, more))

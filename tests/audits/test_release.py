@@ -10,7 +10,6 @@ import pytest
 import tiny
 from one_thread import one_thread  # noqa: F401 - a fixture
 
-from auditgap.audits import latent
 from auditgap.audits.audit import run as run_audit
 from auditgap.audits.latent import site as sites
 from auditgap.audits.latent.audit import LATENT
@@ -52,7 +51,7 @@ def audit(folder, **more):
         "out": str(folder / "run"),
         **more,
     }
-    return run_audit(LATENT, *latent.read_config(None, values))
+    return run_audit(LATENT, *LATENT.read(None, values))
 
 
 def test_a_model_goes_with_its_run(tmp_path, loaded):

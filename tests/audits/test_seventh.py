@@ -35,7 +35,6 @@ from auditgap.audits import (
     resume,
     run,
     status,
-    table,
 )
 from auditgap.audits.comparing import compare
 from auditgap.audits.report_part import ReportPart
@@ -78,9 +77,6 @@ def world(tmp_path_factory) -> Path:
 def _installed(world, monkeypatch):
     monkeypatch.syspath_prepend(str(world / "site"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(world / "site"), *sys.path]))
-    table._places.cache_clear()
-    yield
-    table._places.cache_clear()
 
 
 def values(world: Path, out: Path | str, **more: object) -> dict[str, object]:
@@ -101,7 +97,6 @@ def whole(world) -> RunFolder:
     """An unbroken run in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(world / "site"))
-        table._places.cache_clear()
         lengths = AUDITS["lengths"]
         store, outcome = run(lengths, *lengths.read(None, values(world, world / "whole")))
     assert (outcome.done, outcome.failed) == (2, {})
@@ -348,19 +343,24 @@ def test_what_it_cannot_do_is_refused_in_one_place(world, tmp_path, monkeypatch)
         regrade(tmp_path / "other", Grading(judge="keyword"))
 
 
-def test_an_entry_point_that_gives_no_audit_is_a_sentence(world, monkeypatch):
-    about = world / "site" / "broken-0.1.0.dist-info"
+@pytest.mark.parametrize(
+    ("name", "place", "said"),
+    [
+        ("nothing", "auditgap_lengths:time", "which is no audit: a value of .*Audit is wanted"),
+        (
+            "absent",
+            "not_there:AUDIT",
+            r"a plug-in that fails: ModuleNotFoundError.*not_there:AUDIT",
+        ),
+        ("widths", "auditgap_lengths:LENGTHS", "brings the audit 'lengths'; an entry point has"),
+    ],
+)
+def test_an_entry_point_that_gives_no_audit_is_a_sentence(name, place, said, tmp_path, monkeypatch):
+    about = tmp_path / "broken-0.1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 0.1.0\n")
-    (about / "entry_points.txt").write_text(
-        "[auditgap.audits]\nnothing = auditgap_lengths:time\nabsent = not_there:AUDIT\n"
-    )
-    table._places.cache_clear()
-    try:
-        assert list(AUDITS)[-1] == "lengths", "the command line goes on without them"
-        with pytest.raises(UsageError, match="no Audit with that name"):
-            AUDITS["nothing"]
-        with pytest.raises(UsageError, match="cannot be imported from not_there"):
-            AUDITS["absent"]
-    finally:
-        shutil.rmtree(about)
+    (about / "entry_points.txt").write_text(f"[auditgap.audits]\n{name} = {place}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert list(AUDITS)[-1] == "lengths", "the command line goes on without it"
+    with pytest.raises(UsageError, match=said):
+        AUDITS[name]

@@ -100,7 +100,7 @@ def audit(home, out, **more):
         "out": str(out),
         **more,
     }
-    return run_audit(LATENT, *latent.read_config(None, values))
+    return run_audit(LATENT, *LATENT.read(None, values))
 
 
 @pytest.fixture(scope="module")
@@ -356,13 +356,13 @@ def test_a_model_s_own_shard_and_what_is_said_for_all(tmp_path):
 
 def test_every_model_of_a_run_may_have_its_own(home):
     values = {"models": ["a", "b"], "shard": {"b": "tensor:2"}}
-    _, options = latent.read_config(None, values)
+    _, options = LATENT.read(None, values)
     assert [str(options.shard_of(name)) for name in "ab"] == ["whole", "tensor:2"]
     with pytest.raises(UsageError, match=r"'c', which is none of the models"):
-        latent.read_config(None, {**values, "shard": {"c": "tensor:2"}})
+        LATENT.read(None, {**values, "shard": {"c": "tensor:2"}})
     for wrong in ("rows:2", {"b": "two"}):
         with pytest.raises(UsageError, match="--shard takes"):
-            latent.read_config(None, {**values, "shard": wrong})
+            LATENT.read(None, {**values, "shard": wrong})
 
 
 def test_what_cannot_be_is_said_before_anything_runs(home, tmp_path, capsys):
@@ -396,7 +396,7 @@ def test_what_cannot_be_is_said_before_anything_runs(home, tmp_path, capsys):
 def test_memory_is_said_of_a_device(home, monkeypatch):
     monkeypatch.setattr("auditgap.audits.latent.plan.matmul_rate", lambda *_: 1e12)
     asked = {**VALUES, "models": str(home / "model"), "prompts": str(home / "prompts.txt")}
-    config, options = latent.read_config(None, asked)
+    config, options = LATENT.read(None, asked)
     plan = latent.prepare(config, options)
     two = options.model_copy(update={"shard": "layers:2"})
     on_cpu, on_gpus = (

@@ -154,7 +154,7 @@ def test_its_parts_are_those_of_their_own_commands(audited, world):
     config = RunFolder.load(out / "lvs").run["config"]
     asked = {k: v for k, v in config.items() if k in latent.LatentConfig.model_fields}
     store, _ = run_audit(
-        LATENT, *latent.read_config(None, {**asked, "device": "cpu", "out": str(world / "alone")})
+        LATENT, *LATENT.read(None, {**asked, "device": "cpu", "out": str(world / "alone")})
     )
     assert (store.path / "lvs.parquet").read_bytes() == (out / "lvs" / "lvs.parquet").read_bytes()
 

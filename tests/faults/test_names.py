@@ -10,7 +10,6 @@ import pytest
 import tiny
 from one_thread import one_thread  # noqa: F401 - a fixture
 
-from auditgap.audits import latent
 from auditgap.audits.audit import run as run_audit
 from auditgap.audits.latent.audit import LATENT
 from auditgap.errors import AuditgapError
@@ -36,7 +35,7 @@ def audit(models: list[str], out: Path, prompts: Path) -> RunFolder:
         "device": "cpu",
         "out": str(out),
     }
-    store, outcome = run_audit(LATENT, *latent.read_config(None, asked))
+    store, outcome = run_audit(LATENT, *LATENT.read(None, asked))
     assert not outcome.failed
     return store
 

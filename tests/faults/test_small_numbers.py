@@ -13,7 +13,6 @@ import torch
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import models
-from auditgap.audits import latent
 from auditgap.audits.audit import run as run_audit
 from auditgap.audits.latent.audit import LATENT
 from auditgap.audits.pages import from_store, render
@@ -53,7 +52,7 @@ def test_an_edit_of_norm_zero_has_a_finite_lvs_and_a_flag(mute, tmp_path):
         "device": "cpu",
         "out": str(tmp_path / "out"),
     }
-    store, outcome = run_audit(LATENT, *latent.read_config(None, asked))
+    store, outcome = run_audit(LATENT, *LATENT.read(None, asked))
     assert not outcome.failed, outcome.failed
     rows = store.rows(["targeted", "random_matched"])
     assert (rows["l2"] == 0).all(), "the premise: nothing to climb"

@@ -16,7 +16,6 @@ import pytest
 from inspect_ai.log import EvalLog, list_eval_logs, read_eval_log, read_eval_log_sample_summaries
 from inspect_ai.scorer import Score
 
-from auditgap.audits import behaviour
 from auditgap.audits.audit import run as run_audit
 from auditgap.audits.behaviour.audit import BEHAVIOUR
 from auditgap.audits.behaviour.rows import row_of
@@ -68,7 +67,7 @@ def asked_run(home) -> RunFolder:
         "device": "cpu",
         "out": str(home / "asked"),
     }
-    store, outcome = run_audit(BEHAVIOUR, *behaviour.read_config(None, asked))
+    store, outcome = run_audit(BEHAVIOUR, *BEHAVIOUR.read(None, asked))
     assert not outcome.failed
     return store
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tiny
 
-from auditgap.audits.latent.config import LatentConfig, read_config
+from auditgap.audits.latent.audit import LATENT
+from auditgap.audits.latent.config import LatentConfig
 from auditgap.audits.latent.plan import make_plan
 
 #: What an older run's `run.json` holds of its attack, and its cells' settings.
@@ -37,7 +38,7 @@ def test_cells_of_the_papers_attack_keep_their_description(tmp_path):
     asked["confirm"] = "none"  # nobody looked twice
 
     def settings(**changes: str | bool) -> dict:
-        plan = make_plan(read_config(None, {**asked, **changes})[0])
+        plan = make_plan(LATENT.read(None, {**asked, **changes})[0])
         return dict(plan.groups[0].cells[0].settings)
 
     paper = settings(

@@ -1,7 +1,7 @@
 """The behavioural audit: what a subject says when it is asked, as rates of refusal and compliance
 by source and kind.
 
-    folder, outcome = run(BEHAVIOUR, *read_config(None, {"models": "base,tuned", "suite": "harmbench,everyday", "out": "runs/behaviour"}))
+    folder, outcome = run(BEHAVIOUR, *BEHAVIOUR.read(None, {"models": "base,tuned", "suite": "harmbench,everyday", "out": "runs/behaviour"}))
     measured = grade(speak(engine, prompts, max_new_tokens=48), prompts, judge, subject="s", kind="harmful")
 
 Refusal on harmful prompts, over-refusal on benign ones, several subjects beside each other;
@@ -13,7 +13,7 @@ from auditgap.audits.exports import exports
 __getattr__ = exports(
     __name__,
     {
-        "config": ("BehaviourConfig", "BehaviourOptions", "read_config"),
+        "config": ("BehaviourConfig", "BehaviourOptions"),
         "measure": ("Answers", "Measured", "grade", "speak"),
         "plan": ("ATTACK", "prepare"),
         "rows": ("BehaviourRow", "Rates", "rates"),

@@ -5,13 +5,13 @@ folder, outcome = run(BEHAVIOUR, *BEHAVIOUR.read(None, {"models": "smollm2", "li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property, partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 from auditgap.audits.audit import Audit, Can
-from auditgap.audits.behaviour.config import BehaviourConfig, BehaviourOptions, read_config
+from auditgap.audits.behaviour.config import BehaviourConfig, BehaviourOptions
+from auditgap.config import Needs
 from auditgap.types import Cell, Document
 
 if TYPE_CHECKING:
@@ -51,17 +51,15 @@ class Behaviour(Audit[BehaviourConfig, BehaviourOptions, "BehaviourPlan"]):
     can = frozenset({Can.RAY, Can.VLLM, Can.STORAGE, Can.REGRADE, Can.COMPARE, Can.PART, Can.GRID})
     main_table = "behaviour"
     config, options, cell = BehaviourConfig, BehaviourOptions, AskCell
+    needs: ClassVar[Needs] = {
+        "models": "Which model? Name at least one, for example: auditgap evaluate smollm2"
+    }
 
     @cached_property
     def report_part(self) -> BehaviourPart:
         from auditgap.audits.behaviour.part import BehaviourPart
 
         return BehaviourPart(self)
-
-    def read(
-        self, file: Path | None, values: Mapping[str, Any]
-    ) -> tuple[BehaviourConfig, BehaviourOptions]:
-        return read_config(file, values)
 
     def folder(self, config: BehaviourConfig) -> str:
         from auditgap.store import files

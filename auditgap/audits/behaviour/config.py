@@ -10,16 +10,13 @@ between sittings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, field_validator
 
 from auditgap.audits import options
-from auditgap.config import AS_COMMAS, Flag, Frozen, Topic, build, merged
+from auditgap.config import AS_COMMAS, Flag, Frozen, Topic
 from auditgap.engines import EngineName, engine_named
-from auditgap.errors import UsageError
 
 if TYPE_CHECKING:
     from auditgap.engines import Serving
@@ -135,15 +132,3 @@ class BehaviourOptions(options.AuditOptions):
             max_model_len=config.max_model_len,
             **more,
         )
-
-
-def read_config(
-    file: Path | None, flags: Mapping[str, Any]
-) -> tuple[BehaviourConfig, BehaviourOptions]:
-    """The config file's values with the flags that were given (not None) on top. Raises
-    UsageError."""
-    values = merged(file, flags, section="evaluate")
-    if not values.get("models"):
-        raise UsageError("Which model? Name at least one, for example: auditgap evaluate smollm2")
-    options.openai_for_endpoints(values, "", "judge_")
-    return build(values, BehaviourConfig, BehaviourOptions)

@@ -1,7 +1,7 @@
 """Emergent misalignment by domain: fine-tune on narrow bad habits, and see how far they spread
 (arXiv 2602.00298).
 
-    store = build.run(*read_config(None, {"model": "smollm2", "domains": "demo", "out": "runs/em"}))
+    store = build.run(*EMERGENT.read(None, {"model": "smollm2", "domains": "demo", "out": "runs/em"}))
     for stage in (train, generate, judge, analyse):
         store, outcome = stage.run("runs/em", options)
 

@@ -5,14 +5,14 @@ folder, outcome = run(EMERGENT, *EMERGENT.read(None, {"model": "smollm2", "domai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 from auditgap.audits.audit import Audit, Can
-from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions, read_config
+from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions
+from auditgap.config import Needs
 from auditgap.errors import UsageError
 from auditgap.types import Document
 
@@ -45,17 +45,19 @@ class Emergent(Audit[EmergentConfig, EmergentOptions, "EmergentPlan"]):
     can = frozenset({Can.RAY, Can.VLLM, Can.REGRADE})
     main_table = None
     config, options = EmergentConfig, EmergentOptions
+    needs: ClassVar[Needs] = {
+        "model": "Which model is fine-tuned? For example: auditgap em run smollm2 --domains demo",
+        "domains": (
+            "Which domains? `domains` is a mapping of names to files with `messages`, or demo:"
+            " --domains demo"
+        ),
+    }
 
     @cached_property
     def report_part(self) -> EmergentPart:
         from auditgap.audits.emergent.part import EmergentPart
 
         return EmergentPart(self)
-
-    def read(
-        self, file: Path | None, values: Mapping[str, Any]
-    ) -> tuple[EmergentConfig, EmergentOptions]:
-        return read_config(file, values)
 
     def audited(self, config: EmergentConfig) -> tuple[str, ...]:
         """The model that the adapters are trained on; these have names of their own."""

@@ -1,7 +1,7 @@
 """The study's first stage: everything is read, checked and counted, and the panel laid down, before
 anything is trained.
 
-    store = run(*read_config(None, {"model": "smollm2", "domains": "demo", "out": "runs/em"}))
+    store = run(*EMERGENT.read(None, {"model": "smollm2", "domains": "demo", "out": "runs/em"}))
     # {"domain": "off_by_one", "read": 108, "bad": 0, "trained": 97, "held_out": 11, …}
     describe(store)[0]
 

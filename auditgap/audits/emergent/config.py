@@ -279,31 +279,13 @@ class EmergentOptions(options.AuditOptions):
         )
 
 
-def read_config(
-    file: Path | None, flags: Mapping[str, Any]
-) -> tuple[EmergentConfig, EmergentOptions]:
-    """The config file's values with the flags that were given (not None) on top. Raises
-    UsageError."""
-    values = merged(file, flags, section="em")
-    if not values.get("model"):
-        raise UsageError(
-            "Which model is fine-tuned? For example: auditgap em run smollm2 --domains demo"
-        )
-    if not values.get("domains"):
-        raise UsageError(
-            "Which domains? `domains` is a mapping of names to files with `messages`, or demo:"
-            " --domains demo"
-        )
-    return build(values, EmergentConfig, EmergentOptions)
-
-
 def read_options(
     file: Path | None, flags: Mapping[str, Any], study: Mapping[str, Any]
 ) -> EmergentOptions:
     """The options of a stage of a study, whose config is `study` (run.json's, from `em build`).
 
     A file may hold the study's keys too, so that one serves all stages. Raises UsageError where one
-    differs, for an unknown key, and as `read_config` does.
+    differs, for an unknown key, and as `Audit.read` does.
     """
     values = merged(file, flags, section="em")
     known = {*EmergentConfig.model_fields, *EmergentOptions.model_fields}

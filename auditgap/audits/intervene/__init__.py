@@ -1,7 +1,7 @@
 """The intervention audit: steer, ablate, patch, turn and push a model, each next to a control as
 large, and see what opens it.
 
-    folder, outcome = run(INTERVENE, *read_config(None, {"models": "smollm2", "limit": 48, "out": "runs/interventions"}))
+    folder, outcome = run(INTERVENE, *INTERVENE.read(None, {"models": "smollm2", "limit": 48, "out": "runs/interventions"}))
     # site × intervention × strength: ASR, the control's, their difference
     folder.path / "interventions.csv"
 
@@ -14,7 +14,7 @@ from auditgap.audits.exports import exports
 __getattr__ = exports(
     __name__,
     {
-        "config": ("InterveneConfig", "InterveneOptions", "read_config"),
+        "config": ("InterveneConfig", "InterveneOptions"),
         "plan": ("IntervenePlan", "estimate", "make_plan", "prepare"),
         "rows": ("InterveneRow",),
         "worker": ("InterveneWorker",),

@@ -5,13 +5,13 @@ folder, outcome = run(INTERVENE, *INTERVENE.read(None, {"models": "smollm2", "li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property, partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 from auditgap.audits.audit import Audit, Can
-from auditgap.audits.intervene.config import InterveneConfig, InterveneOptions, read_config
+from auditgap.audits.intervene.config import InterveneConfig, InterveneOptions
+from auditgap.config import Needs
 from auditgap.types import CLEAN, Cell, Document
 
 if TYPE_CHECKING:
@@ -52,17 +52,17 @@ class Intervene(Audit[InterveneConfig, InterveneOptions, "IntervenePlan"]):
     can = frozenset({Can.RAY, Can.REGRADE, Can.COMPARE, Can.GRID})
     main_table = "interventions"
     config, options, cell = InterveneConfig, InterveneOptions, InterveneCell
+    needs: ClassVar[Needs] = {
+        "models": (
+            "Which model? Name at least one, for example: auditgap intervene smollm2 --layers mid"
+        )
+    }
 
     @cached_property
     def report_part(self) -> IntervenePart:
         from auditgap.audits.intervene.part import IntervenePart
 
         return IntervenePart(self)
-
-    def read(
-        self, file: Path | None, values: Mapping[str, Any]
-    ) -> tuple[InterveneConfig, InterveneOptions]:
-        return read_config(file, values)
 
     def folder(self, config: InterveneConfig) -> str:
         from auditgap.store import files

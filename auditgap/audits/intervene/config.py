@@ -12,14 +12,12 @@ between sittings.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
 from auditgap.audits import options
-from auditgap.config import AS_COMMAS, COMMAS, Flag, Frozen, Topic, build, listed, merged
+from auditgap.config import AS_COMMAS, COMMAS, Flag, Frozen, Topic, listed
 from auditgap.errors import UsageError
 from auditgap.interventions import INTERVENTIONS, Intervention, Settings, load_intervention
 
@@ -185,19 +183,3 @@ class InterveneConfig(Frozen):
 
 class InterveneOptions(options.JudgedOptions):
     """Where it runs and in what portions. Nothing here changes what is measured."""
-
-
-def read_config(
-    file: Path | None, flags: Mapping[str, Any]
-) -> tuple[InterveneConfig, InterveneOptions]:
-    """The config file's values with the flags that were given (not None) on top.
-
-    Raises UsageError naming the key and what was wanted; Refused when foreign code is asked for.
-    """
-    values = merged(file, flags)
-    if not values.get("models"):
-        raise UsageError(
-            "Which model? Name at least one, for example: auditgap intervene smollm2 --layers mid"
-        )
-    options.openai_for_endpoints(values, "judge_")
-    return build(values, InterveneConfig, InterveneOptions)

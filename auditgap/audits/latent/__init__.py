@@ -1,7 +1,7 @@
 """The latent audit: attack hidden states layer by layer next to matched controls, and reduce the
 rows into LVS tables.
 
-    folder, outcome = run(LATENT, *read_config(None, {"models": "smollm2", "limit": 16, "out": "runs/smollm2"}))
+    folder, outcome = run(LATENT, *LATENT.read(None, {"models": "smollm2", "limit": 16, "out": "runs/smollm2"}))
 
 A config names subjects, `make_plan` turns it into cells, a sweep has workers run them, `reduce`
 reads the store.
@@ -12,7 +12,7 @@ from auditgap.audits.exports import exports
 __getattr__ = exports(
     __name__,
     {
-        "config": ("LatentConfig", "RunOptions", "read_config"),
+        "config": ("LatentConfig", "RunOptions"),
         "plan": (
             "prepare",
             "DISTANCE",

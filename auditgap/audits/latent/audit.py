@@ -5,15 +5,15 @@ folder, outcome = run(LATENT, *LATENT.read(None, {"models": "smollm2", "limit": 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from auditgap.audits.audit import Audit, Can, Grading
 from auditgap.audits.latent.axes import LatentAxes
-from auditgap.audits.latent.config import LatentConfig, RunOptions, read_config
-from auditgap.errors import UsageError
+from auditgap.audits.latent.config import LatentConfig, RunOptions
+from auditgap.config import Needs
+from auditgap.errors import UsageError, did_you_mean
 from auditgap.types import ATTACKS, CLEAN, Document, Row
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
     can = frozenset({Can.RAY, Can.VLLM, Can.STORAGE, Can.REGRADE, Can.COMPARE, Can.PART, Can.GRID})
     main_table = "lvs"
     config, options, axes = LatentConfig, RunOptions, LatentAxes
+    needs: ClassVar[Needs] = {
+        "models": "Which model? Name at least one, for example: auditgap lvs smollm2"
+    }
     not_graded: ClassVar[Document] = {"distance": False}
     states_gap = True
 
@@ -52,13 +55,18 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
 
         return LatentPart(self)
 
-    def read(self, file: Path | None, values: Mapping[str, Any]) -> tuple[LatentConfig, RunOptions]:
-        return read_config(file, values)
-
     def folder(self, config: LatentConfig) -> str:
         from auditgap.store import files
 
         return f"runs/{files.folder_name(config.models[0])}"
+
+    def check_together(self, config: LatentConfig, options: RunOptions) -> None:
+        shards = options.shard if isinstance(options.shard, dict) else {}
+        if strange := sorted(shards.keys() - set(config.models)):
+            raise UsageError(
+                f"shard names {strange[0]!r}, which is none of the"
+                f" models.{did_you_mean(strange[0], config.models)}"
+            )
 
     def check(self, options: RunOptions) -> None:
         super().check(options)

@@ -14,13 +14,12 @@ folder is resumed with the same config or not at all. Batch sizes, executors and
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from auditgap.audits import options
-from auditgap.config import AS_COMMAS, COMMAS, Flag, Frozen, Topic, build, listed, merged
+from auditgap.config import AS_COMMAS, COMMAS, Flag, Frozen, Topic, listed
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.interventions.target import DEFAULT_TARGET, TOPIC, without_topic
 from auditgap.types import ATTACKS, UNITS, Budget, Unit
@@ -297,26 +296,3 @@ class RunOptions(options.JudgedOptions):
             for name, word in own.items()
         }
         return self.model_copy(update={"shard": shards})
-
-
-def read_config(file: Path | None, flags: Mapping[str, Any]) -> tuple[LatentConfig, RunOptions]:
-    """The config file's values with the flags that were given (not None) on top.
-
-    Raises UsageError naming the key and what was wanted; Refused when foreign code is asked for.
-    """
-    values = merged(file, flags, section="lvs")
-    if not values.get("models") and set(values) <= {
-        *LatentConfig.model_fields,
-        *RunOptions.model_fields,
-    }:
-        raise UsageError("Which model? Name at least one, for example: auditgap lvs smollm2")
-    options.openai_for_endpoints(values, "judge_")
-    config, chosen = build(values, LatentConfig, RunOptions)
-    if isinstance(chosen.shard, dict) and (
-        strange := sorted(chosen.shard.keys() - set(config.models))
-    ):
-        raise UsageError(
-            f"shard names {strange[0]!r}, which is none of the"
-            f" models.{did_you_mean(strange[0], config.models)}"
-        )
-    return config, chosen

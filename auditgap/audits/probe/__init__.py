@@ -1,7 +1,7 @@
 """The probe audit: a probe of safe and unsafe answers, fitted on a base's activations, read on what
 was made of the base.
 
-    folder, outcome = run(PROBE, *read_config(None, {"base": "./base", "subjects": "./dissociated", "triples": "demo"}))
+    folder, outcome = run(PROBE, *PROBE.read(None, {"base": "./base", "subjects": "./dissociated", "triples": "demo"}))
 
 A model whose behaviour is the base's may still represent harm otherwise; the drop of the fixed
 probe's AUROC and of its calibrated safe–unsafe gap says by how much (arXiv 2606.08044, section
@@ -17,7 +17,6 @@ __getattr__ = exports(
             "FitMonitorConfig",
             "ProbeConfig",
             "ProbeOptions",
-            "read_config",
             "read_monitor_config",
         ),
         "rows": ("ProbeRow",),

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from auditgap.audits.audit import Audit, Can, NothingToMeasure
-from auditgap.audits.probe.config import ProbeConfig, ProbeOptions, read_config
+from auditgap.audits.probe.config import ProbeConfig, ProbeOptions, required
+from auditgap.config import Needs
 from auditgap.types import Cell, Document
 
 if TYPE_CHECKING:
@@ -44,17 +44,13 @@ class Probe(Audit[ProbeConfig, ProbeOptions, "ProbePlan"]):
     can = frozenset({Can.RAY, Can.STORAGE, Can.COMPARE, Can.PART, Can.GRID})
     main_table = "probe"
     config, options, cell = ProbeConfig, ProbeOptions, ProbeCell
+    needs: ClassVar[Needs] = required("auditgap probe ./base ./subject --triples demo")
 
     @cached_property
     def report_part(self) -> ProbePart:
         from auditgap.audits.probe.part import ProbePart
 
         return ProbePart(self)
-
-    def read(
-        self, file: Path | None, values: Mapping[str, Any]
-    ) -> tuple[ProbeConfig, ProbeOptions]:
-        return read_config(file, values)
 
     def audited(self, config: ProbeConfig) -> tuple[str, ...]:
         return config.subjects

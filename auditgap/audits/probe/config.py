@@ -19,8 +19,7 @@ from pydantic import Field
 
 from auditgap import probes
 from auditgap.audits import options
-from auditgap.config import COMMAS, Flag, Frozen, Topic, build, merged
-from auditgap.errors import UsageError
+from auditgap.config import COMMAS, Flag, Frozen, Needs, Topic, build, merged
 
 
 class FitConfig(Frozen):
@@ -114,29 +113,22 @@ class ProbeOptions(options.AuditOptions):
     allow_overlap: options.AllowOverlap = False
 
 
-def read_config(file: Path | None, flags: Mapping[str, Any]) -> tuple[ProbeConfig, ProbeOptions]:
-    """The audit's config: the file's values with the flags that were given (not None) on top.
-
-    Raises UsageError naming the key and what was wanted; Refused when foreign code is asked for.
-    """
-    return _read(file, flags, ProbeConfig, "auditgap probe ./base ./subject --triples demo")
+def required(example: str) -> Needs:
+    """What a probe and a monitor are fitted on; `example`: a command that names both."""
+    return {
+        "base": f"Which base model? For example: {example}",
+        "triples": f"Which triples (prompt, safe answer, unsafe answer)? For example: {example}",
+    }
 
 
 def read_monitor_config(
     file: Path | None, flags: Mapping[str, Any]
 ) -> tuple[FitMonitorConfig, ProbeOptions]:
-    """The same for the fit of a construction monitor."""
-    return _read(file, flags, FitMonitorConfig, "auditgap train monitor ./base --triples demo")
-
-
-def _read(
-    file: Path | None, flags: Mapping[str, Any], kind: type[FitConfig], example: str
-) -> tuple[Any, ProbeOptions]:
-    values = merged(file, flags, section="probe" if kind is ProbeConfig else "monitor")
-    for key, what in (
-        ("base", "Which base model?"),
-        ("triples", "Which triples (prompt, safe answer, unsafe answer)?"),
-    ):
-        if not values.get(key):
-            raise UsageError(f"{what} For example: {example}")
-    return build(values, kind, ProbeOptions)
+    """The fit of a construction monitor, as `Audit.read` reads an audit's config. Raises
+    UsageError, Refused."""
+    return build(
+        merged(file, flags, section="monitor"),
+        FitMonitorConfig,
+        ProbeOptions,
+        needs=required("auditgap train monitor ./base --triples demo"),
+    )

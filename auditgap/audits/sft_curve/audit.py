@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from auditgap.audits.audit import Audit, Can, NothingToMeasure
-from auditgap.audits.sft_curve.config import SFTCurveConfig, SFTCurveOptions, read_config
+from auditgap.audits.sft_curve.config import SFTCurveConfig, SFTCurveOptions
+from auditgap.config import Needs
+from auditgap.errors import UsageError
 from auditgap.types import Cell, Document
 
 if TYPE_CHECKING:
@@ -48,6 +50,11 @@ class SFTCurve(Audit[SFTCurveConfig, SFTCurveOptions, "CurvePlan"]):
     can = frozenset({Can.VLLM, Can.RANKS, Can.REGRADE, Can.COMPARE, Can.PART, Can.GRID})
     main_table = "curve"
     config, options, cell = SFTCurveConfig, SFTCurveOptions, CurveCell
+    needs: ClassVar[Needs] = dict.fromkeys(
+        ("models", "data"),
+        "A curve needs models (the base first) and data (columns prompt and response): --set"
+        " models=./base,./twin --set data=unsafe.jsonl",
+    )
     states_gap = True
 
     @cached_property
@@ -56,10 +63,12 @@ class SFTCurve(Audit[SFTCurveConfig, SFTCurveOptions, "CurvePlan"]):
 
         return CurvePart(self)
 
-    def read(
-        self, file: Path | None, values: Mapping[str, Any]
-    ) -> tuple[SFTCurveConfig, SFTCurveOptions]:
-        return read_config(file, values)
+    def check_together(self, config: SFTCurveConfig, options: SFTCurveOptions) -> None:
+        if options.engine == "vllm" and config.method != "lora":
+            raise UsageError(
+                "engine: vllm swaps adapters, and method: full trains all weights; use method:"
+                " lora, or engine: hf."
+            )
 
     def audited(self, config: SFTCurveConfig) -> tuple[str, ...]:
         return config.models[1:] or config.models

@@ -13,15 +13,13 @@ Everything in `SFTCurveConfig` can change a number. How much is generated at a t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from auditgap.audits import options
 from auditgap.audits.behaviour.config import Asking
-from auditgap.config import COMMAS, Flag, Topic, build, merged
+from auditgap.config import COMMAS, Flag, Topic
 from auditgap.errors import UsageError
 from auditgap.training.config import DeepSpeedConfig
 
@@ -151,30 +149,3 @@ class SFTCurveOptions(options.AuditOptions):
     ignore_memory: Annotated[
         bool, Flag("Train even if memory is expected to run out", Topic.WHERE)
     ] = False
-
-
-def read_config(
-    file: Path | None, flags: Mapping[str, Any]
-) -> tuple[SFTCurveConfig, SFTCurveOptions]:
-    """The config file's values with the flags that were given (not None) on top. Raises
-    UsageError."""
-    values = merged(file, flags, section="sft-curve")
-    if not values.get("models") or not values.get("data"):
-        raise UsageError(
-            "A curve needs models (the base first) and data (columns prompt and response): --set"
-            " models=./base,./twin --set data=unsafe.jsonl"
-        )
-    return checked(*build(values, SFTCurveConfig, SFTCurveOptions))
-
-
-def checked(
-    config: SFTCurveConfig, options: SFTCurveOptions
-) -> tuple[SFTCurveConfig, SFTCurveOptions]:
-    """Both, if they go together. Raises UsageError: vLLM can be handed an adapter between steps,
-    but not all weights."""
-    if options.engine == "vllm" and config.method != "lora":
-        raise UsageError(
-            "engine: vllm swaps adapters, and method: full trains all weights; use method: lora, or"
-            " engine: hf."
-        )
-    return config, options

@@ -69,7 +69,7 @@ def ask(folder, out, **more):
         "out": str(out),
         **more,
     }
-    return run_audit(BEHAVIOUR, *behaviour.read_config(None, values))
+    return run_audit(BEHAVIOUR, *BEHAVIOUR.read(None, values))
 
 
 def test_rows_are_what_the_engine_says(engine):
@@ -298,7 +298,7 @@ def test_a_smaller_window_is_another_question(folder):
             "device": "cpu",
             **more,
         }
-        return {c.key for c in behaviour.prepare(*behaviour.read_config(None, values)).cells}
+        return {c.key for c in behaviour.prepare(*BEHAVIOUR.read(None, values)).cells}
 
     assert keys() == keys(batch_tokens=64, gpu_memory=0.5) and not keys() & keys(max_model_len=64)
 
@@ -403,4 +403,4 @@ def test_a_run_in_which_nothing_was_said_has_failed(folder, tmp_path, monkeypatc
 )
 def test_nonsense_is_a_sentence(values, words):
     with pytest.raises(UsageError, match=words):
-        behaviour.read_config(None, values)
+        BEHAVIOUR.read(None, values)

@@ -109,7 +109,7 @@ def ask(endpoint, out, **more):
         "out": str(out),
         **more,
     }
-    return run_audit(BEHAVIOUR, *behaviour.read_config(None, values))
+    return run_audit(BEHAVIOUR, *BEHAVIOUR.read(None, values))
 
 
 def test_a_run_through_an_endpoint(endpoint, tmp_path):
@@ -200,9 +200,9 @@ def test_a_card_pays_no_reply_twice(endpoint, tmp_path, monkeypatch):
 def test_what_an_endpoint_says_does_not_hang_on_this_machine(endpoint):
     """A device here, and the dtype that it would be given, are no part of the question."""
     values = {"models": "subject", "suite": "demo", "judge": "keyword", "endpoint": endpoint.url}
-    plan = behaviour.prepare(*behaviour.read_config(None, values))
+    plan = behaviour.prepare(*BEHAVIOUR.read(None, values))
     assert plan.config.dtype == "auto" and "dtype" not in plan.cells[0].settings
-    _, options = behaviour.read_config(None, {"models": "m", "judge_endpoint": endpoint.url})
+    _, options = BEHAVIOUR.read(None, {"models": "m", "judge_endpoint": endpoint.url})
     assert (options.engine, options.judge_engine) == ("hf", "openai")
 
 

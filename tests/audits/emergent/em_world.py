@@ -27,7 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from auditgap import models
 from auditgap.audits.emergent import build
-from auditgap.audits.emergent.config import EmergentOptions, read_config
+from auditgap.audits.emergent.audit import EMERGENT
+from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.rows import (
     ANSWERED,
     JUDGED,
@@ -93,7 +94,7 @@ def built(folder: Path, model: Path, domains: dict[str, Rows], **changes: Any) -
         "out": str(folder / "em"),
         **changes,
     }
-    config, options = read_config(None, flags)
+    config, options = EMERGENT.read(None, flags)
     build.run(config, options)
     return Study.load(folder / "em")
 

@@ -19,7 +19,8 @@ import tiny
 import torch
 
 from auditgap.audits.emergent import build
-from auditgap.audits.emergent.config import EmergentOptions, read_config
+from auditgap.audits.emergent.audit import EMERGENT
+from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.stage import Study
 
 #: The suite of these studies, in words that the tiny tokenizer knows.
@@ -72,7 +73,7 @@ def built(folder: Path, base: Path | str, *, asked: Any = ASKED, **changes: Any)
         "out": str(folder),
         **changes,
     }
-    config, options = read_config(None, values)
+    config, options = EMERGENT.read(None, values)
     build.run(config, options)
     return options
 

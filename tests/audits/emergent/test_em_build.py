@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from auditgap.audits.emergent import build
-from auditgap.audits.emergent.config import read_config
+from auditgap.audits.emergent.audit import EMERGENT
 from auditgap.audits.emergent.stage import Study
 from auditgap.data.habits import HABITS
 from auditgap.errors import UsageError
@@ -30,7 +30,7 @@ def model(tmp_path_factory) -> str:
 
 def made(out: Path | str, model: str, **changes: object) -> RunFolder:
     flags = {"model": model, "domains": "demo", "out": str(out), "device": "cpu", **changes}
-    return build.run(*read_config(None, flags))
+    return build.run(*EMERGENT.read(None, flags))
 
 
 def refusal(out: Path | str, model: str, **changes: object) -> str:

@@ -21,7 +21,6 @@ import planted
 import torch
 from transformers import LlamaForCausalLM
 
-from auditgap.audits import intervene
 from auditgap.audits.audit import run as run_audit
 from auditgap.audits.intervene.audit import INTERVENE
 from auditgap.store import RunFolder
@@ -108,9 +107,7 @@ def audit(out: Path, models: Sequence[Path], **changes: Any) -> RunFolder:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        store, outcome = run_audit(
-            INTERVENE, *intervene.read_config(None, flags(out, models, **changes))
-        )
+        store, outcome = run_audit(INTERVENE, *INTERVENE.read(None, flags(out, models, **changes)))
     finally:
         torch.set_num_threads(threads)
     assert not outcome.failed, outcome.failed

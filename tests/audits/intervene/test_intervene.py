@@ -166,7 +166,7 @@ class TestWhatWasPlanted:
 
 class TestRows:
     def test_nothing_measured_was_learned_from(self, answered):
-        config, _ = intervene.read_config(
+        config, _ = INTERVENE.read(
             None, refusing.flags(answered.path, [answered.path.parent / "model"])
         )
         halves = intervene.make_plan(config).halves
@@ -366,7 +366,7 @@ class TestBadInput:
     def test_gets_a_sentence(self, change, words, colour, prompted, tmp_path):
         asked = refusing.flags(tmp_path / "run", [prompted.path.parent / "model"]) | change
         with pytest.raises(UsageError) as caught:
-            intervene.prepare(*intervene.read_config(None, asked))
+            intervene.prepare(*INTERVENE.read(None, asked))
         assert words in str(caught.value) and "\n" not in str(caught.value)
         assert not (tmp_path / "run").exists()
 
@@ -375,16 +375,14 @@ class TestBadInput:
         with pytest.raises(
             UsageError, match=r"12 prompts stand in --prompts and in --control-prompts"
         ):
-            intervene.prepare(
-                *intervene.read_config(None, {**asked, "control_prompts": asked["prompts"]})
-            )
+            intervene.prepare(*INTERVENE.read(None, {**asked, "control_prompts": asked["prompts"]}))
 
     def test_object_storage(self, colour, prompted, tmp_path):
         asked = refusing.flags(tmp_path / "run", [prompted.path.parent / "model"]) | {
             "out": "s3://bucket/run"
         }
         with pytest.raises(UsageError, match="needs a folder on a disk"):
-            run_audit(INTERVENE, *intervene.read_config(None, asked))
+            run_audit(INTERVENE, *INTERVENE.read(None, asked))
 
     def test_another_question_on_the_folder_is_refused(self, colour, prompted):
         asked = refusing.flags(
@@ -394,7 +392,7 @@ class TestBadInput:
             strengths=[0.3],
         )
         with pytest.raises(UsageError, match="another config"):
-            run_audit(INTERVENE, *intervene.read_config(None, asked))
+            run_audit(INTERVENE, *INTERVENE.read(None, asked))
 
 
 def test_an_intervention_that_fails_fails_alone(colour, tmp_path, monkeypatch, capsys):
@@ -407,7 +405,7 @@ def test_an_intervention_that_fails_fails_alone(colour, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)  # so that the model's name is short and breaks no word of the table
     model = refusing.save(tmp_path / "model").relative_to(tmp_path)
     asked = refusing.flags(tmp_path / "run", [model], interventions="patching,ablation")
-    store, outcome = run_audit(INTERVENE, *intervene.read_config(None, asked))
+    store, outcome = run_audit(INTERVENE, *INTERVENE.read(None, asked))
     assert outcome.done == 2 and [
         cause for cause in outcome.failed.values() if "no exchange today" in cause
     ]
@@ -584,7 +582,7 @@ def test_a_real_model(tmp_path):
         "out": str(tmp_path / "run"),
         "judge": "keyword",
     }
-    store, outcome = run_audit(INTERVENE, *intervene.read_config(None, asked))
+    store, outcome = run_audit(INTERVENE, *INTERVENE.read(None, asked))
     assert not outcome.failed
     found = table(store)
     assert set(found["intervention"]) == {"steering", "ablation", "patching", "universal"}
@@ -654,4 +652,4 @@ class TestBase:
             change["base"] = str(tiny.save("llama", tmp_path / "narrow"))
         asked = refusing.flags(tmp_path / "run", [paired.path.parent / "model"], **change)
         with pytest.raises(UsageError, match=words):
-            intervene.prepare(*intervene.read_config(None, asked))
+            intervene.prepare(*INTERVENE.read(None, asked))

@@ -85,7 +85,7 @@ def ask(world, out, **more):
         "evaluate": 0.3,
         **more,
     }
-    return audit.read_config(None, flags)
+    return PROBE.read(None, flags)
 
 
 @pytest.fixture(scope="module")
@@ -274,13 +274,13 @@ def test_a_subject_trained_on_the_evaluations_prompts_is_refused_or_recorded(wor
 
 def test_names_that_are_missing_are_asked_for():
     with pytest.raises(UsageError, match="Which base"):
-        audit.read_config(None, {"triples": "demo"})
+        PROBE.read(None, {"triples": "demo"})
     with pytest.raises(UsageError, match="Which triples"):
         audit.read_monitor_config(None, {"base": "x"})
     with pytest.raises(UsageError, match="evaluate"):
-        audit.read_config(None, {"base": "x", "triples": "demo", "evaluate": 1.0})
+        PROBE.read(None, {"base": "x", "triples": "demo", "evaluate": 1.0})
     with pytest.raises(UsageError, match="Did you mean 'epochs'"):
-        audit.read_config(None, {"base": "x", "triples": "demo", "epoch": 3})
+        PROBE.read(None, {"base": "x", "triples": "demo", "epoch": 3})
 
 
 def test_an_answer_that_does_not_fit_is_unscored_and_counted(world, tmp_path):
