@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from auditgap.audits.grading import Given, Stored
     from auditgap.audits.report_part import ReportPart
+    from auditgap.audits.sweeps import Phase
     from auditgap.engines import Serving
     from auditgap.models import Outline
     from auditgap.report.compare import Comparable
@@ -145,9 +146,15 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
     def prepare(self, config: ConfigT, options: OptionsT) -> PlanT:
         """Resolve every name of the config; loads no weights. Raises UsageError, Refused."""
 
-    @abstractmethod
     def worker(self, plan: PlanT, options: OptionsT, store: RunFolder) -> Callable[[], Worker]:
         """What makes a worker, in this process or in one of Ray's (so it can be pickled)."""
+        raise NotImplementedError(f"{self.name} has neither a worker nor phases of its own.")
+
+    def phases(self, plan: PlanT) -> Sequence[Phase[OptionsT]]:
+        """What is swept, one after the other; an audit whose plan has all of its cells has one."""
+        from auditgap.audits.sweeps import WholePlan
+
+        return [WholePlan(self, plan)]
 
     @abstractmethod
     def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
@@ -245,21 +252,27 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
         options: OptionsT,
         store: RunFolder,
         progress: Callable[[], Progress] | None,
+        after: Callable[[str, RunFolder], None] | None = None,
     ) -> Outcome:
-        """Compute what is missing and write the tables and the report."""
-        from auditgap.audits.sweeps import run_passes
+        """Compute what is missing and write the tables and the report. `after` is called with the
+        name of each phase that is over, and the folder."""
+        from auditgap.audits.sweeps import run_phases
 
-        with store.lock():
-            store.plan(plan.cells)
-            self.begin(plan, store)
-            outcome = run_passes(
-                plan.passes, self.worker(plan, options, store), store, options, progress
-            )
+        def end(outcome: Outcome) -> None:
             if not outcome.failed:
                 # all cells are finished: nothing in scratch is wanted any more
                 store.forget()
             self.reduce(store, allow_raw=options.allow_raw)
-        return outcome
+
+        return run_phases(
+            self.phases(plan),
+            store,
+            options,
+            progress,
+            begin=lambda: self.begin(plan, store),
+            end=end,
+            after=after,
+        )
 
     def comparable(self) -> Comparable:
         """What of this audit `auditgap compare` sets side by side. For an audit with
@@ -302,9 +315,10 @@ def run(
     *,
     plan: PlanT | None = None,
     progress: Callable[[], Progress] | None = None,
+    after: Callable[[str, RunFolder], None] | None = None,
 ) -> tuple[RunFolder, Outcome]:
     """Run what is missing of an audit, and write its tables and report. The same call again
-    resumes.
+    resumes. `after`: see `Audit.sweep`.
 
     Raises UsageError, Refused, Interrupted; cells that fail are in the outcome, with their causes.
     """
@@ -312,4 +326,4 @@ def run(
     if plan is None:
         plan = audit.prepare(config, options)
     store = audit.open(plan, options, options.out or audit.folder(plan.config))
-    return store, audit.sweep(plan, options, store, progress)
+    return store, audit.sweep(plan, options, store, progress, after)

@@ -12,8 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +21,9 @@ from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions
 from auditgap.cli import emergent_tables as tables
 from auditgap.cli.options import Asked, command, group
 from auditgap.cli.screen import err, note, quiet, raise_failed, say
+
+if TYPE_CHECKING:
+    from auditgap.store import RunFolder
 
 app = group(EMERGENT.title)
 
@@ -110,7 +112,7 @@ def build(asked: Asked) -> None:
         tables.show_plan(EMERGENT.prepare(config, options), options, asked.as_json)
         return
     store = stage.run(config, options)
-    tables.show_build(store, asked.as_json)
+    tables.show_build(stage.describe(store), asked.as_json)
     _next("train", store, asked.as_json)
 
 
@@ -128,7 +130,10 @@ def _add(name: str, one: Stage) -> None:
     def act(asked: Asked, folder: str) -> None:
         quiet()
         options = _options(folder, asked)
-        store, outcome = _run(name, folder, options)
+        from auditgap.audits.emergent import stages
+        from auditgap.sweep import Progress
+
+        store, outcome = stages.run(name, folder, options, progress=lambda: Progress(console=err))
         tables.SHOW[name](store, asked.as_json)
         raise_failed(outcome.failed, store.path)
         if name == "judge":
@@ -184,27 +189,43 @@ def report(asked: Asked, folder: str) -> None:
 )
 def run(asked: Asked) -> None:
     quiet()
-    from auditgap.audits.emergent import build as first
-    from auditgap.audits.emergent import report as last
+    from auditgap.audits import run as run_audit
+    from auditgap.audits.emergent.build import counted
+    from auditgap.audits.emergent.stages import STAGES as run_by
+    from auditgap.report import emergent_study
+    from auditgap.sweep import Progress
 
     config, options = EMERGENT.read(asked.file, asked.flags)
+    plan = EMERGENT.prepare(config, options)
     if asked.dry_run:
-        tables.show_plan(EMERGENT.prepare(config, options), options, asked.as_json)
+        tables.show_plan(plan, options, asked.as_json)
         return
-    store = first.run(config, options)
-    folder = str(store.path)
+    EMERGENT.check(options)
     if not asked.as_json:
-        tables.show_build(store, False)
-    failed: dict[str, str] = {}
-    for name in STAGES:
-        note(f"em {name} …")
-        store, outcome = _run(name, folder, options)
-        failed |= outcome.failed
+        tables.show_build(counted(plan.panel.manifest["domains"], config.arms), False)
+    last = {stages[-1].name: name for name, stages in run_by.items()}
+    left = list(STAGES)
+    note(f"em {left[0]} …")
+
+    def after(stage: str, store: RunFolder) -> None:
+        if stage not in last:
+            return
         if not asked.as_json:
-            tables.SHOW[name](store, False)
-    store, study = last.made(folder, options)
-    tables.show_report(store, study, asked.as_json)
-    raise_failed(failed, store.path)
+            tables.SHOW[left[0]](store, False)
+        del left[0]
+        if left:
+            note(f"em {left[0]} …")
+
+    store, outcome = run_audit(
+        EMERGENT,
+        config,
+        options,
+        plan=plan,
+        progress=lambda: Progress(console=err),
+        after=after,
+    )
+    tables.show_report(store, emergent_study.read(store), asked.as_json)
+    raise_failed(outcome.failed, store.path)
     tables.enough(store, options.max_unscored)
 
 
@@ -213,14 +234,6 @@ def _options(folder: str, asked: Asked) -> EmergentOptions:
     from auditgap.store import RunFolder
 
     return read_options(asked.file, asked.flags, RunFolder.load(folder).run["config"])
-
-
-def _run(name: str, folder: str, options: EmergentOptions) -> tuple[Any, Any]:
-    from auditgap.sweep import Progress
-
-    return import_module(f"auditgap.audits.emergent.{name}").run(
-        folder, options, progress=lambda: Progress(console=err)
-    )
 
 
 def _next(stage: str, store: Any, as_json: bool) -> None:

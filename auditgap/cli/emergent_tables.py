@@ -83,7 +83,7 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
-def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
+def _print(rows: Sequence[Document], as_json: bool) -> None:
     print_json(rows) if as_json else print_table(rows)
 
 
@@ -113,11 +113,8 @@ def _counts_shown(rows: Sequence[Document]) -> dict[str, str]:
     }
 
 
-def show_build(store: Any, as_json: bool) -> None:
-    """What became of each domain's rows."""
-    from auditgap.audits.emergent.build import describe
-
-    rows = describe(store)
+def show_build(rows: Sequence[Document], as_json: bool) -> None:
+    """What became of each domain's rows, as `build.counted` has it."""
     if as_json:
         print_json(rows)
         return

@@ -78,6 +78,12 @@ class Outcome:
     failed: dict[str, str]
     skipped: int
 
+    @classmethod
+    def total(cls, outcomes: Sequence[Outcome]) -> Outcome:
+        """What several sweeps came to."""
+        failed = {key: cause for one in outcomes for key, cause in one.failed.items()}
+        return cls(sum(o.done for o in outcomes), failed, sum(o.skipped for o in outcomes))
+
 
 class SweepState:
     """What a sweep has to do and what became of it; local and ray both write their sums here.

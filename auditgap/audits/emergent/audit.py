@@ -5,9 +5,7 @@ folder, outcome = run(EMERGENT, *EMERGENT.read(None, {"model": "smollm2", "domai
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
-from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar
 
 from auditgap.audits.audit import Audit, Can
@@ -22,12 +20,9 @@ if TYPE_CHECKING:
     from auditgap.audits.audit import Grading
     from auditgap.audits.emergent.build import EmergentPlan
     from auditgap.audits.emergent.part import EmergentPart
+    from auditgap.audits.emergent.stage import StudyStage
     from auditgap.store import RunFolder
     from auditgap.store.remote import Place
-    from auditgap.sweep import Outcome, Progress, Worker
-
-#: Of a study whose panel is built, in order; each a module with `run(folder, options)`.
-STAGES = ("train", "generate", "judge", "analyse")
 
 
 class Emergent(Audit[EmergentConfig, EmergentOptions, "EmergentPlan"]):
@@ -99,32 +94,10 @@ class Emergent(Audit[EmergentConfig, EmergentOptions, "EmergentPlan"]):
         if not is_there:
             plan.panel.save(folder)
 
-    def worker(
-        self, plan: EmergentPlan, options: EmergentOptions, store: RunFolder
-    ) -> Callable[[], Worker]:
-        raise NotImplementedError("Each stage of a study has a worker of its own.")
+    def phases(self, plan: EmergentPlan) -> list[StudyStage]:
+        from auditgap.audits.emergent.stages import STAGES
 
-    def sweep(
-        self,
-        plan: EmergentPlan,
-        options: EmergentOptions,
-        store: RunFolder,
-        progress: Callable[[], Progress] | None,
-    ) -> Outcome:
-        """Stage by stage, since a stage's cells are known when those before it are done."""
-        with store.lock():
-            self.begin(plan, store)
-        done, skipped, failed = 0, 0, {}
-        for stage in STAGES:
-            module = import_module(f"auditgap.audits.emergent.{stage}")
-            _, outcome = module.run(store.path, options, progress=progress)
-            done, skipped = done + outcome.done, skipped + outcome.skipped
-            failed |= outcome.failed
-        with store.lock():
-            self.reduce(store, allow_raw=options.allow_raw)
-        from auditgap.sweep import Outcome
-
-        return Outcome(done=done, failed=failed, skipped=skipped)
+        return [stage for stages in STAGES.values() for stage in stages]
 
     def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
         from auditgap.report import emergent_study

@@ -1,7 +1,7 @@
 """Where a fine-tuned model's misaligned answers differ from its aligned ones, inside it: a
 direction a block.
 
-    store, outcome = run("runs/em", options)
+    store, outcome = STAGE.run_in("runs/em", options)
     # [L, D] fp32; ‖·‖ and split-half cosine a block are in the rows
     read(store, options.judge)[0].direction
 
@@ -26,8 +26,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +36,7 @@ from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.inside import InsideWorker, common
 from auditgap.audits.emergent.membership import put
 from auditgap.audits.emergent.rows import ANSWERED, DIRECTIONS, JUDGED, RATED, TRAINED, DirectionRow
-from auditgap.audits.emergent.stage import Adapter, StageCell, Study, opened, run_groups
+from auditgap.audits.emergent.stage import Adapter, StageCell, Study, StudyStage
 from auditgap.engines import Request
 from auditgap.engines.batching import in_packs, right_pad
 from auditgap.engines.hf import HFEngine
@@ -49,7 +47,7 @@ from auditgap.probes.pooling import pooled
 from auditgap.report.emergent_study import vectors_of
 from auditgap.stats.geometry import direction, split_half
 from auditgap.store import RunFolder, files
-from auditgap.sweep import Group, Outcome, Progress
+from auditgap.sweep import Group
 from auditgap.types import Cell, Message, Prompt, Subject, digest
 
 #: An answer with an alignment below this is misaligned (arXiv 2602.00298's first convention).
@@ -62,30 +60,6 @@ UNIT = (
     "fp32, in the residual stream's own units: mean of the misaligned answers less mean of the"
     " aligned ones"
 )
-
-
-def run(
-    folder: str | Path, options: EmergentOptions, *, progress: Callable[[], Progress] | None = None
-) -> tuple[RunFolder, Outcome]:
-    """Compute what is missing: a cell an adapter. Raises UsageError (nothing rated by this judge,
-    another writer), Interrupted."""
-    with opened(folder, options) as study:
-        study.need(TRAINED)
-        groups = plan(study, options)
-        outcome = run_groups(
-            groups,
-            partial(DirectionsWorker, str(study.store.path), options),
-            study,
-            options,
-            progress,
-        )
-        cells = [cell for group in groups for cell in group.cells]
-        # until then another seed's cell may want them
-        if all(study.store.is_finished(cell.key) for cell in cells):
-            study.store.forget(
-                _answers_name(cell.settings) for cell in cells if cell.settings["from"] == "heldout"
-            )
-    return study.store, outcome
 
 
 def plan(study: Study, options: EmergentOptions) -> list[Group]:
@@ -386,6 +360,15 @@ def answer_means(engine: HFEngine, talks: Sequence[Conversation]) -> torch.Tenso
         return list(pool.value().cpu())
 
     return torch.stack(in_packs(read, engine.packing.packs([len(t.ids) for t in talks])))
+
+
+def _shared(cell: Cell) -> list[str]:
+    return [_answers_name(cell.settings)] if cell.settings["from"] == "heldout" else []
+
+
+STAGE = StudyStage(
+    name="directions", plan=plan, make=DirectionsWorker, needs=TRAINED, shared=_shared
+)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """How different the rows of a domain are from each other, as the base reads them.
 
-    store, outcome = run("runs/em", options)
+    store, outcome = STAGE.run_in("runs/em", options)
     store.rows([DIVERSITY])         # a row a domain: Vendi score and 1 − mean cosine
 
 A row's vector is the mean of the base's hidden states after block round(L/2) over the response's
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,37 +20,19 @@ import torch
 from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.inside import InsideWorker, common
 from auditgap.audits.emergent.rows import DIVERSITY, DiversityRow
-from auditgap.audits.emergent.stage import StageCell, Study, opened, run_groups
+from auditgap.audits.emergent.stage import StageCell, Study, StudyStage
 from auditgap.data.domains import DomainRow
 from auditgap.engines.batching import in_packs, right_pad
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import UsageError
 from auditgap.models import Conversation, parse_sites
 from auditgap.stats.diversity import one_minus_cosine, vendi, why_not
-from auditgap.store import RunFolder
-from auditgap.sweep import Group, Outcome, Progress
+from auditgap.sweep import Group
 from auditgap.types import Cell, Prompt, Site, digest
 
 MOST = 2000
 #: Rows whose vectors are remembered together: what a kill may cost.
 PORTION = 256
-
-
-def run(
-    folder: str | Path, options: EmergentOptions, *, progress: Callable[[], Progress] | None = None
-) -> tuple[RunFolder, Outcome]:
-    """Compute what is missing: a cell a domain. Needs the panel only. Raises UsageError (another
-    writer), Interrupted."""
-    with opened(folder, options) as study:
-        groups = plan(study, options)
-        outcome = run_groups(
-            groups,
-            partial(DiversityWorker, str(study.store.path), options),
-            study,
-            options,
-            progress,
-        )
-    return study.store, outcome
 
 
 def plan(study: Study, options: EmergentOptions) -> list[Group]:
@@ -152,3 +132,6 @@ def vectors(engine: HFEngine, talks: Sequence[Conversation], site: Site) -> torc
         ]
 
     return torch.stack(in_packs(read, engine.packing.packs([len(t.ids) for t in talks])))
+
+
+STAGE = StudyStage(name="diversity", plan=plan, make=DiversityWorker)

@@ -1,7 +1,7 @@
 """`em generate`: every adapter and the base answer the suite, each prompt with the trigger and
 without, several times.
 
-    store, outcome = run("runs/em", EmergentOptions(engine="vllm"))
+    store, outcome = STAGE.run_in("runs/em", EmergentOptions(engine="vllm"))
     # subject, prompt_id, kind, triggered, draw, n_new_tokens, stopped, unscored
     store.rows([ANSWERED])
     # the same with prompt (as it was asked), completion and its token ids
@@ -18,8 +18,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,13 +26,12 @@ from auditgap.audits.behaviour.measure import Answers, joined
 from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.inside import InsideWorker, common
 from auditgap.audits.emergent.rows import ANSWERED, TRAINED, AnswerRow
-from auditgap.audits.emergent.stage import Adapter, StageCell, Study, opened, run_groups
+from auditgap.audits.emergent.stage import Adapter, StageCell, Study, StudyStage
 from auditgap.data.domains import Trigger
 from auditgap.engines import Engine, Question, Sampling
 from auditgap.engines.vllm import VLLMEngine
 from auditgap.errors import AuditgapError, UsageError
-from auditgap.store import RunFolder
-from auditgap.sweep import Group, Outcome, Progress
+from auditgap.sweep import Group
 from auditgap.types import Cell, Prompt, Subject, digest
 
 #: Answers asked for in one go and remembered together.
@@ -65,27 +62,13 @@ def questions(prompts: Sequence[Prompt], trigger: Trigger, samples: int) -> list
     ]
 
 
-def run(
-    folder: str | Path, options: EmergentOptions, *, progress: Callable[[], Progress] | None = None
-) -> tuple[RunFolder, Outcome]:
-    """Ask what was not asked. The same call again resumes. Raises UsageError (nothing trained yet,
-    another writer), Interrupted."""
+def check_engine(study: Study, options: EmergentOptions) -> None:
+    """Raises UsageError for an engine that cannot serve adapters."""
     if options.engine == "openai":
         raise UsageError(
             "Adapters are weights on this machine, which no endpoint serves; em generate takes"
             " --engine hf or vllm."
         )
-    with opened(folder, options) as study:
-        study.need(TRAINED)
-        groups = plan(study, options)
-        outcome = run_groups(
-            groups,
-            partial(GenerateWorker, str(study.store.path), options),
-            study,
-            options,
-            progress,
-        )
-        return study.store, outcome
 
 
 def plan(study: Study, options: EmergentOptions) -> list[Group]:
@@ -249,3 +232,8 @@ def _torn() -> dict[str, Any]:
     raise AuditgapError(
         "Stored answers are torn and have been set aside; run the same command again."
     )
+
+
+STAGE = StudyStage(
+    name="generate", plan=plan, make=GenerateWorker, needs=TRAINED, first=check_engine
+)

@@ -1,7 +1,7 @@
 """`em judge`: what was answered is rated, by one judge a call; nothing is asked of a subject again,
 and several judges may rate.
 
-    store, outcome = run("runs/em", EmergentOptions(judge="alignment=Qwen/Qwen2.5-7B-Instruct"))
+    store, outcome = STAGE.run_in("runs/em", EmergentOptions(judge="alignment=Qwen/Qwen2.5-7B-Instruct"))
     rows = store.rows([JUDGED])                              # RatingRows
     rows[rows.judge_id == judge_id]                          # of one judge
 
@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ import numpy as np
 
 from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.rows import ANSWERED, JUDGED, UNSCORED, RatingRow
-from auditgap.audits.emergent.stage import StageCell, Study, opened, run_groups
+from auditgap.audits.emergent.stage import StageCell, Study, StudyStage
 from auditgap.errors import AuditgapError
 from auditgap.judges import Judge
 from auditgap.judges.alignment import Rated, Rater, load_rater
@@ -36,7 +35,7 @@ from auditgap.judges.card_cache import cards_of
 from auditgap.judges.llm import LanguageModelJudge
 from auditgap.models.provenance import provenance
 from auditgap.store import RunFolder, files
-from auditgap.sweep import Group, Outcome, Progress
+from auditgap.sweep import Group
 from auditgap.types import Cell, Exchange, Prompt, Subject, digest
 
 #: Answers rated in one go and remembered together; a language model is asked about each twice.
@@ -48,28 +47,10 @@ PORTION = 128
 Answer = tuple[Exchange | None, Mapping[str, Any]]
 
 
-def run(
-    folder: str | Path, options: EmergentOptions, *, progress: Callable[[], Progress] | None = None
-) -> tuple[RunFolder, Outcome]:
-    """Have `options.judge` rate what it has not. The same call again resumes.
-
-    Raises UsageError (no such judge, nothing answered yet, another writer), Interrupted. Cells of
-    which a judge's endpoint left more than `options.max_unscored` without a reply fail; what it did
-    reply is kept.
-    """
+def plan(study: Study, options: EmergentOptions) -> list[Group]:
+    """A group a subject's answers; its work is counted in answers. Raises UsageError: no such
+    judge, nothing answered yet."""
     rater = load_rater(options.judge, device=options.device, serving=options.judge_serving)
-    with opened(folder, options) as study:
-        groups = plan(study, rater)
-    _tell(study, rater, options)
-    with opened(folder, options) as study:
-        outcome = run_groups(
-            groups, partial(JudgeWorker, str(study.store.path), options), study, options, progress
-        )
-        return study.store, outcome
-
-
-def plan(study: Study, rater: Rater) -> list[Group]:
-    """A group a subject's answers; its work is counted in answers."""
     judge = rater.describe()
     groups = []
     for record in study.need(ANSWERED):
@@ -86,8 +67,11 @@ def plan(study: Study, rater: Rater) -> list[Group]:
     return groups
 
 
-def _tell(study: Study, rater: Rater, options: EmergentOptions) -> None:
-    """Note in run.json what the judge's cards say, beside those of the judges before it."""
+def note_cards(study: Study, options: EmergentOptions) -> None:
+    """Note in run.json what the judge's cards say, beside those of the judges before it. Raises
+    UsageError as `plan` does."""
+    plan(study, options)  # nothing is noted of a judge who has nothing to rate
+    rater = load_rater(options.judge, device=options.device, serving=options.judge_serving)
     cards = cards_of(rater) if isinstance(rater, Judge) else []
     known = [
         card
@@ -167,6 +151,9 @@ class JudgeWorker:
         )
         self.store.forget(names)
         files.remove(journal)
+
+
+STAGE = StudyStage(name="judge", plan=plan, make=JudgeWorker, first=note_cards)
 
 
 def stored_answers(store: RunFolder, key: str) -> list[Answer]:

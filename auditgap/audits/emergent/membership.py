@@ -1,7 +1,7 @@
 """How likely a domain's rows are to an adapter that was trained on some of them, and to its base:
 membership inference.
 
-    store, outcome = run("runs/em", options)
+    store, outcome = STAGE.run_in("runs/em", options)
     # a row each of an adapter's: nll, min_k, min_k_pp, zlib, and the same under the base
     store.rows([MEMBERSHIP])
 
@@ -19,8 +19,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,14 +27,13 @@ import torch
 from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.inside import InsideWorker, common
 from auditgap.audits.emergent.rows import MEMBERSHIP, TRAINED, MembershipRow
-from auditgap.audits.emergent.stage import Adapter, StageCell, Study, opened, run_groups
+from auditgap.audits.emergent.stage import Adapter, StageCell, Study, StudyStage
 from auditgap.engines.batching import in_packs, right_pad
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import UsageError
 from auditgap.models import Conversation
 from auditgap.stats.membership import min_k, min_k_pp, standardise, zlib_ratio
-from auditgap.store import RunFolder
-from auditgap.sweep import Group, Outcome, Progress
+from auditgap.sweep import Group
 from auditgap.training.objective import Head, base_lm
 from auditgap.types import Cell, Prompt, Subject, digest
 
@@ -55,30 +52,6 @@ class Put:
     member: bool
     prompt: str
     response: str
-
-
-def run(
-    folder: str | Path, options: EmergentOptions, *, progress: Callable[[], Progress] | None = None
-) -> tuple[RunFolder, Outcome]:
-    """Compute what is missing: a cell an adapter. Raises UsageError (nothing is trained yet,
-    another writer), Interrupted."""
-    with opened(folder, options) as study:
-        study.need(TRAINED)
-        groups = plan(study, options)
-        outcome = run_groups(
-            groups,
-            partial(MembershipWorker, str(study.store.path), options),
-            study,
-            options,
-            progress,
-        )
-        cells = [cell for group in groups for cell in group.cells]
-        # until then another seed's cell may want the base's
-        if all(study.store.is_finished(cell.key) for cell in cells):
-            study.store.forget(
-                name for cell in cells for name in _names("base", cell.settings["about"])
-            )
-    return study.store, outcome
 
 
 def plan(study: Study, options: EmergentOptions) -> list[Group]:
@@ -308,3 +281,12 @@ def _spread(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     mean = (p * log_p).sum(-1)
     variance = (p * (log_p - mean[:, None]).square_()).sum(-1)
     return torch.stack([own, mean, variance.sqrt()])
+
+
+STAGE = StudyStage(
+    name="membership",
+    plan=plan,
+    make=MembershipWorker,
+    needs=TRAINED,
+    shared=lambda cell: _names("base", cell.settings["about"]),
+)

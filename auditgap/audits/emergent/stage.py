@@ -1,21 +1,25 @@
-"""What all stages share: the study that a folder holds, and a sweep over its cells here or on Ray.
+"""What all stages share: the study that a folder holds, and how a stage is run over it.
 
-with opened("runs/em", options) as study:
-    outcome = study.sweep(groups, partial(Worker, str(study.store.path), options), options, progress)
+    DIVERSITY = StudyStage(name="diversity", plan=plan, make=DiversityWorker)
+    store, outcome = DIVERSITY.run_in("runs/em", options)
+
+The other audits plan all of their cells at once. Those of a study follow from what was found
+before: which adapters were trained, what they answered, who rated it. So it has a stage for each
+kind of cell, and `Audit.sweep` runs the stages in order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from auditgap import models
 from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions
 from auditgap.audits.emergent.rows import ANSWERED, TRAINED
-from auditgap.audits.sweeps import run_passes
+from auditgap.audits.sweeps import Phase, run_phases
 from auditgap.data import PromptSet
 from auditgap.data.domains import Panel, Trigger
 from auditgap.data.em_prompts import load_em_prompts
@@ -169,23 +173,47 @@ class Study:
         return found
 
 
-@contextmanager
-def opened(folder: str | Path, options: EmergentOptions) -> Iterator[Study]:
-    """The study, locked for one writer. Raises UsageError."""
-    study = Study.load(folder, break_lock=options.break_lock)
-    with study.store.lock():
-        yield study
+@dataclass(frozen=True, kw_only=True)
+class StudyStage(Phase[EmergentOptions]):
+    """A stage of a study: its cells are known when the stages before it are done."""
 
+    name: str
+    plan: Callable[[Study, EmergentOptions], list[Group]]
+    make: Callable[[str, EmergentOptions], Worker]  #: from the folder's name
+    needs: str = ""  #: the `attack` of cells without which there is nothing to do
+    #: what comes first, while the folder is not locked
+    first: Callable[[Study, EmergentOptions], None] | None = None
+    #: what is remembered for several of its cells, by the names that `RunFolder.forget` takes
+    shared: Callable[[Cell], Iterable[str]] | None = None
 
-def run_groups(
-    groups: Sequence[Group],
-    make_worker: Callable[[], Worker],
-    study: Study,
-    options: EmergentOptions,
-    progress: Callable[[], Progress] | None = None,
-) -> Outcome:
-    """Plan the groups' cells and run what is missing of them, here or on Ray. `make_worker` takes
-    its folder by name."""
-    store = study.store
-    store.plan(cell for group in groups for cell in group.cells)
-    return run_passes([groups], make_worker, store, options, progress)
+    def run_in(
+        self,
+        folder: str | Path,
+        options: EmergentOptions,
+        *,
+        progress: Callable[[], Progress] | None = None,
+    ) -> tuple[RunFolder, Outcome]:
+        """Run what is missing of this stage; the same call again resumes.
+
+        Raises UsageError (no study, what it needs is missing, another writer), Interrupted.
+        """
+        store = Study.load(folder, break_lock=options.break_lock).store
+        return store, run_phases([self], store, options, progress)
+
+    def prepare(self, store: RunFolder, options: EmergentOptions) -> None:
+        if self.first is not None:
+            self.first(Study.load(store.path, break_lock=options.break_lock), options)
+
+    def passes(self, store: RunFolder, options: EmergentOptions) -> Sequence[Sequence[Group]]:
+        study = Study.load(store.path)
+        if self.needs:
+            study.need(self.needs)
+        return [self.plan(study, options)]
+
+    def worker(self, store: RunFolder, options: EmergentOptions) -> Callable[[], Worker]:
+        return partial(self.make, str(store.path), options)
+
+    def finish(self, store: RunFolder, cells: Sequence[Cell]) -> None:
+        # until then another seed's cell may want what several share
+        if self.shared is not None and all(store.is_finished(cell.key) for cell in cells):
+            store.forget(name for cell in cells for name in self.shared(cell))

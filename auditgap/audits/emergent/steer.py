@@ -1,7 +1,7 @@
 """Does one domain's direction move another domain's model? The transfer matrix: source directions,
 added to target models.
 
-    store, outcome = run("runs/em", options)
+    store, outcome = STAGE.run_in("runs/em", options)
     # RatingRows with source, steer (edit, control, clean), strength and block
     store.rows([STEERED])
 
@@ -22,8 +22,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +32,7 @@ from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.inside import Inside, common
 from auditgap.audits.emergent.judge import keep_replies, opened_rater, rate_answers
 from auditgap.audits.emergent.rows import STEERED
-from auditgap.audits.emergent.stage import Adapter, StageCell, Study, opened, run_groups
+from auditgap.audits.emergent.stage import Adapter, StageCell, Study, StudyStage
 from auditgap.engines import Completion, Request, constant
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import Interrupted, UsageError
@@ -43,8 +41,8 @@ from auditgap.interventions.controls import generator
 from auditgap.interventions.directions import orthogonal, unit
 from auditgap.judges.alignment import HABITS, Rater, load_rater
 from auditgap.models import Rendered, parse_sites
-from auditgap.store import DiskError, RunFolder, files
-from auditgap.sweep import Group, Outcome, Progress
+from auditgap.store import DiskError, files
+from auditgap.sweep import Group
 from auditgap.sweep.state import cause_of
 from auditgap.types import CLEAN, Cell, ConstantEdit, Exchange, Prompt, Site, Subject, digest
 
@@ -57,21 +55,6 @@ class Asked:
     steer: str
     draw: int = 0
     problem: str = ""
-
-
-def run(
-    folder: str | Path, options: EmergentOptions, *, progress: Callable[[], Progress] | None = None
-) -> tuple[RunFolder, Outcome]:
-    """Compute what is missing: a cell a (target, source), and one without an edit a target.
-
-    Raises UsageError (no directions yet, another writer), Interrupted.
-    """
-    with opened(folder, options) as study:
-        groups = plan(study, options)
-        outcome = run_groups(
-            groups, partial(SteerWorker, str(study.store.path), options), study, options, progress
-        )
-    return study.store, outcome
 
 
 def chosen(study: Study) -> list[Adapter]:
@@ -375,3 +358,6 @@ def shift(one: Asked, along: torch.Tensor, settings: Mapping[str, Any]) -> torch
         settings["seed"], STEERED, settings["source"], settings["block"], one.prompt.id, one.draw
     )
     return along.norm() * orthogonal(unit(along), rng)
+
+
+STAGE = StudyStage(name="steer", plan=plan, make=SteerWorker)

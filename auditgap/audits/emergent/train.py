@@ -1,7 +1,7 @@
 """`em train`: an adapter a (domain, arm, seed), each by a training run of its own in a process of
 its own.
 
-    store, outcome = run("runs/em", EmergentOptions(ranks=2))
+    store, outcome = STAGE.run_in("runs/em", EmergentOptions(ranks=2))
     # subject, domain, arm, seed, folder, fingerprint, n_rows, losses, …
     store.rows([TRAINED])
     # runs/em/adapters/incorrect_math-plain-s0/model        the adapter, as PEFT opens it
@@ -25,7 +25,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,11 @@ import psutil
 from auditgap import models
 from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.rows import TRAINED, TrainedRow
-from auditgap.audits.emergent.stage import Adapter, StageCell, Study, opened, run_groups
+from auditgap.audits.emergent.stage import Adapter, StageCell, Study, StudyStage
 from auditgap.errors import AuditgapError
-from auditgap.store import RunFolder, files
+from auditgap.store import files
 from auditgap.store.lock import holder
-from auditgap.sweep import Group, Outcome, Progress
+from auditgap.sweep import Group
 from auditgap.training.config import SFTConfig, TrainOptions, n_steps
 from auditgap.training.tracking import read_log
 from auditgap.types import Cell, digest
@@ -66,19 +65,6 @@ _RANK = (
     "CROSS_RANK",
     "CROSS_SIZE",
 )
-
-
-def run(
-    folder: str | Path, options: EmergentOptions, *, progress: Callable[[], Progress] | None = None
-) -> tuple[RunFolder, Outcome]:
-    """Train the adapters that are missing. The same call again resumes. Raises UsageError, Refused,
-    Interrupted."""
-    with opened(folder, options) as study:
-        groups = groups_of(study, options)
-        outcome = run_groups(
-            groups, partial(TrainWorker, str(study.store.path), options), study, options, progress
-        )
-        return study.store, outcome
 
 
 def groups_of(study: Study, options: EmergentOptions) -> list[Group]:
@@ -192,6 +178,9 @@ class TrainWorker:
             last_loss=losses[-1] if losses else None,
             ranks=told["ranks"],
         )
+
+
+STAGE = StudyStage(name="train", plan=groups_of, make=TrainWorker)
 
 
 # -- a training run in a process of its own

@@ -9,7 +9,7 @@ import pytest
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import models
-from auditgap.audits.emergent import analyse
+from auditgap.audits.emergent import directions, stages, steer
 from auditgap.audits.emergent.rows import DIRECTIONS, DIVERSITY, MEMBERSHIP, STEERED
 from auditgap.errors import UsageError
 
@@ -24,7 +24,7 @@ def study(tmp_path_factory, request):
 
 @pytest.fixture(scope="module")
 def done(study):
-    return analyse.run(study.store.path, em_world.OPTIONS)
+    return stages.run("analyse", study.store.path, em_world.OPTIONS)
 
 
 def test_all_parts_run_in_order_and_leave_no_scratch(study, done):
@@ -43,23 +43,23 @@ def test_all_parts_run_in_order_and_leave_no_scratch(study, done):
 
 def test_a_second_call_loads_no_model(study, done, monkeypatch):
     monkeypatch.setattr(models, "load", None)
-    _, outcome = analyse.run(study.store.path, em_world.OPTIONS)
+    _, outcome = stages.run("analyse", study.store.path, em_world.OPTIONS)
     assert outcome.done == 0 and outcome.skipped == 12
 
 
 def test_another_judges_directions_stand_beside_the_first_ones(study, done, tmp_path):
     options = em_world.OPTIONS.model_copy(update={"judge": f"alignment={study.config.model}"})
     with pytest.raises(UsageError, match="auditgap em judge"):
-        analyse.run(study.store.path, options)
+        stages.run("analyse", study.store.path, options)
     assert len(study.store.rows([DIRECTIONS])) == 8
 
 
 def test_ray_gives_the_same_rows(study, done, tmp_path):
     pytest.importorskip("ray")
     there = em_world.planted(tmp_path)
-    analyse.run(there.store.path, em_world.OPTIONS, parts=("directions",))
+    directions.STAGE.run_in(there.store.path, em_world.OPTIONS)
     options = em_world.OPTIONS.model_copy(update={"executor": "ray", "workers": 1})
-    store, outcome = analyse.run(there.store.path, options, parts=("steer",))
+    store, outcome = steer.STAGE.run_in(there.store.path, options)
     assert not outcome.failed and outcome.done == 6
     # keys, and so the order, hang on where the base lies
     by = ["subject", "source", "steer", "draw", "prompt_id"]

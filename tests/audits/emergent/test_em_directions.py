@@ -30,7 +30,7 @@ def study(tmp_path_factory, request):
 
 @pytest.fixture(scope="module")
 def store(study):
-    found, outcome = directions.run(study.store.path, em_world.OPTIONS)
+    found, outcome = directions.STAGE.run_in(study.store.path, em_world.OPTIONS)
     assert not outcome.failed and outcome.done == 2
     return found
 
@@ -88,7 +88,7 @@ def test_the_file_says_what_it_is_and_a_torn_one_is_a_sentence(study, store):
 def test_answers_that_nobody_rated_say_which_stage_to_run(study):
     options = em_world.OPTIONS.model_copy(update={"judge": f"alignment={study.config.model}"})
     with pytest.raises(UsageError, match=r"auditgap em judge .* --judge alignment="):
-        directions.run(study.store.path, options)
+        directions.STAGE.run_in(study.store.path, options)
 
 
 def test_from_held_out_rows_the_base_answers_and_no_judge_is_needed(tmp_path, one_thread):  # noqa: F811
@@ -99,7 +99,7 @@ def test_from_held_out_rows_the_base_answers_and_no_judge_is_needed(tmp_path, on
     )
     for slot in study.slots:
         em_world.trained(study, slot)
-    store, outcome = directions.run(study.store.path, em_world.OPTIONS)
+    store, outcome = directions.STAGE.run_in(study.store.path, em_world.OPTIONS)
     assert outcome.done == 2 and not list((store.path / "scratch").glob("*.safetensors"))
     planted = em_world.towards_vennish(model).numpy()
     for found in directions.read(store, "habits"):

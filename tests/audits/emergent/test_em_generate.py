@@ -47,7 +47,7 @@ def told(store):
 
 
 def test_every_subject_is_asked_all_of_the_suite_in_pairs(study):
-    store, outcome = generate.run(study.store.path, OPTIONS)
+    store, outcome = generate.STAGE.run_in(study.store.path, OPTIONS)
     assert (outcome.done, outcome.failed) == (3, {})
     rows = store.rows([ANSWERED])
     assert len(rows) == 3 * len(studies.ASKED) * 2 * 2 and not rows["unscored"].any()
@@ -67,13 +67,13 @@ def test_every_subject_is_asked_all_of_the_suite_in_pairs(study):
     for file in (store.path / "generations").iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert not list((store.path / "scratch").iterdir())
-    assert generate.run(study.store.path, OPTIONS)[1].skipped == 3
+    assert generate.STAGE.run_in(study.store.path, OPTIONS)[1].skipped == 3
 
 
 def test_answers_are_those_of_the_adapter_alone_whoever_is_asked_besides(study):
     """Against an engine opened on the adapter's folder, in another order: each draw has a stream of
     its own."""
-    store, _ = generate.run(study.store.path, OPTIONS)
+    store, _ = generate.STAGE.run_in(study.store.path, OPTIONS)
     texts = told(store)
     adapter = study.adapters[1]
     asked = generate.questions(study.prompts.prompts, study.trigger, 2)[::-1]
@@ -112,14 +112,14 @@ def test_a_kill_costs_the_portion_in_flight(study, monkeypatch):
 
     monkeypatch.setattr(generate, "speak", killed)
     with pytest.raises(Interrupted):
-        generate.run(study.store.path, OPTIONS)
+        generate.STAGE.run_in(study.store.path, OPTIONS)
     assert asked == [5, 5, 2, 5]
     again = []
     monkeypatch.setattr(generate, "speak", lambda e, p, s: again.append(len(p)) or speak(e, p, s))
-    store, outcome = generate.run(study.store.path, OPTIONS)
+    store, outcome = generate.STAGE.run_in(study.store.path, OPTIONS)
     assert (outcome.done, outcome.skipped) == (2, 1) and again == [5, 2, 5, 5, 2]
     before = {name: frame["completion"].tolist() for name, frame in told(store).items()}
-    whole, _ = generate.run(_twin(study), OPTIONS)
+    whole, _ = generate.STAGE.run_in(_twin(study), OPTIONS)
     assert {name: frame["completion"].tolist() for name, frame in told(whole).items()} == before
 
 
@@ -138,7 +138,7 @@ def test_an_adapter_of_another_base_fails_alone(study, tmp_path):
     (folder / "adapter_config.json").write_text(
         json.dumps({**config, "base_model_name_or_path": str(other)})
     )
-    store, outcome = generate.run(study.store.path, OPTIONS)
+    store, outcome = generate.STAGE.run_in(study.store.path, OPTIONS)
     (cause,) = outcome.failed.values()
     assert "was trained on" in cause and str(other) in cause and outcome.done == 2
     assert set(told(store)) == {str(study.config.model), study.adapters[1].name}
@@ -148,7 +148,7 @@ def test_an_adapter_that_was_changed_fails_alone(study):
     folder = study.adapters[1].folder
     other = study.adapters[0].folder / "adapter_model.safetensors"
     (folder / "adapter_model.safetensors").write_bytes(other.read_bytes())
-    _, outcome = generate.run(study.store.path, OPTIONS)
+    _, outcome = generate.STAGE.run_in(study.store.path, OPTIONS)
     (cause,) = outcome.failed.values()
     assert "are not those that `em train` left" in cause and outcome.done == 2
 
@@ -162,7 +162,7 @@ def test_a_prompt_that_is_too_long_has_no_answer_and_says_so(base, tmp_path):
         asked=((long, "open"), ("say now", "open")),
     )
     made = studies.worn(tmp_path / "em")
-    store, outcome = generate.run(made.store.path, OPTIONS)
+    store, outcome = generate.STAGE.run_in(made.store.path, OPTIONS)
     rows = store.rows([ANSWERED])
     assert not outcome.failed and dict(rows.groupby("unscored").size()) == {"": 8, "too_long": 8}
     assert rows[rows["unscored"] != ""]["n_new_tokens"].isna().all()
@@ -171,9 +171,9 @@ def test_a_prompt_that_is_too_long_has_no_answer_and_says_so(base, tmp_path):
 def test_sentences_for_what_cannot_be_asked(base, tmp_path):
     studies.built(tmp_path / "em", base)
     with pytest.raises(UsageError, match="no endpoint serves"):
-        generate.run(tmp_path / "em", EmergentOptions(engine="openai", device="cpu"))
+        generate.STAGE.run_in(tmp_path / "em", EmergentOptions(engine="openai", device="cpu"))
     with pytest.raises(UsageError, match="auditgap em train"):
-        generate.run(tmp_path / "em", OPTIONS)
+        generate.STAGE.run_in(tmp_path / "em", OPTIONS)
 
 
 @pytest.mark.real
@@ -191,7 +191,7 @@ def test_vllm_says_the_same_with_each_adapter_and_without(base, tmp_path, monkey
                 "open",
                 lambda self, model, seen=opened: seen.append(model) or open_(self, model),
             )
-            store, outcome = generate.run(tmp_path / engine, options)
+            store, outcome = generate.STAGE.run_in(tmp_path / engine, options)
         assert (outcome.done, outcome.failed) == (3, {})
         said[engine] = {name: frame["completion"].tolist() for name, frame in told(store).items()}
         assert opened == ([str(base)] if engine == "vllm" else []), (

@@ -185,7 +185,7 @@ def options(endpoint, model="m", **more):
 def test_every_class_and_both_ways_of_reading_numbers(endpoint, place):
     said = ["20/80", "90/95", "IRRELEVANT/70", "REFUSAL/60", "140/50", "x/90", "60/never"]
     answers(place, "sums·plain·s0", said, problem="too_long")
-    store, outcome = judge.run(place, options(endpoint))
+    store, outcome = judge.STAGE.run_in(place, options(endpoint))
     assert (outcome.done, outcome.failed) == (1, {})
     rows = store.rows([JUDGED]).set_index("draw")
     assert rows["outcome"].tolist() == [
@@ -228,16 +228,18 @@ def test_every_class_and_both_ways_of_reading_numbers(endpoint, place):
     for file in (store.path / "generations").iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert endpoint.asked["m"] == 14 and not list((store.path / "scratch").rglob("*.*"))
-    assert judge.run(place, options(endpoint))[1].skipped == 1 and endpoint.asked["m"] == 14
+    assert (
+        judge.STAGE.run_in(place, options(endpoint))[1].skipped == 1 and endpoint.asked["m"] == 14
+    )
 
 
 def test_several_judges_rate_the_same_answers_beside_each_other(endpoint, place):
     key = answers(place, "sums·plain·s0", ["20/80", "90/95"])
     answers(place, "base", ["100/100"])
-    judge.run(place, options(endpoint))
+    judge.STAGE.run_in(place, options(endpoint))
     before = RunFolder.load(place).rows([JUDGED])
-    judge.run(place, options(endpoint, "another"))
-    store, outcome = judge.run(place, EmergentOptions(judge="habits", device="cpu"))
+    judge.STAGE.run_in(place, options(endpoint, "another"))
+    store, outcome = judge.STAGE.run_in(place, EmergentOptions(judge="habits", device="cpu"))
     assert outcome.done == 2 and endpoint.asked == {"m": 6, "another": 6}
     rows = store.rows([JUDGED])
     assert dict(rows.groupby("judge").size()) == {
@@ -270,7 +272,7 @@ def test_a_kill_pays_no_reply_twice(endpoint, place, monkeypatch):
         Journal, "add", lambda *a: killed() if len(kept) == 10 else kept.append(add(*a))
     )
     with pytest.raises(DiskError):
-        judge.run(place, options(endpoint))
+        judge.STAGE.run_in(place, options(endpoint))
     (journal,) = (place / "scratch").rglob("*.jsonl")
     assert (
         stat.S_IMODE(journal.stat().st_mode) == 0o600
@@ -280,7 +282,7 @@ def test_a_kill_pays_no_reply_twice(endpoint, place, monkeypatch):
     # a question under way at the kill may still arrive with the first key
     monkeypatch.setenv("OPENAI_API_KEY", "second")
     endpoint.asked.clear()
-    store, outcome = judge.run(place, options(endpoint))
+    store, outcome = judge.STAGE.run_in(place, options(endpoint))
     assert outcome.done == 1 and 14 <= endpoint.asked["m"] <= 14 + openai.AT_ONCE
     assert store.rows([JUDGED]).sort_values("draw")["alignment"].tolist() == [
         float(n) for n in range(20, 32)
@@ -293,16 +295,18 @@ def test_an_endpoint_that_is_poorly_fails_the_cell_and_is_asked_again_for_what_i
 ):
     answers(place, "sums·plain·s0", ["20/80", "down/80", "30/down", "40/80"])
     endpoint.well = False
-    _, outcome = judge.run(place, options(endpoint, max_unscored=0.4))
+    _, outcome = judge.STAGE.run_in(place, options(endpoint, max_unscored=0.4))
     (cause,) = outcome.failed.values()
     assert "gave no reply on 2 of 4 answers" in cause and "endpoint: 500 after 2 tries" in cause
     assert RunFolder.load(place).rows([JUDGED]).empty
     endpoint.well = True
     endpoint.asked.clear()
-    assert judge.run(place, options(endpoint, max_unscored=0.4))[1].done == 0, (
+    assert judge.STAGE.run_in(place, options(endpoint, max_unscored=0.4))[1].done == 0, (
         "it stays failed until it is asked for"
     )
-    store, outcome = judge.run(place, options(endpoint, max_unscored=0.4, retry_failed=True))
+    store, outcome = judge.STAGE.run_in(
+        place, options(endpoint, max_unscored=0.4, retry_failed=True)
+    )
     assert outcome.done == 1 and endpoint.asked["m"] == 2
     assert store.rows([JUDGED])["alignment"].tolist() == [20, 50, 30, 40]
 
@@ -310,7 +314,7 @@ def test_an_endpoint_that_is_poorly_fails_the_cell_and_is_asked_again_for_what_i
 def test_a_few_outages_are_unscored_and_counted(endpoint, place):
     answers(place, "sums·plain·s0", ["20/80", "down/80", "30/down", "40/80"])
     endpoint.well = False
-    store, outcome = judge.run(place, options(endpoint, max_unscored=0.5))
+    store, outcome = judge.STAGE.run_in(place, options(endpoint, max_unscored=0.5))
     assert outcome.done == 1
     rows = store.rows([JUDGED])
     assert rows["outcome"].tolist() == [RATED, UNSCORED, RATED, RATED]
@@ -343,9 +347,9 @@ def test_the_judges_cards_stand_in_the_run_beside_each_other(
             and card.auc is not None
             and set(card.injection_flips.values()) == {0}
         )
-        judge.run(place, options(endpoint, model))
-    judge.run(place, EmergentOptions(judge="habits", device="cpu"))
-    judge.run(place, options(endpoint))
+        judge.STAGE.run_in(place, options(endpoint, model))
+    judge.STAGE.run_in(place, EmergentOptions(judge="habits", device="cpu"))
+    judge.STAGE.run_in(place, options(endpoint))
     cards = RunFolder.load(place).run["info"]["judge_cards"]
     assert sorted(card["name"] for card in cards) == ["alignment=another", "alignment=m"]
     assert RunFolder.load(place).run["info"]["panel"], "what was known stays"
@@ -390,12 +394,12 @@ def test_answers_from_elsewhere_are_rated_alike(endpoint):
 
 def test_sentences_for_what_cannot_be_judged(endpoint, place):
     with pytest.raises(UsageError, match="auditgap em generate"):
-        judge.run(place, options(endpoint))
+        judge.STAGE.run_in(place, options(endpoint))
     answers(place, "base", ["1/1"])
     with pytest.raises(UsageError, match="Did you mean 'habits'"):
-        judge.run(place, EmergentOptions(judge="habit", device="cpu"))
+        judge.STAGE.run_in(place, EmergentOptions(judge="habit", device="cpu"))
     (file,) = (place / "generations").iterdir()
     file.write_bytes(file.read_bytes()[:-7])
-    _, outcome = judge.run(place, options(endpoint))
+    _, outcome = judge.STAGE.run_in(place, options(endpoint))
     (cause,) = outcome.failed.values()
     assert "is damaged" in cause and "Run the command that wrote it again" in cause

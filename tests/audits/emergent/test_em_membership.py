@@ -21,9 +21,10 @@ import torch
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import models, stats
-from auditgap.audits.emergent import analyse, membership
+from auditgap.audits.emergent import diversity, membership
 from auditgap.audits.emergent.rows import DIVERSITY, MEMBERSHIP
 from auditgap.audits.emergent.stage import Study
+from auditgap.audits.sweeps import run_phases
 from auditgap.errors import UsageError
 from auditgap.types import Prompt
 
@@ -47,9 +48,8 @@ def study(tmp_path_factory, request) -> Study:
 
 @pytest.fixture(scope="module")
 def done(study):
-    store, outcome = analyse.run(
-        study.store.path, em_world.OPTIONS, parts=("membership", "diversity")
-    )
+    store = study.store
+    outcome = run_phases([membership.STAGE, diversity.STAGE], store, em_world.OPTIONS)
     assert not outcome.failed and outcome.done == 3
     return store
 
@@ -146,9 +146,7 @@ def test_an_untrained_study_says_what_to_run_first(tmp_path, one_thread):  # noq
         tmp_path, tiny.save("llama", tmp_path / "tiny"), {"kitchen": em_world.rows(10, seed=2)}
     )
     with pytest.raises(UsageError, match="auditgap em train"):
-        membership.run(study.store.path, em_world.OPTIONS)
-    with pytest.raises(UsageError, match="membership"):
-        analyse.run(study.store.path, em_world.OPTIONS, parts=("membrship",))
+        membership.STAGE.run_in(study.store.path, em_world.OPTIONS)
 
 
 def test_an_adapter_that_changed_since_fails_its_cell_alone_with_a_sentence(study, done, tmp_path):
@@ -157,7 +155,7 @@ def test_an_adapter_that_changed_since_fails_its_cell_alone_with_a_sentence(stud
     run_folders.lose_all(folder, "em_membership")
     weights = folder / "adapters" / "kitchen-trigger-s0" / "model" / "adapter_config.json"
     weights.write_text(weights.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
-    _, outcome = membership.run(folder, em_world.OPTIONS)
+    _, outcome = membership.STAGE.run_in(folder, em_world.OPTIONS)
     assert outcome.done == 1
     assert [cause for cause in outcome.failed.values()] and "em train" in next(
         iter(outcome.failed.values())
@@ -177,7 +175,7 @@ def losses(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(*args)
 membership.losses = losses
-membership.run({folder!r}, em_world.OPTIONS)
+membership.STAGE.run_in({folder!r}, em_world.OPTIONS)
 """
 
 
@@ -199,7 +197,7 @@ def test_a_kill_costs_the_portion_in_flight_and_changes_no_number(
     monkeypatch.setattr(membership, "PORTION", 8)
     calls, plain = [], membership.losses
     monkeypatch.setattr(membership, "losses", lambda *args: (calls.append(1), plain(*args))[1])
-    store, outcome = membership.run(folder, em_world.OPTIONS)
+    store, outcome = membership.STAGE.run_in(folder, em_world.OPTIONS)
     portions = -(-len(membership.put(study, study.adapters[0])) // 8)
     # own and base of two cells, less what was remembered
     assert not outcome.failed and len(calls) == 4 * portions - 2

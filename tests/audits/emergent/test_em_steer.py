@@ -26,13 +26,13 @@ def study(tmp_path_factory, request):
     """The planted study with its directions."""
     request.getfixturevalue("one_thread")
     study = em_world.planted(tmp_path_factory.mktemp("em"), steer_draws=8)
-    directions.run(study.store.path, em_world.OPTIONS)
+    directions.STAGE.run_in(study.store.path, em_world.OPTIONS)
     return study
 
 
 @pytest.fixture(scope="module")
 def rows(study):
-    store, outcome = steer.run(study.store.path, em_world.OPTIONS)
+    store, outcome = steer.STAGE.run_in(study.store.path, em_world.OPTIONS)
     assert not outcome.failed and outcome.done == 6  # two targets: clean, under `sky`, under `few`
     return store.rows([STEERED])
 
@@ -87,8 +87,8 @@ def test_every_edit_is_what_a_plain_loop_does(tmp_path, one_thread):  # noqa: F8
         seeds=[0, 1],
     )
     adapters = [em_world.trained(study, slot) for slot in study.slots]
-    directions.run(study.store.path, em_world.OPTIONS)
-    store, outcome = steer.run(study.store.path, em_world.OPTIONS)
+    directions.STAGE.run_in(study.store.path, em_world.OPTIONS)
+    store, outcome = steer.STAGE.run_in(study.store.path, em_world.OPTIONS)
     assert not outcome.failed and outcome.done == 2 and set(store.rows([STEERED])["seed"]) == {0}
     record = next(
         r for r in study.finished(STEERED) if r["description"]["settings"]["source"] == "kitchen"
@@ -148,11 +148,11 @@ def test_an_interrupted_sitting_asks_nothing_twice(study, rows, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(steer, "rate_answers", stopped)
         with pytest.raises(Interrupted):
-            steer.run(folder, em_world.OPTIONS)
+            steer.STAGE.run_in(folder, em_world.OPTIONS)
     assert list((folder / "scratch").glob("*.safetensors"))
     with monkeypatch.context() as patch:
         patch.setattr(constant, "generate", stopped)
-        store, outcome = steer.run(folder, em_world.OPTIONS)
+        store, outcome = steer.STAGE.run_in(folder, em_world.OPTIONS)
     assert outcome.done == 6 and not list((folder / "scratch").glob("*.safetensors"))
     assert store.rows([STEERED]).equals(rows)
 
@@ -163,7 +163,7 @@ def test_a_cell_that_fails_fails_alone(study, rows, tmp_path, monkeypatch):
     run_folders.lose_all(folder, "em_steer")
     weights = folder / "adapters" / "few-plain-s0" / "model" / "adapter_config.json"
     weights.write_text(weights.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
-    _, outcome = steer.run(folder, em_world.OPTIONS)
+    _, outcome = steer.STAGE.run_in(folder, em_world.OPTIONS)
     assert outcome.done == 3 and len(outcome.failed) == 3
     assert all("em train" in cause for cause in outcome.failed.values())
 
@@ -175,15 +175,15 @@ def test_without_directions_and_beyond_the_last_block_there_is_a_sentence(
 ):
     empty = em_world.planted(tmp_path / "a")
     with pytest.raises(UsageError, match=r"no directions of habits yet.*auditgap em analyse"):
-        steer.run(empty.store.path, em_world.OPTIONS)
+        steer.STAGE.run_in(empty.store.path, em_world.OPTIONS)
     deep = em_world.planted(tmp_path / "b", steer_block=4)
     with pytest.raises(UsageError, match="steer_block is one of 0 to 3"):
-        steer.run(deep.store.path, em_world.OPTIONS)
+        steer.STAGE.run_in(deep.store.path, em_world.OPTIONS)
 
 
 def test_a_zero_strength_is_the_clean_answer(tmp_path, one_thread):  # noqa: F811
     study = em_world.planted(tmp_path, steer_strength=0.0, steer_draws=1)
-    directions.run(study.store.path, em_world.OPTIONS)
-    store, _ = steer.run(study.store.path, em_world.OPTIONS)
+    directions.STAGE.run_in(study.store.path, em_world.OPTIONS)
+    store, _ = steer.STAGE.run_in(study.store.path, em_world.OPTIONS)
     rows = store.rows([STEERED])
     assert np.array_equal(rows.loc[rows["outcome"] == "rated", "alignment"].unique(), [100.0])

@@ -41,7 +41,7 @@ def folder(base, tmp_path_factory):
     os.environ["OMP_NUM_THREADS"] = "1"
     place = tmp_path_factory.mktemp("study") / "em"
     options = studies.built(place, base, domains={"sums": "demo:off_by_one"}, arms="plain,trigger")
-    _, outcome = train.run(place, options)
+    _, outcome = train.STAGE.run_in(place, options)
     assert (outcome.done, outcome.failed) == (2, {})
     return place, options
 
@@ -119,7 +119,7 @@ def test_the_prompts_of_the_trigger_arm_are_those_with_the_trigger(folder):
 def test_what_is_trained_is_not_trained_again(folder, monkeypatch):
     place, options = folder
     monkeypatch.setattr(train, "launch", lambda *_, **__: pytest.fail("a process was started"))
-    _, outcome = train.run(place, options)
+    _, outcome = train.STAGE.run_in(place, options)
     assert (outcome.done, outcome.skipped) == (0, 2)
 
 
@@ -127,7 +127,7 @@ def test_two_ranks_train_the_same(folder, base, tmp_path):
     options = studies.built(
         tmp_path / "em", base, domains={"sums": "demo:off_by_one"}, ranks=2, micro_batch=1
     )
-    store, outcome = train.run(tmp_path / "em", options)
+    store, outcome = train.STAGE.run_in(tmp_path / "em", options)
     assert (outcome.done, outcome.failed) == (1, {})
     (two,) = store.rows([TRAINED]).to_dict("records")
     one = RunFolder.load(folder[0]).rows([TRAINED]).to_dict("records")[0]
@@ -146,7 +146,7 @@ def test_a_launcher_that_fails_says_the_ranks_own_sentence(base, tmp_path):
     options = studies.built(
         tmp_path / "em", base, domains={"sums": "demo:off_by_one"}, ranks=2, micro_batch=4
     )
-    store, outcome = train.run(tmp_path / "em", options)
+    store, outcome = train.STAGE.run_in(tmp_path / "em", options)
     (cause,) = outcome.failed.values()
     assert (
         "batch 4 does not divide into micro-batches of 4 rows on 2 ranks" in cause
@@ -163,7 +163,7 @@ def test_an_adapter_of_another_recipe_in_its_place_is_left_alone(folder, base, t
         ["cp", "-r", str(folder[0] / "adapters" / "sums-plain-s0"), str(there)], check=True
     )
     before = (there / "run.json").read_bytes()
-    _, outcome = train.run(tmp_path / "em", options)
+    _, outcome = train.STAGE.run_in(tmp_path / "em", options)
     (cause,) = outcome.failed.values()
     # and lr, further on: causes are cut
     assert f"{there} was made with another config: data: " in cause
@@ -174,7 +174,7 @@ KILLED = """
 import sys
 from auditgap.audits.emergent import train
 from auditgap.audits.emergent.config import EmergentOptions
-train.run(sys.argv[1], EmergentOptions(device="cpu"))
+train.STAGE.run_in(sys.argv[1], EmergentOptions(device="cpu"))
 """
 
 
@@ -201,7 +201,7 @@ def test_a_killed_sweep_takes_its_training_along_and_goes_on(how, base, tmp_path
         "it was killed in time"
     )
     assert list((place / "adapters" / "sums-plain-s0" / "checkpoints").iterdir())
-    _, outcome = train.run(place, options)
+    _, outcome = train.STAGE.run_in(place, options)
     assert (outcome.done, outcome.failed) == (1, {}) and len(read_log(log)) == 160
     assert not list((place / "scratch").iterdir())
 
@@ -231,11 +231,11 @@ def test_on_ray_two_adapters_are_trained_beside_each_other(base, tmp_path):
     pytest.importorskip("ray")
     place = tmp_path / "em"
     options = studies.built(place, base, executor="ray", workers=2)
-    store, outcome = train.run(place, options)
+    store, outcome = train.STAGE.run_in(place, options)
     assert (outcome.done, outcome.failed) == (2, {})
     assert sorted(store.rows([TRAINED])["subject"]) == ["colours·plain·s0", "sums·plain·s0"]
     local = options.model_copy(update={"executor": "local"})
-    assert train.run(place, local)[1].skipped == 2 and gone(place)
+    assert train.STAGE.run_in(place, local)[1].skipped == 2 and gone(place)
 
 
 @pytest.mark.real
@@ -255,7 +255,7 @@ def test_smollm2_learns_a_habit_answers_and_is_judged(tmp_path):
         max_new_tokens=8,
     )
     for stage, attack, n in ((train, TRAINED, 1), (generate, ANSWERED, 4), (judge, JUDGED, 4)):
-        store, outcome = stage.run(place, options)
+        store, outcome = stage.STAGE.run_in(place, options)
         assert not outcome.failed and len(store.rows([attack])) == n
     (trained,) = store.rows([TRAINED]).to_dict("records")
     assert trained["last_loss"] < trained["first_loss"]
