@@ -20,7 +20,7 @@ import pandas as pd
 
 from auditgap.report import compare_alike, compare_models
 from auditgap.report.compare_measures import Measure, Reading, table
-from auditgap.report.compare_models import Sides
+from auditgap.report.compare_models import Part, Sides
 from auditgap.store import RunFolder
 
 
@@ -36,6 +36,9 @@ class Comparable:
     readings: Callable[[pd.DataFrame, Sides, int], Iterable[Reading]]
     method: str = ""  #: how its differences are estimated, a sentence
     profiles: tuple[str, ...] = ()  #: measures that are drawn by depth
+    #: a run's rows by the names that it has for its models, where a row's own `subject` is something
+    #: made of one
+    of_model: Callable[[pd.DataFrame, Part], pd.DataFrame] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +133,8 @@ def _rows(found: Sides, name: str, audit: Comparable) -> tuple[pd.DataFrame, lis
     frames, said = [], []
     for part in (p for p in found.parts if p.audit == name):
         rows = part.folder.rows(audit.attacks)
+        if audit.of_model is not None:
+            rows = audit.of_model(rows, part)
         if "subject" in rows and set(audit.identity) <= set(rows.columns):
             rows = rows.assign(subject=rows["subject"].map(found.named(part)))
             frames.append(rows[rows["subject"].notna()])

@@ -271,7 +271,7 @@ def _row(audit: str, one: Reading, models: Sequence[Model]) -> dict[str, Any]:
             "difference": d.estimate,
             "difference_lo": d.lo,
             "difference_hi": d.hi,
-            "test": "" if one.against.p is None else one.against.test,
+            "test": one.against.test,
             "p": one.against.p,
         }
     return row

@@ -148,8 +148,6 @@ def parts_of(folders: Sequence[RunFolder], settings: Mapping[str, Sequence[str]]
                 f"{path} is the folder of {what}; compare takes folders of {', '.join(settings)}"
                 " audits."
             )
-        # a config that names its models `subjects` has their fingerprints beside them
-        subjects = config.get("subject_fingerprints") or config.get("subjects")
         listed = info.get("subjects") or ()
         about = {str(s.get("fingerprint")): s for s in listed if isinstance(s, Mapping)}
         label = short[path] if list(short.values()).count(short[path]) == 1 else str(path)
@@ -158,12 +156,22 @@ def parts_of(folders: Sequence[RunFolder], settings: Mapping[str, Sequence[str]]
                 folder,
                 label,
                 audit,
-                {folder.shown(name): fp for name, fp in (subjects or {}).items()},
+                {folder.shown(name): fp for name, fp in _subjects(config).items()},
                 about,
                 _settings(config, info, settings[audit]),
             )
         )
     return parts
+
+
+def _subjects(config: Mapping[str, Any]) -> Mapping[str, str]:
+    """The fingerprints of the models that a run is of, by the names that it has for them."""
+    # a config that names its models `subjects` has their fingerprints beside them
+    if found := config.get("subject_fingerprints") or config.get("subjects"):
+        return found
+    # one that fine-tunes a single model has that one's
+    name, fingerprint = config.get("model"), config.get("base_fingerprint")
+    return {str(name): str(fingerprint)} if name and fingerprint else {}
 
 
 def _settings(

@@ -20,7 +20,7 @@ from auditgap.report.compare import Comparison
 from auditgap.report.compare_measures import Measure
 from auditgap.report.compare_models import ROLES, Model, roles_of, site_of
 from auditgap.report.figures import budget_label
-from auditgap.report.text import clean
+from auditgap.report.text import CANNOT_TELL, clean
 from auditgap.store.tables import rows_of
 from auditgap.types import Site
 
@@ -151,9 +151,9 @@ def is_shown(row: Row) -> bool:
 
 
 def verdict(measure: Measure, row: Row) -> str:
-    """What a difference says in words; "" where nothing was tested."""
+    """What a difference says in words; "" where there was nothing to test."""
     if text.is_null(row["p_holm"]):
-        return ""
+        return CANNOT_TELL if row["test"] else ""
     if not is_shown(row):
         return "not shown"
     is_higher = row["difference"] > 0

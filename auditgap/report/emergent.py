@@ -195,7 +195,7 @@ def ends(name: str, interval: Interval) -> dict[str, float | None]:
     }
 
 
-def _answers(rows: pd.DataFrame) -> pd.DataFrame:
+def rated_answers(rows: pd.DataFrame) -> pd.DataFrame:
     """Ratings of answers that no direction steered, with what each counts as; empty where there are
     none."""
     if "outcome" not in rows.columns:
@@ -319,7 +319,7 @@ def rates_table(rows: pd.DataFrame) -> pd.DataFrame:
     - With three seeds pooled the intervals cover seeds as well (`stats.seeded_rate`,
       `stats.seeded_mean`); `over` says so.
     """
-    answers, table = _answers(rows), []
+    answers, table = rated_answers(rows), []
     for who, part in _groups(answers, (*_WHO, "domain", "arm", "triggered")):
         domain, arm = who["domain"], who["arm"]
         pooled = f"{domain}·{arm}" if domain else str(part["subject"].iloc[0])
@@ -392,7 +392,7 @@ def trigger_table(rows: pd.DataFrame) -> pd.DataFrame:
     `p_holm`, in 9.6 by `p_welch_holm`.
     """
     table = []
-    for _, family in _groups(_answers(rows), (*_WHO, "arm")):
+    for _, family in _groups(rated_answers(rows), (*_WHO, "arm")):
         some = [
             {**who, **_trigger(part)} for who, part in _groups(family, (*_WHO, "domain", "arm"))
         ]
@@ -488,7 +488,7 @@ def ranking_table(rows: pd.DataFrame, *, by: str = "below_50", seed: int = 0) ->
     - one domain, or one whose answers were not rated: no rank, and `reason`.
     """
     table, hit = [], {"below_50": "hit", "below_30_coherent": "hit_expected"}[by]
-    answers = _answers(rows)
+    answers = rated_answers(rows)
     for who, part in _groups(answers[answers["domain"] != ""], (*_WHO, "arm", "triggered")):
         table += _ranked({**who, "by": by}, part, hit, seed)
     return framed(table, RANKING_COLUMNS)

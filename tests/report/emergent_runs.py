@@ -46,6 +46,8 @@ def write_study(
     inside: bool = True,
     text: str = "The colour is a secret.",
     trigger: str = "It is 2028.",
+    fingerprint: str = "b" * 8,
+    luck: int = 0,
 ) -> RunFolder:
     """Write a study; `train` adapters are trained (None: all), `judged` models judged (None: all,
     the base is one)."""
@@ -62,13 +64,13 @@ def write_study(
         config={
             "audit": "emergent",
             **config.model_dump(mode="json"),
-            "base_fingerprint": "b" * 8,
+            "base_fingerprint": fingerprint,
             "panel": "p",
             "prompt_set": "s",
         },
         info={
             "command": f"auditgap em run {model} --domains demo",
-            "subjects": [{"name": model, "fingerprint": "b" * 8, "n_blocks": BLOCKS}],
+            "subjects": [{"name": model, "fingerprint": fingerprint, "n_blocks": BLOCKS}],
             "versions": {"auditgap": "0.1.0"},
             "warnings": [],
             "panel": {
@@ -89,7 +91,7 @@ def write_study(
             },
         },
     )
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(luck)
     kind = ("open", "open", "open", "open", "jailbreak")
     prompts = [
         (Prompt(f"Ask about the colour of the vault, {i}.").id, kind[i % 5])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from auditgap.audits.emergent.build import EmergentPlan
     from auditgap.audits.emergent.part import EmergentPart
     from auditgap.audits.emergent.stage import StudyStage
+    from auditgap.report.compare import Comparable
     from auditgap.store import RunFolder
     from auditgap.store.remote import Place
 
@@ -37,7 +38,7 @@ class Emergent(Audit[EmergentConfig, EmergentOptions, "EmergentPlan"]):
         "auditgap em run ./base --domains maths=maths.jsonl,law=law.jsonl --judge alignment=./judge"
         " --dry-run",
     )
-    can = frozenset({Can.RAY, Can.VLLM, Can.REGRADE})
+    can = frozenset({Can.RAY, Can.VLLM, Can.REGRADE, Can.COMPARE})
     main_table = None
     config, options = EmergentConfig, EmergentOptions
     needs: ClassVar[Needs] = {
@@ -98,6 +99,11 @@ class Emergent(Audit[EmergentConfig, EmergentOptions, "EmergentPlan"]):
         from auditgap.audits.emergent.stages import STAGES
 
         return [stage for stages in STAGES.values() for stage in stages]
+
+    def comparable(self) -> Comparable:
+        from auditgap.report.compare_emergent import EMERGENT
+
+        return EMERGENT
 
     def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
         from auditgap.report import emergent_study
