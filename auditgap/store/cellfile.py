@@ -100,7 +100,7 @@ def read(folder: Path | str, name: str) -> CellFile:
         raise Damaged(path, "its bytes do not have the checksum that is its name")
     try:
         head, *descriptions = _footer(data).split(b"\n")
-        about = json.loads(head)
+        about = json.loads(head.decode("ascii"))  # of bytes it would guess the encoding first
         records: dict[str, Document] = {}
         for record, description in zip(about["cells"], descriptions, strict=True):
             key = record["key"]

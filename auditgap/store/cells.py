@@ -54,7 +54,7 @@ class Entry(NamedTuple):
 
     @property
     def done(self) -> bool:
-        return self.state == STATES[-1]
+        return self.whole and self.status == STATES[-1]
 
     @property
     def state(self) -> str:
@@ -108,12 +108,12 @@ class CellFiles:
 
     def entry(self, key: str) -> Entry | None:
         """What counts of a cell, as far as it is known."""
-        found = self._entries.get(key, [])
-        return found[0] if len(found) == 1 else max(found, key=lambda e: e.rank, default=None)
+        found = self._entries.get(key)
+        return None if found is None else _counting(found)
 
     def entries(self) -> dict[str, Entry]:
         """The same of all cells, by key, sorted."""
-        return {key: found for key in sorted(self._entries) if (found := self.entry(key))}
+        return {key: _counting(found) for key, found in sorted(self._entries.items())}
 
     def look(self, key: str) -> Entry | None:
         """What counts of a cell, as the disk has it now: a finished one is read and checked."""
@@ -314,23 +314,24 @@ class CellFiles:
             except Damaged:
                 whole = False
                 self._torn.add(file.texts)
+        n_cells = len(file.records)
         return {
             key: Entry(
                 record["status"],
                 record["attempts"],
-                len(file.records),
+                n_cells,
                 file.name,
-                whole and self._has_edits(key, record.get(EDITS)),
+                whole and (not (edits := record.get(EDITS)) or self._has_edits(key, edits)),
                 record.get("seconds", 0.0),
                 record["written"],
             )
             for key, record in file.records.items()
         }
 
-    def _has_edits(self, key: str, sha256: str | None) -> bool:
-        """Whether a cell's edits, if it has any, are as they were written."""
+    def _has_edits(self, key: str, sha256: str) -> bool:
+        """Whether a cell's edits are as they were written."""
         try:
-            return not sha256 or files.sha256(self.edits(key).read_bytes()) == sha256
+            return files.sha256(self.edits(key).read_bytes()) == sha256
         except FileNotFoundError:
             return False
 
@@ -372,6 +373,11 @@ class CellFiles:
             self._forget(name)
             if texts is not None and texts not in {other for other, _ in self._files.values()}:
                 self._delete(f"{TEXTS}/{texts}")
+
+
+def _counting(entries: Sequence[Entry]) -> Entry:
+    """Of what files say about one cell, what counts."""
+    return entries[0] if len(entries) == 1 else max(entries, key=lambda entry: entry.rank)
 
 
 def _several(work: Callable[[Sequence[str]], list[_T]], names: Sequence[str]) -> Iterator[_T]:

@@ -186,8 +186,7 @@ class RunFolder(RunReader):
         self._cells.set_aside()
         if self._locked:
             self._cells.tidy()
-        entries = self._cells.entries()
-        found = {key: entries[key] for key in dict.fromkeys(keys) if key in entries}
+        found = {key: entry for key in keys if (entry := self._cells.entry(key)) is not None}
         failed = {key for key, entry in found.items() if entry.status == "failed"}
         some = self._records("failed", failed) if failed else ()
         records = {record["key"]: record for record in some}
