@@ -36,7 +36,10 @@ STREET = (
 #: A heavy or optional library and where alone it may be imported: a file, or a folder.
 HOMES = {
     "ray": ("sweep/cluster.py", "sweep/jobs.py"),
-    "vllm": ("engines/vllm/process.py", "engines/vllm/edits.py"),
+    # all of it in the child process: `__init__` is the parent's side
+    "vllm": tuple(
+        f"engines/vllm/{name}.py" for name in ("process", "worker", "editor", "self_test")
+    ),
     "openai": ("engines/openai.py",),
     "inspect_ai": ("inspect/export.py", "inspect/tasks.py"),
     "deepspeed": ("training/engine.py",),

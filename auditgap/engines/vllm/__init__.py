@@ -10,21 +10,17 @@ adapters.
 
 Here stands the parent's side, which imports no vllm: it reads and writes tokens with the subject's
 own tokenizer and chat template, as the engine on transformers does, so that both are asked the
-same. `process.py` is the child, `edits.py` what adds a δ inside it.
+same. `start.py` is what the child is started with, `process.py` the child, `editor.py` what adds a δ
+inside it.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import psutil
-import torch
 
 from auditgap import models
 from auditgap.engines import (
@@ -41,27 +37,13 @@ from auditgap.engines import (
 )
 from auditgap.engines.child import Child, Failed, Progress
 from auditgap.engines.choosing import likeliest
-from auditgap.engines.vllm import adapters
-from auditgap.engines.vllm.edits import ENVIRONMENT, pack
+from auditgap.engines.vllm import adapters, start
+from auditgap.engines.vllm.edits import pack
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.models import Rendered
 from auditgap.models.folder import adapter_base, is_adapter
 from auditgap.types import Edit, Prompt, Site
 
-#: What the child's environment says besides the parent's.
-_ENVIRONMENT = {
-    **ENVIRONMENT,
-    # the engine in the child itself, where its errors can be heard
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",  # the folder is here
-    "TOKENIZERS_PARALLELISM": "false",
-}
-#: Requests that decode together.
-_TOGETHER = 256
 #: Bytes of edits that are in the child at a time.
 _EDIT_BYTES = 1 << 28
 
@@ -87,53 +69,21 @@ class VLLMEngine:
         self.outline = models.outline(model, chat_template=serving.chat_template)
         device = models.pick_device(serving.device)
         self.dtype = models.pick_dtype(serving.dtype, device)
-        _check_gpus(device, serving.tensor_parallel)
-        self._is_adapter = is_adapter(self.outline.folder)
-        self._base = adapter_base(self.outline.folder) if self._is_adapter else self.outline.folder
+        start.check_gpus(device, serving.tensor_parallel)
+        folder = self.outline.folder
+        self._own_adapter = folder if is_adapter(folder) else None  # of a subject that is one
+        self._base = adapter_base(folder) if self._own_adapter else folder
         self._max_rank = serving.max_lora_rank
         self._adapter: str | None = None  # fingerprint of the one in use
-        if self._is_adapter:
-            self._max_rank = adapters.check(self.outline.folder, base=self._base)
-        settings = {
-            "llm": {
-                "model": str(self._base),
-                "dtype": str(self.dtype).removeprefix("torch."),
-                "max_num_seqs": _TOGETHER,
-                "tensor_parallel_size": serving.tensor_parallel,
-                "gpu_memory_utilization": serving.gpu_memory,
-                # -1: the model's own, or what the memory has room for
-                "max_model_len": serving.max_model_len or -1,
-                **(
-                    {}
-                    if self._max_rank is None
-                    else {
-                        "enable_lora": True,
-                        "max_lora_rank": adapters.kernel_rank(self._max_rank),
-                        "max_loras": 1,
-                        "lora_target_modules": adapters.linear_layers(self._base),
-                    }
-                ),
-            },
-            "device": device.split(":")[0],
-            "lora": str(self.outline.folder) if self._is_adapter else None,
-        }
-        if serving.tensor_parallel > 1:
-            # never Ray's, which would start actors elsewhere
-            settings["llm"]["distributed_executor_backend"] = "mp"
-        environment = {
-            **_ENVIRONMENT,
-            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE") or _cache_gib(),
-        }
-        if ":" in device:
-            seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            index = int(device.split(":")[1])
-            environment["CUDA_VISIBLE_DEVICES"] = (
-                seen[index] if index < len(seen) and seen[index] else str(index)
-            )
+        if self._own_adapter:
+            self._max_rank = adapters.check(folder, base=self._base)
+        settings = start.settings(
+            serving, self._base, self.dtype, device, max_rank=self._max_rank, lora=self._own_adapter
+        )
         try:
-            self.child = Child("auditgap.engines.vllm.process", settings, environment)
+            self.child = Child("auditgap.engines.vllm.process", settings, start.environment(device))
         except Failed as failed:
-            why = _why(model, serving, failed)
+            why = start.why_not(model, serving, failed)
             if str(failed.log) not in why:
                 shutil.rmtree(failed.log.parent, ignore_errors=True)
             raise UsageError(why) from None
@@ -176,11 +126,11 @@ class VLLMEngine:
         `Serving.max_lora_rank`; Refused as `models.preflight`.
         """
         if adapter is None:
-            self._swap(None if not self._is_adapter else self.outline.folder)
+            self._swap(self._own_adapter)
             self._adapter = None
             return
         folder = adapter_path(adapter)
-        if self._is_adapter:
+        if self._own_adapter:
             raise UsageError(
                 f"{self.model} is an adapter itself, and vLLM puts none on another; export it"
                 " merged, and name that."
@@ -216,7 +166,7 @@ class VLLMEngine:
         except Failed as failed:
             self._adapter = None
             raise UsageError(
-                f"vLLM cannot use the adapter {folder}: {_line(failed.said)}"
+                f"vLLM cannot use the adapter {folder}: {start.telling_line(failed.said)}"
             ) from None
 
     # -- answers
@@ -384,15 +334,9 @@ class VLLMEngine:
             if ours:
                 raise AuditgapError(f"{self.model}: {failed.said}") from None
             raise AuditgapError(
-                f"vLLM failed on {self.model} ({failed.kind}): {_line(failed.said)}. Its log is"
+                f"vLLM failed on {self.model} ({failed.kind}): {start.telling_line(failed.said)}. Its log is"
                 f" {failed.log}."
             ) from None
-
-
-def _cache_gib() -> str:
-    """GiB of keys and values on a CPU, unless VLLM_CPU_KVCACHE_SPACE says otherwise: too few, and
-    requests are given up halfway and begun again."""
-    return str(min(8, max(1, int(psutil.virtual_memory().available / 4 / 2**30))))
 
 
 def _wish(
@@ -434,61 +378,3 @@ def _loads(edits: Sequence[Edit | None]) -> Iterator[list[int]]:
             seen.add(id(edit))
     if load:
         yield load
-
-
-def _check_gpus(device: str, n: int) -> None:
-    """Raises UsageError when a model cannot be spread over n GPUs here."""
-    if n == 1 or not device.startswith("cuda"):
-        return
-    if ":" in device:
-        raise UsageError(
-            f"--device {device} is one GPU, and tensor_parallel {n} wants {n}; type --device cuda."
-        )
-    if torch.cuda.device_count() < n:
-        raise UsageError(
-            f"tensor_parallel {n} wants {n} GPUs, and {torch.cuda.device_count()} can be used here;"
-            " ask for fewer, or let CUDA_VISIBLE_DEVICES (on Ray: --gpus-per-worker) name more."
-        )
-
-
-# -- what went wrong
-# ---------------------------------------------------------------------------------------------------
-
-
-def _line(said: str) -> str:
-    """The line of an error that tells most: pydantic puts it second."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    telling = next(
-        (line for line in lines if line.startswith("Value error, ")),
-        lines[0] if lines else "no message",
-    )
-    return telling.removeprefix("Value error, ").removesuffix(".")[:300]
-
-
-def _why(model: str, serving: Serving, failed: Failed) -> str:
-    """A sentence on why vLLM did not start, and what to type next."""
-    said = failed.said
-    derived = re.search(r"greater than the derived max_model_len \(\w+=(\d+)", said)
-    if derived:
-        return (
-            f"max_model_len {serving.max_model_len} is more than the {derived[1]} positions that"
-            f" {model} has; type that or less."
-        )
-    if "the vLLM that is installed runs on" in said:
-        return (
-            f"vLLM cannot open {model}: {said}. Type --device"
-            f" {said.split(' runs on ')[1].split(',')[0]}, or install the other."
-        )
-    short = re.search(r"KV cache|cache blocks|emory (utilization|on node)|allocat", said)
-    if short or failed.kind in ("OutOfMemoryError", "MemoryError"):
-        return (
-            f"vLLM has too little memory for {model}: {_line(said)}. Set max_model_len lower,"
-            " another share of the GPU (gpu_memory) or, on a CPU, VLLM_CPU_KVCACHE_SPACE (GiB); or"
-            " use --engine hf."
-        )
-    if re.search(r"not supported|[Uu]nsupported|[Aa]rchitecture", said):
-        return f"vLLM does not know the architecture of {model}: {_line(said)}. Use --engine hf."
-    return (
-        f"vLLM cannot open {model} ({failed.kind}): {_line(said)}. Its log is {failed.log}."
-        " --engine hf may."
-    )

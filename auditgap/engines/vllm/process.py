@@ -25,7 +25,8 @@ from typing import Any
 
 from auditgap.engines import MAX_TOP_LOGPROBS
 from auditgap.engines.child import die_with, end_without, receive, send
-from auditgap.engines.vllm.edits import EDIT, OPTIONS, salted, self_test, settle
+from auditgap.engines.vllm.edits import EDIT, OPTIONS, salted, settle
+from auditgap.engines.vllm.self_test import self_test
 from auditgap.engines.vllm.worker import REQUEST
 
 

@@ -1,20 +1,25 @@
-"""What the engine asks of vLLM's worker besides edits: clean cache blocks, and word of logits that
-are not numbers.
+"""What the engine asks of vLLM's worker: edits, clean cache blocks, and word of logits that are not
+numbers.
 
     llm = LLM(model, worker_extension_cls="auditgap.engines.vllm.worker.WorkerExtension", …)
     llm.collective_rpc("logits_watch")                            # [""], or why a worker cannot
     llm.generate(prompts, [SamplingParams(extra_args={REQUEST: i}) for i in range(len(prompts))])
     # [{"3": 0}]: request 3, from its first new token on
     llm.collective_rpc("logits_broken")
+
+Edits by example: `auditgap.engines.vllm.edits`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from auditgap.engines.vllm.edits import EditExtension
+from auditgap.engines.vllm.editor import Editor
+from auditgap.engines.vllm.edits import unpack
+from auditgap.errors import AuditgapError
 
 #: Key of `SamplingParams.extra_args`: the number that `logits_broken` calls a request by; vLLM's
 #: own names are longer inside.
@@ -22,6 +27,101 @@ REQUEST = "auditgap_request"
 #: Steps whose verdicts stay on the device before they are looked at: looking at each would stop a
 #: GPU at every token.
 _STEPS = 64
+
+
+class EditExtension:
+    """What `collective_rpc` can call on every worker. Arguments and answers are plain numbers,
+    words and bytes."""
+
+    model_runner: Any  # the worker's own
+    vllm_config: Any
+
+    def edits_open(self) -> dict[str, Any]:
+        """Look whether this worker can be edited: {"problem": a sentence or "", "blocks": L,
+        "width": D, "dtype": …}."""
+        problem = _unfit(self.model_runner, self.vllm_config)
+        if problem:
+            return {"problem": problem}
+        try:
+            self._edits = Editor(self.model_runner)
+        except AuditgapError as error:
+            return {"problem": str(error)}
+        editor = self._edits
+        return {
+            "problem": "",
+            "blocks": len(editor.blocks),
+            "width": editor.width,
+            "dtype": str(editor.runner.dtype),
+        }
+
+    def edits_put(self, name: str, layer: int, shape: Sequence[int], payload: bytes) -> None:
+        """Keep a δ [T, D] (see `pack`) for requests that name it, at a block's output or (−1) at
+        what block 0 receives.
+
+        It covers the positions 0…T−1 of a request, which may be longer. A name is a request's own,
+        or shared by all requests on that prompt. Raises AuditgapError for a layer or width that the
+        model has not.
+        """
+        self._editor().put(name, layer, unpack(shape, payload))
+
+    def edits_drop(self, names: Sequence[str]) -> None:
+        """Forget these edits and what is known of them; unknown names are none the worse."""
+        self._editor().drop(names)
+
+    def edits_clear(self) -> None:
+        """Forget everything and take all hooks off; the model is as it was."""
+        self._editor().clear()
+
+    def edits_stats(self) -> dict[str, Any]:
+        """{"problem": …, "edits": {name: {"positions": T, "requests": [{"rows", "l2", "linf"},
+        …]}}}, see `settle`.
+
+        `rows` counts positions that were edited, once each, however often a chunk was computed
+        again.
+        """
+        return self._editor().stats()
+
+    def edits_watch(self, layers: Sequence[int]) -> None:
+        """From now on record the stream at these layers, edits included, on the prompts of requests
+        with a RECORD label."""
+        self._editor().watch(layers)
+
+    def edits_seen(self) -> dict[str, dict[str, list[Any]]]:
+        """{label: {layer: [shape, fp32 bytes]}} (see `pack`) of the stream since the last call."""
+        return self._editor().seen()
+
+    def _editor(self) -> Editor:
+        if not hasattr(self, "_edits"):
+            raise AuditgapError("edits_open comes before every other call.")
+        return self._edits
+
+
+def _unfit(runner: Any, config: Any) -> str:
+    """Why edits cannot be trusted under this runner and configuration; the empty string when they
+    can."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    parallel = config.parallel_config
+    if not isinstance(runner, GPUModelRunner):
+        return (
+            f"its model runner is {type(runner).__module__}.{type(runner).__name__}, which auditgap"
+            " does not know; set VLLM_USE_V2_MODEL_RUNNER=0, or use --engine hf."
+        )
+    for what, size in (
+        ("pipeline", parallel.pipeline_parallel_size),
+        ("data", parallel.data_parallel_size),
+        ("prefill context", getattr(parallel, "prefill_context_parallel_size", 1)),
+    ):
+        if size > 1:
+            return (
+                f"{what} parallelism is on ({size}); edits need every position and block on every"
+                " rank: use tensor parallelism."
+            )
+    if config.speculative_config is not None:
+        return "speculative decoding is on, whose draft model does not see the edits; leave it out."
+    if config.compilation_config.mode:  # NONE is 0
+        return "the model is compiled, and compiled blocks call no hook; give enforce_eager=True."
+    return ""
 
 
 class WorkerExtension(EditExtension):

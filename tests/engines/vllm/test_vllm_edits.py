@@ -25,18 +25,11 @@ from torch import nn
 from auditgap import models
 from auditgap.engines import Request
 from auditgap.engines.hf import HFEngine
-from auditgap.engines.vllm import edits
-from auditgap.engines.vllm.edits import (
-    EDIT,
-    ENVIRONMENT,
-    OPTIONS,
-    EditExtension,
-    find_blocks,
-    pack,
-    salted,
-    settle,
-    unpack,
-)
+from auditgap.engines.vllm import worker
+from auditgap.engines.vllm.editor import find_blocks
+from auditgap.engines.vllm.edits import EDIT, ENVIRONMENT, OPTIONS, pack, salted, settle, unpack
+from auditgap.engines.vllm.self_test import self_test
+from auditgap.engines.vllm.worker import EditExtension
 from auditgap.errors import AuditgapError
 from auditgap.models import Rendered
 from auditgap.types import Edit, Prompt, Site
@@ -109,13 +102,13 @@ class Breakable(EditExtension):
         if part == "runner":
             from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Other
 
-            return edits._unfit(Other.__new__(Other), self.vllm_config)
+            return worker._unfit(Other.__new__(Other), self.vllm_config)
         config = copy.copy(self.vllm_config)
         changed = copy.copy(getattr(config, part)) if name else value
         if name:
             object.__setattr__(changed, name, value)
         object.__setattr__(config, part, changed)
-        return edits._unfit(self.model_runner, config)
+        return worker._unfit(self.model_runner, config)
 
 
 def _shifted(span: Any) -> Any:
@@ -166,7 +159,7 @@ def _serve(
     does = {
         "speak": lambda *a: _speak(llm, *a),
         "score": lambda *a: _score(llm, *a),
-        "self_test": lambda *a: edits.self_test(llm, *a),
+        "self_test": lambda *a: self_test(llm, *a),
         "rpc": lambda method, *a: llm.collective_rpc(method, args=a),
         "preemptions": lambda: sum(
             m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from auditgap.engines.vllm import _check_gpus, adapters
+from auditgap.engines.vllm import adapters, start
 from auditgap.engines.vllm.worker import WorkerExtension
 from auditgap.errors import UsageError
 
@@ -73,13 +73,13 @@ def test_other_adapters_are_refused(tmp_path, base, settings, said):
 
 def test_gpus_are_counted_before_a_process_is_started(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    _check_gpus("cpu", 2)
-    _check_gpus("cuda:1", 1)
-    _check_gpus("cuda", 2)
+    start.check_gpus("cpu", 2)
+    start.check_gpus("cuda:1", 1)
+    start.check_gpus("cuda", 2)
     with pytest.raises(UsageError, match=r"cuda:1 is one GPU.*--device cuda"):
-        _check_gpus("cuda:1", 2)
+        start.check_gpus("cuda:1", 2)
     with pytest.raises(UsageError, match="wants 4 GPUs, and 2"):
-        _check_gpus("cuda", 4)
+        start.check_gpus("cuda", 4)
 
 
 def test_a_worker_of_its_own_process_is_made_to_clean_its_cache():
