@@ -40,12 +40,12 @@ HOMES = {
     "vllm": tuple(
         f"engines/vllm/{name}.py" for name in ("process", "worker", "editor", "self_test")
     ),
-    "openai": ("engines/openai.py",),
+    "openai": ("engines/openai/",),
     "inspect_ai": ("inspect/export.py", "inspect/tasks.py"),
     "deepspeed": ("training/engine.py",),
     "fsspec": ("store/objects.py",),
     "nanogcg": ("interventions/suffix.py",),
-    "peft": ("models/__init__.py",),
+    "peft": ("models/adapters.py",),
     "typer": ("cli/",),
     # the page's templates; a subject's chat template, in its child
     "jinja2": ("report/page.py", "models/template_child.py"),

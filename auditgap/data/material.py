@@ -8,7 +8,7 @@ hub, or a file.
 
 Every set is read in this way, and then cleaned and counted by its own rules: prompts
 (`data.prompts`), contrast triples (`data.triples`), a study's questions (`data.em_prompts`) and
-domains (`data.panel`). What auditgap has of its own lies in `texts/`, as jsonl and txt files.
+domains (`data.conversations`). What auditgap has of its own lies in `texts/`, as jsonl and txt files.
 """
 
 from __future__ import annotations

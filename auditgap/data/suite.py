@@ -29,7 +29,7 @@ from auditgap.data.ledger import LeakageLedger
 from auditgap.data.prompts import PromptSet, check_limit, dedup_key, sample, text_fault, whole_text
 from auditgap.data.sources import INSTALL, SOURCES
 from auditgap.errors import UsageError, did_you_mean
-from auditgap.types import Prompt
+from auditgap.types import Document, Prompt
 
 SCHEMA = 1
 #: Characters, white space at the ends aside.
@@ -47,7 +47,7 @@ class Suite(PromptSet):
         return [item.id, item.source, self.kinds[item.id]]
 
     @property
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Document:
         """What was read from where, and what became of every row: `sources` has an entry a source,
         `missing` the absent."""
         return self.provenance
@@ -147,6 +147,20 @@ class Cleaned:
     origin: Origin
     rows: tuple[SuiteRow, ...]
     counts: Mapping[str, Any]
+
+    @property
+    def about(self) -> Document:
+        """Where it was read, and what of it was asked for."""
+        entry = self.source.benchmark
+        return {
+            "origin": self.origin.kind,
+            "place": self.origin.place,
+            "revision": self.origin.revision,
+            "config": entry.config,
+            "split": entry.split if self.origin.kind in ("hub", "folder") else None,
+            "licence": self.source.licence,
+            "kinds": [part.kind for part in entry.parts],
+        }
 
 
 def read_all(
@@ -281,15 +295,8 @@ def assemble(read: Sequence[Cleaned], missing: Mapping[str, str] | None = None) 
                 owner[row.key], kinds[prompt.id] = prompt.source, row.kind
                 kept[row.kind] += 1
                 n_held_out += row.held_out
-        entry = part.source.benchmark
         sources[part.source.name] = {
-            "origin": part.origin.kind,
-            "place": part.origin.place,
-            "revision": part.origin.revision,
-            "config": entry.config,
-            "split": entry.split if part.origin.kind in ("hub", "folder") else None,
-            "licence": part.source.licence,
-            "kinds": [p.kind for p in entry.parts],
+            **part.about,
             **part.counts,
             "n_given_to": dict(given_to),
             "n_in_anchors": n_in_anchors,

@@ -118,7 +118,7 @@ def _generate(
     cache = DynamicCache(config=engine.model.config)
     with Rows([edits[i] for i in some], engine.loaded.width, engine.device).on(engine) as rows:
         logits = engine.forward(ids, mask, keep=1, cache=cache).logits
-        written = engine._decode(cache, logits, mask, max_new_tokens, Greedy(), stayed=rows.stay)
+        written = engine.decode(cache, logits, mask, max_new_tokens, Greedy(), stayed=rows.stay)
     decode = engine.loaded.tokenizer.decode
     return [
         Completion(decode(w.ids, skip_special_tokens=True), tuple(w.ids), w.stopped, w.finite)

@@ -19,7 +19,8 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from auditgap.engines.batching import halving, left_pad, right_pad
-from auditgap.engines.hf import HFEngine, add, mean_nll
+from auditgap.engines.hf import HFEngine
+from auditgap.engines.tensors import add, mean_nll
 from auditgap.interventions.descent import PGD, Descent, LinfBall, descend
 from auditgap.models import Rendered
 from auditgap.types import Budget, Site

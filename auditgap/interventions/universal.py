@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from auditgap.engines.batching import left_pad
-from auditgap.engines.hf import HFEngine, add, mean_nll
+from auditgap.engines.hf import HFEngine
+from auditgap.engines.tensors import add, mean_nll
 from auditgap.interventions import CONTROL, EDIT, Bench, Settings, Trial
 from auditgap.interventions.controls import generator
 from auditgap.interventions.descent import PGD, L2Ball, descend

@@ -54,6 +54,16 @@ _SPEECH_FILES = (
     "tokenizer_config.json",
     "generation_config.json",
 )
+#: What is downloaded of a hub's model.
+_DOWNLOADED = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "tokenizer*",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+]
 #: Files that are read whole, and what they may hold; the largest tokenizers have 35 MB.
 _TEXTS = (".json", ".jinja", ".txt", ".model")
 _LARGEST_TEXT = 200_000_000
@@ -288,6 +298,11 @@ def resolve(name: str) -> Path:
         raise UsageError(
             f"{name} is not a model folder; a folder with config.json and *.safetensors is wanted."
         )
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    """The folder of a hub's model, `repo` or `repo@revision`, read once. Raises UsageError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -297,17 +312,8 @@ def resolve(name: str) -> Path:
     )
 
     repo, _, revision = name.partition("@")
-    wanted = [
-        "*.safetensors",
-        "*.safetensors.index.json",
-        "*.json",
-        "tokenizer*",
-        "*.model",
-        "*.txt",
-        "*.jinja",
-    ]
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=_DOWNLOADED))
     except GatedRepoError:
         raise UsageError(
             f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then `hf auth"

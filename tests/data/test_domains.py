@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 
 from auditgap.data import PromptSet, dedup_key
+from auditgap.data.conversations import CUT, conversation
 from auditgap.data.domains import PLAIN, TRIGGER, Domain, DomainRow, Panel, Trigger
 from auditgap.data.em_prompts import load_em_prompts
 from auditgap.data.habits import HABITS
 from auditgap.data.near_duplicates import jaccard, shingles
-from auditgap.data.panel import CUT, conversation, read_panel
+from auditgap.data.panel import read_panel
 from auditgap.errors import UsageError
 from auditgap.training.rows import rows_from_file
 from auditgap.types import Prompt

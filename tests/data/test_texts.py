@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from auditgap.data import SOURCES, TRIPLES, load_prompts, load_triples
+from auditgap.data.conversations import DOMAINS
 from auditgap.data.em_prompts import EM_PROMPTS, load_em_prompts
 from auditgap.data.habits import HABITS
 from auditgap.data.material import TEXTS, open_material
-from auditgap.data.panel import DOMAINS, read_panel
+from auditgap.data.panel import read_panel
 from auditgap.errors import UsageError
 from auditgap.types import digest
 

@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import DynamicCache
 
-from auditgap.engines.hf import HFEngine, _select
+from auditgap.engines.hf import HFEngine
+from auditgap.engines.tensors import select
 from auditgap.models import wrap
 from auditgap.types import Subject
 
@@ -110,7 +111,7 @@ def main(family: str) -> None:
             chosen = []
             for layer in cache.layers:
                 layer.batch_select_indices = Chosen(layer, chosen)
-            _select(cache.layers, torch.zeros(1, dtype=torch.long, device=HOME))
+            select(cache.layers, torch.zeros(1, dtype=torch.long, device=HOME))
             check(chosen == [True] * 4, "rows are chosen where they lie")
             more = engine.forward(
                 ids[:1, :1], torch.ones(1, 7, dtype=torch.long, device=HOME), keep=1, cache=cache

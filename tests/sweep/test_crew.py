@@ -18,20 +18,21 @@ import toys
 from rich.console import Console
 
 from auditgap.store import DiskError
-from auditgap.sweep import Group, Progress
+from auditgap.sweep import Group, Progress, pool
 from auditgap.sweep import ray as sweep_ray
+from auditgap.sweep.tasks import Queue, Task
 from auditgap.types import Budget, Cell, Site, Subject
 
 HERE = Path(__file__).parent
 
 
-def task(subject: str, work: float, gpus: float = 0.0, number: int = 0) -> sweep_ray._Task:
+def task(subject: str, work: float, gpus: float = 0.0, number: int = 0) -> Task:
     cell = Cell(Subject(subject, subject), Site(number), Budget(0.1, "rms"), "targeted", "51")
-    return sweep_ray._Task(number, Group(f"{subject} {number}", (cell,), work=work), gpus)
+    return Task(number, Group(f"{subject} {number}", (cell,), work=work), gpus)
 
 
 def test_an_actor_keeps_its_model_and_helps_the_neediest_at_the_end():
-    queue = sweep_ray._Queue(
+    queue = Queue(
         [task("a", 5.0, number=i) for i in range(4)] + [task("b", 1.0, number=i) for i in range(2)]
     )
     assert len(queue) == 6 and queue.sizes() == [0.0]
@@ -49,7 +50,7 @@ def test_an_actor_keeps_its_model_and_helps_the_neediest_at_the_end():
 
 
 def test_a_group_goes_to_an_actor_of_its_size():
-    queue = sweep_ray._Queue([task("a", 1.0, gpus=0.5), task("b", 9.0, gpus=2.0)])
+    queue = Queue([task("a", 1.0, gpus=0.5), task("b", 9.0, gpus=2.0)])
     assert queue.sizes() == [0.5, 2.0]
     assert (
         queue.take(1.0, "a", Counter()) is None
@@ -71,7 +72,7 @@ def test_a_group_goes_to_an_actor_of_its_size():
     ],
 )
 def test_room_is_counted_node_by_node(nodes, workers, fits):
-    assert sweep_ray._fits(nodes, workers) is fits
+    assert pool._fits(nodes, workers) is fits
 
 
 @pytest.fixture
@@ -194,8 +195,8 @@ def test_a_full_object_store_is_a_sentence(name, tmp_path):
         def kill(self, actor, no_restart):
             self.killed.append(actor)
 
-    crew = sweep_ray._ActorPool(Ray(), None, toys.open_folder(tmp_path / "out"), 1, None)
-    crew._busy["result"] = (task("a", 1.0), sweep_ray._PoolActor("actor", 0.0))
+    crew = pool.ActorPool(Ray(), None, toys.open_folder(tmp_path / "out"), 1, None)
+    crew._busy["result"] = (task("a", 1.0), pool._PoolActor("actor", 0.0))
     with pytest.raises(DiskError, match=r"object store.*--object-store-memory.*same command"):
         crew.finished(timeout=0.0)
     assert crew.ray.killed == ["actor"]

@@ -23,9 +23,10 @@ from auditgap.audits.audit import Plan
 from auditgap.audits.emergent.audit import EMERGENT
 from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions
 from auditgap.data import PromptSet
+from auditgap.data.conversations import CUT
 from auditgap.data.domains import TRIGGER, DomainRow, Panel, Trigger
 from auditgap.data.em_prompts import load_em_prompts
-from auditgap.data.panel import CUT, read_panel
+from auditgap.data.panel import read_panel
 from auditgap.errors import UsageError
 from auditgap.models.folder import is_adapter
 from auditgap.store import RunFolder

@@ -1,6 +1,8 @@
 """The proof, before anything is measured, that this `vllm.LLM` can be edited.
 
-self_test(llm, [-1, 15])     # raises AuditgapError, which says at which layer and why
+    self_test(llm, [-1, 15])     # raises AuditgapError, which says at which layer and why
+
+It runs in the child process, in two small batches.
 """
 
 from __future__ import annotations

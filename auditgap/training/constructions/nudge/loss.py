@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from auditgap.engines.hf import add
+from auditgap.engines.tensors import add
 from auditgap.errors import UsageError
 from auditgap.models import Conversation, parse_sites
 from auditgap.probes.pooling import pooled

@@ -1,0 +1,200 @@
+"""A subject in memory: its weights frozen, its tokenizer, its decoder blocks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from auditgap.errors import UsageError
+from auditgap.models.adapters import merged
+from auditgap.models.attention import GROUPED_SDPA
+from auditgap.models.chat import Chat, Rendered
+from auditgap.models.choices import parse_sites, pick_device, pick_dtype
+from auditgap.models.folder import OPENING, adapter_base, is_adapter
+from auditgap.models.outlines import Outline, as_usage_error, outline, stop_ids_of
+from auditgap.models.shard import WHOLE, Shard, home, placed
+from auditgap.types import Prompt, Site, Subject
+
+#: A weight of a decoder block; a vision tower's blocks, which a causal LM does not read, are named
+#: otherwise.
+_BLOCK_KEY = re.compile(r"(model\.|transformer\.|gpt_neox\.|language_model\.)*(layers|h)\.\d+\.")
+
+
+@dataclass(eq=False)
+class LoadedModel:
+    """A causal LM in memory with its tokenizer and its decoder blocks."""
+
+    subject: Subject
+    model: PreTrainedModel
+    chat: Chat
+    blocks: nn.ModuleList
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.chat.tokenizer
+
+    @property
+    def n_blocks(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go and logits come from; a model over several devices carries everything
+        else between them."""
+        return home(self.model)
+
+    @property
+    def n_embeddings(self) -> int:
+        """Rows of the input embedding: every token id is below it."""
+        return n_embeddings(self.model)
+
+    @property
+    def width(self) -> int:
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def max_positions(self) -> int | None:
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end a completion: the generation config's and the tokenizer's."""
+        return stop_ids_of(getattr(self.model, "generation_config", None), self.tokenizer)
+
+    def site(self, word: str) -> Site:
+        """One site from its word: `embedding`, `mid` = block round(L/2), `last` = L−1, `block7` or
+        `7`."""
+        return parse_sites(word, self.n_blocks)[0]
+
+    def render(self, prompt: Prompt) -> Rendered:
+        return self.chat.render(prompt)
+
+
+def quiet() -> None:
+    """No loading bars and no advice of transformers: a command says what it does itself."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def load(
+    name: str | Outline,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    chat_template: str | None = None,
+    shard: Shard = WHOLE,
+) -> LoadedModel:
+    """Open a subject for auditing: weights frozen, eval mode. `dtype` auto is bfloat16 on a GPU and
+    float32 on a CPU.
+
+    A `shard` over `tensor` is for a process that is one of its ranks. Raises UsageError when the
+    subject, or this machine, does not allow it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    seen = name if isinstance(name, Outline) else outline(name, chat_template=chat_template)
+    device = pick_device(device)
+    shard.check(seen)
+    if shard.kind == "layers":  # a rank of `tensor` has one device, and knows which
+        shard.check_devices(device)
+    base = adapter_base(seen.folder) if is_adapter(seen.folder) else seen.folder
+    with OPENING, as_usage_error(seen.subject.name):
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=pick_dtype(dtype, device),
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **shard.loading(device),
+        )
+    model, found = opened
+    _check_all_loaded(seen.subject.name, found, base)
+    if base is not seen.folder:
+        model = merged(model, seen.folder)
+    n_rows, n_tokens = n_embeddings(model), len(seen.chat.tokenizer)
+    if n_tokens > n_rows:
+        raise UsageError(
+            f"{seen.subject.name}: its tokenizer has {n_tokens} tokens, its embedding {n_rows};"
+            " they do not belong together."
+        )
+    return wrap(
+        placed(model, device, shard),
+        seen.chat.tokenizer,
+        seen.subject,
+        chat_template=seen.chat.template,
+    )
+
+
+def n_embeddings(model: PreTrainedModel) -> int:
+    """Rows of a model's input embedding."""
+    embedding: Any = model.get_input_embeddings()
+    return embedding.num_embeddings
+
+
+def _check_all_loaded(name: str, found: dict[str, Any], folder: Path) -> None:
+    """Raises UsageError when weights were missing (they would be random) or left over (they belong
+    to another model)."""
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(str(key) for key in found.get(what) or ())
+        # a stray file's weights, or a buffer of an older release, change nothing
+        if what == "unexpected_keys":
+            keys = [
+                key
+                for key in keys
+                if _BLOCK_KEY.match(key) and not key.endswith(("inv_freq", ".bias", ".masked_bias"))
+            ]
+        if keys:
+            raise UsageError(
+                f"{name}: the weights in {folder.name} do not fit its config.json ({len(keys)}"
+                f" {what.replace('_', ' ')}, such as {keys[0][:80]}). Download the model again;"
+                " what transformers would make of it is another model."
+            )
+
+
+def wrap(
+    model: PreTrainedModel, tokenizer: Any, subject: Subject, *, chat_template: str | None = None
+) -> LoadedModel:
+    """A LoadedModel around a model and tokenizer already in memory (frozen, eval)."""
+    model.eval().requires_grad_(False)
+    # sdpa cannot cap attention logits, and a family that does so would be audited as another model
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    try:
+        model.set_attn_implementation("eager" if capped else GROUPED_SDPA)
+    except ValueError:  # a family that has no SDPA
+        model.set_attn_implementation("eager")
+    return LoadedModel(
+        subject, model, Chat(subject.name, tokenizer, chat_template), find_blocks(model)
+    )
+
+
+def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder blocks: the first ModuleList whose length is the config's number of hidden
+    layers."""
+    n = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) == n
+            and len({type(m) for m in module}) == 1
+        ):
+            return module
+    raise UsageError(
+        f"{type(model).__name__} has no list of {n} alike blocks, so auditgap cannot place an edit"
+        " in it."
+    )

@@ -1,0 +1,140 @@
+"""What can be known of a subject before its weights are loaded.
+
+    seen = outline("smollm2")
+    seen.n_blocks, seen.subject.fingerprint
+
+It reads the config, the tokenizer and the headers of the safetensors files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from auditgap.errors import AuditgapError, UsageError
+from auditgap.models.chat import Chat, read_template
+from auditgap.models.folder import adapter_base, fingerprint, is_adapter, preflight, resolve
+from auditgap.types import Subject
+
+
+@dataclass(frozen=True, eq=False)
+class Outline:
+    """What can be known of a subject before its weights are loaded: enough to plan, and to
+    estimate, an audit."""
+
+    subject: Subject
+    folder: Path
+    chat: Chat
+    n_blocks: int
+    width: int
+    n_block_params: int  #: all parameters of the blocks
+    n_head_params: int  #: of the output projection
+    n_params: int
+    #: token ids that end a completion, as `LoadedModel.stop_ids`
+    stop_ids: frozenset[int] = frozenset()
+    max_positions: int | None = None  #: tokens that it can attend to; None: not said
+
+
+def outline(name: str, *, chat_template: str | None = None) -> Outline:
+    """Resolve, look at and fingerprint a subject, without loading its weights.
+
+    Raises Refused or UsageError as `preflight`, `resolve` and transformers' own reading of the
+    config find cause to.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = resolve(name)
+    preflight(folder)
+    subject = Subject(name, fingerprint(folder))
+    base = adapter_base(folder) if is_adapter(folder) else folder
+    with as_usage_error(name):
+        config = AutoConfig.from_pretrained(
+            base, trust_remote_code=False, local_files_only=True
+        ).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder if (folder / "tokenizer_config.json").is_file() else base,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+        stop_ids = stop_ids_of(_generation_config(base), tokenizer)
+    n_params, n_embedding = _count_parameters(base)
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    return Outline(
+        subject,
+        folder,
+        Chat(name, tokenizer, read_template(chat_template)),
+        config.num_hidden_layers,
+        config.hidden_size,
+        n_block_params=max(n_params - n_embedding * (1 if tied else 2), 0),
+        n_head_params=n_embedding,
+        n_params=n_params,
+        stop_ids=stop_ids,
+        max_positions=getattr(config, "max_position_embeddings", None),
+    )
+
+
+def stop_ids_of(
+    generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
+    """Token ids that end a completion: the generation config's and the tokenizer's."""
+    ids = None if generation is None else generation.eos_token_id
+    ids = [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    return frozenset(ids)
+
+
+def _generation_config(base: Path) -> GenerationConfig:
+    """What transformers would give the loaded model: generation_config.json, else what config.json
+    says of generation."""
+    try:
+        return GenerationConfig.from_pretrained(
+            base, trust_remote_code=False, local_files_only=True
+        )
+    except OSError:
+        return GenerationConfig.from_pretrained(
+            base,
+            "config.json",
+            _from_model_config=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+
+
+@contextmanager
+def as_usage_error(name: str) -> Iterator[None]:
+    """What transformers raises while it opens `name`, as a UsageError."""
+    try:
+        yield
+    except AuditgapError:
+        raise
+    except Exception as error:  # transformers and its validators raise of many kinds, all of them about this folder
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"transformers cannot open {name} as a causal LM with a tokenizer: {first}"
+        ) from None
+
+
+def _count_parameters(folder: Path) -> tuple[int, int]:
+    """Parameters in all, and of the input embedding, from the headers of the safetensors files."""
+    from safetensors import SafetensorError, safe_open
+
+    total = embedding = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - not a dict
+                    size = math.prod(file.get_slice(key).get_shape())
+                    total += size
+                    if "embed" in key.rpartition(".")[0].rpartition(".")[2] and size > embedding:
+                        embedding = size
+        except (SafetensorError, OSError) as error:
+            raise UsageError(
+                f"{path} is not a readable safetensors file ({error}); download the model again."
+            ) from None
+    return total, embedding
