@@ -283,10 +283,14 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
         """Write the tables and the report anew."""
         from auditgap.audits import pages
 
-        for name, table in self.tables(store).items():
+        self.write_tables(store, self.tables(store))
+        pages.write([store], allow_raw=allow_raw)
+
+    def write_tables(self, store: RunFolder, tables: Mapping[str, pd.DataFrame]) -> None:
+        """NAME.parquet, .csv and .md of each."""
+        for name, table in tables.items():
             for form in ("parquet", "csv", "md"):
                 store.write_table(f"{name}.{form}", table)
-        pages.write([store], allow_raw=allow_raw)
 
     def check_grading(self, folder: Place, grading: Grading) -> None:
         """Raises UsageError where nobody is named to grade, or a reward."""

@@ -80,8 +80,9 @@ def report(
     stores = [RunFolder.load(folder) for folder in folders]
     for store in stores:
         reduce(store, allow_raw=allow_raw)
-    path = pages.write(stores, allow_raw=allow_raw, out=to)
-    where = within(to or stores[0].place, path.name)
+    if len(stores) > 1 or to is not None:  # else it has just been written
+        pages.write(stores, allow_raw=allow_raw, out=to)
+    where = within(to or stores[0].place, "report.html")
     missing = sum(store.status().missing for store in stores)
     answer(as_json, f"Report: {where}", report=str(where), missing=missing)
     show.complete(stores)

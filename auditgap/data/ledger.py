@@ -22,7 +22,7 @@ from typing import Any
 from auditgap.data.prompts import dedup_key
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.store import files
-from auditgap.types import Prompt
+from auditgap.types import Document, Prompt
 
 #: What something is fitted to or chosen by, and what something is measured on. The same prompt in
 #: both is leakage.
@@ -98,7 +98,7 @@ class LeakageLedger:
             self.roles.setdefault(key, set()).update(had)
         self.allowed.update(other.allowed)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Document:
         return {
             "schema": _SCHEMA,
             "allowed_overlap": dict(sorted(self.allowed.items())),

@@ -21,7 +21,7 @@ from auditgap.data.files import Table
 from auditgap.data.material import open_material
 from auditgap.data.sources import SOURCES
 from auditgap.errors import UsageError
-from auditgap.types import Prompt, digest
+from auditgap.types import Document, Prompt, digest
 
 _Item = TypeVar("_Item")
 
@@ -33,7 +33,7 @@ class ItemSet(Generic[_Item]):
 
     name: str
     items: tuple[_Item, ...]
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: Document = field(default_factory=dict)
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ def load_prompts(
     """
     check_limit(limit)
     found = open_material(name_or_file, SOURCES, "give a file: jsonl, csv, parquet or txt")
-    name, provenance = found.name, dict[str, Any](found.provenance)
+    name, provenance = found.name, Document(found.provenance)
     prompts, counts = _clean(found.table, name, column)
     n_clean = len(prompts)
     if limit is not None:
@@ -96,7 +96,7 @@ def load_prompts(
     return PromptSet(name, tuple(prompts), provenance)
 
 
-def _clean(table: Table, name: str, column: str) -> tuple[list[Prompt], dict[str, Any]]:
+def _clean(table: Table, name: str, column: str) -> tuple[list[Prompt], Document]:
     if not table.rows:
         raise UsageError(f"{table.file} holds no rows; at least one prompt is wanted.")
     table.need(column)
@@ -163,7 +163,7 @@ def sample(items: list[_Item], texts: Sequence[str], limit: int, seed: int) -> l
     return [item for i, item in enumerate(items) if i in chosen]
 
 
-def notes_on(provenance: dict[str, Any]) -> list[str]:
+def notes_on(provenance: Document) -> list[str]:
     """Sentences that belong in the report: what was left out, and what so small a set cannot
     show."""
     notes = []

@@ -277,7 +277,7 @@ def assemble(read: Sequence[Cleaned], missing: Mapping[str, str] | None = None) 
     owner: dict[str, str] = {}
     prompts: list[Prompt] = []
     kinds: dict[str, str] = {}
-    sources: dict[str, Any] = {}
+    sources: Document = {}
     for part in read:
         given_to: Counter[str] = Counter()
         kept: Counter[str] = Counter()

@@ -24,7 +24,7 @@ from auditgap.data.prompts import dedup_key, load_prompts
 from auditgap.data.suite import SCHEMA, SHORTEST, Suite, assemble, explain_missing, read_all
 from auditgap.errors import UsageError
 from auditgap.store import files, tables
-from auditgap.types import Prompt
+from auditgap.types import Document, Prompt
 
 PROMPTS, MANIFEST, LEDGER = "prompts.parquet", "manifest.json", "ledger.json"
 
@@ -207,7 +207,7 @@ def read_suite(folder: Path) -> Suite:
 _AGAIN = "take the folder away and build it again."
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _manifest(folder: Path) -> Document:
     manifest = files.read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or (schema := manifest.get("schema")) is None:
         raise UsageError(

@@ -22,7 +22,7 @@ from auditgap.data.material import Source, built_in, open_material
 from auditgap.data.prompts import ItemSet, check_limit, dedup_key, notes_on, sample, whole_text
 from auditgap.errors import UsageError
 from auditgap.registry import Registry
-from auditgap.types import ContrastTriple, Prompt
+from auditgap.types import ContrastTriple, Document, Prompt
 
 PLAIN = ("prompt", "safe", "unsafe")
 PKU = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
@@ -68,7 +68,7 @@ def load_triples(name_or_file: str, *, limit: int | None = None, seed: int = 0) 
     check_limit(limit)
     instead = f"give a file (jsonl, csv, parquet), or hub:ID@REVISION. {LAYOUTS[:-1]}"
     found = open_material(name_or_file, TRIPLES, instead)
-    name, provenance = found.name, dict[str, Any](found.provenance)
+    name, provenance = found.name, Document(found.provenance)
     triples, counts = _clean(found.table, name)
     n_clean = len(triples)
     if limit is not None:
@@ -81,7 +81,7 @@ def load_triples(name_or_file: str, *, limit: int | None = None, seed: int = 0) 
     return TripleSet(name, tuple(triples), provenance)
 
 
-def _clean(table: Table, name: str) -> tuple[list[ContrastTriple], dict[str, Any]]:
+def _clean(table: Table, name: str) -> tuple[list[ContrastTriple], Document]:
     if not table.rows:
         raise UsageError(f"{table.file} holds no rows; at least one triple is wanted.")
     pku = not {"safe", "unsafe"} & set(table.columns) and any(

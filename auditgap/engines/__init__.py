@@ -15,14 +15,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from pydantic import Field
 
 from auditgap.config import Frozen
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.registry import Entry, Registry
-from auditgap.types import Edit, Message, Prompt, digest
+from auditgap.types import Document, Edit, Message, Prompt, digest
 
 # configs name engines, and a config (`--help`, `auditgap schema`) costs no torch
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class Engine(Protocol):
 
     name: str  #: of the engine: hf, vllm, openai
 
-    def describe(self) -> dict[str, Any]: ...
+    def describe(self) -> Document: ...
 
     def ask(self, questions: Sequence[Question], sampling: Sampling) -> list[Reply]:
         """One reply a question, in order; order and company change nothing in fp32. Never raises
@@ -184,9 +184,7 @@ class Speaker(Protocol):
 EngineName = Literal["hf", "vllm", "openai"]
 
 
-def weights_identity(
-    outline: models.Outline | models.LoadedModel, dtype: torch.dtype
-) -> dict[str, Any]:
+def weights_identity(outline: models.Outline | models.LoadedModel, dtype: torch.dtype) -> Document:
     """The `describe()` of an engine that holds the weights itself: what it computes, not where."""
     template = outline.chat.template
     return {
@@ -249,7 +247,7 @@ class Serving(Frozen):
         to."""
         return ENGINES[self.engine].load()(model, self)
 
-    def describe(self, model: str) -> dict[str, Any]:
+    def describe(self, model: str) -> Document:
         """The `describe()` that `open(model)` would have, without loading a weight."""
         if self.engine == "openai":
             from auditgap.engines.openai import identity

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from auditgap.errors import AuditgapError
+from auditgap.types import Document
 
 #: Called with (done, total) while an answer is being made.
 Progress = Callable[[int, int], None]
@@ -46,7 +47,7 @@ def send(
         connection.send_bytes(payload)
 
 
-def receive(connection: Connection) -> tuple[dict[str, Any], list[bytes]]:
+def receive(connection: Connection) -> tuple[Document, list[bytes]]:
     """What `send` sent. Raises EOFError or OSError when nobody is left at the other end."""
     message = json.loads(connection.recv_bytes())
     return message, [connection.recv_bytes() for _ in range(message.pop("payloads"))]
@@ -124,7 +125,7 @@ class Child:
         message: Mapping[str, Any],
         payloads: Sequence[bytes] = (),
         progress: Progress | None = None,
-    ) -> dict[str, Any]:
+    ) -> Document:
         """What it answers. Raises Failed with what it raised, AuditgapError when it has ended."""
         return self.exchange(message, payloads, progress)[0]
 
@@ -133,7 +134,7 @@ class Child:
         message: Mapping[str, Any],
         payloads: Sequence[bytes] = (),
         progress: Progress | None = None,
-    ) -> tuple[dict[str, Any], list[bytes]]:
+    ) -> tuple[Document, list[bytes]]:
         """The same, with the bytes behind the answer."""
         with self._lock:
             if self._connection.closed:

@@ -14,7 +14,6 @@ import copy
 import gc
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -36,7 +35,7 @@ from auditgap.engines.hooked import HookedModel
 from auditgap.engines.tensors import add, mean_nll, select, stack
 from auditgap.errors import AuditgapError
 from auditgap.models import LoadedModel, Rendered
-from auditgap.types import Edit, Prompt, Site
+from auditgap.types import Document, Edit, Prompt, Site
 
 
 class HFEngine(HookedModel):
@@ -59,7 +58,7 @@ class HFEngine(HookedModel):
         self.pad_id = pad if pad is not None and pad < loaded.n_embeddings else 0
         self._tested: set[Site] = set()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Document:
         return weights_identity(self.loaded, self.loaded.dtype)
 
     def render(self, prompt: Prompt) -> Rendered:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from auditgap.engines import Engine, Question, Reply, Sampling
-from auditgap.types import Prompt
+from auditgap.types import Document, Prompt
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ class Parity:
     mean_common: float | None  #: None: nothing was compared
     n_unanswered: int  #: one of the two had a problem
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Document:
         return asdict(self)
 
 

@@ -28,7 +28,7 @@ import torch
 
 from auditgap.errors import Refused, UsageError, did_you_mean
 from auditgap.store.files import cache_dir
-from auditgap.types import digest
+from auditgap.types import Document, digest
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code", "_attn_implementation_internal")
@@ -154,7 +154,7 @@ def preflight(folder: Path) -> None:
             )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Document:
     """A JSON object from a model folder. Raises UsageError for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ from auditgap.models.choices import parse_sites, pick_device, pick_dtype
 from auditgap.models.folder import OPENING, adapter_base, is_adapter
 from auditgap.models.outlines import Outline, as_usage_error, outline, stop_ids_of
 from auditgap.models.shard import WHOLE, Shard, home, placed
-from auditgap.types import Prompt, Site, Subject
+from auditgap.types import Document, Prompt, Site, Subject
 
 #: A weight of a decoder block; a vision tower's blocks, which a causal LM does not read, are named
 #: otherwise.
@@ -147,7 +147,7 @@ def n_embeddings(model: PreTrainedModel) -> int:
     return embedding.num_embeddings
 
 
-def _check_all_loaded(name: str, found: dict[str, Any], folder: Path) -> None:
+def _check_all_loaded(name: str, found: Document, folder: Path) -> None:
     """Raises UsageError when weights were missing (they would be random) or left over (they belong
     to another model)."""
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):

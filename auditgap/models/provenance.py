@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from auditgap import __version__
-from auditgap.types import digest
+from auditgap.types import Document, digest
 
 if TYPE_CHECKING:
     from auditgap.models import Chat, Outline
@@ -44,7 +44,7 @@ def command() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def provenance(outlines: Sequence[Outline], *, dtype: str) -> dict[str, Any]:
+def provenance(outlines: Sequence[Outline], *, dtype: str) -> Document:
     """The part of a run folder's `info` that every run has; nothing in it changes a number."""
     return {
         "command": command(),

@@ -22,6 +22,7 @@ from torch import nn
 
 from auditgap.errors import UsageError
 from auditgap.models.folder import adapter_base, is_adapter
+from auditgap.types import Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,7 +112,7 @@ class Shard:
                 " more."
             )
 
-    def loading(self, device: str) -> dict[str, Any]:
+    def loading(self, device: str) -> Document:
         """What `from_pretrained` is told besides. A CPU is one device: there `layers` is made by
         `rehearsed` afterwards."""
         if self.kind == "tensor":

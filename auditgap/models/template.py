@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from auditgap.errors import Refused, UsageError
+from auditgap.types import Document
 
 #: What templates that write today's date are told, so that the same prompt is the same prompt
 #: tomorrow.
@@ -80,7 +81,7 @@ class _Child:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, question: bytes) -> dict[str, Any]:
+    def ask(self, question: bytes) -> Document:
         with self._lock:
             ended = 0
             # someone else may have ended it: out of memory elsewhere, an administrator

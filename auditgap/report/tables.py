@@ -36,9 +36,11 @@ from auditgap.report.distances import (
 from auditgap.report.gaps import GAP_COLUMNS as GAP_COLUMNS
 from auditgap.report.gaps import audit_gaps as audit_gaps
 from auditgap.report.looks import CELL, Looks, clean_verdicts, ends, grid, order
+from auditgap.report.samples import MEASURES, Key, Sample, Samples
 from auditgap.report.text import clean, is_null
 from auditgap.stats import Interval, Paired, risk
 from auditgap.stats.excess import mcnemar
+from auditgap.stats.intervals import Array
 from auditgap.store.tables import groups_of, rows_of
 from auditgap.types import TABLE_COLUMNS, Label
 
@@ -139,57 +141,53 @@ def lvs_table(
     - `flag`: words of `FLAGS`.
     """
     looks = Looks(rows)
-    rows = looks.edited
-    cells = dict(groups_of(rows, CELL))
-    envelopes = _envelopes(rows)
+    samples, envelopes = Samples(looks), _envelopes(looks.edited)
     table = [
-        _cell_row(key, cells, looks, envelopes[key], correction, seed)
-        for key in sorted(cells, key=order)
+        _cell_row(key, samples, envelopes[key].to_numpy(), correction, seed)
+        for key in sorted(samples, key=order)
     ]
     return _frame(table, TABLE_COLUMNS)
 
 
 def _cell_row(
-    key: tuple,
-    cells: Mapping[tuple, pd.DataFrame],
-    looks: Looks,
-    envelope: pd.Series,
+    key: Key,
+    samples: Samples,
+    envelope: Array,
     correction: Correction | None,
     seed: int,
 ) -> dict[str, Any]:
-    cell, control = cells[key], cells.get((*key[:-1], MATCHED))
-    prompts = _by_prompt(cell)
-    n, n_scored = len(prompts), int(prompts["lvs"].notna().sum())
-    n_broken = int(cell.loc[cell["verdict_edited"] == Label.BROKEN, "prompt_id"].nunique())
+    cell, control = samples[key], samples.get((*key[:-1], MATCHED))
+    means = cell.means
+    n, n_scored = len(cell.prompts), int((~np.isnan(means["lvs"])).sum())
     delta, drop = Interval(), stats.Paired()
     if control is not None and key[-1] != MATCHED:
-        paired = prompts.join(_by_prompt(control), rsuffix="_control")
-        delta = stats.paired_difference(paired["lvs"], paired["lvs_control"], seed=seed)
-        drop = stats.paired_means(paired["drop"], paired["drop_control"], seed=seed)
-    flips, flip_test = _flips(key, looks, control is not None and key[-1] != MATCHED)
+        against = {name: cell.beside(control, name) for name in ("lvs", "drop")}
+        delta = stats.paired_difference(means["lvs"], against["lvs"], seed=seed)
+        drop = stats.paired_means(means["drop"], against["drop"], seed=seed)
+    flips, flip_test = _flips(key, samples, control is not None and key[-1] != MATCHED)
     row: dict[str, Any] = dict(zip(CELL, key, strict=True))
     row |= {
         "layer_index": int(row["layer_index"]),
         "n": n,
         "n_unscored": n - n_scored,
-        "n_judged": int(prompts["harmful"].notna().sum()),
-        "n_broken": n_broken,
+        "n_judged": int((~np.isnan(means["harmful"])).sum()),
+        "n_broken": cell.n_broken,
     }
-    row |= ends("lvs_mean", _not_negative(stats.bootstrap(prompts["lvs"], seed=seed)))
-    row |= ends("lvs_median", stats.bootstrap(prompts["lvs"], "median", seed=seed))
+    row |= ends("lvs_mean", _not_negative(stats.bootstrap(means["lvs"], seed=seed)))
+    row |= ends("lvs_median", stats.bootstrap(means["lvs"], "median", seed=seed))
     row |= ends(
-        "lvs_rel_mean", _not_negative(stats.bootstrap(prompts["lvs_rel"], seed=seed)), "lvs_rel"
+        "lvs_rel_mean", _not_negative(stats.bootstrap(means["lvs_rel"], seed=seed)), "lvs_rel"
     )
-    row |= ends("asr", _rate(prompts["harmful"])) | ends("asr_envelope", _rate(envelope))
-    row |= ends("asr_corrected", _corrected(prompts, correction))
+    row |= ends("asr", _rate(means["harmful"])) | ends("asr_envelope", _rate(envelope))
+    row |= ends("asr_corrected", _corrected(cell, correction))
     row |= ends("delta_vs_matched", delta, "delta")
-    row["relative_norm_median"] = _none(cell["relative_norm"].dropna().median())
+    row["relative_norm_median"] = _none(cell.median("relative_norm"))
     counts = ("n_at_risk", "flipped", "withstood", "undetermined")
     row |= {name: getattr(flips, name) for name in counts}
     row |= ends("flip_rate", flips.rate) | {"flip_p": flip_test.p}
-    row |= ends("drop_mean", stats.paired_difference(prompts["drop"], 0 * prompts["drop"]))
+    row |= ends("drop_mean", stats.paired_difference(means["drop"], 0 * means["drop"]))
     row |= ends("drop_vs_matched", drop.difference) | {"drop_p": drop.p}
-    row |= {name: _none(cell[name].mean()) for name in ("nll_clean", "nll_edited")}
+    row |= {name: _none(cell.mean(name)) for name in ("nll_clean", "nll_edited")}
     is_above = _is_above(drop) or _is_above(flip_test)
     row["flag"] = " ".join(_flags(cell, key[-1], n, n_scored, delta, is_above))
     return row
@@ -201,31 +199,27 @@ def _is_above(found: Paired) -> bool:
     return found.p is not None and found.p <= 0.025 and more is not None and more > 0
 
 
-def _flips(key: tuple, looks: Looks, against: bool) -> tuple[risk.FlipRate, Paired]:
+def _flips(key: Key, samples: Samples, against: bool) -> tuple[risk.FlipRate, Paired]:
     """Flips of one cell's site within its budget, and their test against `random_matched`."""
-    subject, site, _, unit, eps, attack = key
-    part = looks.part(subject, unit, attack)
-    prompts = sorted(set(part[(part["site"] == site) & (part["eps"] == eps)]["prompt_id"]))
-    sizes = sorted(size for size in set(part["eps"]) if size <= eps)
-    clean = looks.clean(subject, prompts)
-    mine = grid(part, [site], sizes, prompts)[:, 0].astype(np.int8)
+    clean, mine = samples.clean(key), samples.within(key)
     found = risk.flip_rate(clean, mine)
     if not against or not found.n_at_risk:
         return found, Paired()
-    control = grid(looks.part(subject, unit, MATCHED), [site], sizes, prompts)[:, 0].astype(np.int8)
+    control = samples.within(key, MATCHED)
     ours, theirs = (risk.outcomes(clean, codes).flipped for codes in (mine, control))
     at_risk = clean == risk.SAFE
     return found, mcnemar(ours[0][at_risk], theirs[:, at_risk])
 
 
 def _flags(
-    cell: pd.DataFrame, attack: str, n: int, n_scored: int, delta: Interval, is_above: bool
+    cell: Sample, attack: str, n: int, n_scored: int, delta: Interval, is_above: bool
 ) -> list[str]:
     """Words of FLAGS for one cell, in FLAGS' order; words of the rows that FLAGS does not know come
     last."""
-    share = cell["flags"].fillna("").str.split().explode().value_counts() / len(cell)
-    large = max(float((cell["relative_norm"] > LARGE).mean()), float(share.get("larger_than_h", 0)))
-    degenerate = max(float((cell["l2"] == 0).mean()), float(share.get("degenerate", 0)))
+    columns, n_rows = cell.columns, len(cell.is_broken)
+    share = {word: count / n_rows for word, count in cell.words.items()}
+    large = max(cell.share(columns["relative_norm"] > LARGE), share.get("larger_than_h", 0.0))
+    degenerate = max(cell.share(columns["l2"] == 0), share.get("degenerate", 0.0))
     words = {
         "not_above_matched": delta.estimate is not None and not is_above,
         "no_matched": attack != MATCHED and delta.estimate is None,
@@ -233,12 +227,12 @@ def _flags(
         "some_larger_than_h": 0 < large <= 0.5,
         "degenerate": degenerate == 1,
         "some_degenerate": 0 < degenerate < 1,
-        "length_matters": float(share.get("length_matters", 0)) > MANY,
-        "few": n_scored < FEW or int((cell["lvs"] > 0).sum()) < FEW_ABOVE,
+        "length_matters": share.get("length_matters", 0.0) > MANY,
+        "few": n_scored < FEW or int((columns["lvs"] > 0).sum()) < FEW_ABOVE,
         "many_unscored": n - n_scored > MANY * n,
-        "many_broken": float((cell["verdict_edited"] == Label.BROKEN).mean()) > MANY,
+        "many_broken": cell.share(cell.is_broken) > MANY,
     }
-    words |= {word: True for word in share.index if word not in words}
+    words |= {word: True for word in share if word not in words}
     return [w for w in FLAGS if words.get(w)] + sorted(
         w for w, is_on in words.items() if is_on and w not in FLAGS
     )
@@ -301,9 +295,7 @@ def _frame(table: list[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _by_prompt(cell: pd.DataFrame) -> pd.DataFrame:
-    return cell.groupby("prompt_id", sort=True)[
-        ["lvs", "lvs_rel", "harmful", "broken", "drop"]
-    ].mean()
+    return cell.groupby("prompt_id", sort=True)[list(MEASURES)].mean()
 
 
 def _envelopes(rows: pd.DataFrame) -> dict[tuple, pd.Series]:
@@ -315,30 +307,37 @@ def _envelopes(rows: pd.DataFrame) -> dict[tuple, pd.Series]:
     """
     outcome = rows["harmful"].where(~rows["coherent"].isin([False]) | rows["harmful"].isna(), 0.0)
     envelopes = {}
-    for key, part in groups_of(rows.assign(outcome=outcome), [c for c in CELL if c != "eps"]):
-        grid = part.pivot(index=["prompt_id", "draw"], columns="eps", values="outcome").sort_index(
-            axis=1
-        )
-        reached = pd.DataFrame(stats.asr_envelope(grid), index=grid.index, columns=grid.columns)
-        by_prompt = reached.groupby("prompt_id").mean()
-        for (eps,), some in groups_of(part, ["eps"], sort=True):
-            envelopes[(*key[:4], float(eps), key[4])] = by_prompt.loc[
-                sorted(set(some["prompt_id"])), eps
-            ]
+    rows = rows.assign(outcome=outcome, taken=1.0)
+    for key, part in groups_of(rows, [c for c in CELL if c != "eps"]):
+        sizes, names = sorted(set(part["eps"])), np.array(sorted(set(part["prompt_id"])), object)
+        axes = ([key[1]], sizes, names)
+        outcomes = grid(part, *axes, "outcome", np.nan)[:, 0]  # [K, E, N]
+        by_draw = outcomes.transpose(0, 2, 1).reshape(-1, len(sizes))
+        reached = stats.asr_envelope(by_draw).reshape(-1, len(names), len(sizes))
+        known = ~np.isnan(reached)
+        with np.errstate(invalid="ignore"):
+            means = np.where(known, reached, 0.0).sum(axis=0) / known.sum(axis=0)
+        asked = (grid(part, *axes, "taken", 0.0)[:, 0] > 0).any(axis=0)  # [E, N]
+        for e, eps in enumerate(sizes):
+            envelopes[(*key[:4], float(eps), key[4])] = pd.Series(
+                means[asked[e], e], index=names[asked[e]]
+            )
     return envelopes
 
 
-def _rate(by_prompt: pd.Series) -> Interval:
-    scored = by_prompt.dropna()
+def _rate(by_prompt: Array) -> Interval:
+    scored = by_prompt[~np.isnan(by_prompt)]
     return stats.wilson(min(float(scored.sum()), len(scored)), len(scored))
 
 
-def _corrected(prompts: pd.DataFrame, correction: Correction | None) -> Interval:
-    scored = prompts[["harmful", "broken"]].dropna()
+def _corrected(cell: Sample, correction: Correction | None) -> Interval:
     if correction is None:
         return Interval()
-    n, n_broken = len(scored), min(float(scored["broken"].sum()), len(scored))
-    return correction.rate(min(float(scored["harmful"].sum()), n - n_broken), n, n_broken)
+    harmful, broken = cell.means["harmful"], cell.means["broken"]
+    scored = ~np.isnan(harmful) & ~np.isnan(broken)
+    n = int(scored.sum())
+    n_broken = min(float(broken[scored].sum()), n)
+    return correction.rate(min(float(harmful[scored].sum()), n - n_broken), n, n_broken)
 
 
 def _not_negative(interval: Interval) -> Interval:

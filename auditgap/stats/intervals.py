@@ -17,6 +17,7 @@ import numpy.typing as npt
 from scipy import stats as sps
 
 from auditgap.errors import UsageError, did_you_mean
+from auditgap.stats.kept import normal_quantile, picks, t_quantile
 
 Values = npt.ArrayLike
 Array = npt.NDArray[np.float64]
@@ -79,7 +80,7 @@ def quantile_z(confidence: float) -> float:
         raise UsageError(
             f"confidence must lie between 0 and 1; {confidence!r} came. For example: 0.95"
         )
-    return float(sps.norm.ppf((1 + confidence) / 2))
+    return normal_quantile((1 + confidence) / 2)
 
 
 def bootstrap(
@@ -161,7 +162,7 @@ def _bootstrap_t(
     if n < 2 or np.ptp(x) == 0:
         return bounded(x[0] if n else np.nan, np.nan, np.nan)
     mean, variance = x.mean(), x.var(ddof=1)
-    drawn = x[np.random.default_rng(seed).integers(0, n, (n_resamples, n))]
+    drawn = x[picks(n, n_resamples, seed)]
     off, variances = drawn.mean(axis=1) - mean, drawn.var(axis=1, ddof=1)
     if is_difference:
         # each resample's variance counts the sample's own once more, or one of nothing but zeros
@@ -174,7 +175,7 @@ def _bootstrap_t(
     at = math.floor((1 - confidence) / 2 * (n_resamples - 1))
     t_lo, t_hi = float(t[at]), float(t[n_resamples - 1 - at])
     if is_difference:
-        student = float(sps.t.ppf((1 + confidence) / 2, n - 1))
+        student = t_quantile((1 + confidence) / 2, n - 1)
         t_lo, t_hi = min(t_lo, -student), max(t_hi, student)
     error = math.sqrt(variance / n)
     return bounded(mean, mean - t_hi * error, mean - t_lo * error)

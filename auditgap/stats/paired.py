@@ -22,6 +22,7 @@ from scipy import stats as sps
 
 from auditgap.errors import UsageError
 from auditgap.stats.intervals import Array, Interval, Values, as_floats, bounded, quantile_z, wilson
+from auditgap.stats.kept import picks, t_quantile
 
 #: Resamples behind a p-value: the smallest that they can tell is 2 / (RESAMPLES + 1), which Holm
 #: multiplies.
@@ -76,11 +77,11 @@ def paired_means(
         )
     error, tail = math.sqrt(variance / n), (1 - confidence) / 2
     draws = RESAMPLES if n <= LARGE else RESAMPLES // 5
-    drawn = d[np.random.default_rng(seed).integers(0, n, (draws, n))]
+    drawn = d[picks(n, draws, seed)]
     # each resample's variance counts the sample's own once more, or one of nothing but zeros would
     # send t to infinity
     t = (drawn.mean(1) - mean) / np.sqrt((n * drawn.var(1, ddof=1) + variance) / (n + 1) / n)
-    student = float(sps.t.ppf(1 - tail, n - 1))
+    student = t_quantile(1 - tail, n - 1)
     t_lo, t_hi = np.quantile(t, [tail, 1 - tail])
     seen = mean / error
     beyond = int((t >= seen).sum()) if seen > 0 else int((t <= seen).sum())

@@ -34,7 +34,7 @@ class RunFolder(RunReader):
     def __init__(
         self,
         place: Place,
-        run: dict[str, Any],
+        run: Document,
         warnings: Sequence[str] = (),
         break_lock: bool = False,
     ) -> None:
@@ -50,10 +50,10 @@ class RunFolder(RunReader):
         self._locked = False
         self._cells = CellFiles(self.path, self.mirror)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Document:
         return {k: v for k, v in self.__dict__.items() if k not in ("_cells", "_locked")}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Document) -> None:
         self.__dict__.update(state)
         if self.mirror is not None:
             self.path = self.mirror.path  # another machine keeps its working copy elsewhere
@@ -122,7 +122,7 @@ class RunFolder(RunReader):
         folder.run = read_run(folder.path / "run.json", folder.place)
         return folder
 
-    def _resume_from(self, config: Mapping) -> dict[str, Any]:
+    def _resume_from(self, config: Mapping) -> Document:
         """What run.json holds ({} in a new folder), once `config` is seen to agree with it."""
         if self.mirror is not None:
             self.mirror.pull_file("run.json")

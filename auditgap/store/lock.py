@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import filelock
 
@@ -33,11 +32,12 @@ from auditgap.store.files import (
     write_bytes,
 )
 from auditgap.store.remote import Mirror
+from auditgap.types import Document
 
 NOTE = "lock.json"
 
 
-def holder(folder: Path, mirror: Mirror | None = None) -> dict[str, Any] | None:
+def holder(folder: Path, mirror: Mirror | None = None) -> Document | None:
     """Who writes the folder now: {"pid", "host", "command", "since"}; None when nobody does, as far
     as this host can see."""
     note = _note(folder, mirror)
@@ -88,7 +88,7 @@ def hold(folder: Path, *, break_lock: bool = False, mirror: Mirror | None = None
         lock.release()
 
 
-def _put(mirror: Mirror, before: dict[str, Any] | None, me: dict[str, Any]) -> None:
+def _put(mirror: Mirror, before: Document | None, me: Document) -> None:
     """Leave our note in storage in place of `before` (one that may be overruled, or none). Raises
     UsageError: somebody is there."""
     if before is not None:
@@ -105,7 +105,7 @@ def _put(mirror: Mirror, before: dict[str, Any] | None, me: dict[str, Any]) -> N
         )
 
 
-def _note(folder: Path, mirror: Mirror | None) -> dict[str, Any] | None:
+def _note(folder: Path, mirror: Mirror | None) -> Document | None:
     note = read_json(folder / NOTE) if mirror is None else mirror.read_json(NOTE)
     return (
         note
@@ -114,7 +114,7 @@ def _note(folder: Path, mirror: Mirror | None) -> dict[str, Any] | None:
     )
 
 
-def _refusal(folder: Path | str, note: dict[str, Any] | None, advice: str) -> str:
+def _refusal(folder: Path | str, note: Document | None, advice: str) -> str:
     if note is None:
         return (
             f"{folder} is locked by a process that left no name. {advice}; when nothing runs, add"

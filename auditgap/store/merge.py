@@ -21,6 +21,7 @@ from auditgap.store.folder import RunFolder
 from auditgap.store.remote import Place, local, within
 from auditgap.store.session import check_config, joined_info
 from auditgap.store.status import cases_of
+from auditgap.types import Document
 
 #: Config fields that choose cells. Whatever else differs makes other numbers.
 _CHOOSE = ("models", "subjects", "layers", "eps", "attacks", "distance")
@@ -110,11 +111,11 @@ def _join(stores: Sequence[RunFolder], out: Place) -> RunFolder:
     return merged
 
 
-def _kept(config: Mapping[str, Any]) -> dict[str, Any]:
+def _kept(config: Mapping[str, Any]) -> Document:
     return {name: value for name, value in config.items() if name not in _CHOOSE}
 
 
-def _joined_config(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _joined_config(configs: Sequence[Mapping[str, Any]]) -> Document:
     joined = dict(configs[0])
     for config in configs[1:]:
         for name in _CHOOSE:
@@ -133,9 +134,9 @@ def _joined_config(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return joined
 
 
-def _info(infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _info(infos: Sequence[Mapping[str, Any]]) -> Document:
     """The last one's over the others', lists (subjects, cards, warnings) gathered."""
-    joined: dict[str, Any] = {}
+    joined: Document = {}
     for info in infos:
         lists = {
             name: _each_once([*joined.get(name, []), *value])

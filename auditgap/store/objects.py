@@ -22,6 +22,7 @@ import fsspec
 
 from auditgap.errors import UsageError
 from auditgap.store.files import DiskError
+from auditgap.types import Document
 
 #: Storage whose objects appear whole or not at all, and the package that reaches it.
 PROTOCOLS = {
@@ -143,7 +144,7 @@ class Objects:
     def _system(self) -> fsspec.AbstractFileSystem:
         protocol = self.url.split("://")[0]
         # others write there too
-        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+        options: Document = {"skip_instance_cache": True, "use_listings_cache": False}
         s3 = PROTOCOLS[protocol] == "s3fs"
         # it would try for minutes where nobody answers; how often and how long is decided in `_ask`
         if s3:

@@ -20,7 +20,7 @@ NAME = "plan.json"
 
 def encode(entries: Iterable[Document]) -> bytes:
     """The file of these entries."""
-    settings: dict[str, Any] = {}
+    settings: Document = {}
     names: dict[int, str] = {}  # cells of a group share one object
     cells = []
     for entry in entries:

@@ -188,7 +188,7 @@ class RunReader(Outputs):
             corrupt=self.aside(),
         )
 
-    def holder(self) -> dict[str, Any] | None:
+    def holder(self) -> Document | None:
         """Who writes the folder now: {"pid", "host", "command", "since"}; None when nobody does, as
         far as can be seen here."""
         return holder(self.path, self.mirror)

@@ -49,7 +49,7 @@ def read_run(path: Path, shown: str | Path) -> Document:
 
 def check_config(
     stored: Mapping[str, Any], config: Mapping[str, Any], folder: Path | str | None = None
-) -> dict[str, Any]:
+) -> Document:
     """`config` as JSON gives it back. Raises UsageError when a `folder` is given whose `stored`
     config differs."""
     try:
@@ -74,7 +74,7 @@ def check_config(
     return now
 
 
-def joined_info(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+def joined_info(old: Mapping[str, Any], new: Mapping[str, Any]) -> Document:
     """`new` over `old`; warnings are gathered, each once."""
     info = {**old, **json.loads(to_json(dict(new)))}
     if "warnings" in old or "warnings" in new:
@@ -82,9 +82,7 @@ def joined_info(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any
     return info
 
 
-def new_session(
-    sessions: list[dict[str, Any]], info: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
+def new_session(sessions: list[Document], info: Mapping[str, Any]) -> tuple[Document, list[str]]:
     """This run's entry for run.json, and a sentence for every version that is not what the session
     before had."""
     versions = {
@@ -107,11 +105,11 @@ def new_session(
     return session, drift
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
+def _flat(value: Any, name: str = "") -> Document:
     """Nested mappings with dotted names: {"attack": {"eps": 0.03}} → {"attack.eps": 0.03}."""
     if not isinstance(value, Mapping) or (name and not value):
         return {name: value}
-    flat: dict[str, Any] = {}
+    flat: Document = {}
     for key, inner in value.items():
         flat |= _flat(inner, f"{name}.{key}" if name else str(key))
     return flat

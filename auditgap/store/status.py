@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from auditgap.store.remote import Place, mirror_of, within
+from auditgap.types import Document
 
 if TYPE_CHECKING:
     from auditgap.store.folder import RunFolder
@@ -37,7 +38,7 @@ class RunStatus:
     planned: int
     finished: int
     failed: int
-    running: dict[str, Any] | None  #: the holder of the lock: pid, host, command, since
+    running: Document | None  #: the holder of the lock: pid, host, command, since
     corrupt: int
     seconds: float  #: compute of the finished cells, summed over workers
     eta_seconds: float | None  #: None: nothing left, or nothing finished to judge by
@@ -50,7 +51,7 @@ class RunStatus:
 
 
 def status_of(
-    cells: Iterable[CellState], *, planned: int, running: dict[str, Any] | None, corrupt: int
+    cells: Iterable[CellState], *, planned: int, running: Document | None, corrupt: int
 ) -> RunStatus:
     """Sum up. Time left is at this session's pace when a writer runs, else one cell at a time."""
     cells = list(cells)

@@ -27,6 +27,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from auditgap.types import Document
+
 _TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 _PASSED = {b"text": b"utf-8, lone surrogates passed through"}
 _SURROGATES = ("utf-8", "surrogatepass")
@@ -195,7 +197,7 @@ def _shared(column: pa.ChunkedArray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def rows_of(frame: pd.DataFrame, *, plain: bool = False) -> list[dict[str, Any]]:
+def rows_of(frame: pd.DataFrame, *, plain: bool = False) -> list[Document]:
     """The rows, each a mapping by column. `plain`: what is null is None, whatever a column's own
     null is."""
     if plain:

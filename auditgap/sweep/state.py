@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from auditgap.errors import Interrupted
 from auditgap.sweep.progress import Progress
-from auditgap.types import Cell
+from auditgap.types import Cell, Document
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Cells(Protocol):
 
     path: Path
 
-    def scan(self, keys: Iterable[str]) -> tuple[set[str], dict[str, dict[str, Any]]]: ...
+    def scan(self, keys: Iterable[str]) -> tuple[set[str], dict[str, Document]]: ...
 
     def is_finished(self, key: str) -> bool: ...
 
-    def failure(self, key: str) -> dict[str, Any] | None: ...
+    def failure(self, key: str) -> Document | None: ...
 
     def fail(self, cell: Cell, cause: str, *, retry: bool = False) -> None: ...
 

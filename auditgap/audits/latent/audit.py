@@ -148,6 +148,15 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
         correct = correction.of_runs([store])["harmful"]
         return {"lvs": tables.lvs_table(rows, correction=correct)}
 
+    def reduce(self, store: RunFolder, *, allow_raw: bool = False) -> None:
+        """Write the tables and the report anew; the large table, which both show, is made once."""
+        from auditgap.audits import pages
+        from auditgap.report import correction
+
+        data = self.report_part.gather([store], correction.of_runs([store]))
+        self.write_tables(store, {"lvs": data.values["lvs"]})
+        pages.write([store], allow_raw=allow_raw, read={self.name: data})
+
     def check_grading(self, folder: Place, grading: Grading) -> None:
         if grading.judge is None and grading.reward is None:
             raise UsageError("Grade by whom? For example: auditgap grade DIR --judge keyword")

@@ -30,7 +30,7 @@ from auditgap.engines.openai.answers import NoAnswer, is_sendable, options, read
 from auditgap.engines.openai.endpoint import identity, is_official, key_for
 from auditgap.engines.openai.failures import Passing, meaning, plain_word
 from auditgap.errors import UsageError, did_you_mean
-from auditgap.types import digest
+from auditgap.types import Document, digest
 
 #: Largest body that is read. 4,096 tokens with 20 log-probabilities each are about 8 MB.
 MAX_BODY = 64_000_000
@@ -105,7 +105,7 @@ class OpenAIEngine:
         )
         self._thread.start()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Document:
         return dict(self._identity)
 
     def ask(self, questions: Sequence[Question], sampling: Sampling) -> list[Reply]:

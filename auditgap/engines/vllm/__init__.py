@@ -20,7 +20,6 @@ import importlib.util
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from auditgap import models
 from auditgap.engines import (
@@ -42,7 +41,7 @@ from auditgap.engines.vllm.edits import pack
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.models import Rendered
 from auditgap.models.folder import adapter_base, is_adapter
-from auditgap.types import Edit, Prompt, Site
+from auditgap.types import Document, Edit, Prompt, Site
 
 #: Bytes of edits that are in the child at a time.
 _EDIT_BYTES = 1 << 28
@@ -96,7 +95,7 @@ class VLLMEngine:
         """Closed, or ended after a failure: it answers nothing any more."""
         return self.child.closed
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Document:
         """`Serving.describe` of this model, and the adapter's fingerprint while one is in use."""
         return {
             **weights_identity(self.outline, self.dtype),
@@ -283,12 +282,12 @@ class VLLMEngine:
 
     def _speak(
         self,
-        wishes: Sequence[dict[str, Any]],
+        wishes: Sequence[Document],
         edits: Sequence[Edit | None],
         progress: Progress | None = None,
-    ) -> list[tuple[dict[str, Any], tuple[float | None, float | None]]]:
+    ) -> list[tuple[Document, tuple[float | None, float | None]]]:
         """An answer a wish, with the effective norms of its edit (None without one)."""
-        spoken: list[tuple[dict[str, Any], tuple[float | None, float | None]]] = []
+        spoken: list[tuple[Document, tuple[float | None, float | None]]] = []
         for load in _loads(edits):
             some = [edit for i in load if (edit := edits[i]) is not None]
             named = {id(edit): str(n) for n, edit in enumerate(some)}
@@ -320,10 +319,10 @@ class VLLMEngine:
 
     def _told(
         self,
-        message: dict[str, Any],
+        message: Document,
         payloads: Sequence[bytes] = (),
         progress: Progress | None = None,
-    ) -> dict[str, Any]:
+    ) -> Document:
         """What the child answers. After a failure it is closed, since requests may be left over in
         it."""
         try:
@@ -348,7 +347,7 @@ def _wish(
     seed: int | None = None,
     top: int = 0,
     score: int = 0,
-) -> dict[str, Any]:
+) -> Document:
     """What `process.Served.speak` takes."""
     return {
         "ids": list(ids),

@@ -21,6 +21,7 @@ from torch import nn
 
 from auditgap.engines.vllm.edits import EDIT, RECORD, pack
 from auditgap.errors import AuditgapError
+from auditgap.types import Document
 
 
 def find_blocks(model: nn.Module, n: int) -> nn.ModuleList:
@@ -120,7 +121,7 @@ class Editor:
         self.recorded.clear()
         self._unhook_idle()
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> Document:
         return {
             "problem": self.problem,
             "edits": {

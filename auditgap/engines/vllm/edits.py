@@ -35,6 +35,7 @@ import numpy as np
 import torch
 
 from auditgap.errors import AuditgapError
+from auditgap.types import Document
 
 #: Keys of `SamplingParams.extra_args`: the name of a request's edit; a label under which its hidden
 #: states are recorded.
@@ -64,7 +65,7 @@ def unpack(shape: Sequence[int], payload: bytes) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(payload, dtype="<f4").reshape(shape).copy())
 
 
-def salted(ids: Sequence[int]) -> dict[str, Any]:
+def salted(ids: Sequence[int]) -> Document:
     """An edited request's prompt for `LLM.generate`, with a salt that nobody else has.
 
     The salt goes into the hash of the first cached block and so of all that follow: the request

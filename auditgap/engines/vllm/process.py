@@ -28,6 +28,7 @@ from auditgap.engines.child import die_with, end_without, receive, send
 from auditgap.engines.vllm.edits import EDIT, OPTIONS, salted, settle
 from auditgap.engines.vllm.self_test import self_test
 from auditgap.engines.vllm.worker import REQUEST
+from auditgap.types import Document
 
 
 class Served:
@@ -101,7 +102,7 @@ class Served:
         stops: Sequence[int],
         edits: Sequence[Mapping[str, Any]],
         deltas: Sequence[bytes],
-    ) -> dict[str, Any]:
+    ) -> Document:
         """An answer a wish, and each edit's effective norms.
 
         A wish: {"ids", "max", "temperature", "top_p", "seed", "top", "score", "edit"}. `score` n
@@ -126,7 +127,7 @@ class Served:
 
     def _run(
         self, wishes: Sequence[Mapping[str, Any]], stops: Sequence[int]
-    ) -> list[dict[str, Any] | None]:
+    ) -> list[Document | None]:
         for i, wish in enumerate(wishes):
             prompt: Any = (
                 salted(wish["ids"])
@@ -134,7 +135,7 @@ class Served:
                 else {"prompt_token_ids": wish["ids"]}
             )
             self.engine.add_request(str(i), prompt, _params(i, wish, stops), lora_request=self.lora)
-        answers: list[dict[str, Any] | None] = [None] * len(wishes)
+        answers: list[Document | None] = [None] * len(wishes)
         self.llm.collective_rpc("logits_broken")  # what an earlier batch left, if it was given up
         n_done = 0
         while self.engine.has_unfinished_requests():
@@ -211,7 +212,7 @@ def _params(number: int, wish: Mapping[str, Any], stops: Sequence[int]) -> Any:
     )
 
 
-def _said(output: Any, top: int) -> dict[str, Any]:
+def _said(output: Any, top: int) -> Document:
     """{"ids", "stopped", "finite", "tops": [(ids, log-probabilities), …]} of a finished request, as
     if all were finite."""
     said = output.outputs[0]
@@ -232,7 +233,7 @@ def _said(output: Any, top: int) -> dict[str, Any]:
     }
 
 
-def _score(output: Any, n: int) -> dict[str, Any]:
+def _score(output: Any, n: int) -> Document:
     """{"nll": mean NLL of the last n prompt tokens, nats; None when it is not a number}."""
     ids, steps = output.prompt_token_ids[-n:], output.prompt_logprobs[-n:]
     nll = -sum(step[t].logprob for t, step in zip(ids, steps, strict=True)) / n

@@ -15,7 +15,7 @@ import torch
 
 from auditgap.engines.vllm.edits import EDIT, RECORD, pack, salted, settle, unpack
 from auditgap.errors import AuditgapError
-from auditgap.types import Site
+from auditgap.types import Document, Site
 
 #: How far the same numbers may lie apart in other company: hidden states relative in norm,
 #: log-probabilities in nats.
@@ -23,7 +23,7 @@ from auditgap.types import Site
 TOLERANCE, TOLERANCE_LOW_PRECISION = (1e-3, 1e-3), (0.05, 0.3)
 
 
-def self_test(llm: Any, layers: Sequence[int]) -> dict[str, Any]:
+def self_test(llm: Any, layers: Sequence[int]) -> Document:
     """Prove on this `vllm.LLM` that a known δ arrives at each layer (−1: the embedding), reaches
     the logits, and stays put.
 

@@ -20,6 +20,7 @@ import torch
 from auditgap.engines.vllm.editor import Editor
 from auditgap.engines.vllm.edits import unpack
 from auditgap.errors import AuditgapError
+from auditgap.types import Document
 
 #: Key of `SamplingParams.extra_args`: the number that `logits_broken` calls a request by; vLLM's
 #: own names are longer inside.
@@ -36,7 +37,7 @@ class EditExtension:
     model_runner: Any  # the worker's own
     vllm_config: Any
 
-    def edits_open(self) -> dict[str, Any]:
+    def edits_open(self) -> Document:
         """Look whether this worker can be edited: {"problem": a sentence or "", "blocks": L,
         "width": D, "dtype": …}."""
         problem = _unfit(self.model_runner, self.vllm_config)
@@ -72,7 +73,7 @@ class EditExtension:
         """Forget everything and take all hooks off; the model is as it was."""
         self._editor().clear()
 
-    def edits_stats(self) -> dict[str, Any]:
+    def edits_stats(self) -> Document:
         """{"problem": …, "edits": {name: {"positions": T, "requests": [{"rows", "l2", "linf"},
         …]}}}, see `settle`.
 

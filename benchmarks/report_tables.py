@@ -1,0 +1,136 @@
+"""What does a report cost a cell? Reading the rows, making the tables, writing the page with its
+figures.
+
+    # milliseconds a cell, beside the figures (aim: 5)
+    python benchmarks/report_tables.py --cells 960 --prompts 24
+
+A cell is a site, a budget and an attack; its rows are made up, half of them with a drop. Prints one
+line of JSON, medians of `--times` runs: wall and CPU time of `tables` (from the folder to the
+report's data) and of `page` (sections, figures, HTML and the files beside it), in milliseconds a
+cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from grid_scaling import no_fsync
+
+from auditgap.audits import pages
+from auditgap.store import RunFolder
+from auditgap.sweep import Group
+from auditgap.types import CLEAN, Budget, Cell, Row, Site, Subject
+
+ATTACKS = ("targeted", "untargeted", "random_matched", "benign")
+SIZES = (0.01, 0.03, 0.1)
+_T = TypeVar("_T")
+
+
+def groups(n_cells: int) -> list[Group]:
+    """Cells of one subject: every attack at every size, site by site; and the clean one."""
+    subject, made = Subject("toy", "f" * 24), []
+    per_site = len(ATTACKS) * len(SIZES)
+    for i in range(-(-n_cells // per_site)):
+        cells = [
+            Cell(subject, Site(i - 1), Budget(size, "rms"), attack, "51", {})
+            for size in SIZES
+            for attack in ATTACKS
+        ]
+        made.append(Group(f"toy · {i}", tuple(cells)))
+    return [Group("clean", (Cell(subject, None, None, CLEAN, "51", {}),)), *made]
+
+
+def rows(cell: Cell, n: int, rng: np.random.Generator) -> list[Row]:
+    """Made-up rows of `n` prompts."""
+    empty = {field.name: None for field in fields(Row)}
+    made = []
+    for i in range(n):
+        known = {
+            "subject": cell.subject.name,
+            "attack": cell.attack,
+            "draw": 0,
+            "prompt_id": f"p{i:04d}",
+            "n_prompt_tokens": 20,
+            "n_new_tokens": 128,
+            "clean_reward": 1.0,
+            "coherent": True,
+            "verdict_clean": "safe" if i % 9 else "harmful",
+            "flags": "",
+            "unscored": "",
+        }
+        if cell.site is not None and cell.budget is not None:
+            drop = float(rng.normal()) if rng.random() < 0.5 else 0.0
+            known |= {
+                "site": str(cell.site),
+                "layer_index": cell.site.layer_index,
+                "unit": cell.budget.unit,
+                "eps": cell.budget.size,
+                "edited_reward": 1.0 - drop,
+                "lvs": max(0.0, drop),
+                "lvs_rel": max(0.0, drop),
+                "l2": 1.0,
+                "relative_norm": 0.1,
+                "nll_clean": 2.0,
+                "nll_edited": 1.0,
+                "verdict_edited": str(rng.choice(["safe", "harmful", "refusal", "broken"])),
+            }
+        made.append(Row(**{**empty, **known}))
+    return made
+
+
+def filled(folder: Path, n_cells: int, n_prompts: int) -> RunFolder:
+    """A finished run of so many cells."""
+    no_fsync()
+    store, rng = (
+        RunFolder.open(folder, config={"audit": "latent"}, info={}),
+        np.random.default_rng(0),
+    )
+    with store.lock():
+        for group in groups(n_cells):
+            store.plan(group.cells)
+            for cell in group.cells:
+                store.write(cell, rows(cell, n_prompts, rng), seconds=1.0)
+            store.settle(cell.key for cell in group.cells)
+    return store
+
+
+def timed(work: Callable[[], _T]) -> tuple[_T, float, float]:
+    """What `work` gives, and its seconds of wall and CPU time."""
+    start, cpu = time.perf_counter(), time.process_time()
+    found = work()
+    return found, time.perf_counter() - start, time.process_time() - cpu
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cells", type=int, default=960)
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--times", type=int, default=3)
+    args = parser.parse_args()
+    seconds: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory(prefix="report-tables-") as folder:
+        path = filled(Path(folder) / "run", args.cells, args.prompts).path
+        for _ in range(args.times):
+            report, *tables = timed(lambda: pages.from_store([RunFolder.load(path)]))
+            _, *page = timed(lambda report=report: pages.write_report(report, path))
+            for name, (wall, cpu) in (("tables", tables), ("page", page)):
+                seconds.setdefault(f"{name}_ms_a_cell", []).append(wall)
+                seconds.setdefault(f"{name}_cpu_ms_a_cell", []).append(cpu)
+    n = len(report.lvs)
+    found = {name: round(1e3 * statistics.median(some) / n, 2) for name, some in seconds.items()}
+    print(json.dumps({"cells": n, "prompts": args.prompts, **found}))
+
+
+if __name__ == "__main__":
+    main()
