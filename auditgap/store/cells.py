@@ -22,7 +22,6 @@ what is new. A cell is whole only with all of its files, its texts and edits too
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from os import listdir
 from pathlib import Path
@@ -33,9 +32,9 @@ import pyarrow as pa
 from auditgap.store import cellfile, files, legacy, tables
 from auditgap.store.cellfile import ENDING, STATES, CellFile, StoredCell
 from auditgap.store.files import Damaged
+from auditgap.store.many import in_turn, on_threads
 from auditgap.store.remote import Mirror, is_key
 
-THREADS = 4  #: that read files: on network storage it is the waiting that takes long
 CELLS, TEXTS, EDITS = "cells", "generations", "edits"
 
 _T = TypeVar("_T")
@@ -165,7 +164,7 @@ class CellFiles:
                     self.damaged[name] = damage
             return found
 
-        yield from _several(read, sorted(wanted))
+        yield from on_threads(read, sorted(wanted))
         for key in moved:  # joined with others while we read
             if (file := self.open(key)) is not None:
                 yield work(file, [key])
@@ -299,7 +298,7 @@ class CellFiles:
                         self.damaged[name] = damage
             return found
 
-        for name, said, entries in _several(note, names):
+        for name, said, entries in in_turn(note, names):
             self._files[name] = said, list(entries)
             for key, entry in entries.items():
                 self._entries.setdefault(key, []).append(entry)
@@ -378,13 +377,3 @@ class CellFiles:
 def _counting(entries: Sequence[Entry]) -> Entry:
     """Of what files say about one cell, what counts."""
     return entries[0] if len(entries) == 1 else max(entries, key=lambda entry: entry.rank)
-
-
-def _several(work: Callable[[Sequence[str]], list[_T]], names: Sequence[str]) -> Iterator[_T]:
-    """`work` of all names in their order, some at a time on several threads."""
-    if len(names) <= 1:
-        yield from work(names)
-        return
-    with ThreadPoolExecutor(THREADS) as pool:
-        for done in pool.map(work, [names[i : i + 64] for i in range(0, len(names), 64)]):
-            yield from done
