@@ -119,15 +119,16 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=3)
     args = parser.parse_args()
     seconds: dict[str, list[float]] = {}
+    n = 0
     with tempfile.TemporaryDirectory(prefix="report-tables-") as folder:
         path = filled(Path(folder) / "run", args.cells, args.prompts).path
         for _ in range(args.times):
             report, *tables = timed(lambda: pages.from_store([RunFolder.load(path)]))
             _, *page = timed(lambda report=report: pages.write_report(report, path))
+            n = len(report.lvs)
             for name, (wall, cpu) in (("tables", tables), ("page", page)):
                 seconds.setdefault(f"{name}_ms_a_cell", []).append(wall)
                 seconds.setdefault(f"{name}_cpu_ms_a_cell", []).append(cpu)
-    n = len(report.lvs)
     found = {name: round(1e3 * statistics.median(some) / n, 2) for name, some in seconds.items()}
     print(json.dumps({"cells": n, "prompts": args.prompts, **found}))
 

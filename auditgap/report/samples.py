@@ -14,9 +14,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from auditgap.report.looks import CELL, Looks, grid
@@ -29,6 +30,7 @@ from auditgap.types import Label
 MEASURES = ("lvs", "lvs_rel", "harmful", "broken", "drop")
 _COLUMNS = ("lvs", "l2", "relative_norm", "nll_clean", "nll_edited")
 
+Names = npt.NDArray[np.object_]
 Key = tuple[str, str, float, str, float, str]  #: of a cell, as CELL names it
 
 
@@ -36,10 +38,10 @@ Key = tuple[str, str, float, str, float, str]  #: of a cell, as CELL names it
 class Sample:
     """One cell's prompts [N], sorted, and its rows [R], a draw of a prompt each."""
 
-    prompts: Array  #: [N] names
+    prompts: Names  #: [N]
     means: Mapping[str, Array]  #: [N] by MEASURES
     columns: Mapping[str, Array]  #: [R]
-    is_broken: Array  #: [R] whether the verdict is `broken`
+    is_broken: risk.Bool  #: [R] whether the verdict is `broken`
     n_broken: int  #: prompts with such a row
     words: Counter[str]  #: of the rows' flags
 
@@ -51,7 +53,7 @@ class Sample:
         at = pd.Index(other.prompts).get_indexer(pd.Index(self.prompts))
         return np.where(at >= 0, values[at], np.nan)
 
-    def share(self, of: Array) -> float:
+    def share(self, of: risk.Bool) -> float:
         """The share of the rows that `of` [R] is true of."""
         return float(of.mean())
 
@@ -119,12 +121,12 @@ class Samples(Mapping[Key, Sample]):
         means = rows.groupby([*CELL, "prompt_id"], sort=True)[list(MEASURES)].mean()
         values = {name: means[name].to_numpy() for name in MEASURES}
         names = means.index.get_level_values("prompt_id").to_numpy(object)
-        prompts_of = means.reset_index().groupby(CELL, sort=False).indices
+        prompts_of = _places(means.reset_index())
         columns = {name: rows[name].to_numpy(float) for name in _COLUMNS}
         is_broken = (rows["verdict_edited"] == Label.BROKEN).to_numpy()
         whose, flags = rows["prompt_id"].to_numpy(object), rows["flags"].to_numpy(object)
         found: dict[Key, Sample] = {}
-        for key, here in rows.groupby(CELL, sort=False).indices.items():
+        for key, here in _places(rows).items():
             at = prompts_of[key]
             found[key] = Sample(
                 names[at],
@@ -137,16 +139,22 @@ class Samples(Mapping[Key, Sample]):
         return found
 
 
+def _places(rows: pd.DataFrame) -> dict[Key, npt.NDArray[np.intp]]:
+    """Where each cell's rows stand."""
+    found: Any = rows.groupby(CELL, sort=False).indices
+    return found
+
+
 class _Part(NamedTuple):
     """All looks of one subject, unit and attack, by names along each axis."""
 
     looks: risk.Codes  # [K, S, E, N]
-    taken: Array  # [K, S, E, N] whether there is a row
+    taken: risk.Bool  # [K, S, E, N] whether there is a row
     sites: dict[str, int]
     sizes: dict[float, int]
     prompts: pd.Index
 
-    def codes(self, site: str, sizes: Sequence[float], eps: float, prompts: Array) -> risk.Codes:
+    def codes(self, site: str, sizes: Sequence[float], eps: float, prompts: Names) -> risk.Codes:
         asked = [size for size in sizes if size <= eps]
         at = self.prompts.get_indexer(pd.Index(prompts))
         if site not in self.sites or not len(self.looks):
@@ -160,7 +168,7 @@ class _Part(NamedTuple):
                 place = self.sites[site], self.sizes[size]
                 found[:, e, known] = self.looks[:, *place][:, at[known]]
                 taken[:, e, known] = self.taken[:, *place][:, at[known]]
-        drawn = taken.any(axis=(1, 2)).nonzero()[0]
+        drawn = np.flatnonzero(taken.any(axis=(1, 2)))
         return found[: int(drawn[-1]) + 1 if len(drawn) else 0]
 
 

@@ -309,7 +309,7 @@ def _envelopes(rows: pd.DataFrame) -> dict[tuple, pd.Series]:
     envelopes = {}
     rows = rows.assign(outcome=outcome, taken=1.0)
     for key, part in groups_of(rows, [c for c in CELL if c != "eps"]):
-        sizes, names = sorted(set(part["eps"])), np.array(sorted(set(part["prompt_id"])), object)
+        sizes, names = sorted(set(part["eps"])), sorted(set(part["prompt_id"]))
         axes = ([key[1]], sizes, names)
         outcomes = grid(part, *axes, "outcome", np.nan)[:, 0]  # [K, E, N]
         by_draw = outcomes.transpose(0, 2, 1).reshape(-1, len(sizes))
@@ -317,10 +317,11 @@ def _envelopes(rows: pd.DataFrame) -> dict[tuple, pd.Series]:
         known = ~np.isnan(reached)
         with np.errstate(invalid="ignore"):
             means = np.where(known, reached, 0.0).sum(axis=0) / known.sum(axis=0)
-        asked = (grid(part, *axes, "taken", 0.0)[:, 0] > 0).any(axis=0)  # [E, N]
+        taken = grid(part, *axes, "taken", 0.0)[:, 0].max(axis=0)  # [E, N]
         for e, eps in enumerate(sizes):
+            asked = taken[e].nonzero()[0]
             envelopes[(*key[:4], float(eps), key[4])] = pd.Series(
-                means[asked[e], e], index=names[asked[e]]
+                means[asked, e], index=[names[n] for n in asked]
             )
     return envelopes
 
