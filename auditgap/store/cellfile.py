@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -48,19 +50,39 @@ class StoredCell:
         return _schema(self.rows), _schema(self.texts)
 
 
-@dataclass(frozen=True, slots=True)
+class About(NamedTuple):
+    """What a file says of its cells."""
+
+    records: dict[str, Document]  #: by key; `description` is canonical JSON, as bytes
+    texts: str | None  #: the name of the file in generations/
+    texts_sha256: str | None  #: its checksum, or how that begins
+
+
+@dataclass(frozen=True)
 class CellFile:
     """A file that was read and found whole."""
 
     name: str
-    records: dict[str, Document]  #: by key; `description` is canonical JSON, as bytes
-    texts: str | None  #: the name of the file in generations/
-    texts_sha256: str | None  #: its checksum, or how that begins
     data: bytes = field(repr=False)  #: parquet
+    read_about: Callable[[], About] = field(repr=False)
+
+    @cached_property
+    def about(self) -> About:
+        """Read when it is first asked for."""
+        return self.read_about()
+
+    @property
+    def records(self) -> dict[str, Document]:
+        """By key; `description` is canonical JSON, as bytes."""
+        return self.about.records
 
     def rows(self, keys: Collection[str] | None = None) -> pa.Table:
         """The rows of these cells (None: of all), with the column `cell_key` at the end."""
-        return only(tables.from_bytes(self.data), self.records, keys)
+        return only(tables.from_bytes(self.data), self.name, keys)
+
+    def attack(self, key: str) -> str:
+        """What a cell is of: the `attack` of its description."""
+        return json.loads(self.records[key]["description"])["attack"]
 
     def record(self, key: str) -> Document:
         """The record with its description as a mapping."""
@@ -89,8 +111,9 @@ def encode_texts(cells: Sequence[StoredCell]) -> bytes:
     return tables.to_bytes(_joined([(cell.record["key"], cell.texts) for cell in ordered]))
 
 
-def read(folder: Path | str, name: str) -> CellFile:
-    """The file, checked: its bytes against its name, each key against its description.
+def read(folder: Path | str, name: str, *, known: bool = False) -> CellFile:
+    """The file, checked: its bytes against its name, each key against its description. `known`: a
+    file of this name was read before, so that its bytes alone have to be checked now.
 
     Raises Damaged, FileNotFoundError.
     """
@@ -98,6 +121,14 @@ def read(folder: Path | str, name: str) -> CellFile:
     data = files.read(path)
     if name_of(data) != name:
         raise Damaged(path, "its bytes do not have the checksum that is its name")
+    file = CellFile(name, data, lambda: _about(path, data))
+    if not known:
+        file.about  # noqa: B018 - it raises Damaged
+    return file
+
+
+def _about(path: str, data: bytes) -> About:
+    """What the footer says. Raises Damaged."""
     try:
         head, *descriptions = _footer(data).split(b"\n")
         about = json.loads(head.decode("ascii"))  # of bytes it would guess the encoding first
@@ -111,7 +142,7 @@ def read(folder: Path | str, name: str) -> CellFile:
     except (ValueError, KeyError, TypeError, IndexError):
         raise Damaged(path, "it is no file of cells") from None
     texts = about["texts"]
-    return CellFile(name, records, texts, texts and texts.removesuffix(ENDING), data)
+    return About(records, texts, texts and texts.removesuffix(ENDING))
 
 
 def texts_bytes(folder: Path | str, name: str | None, sha256: str | None) -> bytes:
@@ -138,13 +169,13 @@ def _joined(parts: Sequence[tuple[str, pa.Table | None]]) -> pa.Table:
     return rows.append_column(pa.field(KEY, pa.string(), nullable=False), whose)
 
 
-def only(table: pa.Table, records: Collection[str], keys: Collection[str] | None) -> pa.Table:
-    """The rows of these cells, without what the footer says beside them."""
+def only(table: pa.Table, name: str, keys: Collection[str] | None) -> pa.Table:
+    """The rows of these cells of the file `name`, without what the footer says beside them."""
     table = table.replace_schema_metadata(None)
     if KEY not in table.column_names:  # the folder of one cell, of an earlier release
-        whose = pa.array(list(records) * len(table), pa.string())
+        whose = pa.array([name] * len(table), pa.string())
         return table.append_column(pa.field(KEY, pa.string(), nullable=False), whose)
-    if keys is None or set(records) <= set(keys):
+    if keys is None or set(table[KEY].unique().to_pylist()) <= set(keys):
         return table
     return table.filter(pc.field(KEY).isin(list(keys)))
 

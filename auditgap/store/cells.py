@@ -142,14 +142,17 @@ class CellFiles:
         return None
 
     def each(
-        self, work: Callable[[CellFile, list[str]], _T], keys: Collection[str] | None = None
+        self,
+        work: Callable[[CellFile, list[str]], _T],
+        status: str,
+        keys: Collection[str] | None = None,
     ) -> Iterator[_T]:
-        """`work` of every file and of its cells that count (of these, unless `keys` is None),
-        several read at a time. A damaged file is noted and passed over."""
+        """`work` of every file and of its cells that count and have this status (of these, unless
+        `keys` is None), several read at a time. A damaged file is noted and passed over."""
         self.refresh()
         wanted: dict[str, list[str]] = {}
         for key, entry in self.entries().items():
-            if keys is None or key in keys:
+            if entry.status == status and (keys is None or key in keys):
                 wanted.setdefault(entry.file, []).append(key)
         moved: list[str] = []
 
@@ -157,7 +160,7 @@ class CellFiles:
             found: list[_T] = []
             for name in some:
                 try:
-                    found.append(work(self._read(name), wanted[name]))
+                    found.append(work(self._read(name, known=True), wanted[name]))
                 except FileNotFoundError:
                     moved.extend(wanted[name])
                 except Damaged as damage:
@@ -171,7 +174,7 @@ class CellFiles:
 
     def texts(self, file: CellFile, key: str) -> pa.Table:
         """What the model of a cell said, with the column `cell_key`. Raises Damaged."""
-        return cellfile.only(tables.from_bytes(self._texts(file)), file.records, [key])
+        return cellfile.only(tables.from_bytes(self._texts(file)), file.name, [key])
 
     def cell(self, key: str) -> StoredCell | None:
         """A cell as it was put in. Raises Damaged."""
@@ -205,7 +208,7 @@ class CellFiles:
         file = other._read(name)
         if all((entry := self.entry(key)) and entry.done for key in file.records):
             return
-        if file.texts is not None:
+        if file.about.texts is not None:
             self._write(TEXTS, other._texts(file), files.PRIVATE)
         self._write(CELLS, file.data)
         self._take([name])
@@ -266,23 +269,23 @@ class CellFiles:
             self.mirror.pull(CELLS)
         return set(self._names(CELLS))
 
-    def _read(self, name: str) -> CellFile:
+    def _read(self, name: str, *, known: bool = False) -> CellFile:
         read = cellfile.read if name.endswith(ENDING) else legacy.read
         try:
-            return read(f"{self.path}/{CELLS}", name)
+            return read(f"{self.path}/{CELLS}", name, known=known)
         except Damaged:
             if self.mirror is None or self.mirror.fetch(f"{CELLS}/{name}") is None:
                 raise
             return read(f"{self.path}/{CELLS}", name)
 
     def _texts(self, file: CellFile) -> bytes:
-        folder, name = f"{self.path}/{TEXTS}", file.texts
+        folder, name = f"{self.path}/{TEXTS}", file.about.texts
         try:
-            return cellfile.texts_bytes(folder, name, file.texts_sha256)
+            return cellfile.texts_bytes(folder, name, file.about.texts_sha256)
         except Damaged:
             if self.mirror is None or self.mirror.fetch(f"{TEXTS}/{name}", files.PRIVATE) is None:
                 raise
-            return cellfile.texts_bytes(folder, name, file.texts_sha256)
+            return cellfile.texts_bytes(folder, name, file.about.texts_sha256)
 
     def _take(self, names: Sequence[str]) -> None:
         """Load files and note what they say."""
@@ -293,7 +296,7 @@ class CellFiles:
                 with suppress(FileNotFoundError):
                     try:
                         file = self._read(name)
-                        found.append((name, file.texts, self._said(file)))
+                        found.append((name, file.about.texts, self._said(file)))
                     except Damaged as damage:
                         self.damaged[name] = damage
             return found
@@ -306,13 +309,17 @@ class CellFiles:
     def _said(self, file: CellFile) -> dict[str, Entry]:
         """What a file says of its cells. Texts on object storage are checked when they come."""
         afar = self.mirror is not None
-        whole = not afar or file.texts is None or file.texts in self._stored
-        if whole and file.texts and (not afar or (self.path / TEXTS / file.texts).exists()):
+        whole = not afar or file.about.texts is None or file.about.texts in self._stored
+        if (
+            whole
+            and file.about.texts
+            and (not afar or (self.path / TEXTS / file.about.texts).exists())
+        ):
             try:
                 self._texts(file)
             except Damaged:
                 whole = False
-                self._torn.add(file.texts)
+                self._torn.add(file.about.texts)
         n_cells = len(file.records)
         return {
             key: Entry(

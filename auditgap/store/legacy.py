@@ -13,13 +13,14 @@ import os
 from pathlib import Path
 
 from auditgap.store import files
-from auditgap.store.cellfile import ENDING, STATES, CellFile
+from auditgap.store.cellfile import ENDING, STATES, About, CellFile
 from auditgap.store.files import Damaged
 from auditgap.types import canonical, digest
 
 
-def read(folder: Path | str, key: str) -> CellFile:
-    """The folder of one cell as a file of one cell. Raises Damaged, FileNotFoundError."""
+def read(folder: Path | str, key: str, *, known: bool = False) -> CellFile:
+    """The folder of one cell as a file of one cell; `known` makes no difference. Raises Damaged,
+    FileNotFoundError."""
     path = f"{folder}/{key}"
     record = files.read_json(f"{path}/record.json")
     if not isinstance(record, dict) or record.get("status") not in STATES:
@@ -39,5 +40,6 @@ def read(folder: Path | str, key: str) -> CellFile:
     texts = record.get("generations")
     record = {**record, "description": canonical(record["description"]).encode("ascii")}
     if not texts:
-        return CellFile(key, {key: record}, None, None, data)
-    return CellFile(key, {key: record}, f"{key}{ENDING}", texts["sha256"], data)
+        return CellFile(key, data, lambda: About({key: record}, None, None))
+    about = About({key: record}, f"{key}{ENDING}", texts["sha256"])
+    return CellFile(key, data, lambda: about)

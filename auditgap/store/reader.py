@@ -99,15 +99,10 @@ class RunReader(Outputs):
         """
 
         def read(file: CellFile, keys: list[str]) -> list[tuple[list[str], pa.Table]]:
-            wanted = [
-                key
-                for key in keys
-                if file.records[key]["status"] == "done"
-                and (attacks is None or file.record(key)["description"]["attack"] in attacks)
-            ]
+            wanted = [key for key in keys if attacks is None or file.attack(key) in attacks]
             return [(wanted, file.rows(wanted))] if wanted else []
 
-        found = frames.below_each_other(chain.from_iterable(self._cells.each(read)))
+        found = frames.below_each_other(chain.from_iterable(self._cells.each(read, "done")))
         if not typed and self.run.get("info", {}).get("names") and "subject" in found:
             found["subject"] = found["subject"].map(self.shown)
         return found
@@ -142,9 +137,9 @@ class RunReader(Outputs):
 
     def _records(self, status: str, keys: Collection[str] | None = None) -> Iterator[Document]:
         def read(file: CellFile, keys: list[str]) -> list[Document]:
-            return [file.record(key) for key in keys if file.records[key]["status"] == status]
+            return [file.record(key) for key in keys]
 
-        return chain.from_iterable(self._cells.each(read, keys))
+        return chain.from_iterable(self._cells.each(read, status, keys))
 
     def edits(self, key: str) -> Path:
         """Where a cell's edits are, if its audit keeps them: what was put into the subject, for

@@ -254,7 +254,7 @@ def test_a_reader_beside_a_writer_sees_every_cell_at_every_moment(tmp_path, monk
     reader = RunFolder.load(store.path)
     assert len(reader.keys()) == 6
     store.settle(c.key for c in toys.cells(1))
-    assert len(list(reader._cells.each(lambda file, keys: keys))) == 2
+    assert len(list(reader._cells.each(lambda file, keys: keys, "done"))) == 2
     reader = RunFolder.load(store.path)
     assert len(reader.cell_rows(toys.cells(1)[0].key)) == 2 and len(reader.records()) == 6
 
