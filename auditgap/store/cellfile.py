@@ -76,6 +76,16 @@ class CellFile:
         """By key; `description` is canonical JSON, as bytes."""
         return self.about.records
 
+    @property
+    def texts(self) -> str | None:
+        """The name of the file in generations/."""
+        return self.about.texts
+
+    @property
+    def texts_sha256(self) -> str | None:
+        """Its checksum, or how that begins."""
+        return self.about.texts_sha256
+
     def rows(self, keys: Collection[str] | None = None) -> pa.Table:
         """The rows of these cells (None: of all), with the column `cell_key` at the end."""
         return only(tables.from_bytes(self.data), self.name, keys)

@@ -208,7 +208,7 @@ class CellFiles:
         file = other._read(name)
         if all((entry := self.entry(key)) and entry.done for key in file.records):
             return
-        if file.about.texts is not None:
+        if file.texts is not None:
             self._write(TEXTS, other._texts(file), files.PRIVATE)
         self._write(CELLS, file.data)
         self._take([name])
@@ -279,13 +279,13 @@ class CellFiles:
             return read(f"{self.path}/{CELLS}", name)
 
     def _texts(self, file: CellFile) -> bytes:
-        folder, name = f"{self.path}/{TEXTS}", file.about.texts
+        folder, name = f"{self.path}/{TEXTS}", file.texts
         try:
-            return cellfile.texts_bytes(folder, name, file.about.texts_sha256)
+            return cellfile.texts_bytes(folder, name, file.texts_sha256)
         except Damaged:
             if self.mirror is None or self.mirror.fetch(f"{TEXTS}/{name}", files.PRIVATE) is None:
                 raise
-            return cellfile.texts_bytes(folder, name, file.about.texts_sha256)
+            return cellfile.texts_bytes(folder, name, file.texts_sha256)
 
     def _take(self, names: Sequence[str]) -> None:
         """Load files and note what they say."""
@@ -296,7 +296,7 @@ class CellFiles:
                 with suppress(FileNotFoundError):
                     try:
                         file = self._read(name)
-                        found.append((name, file.about.texts, self._said(file)))
+                        found.append((name, file.texts, self._said(file)))
                     except Damaged as damage:
                         self.damaged[name] = damage
             return found
@@ -309,17 +309,13 @@ class CellFiles:
     def _said(self, file: CellFile) -> dict[str, Entry]:
         """What a file says of its cells. Texts on object storage are checked when they come."""
         afar = self.mirror is not None
-        whole = not afar or file.about.texts is None or file.about.texts in self._stored
-        if (
-            whole
-            and file.about.texts
-            and (not afar or (self.path / TEXTS / file.about.texts).exists())
-        ):
+        whole = not afar or file.texts is None or file.texts in self._stored
+        if whole and file.texts and (not afar or (self.path / TEXTS / file.texts).exists()):
             try:
                 self._texts(file)
             except Damaged:
                 whole = False
-                self._torn.add(file.about.texts)
+                self._torn.add(file.texts)
         n_cells = len(file.records)
         return {
             key: Entry(
