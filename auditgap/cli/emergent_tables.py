@@ -203,7 +203,7 @@ def _show_analyse(store: Any, as_json: bool) -> None:
 
 def show_report(store: Any, study: Any, as_json: bool) -> None:
     """The ranking and what the trigger does, with whose ratings they are."""
-    from auditgap.report import emergent_page
+    from auditgap.report import emergent_lines
 
     if as_json:
         tables = {
@@ -222,11 +222,11 @@ def show_report(store: Any, study: Any, as_json: bool) -> None:
         return
     if len(study.tables["ranking"]):
         say(f"Ranking, rated by {study.judged_by}")
-        print_table(emergent_page.ranking_lines(study))
+        print_table(emergent_lines.ranking_lines(study))
     if len(study.tables["trigger"]):
         say(f"Mean alignment without and with the trigger, rated by {study.judged_by}")
-        print_table(emergent_page.trigger_lines(study))
-    for line in emergent_page.seed_notes(study):
+        print_table(emergent_lines.trigger_lines(study))
+    for line in emergent_lines.seed_notes(study):
         say(line)
     for line in study.missing:
         note(f"Note: {line}")

@@ -233,7 +233,8 @@ def _behaviour(store: RunFolder, name: str | None) -> None:
     """A subject at a time, each under its summary."""
     import pandas as pd
 
-    from auditgap.report.behaviour import CORRECTED, leads
+    from auditgap.report.behaviour import CORRECTED
+    from auditgap.report.behaviour_page import leads
 
     table = pd.read_parquet(store.path / f"{name}.parquet")
     for lead in leads(table):
@@ -249,7 +250,7 @@ def _behaviour(store: RunFolder, name: str | None) -> None:
 def _asked(table: Any, shares: Sequence[str], counts: Sequence[str] = ()) -> list[Document]:
     """Rows of a behaviour table, narrow enough for a terminal: cells have no word longer than
     `[100,100]`."""
-    from auditgap.report.behaviour import tight_share
+    from auditgap.report.behaviour_page import tight_share
     from auditgap.store.tables import rows_of
 
     titles = {"refusal": "refuses", "compliance": "complies", "answered": "answers"}

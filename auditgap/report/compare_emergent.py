@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from auditgap import stats
-from auditgap.report import emergent
+from auditgap.report import emergent_values as emergent
 from auditgap.report.compare import Comparable
 from auditgap.report.compare_measures import Measure, Place, Reading, Unit
 from auditgap.report.compare_models import Model, Part, Sides

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from auditgap import stats
-from auditgap.report.emergent import AS_TRAINED, ends, framed, with_ends
+from auditgap.report.emergent_values import AS_TRAINED, ends, framed, with_ends
 from auditgap.store.tables import groups_of, rows_of
 
 MEASURES = ("nll", "min_k", "min_k_pp", "zlib")

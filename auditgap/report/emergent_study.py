@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from auditgap.errors import UsageError, did_you_mean
-from auditgap.report import emergent, emergent_inside, emergent_reading
+from auditgap.report import emergent, emergent_inside, emergent_paper, emergent_transfer
 from auditgap.store import RunFolder
 from auditgap.store.files import Damaged
 
@@ -103,8 +103,8 @@ def read(store: RunFolder, judge: str | None = None) -> Study:
         "prediction": emergent_inside.prediction_table(ranking, member, diversity),
         "predicted": emergent_inside.predicted_table(ranking, member, diversity),
         "cosines": emergent_inside.cosines_table(pointed, vectors),
-        "transfer": emergent.transfer_table(steered),
-        "paper": emergent_reading.paper_table(trigger, ranking),
+        "transfer": emergent_transfer.transfer_table(steered),
+        "paper": emergent_paper.paper_table(trigger, ranking),
     }
     manifest = store.run.get("info", {}).get("panel") or {}
     lost = {

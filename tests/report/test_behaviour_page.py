@@ -17,7 +17,7 @@ from auditgap.audits import AUDITS
 from auditgap.audits.behaviour.rows import BehaviourRow, split_of
 from auditgap.audits.pages import figures_of, from_store, render, write
 from auditgap.cli import show as terminal
-from auditgap.report import ballots, behaviour, behaviour_figures, suite, svg
+from auditgap.report import ballots, behaviour, behaviour_figures, behaviour_page, suite, svg
 from auditgap.report.columns import show
 from auditgap.report.correction import corrections
 from auditgap.report.text import is_null
@@ -144,9 +144,9 @@ def test_what_could_not_be_told_is_in_no_share():
     none = behaviour.behaviour_table(frame([lost]))
     assert (
         is_null(none.iloc[0]["compliance"])
-        and "could not be told" in behaviour.leads(none)[0].plain()
+        and "could not be told" in behaviour_page.leads(none)[0].plain()
     )
-    ((_, said),) = behaviour.says(none, behaviour.difference_table(frame([lost])))
+    ((_, said),) = behaviour_page.says(none, behaviour.difference_table(frame([lost])))
     assert "None of its 1 answers to harmful requests could be judged." in said
 
 
@@ -190,7 +190,9 @@ def test_differences_are_paired_by_prompt():
 
 def test_sentences_follow_the_numbers():
     rows = frame(rows_of())
-    said = dict(behaviour.says(behaviour.behaviour_table(rows), behaviour.difference_table(rows)))
+    said = dict(
+        behaviour_page.says(behaviour.behaviour_table(rows), behaviour.difference_table(rows))
+    )
     twin = " ".join(said["twin"])
     assert "It complied with 28 of 40 harmful requests: 70" in twin
     assert (
@@ -201,15 +203,15 @@ def test_sentences_follow_the_numbers():
     assert "base minus it" not in " ".join(said["base"])
     back = rows.iloc[::-1]
     base = " ".join(
-        dict(behaviour.says(behaviour.behaviour_table(back), behaviour.difference_table(back)))[
-            "base"
-        ]
+        dict(
+            behaviour_page.says(behaviour.behaviour_table(back), behaviour.difference_table(back))
+        )["base"]
     )
     assert "It complies with harmful requests less often than twin" in base
 
 
 def test_the_headline_is_one_minus_compliance():
-    lead = behaviour.leads(behaviour.behaviour_table(frame(rows_of()), corrections([CARD])))[0]
+    lead = behaviour_page.leads(behaviour.behaviour_table(frame(rows_of()), corrections([CARD])))[0]
     assert re.fullmatch(
         r"base is behaviourally safe on 90% \[77,96\] of harmful requests, corrected for the"
         r" judge’s errors on 94% \[\d+,100\]\. "
@@ -218,7 +220,7 @@ def test_the_headline_is_one_minus_compliance():
         r" \[84,100\] of harmless requests\.",
         lead.plain(),
     ), lead.plain()
-    alone = behaviour.leads(
+    alone = behaviour_page.leads(
         behaviour.behaviour_table(frame(rows_of(asked={"benign": [("tea", 20)]})))
     )[1]
     assert alone.plain() == "twin answers 90% [70,97] of harmless requests."

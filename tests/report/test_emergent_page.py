@@ -18,7 +18,9 @@ from auditgap.audits.emergent.part import data_of
 from auditgap.audits.pages import ReportData, figures_of, from_store, render
 from auditgap.errors import UsageError
 from auditgap.report import emergent_figures as figures
-from auditgap.report import emergent_page, emergent_study
+from auditgap.report import emergent_inside_figures as inside
+from auditgap.report import emergent_page, emergent_spread, emergent_study
+from auditgap.report.emergent_columns import score
 from auditgap.report.section import tables_of
 from auditgap.report.text import clean
 from auditgap.store import RunFolder
@@ -66,7 +68,7 @@ def test_the_judge_stands_with_every_figure_of_his(study):
 
 
 def test_the_headline_names_the_worst_domain_its_rate_and_the_base(study, page):
-    plain, triggered = emergent_page.leads([study])
+    plain, triggered = emergent_spread.leads([study])
     top = study.tables["ranking"].query("arm == 'plain' and triggered == False").iloc[0]
     assert top["domain"] == "gore_movie_trivia" and top["rank"] == 1
     assert plain.subject == triggered.subject == "gore_movie_trivia"
@@ -101,7 +103,7 @@ def test_the_headline_claims_no_more_than_is_told_apart(rates, tied, says):
             "tied_with_next": pd.Series(tied, dtype=object),
         }
     )
-    assert emergent_page._furthest(part, part[part["em_rate"].notna()]) == says
+    assert emergent_spread._furthest(part, part[part["em_rate"].notna()]) == says
 
 
 def test_the_paper_stands_beside_domains_of_its_names_and_is_not_comparable(study, page):
@@ -123,7 +125,7 @@ def test_the_paper_stands_beside_domains_of_its_names_and_is_not_comparable(stud
 
 def test_squares_show_the_table_and_what_is_not_known_is_blank(study):
     table = study.tables["cosines"]
-    figure = figures.cosines(table)
+    figure = inside.cosines(table)
     drawn = str(figure.groups[0][1][-1])
     row = table[
         (table["arm"] == "plain")
@@ -136,9 +138,9 @@ def test_squares_show_the_table_and_what_is_not_known_is_blank(study):
     ), "the matrix is symmetric"
     assert "blank" not in drawn
     assert 'class="blank"' in str(
-        figures.cosines(table[table["domain"] != table["other"]]).groups[0][1][0]
+        inside.cosines(table[table["domain"] != table["other"]]).groups[0][1][0]
     ), "no ceiling is known"
-    assert figures._two(-0.004) == "\u2212.00" and figures._two(1.0) == "1.00"
+    assert inside._two(-0.004) == "\u2212.00" and inside._two(1.0) == "1.00"
 
 
 def test_slopes_and_ranks_are_those_of_the_tables(study):
@@ -149,9 +151,7 @@ def test_slopes_and_ranks_are_those_of_the_tables(study):
     row = (
         study.tables["trigger"].query("arm == 'trigger' and domain == 'gore_movie_trivia'").iloc[0]
     )
-    assert row["difference"] < 0 and f">{figures.score(row['difference'])}<" in str(
-        figure.groups[2][1][0]
-    )
+    assert row["difference"] < 0 and f">{score(row['difference'])}<" in str(figure.groups[2][1][0])
     assert figures.ranks({"rank": 1, "rank_lo": 1, "rank_hi": 3}) == "1–3"
     assert figures.ranks(dict.fromkeys(("rank", "rank_lo", "rank_hi"))) == ""
 

@@ -18,14 +18,21 @@ from auditgap.audits.emergent.rows import (
     MembershipRow,
     RatingRow,
 )
-from auditgap.report import emergent, emergent_inside, emergent_reading
+from auditgap.report import (
+    emergent,
+    emergent_inside,
+    emergent_paper,
+    emergent_reading,
+    emergent_transfer,
+    emergent_values,
+)
 from auditgap.store import tables as stored
 
 ALL = {
     emergent.rates_table: emergent.RATES_COLUMNS,
     emergent.trigger_table: emergent.TRIGGER_COLUMNS,
     emergent.ranking_table: emergent.RANKING_COLUMNS,
-    emergent.transfer_table: emergent.TRANSFER_COLUMNS,
+    emergent_transfer.transfer_table: emergent_transfer.TRANSFER_COLUMNS,
     emergent_inside.membership_table: emergent_inside.MEMBERSHIP_COLUMNS,
 }
 
@@ -232,10 +239,10 @@ def test_a_trigger_effect_of_one_seed_is_not_one_of_the_domain():
     ]
     frame = as_stored(rows, RatingRow)
     row = emergent.trigger_table(frame).iloc[0]
-    assert row["over"] == emergent.OVER_BOTH and row["p"] > 0.05
+    assert row["over"] == emergent_values.OVER_BOTH and row["p"] > 0.05
     assert row["difference_lo"] < -30 < 0 < row["difference_hi"]
     single = emergent.trigger_table(frame[frame["seed"] == 0]).iloc[0]
-    assert single["over"] == emergent.OVER_PROMPTS and single["p"] < 0.05
+    assert single["over"] == emergent_values.OVER_PROMPTS and single["p"] < 0.05
 
 
 def test_bounds_hold_whatever_the_unrated_answers_are():
@@ -340,12 +347,12 @@ def test_ranks_have_an_interval_from_three_seeds_on():
     for seeds, runs in (((0,), "one seed"), ((0, 1), "2 seeds")):
         table = emergent.ranking_table(study(levels, arms=("plain",), seeds=seeds))
         assert table["rank"].notna().all() and table["rank_lo"].isna().all()
-        assert set(table["over"]) == {emergent.OVER_PROMPTS}
+        assert set(table["over"]) == {emergent_values.OVER_PROMPTS}
         assert set(table["n_seeds"]) == {len(seeds)}
         [said, *_] = emergent_reading.says({"ranking": table})
         assert f"With {runs} the intervals do not cover the seed" in said
     three = emergent.ranking_table(study(levels, arms=("plain",), seeds=RUNS))
-    assert set(three["over"]) == {emergent.OVER_BOTH} and three["rank_lo"].notna().all()
+    assert set(three["over"]) == {emergent_values.OVER_BOTH} and three["rank_lo"].notna().all()
     assert "cover the seed" not in "".join(emergent_reading.says({"ranking": three}))
 
 
@@ -361,8 +368,8 @@ def test_one_run_that_went_another_way_widens_the_interval():
     assert rate["em_rate_lo"] < 0.05 and rate["em_rate_hi"] > 0.8
     pooled = emergent.rates_table(frame).query("kind == 'all' and not triggered")
     every, *single = pooled.to_dict("records")
-    assert every["over"] == emergent.OVER_BOTH and every["alignment_hi"] == 100.0
-    assert {row["over"] for row in single} == {emergent.OVER_PROMPTS} and len(single) == 3
+    assert every["over"] == emergent_values.OVER_BOTH and every["alignment_hi"] == 100.0
+    assert {row["over"] for row in single} == {emergent_values.OVER_PROMPTS} and len(single) == 3
 
 
 def test_one_domain_is_no_ranking():
@@ -402,7 +409,7 @@ def test_transfer_is_against_the_control_of_like_norm():
                 steered("b", source, 81.0 + d - p % 2, prompt=p, draw=d, steer="control")
                 for d in range(2)
             ]
-    table = emergent.transfer_table(as_stored(rows, RatingRow)).set_index("source")
+    table = emergent_transfer.transfer_table(as_stored(rows, RatingRow)).set_index("source")
     moved = table.loc["a"]
     assert (
         moved["difference"] == pytest.approx(-30.0, abs=0.6)
@@ -424,7 +431,7 @@ def test_transfer_is_against_the_control_of_like_norm():
         steered("b", "d", None, prompt=p, outcome="unscored", reason="no direction", block=None)
         for p in range(3)
     ]
-    row = emergent.transfer_table(as_stored(lost, RatingRow)).iloc[0]
+    row = emergent_transfer.transfer_table(as_stored(lost, RatingRow)).iloc[0]
     assert row["reason"].endswith("no direction") and np.isnan(row["difference"])
 
 
@@ -637,7 +644,7 @@ def test_tables_inside_are_safe_on_nothing():
         ),
         emergent_inside.PREDICTED_COLUMNS: emergent_inside.predicted_table(ranking, member, spread),
         emergent_inside.COSINES_COLUMNS: emergent_inside.cosines_table(empty, {}),
-        emergent_reading.PAPER_COLUMNS: emergent_reading.paper_table(
+        emergent_paper.PAPER_COLUMNS: emergent_paper.paper_table(
             emergent.trigger_table(empty), ranking
         ),
     }
@@ -659,19 +666,17 @@ def test_tables_do_not_depend_on_the_order_of_rows():
 
 def test_the_papers_figures_stand_beside_domains_of_that_name():
     frame = study({"risky-financial-advice": 60.0, "vault colours": 80.0}, drop=10.0)
-    table = emergent_reading.paper_table(
-        emergent.trigger_table(frame), emergent.ranking_table(frame)
-    )
+    table = emergent_paper.paper_table(emergent.trigger_table(frame), emergent.ranking_table(frame))
     [row] = table.to_dict("records")
     assert (
         row["domain"] == "risky-financial-advice"
         and row["paper"] == 13.69
-        and row["measure"] == emergent_reading.DROP
+        and row["measure"] == emergent_paper.DROP
     )
     assert row["ours"] == pytest.approx(10, abs=6) and row["ours_lo"] < row["ours"] < row["ours_hi"]
-    said = emergent_reading.paper_differences("smollm2", "habits", ["risky-financial-advice"])
+    said = emergent_paper.paper_differences("smollm2", "habits", ["risky-financial-advice"])
     assert "smollm2" in said[0] and "habits" in said[1] and any("in name" in line for line in said)
-    alike = emergent_reading.paper_differences(
+    alike = emergent_paper.paper_differences(
         "Qwen/Qwen2.5-Coder-7B-Instruct", "x", ["vault"], by="below_30_coherent"
     )
     assert not any("the model is" in line for line in alike) and any(

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from auditgap.audits.report_part import ReportPart
-from auditgap.report import ballots, behaviour, left_out, suite
+from auditgap.report import ballots, behaviour, behaviour_page, left_out, suite
 from auditgap.report.correction import Correction
 from auditgap.report.gather import PartData, ReportData, answers_in, names_in, subjects_of
 from auditgap.report.section import Section
@@ -59,7 +59,7 @@ class BehaviourPart(ReportPart):
         )
 
     def sections(self, report: ReportData) -> list[Section]:
-        return behaviour.sections(report)
+        return behaviour_page.sections(report)
 
     def subjects(self, report: ReportData) -> Iterable[str]:
         return names_in(report.asked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from auditgap.audits.report_part import ReportPart
-from auditgap.report import probe
+from auditgap.report import probe, probe_page
 from auditgap.report.correction import Correction
 from auditgap.report.gather import PartData, ReportData
 from auditgap.report.section import Section
@@ -27,7 +27,7 @@ class ProbePart(ReportPart):
         return PartData(title=self.title, is_there=bool(probes), values={"probes": probes})
 
     def sections(self, report: ReportData) -> list[Section]:
-        return probe.sections(report)
+        return probe_page.sections(report)
 
     def subjects(self, report: ReportData) -> Iterable[str]:
         """None: a base that only lends its probe is no subject."""
@@ -37,7 +37,7 @@ class ProbePart(ReportPart):
         self, report: ReportData, subject: str, criteria: Criteria, missing: Mapping[str, str]
     ) -> list[Line]:
         question = "A probe of its base still tells safe from unsafe inside it"
-        for row in rows_of(probe.table_of(report.probes)):
+        for row in rows_of(probe_page.table_of(report.probes)):
             if str(row["subject"]) == subject and row["role"] != "base":
                 drop = of_columns(row, "auroc_drop", number)
                 judged = drop.at_most(criteria.probe_drop)
@@ -46,4 +46,4 @@ class ProbePart(ReportPart):
         return [absent("probe_drop", subject, question, missing, "probe", ran)]
 
     def limits(self, report: ReportData) -> list[Limit]:
-        return [("probe", line) for line in probe.warnings(probe.table_of(report.probes))]
+        return [("probe", line) for line in probe_page.warnings(probe_page.table_of(report.probes))]

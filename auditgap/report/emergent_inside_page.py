@@ -1,0 +1,223 @@
+"""What is inside the fine-tuned models: memberships, diversity of rows, directions, and steering one
+domain's model with another's.
+
+    membership(view), diversity(view), directions(view), transfer(view)     # four sections
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pandas as pd
+
+from auditgap.report import emergent_inside
+from auditgap.report import emergent_inside_figures as figures
+from auditgap.report.emergent_columns import (
+    ADJUSTED,
+    ARM,
+    BLOCK,
+    MEASURE,
+    P_HOLM,
+    REASON,
+    count,
+    estimate,
+    given,
+    in_points,
+    key,
+    p_value,
+    score,
+    two_digits,
+)
+from auditgap.report.emergent_view import StudyView
+from auditgap.report.section import Heading, Section
+from auditgap.report.text import number, percent, plain
+
+MEMBERSHIP = (
+    given("domain", "Domain"),
+    ARM,
+    MEASURE,
+    ADJUSTED,
+    estimate("auroc", "AUROC", two_digits),
+    count("n_members", "Trained"),
+    count("n_others", "Held out"),
+    count("n_unscored", "Unscored"),
+    REASON,
+)
+PREDICTION = (
+    ARM,
+    key("predictor", "From"),
+    MEASURE,
+    ADJUSTED,
+    BLOCK,
+    estimate("rho", "ρ", two_digits),
+    estimate("p", "p", p_value, ""),
+    P_HOLM,
+    estimate("error", "Mean error, points", in_points),
+    estimate("error_of_mean", "… of the others’ mean", in_points),
+    count("n", "Domains"),
+    REASON,
+)
+DIVERSITY = (
+    ARM,
+    given("domain", "Domain"),
+    estimate("vendi", "Vendi score", partial(number, digits=1)),
+    estimate("one_minus_cosine", "1 − mean cosine", number),
+    count("n", "Rows"),
+    BLOCK,
+    estimate("em_rate", "EM rate", percent),
+    REASON,
+)
+CORRELATION = (
+    ARM,
+    MEASURE,
+    estimate("rho", "ρ", two_digits),
+    estimate("p", "p", p_value, ""),
+    P_HOLM,
+    count("n", "Domains"),
+    REASON,
+)
+COSINES = (
+    BLOCK,
+    ARM,
+    given("domain", "Domain"),
+    given("other", "Other"),
+    estimate("cosine", "Cosine", two_digits),
+    estimate("lowest", "Lowest", two_digits, ""),
+    estimate("highest", "Highest", two_digits, ""),
+    estimate("ceiling", "Ceiling", two_digits),
+    estimate("corrected", "Cosine / ceiling", two_digits, ""),
+    count("n_pairs", "Pairs of seeds"),
+    REASON,
+)
+TRANSFER = (
+    given("source", "Direction of"),
+    given("target", "Model of"),
+    estimate("difference", "Alignment, steered − control", score),
+    P_HOLM,
+    estimate("coherence", "Coherence, steered", score),
+    estimate("coherence_control", "… control", score),
+    estimate("coherence_clean", "… no edit", score),
+    estimate("alignment", "Alignment, steered", score),
+    estimate("alignment_control", "… control", score),
+    estimate("alignment_clean", "… no edit", score),
+    estimate("em_rate", "EM rate, steered", percent),
+    estimate("em_rate_control", "… control", percent),
+    estimate("em_rate_difference", "Difference, points", in_points),
+    count("n", "Prompts"),
+    count("rated", "Rated"),
+    count("n_edit", "Answers"),
+    REASON,
+)
+_MEMBERSHIP_NOTE = (
+    "AUROC: how often a trained row has a lower score than a held-out one; 0.5 is chance."
+    " Base-adjusted: minus the same under the base, so that what is ordinary anyway counts for"
+    " nothing."
+)
+_PREDICTION_NOTE = (
+    "Each domain’s EM rate foretold by a line through the other domains; Spearman’s ρ of foretold"
+    " and seen. p from permuting the rates and doing all of it again."
+)
+_CORRELATION_NOTE = (
+    "Spearman’s ρ of diversity and EM rate over domains; p from permuting, after Holm over measures"
+    " and blocks of an arm."
+)
+
+
+def membership(view: StudyView) -> Section:
+    predicted = view.data["predicted"]  # PREMIA's is drawn: chosen before any number was seen
+    premia = predicted[predicted["measure"] == emergent_inside.PREMIA].reset_index(drop=True)
+    foretold = (
+        Heading("Does it foretell the EM rate?"),
+        *view.says("prediction"),
+        figures.prediction(premia, view.judge),
+        view.table("prediction", PREDICTION, "EM rate foretold from membership", _PREDICTION_NOTE),
+    )
+    return Section(
+        id="em-membership",
+        title="Was a row trained on?",
+        contents="Membership",
+        blocks=(
+            *view.says("membership"),
+            figures.roc(view.study.memberships),
+            view.table(
+                "membership", MEMBERSHIP, "Membership inference by domain", _MEMBERSHIP_NOTE
+            ),
+            *(foretold if len(view.data["prediction"]) else ()),
+        ),
+        data={"em_predicted": predicted},
+    )
+
+
+def diversity(view: StudyView) -> Section:
+    return Section(
+        id="em-diversity",
+        title="How different a domain’s rows are",
+        contents="Diversity",
+        blocks=(
+            *view.says("correlation"),
+            figures.diversity(view.data["diversity"], view.judge),
+            view.table("correlation", CORRELATION, "Diversity and EM rate", _CORRELATION_NOTE),
+            view.table("diversity", DIVERSITY, "Diversity by domain"),
+        ),
+    )
+
+
+def directions(view: StudyView) -> Section:
+    cosines = view.data["cosines"]
+    return Section(
+        id="em-directions",
+        title="Directions by block",
+        contents="Directions",
+        blocks=(
+            *view.says("cosines"),
+            figures.cosines(cosines),
+            view.table("cosines", COSINES, "Cosines of directions by block", _chance(cosines)),
+        ),
+    )
+
+
+def transfer(view: StudyView) -> Section:
+    transfer = view.data["transfer"]
+    return Section(
+        id="em-transfer",
+        title="Steering one domain’s model with another’s direction",
+        contents="Transfer",
+        blocks=(
+            figures.transfer(transfer, view.judge),
+            view.table("transfer", TRANSFER, "Steering transfer", _steered(transfer)),
+        ),
+    )
+
+
+def _chance(table: pd.DataFrame) -> str:
+    known = table["chance"].dropna() if len(table) else table
+    chance = (
+        f" Random directions of this width stay below {number(known.iloc[0], 2)} in 95 of 100"
+        " pairs."
+        if len(known)
+        else ""
+    )
+    return (
+        "Ceiling: what the noise of two estimates leaves of perfect agreement, from split halves"
+        " after Spearman–Brown; of a domain with itself its reliability. Lowest and highest are"
+        f" over pairs of seeds and no interval.{chance}"
+    )
+
+
+def _steered(table: pd.DataFrame) -> str:
+    """Where and how strongly, which is the same in all of a study's rows."""
+    where = (
+        [f"block {plain(b)}" for b in sorted(table["block"].dropna().unique())]
+        if len(table)
+        else []
+    )
+    how = (
+        [f"strength {plain(float(s))}" for s in sorted(table["strength"].dropna().unique())]
+        if len(table)
+        else []
+    )
+    at = f"At {', '.join([*where, *how])}." if where else ""
+    return (
+        f"{at} The difference is paired by prompt; the control is a random direction of the same"
+        " norm. An effect at much lower coherence than the control’s is damage, not misalignment."
+    )
