@@ -21,11 +21,11 @@ import tiny
 import torch
 import yaml
 
-from auditgap import models
 from auditgap.audits import grid
 from auditgap.audits.latent import plan
 from auditgap.cli import main
 from auditgap.errors import Refused, UsageError
+from auditgap.models import outlines
 from auditgap.store import RunFolder, merge, tables
 
 COMMON = {
@@ -222,9 +222,9 @@ def test_a_dry_run_says_what_was_asked_twice(bench, tmp_path, capsys):
 def test_a_model_is_fingerprinted_once_however_many_cases_it_is_in(bench, monkeypatch):
     """Weights of many gigabytes take minutes to hash; so do prompts and a judge's own weights."""
     seen, read = [], []
-    fingerprint, load_prompts = models.fingerprint, plan.load_prompts
+    fingerprint, load_prompts = outlines.fingerprint, plan.load_prompts
     monkeypatch.setattr(
-        models, "fingerprint", lambda folder: seen.append(folder.name) or fingerprint(folder)
+        outlines, "fingerprint", lambda folder: seen.append(folder.name) or fingerprint(folder)
     )
     monkeypatch.setattr(
         plan,

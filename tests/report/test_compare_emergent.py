@@ -121,7 +121,9 @@ def test_the_page_and_the_command(pair, tmp_path, capsys):
         "em_trigger",
     ]
     folders = [str(part.folder.path) for part in pair.sides.parts]
-    assert main(["compare", *folders, "--out", str(tmp_path / "again"), "--json"]) == 0
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", *folders, "--out", str(tmp_path / "again"), "--json"])
+    assert stop.value.code == 0
     told = json.loads(capsys.readouterr().out)
     assert {row["audit"] for row in told["rows"]} == {"emergent"}
     assert len(told["rows"]) == len(pair.table)
