@@ -411,10 +411,11 @@ def test_an_interrupt_is_heeded_at_once_and_nothing_is_asked_any_more(endpoint, 
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         engine.ask([Question.of(f"Say {i}.") for i in range(100)], Sampling())
-    time.sleep(1.0)
-    sent = len(endpoint.seen)
-    time.sleep(1.0)
-    assert len(endpoint.seen) == sent < 100
+    sent = -1
+    while sent != len(endpoint.seen):  # what was under way may arrive late
+        sent = len(endpoint.seen)
+        time.sleep(1.5)
+    assert sent < 100
     assert one(engine).text == "What colour is the sky?", "and the engine is as good as before"
 
 
