@@ -149,7 +149,7 @@ class Job:
                 continue
         return found
 
-    def end(self, limit: float = 240.0) -> Done:
+    def end(self, limit: float = 480.0) -> Done:
         try:
             out, err = self.process.communicate(timeout=limit)
             rc = self.process.returncode
@@ -168,7 +168,7 @@ class Job:
         return Done(rc, out, err, seconds, names, ended)
 
 
-def run(launcher: str, n: int, words: Sequence[Any], *, limit: float = 240.0, **more: str) -> Done:
+def run(launcher: str, n: int, words: Sequence[Any], *, limit: float = 480.0, **more: str) -> Done:
     return Job(launcher, n, words, **more).end(limit)
 
 
