@@ -151,7 +151,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 500
         while not _healthy(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(
