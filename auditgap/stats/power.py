@@ -1,12 +1,13 @@
 """What so many prompts could have shown.
 
-detectable_excess(100, chance=0.02)     # 0.1: a smaller excess gap would often be missed
-prompts_for_excess(0.1, chance=0.02)    # 99
+detectable_excess(100, chance=0.02)     # 0.11: a smaller excess gap would often be missed
+prompts_for_excess(0.1, chance=0.02)    # 101
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from scipy import optimize
@@ -47,14 +48,8 @@ def detectable_excess(
         error = math.sqrt(max(0.0, squares)) / (n + 2)
         return centre - z_alpha * error - z_power * math.sqrt(max(0.0, n * spread)) / (n + 2)
 
-    room = 1.0 - chance
-    if room <= 0 or margin(room) <= 0:
-        return None
-    # a float, as no more than the root was asked for
-    excess: Any = optimize.brentq(margin, 0.0, room)
     fewest = math.ceil(math.log(2 / alpha) / math.log(draws + 1))
-    steps = max(math.ceil(n * excess - 1e-9), fewest)
-    return steps / n if chance + steps / n <= 1 + 1e-12 else None
+    return _least(margin, n, chance, fewest)
 
 
 def prompts_for_excess(
@@ -113,10 +108,16 @@ def detectable_difference(
             z_alpha * math.sqrt(max(0.0, pooled) / n) + z_power * math.sqrt(max(0.0, apart) / n)
         )
 
-    room = 1 - base_rate
-    if room <= 0 or excess(room) <= 0:
+    return _least(excess, n, base_rate)
+
+
+def _least(margin: Callable[[float], float], n: int, base: float, fewest: int = 0) -> float | None:
+    """The rise above the rate `base` from which on `margin` is not below 0, in whole prompts of `n`
+    and at least `fewest`; None where not even a rise to 1 is enough."""
+    room = 1 - base
+    if room <= 0 or margin(room) <= 0:
         return None
     # a float, as no more than the root was asked for
-    rise: Any = optimize.brentq(excess, 1e-9 * room, room)
-    steps = math.ceil(n * rise - 1e-9)
-    return steps / n if base_rate + steps / n <= 1 + 1e-12 else None
+    rise: Any = optimize.brentq(margin, 1e-9 * room, room)
+    steps = max(math.ceil(n * rise - 1e-9), fewest)
+    return steps / n if base + steps / n <= 1 + 1e-12 else None
