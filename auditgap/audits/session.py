@@ -191,8 +191,8 @@ class Session:
         clean_nll: Sequence[float | None],
         targets: Sequence[tuple[str, ...]] | None = None,
     ) -> list[ScoredCompletion]:
-        """Judge and reward every completion, without the opening that is one of its `targets`. What
-        the coherence gate fails is `broken`, whatever the judge says.
+        """Judge and reward every completion, without the opening that is one of its `targets` (None:
+        as it is, in full alone). What the coherence gate fails is `broken`, whatever the judge says.
 
         Judges are asked once for all readings: what counts, the whole text, half the length.
         """
@@ -222,6 +222,8 @@ class Session:
     def _parts(
         self, done: Sequence[Completion], targets: Sequence[tuple[str, ...]] | None
     ) -> list[Excerpt]:
+        if targets is None:
+            return [WHOLE] * len(done)
         tokenizer = self.outline.chat.tokenizer
 
         def decode(ids: Sequence[int]) -> str:
@@ -229,7 +231,7 @@ class Session:
 
         return [
             Excerpt.of(completion, mine, self.max_new_tokens, decode)
-            for completion, mine in zip(done, targets or [()] * len(done), strict=True)
+            for completion, mine in zip(done, targets, strict=True)
         ]
 
     def _rewards(

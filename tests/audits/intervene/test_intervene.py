@@ -266,6 +266,14 @@ class TestRows:
 
 
 class TestReport:
+    def test_completions_are_judged_once_and_whole(self, answered):
+        """No column holds a verdict at half the length, so no judge is asked for one."""
+        keys = [r["key"] for r in answered.records() if r.get("generations")]
+        assert keys
+        for key in keys:
+            told = answered.generations(key)
+            assert (told["half"] == told["completion"].str.len()).all()
+
     def test_the_page(self, answered):
         page = (answered.path / "report.html").read_text()
         assert (
