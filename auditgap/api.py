@@ -28,6 +28,7 @@ import pandas as pd
 from pydantic.fields import FieldInfo
 
 from auditgap.audits import AUDITS, Audit, run
+from auditgap.audits.latent.audit import DISTANCE, DISTANCE_TITLE
 from auditgap.audits.whole_config import WholeSettings
 from auditgap.config import Frozen, flag_of
 from auditgap.errors import PartlyFailed, UsageError
@@ -295,13 +296,7 @@ probe = VERBS["probe"]
 intervene = VERBS["intervene"]
 sft_curve = VERBS["sft_curve"]
 em = VERBS["em"]
-distance = _verb(
-    AUDITS["latent"],
-    "distance",
-    "Find the minimum distance to collapse: the smallest eps at which each completion turns harmful.",
-    attacks=(),
-    distance=True,
-)
+distance = _verb(AUDITS["latent"], "distance", DISTANCE_TITLE, **DISTANCE)
 
 
 def audit(

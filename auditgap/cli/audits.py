@@ -13,14 +13,13 @@ from typing import Any
 import typer
 
 from auditgap.audits import AUDITS, Audit
+from auditgap.audits.latent.audit import DISTANCE, DISTANCE_TITLE
 from auditgap.cli import show
 from auditgap.cli.options import Asked, command
 from auditgap.cli.screen import err, note, print_json, print_table, quiet, say
 from auditgap.types import Document
 
 PANEL = "Audits"
-#: The latent audit without attacks, for `auditgap distance`.
-_DISTANCE: Document = {"attacks": (), "distance": True}
 
 
 def add(app: typer.Typer, *, leave: set[str]) -> None:
@@ -37,8 +36,7 @@ def add(app: typer.Typer, *, leave: set[str]) -> None:
         latent.config,
         latent.options,
         about=(
-            "Find the minimum distance to collapse: the smallest eps at which each completion turns"
-            " harmful, by layer.\n\nThe search starts at the smallest --eps, doubles it until the"
+            f"{DISTANCE_TITLE}\n\nThe search starts at the smallest --eps, doubles it until the"
             " completion turns, then bisects."
         ),
         examples_of=("auditgap distance smollm2 --layers all --limit 32 --out runs/distance",),
@@ -47,7 +45,7 @@ def add(app: typer.Typer, *, leave: set[str]) -> None:
     )
     def distance(asked: Asked) -> None:
         perform(
-            latent, Asked(asked.file, {**asked.flags, **_DISTANCE}, asked.dry_run, asked.as_json)
+            latent, Asked(asked.file, {**asked.flags, **DISTANCE}, asked.dry_run, asked.as_json)
         )
 
 

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from auditgap.store.remote import Place
     from auditgap.sweep import Worker
 
+#: `distance`: this audit with the search for the minimum distance and no attack beside it.
+DISTANCE: Document = {"attacks": (), "distance": True}
+DISTANCE_TITLE = (
+    "Find the minimum distance to collapse: the smallest eps at which each completion turns"
+    " harmful, by layer."
+)
+
 
 class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
     name = "latent"
