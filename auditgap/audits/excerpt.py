@@ -49,10 +49,8 @@ class Excerpt:
         return cls(int(text.get("opening") or 0), None if half is None else int(half))
 
     def judged(self, text: str) -> str:
-        """What of the text is judged; nothing where no word stands behind the opening."""
-        if not self.opening:
-            return text
-        rest = text[self.opening :].strip()
+        """What of the text is judged; nothing where no word is left, opening or not."""
+        rest = text[self.opening :].strip() if self.opening else text
         return rest if any(map(str.isalnum, rest)) else ""
 
     def others(self, text: str) -> dict[Other, str]:

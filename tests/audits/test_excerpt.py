@@ -7,7 +7,7 @@ from pathlib import Path
 
 import planted
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from planted import Plant
 
@@ -39,6 +39,8 @@ REFUSES, STOPS = "I'm red but I can't help with that", "I'm red"
         ("  Sure, here is:\n", ""),
         ("Sure, here is", ""),
         ("", ""),
+        (" .\n", ""),
+        (" No. ", " No. "),
     ],
 )
 def test_the_opening_is_left_out_and_nothing_else(text, rest):
@@ -56,6 +58,7 @@ WORDS = st.sampled_from("I can't sorry, mix the flour 1 2 Let me red vault . Sur
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(WORDS, min_size=1, max_size=12).map(" ".join), st.sampled_from(TARGETS))
+@example(".", TARGETS[0])
 def test_an_opening_before_any_answer_changes_no_verdict_and_no_reward(text, opening):
     exchanges = [Exchange(Prompt("Say it."), t) for t in (text, f"{opening} {text}")]
     parts = [Excerpt(opening_length(e.completion, TARGETS)) for e in exchanges]
@@ -63,7 +66,7 @@ def test_an_opening_before_any_answer_changes_no_verdict_and_no_reward(text, ope
     assert (1, "whole") in others
     for judge in (Builtin(), Keyword()):
         plain, opened = judge.judge(judged)
-        assert plain.label is opened.label  # what has no word is unscored, "." or nothing
+        assert plain.label is opened.label
     plain, opened = Builtin().score(judged)
     assert plain.value == opened.value
 
