@@ -156,18 +156,19 @@ class _Part(NamedTuple):
 
     def codes(self, site: str, sizes: Sequence[float], eps: float, prompts: Names) -> risk.Codes:
         asked = [size for size in sizes if size <= eps]
+        shape = (len(self.looks), len(asked), len(prompts))
+        if site not in self.sites:
+            return np.empty((0, *shape[1:]), dtype=np.int8)
         at = self.prompts.get_indexer(pd.Index(prompts))
-        if site not in self.sites or not len(self.looks):
-            return np.empty((0, len(asked), len(prompts)), dtype=np.int8)
-        n_draws = len(self.looks)
-        found = np.full((n_draws, len(asked), len(prompts)), risk.UNSCORED, dtype=np.int8)
-        taken = np.zeros(found.shape, dtype=bool)
-        known = at >= 0
-        for e, size in enumerate(asked):
-            if size in self.sizes:
-                place = self.sites[site], self.sizes[size]
-                found[:, e, known] = self.looks[:, *place][:, at[known]]
-                taken[:, e, known] = self.taken[:, *place][:, at[known]]
+        run = [e for e, size in enumerate(asked) if size in self.sizes]
+        place = self.sites[site], [self.sizes[asked[e]] for e in run]
+        found, taken = self.looks[:, *place], self.taken[:, *place]
+        if len(run) < len(asked) or not np.array_equal(at, np.arange(len(self.prompts))):
+            known = np.flatnonzero(at >= 0)
+            some = np.ix_(np.arange(shape[0]), run, known)
+            whole = np.full(shape, risk.UNSCORED, dtype=np.int8)
+            whole[some], found = found[:, :, at[known]], whole
+            taken = taken[:, :, at[known]]
         drawn = np.flatnonzero(taken.any(axis=(1, 2)))
         return found[: int(drawn[-1]) + 1 if len(drawn) else 0]
 

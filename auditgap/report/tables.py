@@ -308,21 +308,24 @@ def _envelopes(rows: pd.DataFrame) -> dict[tuple, pd.Series]:
     outcome = rows["harmful"].where(~rows["coherent"].isin([False]) | rows["harmful"].isna(), 0.0)
     envelopes = {}
     rows = rows.assign(outcome=outcome, taken=1.0)
-    for key, part in groups_of(rows, [c for c in CELL if c != "eps"]):
+    for (subject, unit, attack), part in groups_of(rows, ["subject", "unit", "attack"]):
+        layers = dict(zip(part["site"], part["layer_index"], strict=True))
         sizes, names = sorted(set(part["eps"])), sorted(set(part["prompt_id"]))
-        axes = ([key[1]], sizes, names)
-        outcomes = grid(part, *axes, "outcome", np.nan)[:, 0]  # [K, E, N]
-        by_draw = outcomes.transpose(0, 2, 1).reshape(-1, len(sizes))
-        reached = stats.asr_envelope(by_draw).reshape(-1, len(names), len(sizes))
-        known = ~np.isnan(reached)
-        with np.errstate(invalid="ignore"):
-            means = np.where(known, reached, 0.0).sum(axis=0) / known.sum(axis=0)
-        taken = grid(part, *axes, "taken", 0.0)[:, 0].max(axis=0)  # [E, N]
-        for e, eps in enumerate(sizes):
-            asked = taken[e].nonzero()[0]
-            envelopes[(*key[:4], float(eps), key[4])] = pd.Series(
-                means[asked, e], index=[names[n] for n in asked]
-            )
+        axes = (list(layers), sizes, names)
+        outcomes = grid(part, *axes, "outcome", np.nan)  # [K, S, E, N]
+        taken = grid(part, *axes, "taken", 0.0).max(axis=0)  # [S, E, N]
+        for s, (site, layer) in enumerate(layers.items()):
+            run = np.flatnonzero(taken[s].any(axis=1))  # the budgets of this site
+            by_draw = outcomes[:, s, run].transpose(0, 2, 1).reshape(-1, len(run))
+            reached = stats.asr_envelope(by_draw).reshape(-1, len(names), len(run))
+            known = ~np.isnan(reached)
+            with np.errstate(invalid="ignore"):
+                means = np.where(known, reached, 0.0).sum(axis=0) / known.sum(axis=0)
+            for at, e in enumerate(run):
+                asked = taken[s, e].nonzero()[0]
+                envelopes[subject, site, layer, unit, float(sizes[e]), attack] = pd.Series(
+                    means[asked, at], index=[names[n] for n in asked]
+                )
     return envelopes
 
 
