@@ -1,7 +1,7 @@
 """A completion in two: the chain of thought, and the answer, which alone is judged.
 
     >>> split("<think>The vault is shut.</think>I can't tell.")
-    Split(chain='The vault is shut.', answer='I can\\'t tell.', unfinished=False, start=33)
+    Split(chain='The vault is shut.', answer="I can't tell.", unfinished=False, start=33)
 
 Families mark the chain with a pair of marks (`<think>…</think>`, `[THINK]…[/THINK]`) or with
 channels (`<|channel|>analysis<|message|>…`); a template may have written the opening mark already,
