@@ -616,7 +616,7 @@ class TestRender:
 
     def test_an_empty_rendering(self):
         with pytest.raises(UsageError, match="no tokens"):
-            chat(template="{{ '' }}").render(Prompt("the door"))
+            chat(template="{{ messages[0]['content'].strip() }}").render(Prompt(" "))
 
     def test_the_date_does_not_enter(self):
         made = chat("{{ messages[0]['content'] }} {{ strftime_now('%f') }}")
@@ -671,11 +671,6 @@ STILL_MISTAKEN = {
     "a word of the generation prompt": (tiny.TEMPLATE, "assistant", ["assistant"]),
     "the end of the generation prompt": (REPEATS, "the colour is", ["the", "colour", "is"]),
     "a letter": (tiny.TEMPLATE, "a", ["a"]),
-    "changed by the template": (
-        tiny.TEMPLATE.replace("m['content']", "m['content'].replace('red', 'blue')"),
-        "what is red",
-        ["what", "is", "blue"],
-    ),
     "lowered by the template": (
         tiny.TEMPLATE.replace("m['content']", "m['content'].lower()"),
         "WHAT is the colour",

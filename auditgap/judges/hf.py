@@ -17,7 +17,8 @@ import gc
 import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from auditgap.errors import UsageError
 from auditgap.judges.prompt_injection import FENCE_VERSION, disarm, special_tokens
 from auditgap.judges.scores import verdicts
 from auditgap.models.chat import fill_turns
+from auditgap.models.words import A_LINE_EACH, check_words
 from auditgap.types import Exchange, Score, Verdict
 
 #: What models without a chat template read: prompt and answer as a pair of texts, the form of the
@@ -124,6 +126,7 @@ class SequenceClassifier:
 
     @cached_property
     def _fingerprint(self) -> str:
+        self._fields(_open_tokenizer(self.folder), *A_LINE_EACH)  # its template writes an exchange
         return models.fingerprint(self.folder)
 
     def _safe_logit(self, asked: int | None) -> int:
@@ -188,36 +191,50 @@ class SequenceClassifier:
                 {"role": "user", "content": prompt},
                 {"role": "assistant", "content": completion},
             ]
-            written = fill_turns(tokenizer, turns, Path(tokenizer.name_or_path).name)
+            name = Path(tokenizer.name_or_path).name
+            written = fill_turns(tokenizer, turns, name)
+            check_words(written, turns, name)
             return dict(tokenizer(written, add_special_tokens=False))
         return dict(tokenizer(PAIR.format(prompt=prompt), completion))
 
 
 @lru_cache(maxsize=2)
-def _open(folder: Path, device: str) -> tuple[Any, Any]:
-    """Tokenizer and model in fp32: a reward's differences are small, and bfloat16 would round them
-    away."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+def _open_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
 
+    with _as_classifier(folder):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+@contextmanager
+def _as_classifier(folder: Path) -> Iterator[None]:
+    """What transformers raises while it opens the folder, as a UsageError."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
-        with models.OPENING:
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                trust_remote_code=False,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
+        yield
     except (OSError, ValueError, KeyError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
             f"transformers cannot open {folder.name} as a sequence classifier with a tokenizer:"
             f" {first}"
         ) from None
+
+
+@lru_cache(maxsize=2)
+def _open(folder: Path, device: str) -> tuple[Any, Any]:
+    """Tokenizer and model in fp32: a reward's differences are small, and bfloat16 would round them
+    away."""
+    from transformers import AutoModelForSequenceClassification
+
+    tokenizer = _open_tokenizer(folder)
+    with _as_classifier(folder), models.OPENING:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     if loading["missing_keys"]:
         # A causal LM's folder would load with a random head and give confident nonsense.
         missing = ", ".join(sorted(loading["missing_keys"])[:3])

@@ -40,7 +40,9 @@ from auditgap.judges.prompt_injection import (
     special_tokens,
 )
 from auditgap.judges.scores import harmless
+from auditgap.models.chat import read_template
 from auditgap.models.folder import adapter_base, is_adapter
+from auditgap.models.words import A_LINE_EACH
 from auditgap.types import Exchange, Label, Message, Score, Verdict, digest
 
 #: Tokens of an answer that a judge reads at most; what is cut is said in the verdict's reason.
@@ -113,7 +115,16 @@ class LanguageModelJudge(ABC):
 
     @cached_property
     def _model_identity(self) -> dict[str, Any]:
+        self._check_template()
         return self.serving.describe(self.model)
+
+    def _check_template(self) -> None:
+        """Raises UsageError where the judge's chat template would leave out part of what it is
+        asked; behind an endpoint that is not to be known."""
+        asked = self.question(*A_LINE_EACH)
+        if self._tokenizer is not None and asked.text is None:
+            template = read_template(self.serving.chat_template)
+            models.Chat(self.model, self._tokenizer, template).write(asked.messages)
 
     # -- judging
     # -------------------------------------------------------------------------------------------------------

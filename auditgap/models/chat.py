@@ -9,14 +9,16 @@ another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from auditgap.errors import UsageError
 from auditgap.models.template import fill
+from auditgap.models.words import Turn, check_words, in_parts, takes_parts
 from auditgap.types import Message, Prompt
 
 #: Private-use characters that mark the user's words in a rendered chat; no template has a meaning
@@ -70,8 +72,8 @@ class Chat:
     def render(self, prompt: Prompt) -> Rendered:
         """The prompt through the tokenizer's own chat template, up to where the answer starts.
 
-        Raises UsageError when the tokenizer has no chat template: a guessed one would audit another
-        model.
+        Raises UsageError when the tokenizer has no chat template (a guessed one would audit another
+        model), and when the template leaves words of the prompt out.
         """
         text = self.text(prompt)
         encoded = self.tokenizer(
@@ -92,7 +94,15 @@ class Chat:
         if self.template == "none":
             return prompt.text
         self._need_template()
-        return self._written(prompt.text)
+        text = self._written(prompt.text)
+        check_words(text, [{"role": "user", "content": prompt.text}], self.name)
+        return text
+
+    def prove(self, prompts: Iterable[Prompt]) -> None:
+        """Raises UsageError as `render` does for the first of these that it would not render, before
+        anything is computed."""
+        for prompt in prompts:
+            self.text(prompt)
 
     def write(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Tokens of a conversation through the chat template, up to where the answer starts; with
@@ -103,9 +113,10 @@ class Chat:
         if self.template == "none":
             return self.verbatim("\n\n".join(m.content for m in messages))
         self._need_template()
-        return self._tokens(
-            self._filled([{"role": m.role, "content": m.content} for m in messages], opening=True)
-        )
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        text = self._filled(turns, opening=True)
+        check_words(text, turns, self.name)
+        return self._tokens(text)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Tokens of an answer's text, no special tokens added."""
@@ -226,7 +237,7 @@ class Chat:
             turns.append({"role": "assistant", "content": answer})
         return self._filled(turns, opening=answer is None)
 
-    def _filled(self, turns: list[dict[str, str]], *, opening: bool) -> str:
+    def _filled(self, turns: list[Turn], *, opening: bool) -> str:
         """The turns in the template's words, and the opening of an answer if asked. Raises Refused,
         UsageError as `fill`."""
         # reasoning families would otherwise answer inside a thinking block
@@ -265,7 +276,7 @@ class Chat:
 
 def fill_turns(
     tokenizer: Any,
-    turns: Sequence[dict[str, str]],
+    turns: Sequence[Turn],
     name: str,
     *,
     template: str | None = None,
@@ -273,7 +284,7 @@ def fill_turns(
     **variables: Any,
 ) -> str:
     """What `tokenizer.apply_chat_template(turns, tokenize=False)` writes, by a template that is run
-    within bounds.
+    within bounds, and that gets the words as content parts where it writes only those.
 
     `template` None is the tokenizer's own; `opening` asks for the opening of an answer. Raises
     Refused and UsageError as `template.fill` does, and UsageError where there is no template or
@@ -289,13 +300,17 @@ def fill_turns(
             " FILE."
         ) from None
     special = dict(tokenizer.special_tokens_map)
-    given = {
-        "messages": list(turns),
-        "tools": None,
-        "documents": None,
-        "add_generation_prompt": opening,
-    }
-    return fill(own, {**special, **variables, **given}, name)
+    given = {**special, **variables, "tools": None, "documents": None}
+    parts = _takes_parts(own, json.dumps(given, sort_keys=True, default=str), name)
+    shaped = [in_parts(turn) for turn in turns] if parts else list(turns)
+    return fill(own, {**given, "messages": shaped, "add_generation_prompt": opening}, name)
+
+
+@lru_cache(maxsize=64)
+def _takes_parts(template: str, given: str, name: str) -> bool:
+    """`takes_parts` of a template with these variables (JSON); a template is asked once."""
+    asked = {**json.loads(given), "add_generation_prompt": True}
+    return takes_parts(lambda turns: fill(template, {**asked, "messages": list(turns)}, name))
 
 
 def _next_power(n: int) -> int:

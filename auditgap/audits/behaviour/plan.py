@@ -73,6 +73,8 @@ def prepare(config: BehaviourConfig, options: BehaviourOptions) -> BehaviourPlan
         of_each = [{"max_new_tokens": config.max_new_tokens, **scorers}] * len(subjects)
     else:
         outlines = outlines_of(config.models, config.chat_template)
+        for outline in outlines:
+            outline.chat.prove(suite)
         subjects = [o.subject for o in outlines]
         of_each = [settings_of(config, o, scorers) for o in outlines]
     overlaps = _overlaps(suite, outlines)

@@ -86,6 +86,8 @@ def prepare(
     facts = dict(facts or {})
     groups = []
     for outline in outlines:
+        for asked in sets.values():
+            outline.chat.prove(asked)
         settings = {
             **settings_of(config, outline, scorers),
             "recipe": recipe,
