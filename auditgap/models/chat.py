@@ -10,16 +10,18 @@ another.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from auditgap.errors import UsageError
+from auditgap.models.said import Said, said
 from auditgap.models.template import fill
+from auditgap.models.thinking import NO_HABITS, Habits, habits_of, switched
 from auditgap.models.words import Turn, check_words, in_parts, takes_parts
-from auditgap.types import Message, Prompt
+from auditgap.types import Document, Message, Prompt
 
 #: Private-use characters that mark the user's words in a rendered chat; no template has a meaning
 #: for them.
@@ -34,6 +36,16 @@ class Rendered:
     prompt: Prompt
     ids: tuple[int, ...]
     content: tuple[bool, ...]
+    n_chain: int = 0  #: of `ids`, the last: a chain of thought that is put in the subject's mouth
+
+    def after(self, chain: Sequence[int]) -> Rendered:
+        """The prompt with a chain behind it, so that the answer comes next."""
+        return Rendered(
+            self.prompt,
+            (*self.ids, *chain),
+            (*self.content, *(False for _ in chain)),
+            len(chain),
+        )
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -60,14 +72,63 @@ class Chat:
     name: str
     tokenizer: Any
     template: str | None = None
+    #: what the template is told beside the turns
+    variables: Mapping[str, Any] = field(default_factory=lambda: {"enable_thinking": False})
 
     @property
     def may_think(self) -> bool:
         """Whether the template can have the subject think first (`enable_thinking`), which is
-        always turned off here."""
-        return "enable_thinking" in str(
-            self.template or getattr(self.tokenizer, "chat_template", None)
+        turned off here unless an audit asks for it."""
+        return "enable_thinking" in self._source
+
+    @property
+    def _source(self) -> str:
+        return str(self.template or getattr(self.tokenizer, "chat_template", None))
+
+    @cached_property
+    def habits(self) -> Habits:
+        """What its template shows of thinking, as the subject is spoken to."""
+        if self.template == "none" or not getattr(self.tokenizer, "chat_template", self.template):
+            return NO_HABITS
+        return habits_of(self._render, self._source, dict(self.variables))
+
+    def thinking(self, on: bool) -> Chat:
+        """The same, so that the subject thinks or does not. Raises UsageError where its template
+        cannot have it so."""
+        given = dict(self.variables)
+        found = (
+            (None if on else given)
+            if self.habits is NO_HABITS
+            else switched(self._render, self._source, self.habits, given, on=on)
         )
+        if found is None:
+            raise UsageError(
+                f"The chat template of {self.name} shows no way to have it think; leave --thinking"
+                " out, or pass --chat-template FILE with one that does."
+                if on
+                else f"The chat template of {self.name} has no way to switch thinking off; use"
+                " --thinking on, fixed or regenerated, or pass --chat-template FILE with one that"
+                " closes the chain."
+            )
+        return replace(self, variables=found)
+
+    def _render(self, turns: Sequence[Document], *, opening: bool, variables: Document) -> str:
+        return fill_turns(
+            self.tokenizer,
+            turns,
+            self.name,
+            template=self.template,
+            opening=opening,
+            **variables,
+        )
+
+    def said(
+        self, ids: Sequence[int], *, is_answer: bool = False, most: tuple[int, int] = (0, 0)
+    ) -> Said:
+        """New tokens as chain and answer. `is_answer`: the prompt has a chain already; `most`:
+        tokens that a chain and an answer may have, beyond which they are cut (0: no such limit)."""
+        start = "closed" if is_answer else self.habits.start
+        return said(self.tokenizer, ids, start, self.habits.marks, most)
 
     def render(self, prompt: Prompt) -> Rendered:
         """The prompt through the tokenizer's own chat template, up to where the answer starts.
@@ -240,14 +301,13 @@ class Chat:
     def _filled(self, turns: list[Turn], *, opening: bool) -> str:
         """The turns in the template's words, and the opening of an answer if asked. Raises Refused,
         UsageError as `fill`."""
-        # reasoning families would otherwise answer inside a thinking block
         return fill_turns(
             self.tokenizer,
             turns,
             self.name,
             template=self.template,
             opening=opening,
-            enable_thinking=False,
+            **self.variables,
         )
 
     def _content(
