@@ -11,7 +11,7 @@ pack in flight, and a resumed run gives the numbers of an unbroken one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from auditgap.engines import Completion, Request
 from auditgap.errors import AuditgapError, Interrupted
 from auditgap.judges import Judge, Reward, close_judge
 from auditgap.judges.coherence import Thresholds, is_coherent
-from auditgap.models import Rendered
+from auditgap.models import Outline, Rendered
 from auditgap.store import DiskError, RunFolder
 from auditgap.sweep.state import cause_of
 from auditgap.types import (
@@ -117,12 +117,8 @@ class Session:
             close_judge(holder)
 
     def check(self, subject: Subject) -> None:
-        """Raises AuditgapError when the weights are no longer those that the run was planned
-        with."""
-        if subject.fingerprint != self.outline.subject.fingerprint:
-            raise AuditgapError(
-                f"The weights of {subject.name} changed since the run was planned; use a new --out."
-            )
+        """See `check_weights`."""
+        check_weights(subject, self.outline)
 
     # -- as an engine
 
@@ -179,9 +175,9 @@ class Session:
 
         def compute() -> Arrays:
             done = generate()
-            return _to_arrays(done, self.stage.speaker.nll(rendered, [c.ids for c in done]))
+            return to_arrays(done, self.stage.speaker.nll(rendered, [c.ids for c in done]))
 
-        return _from_arrays(self.remembered(names, what, compute), self.outline.chat.tokenizer)
+        return from_arrays(self.remembered(names, what, compute), self.outline.chat.tokenizer)
 
     def score(
         self,
@@ -270,17 +266,9 @@ class Session:
 
     # -- cells
 
-    @contextmanager
-    def failing(self, cells: Iterable[Cell]) -> Iterator[None]:
-        """What goes wrong inside fails these cells alone; a full disk and an interrupt end the
-        run."""
-        try:
-            yield
-        except (DiskError, Interrupted):
-            raise
-        except Exception as error:
-            for cell in cells:
-                self.store.fail(cell, cause_of(error))
+    def failing(self, cells: Iterable[Cell]) -> AbstractContextManager[None]:
+        """See `failing_alone`."""
+        return failing_alone(self.store, cells)
 
     def info(self, **more: object) -> Document:
         """What a cell's record says of how it was computed."""
@@ -293,8 +281,35 @@ class Session:
         }
 
 
-def _to_arrays(done: Sequence[Completion], nll: Sequence[float | None]) -> Arrays:
-    """Completions as plain arrays: flat token ids with their counts, numbers with NaN for
+def check_weights(subject: Subject, outline: Outline) -> None:
+    """Raises AuditgapError when the weights are no longer those that the run was planned with."""
+    if subject.fingerprint != outline.subject.fingerprint:
+        raise AuditgapError(
+            f"The weights of {subject.name} changed since the run was planned; use a new --out."
+        )
+
+
+def torn() -> Arrays:
+    """In place of computing what has to be remembered already. Raises AuditgapError."""
+    raise AuditgapError(
+        "Stored answers are torn and have been set aside; run the same command again."
+    )
+
+
+@contextmanager
+def failing_alone(store: RunFolder, cells: Iterable[Cell]) -> Iterator[None]:
+    """What goes wrong inside fails these cells alone; a full disk and an interrupt end the run."""
+    try:
+        yield
+    except (DiskError, Interrupted):
+        raise
+    except Exception as error:
+        for cell in cells:
+            store.fail(cell, cause_of(error))
+
+
+def to_arrays(done: Sequence[Completion], nll: Sequence[float | None]) -> Arrays:
+    """Completions as plain arrays that `RunFolder.remember` can keep: flat token ids with their counts, numbers with NaN for
     "none"."""
     numbers = [
         [c.target_nll, c.l2_effective, c.linf_effective, n] for c, n in zip(done, nll, strict=True)
@@ -308,7 +323,8 @@ def _to_arrays(done: Sequence[Completion], nll: Sequence[float | None]) -> Array
     }
 
 
-def _from_arrays(arrays: Arrays, tokenizer: Any) -> tuple[list[Completion], list[float | None]]:
+def from_arrays(arrays: Arrays, tokenizer: Any) -> tuple[list[Completion], list[float | None]]:
+    """The inverse of `to_arrays`; text comes back from the ids."""
     done, nll, at = [], [], 0
     columns = (arrays[name] for name in ("counts", "stopped", "finite", "numbers"))
     for count, stopped, finite, numbers in zip(*columns, strict=True):

@@ -58,6 +58,10 @@ _SAFE, _ROBUST = svg.Style("k1", "", "circle"), svg.Style("k0", "", "square")
 MOST_CURVES = 6
 
 
+#: How many prompts a figure's row is of.
+_COUNTS = ("n", "n_unscored")
+
+
 def site_label(layer_index: float) -> str:
     return "emb." if layer_index < 0 else f"{int(layer_index)}"
 
@@ -106,21 +110,9 @@ def by_depth(
     data.
     """
     lo, hi = f"{column}_lo", f"{column}_hi"
-    keep = [
-        "subject",
-        "site",
-        "layer_index",
-        "unit",
-        "eps",
-        "attack",
-        "n",
-        "n_unscored",
-        column,
-        lo,
-        hi,
-    ]
     data = table.loc[
-        table["attack"].isin(ATTACKS) & table["layer_index"].notna(), keep
+        table["attack"].isin(ATTACKS) & table["layer_index"].notna(),
+        ["subject", "site", "layer_index", "unit", "eps", "attack", *_COUNTS, column, lo, hi],
     ].reset_index(drop=True)
     measured = data[data[column].notna()]
     if measured["layer_index"].nunique() < 2:
@@ -134,22 +126,9 @@ def by_depth(
     form = percent if rate else number
     layers = [int(v) for v in measured["layer_index"].unique()]
     attacks = [a for a in ATTACK_STYLES if a in set(data["attack"])]
-    banded = attacks if len(attacks) <= 2 else ["targeted", "random_matched"]
     x = Axis(min(layers), max(layers), "block", depth_ticks(layers))
     y = shares(ylabel) if rate else numbers(0.0, top_of(data, [column, hi]), ylabel)
-
-    def series(attack: str, rows: pd.DataFrame) -> Series:
-        def tip(row: Mapping[str, Any]) -> str:
-            reading = with_interval(row[column], row[lo], row[hi], form)
-            return f"{row['site']}, {ATTACK_NAMES[attack]}: {reading}, n = {row['n']}"
-
-        return Series(
-            points_of(rows[rows["attack"] == attack], "layer_index", column, tip),
-            ATTACK_STYLES[attack],
-            Spread.BAND if attack in banded else Spread.NONE,
-            size=3.0 if len(layers) <= 16 else 1.8,
-        )
-
+    size = 3.0 if len(layers) <= 16 else 1.8
     groups = []
     for s, (subject, rows) in enumerate(data.groupby("subject", sort=False)):
         panels = []
@@ -158,7 +137,12 @@ def by_depth(
             panels.append(
                 lines(
                     # the attack is drawn last, over its controls
-                    [series(attack, chosen) for attack in reversed(attacks)],
+                    [
+                        _attack_series(
+                            chosen, column, attack, form, size, _is_banded(attack, attacks)
+                        )
+                        for attack in reversed(attacks)
+                    ],
                     x,
                     y,
                     title=f"{title}, {subject}, {budget_label(eps, unit)}",
@@ -170,6 +154,27 @@ def by_depth(
         groups.append((str(subject), tuple(panels)))
     legend = svg.legend((ATTACK_STYLES[a], ATTACK_NAMES[a]) for a in attacks)
     return Figure(name, title, caption, tuple(groups), legend, data)
+
+
+def _is_banded(attack: str, attacks: Sequence[str]) -> bool:
+    return len(attacks) <= 2 or attack in ("targeted", "random_matched")
+
+
+def _attack_series(
+    rows: pd.DataFrame, column: str, attack: str, form: Form, size: float, is_banded: bool
+) -> Series:
+    """One attack's line by depth."""
+
+    def tip(row: Mapping[str, Any]) -> str:
+        reading = with_interval(row[column], row[f"{column}_lo"], row[f"{column}_hi"], form)
+        return f"{row['site']}, {ATTACK_NAMES[attack]}: {reading}, n = {row['n']}"
+
+    return Series(
+        points_of(rows[rows["attack"] == attack], "layer_index", column, tip),
+        ATTACK_STYLES[attack],
+        Spread.BAND if is_banded else Spread.NONE,
+        size=size,
+    )
 
 
 def _describe(rows: pd.DataFrame, column: str, form: Form) -> str:
@@ -245,25 +250,14 @@ def lvs_bars(table: pd.DataFrame, roles: Mapping[str, Mapping[str, int]]) -> Fig
     """
     name, title = "lvs_bars", "LVS at the embedding, the middle and the last block"
     caption = "Mean LVS of the targeted attack with its 95\u00a0% bootstrap interval over prompts."
-    records = []
-    targeted = table[table["attack"] == "targeted"]
-    for row in rows_of(targeted):
-        for role, layer in roles.get(row["subject"], {}).items():
-            if row["layer_index"] == layer:
-                keys = (
-                    "subject",
-                    "site",
-                    "layer_index",
-                    "unit",
-                    "eps",
-                    "n",
-                    "n_unscored",
-                    "lvs_mean",
-                    "lvs_mean_lo",
-                    "lvs_mean_hi",
-                )
-                records.append({"role": role, **{key: row[key] for key in keys}})
-    data = pd.DataFrame(records)
+    keys = ("subject", "site", "layer_index", "unit", "eps", *_COUNTS)
+    means = ("lvs_mean", "lvs_mean_lo", "lvs_mean_hi")
+    data = pd.DataFrame(
+        {"role": role, **{key: row[key] for key in (*keys, *means)}}
+        for row in rows_of(table[table["attack"] == "targeted"])
+        for role, layer in roles.get(row["subject"], {}).items()
+        if row["layer_index"] == layer
+    )
     if data.empty or data["lvs_mean"].isna().all():
         return Figure(
             name,

@@ -28,7 +28,7 @@ from auditgap.judges import Judge
 from auditgap.judges.coherence import Thresholds, is_coherent
 from auditgap.judges.ensemble import Majority, decide
 from auditgap.judges.llm import Judged
-from auditgap.types import Exchange, Label, Prompt, Verdict
+from auditgap.types import Document, Exchange, Label, Prompt, Verdict
 
 if TYPE_CHECKING:
     from auditgap.audits.grading import Given, Stored
@@ -75,6 +75,21 @@ class Answers:
             tuple(self.problems[i] for i in which),
             self.nll[list(which)],
         )
+
+    def nll_of(self, i: int) -> float | None:
+        """Of answer i; None: not measured."""
+        return None if np.isnan(self.nll[i]) else float(self.nll[i])
+
+    def record(self, i: int) -> Document:
+        """What `generations/` keeps of answer i; `told` is the inverse."""
+        ids = self.ids[i]
+        return {
+            "completion": self.texts[i],
+            "ids": None if ids is None else list(ids),
+            "stopped": bool(self.stopped[i]),
+            "completion_nll": self.nll_of(i),
+            "problem": self.problems[i],
+        }
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> Answers:
@@ -218,8 +233,7 @@ def grade(
     given = opinions(answers, prompts, judge) if isinstance(judge, Judge) else judge
     rows, texts = [], []
     for i, (prompt, text, opinion) in enumerate(zip(prompts, answers.texts, given, strict=True)):
-        ids, problem = answers.ids[i], answers.problems[i]
-        nll = None if np.isnan(answers.nll[i]) else float(answers.nll[i])
+        ids, problem, nll = answers.ids[i], answers.problems[i], answers.nll_of(i)
         tokens = _PIECE.findall(text) if ids is None else ids
         coherent, why = (
             (None, "") if problem else is_coherent(tokens, nll, None, thresholds=thresholds)
@@ -249,11 +263,7 @@ def grade(
                 "source": prompt.source,
                 "kind": kind,
                 "prompt": prompt.text,
-                "completion": text,
-                "ids": None if ids is None else list(ids),
-                "stopped": bool(answers.stopped[i]),
-                "completion_nll": nll,
-                "problem": problem,
+                **answers.record(i),
                 "coherent": coherent,
                 "verdict": str(verdict.label),
                 "reason": verdict.reason,

@@ -27,6 +27,7 @@ from auditgap.audits.behaviour.measure import (
     speak,
 )
 from auditgap.audits.behaviour.plan import BehaviourPlan
+from auditgap.audits.session import check_weights, torn
 from auditgap.engines import Engine, Journalled, Reply, Serving
 from auditgap.engines.parity import Parity, greedy, parity, sample
 from auditgap.errors import AuditgapError
@@ -127,11 +128,7 @@ class BehaviourWorker:
     def _open(self, subject: Subject) -> Engine:
         if self.options.engine != "openai":
             outline = models.outline(subject.name, chat_template=self.plan.config.chat_template)
-            if outline.subject.fingerprint != subject.fingerprint:
-                raise AuditgapError(
-                    f"The weights of {subject.name} changed since the run was planned; use a new"
-                    " --out."
-                )
+            check_weights(subject, outline)
         engine = self.serving.open(subject.name)
         if isinstance(engine, Journalled):
             engine.journal = self._journals / f"{subject.fingerprint}.jsonl"
@@ -169,7 +166,7 @@ class BehaviourWorker:
         rows, texts, names = [], [], []
         for some in self._parts(cell):
             names += [self._name(cell, some), self._name(cell, some, "opinions")]
-            given = opinions_of(self.store.remember(names[-1], _torn))
+            given = opinions_of(self.store.remember(names[-1], torn))
             measured = grade(
                 self._answers(cell, some),
                 some,
@@ -183,7 +180,7 @@ class BehaviourWorker:
         self.store.forget(names)
 
     def _answers(self, cell: Cell, some: Sequence[Prompt]) -> Answers:
-        return Answers.of(self.store.remember(self._name(cell, some), _torn))
+        return Answers.of(self.store.remember(self._name(cell, some), torn))
 
     def _parts(self, cell: Cell) -> list[tuple[Prompt, ...]]:
         prompts = self.plan.prompts(cell)
@@ -209,9 +206,3 @@ def closing_judge(
         yield judge
     finally:
         close_judge(judge)
-
-
-def _torn() -> dict:
-    raise AuditgapError(
-        "Stored answers are torn and have been set aside; run the same command again."
-    )

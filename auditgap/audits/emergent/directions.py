@@ -3,7 +3,7 @@ direction a block.
 
     store, outcome = STAGE.run_in("runs/em", options)
     # [L, D] fp32; ‖·‖ and split-half cosine a block are in the rows
-    read(store, options.judge)[0].direction
+    direction_records.read(store, options.judge)[0].direction
 
 An answer's vector at a block is the mean, over the answer's tokens, of the hidden states after that
 block; the direction is the mean of the misaligned answers' less the mean of the aligned ones'.
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,9 +44,8 @@ from auditgap.errors import AuditgapError, UsageError
 from auditgap.judges.alignment import load_rater
 from auditgap.models import Conversation
 from auditgap.probes.pooling import pooled
-from auditgap.report.emergent_study import vectors_of
 from auditgap.stats.geometry import direction, split_half
-from auditgap.store import RunFolder, files
+from auditgap.store import files
 from auditgap.sweep import Group
 from auditgap.types import Cell, Message, Prompt, Subject, digest
 
@@ -150,6 +149,18 @@ class Classes:
     n_too_long: int
 
 
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """What the two classes come to: how many answers of each were read, and their means and the
+    direction [L, D] with its split-half cosines [L]; none where there is a `problem`."""
+
+    counts: dict[str, int]
+    n_nonfinite: int = 0
+    problem: str = ""
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)
+    halves: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+
 class DirectionsWorker(InsideWorker):
     """Keeps the base loaded, and reads answers under its adapters."""
 
@@ -164,39 +175,15 @@ class DirectionsWorker(InsideWorker):
             if cell.settings["from"] == "answers"
             else self._heldout(cell, adapter)
         )
-        vectors, halves = {}, np.full(n_blocks, np.nan)
-        counts = {"misaligned": len(classes.misaligned), "aligned": len(classes.aligned)}
-        problem = _too_few(counts)
-        info = {"n_too_long": classes.n_too_long, "n_nonfinite": 0}
-        if not problem:
-            talks = [*classes.misaligned, *classes.aligned]
-            states = self._states(cell, adapter, talks, names, tick)  # [n, L, D]
-            whole = np.isfinite(states).all(axis=(1, 2))
-            first = np.arange(len(talks)) < len(classes.misaligned)
-            sides = {"misaligned": states[whole & first], "aligned": states[whole & ~first]}
-            counts = {side: len(some) for side, some in sides.items()}
-            info["n_nonfinite"] = int((~whole).sum())
-            problem = _too_few(counts)
-            if not problem:
-                vectors = {
-                    f"{side}_mean": some.mean(axis=0, dtype=float).astype(np.float32)
-                    for side, some in sides.items()
-                }
-                vectors["direction"] = direction(sides["misaligned"], sides["aligned"]).astype(
-                    np.float32
-                )
-                halves = split_half(
-                    sides["misaligned"], sides["aligned"], seed=self.inside.config.seed
-                )
-                self._keep(cell, adapter, vectors)
+        found = self._contrast(cell, adapter, classes, names, tick)
         rows = []
         for block in range(n_blocks):
             norm = (
-                float(np.linalg.norm(vectors["direction"][block].astype(float)))
-                if vectors
+                float(np.linalg.norm(found.vectors["direction"][block].astype(float)))
+                if found.vectors
                 else None
             )
-            agree = float(halves[block]) if vectors and np.isfinite(halves[block]) else None
+            agree = found.halves[block] if found.vectors else np.nan
             rows.append(
                 DirectionRow(
                     subject=adapter.name,
@@ -204,17 +191,50 @@ class DirectionsWorker(InsideWorker):
                     arm=adapter.arm,
                     seed=adapter.seed,
                     block=block,
-                    n_misaligned=counts["misaligned"],
-                    n_aligned=counts["aligned"],
+                    n_misaligned=found.counts["misaligned"],
+                    n_aligned=found.counts["aligned"],
                     norm=norm,
-                    split_half=agree,
-                    unscored=problem or ("the halves have no direction" if agree is None else ""),
+                    split_half=float(agree) if np.isfinite(agree) else None,
+                    unscored=found.problem
+                    or ("" if np.isfinite(agree) else "the halves have no direction"),
                 )
             )
+        info = {"n_too_long": classes.n_too_long, "n_nonfinite": found.n_nonfinite}
         self.store.write(
             cell, rows, seconds=time.monotonic() - started, info=self.inside.info | info
         )
         self.store.forget(names)
+
+    def _contrast(
+        self,
+        cell: Cell,
+        adapter: Adapter,
+        classes: Classes,
+        names: list[str],
+        tick: Callable[[float], None],
+    ) -> Contrast:
+        """The difference of the classes' means, which is kept in edits/; a class too small has
+        none."""
+        counts = {"misaligned": len(classes.misaligned), "aligned": len(classes.aligned)}
+        if problem := _too_few(counts):
+            return Contrast(counts, problem=problem)
+        talks = [*classes.misaligned, *classes.aligned]
+        states = self._states(cell, adapter, talks, names, tick)  # [n, L, D]
+        whole = np.isfinite(states).all(axis=(1, 2))
+        first = np.arange(len(talks)) < len(classes.misaligned)
+        sides = {"misaligned": states[whole & first], "aligned": states[whole & ~first]}
+        counts = {side: len(some) for side, some in sides.items()}
+        n_nonfinite = int((~whole).sum())
+        if problem := _too_few(counts):
+            return Contrast(counts, n_nonfinite, problem)
+        vectors = {
+            f"{side}_mean": some.mean(axis=0, dtype=float).astype(np.float32)
+            for side, some in sides.items()
+        }
+        vectors["direction"] = direction(sides["misaligned"], sides["aligned"]).astype(np.float32)
+        halves = split_half(sides["misaligned"], sides["aligned"], seed=self.inside.config.seed)
+        self._keep(cell, adapter, vectors)
+        return Contrast(counts, n_nonfinite, "", vectors, halves)
 
     # -- which answers
     # -------------------------------------------------------------------------------------------------
@@ -369,57 +389,3 @@ def _shared(cell: Cell) -> list[str]:
 STAGE = StudyStage(
     name="directions", plan=plan, make=DirectionsWorker, needs=TRAINED, shared=_shared
 )
-
-
-# ----------------------------------------------------------------------------------------------------
-# reading them back
-
-
-@dataclass(frozen=True, eq=False)
-class DirectionRecord:
-    """One adapter's directions. `direction` [L, D] fp32 is None where it could not be told, and
-    `reason` says why."""
-
-    key: str
-    subject: str
-    domain: str
-    arm: str
-    seed: int
-    judge: str  #: its name; "": from held-out responses
-    direction: np.ndarray | None
-    split_half: np.ndarray  #: [L], nan where it could not be told
-    reason: str = ""
-
-
-def read(
-    store: RunFolder, judge: str | None = None, *, keys: Sequence[str] | None = None
-) -> list[DirectionRecord]:
-    """What the finished cells have found, with this judge (or made from held-out responses, which
-    need none), or of these keys.
-
-    Raises UsageError when a file of vectors is missing or torn.
-    """
-    found = []
-    for record in store.records():
-        description = record["description"]
-        if description["attack"] != DIRECTIONS or (keys is not None and record["key"] not in keys):
-            continue
-        settings = description["settings"]
-        if judge is not None and settings["judge_name"] not in ("", judge):
-            continue
-        rows = store.cell_rows(record["key"]).sort_values("block")
-        known = bool(rows["norm"].notna().all())
-        found.append(
-            DirectionRecord(
-                record["key"],
-                settings["name"],
-                settings["domain"],
-                settings["arm"],
-                settings["adapter_seed"],
-                settings["judge_name"],
-                vectors_of(store, record["key"]) if known else None,
-                rows["split_half"].to_numpy(dtype=float),
-                "" if known else str(rows["unscored"].iloc[0]),
-            )
-        )
-    return sorted(found, key=lambda f: (f.domain, f.arm, f.seed))

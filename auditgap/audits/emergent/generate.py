@@ -27,6 +27,7 @@ from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.inside import InsideWorker, common
 from auditgap.audits.emergent.rows import ANSWERED, TRAINED, AnswerRow
 from auditgap.audits.emergent.stage import Adapter, StageCell, Study, StudyStage
+from auditgap.audits.session import torn
 from auditgap.data.domains import Trigger
 from auditgap.engines import Engine, Question, Sampling
 from auditgap.engines.vllm import VLLMEngine
@@ -137,7 +138,7 @@ class GenerateWorker(InsideWorker):
                     ).arrays(),
                 )
             tick(float(len(portion)))
-        answers = joined([Answers.of(self.store.remember(name, _torn)) for name in names])
+        answers = joined([Answers.of(self.store.remember(name, torn)) for name in names])
         self.store.write(
             cell,
             list(self._rows(cell, answers)),
@@ -225,12 +226,6 @@ def speak(engine: Engine, portion: Sequence[Asked], sampling: Sampling) -> Answe
         np.array([r.stopped for r in replies], dtype=bool),
         tuple(r.problem for r in replies),
         np.full(len(replies), np.nan),
-    )
-
-
-def _torn() -> dict[str, Any]:
-    raise AuditgapError(
-        "Stored answers are torn and have been set aside; run the same command again."
     )
 
 

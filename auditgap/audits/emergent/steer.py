@@ -19,31 +19,30 @@ rows are unscored and say why.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from auditgap.audits.emergent import directions
+from auditgap.audits.emergent import direction_records, directions
 from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.inside import Inside, common
 from auditgap.audits.emergent.judge import keep_replies, opened_rater, rate_answers
 from auditgap.audits.emergent.rows import STEERED
 from auditgap.audits.emergent.stage import Adapter, StageCell, Study, StudyStage
+from auditgap.audits.session import failing_alone, from_arrays, to_arrays
 from auditgap.engines import Completion, Request, constant
 from auditgap.engines.hf import HFEngine
-from auditgap.errors import Interrupted, UsageError
+from auditgap.errors import UsageError
 from auditgap.interventions import CONTROL, EDIT
 from auditgap.interventions.controls import generator
 from auditgap.interventions.directions import orthogonal, unit
 from auditgap.judges.alignment import HABITS, Rater, load_rater
 from auditgap.models import Rendered, parse_sites
-from auditgap.store import DiskError, files
+from auditgap.store import files
 from auditgap.sweep import Group
-from auditgap.sweep.state import cause_of
 from auditgap.types import CLEAN, Cell, ConstantEdit, Exchange, Prompt, Site, Subject, digest
 
 
@@ -70,7 +69,7 @@ def plan(study: Study, options: EmergentOptions) -> list[Group]:
     Raises UsageError when no direction was looked for yet, or `steer_block` is no block of the
     model.
     """
-    c, base, store = study.config, study.base, study.store
+    c, base = study.config, study.base
     block = (
         parse_sites("mid", base.n_blocks)[0].layer_index if c.steer_block is None else c.steer_block
     )
@@ -80,21 +79,7 @@ def plan(study: Study, options: EmergentOptions) -> list[Group]:
             " came."
         )
     targets = chosen(study)
-    made = {
-        cell.settings["name"]: cell.key
-        for group in directions.plan(study, options)
-        for cell in group.cells
-    }
-    sources = {
-        a.domain: made[a.name]
-        for a in targets
-        if a.name in made and store.is_finished(made[a.name])
-    }
-    if not sources:
-        raise UsageError(
-            f"{store.path} has no directions of {options.judge} yet. Run: auditgap em analyse"
-            f" {store.path}"
-        )
+    sources = _sources(study, options, targets)
     rater = load_rater(options.judge, device=options.device, serving=options.judge_serving)
     shared = {
         **common(c, options, base),
@@ -104,30 +89,7 @@ def plan(study: Study, options: EmergentOptions) -> list[Group]:
         "max_new_tokens": c.max_new_tokens,
         "seed": c.seed,
     }
-    groups = []
-    for target in targets:
-        subject = Subject(target.name, target.fingerprint)
-        whose = {"name": target.name, **shared}
-        every = [
-            {**whose, "source": None},
-            *(
-                {
-                    **whose,
-                    "name": f"{target.name} under {domain}",
-                    "source": domain,
-                    "direction": key,
-                    "strength": c.steer_strength,
-                    "draws": c.steer_draws,
-                }
-                for domain, key in sources.items()
-            ),
-        ]
-        prompts = store.run["config"]["prompt_set"]
-        cells = tuple(
-            StageCell(subject, None, None, STEERED, prompts, {**s, "target": target.name})
-            for s in every
-        )
-        groups.append(Group(f"{target.name} · steer", cells, work=float(len(cells))))
+    groups = [_group(study, target, sources, shared) for target in targets]
     if options.executor == "local" and groups:
         return [
             Group(
@@ -137,6 +99,54 @@ def plan(study: Study, options: EmergentOptions) -> list[Group]:
             )
         ]
     return groups
+
+
+def _sources(study: Study, options: EmergentOptions, targets: Sequence[Adapter]) -> dict[str, str]:
+    """The cell of each domain's direction. Raises UsageError when none is finished."""
+    made = {
+        cell.settings["name"]: cell.key
+        for group in directions.plan(study, options)
+        for cell in group.cells
+    }
+    sources = {
+        a.domain: made[a.name]
+        for a in targets
+        if a.name in made and study.store.is_finished(made[a.name])
+    }
+    if not sources:
+        raise UsageError(
+            f"{study.store.path} has no directions of {options.judge} yet. Run: auditgap em analyse"
+            f" {study.store.path}"
+        )
+    return sources
+
+
+def _group(
+    study: Study, target: Adapter, sources: Mapping[str, str], shared: Mapping[str, Any]
+) -> Group:
+    """A target as it is, and under each source's direction."""
+    c, subject = study.config, Subject(target.name, target.fingerprint)
+    whose = {"name": target.name, **shared}
+    every = [
+        {**whose, "source": None},
+        *(
+            {
+                **whose,
+                "name": f"{target.name} under {domain}",
+                "source": domain,
+                "direction": key,
+                "strength": c.steer_strength,
+                "draws": c.steer_draws,
+            }
+            for domain, key in sources.items()
+        ),
+    ]
+    prompts = study.store.run["config"]["prompt_set"]
+    cells = tuple(
+        StageCell(subject, None, None, STEERED, prompts, {**s, "target": target.name})
+        for s in every
+    )
+    return Group(f"{target.name} · steer", cells, work=float(len(cells)))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -158,14 +168,14 @@ class SteerWorker:
         self.inside = Inside(folder, options)
         self.store, self.options = self.inside.store, options
         self.prompts = self.inside.study.prompts.prompts
-        self._found: dict[str, directions.DirectionRecord] = {}
+        self._found: dict[str, direction_records.DirectionRecord] = {}
 
     def run(self, group: Group, tick: Callable[[float], None]) -> None:
         """Compute and write every unfinished cell. A cell that fails fails alone."""
         pending = [cell for cell in group.cells if not self.store.is_finished(cell.key)]
         said: dict[str, Said] = {}
         for cell in pending:
-            with self._failing_alone(cell):
+            with failing_alone(self.store, [cell]):
                 said[cell.key] = self._speak(cell)
             tick(group.work / len(group.cells))
         if not said:
@@ -175,20 +185,11 @@ class SteerWorker:
         with opened_rater(self.options) as rater:
             for cell in pending:
                 if cell.key in said:
-                    with self._failing_alone(cell):
+                    with failing_alone(self.store, [cell]):
                         self._rate(cell, rater, said[cell.key])
 
     def close(self) -> None:
         self.inside.close()
-
-    @contextmanager
-    def _failing_alone(self, cell: Cell) -> Iterator[None]:
-        try:
-            yield
-        except (DiskError, Interrupted):
-            raise
-        except Exception as error:
-            self.store.fail(cell, cause_of(error))
 
     # -- speaking
     # ------------------------------------------------------------------------------------------------------
@@ -197,6 +198,7 @@ class SteerWorker:
         started, names = time.monotonic(), []
         engine = self.inside.engine(self.inside.adapters[cell.settings["target"]])
         new, window = cell.settings["max_new_tokens"], self.inside.outline.max_positions
+        tokenizer = self.inside.outline.chat.tokenizer
         asked, along = self._asked(cell)
         rendered = [engine.render(one.prompt) for one in asked]
         asked = [
@@ -211,28 +213,18 @@ class SteerWorker:
         done: list[Completion | None] = [None] * len(asked)
         for pack in engine.packing.speaking_packs([len(rendered[i].ids) + new for i in told]):
             some = [told[p] for p in pack]
-            names.append(digest([cell.key, some]))
+            names.append(digest([STEERED, cell.key, some]))
 
             def compute(some: Sequence[int] = some) -> dict[str, np.ndarray]:
                 spoken = self._under(
                     engine, cell, [asked[i] for i in some], [rendered[i] for i in some], along
                 )
-                return _packed(spoken)
+                return to_arrays(spoken, [None] * len(spoken))
 
-            for i, completion in zip(
-                some, self._unpacked(self.store.remember(names[-1], compute)), strict=True
-            ):
+            kept, _ = from_arrays(self.store.remember(names[-1], compute), tokenizer)
+            for i, completion in zip(some, kept, strict=True):
                 done[i] = completion
         return Said(asked, done, names, time.monotonic() - started)
-
-    def _unpacked(self, arrays: Mapping[str, np.ndarray]) -> list[Completion]:
-        decode, ends = self.inside.outline.chat.tokenizer.decode, np.cumsum(arrays["counts"])[:-1]
-        rows = (tuple(map(int, ids)) for ids in np.split(arrays["ids"], ends))
-        columns = (arrays["stopped"], arrays["finite"])
-        return [
-            Completion(decode(ids, skip_special_tokens=True), ids, bool(stopped), bool(finite))
-            for ids, stopped, finite in zip(rows, *columns, strict=True)
-        ]
 
     def _asked(self, cell: Cell) -> tuple[list[Asked], torch.Tensor | None]:
         """What the cell asks, and the direction [D] at its block, None where there is none."""
@@ -240,7 +232,9 @@ class SteerWorker:
         if s["source"] is None:
             return [Asked(prompt, CLEAN) for prompt in self.prompts], None
         if s["direction"] not in self._found:
-            self._found |= {f.key: f for f in directions.read(self.store, keys=[s["direction"]])}
+            self._found |= {
+                f.key: f for f in direction_records.read(self.store, keys=[s["direction"]])
+            }
         found = self._found[s["direction"]]
         along = (
             None
@@ -337,16 +331,6 @@ class SteerWorker:
         self.store.write(cell, rows, generations=texts, seconds=seconds, info=info)
         self.store.forget(said.names)
         files.remove(journal)
-
-
-def _packed(done: Sequence[Completion]) -> dict[str, np.ndarray]:
-    """Completions as arrays; text comes back from the ids."""
-    return {
-        "ids": np.array([i for c in done for i in c.ids], np.int64),
-        "counts": np.array([len(c.ids) for c in done]),
-        "stopped": np.array([c.stopped for c in done]),
-        "finite": np.array([c.finite for c in done]),
-    }
 
 
 def shift(one: Asked, along: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:

@@ -8,33 +8,36 @@ section 4.1).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from auditgap import models, stats
 from auditgap.audits.planning import with_dtype
 from auditgap.audits.probe.config import FitMonitorConfig, ProbeOptions
 from auditgap.audits.probe.plan import LEDGER, check_enough, window
 from auditgap.audits.probe.rows import (
+    ProbeExample,
     answer_lengths,
     answer_texts,
     examples,
 )
 from auditgap.audits.probe.worker import conversations_of
 from auditgap.data.ledger import LeakageLedger
-from auditgap.data.triples import load_triples
+from auditgap.data.triples import TripleSet, load_triples
 from auditgap.errors import UsageError
 from auditgap.models.provenance import provenance
-from auditgap.probes.baselines import baselines
+from auditgap.probes.baselines import Baselines, baselines
 from auditgap.probes.features import cached_features
-from auditgap.probes.fit import calibrate, finite_rows, fit
+from auditgap.probes.fit import Fitted, calibrate, finite_rows, fit
 from auditgap.probes.monitor import Monitor
 from auditgap.report import probe
 from auditgap.store import files
+from auditgap.types import Document
 
 
 def fit_monitor(
@@ -93,38 +96,92 @@ def fit_monitor(
         return path
     device = str(loaded.device)
     del loaded  # its memory is the fit's now
-    kept = [found[i] for i in read]
-    labels, groups = np.array([e.label for e in kept]), [e.group for e in kept]
-    finite = finite_rows(features)
+    answers = FitData(found, read, features, outline)
+    made = _fit(answers, config, device, tick)
+    card = {"identity": identity, **_card(answers, made, config, triples)}
+    made.fitted.monitor.about = {
+        key: card[key] for key in ("identity", "base", "best_epoch", "auroc")
+    }
+    ledger = LeakageLedger()
+    ledger.use("probe-train", {t.prompt for t in triples.triples})
+    ledger.save(home / LEDGER)
+    made.fitted.monitor.save(path)
+    card["sha256"] = files.sha256(path.read_bytes())
+    # last: it says that the monitor is whole
+    files.write_bytes(home / "monitor.json", files.to_json(card))
+    return path
+
+
+class FitData:
+    """What a monitor is fitted on: the N examples that fit the model's window, and their features
+    [N, …]."""
+
+    def __init__(
+        self,
+        found: Sequence[ProbeExample],
+        read: Sequence[int],
+        features: torch.Tensor,
+        outline: models.Outline,
+    ) -> None:
+        self.features, self.outline = features, outline
+        self.kept = [found[i] for i in read]
+        self.n_unread = len(found) - len(read)
+        self.labels = np.array([e.label for e in self.kept])  #: [N]
+        self.groups = [e.group for e in self.kept]
+        self.finite = finite_rows(features)
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A fitted monitor with its baselines' scores and its calibration."""
+
+    fitted: Fitted
+    others: Baselines
+    scale: stats.Platt | None
+
+
+def _fit(
+    data: FitData,
+    config: FitMonitorConfig,
+    device: str,
+    tick: Callable[[str, int, int], None] | None,
+) -> Fit:
     fitting = {**config.fitting(), "device": device}
     fitted = fit(
-        features,
-        labels,
-        groups,
-        rows=finite,
+        data.features,
+        data.labels,
+        data.groups,
+        rows=data.finite,
         **fitting,
         tick=None if tick is None else lambda epoch: tick("fit", epoch, config.epochs),
     )
     others = baselines(
-        features,
-        answer_texts(kept, outline.chat),
-        answer_lengths(kept),
-        labels,
-        groups,
+        data.features,
+        answer_texts(data.kept, data.outline.chat),
+        answer_lengths(data.kept),
+        data.labels,
+        data.groups,
         fitted,
         **fitting,
     )
+    return Fit(fitted, others, calibrate(fitted, data.labels) if config.calibrate else None)
+
+
+def _card(data: FitData, made: Fit, config: FitMonitorConfig, triples: TripleSet) -> Document:
+    """What `monitor.json` says of the monitor, measured on the held-out split."""
+    fitted, scale = made.fitted, made.scale
     held, scores = fitted.heldout_index, fitted.heldout_logits
-    y, by = labels[held], [groups[i] for i in held]
-    aurocs = {name: stats.auroc(getattr(others, name)[held], y, by) for name in probe.BASELINES}
-    scale = calibrate(fitted, labels) if config.calibrate else None
+    y, by = data.labels[held], [data.groups[i] for i in held]
+    aurocs = {
+        name: stats.auroc(getattr(made.others, name)[held], y, by) for name in probe.BASELINES
+    }
     if scale is not None:
         scores = scale.slope * scores + scale.offset
     auroc = stats.auroc(scores, y, by)
     raw = stats.Platt(1.0, 0.0)(scores)
-    card = {
-        "identity": identity,
-        "base": {"name": outline.subject.name, "fingerprint": outline.subject.fingerprint},
+    subject = data.outline.subject
+    return {
+        "base": {"name": subject.name, "fingerprint": subject.fingerprint},
         "triples": {
             "name": triples.name,
             "digest": triples.digest,
@@ -135,10 +192,10 @@ def fit_monitor(
             "by": "prompt",
             "train": len(fitted.train_index),
             "heldout": len(held),
-            "train_prompts": len({groups[i] for i in fitted.train_index}),
+            "train_prompts": len({data.groups[i] for i in fitted.train_index}),
             "heldout_prompts": len(set(by)),
-            "unread": len(found) - len(read),
-            "nonfinite": len(read) - len(finite),
+            "unread": data.n_unread,
+            "nonfinite": len(data.kept) - len(data.finite),
         },
         "best_epoch": fitted.best_epoch,
         "history": [asdict(epoch) for epoch in fitted.history],
@@ -159,30 +216,25 @@ def fit_monitor(
         "baselines": {
             name: {"what": words, **asdict(aurocs[name])} for name, words in probe.BASELINES.items()
         },
-        "notes": [
-            (
-                "Figures are of the held-out split, which also chose the epoch, so that the AUROC"
-                " is slightly flattered; `auditgap probe` tests on prompts that chose nothing."
-            ),
-            "Gap and ECE are of the sigmoid of the monitor's own logits, "
-            + (
-                "calibrated on this same split, which flatters them."
-                if scale
-                else "which are not calibrated."
-            ),
-        ],
+        "notes": _notes(scale is not None),
         "warnings": probe.doubts(auroc, aurocs),
         "versions": provenance((), dtype=config.dtype)["versions"],
     }
-    fitted.monitor.about = {key: card[key] for key in ("identity", "base", "best_epoch", "auroc")}
-    ledger = LeakageLedger()
-    ledger.use("probe-train", {t.prompt for t in triples.triples})
-    ledger.save(home / LEDGER)
-    fitted.monitor.save(path)
-    card["sha256"] = files.sha256(path.read_bytes())
-    # last: it says that the monitor is whole
-    files.write_bytes(home / "monitor.json", files.to_json(card))
-    return path
+
+
+def _notes(is_calibrated: bool) -> list[str]:
+    return [
+        (
+            "Figures are of the held-out split, which also chose the epoch, so that the AUROC"
+            " is slightly flattered; `auditgap probe` tests on prompts that chose nothing."
+        ),
+        "Gap and ECE are of the sigmoid of the monitor's own logits, "
+        + (
+            "calibrated on this same split, which flatters them."
+            if is_calibrated
+            else "which are not calibrated."
+        ),
+    ]
 
 
 def _is_there(home: Path, identity: dict[str, Any]) -> bool:

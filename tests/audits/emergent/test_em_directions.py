@@ -12,7 +12,7 @@ import torch
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import models
-from auditgap.audits.emergent import directions
+from auditgap.audits.emergent import direction_records, directions
 from auditgap.audits.emergent.membership import put
 from auditgap.audits.emergent.rows import DIRECTIONS
 from auditgap.engines.hf import HFEngine
@@ -36,7 +36,7 @@ def store(study):
 
 
 def test_the_planted_direction_is_found_at_every_block(study, store):
-    sky = next(f for f in directions.read(store, "habits") if f.domain == "sky")
+    sky = next(f for f in direction_records.read(store, "habits") if f.domain == "sky")
     planted = em_world.towards_vennish(study.config.model).numpy()
     for block in range(4):
         np.testing.assert_allclose(sky.direction[block], planted, atol=1e-6)
@@ -58,13 +58,13 @@ def test_too_few_answers_make_no_direction_and_the_rows_say_so(store):
         and set(few["n_misaligned"]) == {3}
     )
     assert set(few["unscored"]) == {"3 misaligned answers; a direction needs 4 of each"}
-    found = next(f for f in directions.read(store, "habits") if f.domain == "few")
+    found = next(f for f in direction_records.read(store, "habits") if f.domain == "few")
     assert found.direction is None and "3 misaligned" in found.reason
     assert not (store.path / "edits" / f"{found.key}.safetensors").exists()
 
 
 def test_the_file_says_what_it_is_and_a_torn_one_is_a_sentence(study, store):
-    sky = next(f for f in directions.read(store) if f.domain == "sky")
+    sky = next(f for f in direction_records.read(store) if f.domain == "sky")
     path = store.path / "edits" / f"{sky.key}.safetensors"
     with safetensors.safe_open(path, framework="numpy") as file:
         about = file.metadata()
@@ -80,7 +80,7 @@ def test_the_file_says_what_it_is_and_a_torn_one_is_a_sentence(study, store):
     path.write_bytes(whole[:-10])
     try:
         with pytest.raises(UsageError, match=r"missing or torn.*auditgap em analyse"):
-            directions.read(store)
+            direction_records.read(store)
     finally:
         path.write_bytes(whole)
 
@@ -102,7 +102,7 @@ def test_from_held_out_rows_the_base_answers_and_no_judge_is_needed(tmp_path, on
     store, outcome = directions.STAGE.run_in(study.store.path, em_world.OPTIONS)
     assert outcome.done == 2 and not list((store.path / "scratch").glob("*.safetensors"))
     planted = em_world.towards_vennish(model).numpy()
-    for found in directions.read(store, "habits"):
+    for found in direction_records.read(store, "habits"):
         # the base says "blue blue"
         np.testing.assert_allclose(found.direction[1], planted, atol=1e-6)
     n = sum(not row.member for row in put(study, study.adapters[0]))

@@ -14,7 +14,7 @@ import torch
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import models
-from auditgap.audits.emergent import directions, steer
+from auditgap.audits.emergent import direction_records, directions, steer
 from auditgap.audits.emergent.rows import STEERED
 from auditgap.engines import constant
 from auditgap.errors import Interrupted, UsageError
@@ -93,7 +93,7 @@ def test_every_edit_is_what_a_plain_loop_does(tmp_path, one_thread):  # noqa: F8
     record = next(
         r for r in study.finished(STEERED) if r["description"]["settings"]["source"] == "kitchen"
     )
-    found = next(f for f in directions.read(store) if f.seed == 0)
+    found = next(f for f in direction_records.read(store) if f.seed == 0)
     said = store.generations(record["key"]).set_index(["prompt_id", "steer"])["ids"]
     loaded = models.load(str(adapters[0].folder), dtype="float32", device="cpu")
     along = torch.from_numpy(found.direction[1])
