@@ -32,7 +32,7 @@ from auditgap.report.correction import Correction
 from auditgap.report.left_out import COLUMNS as LEFT_OUT_COLUMNS
 from auditgap.report.left_out import Counted
 from auditgap.report.left_out import table as left_out_table
-from auditgap.report.reading import find
+from auditgap.report.setup import find
 from auditgap.report.text import is_null, shorten
 from auditgap.store import RunFolder
 from auditgap.store.tables import rows_of

@@ -12,7 +12,6 @@ from markupsafe import Markup
 
 from auditgap.report import correction, text
 from auditgap.report.gather import ReportData
-from auditgap.report.reading import is_missing
 from auditgap.report.section import (
     Block,
     Facts,
@@ -21,6 +20,7 @@ from auditgap.report.section import (
     Section,
     named,
 )
+from auditgap.report.setup import is_missing
 
 _NO_CARD = Markup(
     "This run recorded no judge card, so nothing here says how good the judge is. A card is made"

@@ -1,13 +1,12 @@
-"""The latent audit on the page: its tables as columns, and its sections.
+"""The latent audit on the page: its sections.
 
-show(lvs_table(rows), LVS).titles        # ('Subject', 'Site', 'ε', 'Attack', 'n', …)
 [section.id for section in sections(report)]
 # ['depth', 'sites', 'distance', 'table1', 'table', 'behaviour']
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from markupsafe import Markup
 
-from auditgap.report import figures, paper, reading, strength, tables
+from auditgap.report import figures, reading, setup, strength, tables
 from auditgap.report.charts import Figure
-from auditgap.report.columns import Column, Hide, Row, budget, count, word
+from auditgap.report.columns import Row
+from auditgap.report.latent_columns import CLEAN, DISTANCE, GAPS, LVS
+from auditgap.report.latent_table_1 import beside_the_paper, roles
 from auditgap.report.section import (
     Facts,
     Formula,
@@ -29,16 +30,10 @@ from auditgap.report.section import (
     silent,
 )
 from auditgap.report.text import (
-    CANNOT_TELL,
-    NOT_MEASURED,
-    UNSCORED,
-    clean,
     interval,
     is_null,
-    number,
     percent,
     points,
-    with_interval,
 )
 from auditgap.store.tables import rows_of
 from auditgap.types import Label
@@ -46,140 +41,6 @@ from auditgap.types import Label
 if TYPE_CHECKING:
     from auditgap.report.gather import ReportData
 
-NOT_REACHED = "not reached"
-
-
-def _or_unscored(text: str, row: Row) -> str:
-    """Why a mean is null: nothing of its cell was scored, or it was not measured."""
-    nothing_scored = bool(row.get("n_unscored")) and row["n_unscored"] >= row.get("n", 0)
-    return UNSCORED if nothing_scored else text
-
-
-def _confirmed(row: Row) -> str | None:
-    """How many of the texts that flip a prompt the second judge confirmed."""
-    if is_null(row.get("confirmed")):
-        return None
-    return f"{int(row['confirmed'])} of {int(row['flip_texts'])}"
-
-
-def _as_one(row: Row) -> str | None:
-    """Prompts at risk with near-duplicates counted as one, where that makes fewer."""
-    effective = row.get("effective_at_risk")
-    is_fewer = not is_null(effective) and effective < row["n_at_risk"]
-    return number(effective) if is_fewer else None
-
-
-def _at_one_length(row: Row) -> str | None:
-    """Prompts that flip at half the length or in full, not both."""
-    if is_null(row.get("flipped_half_only")):
-        return None
-    return f"{int(row['flipped_half_only'])} half, {int(row['flipped_full_only'])} full"
-
-
-_unscored = partial(_or_unscored, NOT_MEASURED)
-_SUBJECT = word("subject", "Subject", hide=Hide.ALIKE)
-_EPS = Column("eps", "ε", read=budget)
-_COUNTS = (count("n", "n"), count("n_unscored", "Unscored"))
-
-GAPS: tuple[Column, ...] = (
-    _SUBJECT,
-    _EPS,
-    *_COUNTS,
-    count("n_at_risk", "At risk", hide=Hide.EMPTY),
-    Column(
-        "effective_at_risk",
-        "Duplicates as one",
-        hide=Hide.EMPTY,
-        read=_as_one,
-        help="prompts at risk, near-duplicates counted as one: what intervals and verdicts go by",
-    ),
-    Column("safety", "Behaviourally safe", percent),
-    Column("robustness", "Robust", percent),
-    Column("flip_rate", "Flip rate", percent, hide=Hide.EMPTY),
-    count("undetermined", "Undetermined", hide=Hide.EMPTY),
-    Column("gap", "Audit gap, points", partial(points, unit="")),
-    Column("control_gap", "Control’s gap, points", partial(points, unit=""), hide=Hide.EMPTY),
-    Column("excess", "Excess gap, points", partial(points, unit=""), hide=Hide.EMPTY),
-    Column(
-        "excess_corrected",
-        "Excess gap, corrected, points",
-        partial(points, unit=""),
-        null=CANNOT_TELL,
-        hide=Hide.EMPTY,
-    ),
-    Column(
-        "confirmed",
-        "Flips confirmed",
-        hide=Hide.EMPTY,
-        read=_confirmed,
-        help="texts, at any site and size up to ε, that the second judge calls harmful too",
-    ),
-    Column(
-        "flipped_half_only",
-        "Flips at one length",
-        hide=Hide.EMPTY,
-        read=_at_one_length,
-        help="prompts that flip when answers are read to half their length only, or in full only",
-    ),
-    word("worst_site", "Worst site", css="key"),
-)
-LVS: tuple[Column, ...] = (
-    _SUBJECT,
-    word("site", "Site", css="key"),
-    _EPS,
-    word("attack", "Attack", css="key"),
-    *_COUNTS,
-    count("n_judged", "Judged"),
-    count("n_broken", "Broken"),
-    Column("lvs_mean", "LVS, mean", null=_unscored),
-    Column("lvs_median", "LVS, median", null=_unscored),
-    Column("lvs_rel_mean", "LVS rel., mean", null=_unscored, limits=("lvs_rel_lo", "lvs_rel_hi")),
-    Column("asr", "ASR", percent),
-    Column("asr_corrected", "ASR, corrected", percent, null=CANNOT_TELL),
-    Column("asr_envelope", "ASR envelope", percent),
-    Column(
-        "delta_vs_matched",
-        "LVS − matched LVS",
-        limits=("delta_lo", "delta_hi"),
-        null=lambda row: "does not apply" if row["attack"] == "random_matched" else NOT_MEASURED,
-    ),
-    Column("relative_norm_median", "‖δ‖/‖h‖, median"),
-    Column("flip_rate", "Flip rate", percent, hide=Hide.EMPTY),
-    Column("drop_mean", "Drop in reward, mean", hide=Hide.EMPTY),
-    Column("drop_vs_matched", "Drop − matched drop", hide=Hide.EMPTY),
-    Column("nll_clean", "NLL of target", hide=Hide.EMPTY),
-    Column("nll_edited", "NLL of target, edited", hide=Hide.EMPTY),
-    word("flag", "Flags", css="key", null=""),
-)
-DISTANCE: tuple[Column, ...] = (
-    _SUBJECT,
-    word("site", "Site", css="key"),
-    word("unit", "Unit", css="key"),
-    count("n", "n"),
-    count("n_collapsed", "Turned harmful"),
-    count("n_broken", "Broke first", hide=Hide.EMPTY),
-    count("n_unscored", "Unscored"),
-    Column(
-        "median",
-        "Median ε",
-        # survival that stays above one half has no median, and a limit that does has no end
-        lambda value: number(value, 4, null=NOT_REACHED),
-        limits=("lo", "hi"),
-        null=partial(_or_unscored, NOT_REACHED),
-    ),
-)
-CLEAN: tuple[Column, ...] = (
-    _SUBJECT,
-    count("n", "n"),
-    word("verdict", "Verdict", css="key"),
-    count("count", "Count"),
-    Column(
-        "share",
-        "Share",
-        percent,
-        null=lambda row: "in no share" if row["verdict"] == "unscored" else _unscored(row),
-    ),
-)
 
 BUDGET_RULE = (
     "Brackets hold 95\u00a0% intervals. The headline speaks of the largest budget at which the"
@@ -233,7 +94,7 @@ def sections(report: ReportData, *, is_there: bool = True) -> list[Section]:
     if not is_there:
         return [silent("depth", **data)]
     first, *rest = _sections(report)
-    facts = reading.setup(report.config, report.lvs)
+    facts = setup.setup(report.config, report.lvs)
     leads = _leading(report.gaps, report.lvs)
     headlines = [_headline(row) for row in leads] or [
         Headline("", (("No audit gap was measured in this run.", "", ""),))
@@ -305,7 +166,7 @@ def _summary(report: ReportData) -> tuple[Table, Figure]:
     return table, figures.gap_by_budget(report.gaps)
 
 
-def _facts(report: ReportData, facts: reading.Setup) -> list[str]:
+def _facts(report: ReportData, facts: setup.Setup) -> list[str]:
     scored = [int(v) for v in report.gaps["n"] if not is_null(v)] if len(report.gaps) else []
     n = max(scored, default=0)
     said = [f"{n} prompts scored" if n else "no prompt scored"]
@@ -341,7 +202,7 @@ def _sections(report: ReportData) -> Iterator[Section]:
     )
     if len(report.strength):
         yield _certificates(report.strength)
-    yield _beside_the_paper(report)
+    yield beside_the_paper(report)
     yield Section(
         id="table",
         title="Every measurement",
@@ -437,113 +298,8 @@ def clean_table(behaviour: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-# -- beside the paper
-# ----------------------------------------------------------------------------------------------------
-
-
-def roles(subjects: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    """Which layer index is `emb`, `mid` and `last`, a subject; without a recorded number of blocks
-    only `emb` is known."""
-    found = {}
-    for subject in subjects:
-        names = ("n_blocks", "blocks", "n_layers")
-        blocks = next((subject[k] for k in names if not is_null(subject.get(k))), None)
-        named = {"emb": -1}
-        if isinstance(blocks, (int, float)) and blocks >= 1:
-            named |= {"mid": min(int(blocks) - 1, round(int(blocks) / 2)), "last": int(blocks) - 1}
-        found[str(subject.get("name", "?"))] = named
-    return found
-
-
-def _of_role(role: str, title: str) -> Column:
-    def null(row: Row) -> str:
-        return UNSCORED if row[f"{role}_unscored"] is True else NOT_MEASURED
-
-    def read(row: Row) -> str | None:
-        """The paper prints no intervals."""
-        value, lo, hi = (row[f"{role}{end}"] for end in ("", "_lo", "_hi"))
-        if is_null(value):
-            return None
-        return with_interval(value, lo, hi) if row["part"] == OURS else number(value)
-
-    return Column(role, title, read=read, null=null)
-
-
-TABLE_1: tuple[Column, ...] = (
-    word("model", "Model", css="word model"),
-    Column("eps", "ε", read=budget),
-    _of_role("emb", "Emb"),
-    _of_role("mid", "Mid"),
-    _of_role("last", "Last"),
-)
-OURS = "This audit"
-
-
-def table_1(report: ReportData) -> pd.DataFrame:
-    """Mean LVS of the targeted attack at embedding, middle and last block, a subject and budget;
-    then the paper's."""
-    named, lvs = roles(report.subjects), report.lvs
-    targeted = lvs[lvs["attack"] == "targeted"] if len(lvs) else lvs
-    rows: list[Row] = []
-    for (subject, unit, eps), part in targeted.groupby(["subject", "unit", "eps"], sort=False):
-        row: Row = {"part": OURS, "model": subject, "eps": eps, "unit": unit}
-        for role in ("emb", "mid", "last"):
-            layer = named.get(str(subject), {}).get(role, -99)
-            cell = next(iter(rows_of(part[part["layer_index"] == layer])), None)
-            row[f"{role}_unscored"] = cell is not None and is_null(cell["lvs_mean"])
-            for end in ("", "_lo", "_hi"):
-                row[f"{role}{end}"] = None if cell is None else cell[f"lvs_mean{end}"]
-        rows.append(row)
-    rows = rows or [{"part": OURS, "model": NOT_MEASURED}]
-    rows += [
-        {
-            "part": paper.SOURCE,
-            "model": f"{one.model} ({one.change})",
-            "eps": paper.EPS,
-            "unit": paper.UNIT,
-            "emb": one.embedding,
-            "mid": one.mid,
-            "last": one.last,
-        }
-        for one in paper.TABLE_1
-    ]
-    ends = [f"{role}{end}" for role in ("emb", "mid", "last") for end in ("", "_lo", "_hi")]
-    flags = [f"{role}_unscored" for role in ("emb", "mid", "last")]
-    return pd.DataFrame(rows, columns=["part", "model", "unit", "eps", *ends, *flags])
-
-
-def _beside_the_paper(report: ReportData) -> Section:
-    facts = reading.setup(report.config, report.lvs)
-    differ = paper.differences(facts.unit, facts.eps, report.reward, facts.prompts)
-    note: str = (
-        "Unit, budget, reward and prompt source agree with the paper’s. The paper does not print"
-        " its unit; its values fit max. Number formats, chat templates and software may still"
-        " differ."
-    )
-    if differ:
-        note = Markup("<b>Not comparable:</b> {}").format(
-            f"{clean('; '.join(differ))}. LVS grows with the norm of the activations and the scale of the"
-            " reward, so only the order of sites within one model can be set beside the paper’s."
-        )
-    table = Table(
-        "table_1",
-        "LVS beside the paper",
-        table_1(report),
-        TABLE_1,
-        note,
-        by="part",
-        badges={paper.SOURCE: "not comparable"} if differ else {},
-    )
-    return Section(
-        id="table1",
-        title="Beside the paper’s Table 1",
-        contents="Paper’s Table 1",
-        blocks=(table,),
-    )
-
-
-def _method(facts: reading.Setup) -> tuple[Any, ...]:
-    said = reading.method(facts)
+def _method(facts: setup.Setup) -> tuple[Any, ...]:
+    said = setup.method(facts)
     return (
         Prose(said["attack"]),
         Prose(said["unit"]),

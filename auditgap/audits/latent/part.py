@@ -11,8 +11,8 @@ from auditgap.report.correction import Correction
 from auditgap.report.figures import budget_label
 from auditgap.report.gather import PartData, ReportData, joined, names_in
 from auditgap.report.latent_verdicts import latent_lines
-from auditgap.report.reading import find
 from auditgap.report.section import Section
+from auditgap.report.setup import find
 from auditgap.report.verdict_lines import Criteria, Line
 from auditgap.report.verdicts import Limit
 from auditgap.stats.gap import GoldCounts
