@@ -139,7 +139,7 @@ MUTANTS = (
     Mutant(
         "fingerprint_check",
         "audits/session.py",
-        "if subject.fingerprint != self.outline.subject.fingerprint:",
+        "if subject.fingerprint != outline.subject.fingerprint:",
         "if False:",
         "tests/audits/test_guards.py",
     ),

@@ -27,9 +27,10 @@ from auditgap.cli.screen import (
     say,
 )
 from auditgap.errors import PartlyFailed, UsageError
+from auditgap.types import Document
 
 if TYPE_CHECKING:
-    from auditgap.audits.grid import Grid
+    from auditgap.audits.grid import Case, Grid
 
 Config = Annotated[
     Path,
@@ -112,6 +113,19 @@ def perform(asked: Asked) -> None:
 SHOWN = 12  #: models whose place in the order is printed
 
 
+def _case_row(case: Case, guess: Document) -> Document:
+    """A case, and what it will take as far as its audit can tell."""
+    row: Document = {"case": case.name, "models": len(case.plan.outlines)}
+    if "prompts" in guess:
+        row["prompts"] = guess["prompts"]
+    row |= {"cells": len(case.plan.cells), "groups": sum(map(len, case.plan.passes))}
+    if "seconds" in guess:
+        row["seconds"] = round(guess["seconds"])
+    if "memory_bytes" in guess:
+        row["memory GB"] = round(guess["memory_bytes"] / 1e9, 1)
+    return row
+
+
 def _show(planned: Grid, repeated: Mapping[str, int], as_json: bool) -> None:
     """What was asked twice, the cases with their cost, and the order in which models are taken
     up."""
@@ -119,22 +133,7 @@ def _show(planned: Grid, repeated: Mapping[str, int], as_json: bool) -> None:
     from auditgap.sweep.progress import computing
 
     expected = cost(planned)
-    rows = [
-        {
-            "case": case.name,
-            "models": len(case.plan.outlines),
-            **({"prompts": guess["prompts"]} if "prompts" in guess else {}),
-            "cells": len(case.plan.cells),
-            "groups": sum(map(len, case.plan.passes)),
-            **({"seconds": round(guess["seconds"])} if "seconds" in guess else {}),
-            **(
-                {"memory GB": round(guess["memory_bytes"] / 1e9, 1)}
-                if "memory_bytes" in guess
-                else {}
-            ),
-        }
-        for case, guess in expected
-    ]
+    rows = [_case_row(case, guess) for case, guess in expected]
     models = order(planned)
     named = {name for case in planned.cases for name in getattr(case.config, "models", ())}
     twins = sorted(

@@ -8,8 +8,6 @@ adapters put on and off.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -20,12 +18,11 @@ import torch
 
 from auditgap import models
 from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions
-from auditgap.audits.emergent.stage import Adapter, Study
+from auditgap.audits.emergent.stage import Adapter, CellWorker, Study
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import AuditgapError
 from auditgap.models.folder import adapter_base
-from auditgap.sweep import Group
-from auditgap.types import Cell, Subject, digest
+from auditgap.types import Subject, digest
 
 
 class Inside:
@@ -122,22 +119,12 @@ class Inside:
         }
 
 
-class InsideWorker(ABC):
-    """Keeps the base loaded, for one cell after another; a subclass says how a cell is computed and
-    written (`_run`)."""
+class InsideWorker(CellWorker):
+    """Keeps the base loaded, for one cell after another."""
 
     def __init__(self, folder: str, options: EmergentOptions) -> None:
         self.inside = Inside(folder, options)
         self.store = self.inside.store
-
-    def run(self, group: Group, tick: Callable[[float], None]) -> None:
-        """Compute and write the group's cells, unless they are finished."""
-        for cell in group.cells:
-            if not self.store.is_finished(cell.key):
-                self._run(cell, tick)
-
-    @abstractmethod
-    def _run(self, cell: Cell, tick: Callable[[float], None]) -> None: ...
 
     def close(self) -> None:
         """Let go of the model; a further group loads it again."""

@@ -27,7 +27,7 @@ import numpy as np
 
 from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.rows import ANSWERED, JUDGED, UNSCORED, RatingRow
-from auditgap.audits.emergent.stage import StageCell, Study, StudyStage
+from auditgap.audits.emergent.stage import CellWorker, StageCell, Study, StudyStage
 from auditgap.errors import AuditgapError
 from auditgap.judges import Judge
 from auditgap.judges.alignment import Rated, Rater, load_rater
@@ -91,19 +91,13 @@ def note_cards(study: Study, options: EmergentOptions) -> None:
     )
 
 
-class JudgeWorker:
+class JudgeWorker(CellWorker):
     """Rates the answers of one group after another, with one rater. `folder`: of the study, by
     name."""
 
     def __init__(self, folder: str, options: EmergentOptions) -> None:
         self.store, self.options = RunFolder.load(folder), options
         self.rater = load_rater(options.judge, device=options.device, serving=options.judge_serving)
-
-    def run(self, group: Group, tick: Callable[[float], None]) -> None:
-        """Rate what is not remembered of the group's answers, and write its cells."""
-        for cell in group.cells:
-            if not self.store.is_finished(cell.key):
-                self._run(cell, tick)
 
     def close(self) -> None:
         """Let go of the judge's model; a further group opens it again."""

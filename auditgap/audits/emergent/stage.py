@@ -10,6 +10,7 @@ kind of cell, and `Audit.sweep` runs the stages in order.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -171,6 +172,22 @@ class Study:
                 f" {self.store.path}"
             )
         return found
+
+
+class CellWorker(ABC):
+    """Computes one cell of a group after another; a subclass says how a cell is computed and
+    written (`_run`)."""
+
+    store: RunFolder
+
+    def run(self, group: Group, tick: Callable[[float], None]) -> None:
+        """Compute and write the group's cells, unless they are finished."""
+        for cell in group.cells:
+            if not self.store.is_finished(cell.key):
+                self._run(cell, tick)
+
+    @abstractmethod
+    def _run(self, cell: Cell, tick: Callable[[float], None]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ import psutil
 from auditgap import models
 from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.rows import TRAINED, TrainedRow
-from auditgap.audits.emergent.stage import Adapter, StageCell, Study, StudyStage
+from auditgap.audits.emergent.stage import Adapter, CellWorker, StageCell, Study, StudyStage
 from auditgap.errors import AuditgapError
 from auditgap.store import files
 from auditgap.store.lock import holder
@@ -104,20 +104,14 @@ def cell_of(study: Study, slot: Adapter, base: models.Outline) -> StageCell:
     return StageCell(base.subject, None, None, TRAINED, digest(rows), settings)
 
 
-class TrainWorker:
+class TrainWorker(CellWorker):
     """Trains the adapters of one group after another. `folder`: of the study, by name."""
 
     def __init__(self, folder: str, options: EmergentOptions) -> None:
         self.study, self.options = Study.load(folder), options
         self.store = self.study.store
 
-    def run(self, group: Group, tick: Callable[[float], None]) -> None:
-        """Train every unfinished cell of the group and write its row."""
-        for cell in group.cells:
-            if not self.store.is_finished(cell.key):
-                self._train(cell, tick)
-
-    def _train(self, cell: Cell, tick: Callable[[float], None]) -> None:
+    def _run(self, cell: Cell, tick: Callable[[float], None]) -> None:
         started, settings = time.monotonic(), cell.settings
         slot = next(s for s in self.study.slots if s.name == settings["name"])
         rows = self.store.path / "scratch" / f"rows-{slot.folder.name}.jsonl"
