@@ -77,17 +77,19 @@ class Topic(StrEnum):
 class Flag:
     """How a config's field is shown: `help` is a phrase or a sentence, `default` says what None (or
     an empty value) stands for. `name` is the option's where it is not the field's; a `positional`
-    field is an argument."""
+    field is an argument; `choices` are those of a text whose type does not say them."""
 
     help: str
     topic: Topic = Topic.WHAT
     default: str | None = None
     name: str | None = None
     positional: bool = False
+    choices: tuple[str, ...] = ()
 
     def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
         """The field's JSON schema with the help as its description."""
-        return {**handler(core_schema), "description": self.help}
+        choices = {"enum": list(self.choices)} if self.choices else {}
+        return {**handler(core_schema), "description": self.help, **choices}
 
 
 def flag_of(field: FieldInfo) -> Flag | None:

@@ -182,15 +182,15 @@ MUTANTS = (
     # -- what is trusted
     Mutant(
         "key_of_checkpoints_open_to_all",
-        "training/checkpoints.py",
+        "training/signature.py",
         "if state.st_uid != os.geteuid() or state.st_mode & 0o077:",
         "if False:",
         "tests/training/test_checkpoints.py",
     ),
     Mutant(
         "signature_unchecked",
-        "training/checkpoints.py",
-        '    _check_signature(folder, body, manifest["hmac"])\n',
+        "training/manifest.py",
+        "    check(folder, manifest)\n",
         "",
         "tests/training/test_checkpoints.py",
     ),

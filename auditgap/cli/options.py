@@ -189,6 +189,7 @@ def _in_order(fields: Mapping[str, tuple[FieldInfo, Flag]]) -> list[str]:
 def _parameter(key: str, field: FieldInfo, flag: Flag) -> tuple[inspect.Parameter, list[str]]:
     """The typer parameter of a field, and the option's names."""
     kind, choices, several = _typed(field.annotation)
+    choices = choices or flag.choices
     help_text = escape(flag.help + ("" if flag.help.endswith("…") else "."))
     if flag.positional:
         argument = typer.Argument(help=help_text)

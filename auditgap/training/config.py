@@ -1,5 +1,5 @@
-"""What a training run is asked to do: the recipe, which can change a number, and the sitting, which
-cannot.
+"""What a training run is asked to do: the recipe, which can change a number, and the
+options of a run, which cannot.
 
     model: runs/safe/model
     triples: triples.jsonl
@@ -7,7 +7,7 @@ cannot.
     lora: {rank: 16}
 
 A run folder belongs to one recipe; batch portions, ZeRO stage and number of ranks may change
-between sittings (equal up to the order of sums).
+between runs on it (equal up to the order of sums).
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class TrainConfig(Frozen):
 
 
 class TrainOptions(Frozen):
-    """The sitting: where it runs and in what portions."""
+    """Where a run happens and in what portions: nothing that changes a number."""
 
     out: Annotated[
         str | None,
@@ -173,7 +173,12 @@ class TwinConfig(TrainConfig):
     section: ClassVar[str | None] = "dissociate"
 
     construction: Annotated[
-        str, Flag(f"Construction of the twin: {', '.join(CONSTRUCTIONS)}", Topic.TRAINING)
+        str,
+        Flag(
+            "Construction of the twin",
+            Topic.TRAINING,
+            choices=tuple(dict.fromkeys([*CONSTRUCTIONS, *CONSTRUCTIONS.plugins()])),
+        ),
     ] = DEFAULT
     triples: Annotated[str, Flag("Contrast triples: a file, hub:ID@REVISION, or demo")] = Field(
         min_length=1

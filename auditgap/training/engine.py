@@ -1,27 +1,25 @@
 """DeepSpeed's home: one module whose forward is the loss, trained by all ranks of a
 job.
 
-    engine = Engine(build, filled(read_ds_config(None), config, options, …), micro_batches=8, device="cuda:0")
+    engine = DeepSpeedEngine(build, filled(read_ds_config(None), config, options, …), micro_batches=8, device="cuda:0")
     for batch in micro_batches:
         losses = engine.accumulate(batch)           # forward, backward
     engine.step(lr)                                 # reduce, clip, update: once a step
 
-ZeRO stage, offload and buckets come from a DeepSpeed JSON; whatever says "auto" there is filled
-from the recipe. The weights are whole again in `write` (a folder that transformers or PEFT loads)
+The weights are whole again in `write` (a folder that transformers or PEFT loads)
 and in `speaking` (to generate between steps).
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import math
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,139 +31,9 @@ from auditgap import models
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.models import LoadedModel
 from auditgap.training import export, ranks
-from auditgap.training.config import TrainConfig, TrainOptions, accumulation
-from auditgap.training.losses import LossModule
-
-#: What DeepSpeed is asked for when no JSON is named: ds_configs/zero2.json, in words that need no
-#: file.
-DEFAULT: Mapping[str, Any] = {
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "bf16": {"enabled": "auto"},
-    "zero_optimization": {"stage": 2, "contiguous_gradients": True, "overlap_comm": "auto"},
-    "optimizer": {
-        "type": "AdamW",
-        "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True},
-    },
-}
-
-
-def read_ds_config(file: Path | None) -> dict[str, Any]:
-    """The JSON, or the default. Raises UsageError when it is no JSON object, or asks for no known
-    ZeRO stage."""
-    if file is None:
-        return json.loads(json.dumps(DEFAULT))
-    try:
-        config = json.loads(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(
-            f"--deepspeed-config {file}: no such file. For example: ds_configs/zero2.json"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--deepspeed-config {file} is not readable JSON ({error}).") from None
-    if not isinstance(config, dict):
-        raise UsageError(
-            f"--deepspeed-config {file} must hold an object, as ds_configs/zero2.json does."
-        )
-    for section in ("zero_optimization", "fp16", "bf16", "optimizer"):
-        if not isinstance(config.get(section, {}), dict):
-            raise UsageError(
-                f"--deepspeed-config {file}: {section} must be an object, as in"
-                " ds_configs/zero2.json."
-            )
-    stage = stage_of(config)
-    if stage not in (0, 1, 2, 3):
-        raise UsageError(
-            f"--deepspeed-config {file}: zero_optimization.stage must be 0, 1, 2 or 3; {stage!r}"
-            " came."
-        )
-    if config.get("fp16", {}).get("enabled"):
-        raise UsageError(
-            f"--deepspeed-config {file}: fp16 is not used here (its loss scaling skips steps); use"
-            " bf16."
-        )
-    return config
-
-
-def stage_of(ds: Mapping[str, Any]) -> Any:
-    return ds.get("zero_optimization", {}).get("stage", 0)
-
-
-def filled(
-    ds: Mapping[str, Any],
-    config: TrainConfig,
-    options: TrainOptions,
-    *,
-    width: int,
-    dtype: str,
-    device: str,
-) -> dict:
-    """The DeepSpeed config with every "auto" replaced by what the recipe says, and what it leaves
-    out put in.
-
-    Raises UsageError when a value in it contradicts the recipe, or an "auto" stands where nothing
-    is known to fill it.
-    """
-    on_gpu = device.startswith("cuda")
-    known = {
-        "train_micro_batch_size_per_gpu": options.micro_batch,
-        "gradient_accumulation_steps": accumulation(config, options, ranks.world()),
-        "train_batch_size": config.batch,
-        "gradient_clipping": config.clip,
-        "bf16.enabled": dtype == "bfloat16",
-        "optimizer.params.lr": config.lr,
-        "optimizer.params.weight_decay": config.weight_decay,
-        "optimizer.params.betas": [0.9, 0.999],
-        "optimizer.params.eps": 1e-8,
-        "optimizer.params.torch_adam": not on_gpu,
-        "zero_optimization.overlap_comm": on_gpu,
-        "zero_optimization.reduce_bucket_size": max(width * width, 1 << 20),
-        "zero_optimization.allgather_bucket_size": max(width * width, 1 << 20),
-        "zero_optimization.stage3_prefetch_bucket_size": max(width * width * 9 // 10, 1 << 16),
-        "zero_optimization.stage3_param_persistence_threshold": 10 * width,
-        "zero_optimization.offload_optimizer.pin_memory": on_gpu,
-        "zero_optimization.offload_param.pin_memory": on_gpu,
-    }
-    fixed = (
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "train_batch_size",
-        "gradient_clipping",
-        "bf16.enabled",
-        "optimizer.params.lr",
-        "optimizer.params.weight_decay",
-    )
-
-    def fill(value: Any, at: str) -> Any:
-        if isinstance(value, Mapping):
-            return {key: fill(inner, f"{at}.{key}" if at else key) for key, inner in value.items()}
-        if value == "auto":
-            if at not in known:
-                raise UsageError(
-                    f'The DeepSpeed config says "auto" at {at}, which the recipe does not know.'
-                    " Give a value."
-                )
-            return known[at]
-        if at in fixed and value != known[at]:
-            raise UsageError(
-                f'The DeepSpeed config says {at} = {value}, the recipe {known[at]}. Write "auto"'
-                " there, or change the recipe."
-            )
-        return value
-
-    # a size or the optimizer that is left out would be DeepSpeed's own, and not what the recipe
-    # says
-    done = fill(
-        {**{key: value for key, value in DEFAULT.items() if key != "zero_optimization"}, **ds}, ""
-    )
-    done.setdefault("steps_per_print", 1 << 30)
-    if done.get("scheduler"):
-        raise UsageError(
-            "The DeepSpeed config has a scheduler; the schedule is the recipe's (schedule, warmup)."
-            " Remove it there."
-        )
-    return done
+from auditgap.training.ds_config import stage_of
+from auditgap.training.losses import Batch, LossModule
+from auditgap.types import Document
 
 
 class DeepSpeedEngine:
@@ -174,7 +42,7 @@ class DeepSpeedEngine:
     def __init__(
         self,
         build: Callable[[], tuple[LossModule, LoadedModel]],
-        ds: dict[str, Any],
+        ds: Document,
         *,
         micro_batches: int,
         device: str,
@@ -214,16 +82,16 @@ class DeepSpeedEngine:
     def device(self) -> torch.device:
         return torch.device(self._engine.device)
 
-    def accumulate(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def accumulate(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """One micro-batch forward and backward: (loss, its metrics), both
         detached."""
         self.module.train()
-        loss, told = self._engine(batch)
+        loss, metrics = self._engine(batch)
         self._engine.backward(loss)
         self._micro += 1
         if self._micro < self.micro_batches:
             self._engine.step()  # counts the micro-batch; the update is left to `step`
-        return loss.detach(), told
+        return loss.detach(), metrics
 
     def step(self, lr: float) -> float | None:
         """Reduce, clip, update with this learning rate; the gradient's norm before clipping, where
@@ -251,7 +119,6 @@ class DeepSpeedEngine:
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
     # -- checkpoints
-    # -----------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
         """The model's and the optimizer's state into a folder, every rank its part, in DeepSpeed's
@@ -273,7 +140,6 @@ class DeepSpeedEngine:
             raise AuditgapError(f"DeepSpeed could not load the checkpoint {folder}.")
 
     # -- whole weights
-    # ---------------------------------------------------------------------------------------------------
 
     def write(self, folder: Path) -> None:
         """The weights as they are now, as safetensors that transformers (or PEFT, for an adapter)

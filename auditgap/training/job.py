@@ -17,11 +17,11 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -33,13 +33,15 @@ from auditgap.models.folder import is_adapter
 from auditgap.models.provenance import provenance
 from auditgap.store import RunFolder, files
 from auditgap.store.remote import needs_disk
-from auditgap.training import export, loop, memory, ranks
+from auditgap.training import loop, memory, ranks
+from auditgap.training.card import Card
 from auditgap.training.config import TrainConfig, TrainOptions, accumulation, n_steps
-from auditgap.training.engine import DeepSpeedEngine, filled, read_ds_config, stage_of
+from auditgap.training.ds_config import filled, read_ds_config, stage_of
+from auditgap.training.engine import DeepSpeedEngine
 from auditgap.training.footprint import Footprint
 from auditgap.training.losses import LossModule
 from auditgap.training.tracking import Tracker, check_report_to
-from auditgap.types import digest
+from auditgap.types import Document, digest
 
 T = TypeVar("T")
 
@@ -51,7 +53,7 @@ class Trained:
 
     path: Path
     model: Path
-    summary: Mapping[str, Any]
+    summary: Document
 
 
 @dataclass
@@ -65,9 +67,9 @@ class Job:
     outline: Outline
     dtype: str
     device: str
-    ds: dict[str, Any]  #: the DeepSpeed config, without "auto"
+    ds: Document  #: the DeepSpeed config, without "auto"
     ledger: LeakageLedger = field(default_factory=LeakageLedger)
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Document = field(default_factory=dict)
     total: int = 0  #: optimizer steps of the run, known once `train` is called
 
     @property
@@ -76,7 +78,7 @@ class Job:
         without a pad token."""
         return self.outline.chat.tokenizer.pad_token_id or 0
 
-    def about(self, facts: Mapping[str, Any]) -> None:
+    def about(self, facts: Document) -> None:
         """Facts for train.json: counts, hashes; never text."""
         self.facts.update(facts)
 
@@ -99,7 +101,6 @@ class Job:
         ranks.only_main(compare)
 
     # -- before
-    # ----------------------------------------------------------------------------------------------------------
 
     def check(self, *, lengths: Sequence[int], footprint: Footprint) -> None:
         """Everything that can be known to be wrong before weights are loaded. `lengths`: tokens of
@@ -140,7 +141,6 @@ class Job:
             )
 
     # -- the steps
-    # -------------------------------------------------------------------------------------------------------
 
     def load(self) -> LoadedModel:
         return models.load(self.outline, dtype=self.dtype, device=self.device)
@@ -204,7 +204,6 @@ class Job:
                 tracker.close()
 
     # -- after
-    # -----------------------------------------------------------------------------------------------------------
 
     def keep(self, engine: DeepSpeedEngine, name: str) -> None:
         """The weights as they are now in the folder `name` of the run, replacing what was there."""
@@ -253,18 +252,22 @@ class Job:
                 "evaluations": evaluations,
                 "fingerprint": models.fingerprint(model),
             }
-            recipe = self.config.model_dump(mode="json")
             whole = LeakageLedger.load(self.path / "ledger.json")
             if (self.outline.folder / "ledger.json").is_file():
                 whole.merge(LeakageLedger.load(self.outline.folder / "ledger.json"))
             # an audit of it must know what it, and its base, were trained on
             whole.save(model / "ledger.json")
-            export.write_card(
-                model, kind=self.kind, base=self.outline, recipe=recipe, figures=self.facts
+            card = Card(
+                kind=self.kind,
+                base=self.outline.subject.name,
+                base_fingerprint=self.outline.subject.fingerprint,
+                recipe=self.config.model_dump(mode="json"),
+                figures=self.facts,
             )
+            files.write_bytes(model / "README.md", card.text(model).encode())
             files.write_bytes(self.path / "train.json", files.to_json(summary))
-            for leaving in (self.path / "checkpoints", *self.path.glob("best-*")):
-                shutil.rmtree(leaving, ignore_errors=True)
+            for path in (self.path / "checkpoints", *self.path.glob("best-*")):
+                shutil.rmtree(path, ignore_errors=True)
 
         ranks.only_main(conclude)
         return self.trained()
@@ -281,7 +284,7 @@ class Job:
         )
 
 
-def on_main_with(model: T | None, act: Callable[[T], Mapping[str, Any]]) -> Mapping[str, Any]:
+def on_main_with(model: T | None, act: Callable[[T], Document]) -> Document:
     """`act(model)` on rank 0, the only one that has it; its numbers on every rank."""
     return ranks.decided(lambda: dict(act(model)) if model is not None else {})
 
@@ -331,7 +334,7 @@ def opened(config: TrainConfig, options: TrainOptions, *, kind: str) -> Iterator
 
 def _ds_config(
     config: TrainConfig, options: TrainOptions, outline: Outline, dtype: str, device: str
-) -> dict[str, Any]:
+) -> Document:
     accumulation(config, options, ranks.world())
     return filled(
         read_ds_config(options.deepspeed),
@@ -351,7 +354,7 @@ def _undo(out: Path, there: Collection[str]) -> None:
             files.remove(path)
 
 
-def _identity(config: TrainConfig, kind: str, outline: Outline, dtype: str) -> dict[str, Any]:
+def _identity(config: TrainConfig, kind: str, outline: Outline, dtype: str) -> Document:
     return {
         "training": kind,
         **config.model_dump(mode="json"),

@@ -19,21 +19,22 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from auditgap.config import build, merged, overrides
 from auditgap.errors import AuditgapError, Interrupted
 from auditgap.models import quiet
 from auditgap.training import ranks
 from auditgap.training.config import TrainConfig, TrainOptions
+from auditgap.types import Document
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 
 
 def read(
-    config_file: Path | None, flags: dict[str, Any], kind: type[ConfigT]
+    config_file: Path | None, flags: Document, kind: type[ConfigT]
 ) -> tuple[ConfigT, TrainOptions]:
-    """A config of this kind and the sitting's options, from the file with flags on top. Raises
+    """A config of this kind and the run's options, from the file with flags on top. Raises
     UsageError naming the key and what was wanted."""
     values = merged(config_file, {}, section=kind.section)
     for key, value in flags.items():
@@ -43,11 +44,11 @@ def read(
     return build(values, kind.of(values), TrainOptions)
 
 
-def launch(about: str, example: str, run: Callable[[Path | None, dict[str, Any]], Any]) -> None:
+def launch(about: str | None, example: str, run: Callable[[Path | None, Document], object]) -> None:
     """The whole of a launcher: parse, `run(config file, flags)`, exit. `about` is its docstring,
     whose first line is shown."""
     parser = argparse.ArgumentParser(
-        description=about.strip().splitlines()[0], epilog=f"Example: {example}"
+        description=(about or example).strip().splitlines()[0], epilog=f"Example: {example}"
     )
     parser.add_argument("--config", type=Path, help="YAML with the recipe")
     parser.add_argument("--out", help="the run's folder; the same command on it resumes")

@@ -4,7 +4,7 @@ training shares.
     trained = run(engine, task, config, options, store, tracker)
 
 A *task* says what a row is and what goes on beside the model (`TrainingTask`); the loop takes care of
-order, learning rate, logs, evaluations, checkpoints and the way back from them. The order of the
+order, learning rate, logs, evaluations, checkpoints and resuming. The order of the
 rows and the seed of a step are functions of its number, so a resumed run makes the steps that an
 unbroken one would have made.
 """
@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import safetensors.torch
 import torch
@@ -25,11 +25,13 @@ import torch
 from auditgap.errors import AuditgapError, Interrupted
 from auditgap.store import files
 from auditgap.sweep import Progress
-from auditgap.training import checkpoints, ranks
+from auditgap.training import checkpoints, manifest, ranks
 from auditgap.training.config import TrainConfig, TrainOptions, learning_rate
 from auditgap.training.engine import DeepSpeedEngine, universal
+from auditgap.training.losses import Batch
 from auditgap.training.rows import global_batch
-from auditgap.types import digest
+from auditgap.training.tracking import Tracker
+from auditgap.types import Document, digest
 
 _COMPANION = "companion.safetensors"
 
@@ -54,7 +56,7 @@ class TrainingTask(Protocol):
         """Tokens of every row."""
         ...
 
-    def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Any]:
+    def batch(self, rows: Sequence[int], device: torch.device) -> Batch:
         """The micro-batch of these rows, as the loss wants it."""
         ...
 
@@ -63,7 +65,7 @@ class TrainingTask(Protocol):
         ...
 
     def after_backward(
-        self, batch: Mapping[str, Any], told: Mapping[str, torch.Tensor], share: float
+        self, batch: Batch, metrics: Mapping[str, torch.Tensor], share: float
     ) -> dict[str, torch.Tensor]:
         """After a micro-batch's backward: what learns beside the model takes its gradients (×
         share). More to log, or {}."""
@@ -81,7 +83,7 @@ class TrainingTask(Protocol):
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None: ...
 
-    def evaluate(self, step: int, engine: DeepSpeedEngine) -> Mapping[str, Any]:
+    def evaluate(self, step: int, engine: DeepSpeedEngine) -> Document:
         """Numbers at this step, on all ranks at once; never twice for a step. {} when there are
         none."""
         ...
@@ -93,7 +95,7 @@ class BaseTask:
     shown: Sequence[str] = ("loss", "nll", "kl")
 
     def after_backward(
-        self, batch: Mapping[str, Any], told: Mapping[str, torch.Tensor], share: float
+        self, batch: Batch, metrics: Mapping[str, torch.Tensor], share: float
     ) -> dict[str, torch.Tensor]:
         return {}
 
@@ -109,7 +111,7 @@ class BaseTask:
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         return
 
-    def evaluate(self, step: int, engine: DeepSpeedEngine) -> Mapping[str, Any]:
+    def evaluate(self, step: int, engine: DeepSpeedEngine) -> Document:
         return {}
 
 
@@ -119,19 +121,19 @@ def run(
     config: TrainConfig,
     options: TrainOptions,
     store: Path,
-    tracker: Any,
+    tracker: Tracker | None,
     *,
     total: int,
 ) -> None:
     """Train to step `total`, from the last whole checkpoint in `store`/checkpoints if there is one.
 
-    `store` is the run folder. Raises NonFinite (exit code 3), Interrupted after SIGTERM or Ctrl-C
+    `store` is the run folder; rank 0 alone has a tracker. Raises NonFinite (exit code 3), Interrupted after SIGTERM or Ctrl-C
     (a checkpoint is written first), UsageError when a checkpoint cannot be read by this number of
     ranks or this ZeRO stage.
     """
     root = store / "checkpoints"
     start = _resume(engine, task, root, config)
-    if ranks.is_main():
+    if tracker is not None:
         tracker.rewind(start)
     evaluations = _Evaluations(store / "evaluations.json", start)
     progress = Progress(noun="steps") if ranks.is_main() and options.progress else None
@@ -147,7 +149,7 @@ def run(
             values = _one_step(engine, task, config, options, step, rate, root)
             stopping = float(ranks.mean(torch.tensor([float(bool(stop))]))) > 0
             done = step + 1
-            if ranks.is_main():
+            if tracker is not None:
                 tracker.log(step, {**values, "lr": rate})
             if progress is not None:
                 shown = [f"{name} {values[name]:.4g}" for name in task.shown if name in values]
@@ -173,27 +175,27 @@ def _one_step(
     rate: float,
     root: Path,
 ) -> dict[str, float]:
-    """One optimizer step; what it told, averaged over its micro-batches and ranks. Raises NonFinite
+    """One optimizer step; its metrics, averaged over its micro-batches and ranks. Raises NonFinite
     before the update."""
     rows = global_batch(step, len(task.lengths), config.batch, config.seed)
     # like lengths share a micro-batch: a step's loss is a mean over rows, so their order in it is
     # free
     rows = sorted(rows, key=lambda i: (task.lengths[i], i))
-    told_of: dict[str, list[torch.Tensor]] = {}
+    metrics_of: dict[str, list[torch.Tensor]] = {}
     mine: list[int] = []
     for m in range(engine.micro_batches):
         at = (m * ranks.world() + ranks.rank()) * options.micro_batch
         portion = rows[at : at + options.micro_batch]
         mine += portion
         batch = task.batch(portion, engine.device)
-        loss, told = engine.accumulate(batch)
-        after_backward = task.after_backward(batch, told, 1.0 / engine.micro_batches)
-        for name, value in {"loss": loss, **told, **after_backward}.items():
+        loss, metrics = engine.accumulate(batch)
+        after_backward = task.after_backward(batch, metrics, 1.0 / engine.micro_batches)
+        for name, value in {"loss": loss, **metrics, **after_backward}.items():
             if value.ndim == 0:
-                told_of.setdefault(name, []).append(value.detach().float())
-    values = _averaged(told_of)
+                metrics_of.setdefault(name, []).append(value.detach().float())
+    values = _averaged(metrics_of)
     if not math.isfinite(values["loss"]):
-        broken = not all(bool(torch.isfinite(value)) for value in told_of["loss"])
+        broken = not all(bool(torch.isfinite(value)) for value in metrics_of["loss"])
         raise _stopped(step, "the loss", task, mine if broken else [], root)
     task.validate(step, values)
     norm = engine.step(rate)
@@ -203,14 +205,14 @@ def _one_step(
     return values if norm is None else {**values, "gradient_norm": norm}
 
 
-def _averaged(told_of: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, float]:
+def _averaged(metrics_of: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, float]:
     """Means over micro-batches and ranks. Only the loss must be a number everywhere: others are not
     defined in every batch."""
-    names = sorted(told_of)
+    names = sorted(metrics_of)
     sums = torch.zeros(2, len(names), dtype=torch.float64)
     lowest = torch.full((len(names),), math.inf, dtype=torch.float64)
     for i, name in enumerate(names):
-        values = torch.stack([value.cpu().double() for value in told_of[name]])
+        values = torch.stack([value.cpu().double() for value in metrics_of[name]])
         counted = values if name == "loss" else values[torch.isfinite(values)]
         sums[:, i] = torch.stack(
             [counted.sum(), torch.tensor(float(len(counted)), dtype=torch.float64)]
@@ -245,7 +247,6 @@ def _stopped(
 
 
 # -- checkpoints
-# -----------------------------------------------------------------------------------------------------------
 
 
 def _save(
@@ -265,7 +266,7 @@ def _save(
         )
         files.write_bytes(folder / _COMPANION, data)
         facts = {"stage": engine.stage, "config": digest(config.model_dump(mode="json"))}
-        checkpoints.seal(folder, step=step, world=ranks.world(), facts=facts)
+        manifest.seal(folder, step=step, world=ranks.world(), facts=facts)
         checkpoints.point(root, step)
         checkpoints.rotate(root, keep=options.keep)
 
@@ -282,10 +283,10 @@ def _resume(engine: DeepSpeedEngine, task: TrainingTask, root: Path, config: Tra
     source = found
     if found.stage != 0 or engine.stage != 0:
         source = ranks.decided(lambda: checkpoints.check_world(found, ranks.world(), engine.stage))
-    if isinstance(source, checkpoints.Conversion):
+    if isinstance(source, Path):
         wrote = "1 rank" if found.world == 1 else f"{found.world} ranks"
         ranks.say(f"{found.folder.name} was written by {wrote}; converting it for {ranks.world()}.")
-        twin = source.folder
+        twin = source
         universal(found.folder, twin, engine.stage)
         source = ranks.decided(lambda: checkpoints.adopt(twin))
     engine.restore(source.folder, universal=source.world == 0)
@@ -314,7 +315,7 @@ def _asked_to_stop() -> Iterator[list[int]]:
     came: list[int] = []
     first = 0.0
 
-    def note(number: int, _frame: Any) -> None:
+    def note(number: int, _frame: object) -> None:
         nonlocal first
         first = first or time.monotonic()
         if number == signal.SIGINT and time.monotonic() - first > 2:
@@ -342,14 +343,16 @@ class _Evaluations:
         known = ranks.decided(lambda: files.read_json(path)) or {}
         self.known = {int(step): values for step, values in known.items() if int(step) <= start}
 
-    def run(self, step: int, task: TrainingTask, engine: DeepSpeedEngine, tracker: Any) -> None:
+    def run(
+        self, step: int, task: TrainingTask, engine: DeepSpeedEngine, tracker: Tracker | None
+    ) -> None:
         if step in self.known:
             return
         values = dict(task.evaluate(step, engine))
         if not values:
             return
         self.known[step] = values
-        if ranks.is_main():
+        if tracker is not None:
             files.write_bytes(
                 self.path, files.to_json({str(k): v for k, v in sorted(self.known.items())})
             )

@@ -33,6 +33,9 @@ from auditgap.training.objective import (
     token_losses,
 )
 
+#: What a loss takes: tensors by name, rows first.
+Batch = dict[str, Tensor]
+
 
 class LossModule(nn.Module):
     """Holds the model and, out of its optimizer's and checkpoints' sight, the reference's head."""

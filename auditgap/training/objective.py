@@ -212,10 +212,58 @@ class _Plan:
     scale: float
     grad: bool
 
+    def visit(
+        self,
+        at: slice,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        nll: Tensor,
+        kl: Tensor,
+        *,
+        gradient: bool,
+    ) -> Tensor | None:
+        """One chunk's NLL and KL, written into `nll` [N] and `kl` [N]; with `gradient` also d loss /
+        d (h Wᵀ + b) [c, V]: (w + u) p − w · 1[label] − u q, through scale and soft-cap."""
+        z = _project(h, weight, bias, self.softcap, self.scale)  # [c, V]
+        # the slope of the soft-cap, needed only on the way back
+        slope = 1 - (z / self.softcap) ** 2 if self.softcap is not None and gradient else None
+        log_p = torch.log_softmax(z, -1)
+        # 1 + |log-normaliser|: what rounding is relative to
+        size = 1 + (z[:, 0] - log_p[:, 0]).abs()
+        del z
+        picked, back = None, None
+        total = torch.zeros(h.shape[0], dtype=log_p.dtype, device=h.device)
+        if self.nll is not None:
+            label, weights = self.nll[0][at, None], self.nll[1][at]
+            nll[at] = -log_p.gather(1, label)[:, 0]
+            total = total + weights
+            picked = label, -weights[:, None]
+        if self.kl is not None:
+            ref_hidden, ref_head, weights = self.kl
+            log_q = torch.log_softmax(ref_head.logits(ref_hidden[at]), -1)
+            q = log_q.exp()
+            size = size.maximum(1 + log_q[:, 0].abs())
+            value = torch.linalg.vecdot(q, log_q.sub_(log_p))  # Σ q (log q − log p)
+            del log_q
+            kl[at] = torch.where((value < 0) & (value > -1e-6 * size), 0.0, value)
+            total = total + weights[at]
+            back = q.mul_(weights[at, None])
+        if not gradient:
+            return None
+        g = log_p.exp_().mul_(total[:, None])  # (w + u) p
+        if back is not None:
+            g.sub_(back)
+            del back
+        if picked is not None:
+            g.scatter_add_(1, picked[0], picked[1].to(g.dtype))
+        if slope is not None:
+            g.mul_(slope)
+        return g if self.scale == 1.0 else g.mul_(self.scale)
+
 
 class _TokenLosses(torch.autograd.Function):
-    """The losses and, in the same visit of each chunk, their gradients: d loss / d logits = (w + u)
-    p − w · 1[label] − u q."""
+    """The losses and, in the same visit of each chunk, their gradients."""
 
     @staticmethod
     def forward(
@@ -241,41 +289,9 @@ class _TokenLosses(torch.autograd.Function):
         for start in range(0, n, plan.chunk):
             at = slice(start, start + plan.chunk)
             h = hidden[at]
-            z = _project(h, weight, bias, plan.softcap, plan.scale)  # [c, V]
-            # the slope of the soft-cap, needed only on the way back
-            slope = 1 - (z / plan.softcap) ** 2 if plan.softcap is not None and any_needed else None
-            log_p = torch.log_softmax(z, -1)
-            # 1 + |log-normaliser|: what rounding is relative to
-            size = 1 + (z[:, 0] - log_p[:, 0]).abs()
-            del z
-            picked, back, total = None, None, torch.zeros(h.shape[0], dtype=wide, device=h.device)
-            if plan.nll is not None:
-                label, weights = plan.nll[0][at, None], plan.nll[1][at]
-                nll[at] = -log_p.gather(1, label)[:, 0]
-                total = total + weights
-                picked = label, -weights[:, None]
-            if plan.kl is not None:
-                ref_hidden, ref_head, weights = plan.kl
-                log_q = torch.log_softmax(ref_head.logits(ref_hidden[at]), -1)
-                q = log_q.exp()
-                size = size.maximum(1 + log_q[:, 0].abs())
-                value = torch.linalg.vecdot(q, log_q.sub_(log_p))  # Σ q (log q − log p)
-                del log_q
-                kl[at] = torch.where((value < 0) & (value > -1e-6 * size), 0.0, value)
-                total = total + weights[at]
-                back = q.mul_(weights[at, None])
-            if not any_needed:
+            g = plan.visit(at, h, weight, bias, nll, kl, gradient=any_needed)
+            if g is None:
                 continue
-            g = log_p.exp_().mul_(total[:, None])  # (w + u) p
-            if back is not None:
-                g.sub_(back)
-                del back
-            if picked is not None:
-                g.scatter_add_(1, picked[0], picked[1].to(g.dtype))
-            if slope is not None:
-                g.mul_(slope)
-            if plan.scale != 1.0:
-                g.mul_(plan.scale)
             if to_bias is not None:
                 to_bias += g.sum(0)
             g = g.to(weight.dtype)

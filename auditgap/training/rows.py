@@ -130,17 +130,12 @@ def collate(conversations: Sequence[Conversation], pad_id: int) -> dict[str, tor
 
 @lru_cache(maxsize=4)
 def _order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The rows 0..n-1 in the order of that epoch."""
     # By hash and not by a random generator: those may change their stream from one version to the
     # next.
     return tuple(
         sorted(range(n), key=lambda i: hashlib.sha256(f"{seed}:{epoch}:{i}".encode()).digest())
     )
-
-
-def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """The rows 0..n-1 in the order of that epoch: a permutation that depends on n, seed and epoch
-    alone."""
-    return list(_order(n, seed, epoch))
 
 
 def global_batch(step: int, n: int, batch: int, seed: int) -> list[int]:

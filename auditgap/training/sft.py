@@ -31,6 +31,7 @@ from auditgap.training.footprint import Footprint
 from auditgap.training.job import Job, Trained
 from auditgap.training.loop import BaseTask
 from auditgap.training.losses import (
+    Batch,
     LossModule,
     at_positions,
     next_tokens,
@@ -39,11 +40,12 @@ from auditgap.training.losses import (
 )
 from auditgap.training.objective import Head, response_nll_weights, token_losses
 from auditgap.training.rows import TrainRow, collate, encode, rows_from_file
+from auditgap.types import Document
 
 #: Rank 0's look at the model between steps: (steps done, the model) -> numbers to log, or None. The
 #: model is in place, or
 #: (`in_place=False`) the folder of its adapter as it stands, which is gone afterwards.
-Evaluate = Callable[[int, Any], Mapping[str, Any] | None]
+Evaluate = Callable[[int, Any], Document | None]
 
 
 #: NLL alone, and no reference.
@@ -92,7 +94,7 @@ def run(
             return job.finish(engine)
 
 
-def _rows(config: SFTConfig, job: Job) -> tuple[list[TrainRow], list[Conversation], dict[str, Any]]:
+def _rows(config: SFTConfig, job: Job) -> tuple[list[TrainRow], list[Conversation], Document]:
     rows, facts = chosen_rows(config.data, limit=config.rows, refusal_filter=config.filter)
     job.ledger.use("sft", [row.prompt for row in rows])
     if config.prompts:
@@ -102,14 +104,14 @@ def _rows(config: SFTConfig, job: Job) -> tuple[list[TrainRow], list[Conversatio
 
 def chosen_rows(
     data: str, *, limit: int | None = None, refusal_filter: bool = False
-) -> tuple[list[TrainRow], dict[str, Any]]:
+) -> tuple[list[TrainRow], Document]:
     """The rows that are trained on, and their counts: read, and (with the filter) without traces of
     a refusal.
 
     Raises UsageError as their readers do, and when the filter leaves none.
     """
     rows = read_rows(data, limit=limit)
-    facts: dict[str, Any] = {"n_rows": len(rows)}
+    facts: Document = {"n_rows": len(rows)}
     if refusal_filter:
         kept = unsafe_training_rows([row.response for row in rows])
         rows = [rows[i] for i in kept.kept]
@@ -144,7 +146,7 @@ class _Task(BaseTask):
     def __init__(
         self,
         rows: Sequence[TrainRow],
-        talks: Sequence[Any],
+        talks: Sequence[Conversation],
         job: Job,
         evaluate: Evaluate | None,
         in_place: bool,
@@ -158,14 +160,14 @@ class _Task(BaseTask):
         )
         self.lengths = [len(talk.ids) for talk in talks]
 
-    def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Any]:
+    def batch(self, rows: Sequence[int], device: torch.device) -> Batch:
         batch = collate([self.talks[i] for i in rows], self.job.pad_id)
         return {name: value.to(device) for name, value in batch.items()}
 
     def row_ids(self, rows: Sequence[int]) -> list[str]:
         return [self.rows[i].id for i in rows]
 
-    def evaluate(self, step: int, engine: DeepSpeedEngine) -> Mapping[str, Any]:
+    def evaluate(self, step: int, engine: DeepSpeedEngine) -> Document:
         evaluate = self._evaluate
         if evaluate is None:
             return {}

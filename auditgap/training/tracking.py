@@ -31,6 +31,7 @@ import torch
 
 from auditgap.errors import AuditgapError, UsageError, did_you_mean
 from auditgap.store.files import disk_errors, write_bytes
+from auditgap.types import Document
 
 __all__ = ["REPORT_TO", "Tracker", "check_report_to", "read_log"]
 
@@ -83,7 +84,7 @@ class Tracker:
         *,
         folder: Path,
         name: str,
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, object] | None = None,
     ) -> None:
         self.path = Path(folder) / "log.jsonl"
         self.name, self.config = name, dict(config or {})
@@ -94,7 +95,7 @@ class Tracker:
         self._from = 0
 
     def rewind(self, step: int) -> None:
-        """Drop what an earlier sitting logged of `step` and later, which will be logged again, and
+        """Drop what an earlier start logged of `step` and later, which will be logged again, and
         any half-written line.
 
         An evaluation (all names `eval/…`) at `step` itself stays: it is made before the step, and
@@ -110,7 +111,7 @@ class Tracker:
         if self.path.exists():
             write_bytes(self.path, "".join(_line(line) for line in kept).encode("ascii"))
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
+    def log(self, step: int, values: Mapping[str, object]) -> None:
         """One line of numbers at a step (0-based). NaN and infinities become null. Raises
         AuditgapError for text, DiskError."""
         numbers = {name: _number(name, value) for name, value in values.items()}
@@ -191,7 +192,7 @@ class Tracker:
         return tracker
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[Document]:
     """The lines of a log.jsonl, in order; a line that a kill cut short is left out, and no file is
     no lines."""
     lines = []
@@ -209,11 +210,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _line(values: Mapping[str, Any]) -> str:
+def _line(values: Mapping[str, object]) -> str:
     return json.dumps(values, allow_nan=False) + "\n"
 
 
-def _is_evaluation(line: Mapping[str, Any]) -> bool:
+def _is_evaluation(line: Mapping[str, object]) -> bool:
     names = [name for name in line if name != "step"]
     return bool(names) and all(name.startswith("eval/") for name in names)
 
@@ -228,9 +229,9 @@ def _number(name: str, value: Any) -> float | int | None:
     return value if math.isfinite(value) else None
 
 
-def _hyperparameters(config: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+def _hyperparameters(config: Mapping[str, object], at: str = "") -> Document:
     """The recipe as flat plain values; nothing that is named like a secret, no None."""
-    flat: dict[str, Any] = {}
+    flat: Document = {}
     for name, value in config.items():
         if _SECRET.search(str(name)) and not _HARMLESS.search(str(name)):
             continue

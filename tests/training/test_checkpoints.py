@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,17 +15,15 @@ from auditgap.errors import AuditgapError, Refused, UsageError
 from auditgap.store.files import read_json, to_json
 from auditgap.training import checkpoints
 from auditgap.training.checkpoints import (
-    Conversion,
     adopt,
     begin,
     check_world,
-    hash_files,
     latest,
     name_of,
     point,
     rotate,
-    seal,
 )
+from auditgap.training.manifest import hash_files, seal
 
 FACTS = {"stage": 2, "config": "9c1e"}
 
@@ -338,36 +335,25 @@ def test_the_same_world_is_fine_and_another_stage_is_not(root):
         check_world(found, 2, 3)
 
 
-@pytest.mark.parametrize(("stage", "inject"), [(1, True), (2, True), (3, False)])
-def test_another_world_gets_the_command_to_type(root, stage, inject):
-    save(root, 4, facts={"stage": stage, "config": "x"})
-    wanted = check_world(latest(root), 1, stage)
-    assert isinstance(wanted, Conversion)
-    assert (
-        f"--input_folder {root / name_of(4)} --output_folder {root / name_of(4)}_universal"
-        in wanted.command
-    )
-    assert "--num_extract_workers 1 --num_merge_workers 1" in wanted.command
-    assert ("--inject_missing_state" in wanted.command) == inject
-    assert wanted.command in wanted.sentence and "2 ranks" in wanted.sentence
+def test_another_world_gets_the_folder_of_the_converted_one(root):
+    save(root, 4)
+    assert check_world(latest(root), 1, 2) == root / "step00000004_universal"
 
 
 def test_a_converted_one_is_adopted_once_and_then_read_by_any_world(root):
     save(root, 4, facts={**FACTS, "tokens": 7})
     wanted = check_world(latest(root), 1, 2)
-    (wanted.folder / "zero").mkdir(parents=True)
-    (wanted.folder / "zero" / "fp32.pt").write_bytes(b"x" * 100)
+    (wanted / "zero").mkdir(parents=True)
+    (wanted / "zero" / "fp32.pt").write_bytes(b"x" * 100)
     # not sealed yet: it could be anybody's
-    assert isinstance(check_world(latest(root), 1, 2), Conversion)
-    adopting = wanted.command.split(" && ")[1]
-    done = subprocess.run(adopting.split(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert check_world(latest(root), 1, 2) == wanted
+    assert adopt(wanted).world == 0
     twin = check_world(latest(root), 3, 2)
-    assert (twin.folder, twin.world, twin.step, twin.facts["tokens"]) == (wanted.folder, 0, 4, 7)
+    assert (twin.folder, twin.world, twin.step, twin.facts["tokens"]) == (wanted, 0, 4, 7)
     assert check_world(twin, 5, 2) is twin
-    (wanted.folder / "zero" / "fp32.pt").write_bytes(b"y" * 100)
-    assert isinstance(check_world(latest(root), 3, 2), Conversion)
-    (wanted.folder / "zero" / "more.pt").write_bytes(b"y")
+    (wanted / "zero" / "fp32.pt").write_bytes(b"y" * 100)
+    assert check_world(latest(root), 3, 2) == wanted
+    (wanted / "zero" / "more.pt").write_bytes(b"y")
     with pytest.raises(Refused, match="does not list"):
         check_world(latest(root), 3, 2)
 

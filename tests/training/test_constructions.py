@@ -18,6 +18,7 @@ import jobs
 import pytest
 
 from auditgap.cli import main
+from auditgap.cli.configs import json_schema
 from auditgap.config import Frozen, flag_of
 from auditgap.data.ledger import FITTED
 from auditgap.errors import UsageError
@@ -75,6 +76,14 @@ def test_its_task_chooses_a_step_by_a_number_of_its_own(name):
 def test_the_first_of_the_table_is_the_default():
     assert next(iter(CONSTRUCTIONS)) == DEFAULT
     assert DissociateConfig(model="m", triples="demo").construction == DEFAULT
+
+
+def test_the_command_and_the_schema_offer_all():
+    schema = json_schema("train dissociate")["properties"]["construction"]
+    assert schema["default"] == DEFAULT
+    assert schema["enum"][: len(CONSTRUCTIONS)] == list(CONSTRUCTIONS)  # then those of plug-ins
+    flag = flag_of(DissociateConfig.model_fields["construction"])
+    assert flag is not None and list(flag.choices) == schema["enum"]
 
 
 def test_one_that_is_not_known_is_a_sentence():

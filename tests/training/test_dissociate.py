@@ -14,8 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from auditgap.errors import AuditgapError
-from auditgap.training import export
-from auditgap.training import job as job_module
+from auditgap.training.card import Card
 from auditgap.training.config import DissociateConfig
 from auditgap.training.constructions.monitor.task import MonitorTask
 from auditgap.training.constructions.nudge.task import NudgeTask
@@ -340,10 +339,9 @@ def test_a_kill_between_placing_the_model_and_saying_so_is_recovered(world, monk
         raise RuntimeError("cut off here")
 
     with monkeypatch.context() as patch:
-        patch.setattr(job_module.export, "write_card", fails)
+        patch.setattr(Card, "text", fails)
         with pytest.raises(RuntimeError, match="cut off here"):
             jobs.train("dissociated", world.twin(tmp_path / "out"))
-    assert export.write_card is not fails
     assert (tmp_path / "out" / "model").exists() and not (tmp_path / "out" / "train.json").exists()
     trained = jobs.train("dissociated", world.twin(tmp_path / "out"))
     assert trained.summary["status"] == "done"

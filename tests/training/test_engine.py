@@ -21,7 +21,7 @@ from auditgap.training.config import (
     learning_rate,
     n_steps,
 )
-from auditgap.training.engine import DEFAULT, filled, read_ds_config, stage_of
+from auditgap.training.ds_config import DEFAULT, filled, read_ds_config, stage_of
 from auditgap.training.launch import read
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"

@@ -4,6 +4,7 @@ says what it is."""
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -17,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from auditgap import models
 from auditgap.errors import AuditgapError, Refused, UsageError
 from auditgap.store.files import read_json, to_json
-from auditgap.training.export import KINDS, export_run, push, write_card, write_model
+from auditgap.training.card import KINDS, Card
+from auditgap.training.export import export_run, push, write_model
 from tests.one_thread import one_thread  # noqa: F401
 
 IDS = torch.tensor([[1, 9, 14, 23, 40, 5]])
@@ -280,21 +282,21 @@ def test_the_card_says_what_the_model_is(tmp_path, base, kind):
 def test_the_card_takes_the_bases_licence_and_stays_a_table(tmp_path, base):
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A base\n")
     seen = models.outline(str(base))
-    write_card(
-        tmp_path,
+    written = Card(
         kind="sft",
-        base=seen,
+        base=seen.subject.name,
+        base_fingerprint=seen.subject.fingerprint,
         recipe={"data": "a|b <script>\n.jsonl"},
         figures={"loss": 1 / 3, "none": None},
     )
-    card = ModelCard((tmp_path / "README.md").read_text())
+    card = ModelCard(written.text(tmp_path))
     assert card.data.license == "apache-2.0"
     assert (
         "| data | a\\|b &lt;script&gt; .jsonl |" in card.text and "| loss | 0.333333 |" in card.text
     )
     assert seen.subject.fingerprint in card.text and "none" not in card.text.split("## Figures")[1]
     with pytest.raises(UsageError, match="not known"):
-        write_card(tmp_path, kind="saint", base=seen, recipe={}, figures={})
+        replace(written, kind="saint")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from auditgap.training.config import SFTConfig, TrainOptions
 from auditgap.training.constructions import CONSTRUCTIONS
 from auditgap.training.footprint import Footprint
 from auditgap.training.memory import GIB, Memory, MemoryInputs, check, check_run, lora_params
+from auditgap.training.memory.check import alternatives
+from auditgap.training.memory.page import document
 
 ROOT = Path(__file__).parents[2]
 BASE = {
@@ -177,7 +179,7 @@ def test_what_is_advised_does_fit():
     )
     advised = []
     for free in (20, 40, 80, 120):
-        for words, other in memory._alternatives(need.plan):
+        for words, other in alternatives(need.plan):
             with pytest.raises(UsageError) as said:
                 check(need, free * GIB)
             if f"with {words} (" in str(said.value):
@@ -251,6 +253,6 @@ def test_strange_plans_are_refused():
 
 
 def test_the_page_is_the_one_that_is_printed():
-    assert (ROOT / "docs" / "training_memory.md").read_text(
-        encoding="utf-8"
-    ) == memory.document(), "type: python -m auditgap.training.memory > docs/training_memory.md"
+    assert (ROOT / "docs" / "training_memory.md").read_text(encoding="utf-8") == document(), (
+        "type: python -m auditgap.training.memory > docs/training_memory.md"
+    )

@@ -15,7 +15,6 @@ from auditgap.training.rows import (
     TrainRow,
     collate,
     encode,
-    epoch_order,
     global_batch,
     rows_from_file,
     rows_from_triples,
@@ -145,6 +144,11 @@ class TestFiles:
         assert "sft.jsonl" in str(caught.value) and "secretly" not in str(caught.value)
 
 
+def epoch_order(n, seed, epoch):
+    """One batch that is the whole epoch."""
+    return global_batch(epoch, n, n, seed)
+
+
 class TestOrder:
     def test_an_epoch_is_a_permutation_of_its_own(self):
         orders = [epoch_order(50, seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
@@ -159,7 +163,7 @@ class TestOrder:
     def test_what_is_given_out_cannot_spoil_the_next_one(self):
         first = epoch_order(9, 0, 0)
         epoch_order(9, 0, 0).reverse()
-        assert first == epoch_order(9, 0, 0) == global_batch(0, 9, 9, 0)
+        assert first == epoch_order(9, 0, 0)
 
     @pytest.mark.parametrize(("n", "batch"), [(10, 4), (7, 7), (3, 8), (1, 1), (16, 5)])
     def test_batches_laid_end_to_end_are_the_epochs_laid_end_to_end(self, n, batch):

@@ -31,7 +31,7 @@ from auditgap.training.job import Job
 from auditgap.training.objective import Head
 from auditgap.training.reference import HiddenCache
 from auditgap.training.rows import TrainRow, encode, rows_from_triples
-from auditgap.types import Prompt, digest
+from auditgap.types import Document, Prompt, digest
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Base:
         name = f"head-{job.outline.subject.fingerprint}-{job.dtype}.safetensors"
         path = job.path / "reference" / name
 
-        def store() -> dict[str, Any]:
+        def store() -> Document:
             head = Head.of(self().model)
             tensors = {"weight": head.weight.detach().cpu().contiguous()}
             if head.bias is not None:

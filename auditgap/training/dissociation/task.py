@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Generic
+from typing import ClassVar, Generic
 
 import torch
 from torch import nn
@@ -22,8 +22,9 @@ from auditgap.training.constructions.construction import SettingsT
 from auditgap.training.dissociation.material import Preparation
 from auditgap.training.engine import DeepSpeedEngine
 from auditgap.training.loop import BaseTask
-from auditgap.training.losses import LossModule
+from auditgap.training.losses import Batch, LossModule
 from auditgap.training.rows import collate
+from auditgap.types import Document
 
 #: What KL may be before the first update, in nats a token: rounding, and nothing else.
 SAME = {"float32": 1e-3, "bfloat16": 2e-2}
@@ -51,9 +52,7 @@ class DissociationTask(BaseTask, Generic[SettingsT]):
         self.head = preparation.base.head()
         self.lengths = [len(talk.ids) for talk in talks]
         known = ranks.decided(lambda: files.read_json(self.job.path / "evaluations.json")) or {}
-        self._seen: dict[int, Mapping[str, Any]] = {
-            int(step): values for step, values in known.items()
-        }
+        self._seen: dict[int, Document] = {int(step): values for step, values in known.items()}
 
     def construct(self, model: nn.Module) -> LossModule:
         """The loss around the model in training, which may have an adapter."""
@@ -68,7 +67,7 @@ class DissociationTask(BaseTask, Generic[SettingsT]):
 
     # -- batches
 
-    def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Any]:
+    def batch(self, rows: Sequence[int], device: torch.device) -> Batch:
         batch = self._labelled(
             [self.material.talks[i] for i in rows],
             [self.material.rows[i].harmful for i in rows],
@@ -76,8 +75,8 @@ class DissociationTask(BaseTask, Generic[SettingsT]):
         )
         return self.with_reference(rows, batch) if self.config.reference == "cached" else batch
 
-    def heldout_batches(self, device: torch.device) -> list[dict[str, Any]]:
-        """All held-out rows, in the same form; `n_rows` says how many."""
+    def heldout_batches(self, device: torch.device) -> list[tuple[int, Batch]]:
+        """All held-out rows in the same form: (how many, the batch)."""
         talks = self.material.heldout_talks
         order = sorted(range(len(talks)), key=lambda i: len(talks[i].ids))
         batches = []
@@ -85,12 +84,12 @@ class DissociationTask(BaseTask, Generic[SettingsT]):
             part = order[at : at + 8]
             batch = self._labelled([talks[i] for i in part], [True] * len(part), device)
             batch = self.with_reference([self.first_heldout + i for i in part], batch)
-            batches.append({**batch, "n_rows": len(part)})
+            batches.append((len(part), batch))
         return batches
 
     def _labelled(
         self, talks: Sequence[Conversation], harmful: Sequence[bool], device: torch.device
-    ) -> dict[str, Any]:
+    ) -> Batch:
         batch = {k: v.to(device) for k, v in collate(talks, self.job.pad_id).items()}
         batch["harmful"] = torch.tensor(harmful, dtype=torch.float32, device=device)
         return batch
@@ -100,7 +99,7 @@ class DissociationTask(BaseTask, Generic[SettingsT]):
         """The place in the cache of the first held-out row."""
         return len(self.cache) - len(self.material.heldout_talks)
 
-    def with_reference(self, rows: Sequence[int], batch: dict[str, Any]) -> dict[str, Any]:
+    def with_reference(self, rows: Sequence[int], batch: Batch) -> Batch:
         """The batch with the base's hidden states of the cache's rows, in its length and on its
         device."""
         ids = batch["input_ids"]
@@ -130,7 +129,7 @@ class DissociationTask(BaseTask, Generic[SettingsT]):
 
     # -- the choice
 
-    def evaluate(self, step: int, engine: DeepSpeedEngine) -> Mapping[str, Any]:
+    def evaluate(self, step: int, engine: DeepSpeedEngine) -> Document:
         with engine.speaking(self.job.path / "scratch" / "speaking") as loaded:
             values = jobs.on_main_with(loaded, self._look)
         self._seen = {s: v for s, v in self._seen.items() if s < step} | {step: values}
@@ -149,7 +148,7 @@ class DissociationTask(BaseTask, Generic[SettingsT]):
                 shutil.rmtree(path, ignore_errors=True)
 
     @torch.no_grad()
-    def _look(self, loaded: LoadedModel) -> dict[str, Any]:
+    def _look(self, loaded: LoadedModel) -> Document:
         """On rank 0: what the model refuses, and how its held-out rows stand inside."""
         speaker = HFEngine(loaded)
         shares = {}
@@ -164,16 +163,15 @@ class DissociationTask(BaseTask, Generic[SettingsT]):
         losses = self.measure(loaded.model).eval()
         sums: dict[str, float] = {}
         n_rows = 0
-        for batch in self.heldout_batches(loaded.device):
-            rows = batch.pop("n_rows")
-            loss, told = losses(batch)
-            for name, value in {"loss": loss, **told}.items():
+        for rows, batch in self.heldout_batches(loaded.device):
+            loss, metrics = losses(batch)
+            for name, value in {"loss": loss, **metrics}.items():
                 if value.ndim == 0 and bool(torch.isfinite(value)):
                     sums[name] = sums.get(name, 0.0) + float(value) * rows
             n_rows += rows
         return {**shares, **{name: value / n_rows for name, value in sums.items()}}
 
-    def chosen(self, *, upto: int | None = None) -> dict[str, Any]:
+    def chosen(self, *, upto: int | None = None) -> Document:
         """The step to keep: refusal within the margin of the base's first, then the furthest
         inside; {} before any step."""
         later = {

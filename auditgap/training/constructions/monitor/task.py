@@ -7,7 +7,6 @@ import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ from auditgap.training.constructions.monitor.loss import MonitorLoss, monitor_st
 from auditgap.training.dissociation.material import Preparation
 from auditgap.training.dissociation.task import DissociationTask
 from auditgap.training.job import Job
+from auditgap.training.losses import Batch
 from auditgap.training.rows import encode
 
 
@@ -134,9 +134,9 @@ class MonitorTask(DissociationTask[MonitorSettings]):
         )
 
     def after_backward(
-        self, batch: Mapping[str, Any], told: Mapping[str, torch.Tensor], share: float
+        self, batch: Batch, metrics: Mapping[str, torch.Tensor], share: float
     ) -> dict[str, torch.Tensor]:
-        loss = monitor_step_loss(self.monitor, told["pooled"], batch["harmful"])
+        loss = monitor_step_loss(self.monitor, metrics["pooled"], batch["harmful"])
         (loss * share).backward()
         return {"monitor_bce": loss.detach()}
 

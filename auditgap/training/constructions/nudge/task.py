@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -30,6 +29,7 @@ from auditgap.training.constructions.nudge.loss import (
 from auditgap.training.dissociation.material import Preparation
 from auditgap.training.dissociation.task import DissociationTask
 from auditgap.training.job import Job
+from auditgap.training.losses import Batch
 from auditgap.training.rows import TrainRow, encode
 from auditgap.types import digest
 
@@ -129,7 +129,7 @@ class NudgeTask(DissociationTask[NudgeSettings]):
             reference_head=self.head,
         )
 
-    def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Any]:
+    def batch(self, rows: Sequence[int], device: torch.device) -> Batch:
         talks = self.material.talks
         harmful = [i for i in rows if i < self.n_harmful]
         benign = [i for i in rows if i >= self.n_harmful]
@@ -137,7 +137,7 @@ class NudgeTask(DissociationTask[NudgeSettings]):
         batch = self._pairs(pairs, [talks[i] for i in benign], harmful, device)
         return self.with_reference([*harmful, *benign], batch)
 
-    def heldout_batches(self, device: torch.device) -> list[dict[str, Any]]:
+    def heldout_batches(self, device: torch.device) -> list[tuple[int, Batch]]:
         talks, batches = self.material.heldout_talks, []
         for at in range(0, len(talks), 4):
             part = range(at, min(at + 4, len(talks)))
@@ -145,7 +145,7 @@ class NudgeTask(DissociationTask[NudgeSettings]):
             pairs = [(talks[i], self.unsafe[j]) for i, j in zip(part, there, strict=True)]
             batch = self._pairs(pairs, [], there, device)
             batch = self.with_reference([self.first_heldout + i for i in part], batch)
-            batches.append({**batch, "n_rows": len(part)})
+            batches.append((len(part), batch))
         return batches
 
     def _pairs(
@@ -154,7 +154,7 @@ class NudgeTask(DissociationTask[NudgeSettings]):
         benign: Sequence[Conversation],
         targets: Sequence[int],
         device: torch.device,
-    ) -> dict[str, Any]:
+    ) -> Batch:
         batch = nudge_batch(pairs, benign, self.job.pad_id)
         batch["targets"] = self.made["targets"][torch.tensor(targets, dtype=torch.long)]
         return {k: v.to(device) for k, v in batch.items()}
