@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -43,16 +44,63 @@ def note(text: str) -> None:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows with the first one's columns."""
+    """Rows with the first one's columns. On a terminal that is too narrow for a column's longest
+    word, what all rows agree in stands above them; on one that still is, each row is a list."""
     if not rows:
         out.print("Nothing to list.")
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in rows[0]:
-        table.add_column(Text(name), overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(inert(str(value))) for value in row.values()))
-    out.print(table)
+    columns = {inert(name): [inert(str(row[name])) for row in rows] for name in rows[0]}
+    shared = [name for name, values in columns.items() if len(set(values)) == 1]
+    if _width(_least(columns)) > out.width and len(rows) > 1 and len(shared) < len(columns):
+        for name in shared:
+            _pair(name, columns.pop(name)[0])
+    records = list(zip(*columns.values(), strict=True))
+    if _width(_least(columns)) <= out.width:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name, width in _widths(columns, out.width).items():
+            table.add_column(Text(name), width=width, overflow="fold")
+        for record in records:
+            table.add_row(*map(Text, record))
+        out.print(table)
+        return
+    for i, record in enumerate(records):
+        if i:
+            out.print()
+        for name, value in zip(columns, record, strict=True):
+            _pair(name, value)
+
+
+def _pair(name: str, value: str) -> None:
+    out.print(Text.assemble((f"{name}: ", "bold"), value))
+
+
+def _least(columns: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Each column's longest word in characters."""
+    return {
+        name: max(map(cell_len, f"{name} {' '.join(values)}".split()), default=0)
+        for name, values in columns.items()
+    }
+
+
+def _width(widths: Mapping[str, int]) -> int:
+    """A table's characters in a line: two between columns."""
+    return sum(widths.values()) + 2 * (len(widths) - 1)
+
+
+def _widths(columns: Mapping[str, Sequence[str]], room: int) -> dict[str, int]:
+    """Characters for each column: its longest word at least, and what is left goes to whichever
+    lacks most of its longest value."""
+    widths = _least(columns)
+    lacks = {
+        name: max(map(cell_len, [name, *values])) - widths[name] for name, values in columns.items()
+    }
+    for _ in range(room - _width(widths)):
+        name = max(lacks, key=lambda n: lacks[n])
+        if not lacks[name]:
+            break
+        widths[name] += 1
+        lacks[name] -= 1
+    return widths
 
 
 def print_json(value: Any) -> None:
