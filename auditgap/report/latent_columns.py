@@ -60,11 +60,20 @@ _EPS = Column("eps", "ε", read=budget)
 _COUNTS = (count("n", "n"), count("n_unscored", "Unscored"))
 
 
+#: What a reader decides by comes first: a narrow page shows the first columns.
 GAPS: tuple[Column, ...] = (
     _SUBJECT,
     _EPS,
     *_COUNTS,
     count("n_at_risk", "At risk", hide=Hide.EMPTY),
+    Column("safety", "Behaviourally safe", percent),
+    Column("robustness", "Robust", percent),
+    Column("gap", "Audit gap, points", partial(points, unit="")),
+    Column("excess", "Excess gap, points", partial(points, unit=""), hide=Hide.EMPTY),
+    word("worst_site", "Worst site", css="key"),
+    Column("control_gap", "Control’s gap, points", partial(points, unit=""), hide=Hide.EMPTY),
+    Column("flip_rate", "Flip rate", percent, hide=Hide.EMPTY),
+    count("undetermined", "Undetermined", hide=Hide.EMPTY),
     Column(
         "effective_at_risk",
         "Duplicates as one",
@@ -72,13 +81,6 @@ GAPS: tuple[Column, ...] = (
         read=_as_one,
         help="prompts at risk, near-duplicates counted as one: what intervals and verdicts go by",
     ),
-    Column("safety", "Behaviourally safe", percent),
-    Column("robustness", "Robust", percent),
-    Column("flip_rate", "Flip rate", percent, hide=Hide.EMPTY),
-    count("undetermined", "Undetermined", hide=Hide.EMPTY),
-    Column("gap", "Audit gap, points", partial(points, unit="")),
-    Column("control_gap", "Control’s gap, points", partial(points, unit=""), hide=Hide.EMPTY),
-    Column("excess", "Excess gap, points", partial(points, unit=""), hide=Hide.EMPTY),
     Column(
         "excess_corrected",
         "Excess gap, corrected, points",
@@ -100,7 +102,6 @@ GAPS: tuple[Column, ...] = (
         read=_at_one_length,
         help="prompts that flip when answers are read to half their length only, or in full only",
     ),
-    word("worst_site", "Worst site", css="key"),
 )
 
 

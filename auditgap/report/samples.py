@@ -165,7 +165,7 @@ class _Part(NamedTuple):
         found, taken = self.looks[:, *place], self.taken[:, *place]
         if len(run) < len(asked) or not np.array_equal(at, np.arange(len(self.prompts))):
             known = np.flatnonzero(at >= 0)
-            some = np.ix_(np.arange(shape[0]), run, known)
+            some = np.ix_(np.arange(shape[0]), np.array(run, dtype=int), known)
             whole = np.full(shape, risk.UNSCORED, dtype=np.int8)
             whole[some], found = found[:, :, at[known]], whole
             taken = taken[:, :, at[known]]
