@@ -126,7 +126,7 @@ def preflight(folder: Path) -> None:
             " and safetensors is wanted."
         )
     for name in (n for n in names if n.endswith(".index.json")):
-        shards = _read_json(folder / name).get("weight_map")
+        shards = read_object(folder / name).get("weight_map")
         for shard in sorted(set(shards.values())) if isinstance(shards, dict) else ():
             if (
                 not isinstance(shard, str)
@@ -141,7 +141,7 @@ def preflight(folder: Path) -> None:
     for name in _CONFIG_FILES:
         if not (folder / name).is_file():
             continue
-        config = _read_json(folder / name)
+        config = read_object(folder / name)
         asked = [key for key in _CODE_KEYS if any(_values(config, key))]
         asked += [
             key for key in _KERNEL_KEYS if any("/" in str(value) for value in _values(config, key))
@@ -154,7 +154,7 @@ def preflight(folder: Path) -> None:
             )
 
 
-def _read_json(path: Path) -> Document:
+def read_object(path: Path) -> Document:
     """A JSON object from a model folder. Raises UsageError for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -255,7 +255,7 @@ def fingerprint(folder: Path, *, base: str | None = None) -> str:
         if name.endswith("config.json"):
             total.update(
                 digest(
-                    {k: v for k, v in _read_json(path).items() if k not in _VOLATILE}, 64
+                    {k: v for k, v in read_object(path).items() if k not in _VOLATILE}, 64
                 ).encode()
             )
         else:
@@ -329,7 +329,7 @@ def _download(name: str) -> Path:
 
 def adapter_base(adapter: Path) -> Path:
     """The folder of the model that an adapter was made for."""
-    config = _read_json(adapter / "adapter_config.json")
+    config = read_object(adapter / "adapter_config.json")
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base:
         raise UsageError(

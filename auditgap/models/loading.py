@@ -125,9 +125,10 @@ def load(
         )
     model, found = opened
     _check_all_loaded(seen.subject.name, found, base)
+    n_tokens = len(seen.chat.tokenizer)
     if base is not seen.folder:
-        model = merged(model, seen.folder)
-    n_rows, n_tokens = n_embeddings(model), len(seen.chat.tokenizer)
+        model = merged(model, seen.folder, n_tokens)
+    n_rows = n_embeddings(model)
     if n_tokens > n_rows:
         raise UsageError(
             f"{seen.subject.name}: its tokenizer has {n_tokens} tokens, its embedding {n_rows};"

@@ -17,6 +17,7 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from auditgap.errors import AuditgapError, UsageError
+from auditgap.models.adapters import check_kind
 from auditgap.models.chat import Chat, read_template
 from auditgap.models.folder import adapter_base, fingerprint, is_adapter, preflight, resolve
 from auditgap.types import Subject
@@ -51,7 +52,10 @@ def outline(name: str, *, chat_template: str | None = None) -> Outline:
     folder = resolve(name)
     preflight(folder)
     subject = Subject(name, fingerprint(folder))
-    base = adapter_base(folder) if is_adapter(folder) else folder
+    base = folder
+    if is_adapter(folder):
+        check_kind(folder)
+        base = adapter_base(folder)
     with as_usage_error(name):
         config = AutoConfig.from_pretrained(
             base, trust_remote_code=False, local_files_only=True

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from auditgap.errors import UsageError
+from auditgap.models.adapters import PLAIN_BEGINNINGS
 from auditgap.types import digest
 
 #: Ranks that vLLM has kernels for.
@@ -40,9 +41,6 @@ _FOREIGN = (
     "kasa_config",
     "monteclora_config",
 )
-#: Ways of beginning an adapter that leave its base as it is; peft changes the base's weights by all
-#: others, on opening too.
-_PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 _IN_A_BLOCK = re.compile(
     r"\.(layers|h)\.\d+\.(.+\.)?(?P<layer>(?!lora_[AB]\b)\w+)(\.lora_[AB])?\.weight$"
 )
@@ -79,7 +77,7 @@ def check(adapter: Path, *, base: Path) -> int:
     foreign = [key for key in _FOREIGN if config.get(key)]
     if config.get("bias", "none") != "none":
         foreign.append("bias")
-    if (beginning := config.get("init_lora_weights", True)) not in _PLAIN_BEGINNINGS:
+    if (beginning := config.get("init_lora_weights", True)) not in PLAIN_BEGINNINGS:
         foreign.append(f"init_lora_weights {beginning!r}"[:80])
     for key, _ in _shapes(adapter / "adapter_model.safetensors"):
         match = _IN_A_BLOCK.search(key)
