@@ -132,13 +132,16 @@ def index(folder: Path, target: str) -> None:
 
 
 CODE = [
-    ("config.json", {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}),
+    ("config.json", {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}, "model_type": "newest"}),
     ("config.json", {"trust_remote_code": True}),
     ("config.json", {"_attn_implementation_internal": "someone/kernel"}),
-    ("config.json", {"text_config": {"auto_map": {"AutoConfig": "x.X"}}}),
+    ("config.json", {"text_config": {"auto_map": {"AutoConfig": "x.X"}}, "model_type": "newest"}),
     ("config.json", {"layers": [{"_attn_implementation_internal": "someone/kernel"}]}),
     ("config.json", {"custom_pipelines": {"x": {"impl": "x.X"}}}),
-    ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["x.X", None]}}),
+    (
+        "tokenizer_config.json",
+        {"auto_map": {"AutoTokenizer": ["x.X", None]}, "tokenizer_class": "X"},
+    ),
     ("tokenizer_config.json", {"trust_remote_code": True}),
     ("generation_config.json", {"auto_map": {"x": "x.X"}}),
 ]
@@ -183,7 +186,7 @@ def test_null_asks_for_nothing(folder):
 
 def test_a_base_of_an_adapter_is_looked_at_too(adapter, folder, untouched):
     change(adapter / "adapter_config.json", base_model_name_or_path=str(folder))
-    change(folder / "config.json", auto_map={"AutoModelForCausalLM": "x.X"})
+    change(folder / "config.json", auto_map={"AutoModelForCausalLM": "x.X"}, model_type="newest")
     with pytest.raises(Refused, match=r"config\.json"):
         models.load(str(adapter), device="cpu")
 

@@ -39,6 +39,8 @@ _PUBLIC_SUBJECT = (
     "name",
     "fingerprint",
     "dtype",
+    "unpacked_from",
+    "note",
     "n_blocks",
     "width",
     "parameters",

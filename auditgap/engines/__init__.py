@@ -256,7 +256,10 @@ class Serving(Frozen):
         from auditgap import models
 
         dtype = models.pick_dtype(self.dtype, models.pick_device(self.device))
-        return weights_identity(models.outline(model, chat_template=self.chat_template), dtype)
+        outline = models.outline(model, chat_template=self.chat_template)
+        if self.engine == "hf":
+            outline.check_opens()
+        return weights_identity(outline, dtype)
 
 
 def _hf(model: str, serving: Serving) -> Engine:

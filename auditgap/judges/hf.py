@@ -31,6 +31,7 @@ from auditgap.errors import UsageError
 from auditgap.judges.prompt_injection import FENCE_VERSION, disarm, special_tokens
 from auditgap.judges.scores import verdicts
 from auditgap.models.chat import fill_turns
+from auditgap.models.weights import check_opens
 from auditgap.models.words import A_LINE_EACH, check_words
 from auditgap.types import Exchange, Score, Verdict
 
@@ -67,6 +68,7 @@ class SequenceClassifier:
             )
         self.folder = models.resolve(model_id)
         models.preflight(self.folder)
+        check_opens(self.folder)
         self.device = models.pick_device(device)
         self.safe_logit = self._safe_logit(int(logit) if hash_sign else None)
         self.max_tokens = max_tokens

@@ -20,7 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from auditgap.errors import UsageError
-from auditgap.models.folder import preflight, read_object
+from auditgap.models.folder import preflight
+from auditgap.models.reading import read_object
 from auditgap.models.shard import home
 from auditgap.types import Document, Subject
 

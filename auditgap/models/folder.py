@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import shutil
 import stat
@@ -27,8 +26,10 @@ from typing import Any
 import torch
 
 from auditgap.errors import Refused, UsageError, did_you_mean
+from auditgap.models.reading import read_object
+from auditgap.models.weights import weights_files
 from auditgap.store.files import cache_dir
-from auditgap.types import Document, digest
+from auditgap.types import digest
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code", "_attn_implementation_internal")
@@ -64,6 +65,8 @@ _DOWNLOADED = [
     "*.txt",
     "*.jinja",
 ]
+#: Second copies of the weights in another layout, and what lies in folders of its own.
+_NOT_DOWNLOADED = ["consolidated*.safetensors", "*/*"]
 #: Files that are read whole, and what they may hold; the largest tokenizers have 35 MB.
 _TEXTS = (".json", ".jinja", ".txt", ".model")
 _LARGEST_TEXT = 200_000_000
@@ -138,11 +141,17 @@ def preflight(folder: Path) -> None:
                     " *.safetensors files beside it, nothing else. Download the model again from a"
                     " source that you trust."
                 )
+    weights_files(folder)
+    shipped = ships(folder)
     for name in _CONFIG_FILES:
         if not (folder / name).is_file():
             continue
         config = read_object(folder / name)
-        asked = [key for key in _CODE_KEYS if any(_values(config, key))]
+        asked = [
+            key
+            for key in _CODE_KEYS
+            if any(_values(config, key)) and not (key == "auto_map" and name in shipped)
+        ]
         asked += [
             key for key in _KERNEL_KEYS if any("/" in str(value) for value in _values(config, key))
         ]
@@ -154,21 +163,31 @@ def preflight(folder: Path) -> None:
             )
 
 
-def read_object(path: Path) -> Document:
-    """A JSON object from a model folder. Raises UsageError for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        said = f"{type(error).__name__}: {str(error)[:80]}"
-        raise UsageError(
-            f"{path} is not readable JSON ({said}); download the model again."
-        ) from None
-    if not isinstance(value, dict):
-        raise UsageError(
-            f"{path} holds a {type(value).__name__} where an object was wanted; download the model"
-            " again."
+def ships(folder: Path) -> tuple[str, ...]:
+    """The config files that name a class which transformers ships: an `auto_map` in them is of no
+    effect, since code of a folder is never trusted."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    def told(name: str, key: str) -> str:
+        return str(read_object(folder / name).get(key)) if (folder / name).is_file() else ""
+
+    known = {
+        "config.json": told("config.json", "model_type") in CONFIG_MAPPING,
+        "tokenizer_config.json": tokenizer_class_from_name(
+            told("tokenizer_config.json", "tokenizer_class")
         )
-    return value
+        is not None,
+    }
+    return tuple(name for name, is_known in known.items() if is_known)
+
+
+def ignored_code(folder: Path) -> str:
+    """A note on the `auto_map` of a folder that was ignored; empty: there is none."""
+    for name in ships(folder):
+        if any(_values(read_object(folder / name), "auto_map")):
+            return f"auto_map of {name} ignored: transformers' own class is used"
+    return ""
 
 
 def _values(config: Any, key: str) -> Iterator[Any]:
@@ -260,7 +279,7 @@ def fingerprint(folder: Path, *, base: str | None = None) -> str:
             )
         else:
             total.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weights_files(folder):
         with path.open("rb") as file:
             total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     if is_adapter(folder):
@@ -313,7 +332,14 @@ def _download(name: str) -> Path:
 
     repo, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=_DOWNLOADED))
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision or None,
+                allow_patterns=_DOWNLOADED,
+                ignore_patterns=_NOT_DOWNLOADED,
+            )
+        )
     except GatedRepoError:
         raise UsageError(
             f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then `hf auth"

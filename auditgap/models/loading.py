@@ -17,9 +17,13 @@ from auditgap.models.attention import GROUPED_SDPA
 from auditgap.models.chat import Chat, Rendered
 from auditgap.models.choices import parse_sites, pick_device, pick_dtype
 from auditgap.models.folder import OPENING, adapter_base, is_adapter
+from auditgap.models.kernels import no_hub_kernels
 from auditgap.models.outlines import Outline, as_usage_error, outline, stop_ids_of
 from auditgap.models.shard import WHOLE, Shard, home, placed
+from auditgap.models.weights import check_opens, opening
 from auditgap.types import Document, Prompt, Site, Subject
+
+no_hub_kernels()
 
 #: A weight of a decoder block; a vision tower's blocks, which a causal LM does not read, are named
 #: otherwise.
@@ -113,6 +117,7 @@ def load(
     if shard.kind == "layers":  # a rank of `tensor` has one device, and knows which
         shard.check_devices(device)
     base = adapter_base(seen.folder) if is_adapter(seen.folder) else seen.folder
+    check_opens(base)
     with OPENING, as_usage_error(seen.subject.name):
         opened: Any = AutoModelForCausalLM.from_pretrained(
             base,
@@ -122,9 +127,12 @@ def load(
             local_files_only=True,
             output_loading_info=True,
             **shard.loading(device),
+            **opening(base),
         )
     model, found = opened
     _check_all_loaded(seen.subject.name, found, base)
+    if seen.packing is not None:
+        _as_plain(model)
     n_tokens = len(seen.chat.tokenizer)
     if base is not seen.folder:
         model = merged(model, seen.folder, n_tokens)
@@ -140,6 +148,15 @@ def load(
         seen.subject,
         chat_template=seen.chat.template,
     )
+
+
+def _as_plain(model: Any) -> None:
+    """Weights that were unpacked are plain numbers: what is written of them does not say that they
+    are packed."""
+    model.hf_quantizer, model.is_quantized = None, False
+    for config in (model.config, model.config.get_text_config()):
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
 
 
 def n_embeddings(model: PreTrainedModel) -> int:

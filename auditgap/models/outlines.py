@@ -19,7 +19,15 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.models.adapters import check_kind
 from auditgap.models.chat import Chat, read_template
-from auditgap.models.folder import adapter_base, fingerprint, is_adapter, preflight, resolve
+from auditgap.models.folder import (
+    adapter_base,
+    fingerprint,
+    ignored_code,
+    is_adapter,
+    preflight,
+    resolve,
+)
+from auditgap.models.weights import Packing, check_opens, packing_of, weights_files
 from auditgap.types import Subject
 
 
@@ -39,6 +47,14 @@ class Outline:
     #: token ids that end a completion, as `LoadedModel.stop_ids`
     stop_ids: frozenset[int] = frozenset()
     max_positions: int | None = None  #: tokens that it can attend to; None: not said
+    packing: Packing | None = None  #: how its weights are quantised; None: they are plain numbers
+    note: str = ""  #: what was ignored of its folder
+
+    def check_opens(self) -> None:
+        """Raises UsageError where its weights are quantised in a way that cannot be audited on
+        transformers."""
+        base = adapter_base(self.folder) if is_adapter(self.folder) else self.folder
+        check_opens(base)
 
 
 def outline(name: str, *, chat_template: str | None = None) -> Outline:
@@ -79,6 +95,8 @@ def outline(name: str, *, chat_template: str | None = None) -> Outline:
         n_params=n_params,
         stop_ids=stop_ids,
         max_positions=getattr(config, "max_position_embeddings", None),
+        packing=packing_of(base),
+        note=ignored_code(base),
     )
 
 
@@ -129,7 +147,7 @@ def _count_parameters(folder: Path) -> tuple[int, int]:
     from safetensors import SafetensorError, safe_open
 
     total = embedding = 0
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weights_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 - not a dict

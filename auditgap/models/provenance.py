@@ -60,6 +60,8 @@ def provenance(outlines: Sequence[Outline], *, dtype: str) -> Document:
                 "name": o.subject.name,
                 "fingerprint": o.subject.fingerprint,
                 "dtype": dtype,
+                **({"unpacked_from": str(o.packing)} if o.packing else {}),
+                **({"note": o.note} if o.note else {}),
                 "n_blocks": o.n_blocks,
                 "width": o.width,
                 "n_params": o.n_params,

@@ -220,7 +220,8 @@ def test_pickled_weights_and_foreign_code_are_refused(tmp_path, pair_model):
         SOME
     )
     config = json.loads((tmp_path / "config.json").read_text()) | {
-        "auto_map": {"AutoModel": "evil.Model"}
+        "auto_map": {"AutoModel": "evil.Model"},
+        "model_type": "newest",
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(Refused, match="auto_map"):

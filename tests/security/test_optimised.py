@@ -78,7 +78,7 @@ def template(text: str) -> Callable[[Path], None]:
 #: is rendered too.
 MODELS: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "pickles": (pickled, 4, "pickled weights"),
-    "auto_map": (config(auto_map={"AutoConfig": "x.X"}), 4, "asks for code"),
+    "auto_map": (config(auto_map={"AutoConfig": "x.X"}, model_type="newest"), 4, "asks for code"),
     "a kernel": (config(_attn_implementation="someone/kernel"), 4, "asks for code"),
     "a link": (linked, 4, "link out of its folder"),
     "an index outside": (outside, 4, "points at"),

@@ -253,7 +253,7 @@ def test_a_model_that_changed_since_training_and_a_stranger_are_refused(tmp_path
     with pytest.raises(UsageError, match="no training run"):
         export_run(base, tmp_path / "out")
     (run / "model" / "config.json").write_bytes(
-        to_json({**read_json(run / "model" / "config.json"), "auto_map": {"A": "b.C"}})
+        to_json({**read_json(run / "model" / "config.json"), "trust_remote_code": True})
     )
     with pytest.raises(Refused):
         export_run(run, tmp_path / "out")

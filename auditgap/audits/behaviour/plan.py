@@ -75,6 +75,8 @@ def prepare(config: BehaviourConfig, options: BehaviourOptions) -> BehaviourPlan
         outlines = outlines_of(config.models, config.chat_template)
         for outline in outlines:
             outline.chat.prove(suite)
+            if options.engine == "hf":
+                outline.check_opens()
         subjects = [o.subject for o in outlines]
         of_each = [settings_of(config, o, scorers) for o in outlines]
     overlaps = _overlaps(suite, outlines)

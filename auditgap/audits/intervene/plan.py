@@ -144,6 +144,7 @@ def make_plan(
     ]
     clean, groups = [], []
     for outline in spoken:
+        outline.check_opens()
         outline.chat.prove((*halves.prompts, *halves.controls))
         tokens = _mean_tokens(outline, halves.asked)
         asked = len(halves.asked)

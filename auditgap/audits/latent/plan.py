@@ -195,6 +195,7 @@ def make_plan(
     outlines = outlines_of(config.models, config.chat_template, outlined)
     clean, groups = [], []
     for outline in outlines:
+        outline.check_opens()
         outline.chat.prove(prompts)
         tokens = mean_tokens(outline, prompts)
 

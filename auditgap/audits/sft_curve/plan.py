@@ -86,6 +86,7 @@ def prepare(
     facts = dict(facts or {})
     groups = []
     for outline in outlines:
+        outline.check_opens()
         for asked in sets.values():
             outline.chat.prove(asked)
         settings = {

@@ -19,6 +19,7 @@ from typing import Any
 
 from auditgap.errors import UsageError
 from auditgap.models.adapters import PLAIN_BEGINNINGS
+from auditgap.models.weights import weights_files
 from auditgap.types import digest
 
 #: Ranks that vLLM has kernels for.
@@ -54,7 +55,7 @@ def linear_layers(base: Path) -> list[str]:
     """
     found = (
         _IN_A_BLOCK.search(f".{key}")
-        for path in sorted(base.glob("*.safetensors"))
+        for path in weights_files(base)
         for key, n in _shapes(path)
         if n == 2
     )

@@ -268,7 +268,7 @@ def test_what_is_refused_starts_no_process(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "tiny")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
-        json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}})
+        json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}, "model_type": "newest"})
     )
     before = len(psutil.Process().children())
     with pytest.raises(Refused, match="auto_map"):
