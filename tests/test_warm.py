@@ -121,3 +121,38 @@ def test_a_module_in_the_way_of_a_library_is_imported(tmp_path: Path) -> None:
         command, capture_output=True, text=True, env=environment(PYTHONPATH=path), check=True
     )
     assert done.stdout == "not the real one\n"
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"],
+        [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node=2", "--master_port=0"],
+    ],
+    ids=["module", "program"],
+)
+def test_what_a_launcher_starts_is_forked_from_a_child_of_its_own(
+    launcher: list[str], tmp_path: Path
+) -> None:
+    script = Path(__file__).with_name("about_me.py")
+    words = [sys.executable, *launcher] if launcher[0] == "-m" else launcher
+    before = set(psutil.pids())
+    done = subprocess.run(
+        [*words, str(script), str(tmp_path)], capture_output=True, env=environment(MOOD="good")
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    started = {p.pid for p in psutil.Process().children(recursive=True)} - before
+    assert started <= warm.waiting_pids(), "nothing of it is left"
+    for rank in ("0", "1"):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
+            "rank": rank,
+            "launcher": launcher[:2],
+            "argv": ["about_me.py", str(tmp_path)],
+            "file": "about_me.py",
+            "name": "__main__",
+            "finds": "tests",
+            "warm": True,
+            "ours": [],
+            "shown": "good",
+            "at_once": True,
+        }

@@ -13,6 +13,10 @@ options of it, a `preexec_fn`, code that looks at `sys.modules`, a module in the
 setting that libraries read while they are imported (VARIABLES) gets a process of its own to fork
 from, when it is asked for a second time.
 
+Launchers (LAUNCHERS) start processes in their turn, the ranks of a job. Before its first line runs,
+a launcher that was forked has forked a process that waits as well, a child of the launcher's own,
+and `subprocess` in the launcher forks the ranks from that one.
+
 How it becomes the child of who asked: a grandchild whose parent ends is given to the nearest
 "subreaper" above, and that is what the asking process is for this moment (prctl(2)).
 """
@@ -26,6 +30,7 @@ import gc
 import importlib
 import importlib.util
 import io
+import itertools
 import json
 import os
 import runpy
@@ -52,26 +57,43 @@ LIBRARIES = (
     " transformers.models.auto.tokenization_auto tokenizers safetensors.torch pyarrow.parquet peft"
     " accelerate pydantic typer rich.console rich.table yaml jinja2 fsspec psutil"
 ).split()
+#: What a rank of a training job imports besides, and what starts ranks.
+TRAINING = (
+    "deepspeed deepspeed.launcher.runner deepspeed.launcher.launch torch.distributed.run"
+    " deepspeed.runtime.zero.muon.muon_optimizer torch._inductor.compile_fx"
+    " transformers.integrations.deepspeed accelerate.commands.accelerate_cli"
+).split()
+#: Modules and scripts that start the processes that do the work.
+LAUNCHERS = (
+    "deepspeed.launcher.runner deepspeed.launcher.launch torch.distributed.run"
+    " accelerate.commands.accelerate_cli deepspeed torchrun accelerate"
+).split()
 #: module that is started -> what it imports besides
 MORE = {
+    "auditgap.audits.emergent.train": TRAINING,
     "auditgap.engines.vllm.process": (
         "vllm vllm.v1.engine.llm_engine vllm.v1.worker.cpu_worker vllm.v1.worker.cpu_model_runner"
         " vllm.entrypoints.llm vllm.model_executor.models.llama vllm.lora.request"
-    ).split()
+    ).split(),
 }
 #: Beginnings of the names of variables that libraries read while they are imported.
-VARIABLES = (
-    "ACCELERATE_ CUDA_ DS_ HF_ HOME HUGGINGFACE_ KMP_ LANG LC_ LD_ MKL_ NUMEXPR_ OMP_ OPENBLAS_"
-    " PYTHON PYTORCH_ TORCH TRANSFORMERS_ VLLM_ XDG_"
-).split()
+VARIABLES = tuple(
+    (
+        "ACCELERATE_ CUDA_ DS_ HF_ HOME HUGGINGFACE_ KMP_ LANG LC_ LD_ MKL_ NUMEXPR_ OMP_ OPENBLAS_"
+        " PYTHON PYTORCH_ TORCH TRANSFORMERS_ VLLM_ XDG_"
+    ).split()
+)
 #: ... and those among them that are read later, or are seen to below.
-READ_LATER = {"PYTHONPATH", "PYTHONSAFEPATH", "VLLM_CPU_KVCACHE_SPACE"}
+READ_LATER = {"PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "VLLM_CPU_KVCACHE_SPACE"}
+#: Beginnings of what launchers tell the ranks; they read it when they form a group.
+FOR_RANKS = ("ACCELERATE_", "CUDA_VISIBLE_DEVICES", "KMP_", "TORCHELASTIC_", "TORCH_NCCL_")
 #: Words of code that looks at imports or at its own memory: it starts from nothing.
 ABOUT_IMPORTS = ("sys.modules", "meta_path", "find_spec", "importlib", "resource")
 #: Processes to fork from at a time: each holds half a gigabyte or more.
 AT_MOST = 3
-#: Room for the words of a child's command line, which /proc shows.
+#: Room for a child's command line, and as much for its environment, which /proc shows.
 ROOM = 16384
+ROOT = Path(__file__).resolve().parents[1]
 _PR_SET_CHILD_SUBREAPER = 36
 _start = subprocess._fork_exec  # type: ignore[attr-defined]
 
@@ -90,35 +112,67 @@ class Start:
     umask: int
 
     @property
+    def options(self) -> list[str]:
+        """Those of the interpreter that a forked child can follow."""
+        return list(itertools.takewhile(("-P", "-u").__contains__, self.args[1:]))
+
+    @property
     def words(self) -> list[str] | None:
-        """The arguments behind the interpreter and -P: `-m MODULE …` or `-c CODE …`; None where it
-        is something else."""
-        words = self.args[1:]
-        words = words[1:] if words[:1] == ["-P"] else words
-        return words if len(words) > 1 and words[0] in ("-m", "-c") else None
+        """The arguments behind the interpreter and its options: `-m MODULE …`, `-c CODE …` or, with
+        an empty word before it, `SCRIPT …`; None where it is something else."""
+        words = self.args[1 + len(self.options) :]
+        if words and not words[0].startswith("-"):
+            words = ["", *words]
+        return words if len(words) > 1 and words[0] in ("-m", "-c", "") else None
 
     @property
     def safe_path(self) -> bool:
-        return self.args[1] == "-P" or bool(self.environment.get("PYTHONSAFEPATH"))
+        return "-P" in self.options or bool(self.environment.get("PYTHONSAFEPATH"))
+
+    @property
+    def unbuffered(self) -> bool:
+        return "-u" in self.options or bool(self.environment.get("PYTHONUNBUFFERED"))
+
+    @property
+    def launches(self) -> bool:
+        kind, what = (self.words or ["-c", ""])[:2]
+        return kind != "-c" and (what if kind else Path(what).name) in LAUNCHERS
 
     @property
     def libraries(self) -> tuple[str, ...]:
-        words = self.words or ["", ""]
-        return (*LIBRARIES, *MORE.get(words[1], ()))
+        kind, what = (self.words or ["-c", ""])[:2]
+        trains = self.launches or not kind
+        return (*LIBRARIES, *(TRAINING if trains else MORE.get(what, ())))
 
     @property
     def settings(self) -> dict[str, str]:
         return {
             name: value
             for name, value in self.environment.items()
-            if name.startswith(tuple(VARIABLES)) and name not in READ_LATER
+            if name.startswith(VARIABLES) and name not in READ_LATER
         }
+
+    def message(self) -> dict[str, Any]:
+        derived = ("words", "safe_path", "unbuffered", "launches")
+        return {**self.__dict__, **{name: getattr(self, name) for name in derived}}
+
+
+def _ask(sock: socket.socket, start: Start) -> int:
+    """Let the process at the other end fork that child, for this one to be its parent."""
+    libc = ctypes.CDLL(None)
+    streams = [i if fd < 0 else fd for i, fd in enumerate(start.streams)]
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        socket.send_fds(sock, [json.dumps(start.message()).encode()], [*streams, *start.pass_fds])
+        return int(sock.recv(32))
+    finally:
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 class Waiting:
-    """A process that has imported `libraries` under `environment` and waits to be forked."""
+    """A process that has imported `libraries` under `settings` and waits to be forked."""
 
-    def __init__(self, libraries: Sequence[str], environment: dict[str, str]) -> None:
+    def __init__(self, libraries: Sequence[str], settings: dict[str, str]) -> None:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with cold():
             self.process = subprocess.Popen(
@@ -127,26 +181,16 @@ class Waiting:
                     *libraries,
                     "".ljust(ROOM, "-"),
                 ],
-                env={k: v for k, v in environment.items() if k not in ("PYTHONPATH", "TMPDIR")},
+                env={k: v for k, v in os.environ.items() if not k.startswith((*VARIABLES, "TMP"))}
+                | settings
+                | {"ROOM": "".ljust(ROOM, "-")},
                 cwd="/",
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # libraries chatter
             )
         theirs.close()
         self.ready = bool(self.socket.recv(16))
-
-    def fork(self, start: Start) -> int:
-        libc = ctypes.CDLL(None)
-        message = {**start.__dict__, "words": start.words, "safe_path": start.safe_path}
-        streams = [i if fd < 0 else fd for i, fd in enumerate(start.streams)]
-        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        try:
-            socket.send_fds(
-                self.socket, [json.dumps(message).encode()], [*streams, *start.pass_fds]
-            )
-            return int(self.socket.recv(32))
-        finally:
-            libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
     def close(self) -> None:
         self.socket.close()
@@ -188,17 +232,18 @@ def _fork_exec(*asked: Any) -> int:
         key = (start.libraries, *sorted(start.settings.items()))
         if key in _waiting and _waiting[key].process.poll() is not None:
             _waiting.pop(key).close()
-        if key not in _seen:  # settings that are seen once are not worth a process that waits
+        # settings that are seen once are not worth a process that waits, unless it starts others
+        if key not in _seen and not start.launches:
             _seen.add(key)
             return _start(*asked)
         if key not in _waiting:
             while len(_waiting) >= AT_MOST:
                 _waiting.popitem(last=False)[1].close()
-            _waiting[key] = Waiting(start.libraries, start.environment)
+            _waiting[key] = Waiting(start.libraries, start.settings)
         _waiting.move_to_end(key)
         waiting = _waiting[key]
         # under some settings libraries cannot be imported: that is for the child to say
-        return waiting.fork(start) if waiting.ready else _start(*asked)
+        return _ask(waiting.socket, start) if waiting.ready else _start(*asked)
 
 
 def _understood(asked: Sequence[Any]) -> Start | None:
@@ -207,7 +252,7 @@ def _understood(asked: Sequence[Any]) -> Start | None:
     (args, _, close_fds, kept, cwd, environment, stdin, _, _, stdout, _, stderr, _, said, restored,
      session, group, *others, umask, preexec) = asked[:22]
     # fmt: on
-    args = [os.fsdecode(word) for word in args]
+    args = _with_interpreter([os.fsdecode(word) for word in args])
     if args[:1] != [sys.executable] or preexec or not (close_fds and restored):
         return None
     if any(one is not None for one in others):  # another user
@@ -230,16 +275,44 @@ def _understood(asked: Sequence[Any]) -> Start | None:
     return start if _may_be_forked(start) else None
 
 
+def _with_interpreter(args: list[str]) -> list[str]:
+    """A program in the folder of our interpreter whose first line names it: what the system starts
+    for that."""
+    program, ours = Path(args[0]), Path(sys.executable)
+    if program == ours or program.parent != ours.parent or not program.is_file():
+        return args
+    with program.open("rb") as file:
+        first = os.fsdecode(file.readline(256)).strip()
+    named = Path(first.removeprefix("#!"))
+    same = first.startswith("#!/") and named.name == ours.name
+    same = same and named.parent.resolve() == ours.parent.resolve()
+    return [sys.executable, *args] if same else args
+
+
 def _may_be_forked(start: Start) -> bool:
     if start.words is None or sum(map(len, start.args)) > ROOM // 2:
         return False
     kind, what = start.words[:2]
-    ours = what.startswith("auditgap.") if kind == "-m" else "auditgap" in what
-    if not ours or any(word in what for word in ABOUT_IMPORTS):
-        return False
-    folders = [p for p in start.environment.get("PYTHONPATH", "").split(os.pathsep) if p]
-    if not start.safe_path:
+    code, folders = what, []
+    if kind == "":
+        script = Path(start.cwd, what)
+        if not script.is_file():
+            return False
+        code = script.read_text(encoding="utf-8", errors="replace")
+        ours = start.launches or ROOT in script.resolve().parents
+        folders.append(str(script.parent))
+    elif kind == "-m":
+        ours = start.launches or what.startswith("auditgap.")
         folders.append(start.cwd)
+    else:
+        ours = "auditgap" in what
+        folders.append(start.cwd)
+    if not ours or any(word in code for word in ABOUT_IMPORTS):
+        return False
+    if "deepspeed" in start.libraries and Path("/dev/nvidiactl").exists():
+        return False  # it looks for a GPU while it is imported, and what uses one cannot fork
+    folders = [] if start.safe_path else folders
+    folders += [p for p in start.environment.get("PYTHONPATH", "").split(os.pathsep) if p]
     return not any(_hides(folder, start.libraries) for folder in folders)
 
 
@@ -247,21 +320,70 @@ def _hides(folder: str, libraries: Sequence[str]) -> bool:
     """Whether something in the folder would be imported in the place of a library."""
     names = {name.split(".")[0] for name in libraries} | {"sitecustomize", "usercustomize"}
     try:
-        return any(entry.split(".")[0] in names for entry in os.listdir(folder))
+        found = [Path(folder, name) for name in os.listdir(folder) if name.split(".")[0] in names]
     except OSError:
         return False
+    return any(path.suffix in (".py", ".pyc", ".so") or path.is_dir() for path in found)
 
 
 # ------------------------------------------------------------------------ the process that waits
 
 
-def _wait(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """Import, then fork a child a message; returns in the child alone."""
-    for name in sys.argv[2:-1]:
+#: In a child that starts others: the process to fork them from, and what this one was started with.
+_companion: tuple[socket.socket, dict[str, str]] | None = None
+#: Of the process that waits, before it becomes anything: what it has imported, and where from.
+_imported, _path = sys.argv[2:-1], list(sys.path)
+
+
+def _import() -> None:
+    for name in _imported:
         with suppress(ImportError):  # one that is not installed: the child will say so
             importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a child that collects garbage would look through all of it, and copy it
+
+
+def _child(sock: socket.socket) -> list[str]:
+    """Wait, and fork a child a message; returns in the child alone, with what it is to run."""
+    global _companion
+    asked, fds = _wait(sock)
+    _become(asked, fds, sock)
+    if asked["launches"]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if not os.fork():
+            ours.close()
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for fd in (0, 1, 2):
+                os.dup2(nowhere, fd)
+            return _child(theirs)
+        theirs.close()
+        ours.recv(16)
+        _companion = ours, _inherited(asked["environment"])
+        subprocess._fork_exec = _fork_rank  # type: ignore[attr-defined]
+    return asked["words"]
+
+
+def _inherited(environment: dict[str, str]) -> dict[str, str]:
+    """The settings under which the libraries were imported."""
+    settings = Start([], environment, "", (0, 0, 0), (), False, -1, -1).settings
+    return {k: v for k, v in settings.items() if not k.startswith(FOR_RANKS)}
+
+
+def _fork_rank(*asked: Any) -> int:
+    """`subprocess` of a launcher: what it starts is forked from its companion where that has
+    imported all that is wanted, under the same settings."""
+    start = _understood(asked)
+    assert _companion is not None
+    sock, settings = _companion
+    fits = start and set(start.libraries) <= set(_imported)
+    if not (start and fits and _inherited(start.environment) == settings):
+        return _start(*asked)
+    with _lock:
+        return _ask(sock, start)
+
+
+def _wait(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Fork a child a message; returns in the child alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sock.send(b"ready")
     while True:
@@ -301,21 +423,25 @@ def _become(asked: dict[str, Any], fds: list[int], sock: socket.socket) -> None:
     tempfile.tempdir = None
     for name, fd, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
         old = getattr(sys, name)
-        raw = open(fd, mode + "b", closefd=False)  # noqa: SIM115
+        at_once = asked["unbuffered"] and mode == "w"
+        raw = open(fd, mode + "b", 0 if at_once else -1, closefd=False)  # noqa: SIM115
         new = io.TextIOWrapper(
             raw,
             old.encoding,
             "backslashreplace" if name == "stderr" else old.errors,
             line_buffering=name == "stderr" or raw.isatty(),
+            write_through=at_once,
         )
         setattr(sys, name, new)
         setattr(sys, f"__{name}__", new)
-    _show(asked["args"])
+    _show(asked["args"], [f"{k}={v}" for k, v in asked["environment"].items()])
+    kind, what, *others = asked["words"]
     path = [p for p in asked["environment"].get("PYTHONPATH", "").split(os.pathsep) if p]
-    sys.path[:] = [*path, *sys.path]
+    sys.path[:] = [*path, *_path]
     if not asked["safe_path"]:
-        sys.path.insert(0, "" if asked["words"][0] == "-c" else os.getcwd())
-    sys.argv[:] = [asked["words"][0], *asked["words"][2:]]
+        script = os.path.dirname(os.path.realpath(what))
+        sys.path.insert(0, {"-c": "", "-m": os.getcwd(), "": script}[kind])
+    sys.argv[:] = [kind or what, *others]
     sys.orig_argv[:] = asked["args"]
 
 
@@ -333,23 +459,27 @@ def _place(fds: list[int], places: list[int]) -> None:
     os.closerange(last, 4096)
 
 
-def _show(args: Sequence[str]) -> None:
-    """Let the command line that others see be the child's."""
+def _show(*texts: Sequence[str]) -> None:
+    """Let the command line and the environment that others see be the child's."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    begin, end = int(fields[45]), int(fields[46])
-    words = b"\0".join(os.fsencode(word) for word in args)
-    ctypes.memmove(begin, words.ljust(end - begin, b"\0"), end - begin)
+    begins, ends = map(int, fields[45:49:2]), map(int, fields[46:49:2])
+    for words, begin, end in zip(texts, begins, ends, strict=True):
+        text = b"\0".join(os.fsencode(word) for word in words)[: end - begin - 1]
+        ctypes.memmove(begin, text.ljust(end - begin, b"\0"), end - begin)
 
 
 def _run(words: Sequence[str]) -> None:
-    """What `python -m MODULE` or `-c CODE` does, in a fresh `__main__`."""
+    """What `python -m MODULE`, `-c CODE` or `SCRIPT` does, in a fresh `__main__`."""
     main = types.ModuleType("__main__")
     main.__builtins__ = builtins  # type: ignore[attr-defined]
     sys.modules["__main__"] = main
     if words[0] == "-m":
         runpy._run_module_as_main(words[1])  # type: ignore[attr-defined]
-    else:
+    elif words[0] == "-c":
         exec(compile(words[1], "<string>", "exec"), main.__dict__)
+    else:
+        main.__file__ = os.path.abspath(words[1])
+        exec(compile(Path(words[1]).read_bytes(), main.__file__, "exec"), main.__dict__)
 
 
 def _run_to_the_end(words: Sequence[str]) -> None:
@@ -382,7 +512,5 @@ def _run_to_the_end(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _socket = socket.socket(fileno=int(sys.argv[1]))
-    _asked, _fds = _wait(_socket)
-    _become(_asked, _fds, _socket)
-    _run_to_the_end(_asked["words"])
+    _import()
+    _run_to_the_end(_child(socket.socket(fileno=int(sys.argv[1]))))
