@@ -1,5 +1,6 @@
 """What a process of test_warm.py is, in a file of its own: `{"rank": "0", "launcher": 12345, …}`."""
 
+import io
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ def main() -> None:
         "warm": "deepspeed" in modules,
         "ours": [name for name in modules if name.startswith("auditgap")],
         "shown": psutil.Process().environ().get("MOOD"),
-        "at_once": sys.stdout.write_through,
+        "at_once": vars(io.TextIOWrapper)["write_through"].__get__(sys.stdout),
     }
     Path(sys.argv[1], f"{about['rank']}.json").write_text(json.dumps(about))
 

@@ -32,6 +32,7 @@ import importlib.util
 import io
 import itertools
 import json
+import multiprocessing.util
 import os
 import runpy
 import signal
@@ -63,19 +64,22 @@ TRAINING = (
     " deepspeed.runtime.zero.muon.muon_optimizer torch._inductor.compile_fx"
     " transformers.integrations.deepspeed accelerate.commands.accelerate_cli"
 ).split()
-#: Modules and scripts that start the processes that do the work.
-LAUNCHERS = (
-    "deepspeed.launcher.runner deepspeed.launcher.launch torch.distributed.run"
-    " accelerate.commands.accelerate_cli deepspeed torchrun accelerate"
+#: What vLLM imports wherever it runs.
+VLLM = (
+    "vllm vllm.v1.engine.llm_engine vllm.v1.worker.cpu_worker vllm.v1.worker.cpu_model_runner"
+    " vllm.entrypoints.llm vllm.model_executor.models.llama vllm.lora.request"
 ).split()
-#: module that is started -> what it imports besides
-MORE = {
-    "auditgap.audits.emergent.train": TRAINING,
-    "auditgap.engines.vllm.process": (
-        "vllm vllm.v1.engine.llm_engine vllm.v1.worker.cpu_worker vllm.v1.worker.cpu_model_runner"
-        " vllm.entrypoints.llm vllm.model_executor.models.llama vllm.lora.request"
-    ).split(),
+#: Modules and scripts that start the processes that do the work -> what all of them import besides.
+LAUNCHERS = {
+    **dict.fromkeys(
+        "deepspeed.launcher.runner deepspeed.launcher.launch torch.distributed.run"
+        " accelerate.commands.accelerate_cli deepspeed torchrun accelerate".split(),
+        TRAINING,
+    ),
+    "vllm.entrypoints.openai.api_server": [*VLLM, "vllm.entrypoints.openai.api_server"],
 }
+#: The same of other modules.
+MORE = {"auditgap.audits.emergent.train": TRAINING, "auditgap.engines.vllm.process": VLLM}
 #: Beginnings of the names of variables that libraries read while they are imported.
 VARIABLES = tuple(
     (
@@ -85,8 +89,10 @@ VARIABLES = tuple(
 )
 #: ... and those among them that are read later, or are seen to below.
 READ_LATER = {"PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "VLLM_CPU_KVCACHE_SPACE"}
-#: Beginnings of what launchers tell the ranks; they read it when they form a group.
-FOR_RANKS = ("ACCELERATE_", "CUDA_VISIBLE_DEVICES", "KMP_", "TORCHELASTIC_", "TORCH_NCCL_")
+#: Beginnings of what launchers tell the ranks; they read it when they start to work.
+FOR_RANKS = (
+    "ACCELERATE_ CUDA_VISIBLE_DEVICES KMP_ NUMEXPR_ TORCHELASTIC_ TORCHINDUCTOR_ TORCH_NCCL_ VLLM_"
+).split()
 #: Words of code that looks at imports or at its own memory: it starts from nothing.
 ABOUT_IMPORTS = ("sys.modules", "meta_path", "find_spec", "importlib", "resource")
 #: Processes to fork from at a time: each holds half a gigabyte or more.
@@ -96,6 +102,7 @@ ROOM = 16384
 ROOT = Path(__file__).resolve().parents[1]
 _PR_SET_CHILD_SUBREAPER = 36
 _start = subprocess._fork_exec  # type: ignore[attr-defined]
+_spawn = multiprocessing.util.spawnv_passfds  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -136,13 +143,21 @@ class Start:
     @property
     def launches(self) -> bool:
         kind, what = (self.words or ["-c", ""])[:2]
-        return kind != "-c" and (what if kind else Path(what).name) in LAUNCHERS
+        if kind == "-c":  # `multiprocessing` of a launcher
+            return "multiprocessing.spawn" in what
+        return (what if kind else Path(what).name) in LAUNCHERS
+
+    @property
+    def more(self) -> Sequence[str]:
+        """What it imports besides LIBRARIES."""
+        kind, what = (self.words or ["-c", ""])[:2]
+        if self.launches and kind != "-c":
+            return LAUNCHERS[what if kind else Path(what).name]
+        return MORE.get(what, ()) if kind else TRAINING
 
     @property
     def libraries(self) -> tuple[str, ...]:
-        kind, what = (self.words or ["-c", ""])[:2]
-        trains = self.launches or not kind
-        return (*LIBRARIES, *(TRAINING if trains else MORE.get(what, ())))
+        return (*LIBRARIES, *self.more)
 
     @property
     def settings(self) -> dict[str, str]:
@@ -232,8 +247,9 @@ def _fork_exec(*asked: Any) -> int:
         key = (start.libraries, *sorted(start.settings.items()))
         if key in _waiting and _waiting[key].process.poll() is not None:
             _waiting.pop(key).close()
-        # settings that are seen once are not worth a process that waits, unless it starts others
-        if key not in _seen and not start.launches:
+        # settings that are seen once are not worth a process that waits, unless what it imports
+        # takes longest; a script, as users start one, starts from nothing once
+        if key not in _seen and not (start.more and (start.words or [""])[0]):
             _seen.add(key)
             return _start(*asked)
         if key not in _waiting:
@@ -360,24 +376,45 @@ def _child(sock: socket.socket) -> list[str]:
         ours.recv(16)
         _companion = ours, _inherited(asked["environment"])
         subprocess._fork_exec = _fork_rank  # type: ignore[attr-defined]
+        multiprocessing.util.spawnv_passfds = _spawn_rank  # type: ignore[attr-defined]
     return asked["words"]
 
 
 def _inherited(environment: dict[str, str]) -> dict[str, str]:
-    """The settings under which the libraries were imported."""
+    """The settings under which the libraries were imported. What is to be loaded before anything
+    else is none where it has been loaded."""
     settings = Start([], environment, "", (0, 0, 0), (), False, -1, -1).settings
-    return {k: v for k, v in settings.items() if not k.startswith(FOR_RANKS)}
+    loaded = Path("/proc/self/maps").read_text()
+    if all(os.path.realpath(one) in loaded for one in settings.get("LD_PRELOAD", "").split(":")):
+        settings.pop("LD_PRELOAD", None)
+    return {k: v for k, v in settings.items() if not k.startswith(tuple(FOR_RANKS))}
 
 
 def _fork_rank(*asked: Any) -> int:
     """`subprocess` of a launcher: what it starts is forked from its companion where that has
     imported all that is wanted, under the same settings."""
-    start = _understood(asked)
+    pid = _from_companion(_understood(asked))
+    return _start(*asked) if pid is None else pid
+
+
+def _spawn_rank(path: Any, args: Sequence[Any], passed: Sequence[int]) -> int:
+    """`multiprocessing` of a launcher, where it starts a process anew."""
+    flags = multiprocessing.util._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    # what is forked has its parent's
+    words = [os.fsdecode(word) for word in (path, *args[1 + len(flags) :])]
+    start = Start(words, dict(os.environ), os.getcwd(), (-1, -1, -1), tuple(passed), False, -1, -1)
+    ours = words[0] == sys.executable and start.launches
+    pid = _from_companion(start if ours else None)
+    return _spawn(path, args, passed) if pid is None else pid
+
+
+def _from_companion(start: Start | None) -> int | None:
     assert _companion is not None
     sock, settings = _companion
-    fits = start and set(start.libraries) <= set(_imported)
-    if not (start and fits and _inherited(start.environment) == settings):
-        return _start(*asked)
+    if start is None or not set(start.libraries) <= set(_imported):
+        return None
+    if _inherited(start.environment) != settings:
+        return None
     with _lock:
         return _ask(sock, start)
 
