@@ -248,8 +248,8 @@ def _fork_exec(*asked: Any) -> int:
         if key in _waiting and _waiting[key].process.poll() is not None:
             _waiting.pop(key).close()
         # settings that are seen once are not worth a process that waits, unless what it imports
-        # takes longest; a script, as users start one, starts from nothing once
-        if key not in _seen and not (start.more and (start.words or [""])[0]):
+        # takes longest
+        if key not in _seen and not start.more:
             _seen.add(key)
             return _start(*asked)
         if key not in _waiting:

@@ -11,6 +11,7 @@ import jobs
 import pytest
 import safetensors.torch
 import torch
+import warm
 import yaml
 
 from auditgap.cli import main
@@ -25,16 +26,9 @@ def weights(folder):
 @pytest.fixture(scope="module")
 def plain(world):
     recipe = world.sft("plain")
-    done = jobs.run(
-        "python",
-        1,
-        [
-            jobs.LAUNCHERS / "sft.py",
-            *jobs.sets({k: v for k, v in recipe.items() if k != "out"}),
-            "--out",
-            recipe["out"],
-        ],
-    )
+    words = jobs.sets({key: value for key, value in recipe.items() if key != "out"})
+    with warm.cold():  # as users start it
+        done = jobs.run("python", 1, [jobs.LAUNCHERS / "sft.py", *words, "--out", recipe["out"]])
     assert done.rc == 0, done.tail
     assert "Done:" in done.out
     return world.folder / "plain"
