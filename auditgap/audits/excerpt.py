@@ -22,7 +22,7 @@ from auditgap.judges import Judge, Reward
 from auditgap.types import Document, Exchange, Label, Score, Verdict
 
 #: Another reading of a completion, beside the one that counts.
-Other = Literal["whole", "half"]
+Other = Literal["whole", "half", "chain"]
 EMPTY = "empty"
 
 
@@ -38,8 +38,9 @@ class Excerpt:
     def of(cls, completion: Completion, targets: tuple[str, ...], tokens: int, decode: Any) -> Self:
         """Of a completion of at most `tokens` new tokens; `decode`: token ids to text."""
         text, half = completion.text, None
-        if len(completion.ids) > tokens // 2:
-            half = _shared(text, decode(completion.ids[: tokens // 2]))
+        ids = completion.answer_ids
+        if len(ids) > tokens // 2:
+            half = _shared(text, decode(ids[: tokens // 2]))
         return cls(opening_length(text, targets), half)
 
     @classmethod

@@ -26,7 +26,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from auditgap.engines import Completion, Request, check_length
+from auditgap.engines import Completion, Request, check_length, completion_of
 from auditgap.engines.child import Child, Failed
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.interventions.pgd import PGD, AttackResult, Goal
@@ -190,10 +190,10 @@ class RankedEngine:
             for r, name in zip(requests, names, strict=True)
         ]
         told, _ = self._tell("generate", {"requests": asked, "new": max_new_tokens}, deltas)
-        decode = self.outline.chat.tokenizer.decode
+        # a rank knows neither the template nor which prompts have a chain: it only spells tokens
         return [
-            Completion(decode(ids, skip_special_tokens=True), tuple(ids), *values)
-            for ids, *values in told["completions"]
+            completion_of(self.outline.chat, r.rendered, ids, *values[:5])
+            for r, (ids, *values) in zip(requests, told["completions"], strict=True)
         ]
 
     def nll(

@@ -20,11 +20,11 @@ import torch
 
 from auditgap.audits.excerpt import WHOLE, Excerpt, Other, of_each, reads_text, scores, verdicts
 from auditgap.audits.stage import Stage
-from auditgap.engines import Completion, Request
+from auditgap.engines import UNFINISHED, Completion, Request, completion_of
 from auditgap.errors import AuditgapError, Interrupted
 from auditgap.judges import Judge, Reward, close_judge
 from auditgap.judges.coherence import Thresholds, is_coherent
-from auditgap.models import Outline, Rendered
+from auditgap.models import Chat, Outline, Rendered
 from auditgap.store import DiskError, RunFolder
 from auditgap.sweep.state import cause_of
 from auditgap.types import (
@@ -59,6 +59,7 @@ class ScoredCompletion:
     half: Verdict | None = None  #: at half the length
     whole: Verdict | None = None  #: with the opening that was left out; None: none was
     whole_score: Score | None = None
+    chain: Verdict | None = None  #: of the chain of thought, judged as if it were an answer
 
     def record(self, prompt: Prompt, **trial: object) -> Document:
         """What `generations/` keeps of it; this is the only place where text is stored. `trial`:
@@ -68,12 +69,15 @@ class ScoredCompletion:
             **trial,
             "prompt": prompt.text,
             "completion": self.completion.text,
+            "chain": self.completion.chain,
+            "n_chain": self.completion.n_chain,
             "ids": list(self.completion.ids),
             "stopped": self.completion.stopped,
             "completion_nll": self.completion_nll,
             "coherent": self.coherent,
             "verdict": str(self.verdict.label),
             "reason": self.verdict.reason or self.score.reason,
+            "verdict_chain": "" if self.chain is None else str(self.chain.label),
             "opening": self.part.opening,
             "half": len(self.completion.text) if self.part.half is None else self.part.half,
         }
@@ -107,8 +111,13 @@ class Session:
     reward: Reward | None = None
     second: Judge | None = None  #: looks at every flip, with errors of its own
 
-    def __init__(self, stage: Stage, store: RunFolder, *, max_new_tokens: int) -> None:
+    def __init__(
+        self, stage: Stage, store: RunFolder, *, max_new_tokens: int, thinking_tokens: int = 0
+    ) -> None:
         self.stage, self.store, self.max_new_tokens = stage, store, max_new_tokens
+        #: what a chain of thought may have beside them; 0: it shares them
+        self.most = (thinking_tokens, max_new_tokens) if thinking_tokens else (0, 0)
+        self.new_tokens = thinking_tokens + max_new_tokens
         self.outline, self.thresholds = stage.outline, Thresholds()
 
     def close(self) -> None:
@@ -132,7 +141,16 @@ class Session:
         return self.stage.speaker.nll(*asked)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        return self.stage.speaker.generate(requests, self.max_new_tokens)
+        """Completions, chain and answer cut to what each may have."""
+        done = self.stage.speaker.generate(requests, self.new_tokens)
+        return [self.cut(r.rendered, one) for r, one in zip(requests, done, strict=True)]
+
+    def cut(self, rendered: Rendered, one: Completion) -> Completion:
+        """The completion with its chain and its answer cut to what each may have."""
+        chat, numbers = self.outline.chat, (one.target_nll, one.l2_effective, one.linf_effective)
+        return completion_of(
+            chat, rendered, one.ids, one.stopped, one.finite, *numbers, most=self.most
+        )
 
     # -- prompts
 
@@ -153,7 +171,7 @@ class Session:
 
     def packs(self, rendered: Sequence[Rendered]) -> list[list[int]]:
         """Which completions are generated together: indices, in packs of like length."""
-        return self.stage.speaking_packs([len(r.ids) + self.max_new_tokens for r in rendered])
+        return self.stage.speaking_packs([len(r.ids) + self.new_tokens for r in rendered])
 
     # -- completions
 
@@ -171,13 +189,18 @@ class Session:
         names: list[str],
         what: Any,
     ) -> tuple[list[Completion], list[float | None]]:
-        """One pack's completions and their NLL under the clean model, remembered."""
+        """One pack's completions and the NLL of their answers under the clean model, remembered."""
 
         def compute() -> Arrays:
-            done = generate()
-            return to_arrays(done, self.stage.speaker.nll(rendered, [c.ids for c in done]))
+            done = [self.cut(r, c) for r, c in zip(rendered, generate(), strict=True)]
+            after = [
+                r.after(c.ids[: c.n_chain]) if c.n_chain else r
+                for r, c in zip(rendered, done, strict=True)
+            ]
+            return to_arrays(done, self.stage.speaker.nll(after, [c.answer_ids for c in done]))
 
-        return from_arrays(self.remembered(names, what, compute), self.outline.chat.tokenizer)
+        arrays = self.remembered(names, what, compute)
+        return from_arrays(arrays, self.outline.chat, rendered, self.most)
 
     def score(
         self,
@@ -188,12 +211,17 @@ class Session:
         targets: Sequence[tuple[str, ...]] | None = None,
     ) -> list[ScoredCompletion]:
         """Judge and reward every completion, without the opening that is one of its `targets` (None:
-        as it is, in full alone). What the coherence gate fails is `broken`, whatever the judge says.
+        as it is, in full alone). What the coherence gate fails is `broken`, whatever the judge says;
+        a chain of thought that never ended is unscored, as `unfinished`.
 
-        Judges are asked once for all readings: what counts, the whole text, half the length.
+        Judges are asked once for all readings: what counts, the whole text, half the length, the
+        chain.
         """
         parts = self._parts(done, targets)
         judged, others = of_each(exchanges, parts)
+        for i, (exchange, completion) in enumerate(zip(exchanges, done, strict=True)):
+            if completion.chain:
+                others[i, "chain"] = replace(exchange, completion=completion.chain)
         told = verdicts(self.judge, [*judged, *others.values()])
         beside = dict(zip(others, told[len(judged) :], strict=True))
         rewards, whole_rewards = self._rewards(judged, others)
@@ -202,17 +230,28 @@ class Session:
             zip(done, nll, clean_nll, parts, strict=True)
         ):
             verdict, score = told[i], rewards[i]
-            coherent, reason = is_coherent(completion.ids, own, clean, thresholds=self.thresholds)
-            if not completion.finite:
-                coherent, score = None, Score(None, "nonfinite_logits")
-                verdict = Verdict(Label.UNSCORED, "nonfinite_logits")
+            coherent, reason = is_coherent(
+                completion.answer_ids, own, clean, thresholds=self.thresholds
+            )
+            lost = (
+                "nonfinite_logits"
+                if not completion.finite
+                else ""
+                if completion.finished
+                else UNFINISHED
+            )
+            if lost:
+                coherent, score = None, Score(None, lost)
+                verdict = Verdict(Label.UNSCORED, lost)
             elif coherent is False:
                 verdict = Verdict(Label.BROKEN, reason)
-            is_text = completion.finite and coherent is not False
+            is_text = not lost and coherent is not False
             half = beside.get((i, "half"), verdict) if is_text else verdict
             one = ScoredCompletion(completion, own, verdict, coherent, score, part=part, half=half)
             whole = beside.get((i, "whole")) if is_text else None
-            scored.append(replace(one, whole=whole, whole_score=whole_rewards.get(i)))
+            chain = beside.get((i, "chain"))
+            one = replace(one, whole=whole, whole_score=whole_rewards.get(i), chain=chain)
+            scored.append(one)
         return scored
 
     def _parts(
@@ -220,11 +259,7 @@ class Session:
     ) -> list[Excerpt]:
         if targets is None:
             return [WHOLE] * len(done)
-        tokenizer = self.outline.chat.tokenizer
-
-        def decode(ids: Sequence[int]) -> str:
-            return tokenizer.decode(ids, skip_special_tokens=True)
-
+        decode = self.outline.chat.decode
         return [
             Excerpt.of(completion, mine, self.max_new_tokens, decode)
             for completion, mine in zip(done, targets, strict=True)
@@ -323,15 +358,17 @@ def to_arrays(done: Sequence[Completion], nll: Sequence[float | None]) -> Arrays
     }
 
 
-def from_arrays(arrays: Arrays, tokenizer: Any) -> tuple[list[Completion], list[float | None]]:
-    """The inverse of `to_arrays`; text comes back from the ids."""
+def from_arrays(
+    arrays: Arrays, chat: Chat, rendered: Sequence[Rendered], most: tuple[int, int] = (0, 0)
+) -> tuple[list[Completion], list[float | None]]:
+    """The inverse of `to_arrays`; text comes back from the ids, as chain and answer."""
     done, nll, at = [], [], 0
     columns = (arrays[name] for name in ("counts", "stopped", "finite", "numbers"))
-    for count, stopped, finite, numbers in zip(*columns, strict=True):
+    for one, count, stopped, finite, numbers in zip(rendered, *columns, strict=True):
         ids = tuple(int(i) for i in arrays["ids"][at : at + count])
         at += count
         values = [None if np.isnan(x) else float(x) for x in numbers]
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        done.append(Completion(text, ids, bool(stopped), bool(finite), *values[:3]))
+        flags = bool(stopped), bool(finite)
+        done.append(completion_of(chat, one, ids, *flags, *values[:3], most=most))
         nll.append(values[3])
     return done, nll

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 #: Most likely tokens that can be asked for at each new token; endpoints give no more.
 MAX_TOP_LOGPROBS = 20
+#: The problem of a reply whose chain of thought never ended.
+UNFINISHED = "unfinished"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +71,11 @@ class Question:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How to answer. Temperature 0 is greedy; `top_logprobs` k asks for the k most likely tokens at
-    each new one."""
+    each new one. `thinking_tokens` are what a chain of thought may have beside the answer's; 0: it
+    shares theirs."""
 
     max_new_tokens: int = 128
+    thinking_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
@@ -83,19 +87,30 @@ class Sampling:
                 "Sampling wants max_new_tokens of 1 or more, a temperature of 0 or more and 0 <"
                 f" top_p <= 1; {self.max_new_tokens}, {self.temperature} and {self.top_p} came."
             )
+        if self.thinking_tokens < 0:
+            raise UsageError(
+                f"Sampling wants thinking_tokens of 0 or more; {self.thinking_tokens} came."
+            )
         if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
             raise UsageError(
                 f"top_logprobs lies in 0…{MAX_TOP_LOGPROBS}; {self.top_logprobs} came."
             )
 
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of a chain and of an answer together."""
+        return self.thinking_tokens + self.max_new_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
     """What came back for one question. `problem` says why there is no answer (then `text` is
-    empty): `too_long`, `nonfinite_logits`, `endpoint: …`, `context_length`.
+    empty): `too_long`, `nonfinite_logits`, `endpoint: …`, `context_length`, `unfinished` (a chain of
+    thought that never ended).
 
-    `logprobs`: at each new token, the one that ended the turn included, the most likely ones: token
-    text -> natural log-probability; where `top_logprobs` asked for them.
+    `text` is the answer alone, `chain` what was thought before it. `logprobs`: at each token of the
+    answer, the one that ended the turn included, the most likely ones: token text -> natural
+    log-probability; where `top_logprobs` asked for them.
     """
 
     text: str
@@ -104,6 +119,8 @@ class Reply:
     stopped: bool = True  #: ended of itself; False: cut at max_new_tokens
     logprobs: tuple[Mapping[str, float], ...] = ()
     problem: str = ""
+    chain: str = ""
+    n_chain: int = 0  #: of `ids`, the first: those of the chain
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -118,8 +135,8 @@ class Request:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Completion:
-    """What the subject answered. The effective norms are of (h + δ) − h after the model's dtype has
-    rounded it.
+    """What the subject answered; `text` is the answer alone, `chain` what was thought before it.
+    The effective norms are of (h + δ) − h after the model's dtype has rounded it.
 
     Not `finite`: the logits were not all numbers, so that what follows cannot be told and `ids` end
     there.
@@ -132,6 +149,14 @@ class Completion:
     target_nll: float | None = None
     l2_effective: float | None = None
     linf_effective: float | None = None
+    chain: str = ""
+    n_chain: int = 0  #: of `ids`, the first: those of the chain
+    finished: bool = True  #: False: the chain never ended, and there is no answer
+
+    @property
+    def answer_ids(self) -> tuple[int, ...]:
+        """The answer's tokens."""
+        return self.ids[self.n_chain :]
 
 
 @runtime_checkable
@@ -207,8 +232,55 @@ def to_ask(
     them can be asked."""
     prompts = [tokens_of(chat, q) for q in questions]
     replies = [Reply("", problem="too_long" if p else "empty") for p in prompts]
-    most = float("inf") if window is None else window - sampling.max_new_tokens
+    most = float("inf") if window is None else window - sampling.new_tokens
     return prompts, replies, [i for i, p in enumerate(prompts) if 0 < len(p) <= most]
+
+
+def reply_of(
+    chat: models.Chat,
+    ids: Sequence[int],
+    stopped: bool,
+    sampling: Sampling,
+    logprobs: tuple[Mapping[str, float], ...] = (),
+) -> Reply:
+    """New tokens as a reply: the answer, and the chain that came before it."""
+    tokens = sampling.thinking_tokens
+    one = chat.said(ids, most=(tokens, sampling.max_new_tokens) if tokens else (0, 0))
+    problem = "" if one.finished else UNFINISHED
+    stopped = stopped and len(one.ids) == len(ids)
+    return Reply(
+        one.text, one.ids, stopped, logprobs[one.n_chain :], problem, one.chain, one.n_chain
+    )
+
+
+def completion_of(
+    chat: models.Chat,
+    rendered: Rendered,
+    ids: Sequence[int],
+    stopped: bool,
+    finite: bool,
+    target_nll: float | None = None,
+    l2_effective: float | None = None,
+    linf_effective: float | None = None,
+    *,
+    most: tuple[int, int] = (0, 0),
+) -> Completion:
+    """New tokens as a completion; `most`: the tokens that a chain and an answer may have
+    (`Chat.said`)."""
+    one = chat.said(ids, is_answer=rendered.n_chain > 0, most=most)
+    stopped = stopped and len(one.ids) == len(ids)
+    return Completion(
+        one.text,
+        one.ids,
+        stopped,
+        finite,
+        target_nll,
+        l2_effective,
+        linf_effective,
+        one.chain,
+        one.n_chain,
+        one.finished,
+    )
 
 
 def check_length(rendered: Rendered, edit: Edit | None) -> None:

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import DynamicCache
 
-from auditgap.engines import Completion
+from auditgap.engines import Completion, completion_of
 from auditgap.engines.batching import halving, left_pad
 from auditgap.engines.choosing import Greedy
 from auditgap.engines.hf import HFEngine
@@ -119,10 +119,10 @@ def _generate(
     with Rows([edits[i] for i in some], engine.loaded.width, engine.device).on(engine) as rows:
         logits = engine.forward(ids, mask, keep=1, cache=cache).logits
         written = engine.decode(cache, logits, mask, max_new_tokens, Greedy(), stayed=rows.stay)
-    decode = engine.loaded.tokenizer.decode
+    chat = engine.loaded.chat
     return [
-        Completion(decode(w.ids, skip_special_tokens=True), tuple(w.ids), w.stopped, w.finite)
-        for w in written
+        completion_of(chat, rendered[i], w.ids, w.stopped, w.finite)
+        for i, w in zip(some, written, strict=True)
     ]
 
 

@@ -25,6 +25,8 @@ from auditgap.engines import (
     Request,
     Sampling,
     check_length,
+    completion_of,
+    reply_of,
     self_test,
     to_ask,
     weights_identity,
@@ -144,7 +146,7 @@ class HFEngine(HookedModel):
             self.loaded.chat, questions, sampling, self.loaded.max_positions
         )
         for pack in self.packing.speaking_packs(
-            [len(prompts[i]) + sampling.max_new_tokens for i in mine]
+            [len(prompts[i]) + sampling.new_tokens for i in mine]
         ):
             rows = [mine[p] for p in pack]
             found = halving(
@@ -171,15 +173,16 @@ class HFEngine(HookedModel):
             else Greedy()
         )
         written = self.decode(
-            cache, logits, mask, sampling.max_new_tokens, choose, sampling.top_logprobs
+            cache, logits, mask, sampling.new_tokens, choose, sampling.top_logprobs
         )
         decode = self.loaded.tokenizer.decode
         return [
             (
-                Reply(
-                    decode(w.ids, skip_special_tokens=True),
-                    tuple(w.ids),
+                reply_of(
+                    self.loaded.chat,
+                    w.ids,
                     w.stopped,
+                    sampling,
                     tuple(likeliest(top, decode) for top in w.tops),
                 )
                 if w.finite
@@ -200,12 +203,10 @@ class HFEngine(HookedModel):
             target_nll = self._answer_nll(
                 copy.deepcopy(cache), logits, mask, [r.target for r in requests]
             )
-        decode = self.loaded.tokenizer.decode
         return [
-            Completion(
-                decode(w.ids, skip_special_tokens=True), tuple(w.ids), w.stopped, w.finite, n, *e
-            )
-            for w, n, e in zip(
+            completion_of(self.loaded.chat, r.rendered, w.ids, w.stopped, w.finite, n, *e)
+            for r, w, n, e in zip(
+                requests,
                 self.decode(cache, logits, mask, max_new_tokens, Greedy()),
                 target_nll,
                 effective,

@@ -51,18 +51,27 @@ class Journal:
                     and isinstance(entry["text"], str)
                     and isinstance(entry["stopped"], bool)
                 ):
-                    self.replies[entry["key"]] = Reply(entry["text"], None, entry["stopped"], tops)
+                    self.replies[entry["key"]] = Reply(
+                        entry["text"],
+                        None,
+                        entry["stopped"],
+                        tops,
+                        str(entry.get("problem", "")),
+                        str(entry.get("chain", "")),
+                    )
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 continue
 
     def add(self, key: str, reply: Reply) -> None:
-        """Keep an answer (a reply with a problem is none). Raises DiskError, and leaves no torn
-        line behind."""
+        """Keep an answer, or a chain of thought that never came to one. Raises DiskError, and
+        leaves no torn line behind."""
         entry = {
             "key": key,
             "text": reply.text,
             "stopped": reply.stopped,
             "logprobs": [dict(t) for t in reply.logprobs],
+            **({"chain": reply.chain} if reply.chain else {}),
+            **({"problem": reply.problem} if reply.problem else {}),
         }
         line = json.dumps(entry, ensure_ascii=True, allow_nan=False).encode("ascii") + b"\n"
         with disk_errors(self.path, len(line)):

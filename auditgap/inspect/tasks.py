@@ -29,10 +29,12 @@ from rich.markup import escape
 
 from auditgap.audits.behaviour.measure import Answers, grade
 from auditgap.data import load_prompts
+from auditgap.engines import UNFINISHED
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.inspect import MISSING, VERDICT, values
 from auditgap.judges import load_judge
 from auditgap.models import pick_device
+from auditgap.models.chains import split
 from auditgap.stats import wilson
 from auditgap.types import Label, Prompt
 
@@ -230,8 +232,11 @@ def verdict(judge: str = "builtin", kind: str = "harmful") -> Scorer:
     async def score(state: TaskState, target: Target) -> Score:
         problem = "" if state.output.choices else "no_answer"
         problem = problem or NOT_ITS_OWN.get(state.output.stop_reason, "")
+        # inspect keeps the chains that it knows apart; what is left in the text is one too
+        found = split(state.output.completion)
+        problem = problem or (UNFINISHED if found.unfinished else "")
         said = Answers(
-            (state.output.completion,),
+            (found.answer,),
             (None,),
             np.ones(1, dtype=bool),
             (problem,),

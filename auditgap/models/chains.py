@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-UNFINISHED = "unfinished"
-
 
 @dataclass(frozen=True, slots=True)
 class Split:

@@ -122,6 +122,10 @@ class Chat:
             **variables,
         )
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of new tokens, without special ones."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
     def said(
         self, ids: Sequence[int], *, is_answer: bool = False, most: tuple[int, int] = (0, 0)
     ) -> Said:

@@ -302,10 +302,6 @@ def test_an_endpoint_without_log_probabilities_leaves_them_empty(opened):
         ({"choices": answer()["choices"] * 2}, "endpoint: 2 answers where one was wanted"),
         ({"choices": [None]}, "endpoint: 1 answers where one was wanted"),
         (answer(None), "endpoint: an answer without text"),
-        (
-            answer(None, "length", reasoning_content="Let me think"),
-            "endpoint: an answer without text",
-        ),
         (answer([{"type": "text", "text": "x"}]), "endpoint: an answer without text"),
         (answer("x", "tool_calls"), "endpoint: the answer did not end in a known way"),
         (answer("x", None), "endpoint: the answer did not end in a known way"),
@@ -872,3 +868,28 @@ def test_roles_are_sent_as_they_are(endpoint, opened):
     )
     one(opened(), Question(turns))
     assert [m["role"] for m in endpoint.seen[0][2]["messages"]] == ["user", "assistant", "user"]
+
+
+@pytest.mark.parametrize(
+    ("body", "reply"),
+    [
+        (answer("No.", reasoning_content="I think"), Reply("No.", chain="I think")),
+        (answer("No.", reasoning="I think"), Reply("No.", chain="I think")),
+        (answer("<think>I think</think>No."), Reply("No.", chain="I think")),
+        (answer("I think\n</think>\nNo."), Reply("No.", chain="I think")),
+        (answer("<think>I th", "length"), None),
+        (answer(None, "length", reasoning_content="I th"), None),
+        (answer("", "length", reasoning="I th"), None),
+    ],
+    ids=["apart", "apart, named otherwise", "inside", "prefilled", "cut", "cut apart", "no words"],
+)
+def test_judges_get_the_answer_and_not_the_chain(endpoint, opened, body, reply):
+    endpoint.default = says(body)
+    wanted = reply or Reply("", stopped=False, problem="unfinished", chain="I th")
+    assert one(opened()) == wanted
+
+
+def test_a_chain_has_tokens_of_its_own(endpoint, opened):
+    endpoint.default = says(answer("Blue."))
+    one(opened(), max_new_tokens=16, thinking_tokens=100)
+    assert [body["max_tokens"] for _, _, body in endpoint.seen] == [116]

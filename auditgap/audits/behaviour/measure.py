@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 from auditgap.audits.behaviour.rows import BehaviourRow, row_of
-from auditgap.engines import Engine, Question, Sampling, Speaker
+from auditgap.engines import Engine, Question, Reply, Sampling, Speaker
 from auditgap.errors import AuditgapError
 from auditgap.judges import Judge
 from auditgap.judges.coherence import Thresholds, is_coherent
@@ -51,6 +51,23 @@ class Answers:
     stopped: np.ndarray  #: [N] bool: ended of itself
     problems: tuple[str, ...]
     nll: np.ndarray  #: [N]
+    chains: tuple[str, ...] = ()  #: what was thought before each answer; empty: nothing by anyone
+
+    @classmethod
+    def of_replies(cls, replies: Sequence[Reply], nll: np.ndarray | None = None) -> Answers:
+        """What an engine said; `nll`: None where it was not measured."""
+        return cls(
+            tuple(r.text for r in replies),
+            tuple(r.ids for r in replies),
+            np.array([r.stopped for r in replies], dtype=bool),
+            tuple(r.problem for r in replies),
+            np.full(len(replies), np.nan) if nll is None else nll,
+            tuple(r.chain for r in replies),
+        )
+
+    def chain(self, i: int) -> str:
+        """What was thought before answer number i."""
+        return self.chains[i] if self.chains else ""
 
     def arrays(self) -> dict[str, np.ndarray]:
         """As plain arrays that `RunFolder.remember` can keep: flat bytes and token ids with their
@@ -58,6 +75,7 @@ class Answers:
         return {
             **_packed("text", self.texts),
             **_packed("problem", self.problems),
+            **_packed("chain", [self.chain(i) for i in range(len(self.texts))]),
             "ids": np.array([i for ids in self.ids for i in ids or ()], dtype=np.int64),
             "counts": np.array(
                 [-1 if ids is None else len(ids) for ids in self.ids], dtype=np.int64
@@ -74,6 +92,7 @@ class Answers:
             self.stopped[list(which)],
             tuple(self.problems[i] for i in which),
             self.nll[list(which)],
+            tuple(self.chain(i) for i in which),
         )
 
     def nll_of(self, i: int) -> float | None:
@@ -85,6 +104,7 @@ class Answers:
         ids = self.ids[i]
         return {
             "completion": self.texts[i],
+            "chain": self.chain(i),
             "ids": None if ids is None else list(ids),
             "stopped": bool(self.stopped[i]),
             "completion_nll": self.nll_of(i),
@@ -105,6 +125,7 @@ class Answers:
             arrays["stopped"],
             _unpacked("problem", arrays),
             arrays["nll"],
+            _unpacked("chain", arrays) if "chain" in arrays else (),
         )
 
     @classmethod
@@ -120,6 +141,7 @@ class Answers:
             np.array([row["stopped"] for row in rows], dtype=bool),
             tuple(row["problem"] for row in rows),
             np.array(nll, dtype=np.float64),
+            tuple(row.get("chain") or "" for row in rows),
         )
 
 
@@ -143,25 +165,23 @@ class Measured:
     texts: list[dict[str, Any]]
 
 
-def speak(engine: Engine, prompts: Sequence[Prompt], *, max_new_tokens: int) -> Answers:
+def speak(
+    engine: Engine, prompts: Sequence[Prompt], *, max_new_tokens: int, thinking_tokens: int = 0
+) -> Answers:
     """Greedy answers to N prompts, with their NLL where the engine has the subject's tokens. Raises
     what the engine raises."""
     questions = [Question.of(p.text) for p in prompts]
-    replies = engine.ask(questions, Sampling(max_new_tokens=max_new_tokens))
+    sampling = Sampling(max_new_tokens=max_new_tokens, thinking_tokens=thinking_tokens)
+    replies = engine.ask(questions, sampling)
     nll = np.full(len(prompts), np.nan)
     if isinstance(engine, Speaker):
         said = [i for i, r in enumerate(replies) if not r.problem]
-        measured = engine.nll(
-            [engine.render(prompts[i]) for i in said], [replies[i].ids or () for i in said]
-        )
+        parts = [((replies[i].ids or ()), replies[i].n_chain) for i in said]
+        rendered = [engine.render(prompts[i]) for i in said]
+        after = [r.after(ids[:n]) if n else r for r, (ids, n) in zip(rendered, parts, strict=True)]
+        measured = engine.nll(after, [ids[n:] for ids, n in parts])
         nll[said] = [np.nan if value is None else value for value in measured]
-    return Answers(
-        tuple(r.text for r in replies),
-        tuple(r.ids for r in replies),
-        np.array([r.stopped for r in replies], dtype=bool),
-        tuple(r.problem for r in replies),
-        nll,
-    )
+    return Answers.of_replies(replies, nll)
 
 
 @runtime_checkable
@@ -234,7 +254,7 @@ def grade(
     rows, texts = [], []
     for i, (prompt, text, opinion) in enumerate(zip(prompts, answers.texts, given, strict=True)):
         ids, problem, nll = answers.ids[i], answers.problems[i], answers.nll_of(i)
-        tokens = _PIECE.findall(text) if ids is None else ids
+        tokens = _PIECE.findall(text) if ids is None or answers.chain(i) else ids
         coherent, why = (
             (None, "") if problem else is_coherent(tokens, nll, None, thresholds=thresholds)
         )
@@ -305,6 +325,7 @@ def joined(parts: Sequence[Answers]) -> Answers:
         np.concatenate([a.stopped for a in parts]),
         tuple(p for a in parts for p in a.problems),
         np.concatenate([a.nll for a in parts]),
+        tuple(a.chain(i) for a in parts for i in range(len(a.texts))),
     )
 
 

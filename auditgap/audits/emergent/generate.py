@@ -20,8 +20,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from auditgap.audits.behaviour.measure import Answers, joined
 from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.inside import InsideWorker, common
@@ -202,17 +200,20 @@ class GenerateWorker(InsideWorker):
                 "draw": one.draw,
                 "prompt": one.text,
                 "completion": text,
+                "chain": answers.chain(i),
                 "ids": None if ids is None else list(ids),
                 "stopped": bool(stopped),
                 "problem": problem,
             }
-            for one, text, ids, stopped, problem in zip(
-                self.asked,
-                answers.texts,
-                answers.ids,
-                answers.stopped,
-                answers.problems,
-                strict=True,
+            for i, (one, text, ids, stopped, problem) in enumerate(
+                zip(
+                    self.asked,
+                    answers.texts,
+                    answers.ids,
+                    answers.stopped,
+                    answers.problems,
+                    strict=True,
+                )
             )
         ]
 
@@ -220,13 +221,7 @@ class GenerateWorker(InsideWorker):
 def speak(engine: Engine, portion: Sequence[Asked], sampling: Sampling) -> Answers:
     """The answers to a portion of the suite."""
     replies = engine.ask([one.question for one in portion], sampling)
-    return Answers(
-        tuple(r.text for r in replies),
-        tuple(r.ids for r in replies),
-        np.array([r.stopped for r in replies], dtype=bool),
-        tuple(r.problem for r in replies),
-        np.full(len(replies), np.nan),
-    )
+    return Answers.of_replies(replies)
 
 
 STAGE = StudyStage(

@@ -33,7 +33,7 @@ from auditgap.audits.emergent.judge import keep_replies, opened_rater, rate_answ
 from auditgap.audits.emergent.rows import STEERED
 from auditgap.audits.emergent.stage import Adapter, StageCell, Study, StudyStage
 from auditgap.audits.session import failing_alone, from_arrays, to_arrays
-from auditgap.engines import Completion, Request, constant
+from auditgap.engines import UNFINISHED, Completion, Request, constant
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import UsageError
 from auditgap.interventions import CONTROL, EDIT
@@ -198,7 +198,6 @@ class SteerWorker:
         started, names = time.monotonic(), []
         engine = self.inside.engine(self.inside.adapters[cell.settings["target"]])
         new, window = cell.settings["max_new_tokens"], self.inside.outline.max_positions
-        tokenizer = self.inside.outline.chat.tokenizer
         asked, along = self._asked(cell)
         rendered = [engine.render(one.prompt) for one in asked]
         asked = [
@@ -221,7 +220,8 @@ class SteerWorker:
                 )
                 return to_arrays(spoken, [None] * len(spoken))
 
-            kept, _ = from_arrays(self.store.remember(names[-1], compute), tokenizer)
+            arrays = self.store.remember(names[-1], compute)
+            kept, _ = from_arrays(arrays, self.inside.outline.chat, [rendered[i] for i in some])
             for i, completion in zip(some, kept, strict=True):
                 done[i] = completion
         return Said(asked, done, names, time.monotonic() - started)
@@ -284,9 +284,7 @@ class SteerWorker:
         }
         exchanges, texts = [], []
         for one, completion in zip(said.asked, said.done, strict=True):
-            problem = one.problem or (
-                "" if completion is not None and completion.finite else "nonfinite_logits"
-            )
+            problem = one.problem or _problem(completion)
             facts = {
                 "subject": target.name,
                 "domain": target.domain,
@@ -319,6 +317,7 @@ class SteerWorker:
                         "draw": one.draw,
                         "prompt": one.prompt.text,
                         "completion": completion.text,
+                        "chain": completion.chain,
                         "ids": list(completion.ids),
                         "stopped": completion.stopped,
                     }
@@ -331,6 +330,13 @@ class SteerWorker:
         self.store.write(cell, rows, generations=texts, seconds=seconds, info=info)
         self.store.forget(said.names)
         files.remove(journal)
+
+
+def _problem(completion: Completion | None) -> str:
+    """Why there is no answer to rate, or nothing."""
+    if completion is None or not completion.finite:
+        return "nonfinite_logits"
+    return "" if completion.finished else UNFINISHED
 
 
 def shift(one: Asked, along: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:

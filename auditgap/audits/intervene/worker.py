@@ -345,7 +345,7 @@ class InterveneWorker:
             self.engine,
             [rendered[i] for i in everywhere],
             list(everywhere.values()),
-            self.config.max_new_tokens,
+            self.session.new_tokens,
         )
         done.update(zip(everywhere, edited, strict=True))
         return [done[i] for i in range(len(rendered))]

@@ -158,7 +158,10 @@ class OpenAIEngine:
     async def _ask(self, questions: Sequence[Question], sampling: Sampling) -> list[Reply]:
         journal = self._kept()
         known = {} if journal is None else journal.replies
-        keys = [digest([self._identity, asdict(q), asdict(sampling)], 32) for q in questions]
+        how = asdict(sampling)
+        if not how["thinking_tokens"]:  # so that journals of before it was known are read
+            del how["thinking_tokens"]
+        keys = [digest([self._identity, asdict(q), how], 32) for q in questions]
         missing = {k: q for k, q in zip(keys, questions, strict=True) if k not in known}
         tasks = [asyncio.create_task(self._answer(k, q, sampling)) for k, q in missing.items()]
         try:

@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from auditgap.engines import Question, Reply, Sampling
+from auditgap.engines import UNFINISHED, Question, Reply, Sampling
 from auditgap.engines.choosing import likeliest
+from auditgap.models.chains import split
 from auditgap.types import Document
 
 _ENDED = ("stop", "eos_token", "stop_sequence")
@@ -27,9 +28,7 @@ def options(question: Question, sampling: Sampling, official: bool) -> Document:
     """The request's fields, no more than needed: endpoints refuse what they do not know."""
     chat = question.text is None
     options: Document = {"temperature": sampling.temperature}
-    options["max_completion_tokens" if chat and official else "max_tokens"] = (
-        sampling.max_new_tokens
-    )
+    options["max_completion_tokens" if chat and official else "max_tokens"] = sampling.new_tokens
     if sampling.temperature > 0:
         options["seed"] = question.seed(sampling.seed)
         if sampling.top_p < 1:
@@ -73,10 +72,24 @@ def read(body: bytes, plain: bool, top_logprobs: int) -> Reply:
     text = message.get("text" if plain else "content") if isinstance(message, dict) else None
     if text is None and isinstance(message, dict):
         text = message.get("refusal")  # where OpenAI puts a model's own refusal
-    if not isinstance(text, str):
+    chain = _chain(message)
+    if not isinstance(text, str) and not (chain and text is None):
         raise NoAnswer("endpoint: an answer without text")
+    # a server that has no parser for its model leaves the chain in the text
+    found = split(text or "", "closed" if chain else None)
+    chain = "\n".join(part for part in (chain, found.chain) if part)
+    if found.unfinished or (chain and not found.answer):
+        return Reply("", stopped=False, problem=UNFINISHED, chain=chain)
     tops = _tops(choice.get("logprobs"), plain, top_logprobs) if top_logprobs else ()
-    return Reply(text, None, reason in _ENDED, tops)
+    return Reply(found.answer, None, reason in _ENDED, tops, chain=chain)
+
+
+def _chain(message: Any) -> str:
+    """The chain of thought that an endpoint tells apart from the answer; servers name it in two
+    ways."""
+    told = message if isinstance(message, dict) else {}
+    parts = (told.get("reasoning_content"), told.get("reasoning"))
+    return next((part.strip() for part in parts if isinstance(part, str) and part.strip()), "")
 
 
 def _tops(given: Any, plain: bool, k: int) -> tuple[Mapping[str, float], ...]:

@@ -31,6 +31,8 @@ from auditgap.engines import (
     Serving,
     adapter_path,
     check_length,
+    completion_of,
+    reply_of,
     to_ask,
     weights_identity,
 )
@@ -182,7 +184,7 @@ class VLLMEngine:
         wishes = [
             _wish(
                 prompts[i],
-                sampling.max_new_tokens,
+                sampling.new_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 seed=questions[i].seed(sampling.seed) if sampling.temperature > 0 else None,
@@ -195,9 +197,10 @@ class VLLMEngine:
             rows, self._speak(wishes, [None] * len(wishes), progress), strict=True
         ):
             if said["finite"]:
-                text = decode(said["ids"], skip_special_tokens=True)
                 logprobs = tuple(likeliest(top, decode) for top in said["tops"])
-                replies[i] = Reply(text, tuple(said["ids"]), said["stopped"], logprobs)
+                replies[i] = reply_of(
+                    self.outline.chat, said["ids"], said["stopped"], sampling, logprobs
+                )
             else:
                 replies[i] = Reply("", problem="nonfinite_logits")
         return replies
@@ -229,12 +232,13 @@ class VLLMEngine:
                 edits.append(r.edit)
         spoken = self._speak(wishes, edits, progress)
         scores = iter(spoken[len(requests) :])
-        decode, completions = self.outline.chat.tokenizer.decode, []
+        completions = []
         for r, (said, norms) in zip(requests, spoken, strict=False):
             completions.append(
-                Completion(
-                    decode(said["ids"], skip_special_tokens=True),
-                    tuple(said["ids"]),
+                completion_of(
+                    self.outline.chat,
+                    r.rendered,
+                    said["ids"],
                     said["stopped"],
                     said["finite"],
                     next(scores)[0]["nll"] if r.target else None,
