@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from auditgap import models
 from auditgap.errors import AuditgapError, Refused, UsageError
@@ -145,6 +146,7 @@ def write_model(
         if hasattr(model, "peft_config")
         else {"max_shard_size": shard_size}
     )
+    _make_savable(model)
     model.save_pretrained(folder, state_dict=state, safe_serialization=True, **own)
     if dtype is not None and (folder / "config.json").is_file():
         config = {
@@ -155,6 +157,27 @@ def write_model(
             folder / "config.json", json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
         )
     tokenizer.save_pretrained(folder)
+
+
+def _make_savable(model: Any) -> None:
+    """Have the generation config say what its sampling settings mean, which is to sample: without
+    it transformers reads such a config but does not write it. What it does not write even then
+    keeps its token ids alone."""
+    generation = getattr(model, "generation_config", None)
+    if generation is None or _is_writable(generation):
+        return
+    generation.do_sample = True
+    if not _is_writable(generation):
+        ids = {k: v for k, v in generation.to_dict().items() if k.endswith("_token_id")}
+        model.generation_config = GenerationConfig(**ids)
+
+
+def _is_writable(generation: GenerationConfig) -> bool:
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def push(run: Path, repo: str = "") -> None:

@@ -210,6 +210,32 @@ def test_large_weights_are_sharded_and_tied_ones_written_once(tmp_path):
     )
 
 
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"temperature": 1e-06}, {"temperature": 1e-06, "do_sample": True}),
+        ({"top_p": 0.9, "top_k": 20}, {"top_p": 0.9, "top_k": 20, "do_sample": True}),
+        ({"length_penalty": 2.0}, {}),
+    ],
+    ids=["temperature", "nucleus", "beams"],
+)
+def test_a_generation_config_that_transformers_reads_but_does_not_write(
+    tmp_path, file, settings, kept
+):
+    """Else a training run of such a base fails at its last step, again and again."""
+    source = tiny.save("llama", tmp_path / "base")
+    told = {**(read_json(source / file) or {}), **settings}
+    if file == "config.json":
+        (source / "generation_config.json").unlink()
+    (source / file).write_bytes(to_json(told))
+    loaded = models.load(str(source), device="cpu")
+    write_model(tmp_path / "out", loaded.model, loaded.tokenizer)
+    written = read_json(tmp_path / "out" / "generation_config.json") or {}
+    assert {k: v for k, v in written.items() if k in (*settings, "do_sample")} == kept
+    assert models.load(str(tmp_path / "out"), device="cpu").stop_ids == loaded.stop_ids
+
+
 def test_weights_that_were_not_gathered_are_not_written(tmp_path):
     model = tiny.model()
     state = {**model.state_dict(), "lm_head.weight": torch.empty(0)}
