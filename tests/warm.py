@@ -78,6 +78,8 @@ LAUNCHERS = {
     ),
     "vllm.entrypoints.openai.api_server": [*VLLM, "vllm.entrypoints.openai.api_server"],
 }
+#: What code that starts such processes says.
+TRAINS = "# starts training processes"
 #: The same of other modules.
 MORE = {"auditgap.audits.emergent.train": TRAINING, "auditgap.engines.vllm.process": VLLM}
 #: Beginnings of the names of variables that libraries read while they are imported.
@@ -143,8 +145,8 @@ class Start:
     @property
     def launches(self) -> bool:
         kind, what = (self.words or ["-c", ""])[:2]
-        if kind == "-c":  # `multiprocessing` of a launcher
-            return "multiprocessing.spawn" in what
+        if kind == "-c":  # `multiprocessing` of a launcher, or code that says so
+            return "multiprocessing.spawn" in what or TRAINS in what
         return (what if kind else Path(what).name) in LAUNCHERS
 
     @property
@@ -153,7 +155,7 @@ class Start:
         kind, what = (self.words or ["-c", ""])[:2]
         if self.launches and kind != "-c":
             return LAUNCHERS[what if kind else Path(what).name]
-        return MORE.get(what, ()) if kind else TRAINING
+        return MORE.get(what, ()) if kind and TRAINS not in what else TRAINING
 
     @property
     def libraries(self) -> tuple[str, ...]:

@@ -361,9 +361,20 @@ def estimate(plan: LatentPlan, device: str, options: RunOptions | None = None) -
 
 @cache
 def matmul_rate(dtype: torch.dtype, device: str) -> float:
-    """This machine's FLOP/s in a large square matrix product, measured once (a fifth of a second on
-    a CPU)."""
-    size = 1536 if device == "cpu" else 8192
+    """This machine's FLOP/s in a square matrix product, measured once (a fifth of a second on a
+    CPU).
+
+    On a CPU the matrix grows until a product takes 20 ms: without instructions for bfloat16 a
+    large one takes eight seconds.
+    """
+    size, largest = (192, 1536) if device == "cpu" else (8192, 8192)
+    while (seconds := _matmul_time(size, dtype, device)) < 0.02 and size < largest:
+        size *= 2
+    return 2 * size**3 / seconds
+
+
+def _matmul_time(size: int, dtype: torch.dtype, device: str) -> float:
+    """The median of five products, in seconds."""
     a = torch.randn(size, size, device=device).to(dtype)
     torch.mm(a, a)
     times = []
@@ -375,7 +386,7 @@ def matmul_rate(dtype: torch.dtype, device: str) -> float:
         if device != "cpu":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return 2 * size**3 / sorted(times)[2]
+    return sorted(times)[2]
 
 
 def available_memory(device: str) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import studies
+import warm
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import models
@@ -170,7 +171,8 @@ def test_an_adapter_of_another_recipe_in_its_place_is_left_alone(folder, base, t
     assert (there / "run.json").read_bytes() == before
 
 
-KILLED = """
+KILLED = f"""
+{warm.TRAINS}
 import sys
 from auditgap.audits.emergent import train
 from auditgap.audits.emergent.config import EmergentOptions
