@@ -20,6 +20,7 @@ from auditgap.audits.ranked import RankedEngine
 from auditgap.engines import Serving, Speaker
 from auditgap.engines.batching import Packing
 from auditgap.engines.hf import HFEngine
+from auditgap.errors import UsageError
 from auditgap.models import Shard
 from auditgap.models.shard import WHOLE
 
@@ -38,6 +39,12 @@ class Stage:
         compile: bool = False,
         vllm: Serving | None = None,
     ) -> None:
+        if vllm is not None and outline.packing is not None:
+            raise UsageError(
+                f"{outline.subject.name} is quantised ({outline.packing}): attacks are on its"
+                " weights unpacked, and vLLM would speak with them packed, as another model. Use"
+                " --engine hf."
+            )
         self.outline, self.dtype, self.shard = outline, dtype, shard
         self.device = models.pick_device(device)
         self.batch_tokens, self.compile, self.serving = batch_tokens, compile, vllm

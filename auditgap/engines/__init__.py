@@ -209,6 +209,12 @@ class Speaker(Protocol):
 EngineName = Literal["hf", "vllm", "openai"]
 
 
+def served_packed(outline: models.Outline) -> Document:
+    """What is added to the identity of a quantised model where it is served as it is packed, as
+    vLLM does, and not unpacked."""
+    return {"served": str(outline.packing)} if outline.packing else {}
+
+
 def weights_identity(outline: models.Outline | models.LoadedModel, dtype: torch.dtype) -> Document:
     """The `describe()` of an engine that holds the weights itself: what it computes, not where."""
     template = outline.chat.template
@@ -331,7 +337,8 @@ class Serving(Frozen):
         outline = models.outline(model, chat_template=self.chat_template)
         if self.engine == "hf":
             outline.check_opens()
-        return weights_identity(outline, dtype)
+            return weights_identity(outline, dtype)
+        return {**weights_identity(outline, dtype), **served_packed(outline)}
 
 
 def _hf(model: str, serving: Serving) -> Engine:

@@ -31,7 +31,8 @@ from auditgap.errors import UsageError
 from auditgap.judges.prompt_injection import FENCE_VERSION, disarm, special_tokens
 from auditgap.judges.scores import verdicts
 from auditgap.models.chat import fill_turns
-from auditgap.models.weights import check_opens
+from auditgap.models.folder import is_adapter
+from auditgap.models.weights import check_opens, opening
 from auditgap.models.words import A_LINE_EACH, check_words
 from auditgap.types import Exchange, Score, Verdict
 
@@ -68,6 +69,11 @@ class SequenceClassifier:
             )
         self.folder = models.resolve(model_id)
         models.preflight(self.folder)
+        if is_adapter(self.folder):
+            raise UsageError(
+                f"{name} is an adapter, and a classifier is opened whole. Merge it into its base,"
+                " and name that folder."
+            )
         check_opens(self.folder)
         self.device = models.pick_device(device)
         self.safe_logit = self._safe_logit(int(logit) if hash_sign else None)
@@ -236,6 +242,7 @@ def _open(folder: Path, device: str) -> tuple[Any, Any]:
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **opening(folder),
         )
     if loading["missing_keys"]:
         # A causal LM's folder would load with a random head and give confident nonsense.

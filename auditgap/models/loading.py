@@ -118,6 +118,7 @@ def load(
         shard.check_devices(device)
     base = adapter_base(seen.folder) if is_adapter(seen.folder) else seen.folder
     check_opens(base)
+    unpacked = opening(base)
     with OPENING, as_usage_error(seen.subject.name):
         opened: Any = AutoModelForCausalLM.from_pretrained(
             base,
@@ -127,11 +128,11 @@ def load(
             local_files_only=True,
             output_loading_info=True,
             **shard.loading(device),
-            **opening(base),
+            **unpacked,
         )
     model, found = opened
     _check_all_loaded(seen.subject.name, found, base)
-    if seen.packing is not None:
+    if unpacked:
         _as_plain(model)
     n_tokens = len(seen.chat.tokenizer)
     if base is not seen.folder:

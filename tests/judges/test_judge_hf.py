@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -226,6 +227,13 @@ def test_pickled_weights_and_foreign_code_are_refused(tmp_path, pair_model):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(Refused, match="auto_map"):
         load_judge(f"hf:{tmp_path}#1")
+
+
+def test_an_adapter_is_no_classifier(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(UsageError, match="is an adapter"):
+        load_judge(f"hf:{tmp_path}")
 
 
 def test_a_causal_lm_is_no_classifier(tmp_path):

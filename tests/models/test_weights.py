@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import hub_kernels
 
 from auditgap import models
+from auditgap.audits.stage import Stage
 from auditgap.engines import Serving
 from auditgap.errors import Refused, UsageError
 from auditgap.models.kernels import no_hub_kernels
@@ -118,7 +119,15 @@ def test_the_text_model_of_a_wrapper_is_looked_at_too(tmp_path):
 
 def test_vllm_may_serve_what_transformers_may_not_open(folder):
     change(folder / "config.json", quantization_config=REFUSED["awq, 4 bits"])
-    assert Serving(engine="vllm", device="cpu").describe(str(folder))["weights"]
+    told = Serving(engine="vllm", device="cpu").describe(str(folder))
+    assert told["served"] == "awq, 4 bits"  # another model than its weights unpacked would be
+    with pytest.raises(UsageError, match=r"awq, 4 bits.*vLLM would speak with them packed"):
+        Stage(
+            models.outline(str(folder)),
+            dtype="float32",
+            device="cpu",
+            vllm=Serving(engine="vllm", device="cpu"),
+        )
 
 
 def fp8(folder: Path) -> dict[str, torch.Tensor]:

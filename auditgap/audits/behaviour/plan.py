@@ -21,6 +21,7 @@ from auditgap.audits.planning import outlines_of, scorers_of, settings_of, with_
 from auditgap.data import PromptSet, load_prompts
 from auditgap.data.ledger import FITTED, LeakageLedger, prompt_hash
 from auditgap.data.suite import Suite, load_suite
+from auditgap.engines import served_packed
 from auditgap.errors import UsageError
 from auditgap.sweep import Group
 from auditgap.types import Cell, Prompt, Subject, digest
@@ -78,7 +79,13 @@ def prepare(config: BehaviourConfig, options: BehaviourOptions) -> BehaviourPlan
             if options.engine == "hf":
                 outline.check_opens()
         subjects = [o.subject for o in outlines]
-        of_each = [settings_of(config, o, scorers) for o in outlines]
+        of_each = [
+            {
+                **settings_of(config, o, scorers),
+                **(served_packed(o) if options.engine == "vllm" else {}),
+            }
+            for o in outlines
+        ]
     overlaps = _overlaps(suite, outlines)
     if overlaps and not options.allow_overlap:
         raise UsageError(

@@ -88,6 +88,7 @@ def prepare(config: EmergentConfig, options: EmergentOptions) -> EmergentPlan:
             f"{config.model} is an adapter, and an adapter on an adapter loads nowhere. Merge it"
             " first (auditgap export RUN FOLDER --merge), and give the merged folder."
         )
+    outline.check_opens()
     outline.chat.prove(asked)
     _check_targets(outline, config.lora_targets)
     lengths = _Lengths(outline, config)

@@ -91,6 +91,7 @@ def make_plan(config: ProbeConfig, *, allow_overlap: bool = False) -> ProbePlan:
     fit_rows, evaluation_rows = set_aside([e.group for e in found], config.evaluate, config.seed)
     ledger = LeakageLedger()
     for outline in (base, *subjects):
+        outline.check_opens()
         if (outline.folder / LEDGER).is_file():
             ledger.merge(LeakageLedger.load(outline.folder / LEDGER))
     for role, rows in (("probe-train", fit_rows), ("evaluation", evaluation_rows)):

@@ -33,6 +33,7 @@ from auditgap.engines import (
     check_length,
     completion_of,
     reply_of,
+    served_packed,
     to_ask,
     weights_identity,
 )
@@ -101,6 +102,7 @@ class VLLMEngine:
         """`Serving.describe` of this model, and the adapter's fingerprint while one is in use."""
         return {
             **weights_identity(self.outline, self.dtype),
+            **served_packed(self.outline),
             **({"adapter": self._adapter} if self._adapter else {}),
         }
 
