@@ -98,7 +98,7 @@ FOR_RANKS = (
 #: Words of code that looks at imports or at its own memory: it starts from nothing.
 ABOUT_IMPORTS = ("sys.modules", "meta_path", "find_spec", "importlib", "resource")
 #: Processes to fork from at a time: each holds half a gigabyte or more.
-AT_MOST = 3
+AT_MOST = 4
 #: Room for a child's command line, and as much for its environment, which /proc shows.
 ROOM = 16384
 ROOT = Path(__file__).resolve().parents[1]
