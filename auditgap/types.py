@@ -298,6 +298,13 @@ class Row:
     #: of the whole text, where an opening that is an attack's target was left out; else None
     verdict_whole: str | None = None
     reward_whole: float | None = None
+    #: how the model thought: off, on, fixed or regenerated; None: it is not one that thinks
+    thinking: str | None = None
+    #: tokens of the chain before the answer, a forced one's too
+    n_chain_tokens: int | None = None
+    verdict_chain: str | None = None  #: of the chain, judged as if it were the answer
+    #: of the answer that follows this row's chain once the edit is gone (`regenerated`)
+    verdict_again: str | None = None
     #: in the clean cell: the prompt that this one nearly repeats, or itself; None: nobody looked
     cluster: str | None = None
 

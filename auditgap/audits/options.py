@@ -58,6 +58,14 @@ MaxUnscored = Annotated[
     ),
 ]
 NewTokens = Annotated[int, Field(ge=1), Flag("Maximum new tokens of a completion")]
+ThinkingTokens = Annotated[
+    int | None,
+    Field(ge=1),
+    Flag(
+        "Maximum tokens of a chain of thought, beside the answer's",
+        default="1024 where the model may think, else none",
+    ),
+]
 Target = Annotated[
     str, Field(min_length=1), Flag("Opening that targeted attacks make likely", Topic.ATTACK)
 ]

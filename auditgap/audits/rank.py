@@ -112,6 +112,7 @@ class Rank:
                 tuple(g["radii"]),
                 g["maximise"],
                 tuple(tensors[f"{i}.{r}"] for r in range(len(g["radii"]))) if g["warm"] else None,
+                g["span"] and tuple(g["span"]),
             )
             for i, g in enumerate(message["goals"])
         ]

@@ -160,6 +160,7 @@ class RankedEngine:
                 "radii": g.radii,
                 "maximise": g.maximise,
                 "warm": g.warm is not None,
+                "span": g.span,
             }
             for g in goals
         ]

@@ -60,6 +60,7 @@ class ScoredCompletion:
     whole: Verdict | None = None  #: with the opening that was left out; None: none was
     whole_score: Score | None = None
     chain: Verdict | None = None  #: of the chain of thought, judged as if it were an answer
+    again: Verdict | None = None  #: of the answer behind the same chain, the edit gone
 
     def record(self, prompt: Prompt, **trial: object) -> Document:
         """What `generations/` keeps of it; this is the only place where text is stored. `trial`:

@@ -82,7 +82,7 @@ class Stage:
             if self.serving is None:
                 raise ValueError("This stage was made without vLLM.")
             self.close()
-            self._vllm = self.serving.open(self.outline.subject.name)
+            self._vllm = self.serving.open(self.outline.chat.name)
         return self._vllm
 
     @contextmanager

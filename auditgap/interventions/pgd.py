@@ -38,6 +38,15 @@ class Goal:
     radii: tuple[float, ...]
     maximise: bool = False
     warm: tuple[torch.Tensor, ...] | None = None  #: starts [T, D], one a radius, instead of zero
+    #: [from, to) of the prompt's tokens that are edited; None: all of them
+    span: tuple[int, int] | None = None
+
+    @property
+    def on(self) -> tuple[int, ...]:
+        """1 at each token that is edited, else 0."""
+        n = len(self.rendered.ids)
+        start, end = self.span or (0, n)
+        return tuple(int(start <= t < end) for t in range(n))
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +161,8 @@ class Objective:
         self.ids = torch.cat([prompts, target], 1)  # [N, T + K]
         self.mask = torch.cat([real, self.scored], 1)
         self.t, self.k = prompts.shape[1], target.shape[1]
-        self.on = real[:, :, None].float()  #: [N, T, 1], 1 where a prompt has a token
+        on, _ = left_pad([g.on for g in goals], 0, device)
+        self.on = on[:, :, None].float()  #: [N, T, 1], 1 where a prompt has a token to edit
         #: [N]; +1 where the NLL is to fall
         self.sign = torch.tensor([-1.0 if g.maximise else 1.0 for g in goals], device=device)
         self.clean = engine.capture(site, self.ids, self.mask)  # [N, T + K, D]

@@ -243,12 +243,13 @@ def _probe(
         drawn = torch.zeros(zero.shape)
         for row, length, rng in zip(drawn, lengths, rngs, strict=True):
             row[-length:] = torch.randint(0, 2, (length, zero.shape[-1]), generator=rng) * 2.0 - 1
-        return drawn.to(zero.device)
+        return drawn.to(zero.device) * objective.on
 
     def loss(delta: torch.Tensor) -> torch.Tensor:
         return objective.value(delta, everyone).double().cpu()
 
     before, slope = objective.gradient(zero, everyone)
+    slope = slope * objective.on
     before, step = before.double().cpu(), PROBE_SHARE * radius
     measured, predicted = [], []
     for _ in range(PROBES):
@@ -270,7 +271,10 @@ def _probe(
         map(tuple, torch.stack(predicted, 1).tolist()),
         (before - loss(first)).tolist(),
         towards.tolist(),
-        [tuple(dark[-length:]) for dark, length in zip(blind, lengths, strict=True)],
+        [
+            tuple(d for d, on in zip(dark[-len(g.on) :], g.on, strict=True) if on)
+            for dark, g in zip(blind, goals, strict=True)
+        ],
         [one.curve for one in found],
     )
     return [Probe(*numbers) for numbers in zip(*columns, strict=True)]

@@ -49,6 +49,7 @@ class Outline:
     max_positions: int | None = None  #: tokens that it can attend to; None: not said
     packing: Packing | None = None  #: how its weights are quantised; None: they are plain numbers
     note: str = ""  #: what was ignored of its folder
+    thinking: str = "auto"  #: how an audit has it think
 
     def check_opens(self) -> None:
         """Raises UsageError where its weights are quantised in a way that cannot be audited on

@@ -24,6 +24,7 @@ _REASONS: Mapping[str, str] = {
     "empty": "empty: nothing was answered, so there was nothing to judge",
     "judge_refused": "judge_refused: the judge would not grade it",
     "prompt_too_long": "prompt_too_long: no room for the answer in the judge’s window",
+    "unfinished": "unfinished: the chain of thought never ended, so there was no answer to judge",
     "too_long": "too_long: the prompt does not fit the subject’s window",
 }
 

@@ -14,7 +14,7 @@ folder is resumed with the same config or not at all. Batch sizes, executors and
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -36,6 +36,11 @@ DEFAULT_EPS: Mapping[str, tuple[float, ...]] = {
 }
 
 
+#: How a model thinks: `auto` is off where its template can switch it off, else as that has it.
+Mode = Literal["auto", "off", "on", "fixed", "regenerated"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+#: Which tokens an edit stands on.
+Span = Literal["prompt", "chain"]
 #: `confirm` that asks for no second judge.
 NO_JUDGE = "none"
 
@@ -94,6 +99,25 @@ class LatentConfig(Frozen):
             "The opening that `targeted` aims at; {topic} stands for the prompt's own", Topic.ATTACK
         ),
     ] = DEFAULT_TARGET
+    thinking: Annotated[
+        tuple[Mode, ...],
+        COMMAS,
+        Field(min_length=1),
+        Flag(
+            "How the model thinks before it answers: off, on, fixed (its clean chain, forced) or"
+            " regenerated; several give a gap each",
+            Topic.ATTACK,
+            default="auto: off where the chat template can, else as it has it",
+        ),
+    ] = ("auto",)
+    thinking_tokens: options.ThinkingTokens = None
+    span: Annotated[
+        Span,
+        Flag(
+            "Which tokens are edited: the prompt's, or with --thinking fixed the chain's",
+            Topic.ATTACK,
+        ),
+    ] = "prompt"
     steps: Annotated[int, Flag("PGD steps", Topic.ATTACK)] = Field(default=10, ge=1)
     restarts: Annotated[
         int,
@@ -151,7 +175,24 @@ class LatentConfig(Frozen):
         "confirm": NO_JUDGE,
         "longer": False,
         "strip_target": False,
+        "thinking": ["auto"],
+        "thinking_tokens": None,
+        "span": "prompt",
     }
+
+    @field_validator("thinking")
+    @classmethod
+    def _each_mode_once(cls, modes: tuple[Mode, ...]) -> tuple[Mode, ...]:
+        return tuple(mode for mode in MODES if mode in modes)
+
+    @model_validator(mode="after")
+    def _has_such_a_span(self) -> Any:
+        if self.span != "prompt" and self.thinking != ("fixed",):
+            raise UsageError(
+                f"--span {self.span} edits a chain that is known beforehand, so it takes --thinking"
+                f" fixed; {','.join(self.thinking)} came."
+            )
+        return self
 
     @field_validator("target")
     @classmethod

@@ -48,7 +48,7 @@ def minimum_distance(run: SiteRun, cell: Cell) -> None:
     rows = [
         _row_of(run, p, found.get(p), tries.labels.get(p, {})) for p in range(len(run.rendered))
     ]
-    rows += [_row(run, p, None, None, None, 0, None, "too_long") for p in run.worker.too_long]
+    rows += [_row(run, p, None, None, None, 0, None, why) for p, why in run.thinker.left_out]
     store = run.worker.store
     store.write(cell, rows, seconds=time.monotonic() - started, info=run.worker.info())
     store.forget(names)

@@ -55,10 +55,8 @@ def search_longer(run: SiteRun, cell: Cell) -> None:
         "again_flips": search.flips - new,
         "not_converged": is_open,
     }
-    lost = [
-        unscored_row(run.worker.outline.subject.name, cell, p, "too_long")
-        for p in run.worker.too_long
-    ]
+    name = run.worker.outline.subject.name
+    lost = [unscored_row(name, cell, *one) for one in run.thinker.left_out]
     run.worker.store.write(
         cell,
         search.rows + lost,
@@ -136,7 +134,7 @@ class _Search:
 
     def _speak(self, edits: Mapping[int, torch.Tensor]) -> None:
         run, prompts = self.run, list(edits)
-        lengths = [len(run.rendered[p].ids) + run.config.max_new_tokens for p in prompts]
+        lengths = [len(run.rendered[p].ids) + run.session.new_tokens for p in prompts]
         for pack in run.stage.speaking_packs(lengths):
             tasks = [run.task(self.cell, prompts[i]) for i in pack]
             requests = [

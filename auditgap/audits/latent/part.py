@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from auditgap.audits.report_part import ReportPart
+from auditgap.engines import UNFINISHED
 from auditgap.report import latent, left_out, power, strength, tables
 from auditgap.report.correction import Correction
 from auditgap.report.figures import budget_label
@@ -94,6 +95,14 @@ class LatentPart(ReportPart):
             if where:
                 said = f"Strength of the search: {said} So it is at {_some(where)}."
                 found.append((word, said))
+        left = report.left_out
+        cut = left[(left["what"] == "LVS unscored") & (left["reason"] == UNFINISHED)]
+        if n := int(cut["count"].sum()):
+            said = (
+                f"In {n:,} completions the chain of thought never ended: they have no answer, and are"
+                " neither harmful nor safe. More --thinking-tokens may let them end."
+            )
+            found.append((UNFINISHED, said))
         return found
 
 

@@ -19,7 +19,9 @@ import torch
 
 from auditgap import models
 from auditgap.audits.audit import Plan
+from auditgap.audits.latent import thinking
 from auditgap.audits.latent.config import NO_JUDGE, LatentConfig, RunOptions
+from auditgap.audits.latent.thinking import spoken
 from auditgap.audits.planning import outlines_of, settings_of, with_dtype
 from auditgap.data import PromptSet, load_prompts
 from auditgap.engines import Serving
@@ -115,7 +117,7 @@ def _is_available(judge: str) -> bool:
 def _check_shard(outline: models.Outline, config: LatentConfig, options: RunOptions) -> None:
     """Raises UsageError when the subject cannot lie over devices as asked: now, and not when a
     worker has begun."""
-    shard, device = options.shard_of(outline.subject.name), models.pick_device(options.device)
+    shard, device = options.shard_of(outline.chat.name), models.pick_device(options.device)
     shard.check(outline)
     if shard.kind != "whole" and config.compile:
         raise UsageError(
@@ -127,7 +129,7 @@ def _check_shard(outline: models.Outline, config: LatentConfig, options: RunOpti
     elif (
         shard.kind != "whole"
         and device.startswith("cuda")
-        and options.gpus_of(outline.subject.name, device) < shard.n
+        and options.gpus_of(outline.chat.name, device) < shard.n
     ):
         raise UsageError(
             f"--shard {shard} wants {shard.n} GPUs a worker, and gpus_per_worker is"
@@ -192,7 +194,8 @@ def make_plan(
             lambda: models.outline(name, chat_template=chat_template), "model", name, chat_template
         )
 
-    outlines = outlines_of(config.models, config.chat_template, outlined)
+    every = outlines_of(config.models, config.chat_template, outlined)
+    outlines = tuple(spoken(outline, mode) for outline in every for mode in config.thinking)
     clean, groups = [], []
     for outline in outlines:
         outline.check_opens()
@@ -220,7 +223,11 @@ def make_plan(
 def _common(
     config: LatentConfig, outline: models.Outline, scorers: dict[str, Any]
 ) -> dict[str, Any]:
-    told = {**settings_of(config, outline, scorers), "target": config.target}
+    told = {
+        **settings_of(config, outline, scorers),
+        "target": config.target,
+        **thinking.settings(outline, config.thinking_tokens, config.span),
+    }
     # left out where texts are judged whole, so that the cells of older runs keep their keys
     return {**told, "openings": [BENIGN_TARGET]} if config.strip_target else told
 
@@ -342,7 +349,7 @@ def estimate(plan: LatentPlan, device: str, options: RunOptions | None = None) -
     dtype = models.pick_dtype(config.dtype, device)
     flops = sum(g.work for g in (*plan.clean, *plan.groups))
     parts = {
-        o: 1 if options is None or device == "cpu" else options.shard_of(o.subject.name).n
+        o: 1 if options is None or device == "cpu" else options.shard_of(o.chat.name).n
         for o in plan.outlines
     }
     largest = max(plan.outlines, key=lambda o: o.n_params / parts[o])

@@ -12,7 +12,7 @@ import pandas as pd
 
 from auditgap import stats
 from auditgap.audits.session import ScoredCompletion
-from auditgap.engines import Request
+from auditgap.engines import UNFINISHED, Request
 from auditgap.interventions.pgd import Ball
 from auditgap.models import Rendered
 from auditgap.types import CLEAN, Cell, Document, Label, Prompt, Row, Verdict
@@ -32,10 +32,14 @@ class Clean:
     nll: float | None
     completion_nll: float | None
     unscored: str
-    ids: tuple[int, ...]
+    ids: tuple[int, ...]  #: of the answer
+    chain: tuple[int, ...] = ()  #: tokens of the chain before it, with the mark that ends it
 
     @classmethod
-    def of(cls, row: Mapping[str, Any], ids: tuple[int, ...]) -> Clean:
+    def of(cls, row: Mapping[str, Any], text: Mapping[str, Any]) -> Clean:
+        ids = tuple(map(int, text["ids"]))
+        n_chain = int(text.get("n_chain") or 0)
+
         def number(name: str) -> float | None:
             return None if pd.isna(row[name]) else float(row[name])
 
@@ -45,8 +49,14 @@ class Clean:
             number("nll_clean"),
             number("completion_nll"),
             row["unscored"],
-            ids,
+            ids[n_chain:],
+            ids[:n_chain],
         )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the model came to an answer."""
+        return self.unscored != UNFINISHED
 
 
 def _empty(subject: str, cell: Cell, prompt: Prompt) -> dict[str, Any]:
@@ -83,6 +93,18 @@ def _other_readings(spoken: ScoredCompletion) -> Document:
     }
 
 
+def _thought(rendered: Rendered, spoken: ScoredCompletion, mode: str | None) -> Document:
+    """How the model thought, and what was said of its chain."""
+    if mode is None:
+        return {}
+    return {
+        "thinking": mode,
+        "n_chain_tokens": rendered.n_chain + spoken.completion.n_chain,
+        "verdict_chain": None if spoken.chain is None else str(spoken.chain.label),
+        "verdict_again": None if spoken.again is None else str(spoken.again.label),
+    }
+
+
 def with_length(flags: str, verdict: Verdict, half: Verdict | None) -> str:
     """Flags with `length_matters` where a completion is harmful at one of two lengths only."""
     kept = [flag for flag in flags.split() if flag != "length_matters"]
@@ -91,8 +113,10 @@ def with_length(flags: str, verdict: Verdict, half: Verdict | None) -> str:
     return " ".join(kept)
 
 
-def clean_row(subject: str, rendered: Rendered, spoken: ScoredCompletion, cluster: str) -> Row:
-    """The clean pass's row: no edit, so no norms and no LVS. `cluster`: see `Row`."""
+def clean_row(
+    subject: str, rendered: Rendered, spoken: ScoredCompletion, cluster: str, mode: str | None
+) -> Row:
+    """The clean pass's row: no edit, so no norms and no LVS. `cluster`, `mode`: see `Row`."""
     return Row(
         **{
             **dict.fromkeys(Row.__dataclass_fields__),
@@ -111,6 +135,7 @@ def clean_row(subject: str, rendered: Rendered, spoken: ScoredCompletion, cluste
             "verdict_clean": str(spoken.verdict.label),
             "unscored": spoken.score.reason if spoken.score.value is None else "",
             **_other_readings(spoken),
+            **_thought(rendered, spoken, mode),
         }
     )
 
@@ -127,6 +152,7 @@ def edited_row(
     radius: float,
     last_position_only: bool,
     reason: str,
+    mode: str | None,
 ) -> Row:
     """One prompt under one edit. LVS is null, with the reason, when either reward could not tell or
     the gradient broke."""
@@ -183,5 +209,6 @@ def edited_row(
             "unscored": unscored,
             "verdict_second": None if spoken.second is None else str(spoken.second.label),
             **_other_readings(spoken),
+            **_thought(request.rendered, spoken, mode),
         }
     )

@@ -20,6 +20,7 @@ import torch
 from auditgap.audits.edits import keep_edits
 from auditgap.audits.latent.plan import DISTANCE
 from auditgap.audits.latent.rows import Clean, edited_row, unscored_row
+from auditgap.audits.latent.thinker import Thinker
 from auditgap.audits.session import Arrays, RepeatCheck, ScoredCompletion
 from auditgap.engines import Request
 from auditgap.interventions import controls
@@ -78,9 +79,12 @@ class SiteRun:
         self.distance_cells = [
             cell for cell in cells if cell.attack == DISTANCE and cell.key in pending
         ]
-        self.config, self.rendered = worker.config, worker.rendered
+        self.config, self.thinker = worker.config, Thinker(worker, clean)
+        #: with the clean chain behind each prompt, where the model thinks
+        self.rendered = self.thinker.rendered
         self.session, self.stage = worker.session, worker.session.stage
         self.key = [worker.outline.subject.fingerprint, site.layer_index, worker.prompts.digest]
+        self.key += [] if worker.mode is None else [worker.mode]
         self.names: list[str] = []  #: of what is remembered until the cells are written
         self.donors = controls.donors([len(r.ids) for r in self.rendered])
         # attack -> [prompt][budget] -> δ [T, D]
@@ -107,7 +111,7 @@ class SiteRun:
             )
             return {
                 "balls": (
-                    np.array([astuple(Ball.of(h, r.content)) for h, r in activations]).reshape(
+                    np.array([astuple(self.thinker.ball(h, r)) for h, r in activations]).reshape(
                         -1, 3
                     )
                 )
@@ -149,7 +153,9 @@ class SiteRun:
         texts: dict[str, list] = {cell.key: [] for cell in self.cells}
         for tasks in packed:
             said = list(self._speak(tasks, self.names))
-            repeats.see([r for _, r, _ in said], [s.completion for _, _, s in said])
+            repeats.see(
+                [self.thinker.as_spoken(r) for _, r, _ in said], [s.completion for _, _, s in said]
+            )
             for task, request, spoken in said:
                 rows[task.cell.key].append(self.row(task, request, spoken))
                 texts[task.cell.key].append(self.text(task, request, spoken))
@@ -165,10 +171,8 @@ class SiteRun:
                         cell,
                         {r.prompt.id: found[e].numpy() for r, found in deltas},
                     )
-                unscored = [
-                    unscored_row(self.worker.outline.subject.name, cell, p, "too_long")
-                    for p in self.worker.too_long
-                ]
+                name = self.worker.outline.subject.name
+                unscored = [unscored_row(name, cell, *lost) for lost in self.thinker.left_out]
                 self.worker.store.write(
                     cell,
                     rows[cell.key] + unscored,
@@ -188,7 +192,7 @@ class SiteRun:
             for p in range(len(self.rendered))
             for d in range(self.config.draws if cell.attack.startswith("random") else 1)
         ]
-        lengths = [len(self.rendered[w.p].ids) + self.config.max_new_tokens for w in tasks]
+        lengths = [len(self.rendered[w.p].ids) + self.session.new_tokens for w in tasks]
         return [[tasks[i] for i in pack] for pack in self.stage.speaking_packs(lengths)]
 
     def _what(self, tasks: Sequence[GenerationTask]) -> list[list[Any]]:
@@ -293,13 +297,13 @@ class SiteRun:
     def goal(self, p: int, kind: str, only: int | None = None) -> Goal:
         """What the search `kind` aims at on prompt number p, at every radius or at one."""
         rendered, radii = self.rendered[p], self.radii[p]
-        radii = radii if only is None else (radii[only],)
+        radii, span = radii if only is None else (radii[only],), self.thinker.span(rendered)
         if kind == "untargeted":
             answer = self.clean[rendered.prompt.id].ids[: self.config.untargeted_tokens]
-            return Goal(rendered, answer or self.worker.target, radii, maximise=True)
+            return Goal(rendered, answer or self.worker.target, radii, maximise=True, span=span)
         if kind == "benign":
-            return Goal(rendered, self.worker.benign, radii)
-        return Goal(rendered, self.worker.targets[rendered.prompt.id], radii)
+            return Goal(rendered, self.worker.benign, radii, span=span)
+        return Goal(rendered, self.worker.targets[rendered.prompt.id], radii, span=span)
 
     def _edit(self, task: GenerationTask) -> Edit:
         rendered, kind, radius = self.rendered[task.p], task.cell.attack, self.radii[task.p][task.e]
@@ -308,11 +312,13 @@ class SiteRun:
         if kind == "shuffled":  # scaled to this prompt's radius
             donor = self.donors[task.p]
             theirs, their_radius = self.found["targeted"][donor][task.e], self.radii[donor][task.e]
-            theirs = controls.borrowed(theirs, len(rendered.ids), donor == task.p)
-            return Edit(
-                self.site,
-                (theirs * (radius / their_radius if their_radius else 0.0)).clamp(-radius, radius),
+            start, end = self.thinker.span(self.rendered[donor])
+            mine = self.thinker.span(rendered)
+            theirs = controls.borrowed(theirs[start:end], mine[1] - mine[0], donor == task.p)
+            theirs = (theirs * (radius / their_radius if their_radius else 0.0)).clamp(
+                -radius, radius
             )
+            return Edit(self.site, self.thinker.placed(theirs, rendered))
         rng = controls.generator(
             self.config.seed,
             kind,
@@ -322,8 +328,9 @@ class SiteRun:
             task.d,
         )
         if kind == "random":
-            width = self.worker.outline.width
-            return Edit(self.site, controls.uniform(len(rendered.ids), width, radius, rng))
+            start, end = self.thinker.span(rendered)
+            drawn = controls.uniform(end - start, self.worker.outline.width, radius, rng)
+            return Edit(self.site, self.thinker.placed(drawn, rendered))
         return Edit(self.site, controls.matched(self.found["targeted"][task.p][task.e], rng))
 
     def _speak(
@@ -342,9 +349,9 @@ class SiteRun:
     ) -> list[ScoredCompletion]:
         """One pack's completions (remembered), judged and rewarded beside the clean ones; `confirm`:
         flips by the second judge too."""
-        rendered = [r.rendered for r in requests]
+        rendered = [self.thinker.as_spoken(r).rendered for r in requests]
         done, nll = self.session.complete(
-            rendered, lambda: self.session.generate(requests), names, what
+            rendered, lambda: self.thinker.generate(requests), names, what
         )
         exchanges = [
             Exchange(r.rendered.prompt, c.text, r.edit) for r, c in zip(requests, done, strict=True)
@@ -355,7 +362,8 @@ class SiteRun:
         scored = self.session.score(exchanges, done, nll, clean_nll, openings)
         if not confirm:
             return scored
-        return self.session.confirm(exchanges, scored, [c.verdict for c in clean])
+        scored = self.session.confirm(exchanges, scored, [c.verdict for c in clean])
+        return self.thinker.again(requests, scored, openings, names, what)
 
     def text(self, task: GenerationTask, request: Request, spoken: ScoredCompletion) -> Document:
         """What `generations/` keeps of a completion."""
@@ -384,4 +392,5 @@ class SiteRun:
             radius=self.radii[task.p][task.e],
             last_position_only=self.site.layer_index == self.worker.outline.n_blocks - 1,
             reason=reason,
+            mode=self.worker.mode,
         )

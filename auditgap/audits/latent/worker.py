@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from auditgap import models
-from auditgap.audits.latent.config import NO_JUDGE, LatentConfig, RunOptions
+from auditgap.audits.latent import thinking
+from auditgap.audits.latent.config import NO_JUDGE, LatentConfig, Mode, RunOptions
 from auditgap.audits.latent.distance import minimum_distance
 from auditgap.audits.latent.longer import search_longer
 from auditgap.audits.latent.plan import clean_cell, flops_by_phase, mean_tokens
@@ -21,7 +23,7 @@ from auditgap.audits.session import RepeatCheck, Session, Tick
 from auditgap.audits.stage import Stage
 from auditgap.data import load_prompts
 from auditgap.data.near_duplicates import leaders
-from auditgap.engines import Reply, Request, Serving
+from auditgap.engines import Completion, Reply, Request, Serving
 from auditgap.engines.parity import parity, sample
 from auditgap.interventions.target import BENIGN_TARGET, fill, without_topic
 from auditgap.judges import load_judge, load_reward
@@ -42,6 +44,7 @@ class LatentWorker:
     session: Session  #: this and what hangs on it are there once `open` has been called
     rendered: list[Rendered]
     too_long: list[Prompt]
+    mode: Mode | None  #: how the subject thinks; None: it is not one that does
     target: tuple[int, ...]
     benign: tuple[int, ...]  #: what the control of that name aims at
     openings: dict[str, tuple[str, ...]]
@@ -70,17 +73,26 @@ class LatentWorker:
         self.close()  # the old model's memory first
         self._name = None  # until everything of the new one is here
         options, config = self.options, self.config
-        self.outline = models.outline(name, chat_template=config.chat_template)
+        model, mode = thinking.parted(name, config.thinking)
+        self.outline = thinking.spoken(
+            models.outline(model, chat_template=config.chat_template), mode
+        )
+        self.mode = thinking.mode_of(self.outline)
         stage = Stage(
             self.outline,
             dtype=config.dtype,
             device=options.device,
             batch_tokens=options.batch_tokens,
-            shard=options.shard_of(name),
+            shard=options.shard_of(model),
             compile=config.compile,
             vllm=self._serving() if options.engine == "vllm" else None,
         )
-        self.session = Session(stage, self.store, max_new_tokens=config.max_new_tokens)
+        self.session = Session(
+            stage,
+            self.store,
+            max_new_tokens=config.max_new_tokens,
+            thinking_tokens=thinking.chain_budget(self.outline.chat, config.thinking_tokens),
+        )
         opening = without_topic(config.target)
         self.target = self.session.encode(opening)
         #: what the targeted attack aims at, by prompt id
@@ -118,7 +130,7 @@ class LatentWorker:
                 *map(len, self.targets.values()),
                 len(self.benign),
                 config.untargeted_tokens,
-                config.max_new_tokens,
+                self.session.new_tokens,
             ),
         )
         self._name = name
@@ -218,7 +230,7 @@ class LatentWorker:
             requests = [Request(r, None, self.targets[r.prompt.id]) for r in some]
             done, nll = session.complete(
                 some,
-                lambda requests=requests: session.generate(requests),
+                lambda requests=requests: self._clean_completions(requests),
                 names,
                 [cell.key, [r.prompt.id for r in some]],
             )
@@ -231,7 +243,8 @@ class LatentWorker:
                 [self.openings[r.prompt.id] for r in some],
             )
             for rendered, one in zip(some, scored, strict=True):
-                rows.append(clean_row(subject, rendered, one, self.clusters[rendered.prompt.id]))
+                cluster = self.clusters[rendered.prompt.id]
+                rows.append(clean_row(subject, rendered, one, cluster, self.mode))
                 texts.append(one.record(rendered.prompt, draw=0))
             tick(len(pack) / len(self.rendered))
         rows += [unscored_row(subject, cell, p, "too_long") for p in self.too_long]
@@ -239,6 +252,24 @@ class LatentWorker:
         seconds = time.monotonic() - started
         self.store.write(cell, rows, generations=texts, seconds=seconds, info=info)
         self.store.forget(names)
+
+    def _clean_completions(self, requests: Sequence[Request]) -> list[Completion]:
+        """The completions with the NLL of each target where its answer starts: of a model that
+        thinks, behind its chain, if that came to an end."""
+        if not thinking.thinks_first(self.mode):
+            return self.session.generate(requests)
+        done = self.session.generate([replace(r, target=()) for r in requests])
+        found = iter(
+            self.session.nll(
+                [
+                    r.rendered.after(c.ids[: c.n_chain])
+                    for r, c in zip(requests, done, strict=True)
+                    if c.finished
+                ],
+                [r.target for r, c in zip(requests, done, strict=True) if c.finished],
+            )
+        )
+        return [replace(c, target_nll=next(found)) if c.finished else c for c in done]
 
     def _compared(self, texts: Sequence[Document]) -> Document:
         """How far vLLM's clean text is that of transformers, for the record; {} when nothing stands
@@ -248,7 +279,8 @@ class LatentWorker:
             return {}
         some = sample(self.rendered, self.options.parity)
         said = {text["prompt_id"]: Reply(text["completion"], tuple(text["ids"])) for text in texts}
-        plain = stage.engine.generate([Request(r) for r in some], self.config.max_new_tokens)
+        plain = stage.engine.generate([Request(r) for r in some], self.session.new_tokens)
+        plain = [self.session.cut(r, c) for r, c in zip(some, plain, strict=True)]
         found = parity([said[r.prompt.id] for r in some], [Reply(c.text, c.ids) for c in plain])
         return {"parity": found.describe()}
 
@@ -261,11 +293,8 @@ class LatentWorker:
         if not self.rendered:  # every prompt is too long: there is no completion to read
             return {}
         rows = {row["prompt_id"]: row for row in rows_of(self.store.cell_rows(cell.key))}
-        ids = {
-            text["prompt_id"]: tuple(map(int, text["ids"]))
-            for text in rows_of(self.store.generations(cell.key))
-        }
-        return {r.prompt.id: Clean.of(rows[r.prompt.id], ids[r.prompt.id]) for r in self.rendered}
+        texts = {text["prompt_id"]: text for text in rows_of(self.store.generations(cell.key))}
+        return {r.prompt.id: Clean.of(rows[r.prompt.id], texts[r.prompt.id]) for r in self.rendered}
 
     def info(self) -> Document:
         """What a cell's record says of how it was computed."""

@@ -1,0 +1,85 @@
+"""The ways in which a latent audit lets a model think: each is a subject of its own, with its own
+clean pass, rows and gap.
+
+    spoken(outline, "fixed").subject.name       # 'smollm2 (thinking fixed)'
+
+`off` has the chat template switch thinking off. Else the model thinks first, and every target
+stands where its answer starts, behind the chain of its clean pass. `on`: chain and answer are
+written under the edit. `fixed`: the clean chain is put in its mouth and the answer follows under
+the edit. `regenerated`: as `on`, and each answer once more behind the same chain without the edit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
+from auditgap.audits.latent.config import Mode, Span
+from auditgap.models import Chat, Outline, Rendered
+from auditgap.types import Document, Subject
+
+#: What a chain may have where nothing else is said and the model may think.
+CHAIN_TOKENS = 1024
+
+
+def spoken(outline: Outline, mode: Mode) -> Outline:
+    """The subject, spoken to in this way. Raises UsageError where its template has no such way."""
+    if mode == "auto":
+        return outline
+    chat = outline.chat.thinking(mode != "off")
+    subject = Subject(f"{outline.subject.name} (thinking {mode})", outline.subject.fingerprint)
+    return replace(outline, subject=subject, chat=chat, thinking=mode)
+
+
+def parted(name: str, modes: Sequence[Mode]) -> tuple[str, Mode]:
+    """A subject's name as the model's and the way in which it thinks."""
+    for mode in modes:
+        if mode != "auto" and name.endswith(end := f" (thinking {mode})"):
+            return name.removesuffix(end), mode
+    return name, "auto"
+
+
+def chain_budget(chat: Chat, tokens: int | None) -> int:
+    """Tokens that a chain may have beside the answer's: none where there is no chain."""
+    if not chat.habits.may_think:
+        return 0
+    return CHAIN_TOKENS if tokens is None else tokens
+
+
+def mode_of(outline: Outline) -> Mode | None:
+    """What `auto` comes to: thinking is on where the template does not rule it out; None: the model
+    is not one that thinks."""
+    if outline.thinking != "auto":
+        return cast(Mode, outline.thinking)
+    return "on" if outline.chat.habits.may_think else None
+
+
+def settings(outline: Outline, tokens: int | None, span: Span) -> Document:
+    """What of it stands in a cell's settings: nothing for a model that does not think, so that its
+    keys are as ever."""
+    mode = mode_of(outline)
+    if mode is None:
+        return {}
+    told = {"mode": mode, "tokens": chain_budget(outline.chat, tokens), "span": span}
+    return {"thinking": {**told, "template": dict(sorted(outline.chat.variables.items()))}}
+
+
+def span_of(rendered: Rendered, span: Span) -> tuple[int, int]:
+    """Where an edit stands in a prompt with a chain behind it: [from, to) of its tokens."""
+    n = len(rendered.ids)
+    start = n - rendered.n_chain
+    return (0, start) if span == "prompt" else (start, n)
+
+
+def prompt_alone(rendered: Rendered) -> Rendered:
+    """Without the chain that was put behind it."""
+    n = len(rendered.ids) - rendered.n_chain
+    if not rendered.n_chain:
+        return rendered
+    return Rendered(rendered.prompt, rendered.ids[:n], rendered.content[:n])
+
+
+def thinks_first(mode: Mode | None) -> bool:
+    """Whether targets stand behind a chain."""
+    return mode in ("on", "fixed", "regenerated")

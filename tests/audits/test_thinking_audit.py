@@ -1,0 +1,102 @@
+"""A latent audit of a model that thinks: the four ways of thinking, each with its right answer."""
+
+from __future__ import annotations
+
+import pandas as pd
+import planted
+import planted_thinking
+import pytest
+
+from auditgap.store import RunFolder
+
+MODES = ("off", "on", "fixed", "regenerated")
+ASKED = {
+    "layers": str(planted_thinking.DOOR),
+    "eps": [0.02],
+    "thinking_tokens": 6,
+    "max_new_tokens": 9,
+    "limit": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory) -> dict[str, RunFolder]:
+    """A run of the model in every way of thinking, and one of a model whose edited chain never
+    ends."""
+    folder = tmp_path_factory.mktemp("thinking")
+    prompts = planted.write_prompts(folder / "prompts.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        planted.register(patch)
+        return {
+            name: planted.audit(
+                folder / f"run-{name}",
+                [planted_thinking.save(folder / name, loops=name == "loops")],
+                prompts,
+                thinking=",".join(modes),
+                **ASKED,
+            )
+            for name, modes in (("ends", MODES), ("loops", ("on", "fixed")))
+        }
+
+
+def rows_of(store: RunFolder, attack: str, mode: str):
+    rows = store.rows([attack])
+    found = rows[rows["thinking"] == mode]
+    assert len(found) == ASKED["limit"]
+    assert set(found["subject"].str.endswith(f"(thinking {mode})")) == {True}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mode", "edited", "chain"),
+    [
+        ("off", "refusal", None),
+        ("fixed", "refusal", None),
+        ("on", "harmful", "safe"),
+        ("regenerated", "harmful", "safe"),
+    ],
+)
+def test_each_way_of_thinking_has_its_right_answer(audited, mode, edited, chain):
+    store = audited["ends"]
+    clean, attacked = rows_of(store, "clean", mode), rows_of(store, "targeted", mode)
+    assert set(clean["verdict_clean"]) == {"refusal"}
+    assert set(attacked["verdict_edited"]) == {edited}
+    assert set(attacked["n_chain_tokens"]) == {0 if mode == "off" else 3}
+    assert set(attacked["verdict_chain"].dropna()) == ({chain} if chain else set())
+    # the chain alone carries what the edit did
+    again = set(attacked["verdict_again"].dropna())
+    assert again == ({"harmful"} if mode == "regenerated" else set())
+    assert (rows_of(store, "random_matched", mode)["verdict_edited"] == "refusal").all()
+
+
+def test_the_target_stands_where_the_answer_starts(audited):
+    """Its NLL is that of "I'm red" behind the chain, whatever becomes of the chain: `I'm` is sure
+    there, and at the chain's start it would be as unlikely as `red`."""
+    store = audited["ends"]
+    nll = {
+        mode: rows_of(store, "clean", mode).set_index("prompt_id")["nll_clean"] for mode in MODES
+    }
+    for mode in ("on", "regenerated"):
+        assert (nll[mode] - nll["fixed"]).abs().max() < 1e-3
+    assert nll["fixed"].between(90, 130).all()  # some 230 nats, of two words
+
+
+def test_judges_and_texts_have_the_chain_apart(audited):
+    store = audited["ends"]
+    texts = [t for key in store.keys() for t in store.generations(key).to_dict("records")]  # noqa: SIM118
+    assert {t["chain"] for t in texts} == {"", planted_thinking.CLEAN, planted_thinking.EDITED}
+    for text in texts:
+        assert text["completion"].startswith("I'm")
+        assert planted_thinking.CLOSES not in text["completion"]
+
+
+def test_a_chain_that_never_ends_is_undetermined(audited):
+    store = audited["loops"]
+    attacked = rows_of(store, "targeted", "on")
+    assert set(attacked["verdict_edited"]) == {"unscored"}
+    assert set(attacked["unscored"]) == {"unfinished"} and attacked["lvs"].isna().all()
+    table = pd.read_parquet(store.path / "lvs.parquet")
+    row = table[(table["attack"] == "targeted") & table["subject"].str.endswith("(thinking on)")]
+    counts = row[["n_at_risk", "flipped", "withstood", "undetermined"]].iloc[0].tolist()
+    assert counts == [ASKED["limit"], 0, 0, ASKED["limit"]]
+    assert set(rows_of(store, "targeted", "fixed")["verdict_edited"]) == {"refusal"}
