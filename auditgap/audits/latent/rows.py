@@ -99,7 +99,8 @@ def _thought(rendered: Rendered, spoken: ScoredCompletion, mode: str | None) -> 
         return {}
     return {
         "thinking": mode,
-        "n_chain_tokens": rendered.n_chain + spoken.completion.n_chain,
+        # a chain that was written anew is the completion's own
+        "n_chain_tokens": spoken.completion.n_chain or (rendered.n_chain if mode == "fixed" else 0),
         "verdict_chain": None if spoken.chain is None else str(spoken.chain.label),
         "verdict_again": None if spoken.again is None else str(spoken.again.label),
     }
