@@ -132,8 +132,8 @@ MUTANTS = (
     Mutant(
         "nonfinite_logits_scored",
         "audits/session.py",
-        "if not completion.finite:",
-        "if False:",
+        "if not completion.finite\n",
+        "if False\n",
         "tests/audits/test_guards.py",
     ),
     Mutant(
