@@ -25,7 +25,6 @@ from transformers import PreTrainedTokenizerFast
 from auditgap import models
 from auditgap.errors import Refused, UsageError
 from auditgap.models import Chat, parse_sites
-from auditgap.models.attention import GROUPED_SDPA
 from auditgap.types import Prompt, Site, Subject
 
 
@@ -790,7 +789,7 @@ def test_wrap_finds_the_blocks_and_freezes_the_rest(family):
     assert not loaded.model.training and not any(p.requires_grad for p in loaded.model.parameters())
     assert loaded.site("mid") == Site(2) and loaded.stop_ids == {2}
     capped = getattr(loaded.model.config, "attn_logit_softcapping", None)
-    assert loaded.model.config._attn_implementation == ("eager" if capped else GROUPED_SDPA)
+    assert loaded.model.config._attn_implementation == ("eager" if capped else "sdpa")
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

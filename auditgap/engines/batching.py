@@ -62,6 +62,7 @@ class Packing:
 
     batch_tokens: int
     pad_tolerance: float = 0.06
+    alone: bool = False  #: one row at a time, for a family whose numbers padding changes
 
     @classmethod
     def on(
@@ -75,6 +76,8 @@ class Packing:
         )
 
     def packs(self, lengths: Sequence[int], weight: int = 1) -> list[list[int]]:
+        if self.alone:
+            return [[row] for row in range(len(lengths))]
         return packs(
             lengths, batch_tokens=self.batch_tokens, pad_tolerance=self.pad_tolerance, weight=weight
         )
@@ -82,6 +85,8 @@ class Packing:
     def speaking_packs(self, lengths: Sequence[int], times: int = 1) -> list[list[int]]:
         """Packs for decoding, which is bound by reading the weights: many rows at once, padding or
         not."""
+        if self.alone:
+            return [[row] for row in range(len(lengths))]
         return packs(lengths, batch_tokens=max(self.batch_tokens, 16384) * times, pad_tolerance=0.5)
 
 

@@ -18,7 +18,6 @@ from contextlib import ExitStack, contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import DynamicCache
 
 from auditgap.engines import Completion, completion_of
 from auditgap.engines.batching import halving, left_pad
@@ -115,7 +114,7 @@ def _generate(
     max_new_tokens: int,
 ) -> list[Completion]:
     ids, mask = left_pad([rendered[i].ids for i in some], engine.pad_id, engine.device)
-    cache = DynamicCache(config=engine.model.config)
+    cache = engine.new_cache()
     with Rows([edits[i] for i in some], engine.loaded.width, engine.device).on(engine) as rows:
         logits = engine.forward(ids, mask, keep=1, cache=cache).logits
         written = engine.decode(cache, logits, mask, max_new_tokens, Greedy(), stayed=rows.stay)
@@ -171,7 +170,7 @@ def problem(engine: HFEngine, sites: tuple[Site, ...]) -> str:
     # ablation: seen after the edit, at prefill and at a decoding step, no site has a component
     # along u
     seen: list[torch.Tensor] = []
-    cache = DynamicCache(config=engine.model.config)
+    cache = engine.new_cache()
     with ExitStack() as stack:
         stack.enter_context(
             Rows([ConstantEdit(sites, read=u, write=u)] * 2, width, device).on(engine)

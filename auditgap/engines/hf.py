@@ -14,6 +14,7 @@ import copy
 import gc
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from transformers import DynamicCache
@@ -32,10 +33,10 @@ from auditgap.engines import (
     weights_identity,
 )
 from auditgap.engines.batching import Packing, halving, in_packs, left_pad, right_pad
+from auditgap.engines.caches import TextCache, WholeText, is_filled, select
 from auditgap.engines.choosing import Greedy, Sampler, likeliest
 from auditgap.engines.hooked import HookedModel
-from auditgap.engines.tensors import add, mean_nll, select, stack
-from auditgap.errors import AuditgapError
+from auditgap.engines.tensors import add, mean_nll, stack
 from auditgap.models import LoadedModel, Rendered
 from auditgap.types import Document, Edit, Prompt, Site
 
@@ -55,10 +56,11 @@ class HFEngine(HookedModel):
         agreed: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     ) -> None:
         super().__init__(loaded, compile=compile, agreed=agreed)
-        self.packing = Packing.on(loaded.device.type, batch_tokens, pad_tolerance)
+        self._packing = Packing.on(loaded.device.type, batch_tokens, pad_tolerance)
         pad = loaded.tokenizer.pad_token_id
         self.pad_id = pad if pad is not None and pad < loaded.n_embeddings else 0
         self._tested: set[Site] = set()
+        self._checked = False
 
     def describe(self) -> Document:
         return weights_identity(self.loaded, self.loaded.dtype)
@@ -76,25 +78,56 @@ class HFEngine(HookedModel):
         Raises AuditgapError when the model's blocks cannot be edited; nothing is measured with a
         hook that does not bite.
         """
-        if site in self._tested:
-            return
-        try:
-            with torch.inference_mode():
-                problem = self_test.problem(self, site)
-        except AuditgapError:
-            raise
-        except Exception as error:  # what a family raises when it cannot be cut, patched or padded
-            problem = (
-                f"{type(error).__name__}:"
-                f" {str(error).splitlines()[0][:120] if str(error) else 'no message'}"
-            )
-        if problem:
-            raise AuditgapError(
-                f"Self-test failed at {site} of {self.loaded.subject.name}: {problem}. This"
-                f" architecture ({type(self.model).__name__}) cannot be audited with this version;"
-                " nothing was measured."
-            )
-        self._tested.add(site)
+        self.check()
+        if site not in self._tested:
+            self_test.settle(self, self_test.AT_A_SITE, site, str(site))
+            self._tested.add(site)
+
+    def check(self) -> None:
+        """Prove, once, that this model answers as transformers' own does, alone and in a batch, in
+        one go and token by token. Raises AuditgapError where it does not."""
+        if not self._checked:
+            self._checked = True  # it asks for packs itself
+            try:
+                self_test.settle(self, self_test.OF_THE_MODEL, Site(-1), "the model")
+            except BaseException:
+                self._checked = False
+                raise
+
+    def give_up(self, short_cut: self_test.ShortCut, site: Site) -> bool:
+        """False where it was given up before."""
+        before = self.ways(site)
+        match short_cut:
+            case "padding":
+                self._packing = replace(self._packing, alone=True)
+            case "several tokens":
+                self.stepwise = True
+            case "cache":
+                self.cached = False
+            case "trunk":
+                self.short[site] = False
+        return self.ways(site) != before
+
+    def ways(self, site: Site) -> tuple[str, ...]:
+        """What this family needs instead of the engine's short cuts; slower, and exact."""
+        needs = {
+            "a row at a time": self._packing.alone,
+            "the whole text at each token": not self.cached,
+            "answers token by token": self.stepwise and self.cached,
+            "the whole model above the site": not self.short.get(site, True),
+        }
+        return tuple(what for what, needed in needs.items() if needed)
+
+    @property
+    def alone(self) -> bool:
+        """Whether rows run one at a time."""
+        return self._packing.alone
+
+    @property
+    def packing(self) -> Packing:
+        """How rows run together."""
+        self.check()
+        return self._packing
 
     def activations(self, rendered: Sequence[Rendered], site: Site) -> list[torch.Tensor]:
         """Each prompt's clean hidden states [T, D] at the site, fp32 on the CPU, one prompt at a
@@ -164,7 +197,7 @@ class HFEngine(HookedModel):
         self, prompts: Sequence[tuple[int, ...]], questions: Sequence[Question], sampling: Sampling
     ) -> list[Reply]:
         ids, mask = left_pad(prompts, self.pad_id, self.device)
-        cache = DynamicCache(config=self.model.config)
+        cache = self.new_cache()
         logits = self.forward(ids, mask, keep=1, cache=cache).logits
         seeds = [q.seed(sampling.seed) for q in questions]
         choose = (
@@ -216,10 +249,10 @@ class HFEngine(HookedModel):
 
     def prefill(
         self, requests: Sequence[Request], site: Site | None, ids: torch.Tensor, mask: torch.Tensor
-    ) -> tuple[DynamicCache, torch.Tensor, list[tuple[float | None, float | None]]]:
+    ) -> tuple[TextCache, torch.Tensor, list[tuple[float | None, float | None]]]:
         """KV cache and last logits of all rows; with an edit, the trunk runs once a prompt and the
         rest once a row."""
-        cache = DynamicCache(config=self.model.config)
+        cache = self.new_cache()
         if site is None:
             return (
                 cache,
@@ -231,17 +264,23 @@ class HFEngine(HookedModel):
             [first.setdefault(r.rendered.ids, len(first)) for r in requests], device=self.device
         )
         unique_ids, unique_mask = left_pad(list(first), self.pad_id, self.device)
-        trunk = DynamicCache(config=self.model.config)
+        trunk = DynamicCache(config=self.model.config) if self.cached else None
         h = self.capture(site, unique_ids, unique_mask, cache=trunk)[source]
         edited = add(h, stack([_delta(r.edit) for r in requests], h.shape[1], self.device))
         change = (edited.float() - h.float()).flatten(1)
         norms = zip(change.norm(dim=1).tolist(), change.abs().amax(1).tolist(), strict=True)
         effective = [(_finite(l2), _finite(linf)) for l2, linf in norms]
+        if isinstance(cache, WholeText):
+            cache.site, cache.hidden = site, edited
+            return cache, self.forward(ids, mask, keep=1, cache=cache).logits, effective
         with self.edited(site, lambda _: edited, skip_trunk=True):
             logits = self.forward(ids, mask, keep=1, cache=cache).logits
-        select(trunk.layers[: site.layer_index + 1], source)
-        for index in range(site.layer_index + 1):
-            cache.layers[index] = trunk.layers[index]
+        # else the whole model ran, and filled the cache
+        if trunk is not None and self.short.get(site, True):
+            select(trunk, source)
+            for index, layer in enumerate(trunk.layers):  # a block may fill two of them, or none
+                if is_filled(layer):
+                    cache.layers[index] = layer
         return cache, logits, effective
 
     def close(self) -> None:
@@ -314,9 +353,9 @@ class HFEngine(HookedModel):
                 [first.setdefault(r.rendered.ids, len(first)) for r in requests], device=self.device
             )
             unique, unique_mask = left_pad(list(first), self.pad_id, self.device)
-            cache = DynamicCache(config=self.model.config)
+            cache = self.new_cache()
             logits = self.forward(unique, unique_mask, keep=1, cache=cache).logits[source]
-            select(cache.layers, source)
+            select(cache, source)
             mask = unique_mask[source]
         else:
             ids, mask = left_pad([r.rendered.ids for r in requests], self.pad_id, self.device)
@@ -325,7 +364,7 @@ class HFEngine(HookedModel):
 
     def _answer_nll(
         self,
-        cache: DynamicCache,
+        cache: TextCache,
         logits: torch.Tensor,
         mask: torch.Tensor,
         answers: Sequence[Sequence[int]],
@@ -335,8 +374,7 @@ class HFEngine(HookedModel):
         tokens, real = right_pad(answers, self.pad_id, self.device)
         if tokens.shape[1] > 1:
             whole = torch.cat([mask, real[:, :-1]], 1)
-            rest = self.forward(tokens[:, :-1], whole, keep=tokens.shape[1] - 1, cache=cache).logits
-            logits = torch.cat([logits, rest], 1)
+            logits = torch.cat([logits, self.answer_logits(cache, tokens[:, :-1], whole)], 1)
         return [_finite(v) for v in mean_nll(logits, tokens, real).tolist()]
 
 

@@ -14,10 +14,10 @@ and logits come from, and handed to each block where it is.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,8 +25,9 @@ from torch import nn
 from transformers import DynamicCache
 
 from auditgap.engines.batching import positions
+from auditgap.engines.caches import TextCache, WholeText, select
 from auditgap.engines.choosing import TokenChooser
-from auditgap.engines.tensors import select
+from auditgap.engines.layout import Layout, first_position
 from auditgap.models import LoadedModel
 from auditgap.types import Site
 
@@ -64,28 +65,29 @@ class HookedModel:
         #: torch.compile for PGD's blocks: half a minute at first, then a tenth less time
         self.compile = compile
         self._compiled: dict[int, Callable] = {}
+        #: sites above which the blocks alone give other numbers: there the whole model runs
+        self.short: dict[Site, bool] = {}
+        #: whether decoding from this family's cache is what the whole text is
+        self.cached = True
+        #: whether answers go in token by token, where a state cannot take several at once
+        self.stepwise = False
+        words = set(inspect.signature(self.model.forward).parameters)
+        self._cache_word = "cache_params" if "cache_params" in words else "past_key_values"
+        self.layout = Layout.of(self.model, self.blocks[0], self.device)
+        self._first: int | None = 0
+        self._first = first_position(self.model, self._all_logits, self.device)
 
     @property
     def device(self) -> torch.device:
         return self.loaded.device
 
-    @cached_property
-    def _blocks_return_tuples(self) -> bool:
-        """Whether this family's blocks return (h, …) or h itself; transformers 5 settled on h for
-        nearly all."""
-        seen: list[bool] = []
-        handle = self.blocks[0].register_forward_hook(
-            lambda _m, _a, output: seen.append(isinstance(output, tuple))
-        )
-        try:
-            with torch.inference_mode():
-                self.model(
-                    input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device),
-                    use_cache=False,
-                )
-        finally:
-            handle.remove()
-        return seen[0]
+    def _all_logits(self, ids: torch.Tensor, mask: torch.Tensor, first: int) -> torch.Tensor:
+        place = positions(mask) + first
+        return self.forward(ids, mask, keep=ids.shape[1], place=place).logits
+
+    def new_cache(self) -> TextCache:
+        """An empty one, of the kind that this family can be decoded with."""
+        return DynamicCache(config=self.model.config) if self.cached else WholeText()
 
     @contextmanager
     def edited(
@@ -97,12 +99,12 @@ class HookedModel:
         With `skip_trunk` the blocks up to and including the site pass their input through, for an
         `edit` that does not read h. Everything is put back on the way out, after an exception too.
         """
+        skip_trunk = skip_trunk and self.short.get(site, True)
         touched: list[tuple[nn.Module, Any]] = []
-        # probed before the hook is on
-        as_tuple = skip_trunk and not site.is_embedding and self._blocks_return_tuples
 
         def edit_here(h: torch.Tensor) -> torch.Tensor:
-            return edit(h.to(self.device)).to(h.device)
+            edited = edit(self.layout.flat(h).to(self.device))
+            return self.layout.laid_out(edited.to(h.device), h)
 
         def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             if "hidden_states" in kwargs:
@@ -110,8 +112,8 @@ class HookedModel:
             return (edit_here(args[0]), *args[1:]), kwargs
 
         def after(_module: nn.Module, _args: tuple, output: Any) -> Any:
-            if isinstance(output, tuple):
-                return (edit_here(output[0]), *output[1:])
+            if isinstance(output, (tuple, list)):
+                return type(output)([edit_here(output[0]), *output[1:]])
             return edit_here(output)
 
         if site.is_embedding:
@@ -122,7 +124,7 @@ class HookedModel:
             if skip_trunk and not site.is_embedding:
                 for block in self.blocks[: site.layer_index + 1]:
                     touched.append((block, block.__dict__.get("forward")))
-                    block.forward = _passing_through(as_tuple)
+                    block.forward = _passing_through(self.layout.returns_tuples)
             yield
         finally:
             handle.remove()
@@ -140,14 +142,25 @@ class HookedModel:
     ) -> Any:
         """One forward with logits at the last `keep` positions; `place` overrides the position
         ids."""
-        return self.model(
+        if isinstance(cache, WholeText):
+            text = cache.extended(ids)
+            if cache.site is None:
+                return self.forward(text, mask, keep=keep)
+            with self.edited(cache.site, cache.replaced):
+                return self.forward(text, mask, keep=keep)
+        if place is None and self._first is not None:
+            place = positions(mask)[:, -ids.shape[1] :] + self._first
+        out = self.model(
             input_ids=ids,
             attention_mask=mask,
-            position_ids=positions(mask)[:, -ids.shape[1] :] if place is None else place,
-            past_key_values=cache,
             use_cache=cache is not None,
             logits_to_keep=keep,
+            **({} if place is None else {"position_ids": place}),
+            **({} if cache is None else {self._cache_word: cache}),
         )
+        if out.logits.shape[1] > keep:  # a family that gives them all
+            out.logits = out.logits[:, -keep:]
+        return out
 
     def logits_from(
         self, site: Site, hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, *, keep: int
@@ -165,7 +178,7 @@ class HookedModel:
         touched: list[tuple[nn.Module, Callable | None]] = []
         # the kept positions are a strided slice, which would be multiplied row by row, reading the
         # weights every time
-        head: Any = self.model.get_output_embeddings()
+        head: Any = self.model.get_output_embeddings() or nn.Identity()
         handle = head.register_forward_pre_hook(lambda _m, args: (args[0].contiguous(), *args[1:]))
         try:
             if self.compile:
@@ -174,7 +187,11 @@ class HookedModel:
                     if i not in self._compiled:
                         self._compiled[i] = torch.compile(block.forward, dynamic=True)
                     block.forward = self._compiled[i]
-            elif above and isinstance(mlp := getattr(self.blocks[-1], "mlp", None), nn.Module):
+            elif (
+                above
+                and self.short.get(site, True)
+                and isinstance(mlp := getattr(self.blocks[-1], "mlp", None), nn.Module)
+            ):
                 # nothing reads the last block's other positions, and an MLP does not mix positions
                 touched.append((mlp, mlp.__dict__.get("forward")))
                 mlp.forward = _at_the_end(mlp.forward, keep)
@@ -201,7 +218,7 @@ class HookedModel:
 
     def decode(
         self,
-        cache: DynamicCache,
+        cache: TextCache,
         logits: torch.Tensor,
         mask: torch.Tensor,
         max_new_tokens: int,
@@ -236,13 +253,30 @@ class HookedModel:
                 break
             if bool(ended.any()):  # finished rows leave the batch
                 going = (~ended).nonzero().squeeze(1)
-                select(cache.layers, going)
+                select(cache, going)
                 rows, token, mask = rows[going], token[going], mask[going]
                 if stayed is not None:
                     stayed(rows)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
             logits = self.forward(token[:, None], mask, keep=1, cache=cache).logits
         return written
+
+    def answer_logits(
+        self, cache: TextCache, tokens: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [B, n, V] of n tokens after the text in the cache; mask [B, T + n]."""
+        n = tokens.shape[1]
+        step = 1 if self.stepwise and self.cached else n
+        parts = [
+            self.forward(
+                tokens[:, at : at + step],
+                mask[:, : mask.shape[1] - n + at + step],
+                keep=step,
+                cache=cache,
+            ).logits
+            for at in range(0, n, step)
+        ]
+        return torch.cat(parts, 1)
 
 
 def _put_back(module: nn.Module, own: Callable | None) -> None:

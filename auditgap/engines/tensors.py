@@ -1,10 +1,9 @@
 """Small things that engines and attacks do with tensors: adding an edit, aligning edits with a
-left-padded batch, the mean NLL of answers, and keeping rows of a cache."""
+left-padded batch, and the mean NLL of answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,10 +28,3 @@ def stack(deltas: Sequence[torch.Tensor], width: int, device: torch.device) -> t
     return torch.stack(
         [nn.functional.pad(d.to(device), (0, 0, width - d.shape[0], 0)) for d in deltas]
     )
-
-
-def select(layers: Sequence[Any], rows: torch.Tensor) -> None:
-    """Keep these rows of a cache's layers, each where it lies."""
-    for layer in layers:
-        keys = getattr(layer, "keys", None)
-        layer.batch_select_indices(rows if keys is None else rows.to(keys.device))

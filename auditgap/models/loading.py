@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from auditgap.errors import UsageError
+from auditgap.models import attention
 from auditgap.models.adapters import merged
-from auditgap.models.attention import GROUPED_SDPA
+from auditgap.models.blocks import find_blocks, n_embeddings
 from auditgap.models.chat import Chat, Rendered
 from auditgap.models.choices import parse_sites, pick_device, pick_dtype
 from auditgap.models.folder import OPENING, adapter_base, is_adapter
@@ -109,8 +110,6 @@ def load(
     A `shard` over `tensor` is for a process that is one of its ranks. Raises UsageError when the
     subject, or this machine, does not allow it.
     """
-    from transformers import AutoModelForCausalLM
-
     seen = name if isinstance(name, Outline) else outline(name, chat_template=chat_template)
     device = pick_device(device)
     shard.check(seen)
@@ -120,7 +119,7 @@ def load(
     check_opens(base)
     unpacked = opening(base)
     with OPENING, as_usage_error(seen.subject.name):
-        opened: Any = AutoModelForCausalLM.from_pretrained(
+        opened: Any = _opener(base).from_pretrained(
             base,
             dtype=pick_dtype(dtype, device),
             trust_remote_code=False,
@@ -160,10 +159,17 @@ def _as_plain(model: Any) -> None:
             del config.quantization_config
 
 
-def n_embeddings(model: PreTrainedModel) -> int:
-    """Rows of a model's input embedding."""
-    embedding: Any = model.get_input_embeddings()
-    return embedding.num_embeddings
+def _opener(folder: Path) -> Any:
+    """The class that opens a folder's model: a causal LM's, or that of a wrapper which transformers
+    opens as an image-text-to-text model alone, and which reads text without images."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    as_text = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    with_images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    is_wrapper = config.model_type not in as_text and config.model_type in with_images
+    return AutoModelForImageTextToText if is_wrapper else AutoModelForCausalLM
 
 
 def _check_all_loaded(name: str, found: Document, folder: Path) -> None:
@@ -191,29 +197,7 @@ def wrap(
 ) -> LoadedModel:
     """A LoadedModel around a model and tokenizer already in memory (frozen, eval)."""
     model.eval().requires_grad_(False)
-    # sdpa cannot cap attention logits, and a family that does so would be audited as another model
-    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-    try:
-        model.set_attn_implementation("eager" if capped else GROUPED_SDPA)
-    except ValueError:  # a family that has no SDPA
-        model.set_attn_implementation("eager")
+    attention.use(model)
     return LoadedModel(
         subject, model, Chat(subject.name, tokenizer, chat_template), find_blocks(model)
-    )
-
-
-def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder blocks: the first ModuleList whose length is the config's number of hidden
-    layers."""
-    n = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module) == n
-            and len({type(m) for m in module}) == 1
-        ):
-            return module
-    raise UsageError(
-        f"{type(model).__name__} has no list of {n} alike blocks, so auditgap cannot place an edit"
-        " in it."
     )

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.models.adapters import check_kind
+from auditgap.models.blocks import count_blocks
 from auditgap.models.chat import Chat, read_template
 from auditgap.models.folder import (
     adapter_base,
@@ -89,7 +90,7 @@ def outline(name: str, *, chat_template: str | None = None) -> Outline:
         subject,
         folder,
         Chat(name, tokenizer, read_template(chat_template)),
-        config.num_hidden_layers,
+        count_blocks(config),
         config.hidden_size,
         n_block_params=max(n_params - n_embedding * (1 if tied else 2), 0),
         n_head_params=n_embedding,

@@ -242,18 +242,28 @@ class TestSelfTest:
         with pytest.raises(AuditgapError, match="Self-test failed"):
             engine.self_test(Site(1))
 
-    def test_a_family_that_cannot_be_cut_is_refused_in_a_sentence(self):
+    def test_a_family_that_reads_both_ways_is_refused_in_a_sentence(self):
+        with pytest.raises(AuditgapError, match="Self-test failed") as caught:
+            HFEngine(other("bert")).self_test(Site(1))
+        assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+    def test_a_family_that_cannot_be_cut_runs_whole(self):
         engine = HFEngine(other("rwkv"))
-        with pytest.raises(AuditgapError, match="Self-test failed"):
-            engine.self_test(Site(1))
+        engine.self_test(Site(1))
+        assert "the whole model above the site" in engine.ways(Site(1))
 
     @pytest.mark.parametrize("family", ["recurrent_gemma", "jamba", "qwen3_next"])
-    def test_families_whose_state_padding_reaches_are_refused(self, family):
-        """Recurrent blocks read the padding: a batch gives other numbers than one prompt at a
-        time."""
+    def test_families_whose_state_padding_reaches_run_a_row_at_a_time(self, family):
+        """Recurrent blocks that read the padding give other numbers in a batch than alone."""
         engine = HFEngine(other(family))
-        with pytest.raises(AuditgapError, match="Self-test failed"):
-            engine.self_test(Site(1))
+        short = Rendered(Prompt("short"), RENDERED.ids[:3], (True,) * 3)
+        edits = [Edit(Site(1), torch.ones(len(r.ids), tiny.WIDTH)) for r in (RENDERED, short)]
+        both = engine.nll([RENDERED, short], [(13, 9), (7,)], edits)
+        apart = [
+            engine.nll([r], [a], [e])[0]
+            for r, a, e in zip((RENDERED, short), ((13, 9), (7,)), edits, strict=True)
+        ]
+        assert both == pytest.approx(apart, abs=1e-5)
 
     @pytest.mark.parametrize(
         "family",

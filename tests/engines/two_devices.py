@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import DynamicCache
 
+from auditgap.engines.caches import select
 from auditgap.engines.hf import HFEngine
-from auditgap.engines.tensors import select
 from auditgap.models import wrap
 from auditgap.types import Subject
 
@@ -63,18 +63,6 @@ def spread(family: str) -> torch.nn.Module:
     return model
 
 
-class Chosen:
-    """A cache layer's own choosing of rows, noting whether the rows are told where the layer
-    lies."""
-
-    def __init__(self, layer, noted: list[bool]) -> None:
-        self.layer, self.noted, self.own = layer, noted, layer.batch_select_indices
-
-    def __call__(self, rows: torch.Tensor) -> None:
-        self.noted.append(rows.device == self.layer.keys.device)
-        self.own(rows)
-
-
 def check(condition: bool, what: str) -> None:
     if not condition:
         raise SystemExit(what)
@@ -108,11 +96,12 @@ def main(family: str) -> None:
                 [layer.keys.device for layer in cache.layers] == [HOME] * 2 + [AWAY] * 2,
                 "where keys and values lie",
             )
-            chosen = []
-            for layer in cache.layers:
-                layer.batch_select_indices = Chosen(layer, chosen)
-            select(cache.layers, torch.zeros(1, dtype=torch.long, device=HOME))
-            check(chosen == [True] * 4, "rows are chosen where they lie")
+            select(cache, torch.zeros(1, dtype=torch.long, device=HOME))
+            check(
+                [(len(layer.keys), layer.keys.device) for layer in cache.layers]
+                == [(1, HOME)] * 2 + [(1, AWAY)] * 2,
+                "rows are chosen where they lie",
+            )
             more = engine.forward(
                 ids[:1, :1], torch.ones(1, 7, dtype=torch.long, device=HOME), keep=1, cache=cache
             )
