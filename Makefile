@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup audit test mutants bench lint types check clean
+.PHONY: setup audit test mutants families bench lint types check clean
 
 setup: $(INSTALLED)
 
@@ -30,6 +30,10 @@ test: $(INSTALLED)
 # breaks the guards of tests/mutants.py one at a time: their tests have to notice (MUTANTS="lvs_clip holm": these)
 mutants: $(INSTALLED)
 	$(BIN)/python tests/mutants.py $(MUTANTS)
+
+# every model type of the installed transformers, proven: docs/families.md
+families: $(INSTALLED)
+	$(BIN)/python -m auditgap.engines.families.proving
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/lvs_throughput.py

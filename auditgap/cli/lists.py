@@ -15,7 +15,7 @@ import typer
 
 from auditgap import __version__
 from auditgap.cli.options import AsJson, examples
-from auditgap.cli.screen import print_json, print_table, quiet
+from auditgap.cli.screen import note, print_json, print_table, quiet
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.types import ATTACKS, Document
 
@@ -43,20 +43,27 @@ def list_(
         str,
         typer.Argument(
             help=(
-                "judges, rewards, prompts, triples, attacks, interventions, constructions, presets"
-                " or layers"
+                "judges, rewards, prompts, triples, attacks, interventions, constructions, presets,"
+                " families or layers"
             )
         ),
     ],
-    model: Annotated[str | None, typer.Argument(help="Model, for `ls layers`.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Model, for `ls layers`; a model type to prove here and now, for `ls families`."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List available judges, rewards, prompts, contrast triples, attacks, interventions,
-    constructions (of dissociated models) or presets, or a MODEL's layers."""
+    constructions (of dissociated models), presets or model families that can be audited, or a
+    MODEL's layers."""
     kinds = {
         **{name: partial(_listed, *table) for name, table in _TABLES.items()},
         "attacks": _attacks,
         "presets": _presets,
+        "families": lambda: _families(model),
         "layers": lambda: _layers(model),
     }
     if what not in kinds:
@@ -124,6 +131,29 @@ def _layers(model: str | None) -> list[Document]:
         }
         for s in parse_sites("all", n)
     ]
+
+
+def _families(model_type: str | None) -> list[Document]:
+    from auditgap.engines.families import table
+
+    known = table.stored()
+    if model_type is None:
+        if known.versions != table.installed():
+            note(
+                f"Proven with {table.named(known.versions)}; here is {table.named(table.installed())}."
+                " To prove one type here: auditgap ls families TYPE"
+            )
+        return [proof.row() for proof in known.proofs]
+    quiet()
+    from auditgap.engines.families.building import CAUSAL, WRAPPERS
+    from auditgap.engines.families.proof import prove
+
+    if model_type not in (*CAUSAL, *WRAPPERS):
+        raise UsageError(
+            f"ls families takes a model_type of transformers; {model_type!r} came."
+            f"{did_you_mean(model_type, (*CAUSAL, *WRAPPERS))}"
+        )
+    return [prove(model_type, wrapper=model_type in WRAPPERS).row()]
 
 
 def doctor(as_json: AsJson = False) -> None:
