@@ -26,6 +26,7 @@ from auditgap.engines import Question, Request, Sampling, Serving
 from auditgap.engines.hf import HFEngine
 from auditgap.engines.vllm import VLLMEngine
 from auditgap.errors import AuditgapError, Refused, UsageError
+from auditgap.models import template
 from auditgap.types import Edit, Message, Prompt, Site
 
 pytest.importorskip("vllm")
@@ -98,6 +99,7 @@ def lora(
 def test_its_process_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny(tmp_path / "tiny")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    template.fill("{{ 1 }}", {})  # its child is this process's own, and stays
     before = {p.pid for p in psutil.Process().children(recursive=True)}
     engine = VLLMEngine(str(folder), Serving(engine="vllm", dtype="float32"))
     pid, log = engine.child.pid, engine.child.log
