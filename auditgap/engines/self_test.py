@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 ShortCut = Literal["padding", "several tokens", "cache", "trunk"]
 #: Attention that families know by name; what goes by another name drops the parts they tie to it.
 _KNOWN_ATTENTION = ("eager", "sdpa")
+#: How many times further than by one unit in the last place of its embeddings a model's logits may
+#: move, as every layer rounds; and the share of their size beyond which nothing is called rounding.
+_ROUNDINGS, _AT_MOST = 16, 0.3
 
 
 @dataclass(frozen=True)
@@ -83,16 +86,44 @@ def _text(engine: HFEngine, rows: int, length: int) -> torch.Tensor:
     return torch.where(torch.isin(ids, padding), (ids + 5) % n, ids)
 
 
+def _tolerance(engine: HFEngine) -> float:
+    return 1e-3 if engine.loaded.dtype == torch.float32 else 0.1
+
+
 def _differ(engine: HFEngine, a: torch.Tensor, b: torch.Tensor) -> bool:
-    tolerance = 1e-3 if engine.loaded.dtype == torch.float32 else 0.1
-    return not (a - b).abs().max().item() <= tolerance * max(1e-3, b.abs().max().item())
+    """Whether last logits [B, V] are further apart than rounding brings them."""
+    gap, scale = (a - b).abs().max().item(), max(1e-3, b.abs().max().item())
+    if engine.agreed(torch.tensor(gap <= _tolerance(engine) * scale, device=engine.device)):
+        return False
+    _, moved = _rounded(engine)
+    return not gap <= min(_ROUNDINGS * moved[:, -1].abs().max().item(), _AT_MOST * scale)
 
 
 def _apart(engine: HFEngine, a: torch.Tensor, b: torch.Tensor) -> bool:
-    """As `_differ`, over all logits: kernels that round otherwise may move one of them far, where
-    a model quantises or saturates."""
-    tolerance = 1e-3 if engine.loaded.dtype == torch.float32 else 0.1
-    return not (a - b).float().norm().item() <= tolerance * max(1e-3, b.float().norm().item())
+    """As `_differ`, over all logits [B, T, V]: kernels that round otherwise may move one of them
+    far, where a model quantises or saturates."""
+    gap, scale = (a - b).float().norm().item(), max(1e-3, b.float().norm().item())
+    if engine.agreed(torch.tensor(gap <= _tolerance(engine) * scale, device=engine.device)):
+        return False
+    logits, moved = _rounded(engine)
+    share = (moved.float().norm() / logits.float().norm()).item()
+    return not gap <= min(_ROUNDINGS * share, _AT_MOST) * scale
+
+
+def _rounded(engine: HFEngine) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [2, 9, V] of the model's own, and how far they move when its embeddings are rounded
+    another way: thresholds, routers and steep functions make much of little."""
+    ids = _text(engine, 2, 9)
+    unit = torch.finfo(engine.loaded.dtype).eps
+    signs = torch.Generator().manual_seed(2)
+
+    def round_another_way(h: torch.Tensor) -> torch.Tensor:
+        up = torch.randint(0, 2, h.shape, generator=signs).to(h.device) * 2 - 1
+        return (h.float() * (1 + unit * up)).to(h)
+
+    logits = _whole(engine, ids)
+    with engine.edited(Site(-1), round_another_way):
+        return logits, _whole(engine, ids) - logits
 
 
 def _whole(engine: HFEngine, ids: torch.Tensor) -> torch.Tensor:
