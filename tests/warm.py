@@ -85,8 +85,8 @@ MORE = {"auditgap.audits.emergent.train": TRAINING, "auditgap.engines.vllm.proce
 #: Beginnings of the names of variables that libraries read while they are imported.
 VARIABLES = tuple(
     (
-        "ACCELERATE_ CUDA_ DS_ HF_ HOME HUGGINGFACE_ KMP_ LANG LC_ LD_ MKL_ NUMEXPR_ OMP_ OPENBLAS_"
-        " PYTHON PYTORCH_ TORCH TRANSFORMERS_ VLLM_ XDG_"
+        "ACCELERATE_ CUDA_ DS_ GLIBC_ HF_ HOME HUGGINGFACE_ KMP_ LANG LC_ LD_ MALLOC_ MKL_ NUMEXPR_"
+        " OMP_ OPENBLAS_ PYTHON PYTORCH_ TORCH TRANSFORMERS_ VLLM_ XDG_"
     ).split()
 )
 #: ... and those among them that are read later, or are seen to below.

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
+import warm
 
 from auditgap import models
 from auditgap.errors import UsageError
@@ -69,7 +70,10 @@ def peak_of(spec):
         str(ROOT / "tests" / "training" / "memory_step.py"),
         json.dumps(spec),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=env, cwd=ROOT)
+    with warm.cold():  # the allocator reads its settings when a process starts
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=550, env=env, cwd=ROOT
+        )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-2000:]
     return json.loads(lines[0].removeprefix("RESULT "))
