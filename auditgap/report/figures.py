@@ -122,7 +122,7 @@ def by_depth(
             if sites
             else "no site was measured"
         )
-        return Figure(name, title, caption, data=data, missing=f"No profile by depth: {why}.")
+        return Figure(name, title, caption, data=data, missing=f"{title}: not drawn, as {why}.")
     form = percent if rate else number
     layers = [int(v) for v in measured["layer_index"].unique()]
     attacks = [a for a in ATTACK_STYLES if a in set(data["attack"])]

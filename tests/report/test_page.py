@@ -356,7 +356,7 @@ def test_an_empty_run_still_renders():
     page = Page(render(ReportData(title="Empty")))
     for sentence in (
         "No audit gap was measured",
-        "No profile by depth: no site was measured",
+        "LVS by depth: not drawn, as no site was measured",
         "No minimum distances were measured",
         "no judge card",
         "No edit was measured",
