@@ -55,8 +55,12 @@ def problem(stage: Stage, engine: HFEngine, site: Site) -> str:
         first = str(error).splitlines()[0][:120] if str(error) else "no message"
         said = f"{type(error).__name__}: {first}"
     # of several ranks one may see what another does not, and all have to go the same way
-    failed = engine.agreed(torch.tensor(int(bool(said)), device=engine.device)).item()
-    return (said or "another rank saw other numbers") if failed else ""
+    return (said or "another rank saw other numbers") if _agreed(engine, bool(said)) else ""
+
+
+def _agreed(engine: HFEngine, mine: bool) -> bool:
+    """What rank 0 says, so that all ranks run the same."""
+    return bool(engine.agreed(torch.tensor(int(mine), device=engine.device)).item())
 
 
 @torch.inference_mode()
@@ -93,7 +97,7 @@ def _tolerance(engine: HFEngine) -> float:
 def _differ(engine: HFEngine, a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether last logits [B, V] are further apart than rounding brings them."""
     gap, scale = (a - b).abs().max().item(), max(1e-3, b.abs().max().item())
-    if engine.agreed(torch.tensor(gap <= _tolerance(engine) * scale, device=engine.device)):
+    if _agreed(engine, gap <= _tolerance(engine) * scale):
         return False
     _, moved = _rounded(engine)
     return not gap <= min(_ROUNDINGS * moved[:, -1].abs().max().item(), _AT_MOST * scale)
@@ -103,7 +107,7 @@ def _apart(engine: HFEngine, a: torch.Tensor, b: torch.Tensor) -> bool:
     """As `_differ`, over all logits [B, T, V]: kernels that round otherwise may move one of them
     far, where a model quantises or saturates."""
     gap, scale = (a - b).float().norm().item(), max(1e-3, b.float().norm().item())
-    if engine.agreed(torch.tensor(gap <= _tolerance(engine) * scale, device=engine.device)):
+    if _agreed(engine, gap <= _tolerance(engine) * scale):
         return False
     logits, moved = _rounded(engine)
     share = (moved.float().norm() / logits.float().norm()).item()

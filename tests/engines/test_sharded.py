@@ -171,13 +171,16 @@ def test_nothing_of_two_devices_meets():
 
 
 def test_what_the_ranks_agree_on_is_what_is_said():
-    """`agreed` is rank 0's word: the next token, and whether the logits were numbers."""
+    """`agreed` is rank 0's word: the next token, and whether the logits were numbers. A single
+    number is the self-test's answer, which all have alike here."""
     plain = engine(tiny.model("llama"))
-    ranked = HFEngine(
-        plain.loaded, agreed=lambda told: torch.tensor([[7] * told.shape[1], [0] * told.shape[1]])
-    )
+
+    def sevens(told: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[7] * told.shape[1], [0] * told.shape[1]]) if told.ndim else told
+
+    ranked = HFEngine(plain.loaded, agreed=sevens)
     assert [c.ids for c in ranked.generate([Request(r) for r in RENDERED], 3)] == [(7, 7, 7)] * 3
-    signs = HFEngine(plain.loaded, agreed=lambda told: torch.ones_like(told))
+    signs = HFEngine(plain.loaded, agreed=lambda told: torch.ones_like(told) if told.ndim else told)
     (found,) = attack(signs, [Goal(RENDERED[0], TARGET, (0.2,))], Site(1), PGD(steps=1))[0]
     assert found.delta.eq(-0.05).all(), "every gradient is that of rank 0"
 
