@@ -88,18 +88,16 @@ def _width(widths: Mapping[str, int]) -> int:
 
 
 def _widths(columns: Mapping[str, Sequence[str]], room: int) -> dict[str, int]:
-    """Characters for each column: its longest word at least, and what is left goes to whichever
-    lacks most of its longest value."""
+    """Characters for each column: its longest word at least, and of what is left its longest value,
+    those first that lack least of it."""
     widths = _least(columns)
     lacks = {
         name: max(map(cell_len, [name, *values])) - widths[name] for name, values in columns.items()
     }
-    for _ in range(room - _width(widths)):
-        name = max(lacks, key=lambda n: lacks[n])
-        if not lacks[name]:
-            break
-        widths[name] += 1
-        lacks[name] -= 1
+    left = room - _width(widths)
+    for name, lack in sorted(lacks.items(), key=lambda pair: pair[1]):
+        widths[name] += min(lack, left)
+        left -= min(lack, left)
     return widths
 
 
