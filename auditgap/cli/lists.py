@@ -141,7 +141,7 @@ def _families(model_type: str | None) -> list[Document]:
         if known.versions != table.installed():
             note(
                 f"Proven with {table.named(known.versions)}; here is {table.named(table.installed())}."
-                " To prove one type here: auditgap ls families TYPE"
+                " To prove one type here, as an example: auditgap ls families llama"
             )
         return [proof.row() for proof in known.proofs]
     quiet()
