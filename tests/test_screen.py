@@ -58,6 +58,14 @@ def test_what_all_rows_agree_in_stands_above_a_table_that_is_too_wide():
     assert sum(line.startswith("0.03") for line in narrow) == 1
 
 
+def test_one_long_word_turns_no_table_into_lists():
+    path = "/models/" + "x" * 90
+    rows = [{"type": f"family{i}", "note": path if i == 3 else "proven"} for i in range(9)]
+    lines = [line.rstrip() for line in shown(rows, 80).splitlines()]
+    assert lines[1] == "family0  proven"
+    assert path in "".join(line.removeprefix("family3").strip() for line in lines[4:7])
+
+
 def test_on_a_terminal_too_narrow_for_that_each_row_is_a_list():
     lines = [line.rstrip() for line in shown(LVS, 34).splitlines()]
     assert lines[lines.index("") + 1] == "eps: 0.1 rms"

@@ -44,8 +44,8 @@ def note(text: str) -> None:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows with the first one's columns. On a terminal that is too narrow for a column's longest
-    word, what all rows agree in stands above them; on one that still is, each row is a list."""
+    """Rows with the first one's columns. On a terminal that is too narrow for the words of all
+    columns, what all rows agree in stands above them; on one that still is, each row is a list."""
     if not rows:
         out.print("Nothing to list.")
         return
@@ -75,9 +75,11 @@ def _pair(name: str, value: str) -> None:
 
 
 def _least(columns: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """Each column's longest word in characters."""
+    """Each column's longest word in characters. One that takes more than a quarter of the terminal,
+    such as a path, may be broken: it would turn a long table into lists."""
+    most = max(12, out.width // 4)
     return {
-        name: max(map(cell_len, f"{name} {' '.join(values)}".split()), default=0)
+        name: min(max(map(cell_len, f"{name} {' '.join(values)}".split()), default=0), most)
         for name, values in columns.items()
     }
 
