@@ -21,7 +21,7 @@ from auditgap.models.said import Said, said
 from auditgap.models.template import fill
 from auditgap.models.thinking import NO_HABITS, Habits, habits_of, switched
 from auditgap.models.words import Turn, check_words, in_parts, takes_parts
-from auditgap.types import Document, Message, Prompt
+from auditgap.types import Message, Prompt
 
 #: Private-use characters that mark the user's words in a rendered chat; no template has a meaning
 #: for them.
@@ -76,10 +76,9 @@ class Chat:
     variables: Mapping[str, Any] = field(default_factory=lambda: {"enable_thinking": False})
 
     @property
-    def may_think(self) -> bool:
-        """Whether the template can have the subject think first (`enable_thinking`), which is
-        turned off here unless an audit asks for it."""
-        return "enable_thinking" in self._source
+    def is_told_not_to_think(self) -> bool:
+        """Whether the template knows `enable_thinking`, and is given it as false."""
+        return "enable_thinking" in self._source and self.variables.get("enable_thinking") is False
 
     @property
     def _source(self) -> str:
@@ -90,7 +89,7 @@ class Chat:
         """What its template shows of thinking, as the subject is spoken to."""
         if self.template == "none" or not getattr(self.tokenizer, "chat_template", self.template):
             return NO_HABITS
-        return habits_of(self._render, self._source, dict(self.variables))
+        return habits_of(self._filled, self._source, dict(self.variables))
 
     def thinking(self, on: bool) -> Chat:
         """The same, so that the subject thinks or does not. Raises UsageError where its template
@@ -99,7 +98,7 @@ class Chat:
         found = (
             (None if on else given)
             if self.habits is NO_HABITS
-            else switched(self._render, self._source, self.habits, given, on=on)
+            else switched(self._filled, self._source, self.habits, given, on=on)
         )
         if found is None:
             raise UsageError(
@@ -111,16 +110,6 @@ class Chat:
                 " closes the chain."
             )
         return replace(self, variables=found)
-
-    def _render(self, turns: Sequence[Document], *, opening: bool, variables: Document) -> str:
-        return fill_turns(
-            self.tokenizer,
-            turns,
-            self.name,
-            template=self.template,
-            opening=opening,
-            **variables,
-        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of new tokens, without special ones."""
@@ -302,16 +291,22 @@ class Chat:
             turns.append({"role": "assistant", "content": answer})
         return self._filled(turns, opening=answer is None)
 
-    def _filled(self, turns: list[Turn], *, opening: bool) -> str:
-        """The turns in the template's words, and the opening of an answer if asked. Raises Refused,
-        UsageError as `fill`."""
+    def _filled(
+        self,
+        turns: Sequence[Turn],
+        *,
+        opening: bool,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The turns in the template's words, and the opening of an answer if asked; `variables`
+        instead of its own. Raises Refused, UsageError as `fill`."""
         return fill_turns(
             self.tokenizer,
             turns,
             self.name,
             template=self.template,
             opening=opening,
-            **self.variables,
+            **(self.variables if variables is None else variables),
         )
 
     def _content(

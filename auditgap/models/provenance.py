@@ -6,6 +6,7 @@ the models' sizes.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -66,11 +67,21 @@ def provenance(outlines: Sequence[Outline], *, dtype: str) -> Document:
                 "width": o.width,
                 "n_params": o.n_params,
                 **spoken(o.chat),
-                **({"thinking": "off (enable_thinking=false)"} if o.chat.may_think else {}),
+                **_thinking(o),
             }
             for o in outlines
         ],
     }
+
+
+def _thinking(outline: Outline) -> Document:
+    """How it was asked to think, and what its template was told of it; nothing where neither is
+    known."""
+    if outline.thinking != "auto":
+        told = json.dumps(dict(outline.chat.variables), sort_keys=True)
+        return {"thinking": f"{outline.thinking} ({told})"}
+    off = outline.chat.is_told_not_to_think
+    return {"thinking": "off (enable_thinking=false)"} if off else {}
 
 
 def spoken(chat: Chat) -> dict[str, str | None]:

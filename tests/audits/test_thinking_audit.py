@@ -106,3 +106,11 @@ def test_a_chain_that_never_ends_is_undetermined(audited):
     counts = row[["n_at_risk", "flipped", "withstood", "undetermined"]].iloc[0].tolist()
     assert counts == [len(PROMPTS), 0, 0, len(PROMPTS)]
     assert set(rows_of(store, "targeted", "fixed")["verdict_edited"]) == {"refusal"}
+
+
+def test_the_run_says_of_each_way_what_the_template_was_told(audited):
+    told = {one["name"]: one["thinking"] for one in audited["ends"].run["info"]["subjects"]}
+    assert {name.rpartition("(thinking ")[2].rstrip(")"): said for name, said in told.items()} == {
+        "off": 'off ({"enable_thinking": false})',
+        **{mode: f'{mode} ({{"enable_thinking": true}})' for mode in MODES[1:]},
+    }
