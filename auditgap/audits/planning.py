@@ -8,14 +8,14 @@ scorers, the settings that every cell has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, Self, TypeVar
 
 from auditgap import models
 from auditgap.engines import Serving
 from auditgap.judges import load_judge
 from auditgap.judges.coherence import Thresholds
-from auditgap.types import Document, digest
+from auditgap.types import Document, Prompt, digest
 
 
 class _Typed(Protocol):
@@ -53,6 +53,25 @@ def outlines_of(
         one = outline(name, chat_template=chat_template)
         found.setdefault(one.subject.fingerprint, one)
     return tuple(found.values())
+
+
+def check_subject(
+    outline: models.Outline, prompts: Iterable[Prompt], *, opens: bool = True
+) -> None:
+    """What can be known to be wrong with a subject and these prompts before weights are loaded.
+
+    Raises UsageError where transformers would open another model than is served (`opens`: it is
+    transformers that opens it), and where the chat template leaves out words of a prompt.
+    """
+    if opens:
+        outline.check_opens()
+    outline.chat.prove(prompts)
+
+
+def mean_tokens(outline: models.Outline, prompts: Sequence[Prompt]) -> float:
+    """Mean length of a rendered prompt, from a sample of them."""
+    sample = prompts[:: max(1, len(prompts) // 16)]
+    return sum(len(outline.chat.render(p).ids) for p in sample) / len(sample)
 
 
 def scorers_of(judge: str, *, device: str, serving: Serving | None = None) -> Document:

@@ -20,7 +20,7 @@ import torch
 
 from auditgap.audits.excerpt import WHOLE, Excerpt, Other, of_each, reads_text, scores, verdicts
 from auditgap.audits.stage import Stage
-from auditgap.engines import UNFINISHED, Completion, Request, completion_of
+from auditgap.engines import Completion, Request, completion_of
 from auditgap.errors import AuditgapError, Interrupted
 from auditgap.judges import Judge, Reward, close_judge
 from auditgap.judges.coherence import Thresholds, is_coherent
@@ -190,10 +190,11 @@ class Session:
         names: list[str],
         what: Any,
     ) -> tuple[list[Completion], list[float | None]]:
-        """One pack's completions and the NLL of their answers under the clean model, remembered."""
+        """One pack's completions, as `generate` cuts them, and the NLL of their answers under the
+        clean model, remembered."""
 
         def compute() -> Arrays:
-            done = [self.cut(r, c) for r, c in zip(rendered, generate(), strict=True)]
+            done = generate()
             after = [
                 r.after(c.ids[: c.n_chain]) if c.n_chain else r
                 for r, c in zip(rendered, done, strict=True)
@@ -234,14 +235,7 @@ class Session:
             coherent, reason = is_coherent(
                 completion.answer_ids, own, clean, thresholds=self.thresholds
             )
-            lost = (
-                "nonfinite_logits"
-                if not completion.finite
-                else ""
-                if completion.finished
-                else UNFINISHED
-            )
-            if lost:
+            if lost := completion.problem:
                 coherent, score = None, Score(None, lost)
                 verdict = Verdict(Label.UNSCORED, lost)
             elif coherent is False:

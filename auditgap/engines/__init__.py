@@ -154,6 +154,13 @@ class Completion:
     finished: bool = True  #: False: the chain never ended, and there is no answer
 
     @property
+    def problem(self) -> str:
+        """Why there is no answer to judge, or nothing."""
+        if not self.finite:
+            return "nonfinite_logits"
+        return "" if self.finished else UNFINISHED
+
+    @property
     def answer_ids(self) -> tuple[int, ...]:
         """The answer's tokens."""
         return self.ids[self.n_chain :]

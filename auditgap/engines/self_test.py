@@ -90,28 +90,39 @@ def _text(engine: HFEngine, rows: int, length: int) -> torch.Tensor:
     return torch.where(torch.isin(ids, padding), (ids + 5) % n, ids)
 
 
-def _tolerance(engine: HFEngine) -> float:
-    return 1e-3 if engine.loaded.dtype == torch.float32 else 0.1
-
-
 def _differ(engine: HFEngine, a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether last logits [B, V] are further apart than rounding brings them."""
-    gap, scale = (a - b).abs().max().item(), max(1e-3, b.abs().max().item())
-    if _agreed(engine, gap <= _tolerance(engine) * scale):
-        return False
-    _, moved = _rounded(engine)
-    return not gap <= min(_ROUNDINGS * moved[:, -1].abs().max().item(), _AT_MOST * scale)
+    scale = max(1e-3, b.abs().max().item())
+
+    def rounding(_: torch.Tensor, moved: torch.Tensor) -> float:
+        return moved[:, -1].abs().max().item()
+
+    return _beyond(engine, (a - b).abs().max().item(), scale, rounding)
 
 
 def _apart(engine: HFEngine, a: torch.Tensor, b: torch.Tensor) -> bool:
     """As `_differ`, over all logits [B, T, V]: kernels that round otherwise may move one of them
     far, where a model quantises or saturates."""
-    gap, scale = (a - b).float().norm().item(), max(1e-3, b.float().norm().item())
-    if _agreed(engine, gap <= _tolerance(engine) * scale):
+    scale = max(1e-3, b.float().norm().item())
+
+    def rounding(logits: torch.Tensor, moved: torch.Tensor) -> float:
+        return (moved.float().norm() / logits.float().norm()).item() * scale
+
+    return _beyond(engine, (a - b).float().norm().item(), scale, rounding)
+
+
+def _beyond(
+    engine: HFEngine,
+    gap: float,
+    scale: float,
+    rounding: Callable[[torch.Tensor, torch.Tensor], float],
+) -> bool:
+    """Whether a gap is beyond the tolerance at this scale, and beyond what `rounding` makes of
+    `_rounded`."""
+    tolerance = 1e-3 if engine.loaded.dtype == torch.float32 else 0.1
+    if _agreed(engine, gap <= tolerance * scale):
         return False
-    logits, moved = _rounded(engine)
-    share = (moved.float().norm() / logits.float().norm()).item()
-    return not gap <= min(_ROUNDINGS * share, _AT_MOST) * scale
+    return not gap <= min(_ROUNDINGS * rounding(*_rounded(engine)), _AT_MOST * scale)
 
 
 def _rounded(engine: HFEngine) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,6 +23,7 @@ from auditgap.errors import UsageError
 from auditgap.models.folder import preflight
 from auditgap.models.reading import read_object
 from auditgap.models.shard import home
+from auditgap.models.weights import ADAPTER
 from auditgap.types import Document, Subject
 
 if TYPE_CHECKING:
@@ -274,7 +275,7 @@ def _need_peft() -> None:
 def _weights(adapter: Path) -> Any:
     from safetensors import safe_open
 
-    return safe_open(adapter / "adapter_model.safetensors", framework="pt")
+    return safe_open(adapter / ADAPTER, framework="pt")
 
 
 def _adapted(model: PreTrainedModel, adapter: Path, **how: Any) -> Any:

@@ -27,7 +27,7 @@ import torch
 
 from auditgap.errors import Refused, UsageError, did_you_mean
 from auditgap.models.reading import read_object
-from auditgap.models.weights import weights_files
+from auditgap.models.weights import ADAPTER, is_adapter, weights_files
 from auditgap.store.files import cache_dir
 from auditgap.types import digest
 
@@ -116,7 +116,7 @@ def preflight(folder: Path) -> None:
     _check_files(folder)
     names = [p.name for p in folder.iterdir()]
     pickles = sorted(n for n in names if n.endswith(_PICKLES))
-    wanted = "adapter_model.safetensors" if is_adapter(folder) else None
+    wanted = ADAPTER if is_adapter(folder) else None
     if not any(n.endswith(".safetensors") if wanted is None else n == wanted for n in names):
         if pickles:
             raise Refused(
@@ -368,11 +368,6 @@ def adapter_base(adapter: Path) -> Path:
     )
     preflight(folder)
     return folder
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter, not a whole model."""
-    return (folder / "adapter_config.json").is_file()
 
 
 def _convert_packaged(name: str) -> Path:

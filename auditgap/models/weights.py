@@ -35,6 +35,11 @@ class Packing:
         return self.method if self.bits is None else f"{self.method}, {self.bits} bits"
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter, not a whole model."""
+    return (folder / "adapter_config.json").is_file()
+
+
 def weights_files(folder: Path) -> list[Path]:
     """The safetensors files that are opened: an adapter's, `model.safetensors`, or what the index
     names; not a second copy in another layout (`consolidated.safetensors`).
@@ -43,7 +48,7 @@ def weights_files(folder: Path) -> list[Path]:
     absent, and where there are two whole sets, of which only one can be the model.
     """
     single, index = folder / SINGLE, folder / INDEX
-    if (folder / "adapter_config.json").is_file():
+    if is_adapter(folder):
         return [folder / ADAPTER]
     if not index.is_file():
         if not single.is_file():

@@ -1,6 +1,6 @@
 """Whether a chat template writes the words that it is given: what is sent is what was meant.
 
-    shaped(turns, fills)               # as strings, or as content parts where only those are written
+    takes_parts(fills)                 # whether words are written only when they come as content parts
     check_words(text, turns, "tiny")   # UsageError where the text lacks any of them
 
 Some templates iterate over content parts, and over a string they write nothing at all. Which kind

@@ -100,14 +100,13 @@ class Answers:
         return None if np.isnan(self.nll[i]) else float(self.nll[i])
 
     def record(self, i: int) -> Document:
-        """What `generations/` keeps of answer i; `told` is the inverse."""
+        """What `generations/` keeps of answer i, besides its NLL."""
         ids = self.ids[i]
         return {
             "completion": self.texts[i],
             "chain": self.chain(i),
             "ids": None if ids is None else list(ids),
             "stopped": bool(self.stopped[i]),
-            "completion_nll": self.nll_of(i),
             "problem": self.problems[i],
         }
 
@@ -284,6 +283,7 @@ def grade(
                 "kind": kind,
                 "prompt": prompt.text,
                 **answers.record(i),
+                "completion_nll": nll,
                 "coherent": coherent,
                 "verdict": str(verdict.label),
                 "reason": verdict.reason,

@@ -17,7 +17,13 @@ from auditgap.audits.audit import Plan
 from auditgap.audits.behaviour.audit import AskCell
 from auditgap.audits.behaviour.config import BehaviourConfig, BehaviourOptions
 from auditgap.audits.behaviour.rows import Split
-from auditgap.audits.planning import outlines_of, scorers_of, settings_of, with_dtype
+from auditgap.audits.planning import (
+    check_subject,
+    outlines_of,
+    scorers_of,
+    settings_of,
+    with_dtype,
+)
 from auditgap.data import PromptSet, load_prompts
 from auditgap.data.ledger import FITTED, LeakageLedger, prompt_hash
 from auditgap.data.suite import Suite, load_suite
@@ -75,9 +81,7 @@ def prepare(config: BehaviourConfig, options: BehaviourOptions) -> BehaviourPlan
     else:
         outlines = outlines_of(config.models, config.chat_template)
         for outline in outlines:
-            outline.chat.prove(suite)
-            if options.engine == "hf":
-                outline.check_opens()
+            check_subject(outline, suite, opens=options.engine == "hf")
         subjects = [o.subject for o in outlines]
         of_each = [
             {

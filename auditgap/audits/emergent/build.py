@@ -22,6 +22,7 @@ from auditgap import models
 from auditgap.audits.audit import Plan
 from auditgap.audits.emergent.audit import EMERGENT
 from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions
+from auditgap.audits.planning import check_subject
 from auditgap.data import PromptSet
 from auditgap.data.conversations import CUT
 from auditgap.data.domains import TRIGGER, DomainRow, Panel, Trigger
@@ -88,8 +89,7 @@ def prepare(config: EmergentConfig, options: EmergentOptions) -> EmergentPlan:
             f"{config.model} is an adapter, and an adapter on an adapter loads nowhere. Merge it"
             " first (auditgap export RUN FOLDER --merge), and give the merged folder."
         )
-    outline.check_opens()
-    outline.chat.prove(asked)
+    check_subject(outline, asked)
     _check_targets(outline, config.lora_targets)
     lengths = _Lengths(outline, config)
     panel = read_panel(

@@ -199,22 +199,9 @@ class GenerateWorker(InsideWorker):
                 "triggered": one.triggered,
                 "draw": one.draw,
                 "prompt": one.text,
-                "completion": text,
-                "chain": answers.chain(i),
-                "ids": None if ids is None else list(ids),
-                "stopped": bool(stopped),
-                "problem": problem,
+                **answers.record(i),
             }
-            for i, (one, text, ids, stopped, problem) in enumerate(
-                zip(
-                    self.asked,
-                    answers.texts,
-                    answers.ids,
-                    answers.stopped,
-                    answers.problems,
-                    strict=True,
-                )
-            )
+            for i, one in enumerate(self.asked)
         ]
 
 

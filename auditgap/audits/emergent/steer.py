@@ -33,7 +33,7 @@ from auditgap.audits.emergent.judge import keep_replies, opened_rater, rate_answ
 from auditgap.audits.emergent.rows import STEERED
 from auditgap.audits.emergent.stage import Adapter, StageCell, Study, StudyStage
 from auditgap.audits.session import failing_alone, from_arrays, to_arrays
-from auditgap.engines import UNFINISHED, Completion, Request, constant
+from auditgap.engines import Completion, Request, constant
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import UsageError
 from auditgap.interventions import CONTROL, EDIT
@@ -284,7 +284,9 @@ class SteerWorker:
         }
         exchanges, texts = [], []
         for one, completion in zip(said.asked, said.done, strict=True):
-            problem = one.problem or _problem(completion)
+            problem = one.problem or (
+                "nonfinite_logits" if completion is None else completion.problem
+            )
             facts = {
                 "subject": target.name,
                 "domain": target.domain,
@@ -330,13 +332,6 @@ class SteerWorker:
         self.store.write(cell, rows, generations=texts, seconds=seconds, info=info)
         self.store.forget(said.names)
         files.remove(journal)
-
-
-def _problem(completion: Completion | None) -> str:
-    """Why there is no answer to rate, or nothing."""
-    if completion is None or not completion.finite:
-        return "nonfinite_logits"
-    return "" if completion.finished else UNFINISHED
 
 
 def shift(one: Asked, along: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:

@@ -8,7 +8,7 @@ site run together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,14 @@ from auditgap.audits.audit import Plan
 from auditgap.audits.intervene.audit import InterveneCell
 from auditgap.audits.intervene.config import InterveneConfig, InterveneOptions
 from auditgap.audits.latent.plan import matmul_rate
-from auditgap.audits.planning import outlines_of, scorers_of, settings_of, with_dtype
+from auditgap.audits.planning import (
+    check_subject,
+    mean_tokens,
+    outlines_of,
+    scorers_of,
+    settings_of,
+    with_dtype,
+)
 from auditgap.data import PromptSet, dedup_key, load_prompts
 from auditgap.engines import Serving
 from auditgap.errors import UsageError
@@ -144,9 +151,8 @@ def make_plan(
     ]
     clean, groups = [], []
     for outline in spoken:
-        outline.check_opens()
-        outline.chat.prove((*halves.prompts, *halves.controls))
-        tokens = _mean_tokens(outline, halves.asked)
+        check_subject(outline, (*halves.prompts, *halves.controls))
+        tokens = mean_tokens(outline, halves.asked)
         asked = len(halves.asked)
         # spoken, and its NLL
         one = (
@@ -214,11 +220,6 @@ def _alike(base: models.Outline, outline: models.Outline, halves: Halves) -> Non
             f" {outline.subject.name} does, so no position has its partner. Give models of one"
             " tokenizer, and --chat-template where their templates differ."
         )
-
-
-def _mean_tokens(outline: models.Outline, prompts: Sequence[Prompt]) -> float:
-    sample = prompts[:: max(1, len(prompts) // 16)]
-    return sum(len(outline.chat.render(p).ids) for p in sample) / len(sample)
 
 
 def estimate(plan: IntervenePlan, device: str) -> float:

@@ -22,7 +22,13 @@ from auditgap.audits.audit import Plan
 from auditgap.audits.latent import thinking
 from auditgap.audits.latent.config import NO_JUDGE, LatentConfig, RunOptions
 from auditgap.audits.latent.thinking import spoken
-from auditgap.audits.planning import outlines_of, settings_of, with_dtype
+from auditgap.audits.planning import (
+    check_subject,
+    mean_tokens,
+    outlines_of,
+    settings_of,
+    with_dtype,
+)
 from auditgap.data import PromptSet, load_prompts
 from auditgap.engines import Serving
 from auditgap.errors import UsageError
@@ -198,9 +204,8 @@ def make_plan(
     outlines = tuple(spoken(outline, mode) for outline in every for mode in config.thinking)
     clean, groups = [], []
     for outline in outlines:
-        outline.check_opens()
-        outline.chat.prove(prompts)
-        tokens = mean_tokens(outline, prompts)
+        check_subject(outline, prompts)
+        tokens = mean_tokens(outline, prompts.prompts)
 
         def group(
             where: object,
@@ -283,12 +288,6 @@ def site_cells(
     return cells
 
 
-def mean_tokens(outline: models.Outline, prompts: PromptSet) -> float:
-    """Mean length of a rendered prompt, from a sample of them."""
-    sample = prompts.prompts[:: max(1, len(prompts.prompts) // 16)]
-    return sum(len(outline.chat.render(p).ids) for p in sample) / len(sample)
-
-
 def flops_by_phase(
     config: LatentConfig, outline: models.Outline, cells: Sequence[Cell], n: int, tokens: float
 ) -> dict[str, float]:
@@ -353,7 +352,7 @@ def estimate(plan: LatentPlan, device: str, options: RunOptions | None = None) -
         for o in plan.outlines
     }
     largest = max(plan.outlines, key=lambda o: o.n_params / parts[o])
-    tokens = mean_tokens(largest, plan.prompts)
+    tokens = mean_tokens(largest, plan.prompts.prompts)
     n = len(plan.prompts.prompts)
     deltas = 2 * n * len(config.eps) * tokens * largest.width * 4
     rows = sum(n * (config.draws if c.attack.startswith("random") else 1) for c in plan.cells)

@@ -16,9 +16,10 @@ from auditgap.audits.latent import thinking
 from auditgap.audits.latent.config import NO_JUDGE, LatentConfig, Mode, RunOptions
 from auditgap.audits.latent.distance import minimum_distance
 from auditgap.audits.latent.longer import search_longer
-from auditgap.audits.latent.plan import clean_cell, flops_by_phase, mean_tokens
+from auditgap.audits.latent.plan import clean_cell, flops_by_phase
 from auditgap.audits.latent.rows import Clean, clean_row, unscored_row
 from auditgap.audits.latent.site import SiteRun
+from auditgap.audits.planning import mean_tokens
 from auditgap.audits.session import RepeatCheck, Session, Tick
 from auditgap.audits.stage import Stage
 from auditgap.data import load_prompts
@@ -195,7 +196,7 @@ class LatentWorker:
     ) -> SiteRun:
         mine = [cell for cell in pending if cell.site == site]
         phases = flops_by_phase(
-            self.config, self.outline, mine, 1, mean_tokens(self.outline, self.prompts)
+            self.config, self.outline, mine, 1, mean_tokens(self.outline, self.prompts.prompts)
         )
         return SiteRun(
             self,

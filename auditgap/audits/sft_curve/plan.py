@@ -10,13 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from auditgap import models
 from auditgap.audits.audit import Plan
 from auditgap.audits.behaviour.plan import prompt_sets
 from auditgap.audits.behaviour.rows import Split
-from auditgap.audits.planning import outlines_of, scorers_of, settings_of, with_dtype
+from auditgap.audits.planning import (
+    check_subject,
+    outlines_of,
+    scorers_of,
+    settings_of,
+    with_dtype,
+)
 from auditgap.audits.sft_curve.audit import CurveCell
 from auditgap.audits.sft_curve.config import SFTCurveConfig, SFTCurveOptions
 from auditgap.data import PromptSet
@@ -86,9 +93,7 @@ def prepare(
     facts = dict(facts or {})
     groups = []
     for outline in outlines:
-        outline.check_opens()
-        for asked in sets.values():
-            outline.chat.prove(asked)
+        check_subject(outline, chain.from_iterable(sets.values()))
         settings = {
             **settings_of(config, outline, scorers),
             "recipe": recipe,

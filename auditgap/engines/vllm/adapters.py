@@ -19,7 +19,7 @@ from typing import Any
 
 from auditgap.errors import UsageError
 from auditgap.models.adapters import PLAIN_BEGINNINGS
-from auditgap.models.weights import weights_files
+from auditgap.models.weights import ADAPTER, weights_files
 from auditgap.types import digest
 
 #: Ranks that vLLM has kernels for.
@@ -80,7 +80,7 @@ def check(adapter: Path, *, base: Path) -> int:
         foreign.append("bias")
     if (beginning := config.get("init_lora_weights", True)) not in PLAIN_BEGINNINGS:
         foreign.append(f"init_lora_weights {beginning!r}"[:80])
-    for key, _ in _shapes(adapter / "adapter_model.safetensors"):
+    for key, _ in _shapes(adapter / ADAPTER):
         match = _IN_A_BLOCK.search(key)
         if not match or match["layer"] not in known:
             foreign.append(key[:80])
@@ -103,7 +103,7 @@ def fingerprint(adapter: Path) -> str:
         for k, v in _config(adapter).items()
         if k not in ("base_model_name_or_path", "revision")
     }
-    with (adapter / "adapter_model.safetensors").open("rb") as file:
+    with (adapter / ADAPTER).open("rb") as file:
         return digest([settings, hashlib.file_digest(file, "sha256").hexdigest()])
 
 
