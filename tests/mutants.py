@@ -42,6 +42,113 @@ class Mutant:
 
 
 MUTANTS = (
+    # -- the model that is audited is the one that was named
+    Mutant(
+        "self_test_causal",
+        "engines/self_test.py",
+        "if torch.isfinite(whole).all() and _apart(",
+        "if False and _apart(",
+        "tests/engines/test_self_test.py",
+    ),
+    Mutant(
+        "self_test_own_model",
+        "engines/self_test.py",
+        "if _apart(engine, ours, own):",
+        "if False:",
+        "tests/engines/test_self_test.py",
+    ),
+    Mutant(
+        "self_test_padding",
+        "engines/self_test.py",
+        'return "padding changes the logits"',
+        'return ""',
+        "tests/engines/test_self_test.py",
+    ),
+    Mutant(
+        "self_test_cache",
+        "engines/self_test.py",
+        'return "decoding from the cache gives other logits than the whole text"',
+        'return ""',
+        "tests/engines/test_self_test.py",
+    ),
+    Mutant(
+        "self_test_rounding",
+        "engines/self_test.py",
+        "return not gap <= min(_ROUNDINGS * rounding(*_rounded(engine)), _AT_MOST * scale)",
+        "return True",
+        "tests/audits/test_impostors.py",
+    ),
+    Mutant(
+        "self_test_rounding_bound",
+        "engines/self_test.py",
+        "return not gap <= min(_ROUNDINGS * rounding(*_rounded(engine)), _AT_MOST * scale)",
+        "return False",
+        "tests/engines/test_self_test.py",
+    ),
+    Mutant(
+        "adapter_merge_is_proven",
+        "models/adapters.py",
+        "or apart > most:",
+        "or False:",
+        "tests/models/test_adapters.py",
+    ),
+    Mutant(
+        "adapter_untied",
+        "models/adapters.py",
+        "    _untie(model)\n",
+        "",
+        "tests/models/test_adapters.py",
+    ),
+    Mutant(
+        "two_sets_of_weights",
+        "models/weights.py",
+        "if single.is_file() and shards != [SINGLE]:",
+        "if False:",
+        "tests/models/test_weights.py",
+    ),
+    Mutant(
+        "quantised_is_refused",
+        "models/weights.py",
+        "if packing is not None and packing.method not in _UNPACKED:",
+        "if False:",
+        "tests/models/test_weights.py",
+    ),
+    Mutant(
+        "words_are_written",
+        "models/words.py",
+        'if not _holds(text, turn["content"]):',
+        "if False:",
+        "tests/models/test_words.py",
+    ),
+    # -- what is judged
+    Mutant(
+        "unfinished_chain",
+        "engines/__init__.py",
+        'return "" if self.finished else UNFINISHED',
+        'return ""',
+        "tests/audits/test_thinking_audit.py",
+    ),
+    Mutant(
+        "answer_without_its_chain",
+        "models/said.py",
+        "        _plain(tokenizer, found.answer),\n",
+        "        _plain(tokenizer, whole),\n",
+        "tests/audits/test_thinking_audit.py",
+    ),
+    Mutant(
+        "thinking_is_told",
+        "models/provenance.py",
+        'if outline.thinking != "auto":',
+        "if False:",
+        "tests/audits/test_thinking_audit.py",
+    ),
+    Mutant(
+        "no_word_no_answer",
+        "audits/excerpt.py",
+        'return rest if any(map(str.isalnum, rest)) else ""',
+        "return rest",
+        "tests/audits/test_excerpt.py",
+    ),
     # -- the numbers
     Mutant(
         "lvs_clip",
@@ -131,9 +238,9 @@ MUTANTS = (
     ),
     Mutant(
         "nonfinite_logits_scored",
-        "audits/session.py",
-        "if not completion.finite\n",
-        "if False\n",
+        "engines/__init__.py",
+        "        if not self.finite:\n",
+        "        if False:\n",
         "tests/audits/test_guards.py",
     ),
     Mutant(

@@ -120,6 +120,15 @@ def test_padding_that_leaks_makes_rows_run_alone():
     assert speaker.packing.packs([5, 5]) == [[0], [1]]
 
 
+def test_one_token_that_is_not_as_in_the_whole_text_makes_the_whole_text_run():
+    speaker = HFEngine(tiny.load("llama"))
+    speaker.blocks[2].register_forward_pre_hook(
+        lambda _m, args: (args[0] * 1.5, *args[1:]) if args[0].shape[1] == 1 else None
+    )
+    speaker.check()
+    assert speaker.ways(Site(1)) == ("the whole text at each token",)
+
+
 def test_what_passes_the_blocks_by_makes_the_whole_model_run():
     speaker = HFEngine(tiny.load("llama"))
     seen: list[torch.Tensor] = []
