@@ -28,6 +28,7 @@ from docs_pages import PAGES, ROOT, Shown, parse, read
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap.cli import app, main
+from auditgap.store import files
 
 HINT = (
     "If the page is right: a model or file that it assumes belongs into tests/docs_world.py; a hub"
@@ -315,6 +316,10 @@ def word(name: str) -> str:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     home = tmp_path_factory.mktemp("docs")
+    # everything in the cache is made anew but the packaged model, whose conversion takes minutes
+    (models := files.cache_dir() / "models").mkdir(parents=True, exist_ok=True)
+    (home / "cache").mkdir()
+    (home / "cache" / "models").symlink_to(models)
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         endpoint = stack.enter_context(docs_world.Endpoint())

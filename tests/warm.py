@@ -17,6 +17,10 @@ Launchers (LAUNCHERS) start processes in their turn, the ranks of a job. Before 
 a launcher that was forked has forked a process that waits as well, a child of the launcher's own,
 and `subprocess` in the launcher forks the ranks from that one.
 
+Ray starts its processes by command lines that its raylet, a program in C++, is given. A raylet is
+forked too, has such a companion, and becomes the program; in the command lines stands warm_ray.py,
+which asks the companion. A child whose command line says `ray` is a launcher as well.
+
 How it becomes the child of who asked: a grandchild whose parent ends is given to the nearest
 "subreaper" above, and that is what the asking process is for this moment (prctl(2)).
 """
@@ -29,12 +33,17 @@ import ctypes
 import gc
 import importlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
 import multiprocessing.util
 import os
+import re
 import runpy
+import select
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -57,6 +66,10 @@ LIBRARIES = (
     " transformers.models.llama.modeling_llama transformers.models.auto.modeling_auto"
     " transformers.models.auto.tokenization_auto tokenizers safetensors.torch pyarrow.parquet peft"
     " accelerate pydantic typer rich.console rich.table yaml jinja2 fsspec psutil"
+    # of Ray's processes; not Ray itself, which reads its settings while it is imported
+    " aiohttp.web aiohttp_cors google.protobuf.descriptor_pb2 grpc.aio jsonschema opencensus.stats"
+    " opentelemetry.exporter.prometheus opentelemetry.sdk.metrics.export prometheus_client requests"
+    " uvloop"
 ).split()
 #: What a rank of a training job imports besides, and what starts ranks.
 TRAINING = (
@@ -69,6 +82,8 @@ VLLM = (
     "vllm vllm.v1.engine.llm_engine vllm.v1.worker.cpu_worker vllm.v1.worker.cpu_model_runner"
     " vllm.entrypoints.llm vllm.model_executor.models.llama vllm.lora.request"
 ).split()
+#: What stands in a raylet's command line before the commands of the processes that it starts.
+RAYS_COMMANDS = re.compile(r"--(python_worker|dashboard_agent|runtime_env_agent)_command=")
 #: Modules and scripts that start the processes that do the work -> what all of them import besides.
 LAUNCHERS = {
     **dict.fromkeys(
@@ -90,7 +105,13 @@ VARIABLES = tuple(
     ).split()
 )
 #: ... and those among them that are read later, or are seen to below.
-READ_LATER = {"PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "VLLM_CPU_KVCACHE_SPACE"}
+READ_LATER = {
+    "PYTHONBREAKPOINT",
+    "PYTHONPATH",
+    "PYTHONSAFEPATH",
+    "PYTHONUNBUFFERED",
+    "VLLM_CPU_KVCACHE_SPACE",
+}
 #: Beginnings of what launchers tell the ranks; they read it when they start to work.
 FOR_RANKS = (
     "ACCELERATE_ CUDA_VISIBLE_DEVICES KMP_ NUMEXPR_ TORCHELASTIC_ TORCHINDUCTOR_ TORCH_NCCL_ VLLM_"
@@ -102,7 +123,8 @@ AT_MOST = 4
 #: Room for a child's command line, and as much for its environment, which /proc shows.
 ROOM = 16384
 ROOT = Path(__file__).resolve().parents[1]
-_PR_SET_CHILD_SUBREAPER = 36
+RAYS_STARTER = ROOT / "tests" / "warm_ray.py"
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _start = subprocess._fork_exec  # type: ignore[attr-defined]
 _spawn = multiprocessing.util.spawnv_passfds  # type: ignore[attr-defined]
 
@@ -119,6 +141,8 @@ class Start:
     new_session: bool
     group: int
     umask: int
+    no_interrupts: bool = False  #: SIGINT is blocked
+    dies_with_parent: bool = False
 
     @property
     def options(self) -> list[str]:
@@ -143,7 +167,21 @@ class Start:
         return "-u" in self.options or bool(self.environment.get("PYTHONUNBUFFERED"))
 
     @property
+    def raylet(self) -> bool:
+        return Path(self.args[0]).name == "raylet"
+
+    @property
+    def ray(self) -> bool:
+        """Whether it is a process of Ray's, or says that it starts some."""
+        return _of_ray(self.args[0]) or (
+            self.words is not None
+            and (_of_ray(self.words[1]) or any(re.search(r"\bray\b", a) for a in self.args[1:]))
+        )
+
+    @property
     def launches(self) -> bool:
+        if self.ray:
+            return not _of_ray((self.words or ["", ""])[1])
         kind, what = (self.words or ["-c", ""])[:2]
         if kind == "-c":  # `multiprocessing` of a launcher, or code that says so
             return "multiprocessing.spawn" in what or TRAINS in what
@@ -152,6 +190,8 @@ class Start:
     @property
     def more(self) -> Sequence[str]:
         """What it imports besides LIBRARIES."""
+        if self.ray:
+            return ()
         kind, what = (self.words or ["-c", ""])[:2]
         if self.launches and kind != "-c":
             return LAUNCHERS[what if kind else Path(what).name]
@@ -166,11 +206,13 @@ class Start:
         return {
             name: value
             for name, value in self.environment.items()
-            if name.startswith(VARIABLES) and name not in READ_LATER
+            if name.startswith(VARIABLES)
+            and name not in READ_LATER
+            and not (name == "LD_PRELOAD" and _of_ray(value))  # another allocator
         }
 
     def message(self) -> dict[str, Any]:
-        derived = ("words", "safe_path", "unbuffered", "launches")
+        derived = ("words", "safe_path", "unbuffered", "launches", "raylet")
         return {**self.__dict__, **{name: getattr(self, name) for name in derived}}
 
 
@@ -250,8 +292,8 @@ def _fork_exec(*asked: Any) -> int:
         if key in _waiting and _waiting[key].process.poll() is not None:
             _waiting.pop(key).close()
         # settings that are seen once are not worth a process that waits, unless what it imports
-        # takes longest
-        if key not in _seen and not start.more:
+        # takes longest or many ask
+        if key not in _seen and not (start.more or start.ray):
             _seen.add(key)
             return _start(*asked)
         if key not in _waiting:
@@ -271,7 +313,8 @@ def _understood(asked: Sequence[Any]) -> Start | None:
      session, group, *others, umask, preexec) = asked[:22]
     # fmt: on
     args = _with_interpreter([os.fsdecode(word) for word in args])
-    if args[:1] != [sys.executable] or preexec or not (close_fds and restored):
+    of_ray = getattr(preexec, "__module__", "") == "ray._private.services"
+    if not (close_fds and restored) or (preexec and not of_ray):
         return None
     if any(one is not None for one in others):  # another user
         return None
@@ -289,6 +332,8 @@ def _understood(asked: Sequence[Any]) -> Start | None:
         bool(session),
         group,
         umask,
+        no_interrupts=of_ray,
+        dies_with_parent=of_ray and bool(inspect.getclosurevars(preexec).nonlocals["fate_share"]),
     )
     return start if _may_be_forked(start) else None
 
@@ -307,7 +352,18 @@ def _with_interpreter(args: list[str]) -> list[str]:
     return [sys.executable, *args] if same else args
 
 
+def _of_ray(path: str) -> bool:
+    """Whether a program or script is one of Ray's package."""
+    return "/site-packages/ray/" in path
+
+
 def _may_be_forked(start: Start) -> bool:
+    if start.ray and "OMP_NUM_THREADS" not in start.environment:
+        return False  # Ray sets it in a worker before torch is imported
+    if start.raylet:
+        return _of_ray(start.args[0])
+    if start.args[0] != sys.executable:
+        return False
     if start.words is None or sum(map(len, start.args)) > ROOM // 2:
         return False
     kind, what = start.words[:2]
@@ -316,8 +372,9 @@ def _may_be_forked(start: Start) -> bool:
         script = Path(start.cwd, what)
         if not script.is_file():
             return False
-        code = script.read_text(encoding="utf-8", errors="replace")
-        ours = start.launches or ROOT in script.resolve().parents
+        if not _of_ray(what):
+            code = script.read_text(encoding="utf-8", errors="replace")
+        ours = start.launches or _of_ray(what) or ROOT in script.resolve().parents
         folders.append(str(script.parent))
     elif kind == "-m":
         ours = start.launches or what.startswith("auditgap.")
@@ -364,8 +421,11 @@ def _import() -> None:
 def _child(sock: socket.socket) -> list[str]:
     """Wait, and fork a child a message; returns in the child alone, with what it is to run."""
     global _companion
-    asked, fds = _wait(sock)
+    listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    asked, fds, sock = _serve(sock) if listens else _wait(sock)
     _become(asked, fds, sock)
+    if asked["raylet"]:
+        return _child(_be_a_raylet(asked))
     if asked["launches"]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if not os.fork():
@@ -421,7 +481,7 @@ def _from_companion(start: Start | None) -> int | None:
         return _ask(sock, start)
 
 
-def _wait(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
+def _wait(sock: socket.socket) -> tuple[dict[str, Any], list[int], socket.socket]:
     """Fork a child a message; returns in the child alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sock.send(b"ready")
@@ -429,22 +489,103 @@ def _wait(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
         message, fds, _, _ = socket.recv_fds(sock, 1 << 20, 64)
         if not message:
             os._exit(0)
-        between = os.fork()
-        if between:
-            os.waitpid(between, 0)
-            for fd in fds:
-                os.close(fd)
-            continue
-        between = os.getpid()
-        if os.fork():
-            os._exit(0)
-        while os.getppid() == between:
-            pass
-        return json.loads(message), list(fds)
+        if _forked():
+            return json.loads(message), list(fds), sock
+        for fd in fds:
+            os.close(fd)
+
+
+def _forked() -> bool:
+    """Fork a child of the nearest subreaper above; true in the child."""
+    between = os.fork()
+    if between:
+        os.waitpid(between, 0)
+        return False
+    between = os.getpid()
+    if os.fork():
+        os._exit(0)
+    while os.getppid() == between:
+        pass
+    return True
+
+
+def _be_a_raylet(asked: dict[str, Any]) -> socket.socket:
+    """Become Ray's program; returns in its companion alone, from which are forked the processes that
+    it starts, with the socket where that is asked for."""
+    global _companion
+    name, raylet = f"warm-ray-{os.getpid()}", os.getpid()
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listening.bind(f"\0{name}")
+    listening.listen(64)
+    prctl = ctypes.CDLL(None).prctl
+    if os.fork():
+        starter = shlex.join([sys.executable, "-I", "-S", str(RAYS_STARTER), name])
+        args = [RAYS_COMMANDS.sub(rf"\g<0>{starter} ", arg) for arg in asked["args"]]
+        prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # it stays one as another program
+        os.execve(args[0], args, asked["environment"])
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != raylet:
+        os._exit(0)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(nowhere, fd)
+    _companion = listening, _inherited(asked["environment"])
+    return listening
+
+
+def _serve(listening: socket.socket) -> tuple[dict[str, Any], list[int], socket.socket]:
+    """Fork a child for each that connects (warm_ray.py), and end it with that one; returns in the
+    child alone."""
+    assert _companion is not None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    processes: dict[socket.socket, int] = {}  # by who asked for it: -1 before it is known
+    while True:
+        for ready in select.select([listening, *processes], [], [])[0]:
+            if ready is listening:
+                asking = listening.accept()[0]
+                message, fds, _, _ = socket.recv_fds(asking, 1 << 20, 64)
+                start = Start(**json.loads(message or "{}"))
+                same = _inherited(start.environment) == _companion[1]
+                if same and start.words and _forked():
+                    return start.message(), list(fds), asking
+                for fd in fds:
+                    os.close(fd)
+                if same:
+                    processes[asking] = -1
+                else:
+                    asking.close()
+            elif pid := ready.recv(32):
+                with suppress(ProcessLookupError):
+                    processes[ready] = os.pidfd_open(int(pid))
+            else:
+                if (process := processes.pop(ready)) >= 0:
+                    with suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(process, signal.SIGKILL)
+                    os.close(process)
+                ready.close()
+
+
+def _exec_in_place(program: str, args: Sequence[str]) -> None:
+    """`os.execvp` of what prepares a worker of Ray's: where it is our interpreter that a shell is
+    to become, this process goes on as that."""
+    words = shlex.split(args[-1])
+    if words[:1] == ["cd"] and words[2:3] == ["&&"]:
+        os.chdir(words[1])
+        words = words[3:]
+    same = _inherited(dict(os.environ)) == (_companion or (None, {}))[1]
+    if words[:2] != ["exec", sys.executable] or words[2].startswith("-") or not same:
+        os.execv(shutil.which(program) or program, args)
+    sys.argv[:], sys.orig_argv[:] = words[2:], words[1:]
+    _run(["", words[2]])
+    raise SystemExit(0)
 
 
 def _become(asked: dict[str, Any], fds: list[int], sock: socket.socket) -> None:
     """Be the child that was asked for, but for its program."""
+    if asked["no_interrupts"]:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    if asked["dies_with_parent"]:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if asked["new_session"]:
         os.setsid()
     elif asked["group"] >= 0:
@@ -474,7 +615,11 @@ def _become(asked: dict[str, Any], fds: list[int], sock: socket.socket) -> None:
         setattr(sys, name, new)
         setattr(sys, f"__{name}__", new)
     _show(asked["args"], [f"{k}={v}" for k, v in asked["environment"].items()])
+    if not asked["words"]:
+        return
     kind, what, *others = asked["words"]
+    if Path(what).name == "setup_worker.py":
+        os.execvp = _exec_in_place
     path = [p for p in asked["environment"].get("PYTHONPATH", "").split(os.pathsep) if p]
     sys.path[:] = [*path, *_path]
     if not asked["safe_path"]:

@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import toys
 from rich.console import Console
@@ -157,6 +158,30 @@ def test_poison_is_given_up_alone_after_so_many_deaths_and_the_others_finish(clu
     )
     mended = run(toys.groups(3), store, log, retry_failed=True)
     assert (mended.done, mended.failed) == (1, {})
+
+
+def test_a_worker_of_these_tests_is_one_that_ray_started_but_for_its_imports(cluster):
+    """Forked from a process that has the libraries (tests/warm.py)."""
+
+    def about() -> dict[str, object]:
+        return {
+            "raylet": Path(psutil.Process().parent().exe()).name,
+            "warm": {"torch", "transformers"} <= set(sys.modules),
+            "ours": [name for name in sys.modules if name.split(".")[0] == "auditgap"],
+            "mark": os.environ["AUDITGAP_TEST_CLUSTER"],
+            "mood": os.environ["MOOD"],
+        }
+
+    cluster.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    asked = cluster.remote(about).options(num_cpus=1, runtime_env={"env_vars": {"MOOD": "good"}})
+    told = cluster.get(asked.remote())
+    assert told == {
+        "raylet": "raylet",
+        "warm": "OMP_NUM_THREADS" in os.environ,
+        "ours": [],
+        "mark": MODULE,
+        "mood": "good",
+    }
 
 
 def test_an_exception_is_final_and_its_worker_lives_on(cluster, store, log):
