@@ -180,6 +180,44 @@ class JudgedOptions(AuditOptions):
         )
 
 
+class SpokenOptions(JudgedOptions):
+    """The same for an audit that reads and searches on transformers, and may generate in vLLM."""
+
+    engine: Annotated[
+        Literal["hf", "vllm"],
+        Flag(
+            "Engine that generates; hidden states are read and edits searched on transformers",
+            Topic.WHERE,
+        ),
+    ] = "hf"
+    tensor_parallel: Tensor = 1
+    gpu_memory: GPUMemory = 0.9
+    max_model_len: Window = None
+    parity: Parity = 8
+
+    def vllm_serving(self, *, dtype: str, chat_template: str | None) -> Serving | None:
+        """How vLLM serves the subjects; None where it does not."""
+        from auditgap.engines import Serving
+
+        if self.engine != "vllm":
+            return None
+        return Serving(
+            engine="vllm",
+            dtype=dtype,
+            device=self.device,
+            chat_template=chat_template,
+            tensor_parallel=self.tensor_parallel,
+            gpu_memory=self.gpu_memory,
+            max_model_len=self.max_model_len,
+        )
+
+    def gpus_of(self, model: str, device: str) -> float:
+        """GPUs that a Ray worker needs for this model: those that vLLM spreads it over."""
+        if self.gpus_per_worker is not None or not device.startswith("cuda"):
+            return super().gpus_of(model, device)
+        return float(self.tensor_parallel)
+
+
 def openai_for_endpoints(values: dict[str, Any], fields: Container[str]) -> None:
     """An endpoint that was named alone is called as OpenAI's: sets `engine` or `judge_engine`,
     whichever are among the settings `fields`. Raises UsageError where another engine came beside

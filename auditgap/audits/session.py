@@ -20,7 +20,8 @@ import torch
 
 from auditgap.audits.excerpt import WHOLE, Excerpt, Other, of_each, reads_text, scores, verdicts
 from auditgap.audits.stage import Stage
-from auditgap.engines import Completion, Request, completion_of
+from auditgap.engines import Completion, Reply, Request, completion_of
+from auditgap.engines.parity import parity, sample
 from auditgap.errors import AuditgapError, Interrupted
 from auditgap.judges import Judge, Reward, close_judge
 from auditgap.judges.coherence import Thresholds, is_coherent
@@ -293,6 +294,18 @@ class Session:
             for i, verdict in zip(flips, verdicts(self.second, judged), strict=True):
                 found[i] = replace(found[i], second=verdict)
         return found
+
+    def compared(self, rendered: Sequence[Rendered], texts: Sequence[Document], n: int) -> Document:
+        """How far vLLM's clean text of about n prompts is that of transformers, for the record of
+        the clean pass, whose `texts` are given; {} where vLLM does not stand in for it."""
+        if not (self.stage.in_vllm and n and rendered):
+            return {}
+        some = sample(rendered, n)
+        said = {text["prompt_id"]: Reply(text["completion"], tuple(text["ids"])) for text in texts}
+        plain = self.stage.engine.generate([Request(r) for r in some], self.new_tokens)
+        plain = [self.cut(r, c) for r, c in zip(some, plain, strict=True)]
+        found = parity([said[r.prompt.id] for r in some], [Reply(c.text, c.ids) for c in plain])
+        return {"parity": found.describe()}
 
     # -- cells
 

@@ -22,7 +22,7 @@ from pydantic import Field
 from auditgap.config import Frozen
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.registry import Entry, Registry
-from auditgap.types import Document, Edit, Message, Prompt, digest
+from auditgap.types import ConstantEdit, Document, Edit, Message, Prompt, digest
 
 # configs name engines, and a config (`--help`, `auditgap schema`) costs no torch
 if TYPE_CHECKING:
@@ -296,9 +296,9 @@ def completion_of(
     )
 
 
-def check_length(rendered: Rendered, edit: Edit | None) -> None:
-    """Raises AuditgapError when an edit has not as many positions as its prompt."""
-    if edit is not None and edit.delta.shape[0] != len(rendered.ids):
+def check_length(rendered: Rendered, edit: Edit | ConstantEdit | None) -> None:
+    """Raises AuditgapError when an edit of a prompt has not as many positions as that."""
+    if isinstance(edit, Edit) and edit.delta.shape[0] != len(rendered.ids):
         raise AuditgapError(
             f"An edit of {edit.delta.shape[0]} positions came for prompt {rendered.prompt.id} of"
             f" {len(rendered.ids)} tokens."

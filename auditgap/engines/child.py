@@ -9,7 +9,7 @@
 
 What travels is JSON, with bytes behind it; nothing is unpickled at either end. The child leads a
 process group, writes what it and its libraries chatter into a file that only its owner may read,
-and looks every second whether its parent still lives.
+and looks every second whether its parent still lives. One that says nothing for too long is killed.
 """
 
 from __future__ import annotations
@@ -66,8 +66,16 @@ class Child:
     answers when it is ready."""
 
     def __init__(
-        self, module: str, settings: Mapping[str, Any], environment: Mapping[str, str]
+        self,
+        module: str,
+        settings: Mapping[str, Any],
+        environment: Mapping[str, str],
+        *,
+        patience: float | None = None,
     ) -> None:
+        #: seconds of silence, while it starts and while it is asked, after which it is killed;
+        #: None: it is waited for
+        self._patience = patience
         # its temporary folder: what it leaves there goes with it
         self._scratch = Path(tempfile.mkdtemp(prefix="auditgap-"))
         self.log = self._scratch / "log"
@@ -126,7 +134,8 @@ class Child:
         payloads: Sequence[bytes] = (),
         progress: Progress | None = None,
     ) -> Document:
-        """What it answers. Raises Failed with what it raised, AuditgapError when it has ended."""
+        """What it answers. Raises Failed with what it raised, AuditgapError when it has ended or
+        was killed for its silence."""
         return self.exchange(message, payloads, progress)[0]
 
     def exchange(
@@ -139,20 +148,25 @@ class Child:
         with self._lock:
             if self._connection.closed:
                 raise AuditgapError("This engine is closed; open another.")
+            alarm = _Alarm(self._process, self._patience)
             try:
                 send(self._connection, message, payloads)
                 while True:
                     answer, data = receive(self._connection)
+                    alarm.set()
                     if "done" not in answer:
                         break
                     if progress is not None:
                         progress(answer["done"], answer["total"])
             except (EOFError, OSError):
                 self.close(keep_log=True)
-                raise AuditgapError(self._exit_reason()) from None
+                why = self._exit_reason() if not alarm.rang else self._silence()
+                raise AuditgapError(why) from None
             except BaseException:  # half an answer would be taken for the next one
                 self.close(patience=1)
                 raise
+            finally:
+                alarm.off()
         if "error" in answer:
             raise Failed(answer["error"], answer["said"], self.log)
         return answer, data
@@ -182,6 +196,12 @@ class Child:
             return " | ".join(line[:200] for line in lines[-n_lines:])
         return ""
 
+    def _silence(self) -> str:
+        return (
+            f"The engine's process said nothing for {self._patience:.0f} seconds and was ended. Its"
+            f" log, {self.log}, ends: {self.tail() or 'nothing was written'}"
+        )
+
     def _exit_reason(self) -> str:
         code = self._process.returncode
         how = f"exit code {code}"
@@ -192,6 +212,35 @@ class Child:
             f"The engine's process ended of itself ({how}). Its log, {self.log}, ends:"
             f" {self.tail() or 'nothing was written'}"
         )
+
+
+class _Alarm:
+    """Kills a process and its group once `patience` seconds have passed since it was last set."""
+
+    def __init__(self, process: subprocess.Popen[bytes], patience: float | None) -> None:
+        self.process, self.patience, self.rang = process, patience, False
+        self._timer: threading.Timer | None = None
+        self.set()
+
+    def set(self) -> None:
+        self.off()
+        if self.patience is not None:
+            self._timer = threading.Timer(self.patience, self._ring)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def off(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _ring(self) -> None:
+        self.rang = True
+        _kill_group(self.process)
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _end(connection: Connection, process: subprocess.Popen[bytes], patience: float) -> None:
@@ -205,8 +254,7 @@ def _end(connection: Connection, process: subprocess.Popen[bytes], patience: flo
         and time.monotonic() < deadline
     ):
         time.sleep(0.02)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+    _kill_group(process)
     process.wait()
 
 

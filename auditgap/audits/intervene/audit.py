@@ -47,9 +47,10 @@ class Intervene(Audit[InterveneConfig, InterveneOptions, "IntervenePlan"]):
         "auditgap intervene smollm2 --limit 48 --max-new-tokens 32",
         "auditgap intervene ./base ./tuned --interventions steering,ablation --layers stride:4"
         " --out runs/pair",
+        "auditgap intervene ./base --interventions steering --engine vllm --out runs/steered",
         "auditgap intervene --config steer.yaml --dry-run",
     )
-    can = frozenset({Can.RAY, Can.REGRADE, Can.COMPARE, Can.GRID})
+    can = frozenset({Can.RAY, Can.VLLM, Can.REGRADE, Can.COMPARE, Can.GRID})
     main_table = "interventions"
     config, options, cell = InterveneConfig, InterveneOptions, InterveneCell
     needs: ClassVar[Needs] = {

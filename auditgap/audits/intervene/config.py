@@ -181,5 +181,5 @@ class InterveneConfig(Frozen):
         return load_intervention(name, self.settings)
 
 
-class InterveneOptions(options.JudgedOptions):
+class InterveneOptions(options.SpokenOptions):
     """Where it runs and in what portions. Nothing here changes what is measured."""

@@ -5,7 +5,8 @@ judge, write.
     worker.run(group, tick=lambda work: None)
 
 What is learned and each pack of completions are remembered in the run folder until their cell is
-written. What is learned stays, in `edits/`.
+written. What is learned stays, in `edits/`. All that a group learns comes first, since that wants
+the subject on transformers, and generation may be in vLLM.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from auditgap import models
 from auditgap.audits.edits import keep_edits
 from auditgap.audits.intervene.base import BaseStates
 from auditgap.audits.intervene.config import InterveneConfig, InterveneOptions
+from auditgap.audits.intervene.learned import AnyEdit, Learned
 from auditgap.audits.intervene.plan import clean_cell, read_halves
 from auditgap.audits.intervene.rows import (
     CLEAN_ARM,
@@ -44,9 +46,6 @@ from auditgap.store import RunFolder
 from auditgap.store.tables import rows_of
 from auditgap.sweep import Group
 from auditgap.types import Cell, ConstantEdit, Document, Edit, Exchange, Prompt, Site, Suffix
-
-#: What is put into a model: nothing, a δ on the prompt, one at every position, or tokens behind it.
-AnyEdit = Edit | ConstantEdit | Suffix | None
 
 
 class InterveneWorker:
@@ -77,6 +76,7 @@ class InterveneWorker:
             dtype=config.dtype,
             device=options.device,
             batch_tokens=options.batch_tokens,
+            vllm=options.vllm_serving(dtype=config.dtype, chat_template=config.chat_template),
         )
         self.session = Session(stage, self.store, max_new_tokens=config.max_new_tokens)
         self.session.judge = load_judge(
@@ -104,6 +104,13 @@ class InterveneWorker:
         pending = [cell for cell in group.cells if not self.store.is_finished(cell.key)]
         if not pending:
             return
+        try:
+            self._run(group, pending, tick)
+        finally:
+            if self.options.engine == "vllm":  # its memory is wanted by whoever comes next
+                self.close()
+
+    def _run(self, group: Group, pending: Sequence[Cell], tick: Tick) -> None:
         site = pending[0].site
         base = None
         if site is not None and any("base" in cell.settings for cell in pending):
@@ -118,16 +125,26 @@ class InterveneWorker:
             return
         clean = self._clean_pass(self.outline)
         bench = self._bench(site, base)
+        learned: dict[str, Learned] = {}
         for cell in pending:
             with self.session.failing([cell]):
-                self._run_cell(
-                    cell, bench, clean, lambda share: tick(group.work * share / len(group.cells))
-                )
+                learned[cell.key] = self._learn(cell, bench, clean)
+        for cell in pending:
+            if cell.key in learned:
+                with self.session.failing([cell]):
+                    self._run_cell(
+                        cell,
+                        bench,
+                        learned[cell.key],
+                        clean,
+                        lambda share: tick(group.work * share / len(group.cells)),
+                    )
 
     # -- the clean pass
 
     def _run_clean(self, cell: Cell, tick: Tick) -> None:
         started, names = time.monotonic(), []
+        self._test_vllm()
         every = [(CLEAN_ARM, r) for r in self.asked] + [(DONOR_ARM, r) for r in self.donors]
         rows, texts = [], []
         for pack in self.session.packs([r for _, r in every]):
@@ -142,9 +159,17 @@ class InterveneWorker:
             tick(len(pack) / len(every))
         trial = Trial(CLEAN_ARM, 1.0)
         rows += [self.rows.lost(cell, p, trial, "too_long") for p in self.too_long]
-        seconds = time.monotonic() - started
-        self.store.write(cell, rows, generations=texts, seconds=seconds, info=self.session.info())
+        compared = self.session.compared(self.asked, texts, self.options.parity)
+        seconds, info = time.monotonic() - started, self.session.info(**compared)
+        self.store.write(cell, rows, generations=texts, seconds=seconds, info=info)
         self.store.forget(names)
+
+    def _test_vllm(self) -> None:
+        """Prove that vLLM can be edited, before anything is searched that could not be spoken
+        under."""
+        if self.session.stage.in_vllm:
+            sites = models.parse_sites(self.config.layers, self.outline.n_blocks)
+            self.session.stage.vllm.self_test(sites, [(site,) for site in sites])
 
     def _clean_pass(self, outline: models.Outline) -> dict[str, Clean]:
         """The clean cell's results by prompt id, donors' too; the subject's are computed first if
@@ -206,7 +231,9 @@ class InterveneWorker:
             )
         )
 
-    def _run_cell(self, cell: Cell, bench: Bench, clean: Mapping[str, Clean], tick: Tick) -> None:
+    def _learn(self, cell: Cell, bench: Bench, clean: Mapping[str, Clean]) -> Learned:
+        """What wants the subject on transformers: what is fitted or searched, and how large its
+        edits are."""
         started, names = time.monotonic(), []
         intervention = self.config.load(cell.settings["intervention"])
         arrays = self.session.remembered(
@@ -214,40 +241,45 @@ class InterveneWorker:
             [cell.key, "learned"],
             lambda: {k: v.numpy() for k, v in intervention.learn(bench).items()},
         )
-        learned = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        found = {name: torch.from_numpy(array) for name, array in arrays.items()}
         trials = list(intervention.trials())
-        tasks = [(p, t) for t in range(len(trials)) for p in range(len(bench.asked))]
-        sizes = {
-            (p, t): self._size(
-                intervention.edit(bench, learned, p, trials[t]), bench.asked[p], bench.asked_h[p]
-            )
-            for p, t in tasks
-        }
+        sizes: dict[tuple[int, int], Size] = {}
+        edits: dict[tuple[int, int], ConstantEdit | Suffix] = {}
+        for t in range(len(trials)):
+            for p, rendered in enumerate(bench.asked):
+                edit = intervention.edit(bench, found, p, trials[t])
+                sizes[p, t] = self._size(edit, rendered, bench.asked_h[p])
+                if not isinstance(edit, Edit):  # large, and made again of what is there
+                    edits[p, t] = edit
         donors = self._donors_of(cell, intervention, bench, clean)
+        seconds = time.monotonic() - started
+        return Learned(intervention, arrays, found, trials, sizes, edits, donors, names, seconds)
+
+    def _run_cell(
+        self, cell: Cell, bench: Bench, it: Learned, clean: Mapping[str, Clean], tick: Tick
+    ) -> None:
+        started = time.monotonic()
+        trials, tasks = it.trials, list(it.sizes)
         # nothing was edited, or nobody knows with what: it is not asked
         rows: dict[tuple[int, int], InterveneRow] = {
-            (p, t): self.rows.lost(
-                cell, bench.asked[p].prompt, trials[t], sizes[p, t].problem, clean
-            )
-            for p, t in tasks
-            if sizes[p, t].problem
+            (p, t): self.rows.lost(cell, bench.asked[p].prompt, trials[t], size.problem, clean)
+            for (p, t), size in it.sizes.items()
+            if size.problem
         }
         texts = []
         asked = [task for task in tasks if task not in rows]
         for pack in self.session.packs([bench.asked[p] for p, _ in asked]):
             some = [asked[i] for i in pack]
-            scored = self._speak(
-                cell, intervention, bench, learned, [(p, trials[t]) for p, t in some], clean, names
-            )
+            scored = self._speak(cell, bench, it, some, clean)
             for (p, t), one in zip(some, scored, strict=True):
                 rows[p, t] = self.rows.row(
                     cell,
                     bench.asked[p],
                     trials[t],
                     one,
-                    sizes[p, t],
+                    it.sizes[p, t],
                     clean=clean,
-                    donor=donors.get(p),
+                    donor=it.donors.get(p),
                 )
                 texts.append(_record(one, bench.asked[p], trials[t]))
             tick(len(pack) / len(tasks))
@@ -256,15 +288,15 @@ class InterveneWorker:
             for p in self.too_long
             for trial in trials
         ]
-        keep_edits(self.store, cell, arrays)
+        keep_edits(self.store, cell, it.arrays)
         self.store.write(
             cell,
             [rows[task] for task in tasks] + lost,
             generations=texts,
-            seconds=time.monotonic() - started,
+            seconds=it.seconds + time.monotonic() - started,
             info=self.session.info(),
         )
-        self.store.forget(names)
+        self.store.forget(it.names)
 
     def _donors_of(
         self, cell: Cell, intervention: Intervention, bench: Bench, clean: Mapping[str, Clean]
@@ -286,7 +318,7 @@ class InterveneWorker:
     ) -> Size:
         window = self.outline.max_positions
         if isinstance(edit, Suffix) and window is not None:
-            longer = self.engine.render(edit.behind(rendered.prompt))
+            longer = self.session.render(edit.behind(rendered.prompt))
             if len(longer.ids) + self.config.max_new_tokens > window:
                 return Size(None, None, "too_long")
         return size_of(edit, h, rendered.content)
@@ -294,20 +326,19 @@ class InterveneWorker:
     def _speak(
         self,
         cell: Cell,
-        intervention: Intervention,
         bench: Bench,
-        learned: Mapping[str, torch.Tensor],
-        some: Sequence[tuple[int, Trial]],
+        it: Learned,
+        some: Sequence[tuple[int, int]],
         clean: Mapping[str, Clean],
-        names: list[str],
     ) -> list[ScoredCompletion]:
         rendered = [bench.asked[p] for p, _ in some]
-        edits = [intervention.edit(bench, learned, p, trial) for p, trial in some]
-        what = [
-            cell.key,
-            [[bench.asked[p].prompt.id, t.arm, t.strength, t.angle, t.draw] for p, t in some],
+        edits: list[AnyEdit] = [
+            it.edits.get((p, t)) or it.intervention.edit(bench, it.found, p, it.trials[t])
+            for p, t in some
         ]
-        return self._scored(rendered, edits, names, what, clean)
+        tried = [(bench.asked[p].prompt.id, it.trials[t]) for p, t in some]
+        what = [cell.key, [[id, t.arm, t.strength, t.angle, t.draw] for id, t in tried]]
+        return self._scored(rendered, edits, it.names, what, clean)
 
     def _scored(
         self,
@@ -329,21 +360,21 @@ class InterveneWorker:
         return self.session.score(exchanges, done, nll, clean_nll)
 
     def _generate(self, rendered: Sequence[Rendered], edits: Sequence[AnyEdit]) -> list[Completion]:
-        """Edits at prefill and suffixes go through the engine, constant edits through its hook at
-        every step."""
-        requests: dict[int, Request] = {}
-        everywhere: dict[int, ConstantEdit] = {}
-        for i, (one, edit) in enumerate(zip(rendered, edits, strict=True)):
-            if isinstance(edit, ConstantEdit):
-                everywhere[i] = edit
-            elif isinstance(edit, Suffix):
-                requests[i] = Request(self.engine.render(edit.behind(one.prompt)))
-            else:
-                requests[i] = Request(one, edit)
-        done = dict(zip(requests, self.session.generate(list(requests.values())), strict=True))
+        """Completions, each under its edit; a suffix is behind its prompt."""
+        put, under = list(rendered), list(edits)
+        for i, edit in enumerate(edits):
+            if isinstance(edit, Suffix):
+                put[i], under[i] = self.session.render(edit.behind(rendered[i].prompt)), None
+        if self.session.stage.in_vllm:
+            return self.session.stage.vllm.generate_under(put, under, self.session.new_tokens)
+        # edits at prefill go through the engine, constant edits through its hook at every step
+        everywhere = {i: edit for i, edit in enumerate(under) if isinstance(edit, ConstantEdit)}
+        others = [i for i in range(len(put)) if i not in everywhere]
+        requests = [Request(put[i], cast(Edit | None, under[i])) for i in others]
+        done = dict(zip(others, self.session.generate(requests), strict=True))
         edited = constant.generate(
             self.engine,
-            [rendered[i] for i in everywhere],
+            [put[i] for i in everywhere],
             list(everywhere.values()),
             self.session.new_tokens,
         )

@@ -24,8 +24,7 @@ from auditgap.audits.session import RepeatCheck, Session, Tick
 from auditgap.audits.stage import Stage
 from auditgap.data import load_prompts
 from auditgap.data.near_duplicates import leaders
-from auditgap.engines import Completion, Reply, Request, Serving
-from auditgap.engines.parity import parity, sample
+from auditgap.engines import Completion, Request, Serving
 from auditgap.interventions.target import BENIGN_TARGET, fill, without_topic
 from auditgap.judges import load_judge, load_reward
 from auditgap.models import Rendered
@@ -249,7 +248,8 @@ class LatentWorker:
                 texts.append(one.record(rendered.prompt, draw=0))
             tick(len(pack) / len(self.rendered))
         rows += [unscored_row(subject, cell, p, "too_long") for p in self.too_long]
-        info = {**self.info(), **self._compared(texts), "repeat": repeats.describe()}
+        compared = session.compared(self.rendered, texts, self.options.parity)
+        info = {**self.info(), **compared, "repeat": repeats.describe()}
         seconds = time.monotonic() - started
         self.store.write(cell, rows, generations=texts, seconds=seconds, info=info)
         self.store.forget(names)
@@ -271,19 +271,6 @@ class LatentWorker:
             )
         )
         return [replace(c, target_nll=next(found)) if c.finished else c for c in done]
-
-    def _compared(self, texts: Sequence[Document]) -> Document:
-        """How far vLLM's clean text is that of transformers, for the record; {} when nothing stands
-        in for it."""
-        stage = self.session.stage
-        if not (stage.in_vllm and self.options.parity and self.rendered):
-            return {}
-        some = sample(self.rendered, self.options.parity)
-        said = {text["prompt_id"]: Reply(text["completion"], tuple(text["ids"])) for text in texts}
-        plain = stage.engine.generate([Request(r) for r in some], self.session.new_tokens)
-        plain = [self.session.cut(r, c) for r, c in zip(some, plain, strict=True)]
-        found = parity([said[r.prompt.id] for r in some], [Reply(c.text, c.ids) for c in plain])
-        return {"parity": found.describe()}
 
     def _clean_pass(self) -> dict[str, Clean]:
         """The clean cell's results by prompt id; computed first if no other worker has done so."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from auditgap import models
@@ -40,14 +40,11 @@ from auditgap.engines import (
 from auditgap.engines.child import Child, Failed, Progress
 from auditgap.engines.choosing import likeliest
 from auditgap.engines.vllm import adapters, start
-from auditgap.engines.vllm.edits import pack
+from auditgap.engines.vllm.wishes import AnyEdit, edits_message, loads, named, on, wish
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.models import Rendered
 from auditgap.models.folder import adapter_base, is_adapter
-from auditgap.types import Document, Edit, Prompt, Site
-
-#: Bytes of edits that are in the child at a time.
-_EDIT_BYTES = 1 << 28
+from auditgap.types import Document, Prompt, Site
 
 __all__ = ["VLLMEngine"]
 
@@ -83,7 +80,12 @@ class VLLMEngine:
             serving, self._base, self.dtype, device, max_rank=self._max_rank, lora=self._own_adapter
         )
         try:
-            self.child = Child("auditgap.engines.vllm.process", settings, start.environment(device))
+            self.child = Child(
+                "auditgap.engines.vllm.process",
+                settings,
+                start.environment(device),
+                patience=start.SILENT_SECONDS,
+            )
         except Failed as failed:
             why = start.why_not(model, serving, failed)
             if str(failed.log) not in why:
@@ -112,14 +114,21 @@ class VLLMEngine:
     def encode(self, text: str) -> tuple[int, ...]:
         return self.outline.chat.encode(text)
 
-    def self_test(self, sites: Iterable[Site]) -> None:
-        """Prove that a known δ arrives at each site, reaches the logits and stays put; `generate`
-        and `nll` do so themselves.
+    def self_test(self, sites: Iterable[Site], standing: Iterable[tuple[Site, ...]] = ()) -> None:
+        """Prove that a known δ arrives at each site, and an edit of every position at each set of
+        sites that stands together, reaches the logits and stays put; `generate` and `nll` do so
+        themselves.
 
         Raises AuditgapError when this model cannot be edited inside vLLM; the engine is closed
         then.
         """
-        self._told({"do": "test", "layers": sorted({site.layer_index for site in sites})})
+        self._told(
+            {
+                "do": "test",
+                "layers": sorted({site.layer_index for site in sites}),
+                "standing": [[site.layer_index for site in some] for some in standing],
+            }
+        )
 
     def use(self, adapter: Path | None) -> None:
         """Answer with a PEFT LoRA adapter of this model from now on; None: without one.
@@ -184,7 +193,7 @@ class VLLMEngine:
         """
         prompts, replies, rows = to_ask(self.outline.chat, questions, sampling, self.window)
         wishes = [
-            _wish(
+            wish(
                 prompts[i],
                 sampling.new_tokens,
                 temperature=sampling.temperature,
@@ -211,49 +220,67 @@ class VLLMEngine:
         self, requests: Sequence[Request], max_new_tokens: int, *, progress: Progress | None = None
     ) -> list[Completion]:
         """Greedy completions, each under its own edit, and the targets' NLL; any sites may be
-        mixed.
+        mixed. Raises as `generate_under`.
+        """
+        return self.generate_under(
+            [r.rendered for r in requests],
+            [r.edit for r in requests],
+            max_new_tokens,
+            [r.target for r in requests],
+            progress=progress,
+        )
+
+    def generate_under(
+        self,
+        rendered: Sequence[Rendered],
+        edits: Sequence[AnyEdit],
+        max_new_tokens: int,
+        targets: Sequence[tuple[int, ...]] | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> list[Completion]:
+        """The same for edits of prompts and of every position, mixed in any way; those of every
+        position have no effective norms.
 
         Raises UsageError when a prompt leaves no room for the new tokens, AuditgapError when an
         edit did not arrive.
         """
-        wishes, edits = [], []
-        for r in requests:
-            check_length(r.rendered, r.edit)
-            room = self.window - len(r.rendered.ids)
-            if room < max(max_new_tokens, len(r.target) + 1):
+        targets = [()] * len(rendered) if targets is None else targets
+        wishes = []
+        for one, edit, target in zip(rendered, edits, targets, strict=True):
+            check_length(one, edit)
+            room = self.window - len(one.ids)
+            if room < max(max_new_tokens, len(target) + 1):
                 raise UsageError(
-                    f"Prompt {r.rendered.prompt.id} has {len(r.rendered.ids)} tokens, and vLLM's"
+                    f"Prompt {one.prompt.id} has {len(one.ids)} tokens, and vLLM's"
                     f" window of {self.window} has no room for {max_new_tokens} more; drop it, ask"
                     " for fewer new tokens, or raise max_model_len."
                 )
-            wishes.append(_wish(r.rendered.ids, max_new_tokens))
-            edits.append(r.edit)
-        for r in requests:
-            if r.target:
-                wishes.append(_wish((*r.rendered.ids, *r.target), 1, score=len(r.target)))
-                edits.append(r.edit)
-        spoken = self._speak(wishes, edits, progress)
-        scores = iter(spoken[len(requests) :])
-        completions = []
-        for r, (said, norms) in zip(requests, spoken, strict=False):
-            completions.append(
-                completion_of(
-                    self.outline.chat,
-                    r.rendered,
-                    said["ids"],
-                    said["stopped"],
-                    said["finite"],
-                    next(scores)[0]["nll"] if r.target else None,
-                    *norms,
-                )
+            wishes.append(wish(one.ids, max_new_tokens, on=on(one, edit)))
+        scored = [i for i, target in enumerate(targets) if target]
+        for i in scored:
+            ids, where = (*rendered[i].ids, *targets[i]), on(rendered[i], edits[i])
+            wishes.append(wish(ids, 1, score=len(targets[i]), on=where))
+        spoken = self._speak(wishes, [*edits, *(edits[i] for i in scored)], progress)
+        scores = dict(zip(scored, (said["nll"] for said, _ in spoken[len(edits) :]), strict=True))
+        return [
+            completion_of(
+                self.outline.chat,
+                one,
+                said["ids"],
+                said["stopped"],
+                said["finite"],
+                scores.get(i),
+                *norms,
             )
-        return completions
+            for i, (one, (said, norms)) in enumerate(zip(rendered, spoken, strict=False))
+        ]
 
     def nll(
         self,
         rendered: Sequence[Rendered],
         answers: Sequence[Sequence[int]],
-        edits: Sequence[Edit | None] | None = None,
+        edits: Sequence[AnyEdit] | None = None,
     ) -> list[float | None]:
         """Mean NLL (nats a token) of each answer after its prompt, teacher-forced, under its edit
         if it has one.
@@ -271,7 +298,10 @@ class VLLMEngine:
             check_length(rendered[i], edits[i])
             if answer and len(ids) + len(answer) < self.window:
                 asked.setdefault(keys[i], i)
-        wishes = [_wish((*ids, *answer), 1, score=len(answer)) for ids, answer, _ in asked]
+        wishes = [
+            wish((*ids, *answer), 1, score=len(answer), on=on(rendered[i], edits[i]))
+            for (ids, answer, _), i in asked.items()
+        ]
         spoken = self._speak(wishes, [edits[i] for i in asked.values()])
         found = {key: said["nll"] for key, (said, _) in zip(asked, spoken, strict=True)}
         return [found.get(key) for key in keys]
@@ -289,38 +319,31 @@ class VLLMEngine:
     def _speak(
         self,
         wishes: Sequence[Document],
-        edits: Sequence[Edit | None],
+        edits: Sequence[AnyEdit],
         progress: Progress | None = None,
     ) -> list[tuple[Document, tuple[float | None, float | None]]]:
         """An answer a wish, with the effective norms of its edit (None without one)."""
         spoken: list[tuple[Document, tuple[float | None, float | None]]] = []
-        for load in _loads(edits):
-            some = [edit for i in load if (edit := edits[i]) is not None]
-            named = {id(edit): str(n) for n, edit in enumerate(some)}
-            sent = {named[id(edit)]: edit for edit in some}
-            packed = {name: pack(edit.delta) for name, edit in sent.items()}
-            here = [{**wishes[i], "edit": named.get(id(edits[i]))} for i in load]
+        for load in loads(edits):
+            here = named([wishes[i] for i in load], [edits[i] for i in load])
+            described, payloads = edits_message([edits[i] for i in load])
             told = self._told(
                 {
                     "do": "speak",
                     "wishes": here,
                     "stops": sorted(self.outline.stop_ids),
-                    "edits": [
-                        {"name": name, "layer": sent[name].site.layer_index, "shape": shape}
-                        for name, (shape, _) in packed.items()
-                    ],
+                    "edits": described,
                 },
-                [payload for _, payload in packed.values()],
+                payloads,
                 (
                     None
                     if progress is None
                     else lambda done, _, before=len(spoken): progress(before + done, len(wishes))
                 ),
             )
-            spoken += [
-                (a, tuple(told["norms"].get(w["edit"], (None, None))))
-                for a, w in zip(told["answers"], here, strict=True)
-            ]
+            for answer, one in zip(told["answers"], here, strict=True):
+                l2, linf = told["norms"][one["edit"][0]] if one["edit"] else (None, None)
+                spoken.append((answer, (l2, linf)))
         return spoken
 
     def _told(
@@ -342,44 +365,3 @@ class VLLMEngine:
                 f"vLLM failed on {self.model} ({failed.kind}): {start.telling_line(failed.said)}. Its log is"
                 f" {failed.log}."
             ) from None
-
-
-def _wish(
-    ids: Sequence[int],
-    n: int,
-    *,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    top: int = 0,
-    score: int = 0,
-) -> Document:
-    """What `process.Served.speak` takes."""
-    return {
-        "ids": list(ids),
-        "max": n,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-        "top": top,
-        "score": score,
-    }
-
-
-def _loads(edits: Sequence[Edit | None]) -> Iterator[list[int]]:
-    """Indices in order, cut where the edits of a part would take more than _EDIT_BYTES."""
-    load: list[int] = []
-    seen: set[int] = set()
-    size = 0
-    for i, edit in enumerate(edits):
-        new = 0 if edit is None or id(edit) in seen else 4 * edit.delta.numel()
-        if load and size + new > _EDIT_BYTES:
-            yield load
-            load, seen, size = [], set(), 0
-            new = 0 if edit is None else 4 * edit.delta.numel()
-        load.append(i)
-        size += new
-        if edit is not None:
-            seen.add(id(edit))
-    if load:
-        yield load

@@ -1,8 +1,8 @@
-"""Edits in vLLM's worker: hooks on the decoder blocks that add each request's δ to its rows.
+"""Edits in vLLM's worker: hooks on the decoder blocks that edit each request's rows.
 
     editor = Editor(worker.model_runner)
-    editor.put("a", 15, delta)          # for requests whose extra_args name the edit "a"
-    editor.stats()["edits"]["a"]        # {"positions": T, "requests": [{"rows", "l2", "linf"}, …]}
+    editor.put("a", [15], {"shift": delta})   # for requests whose extra_args name the edit "a"
+    editor.stats()["edits"]["a"]              # {request: {"rows", "end", "l2", "linf"}, …}
 
 What the hooks read and write of the stream, and why: `auditgap.engines.vllm.edits`.
 """
@@ -10,8 +10,7 @@ What the hooks read and write of the stream, and why: `auditgap.engines.vllm.edi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -19,7 +18,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from auditgap.engines.vllm.edits import EDIT, RECORD, pack
+from auditgap.engines.vllm.edits import EDIT, RECORD, REQUEST, SPAN, TERMS, pack
+from auditgap.engines.vllm.rows import (
+    EditedRows,
+    Forward,
+    LayerRows,
+    PlacedEdit,
+    Recorded,
+    Span,
+    edited_states,
+    term_of,
+)
 from auditgap.errors import AuditgapError
 from auditgap.types import Document
 
@@ -41,39 +50,6 @@ def find_blocks(model: nn.Module, n: int) -> nn.ModuleList:
     return outermost[0]
 
 
-@dataclass(eq=False)
-class _Edit:
-    """A δ [T, D] in fp32 on the model's device, and by request which of its positions it has
-    changed, by how much."""
-
-    layer: int
-    delta: torch.Tensor
-    touched: dict[str, _Touched] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class _Touched:
-    """By position: edited or not, ‖(h + δ) − h‖₂², ∞-norm. A position that is computed again
-    overwrites itself."""
-
-    rows: np.ndarray
-    squares: torch.Tensor
-    largest: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class _Span:
-    """Rows start…stop of the batch: a request's prompt from position `first` on, with its edit or
-    label."""
-
-    request: str
-    start: int
-    stop: int
-    first: int
-    edit: _Edit | None
-    label: str | None
-
-
 class Editor:
     """The hooks of one worker, and the edits that they apply."""
 
@@ -82,25 +58,28 @@ class Editor:
         self.runner = runner
         self.blocks = find_blocks(runner.get_model(), config.num_hidden_layers)
         self.width = config.hidden_size
-        self.edits: dict[str, _Edit] = {}
+        self.edits: dict[str, PlacedEdit] = {}
         self.handles: dict[int, list[Any]] = {}
         self.watched: set[int] = set()
         self.recorded: dict[tuple[str, int], dict[int, torch.Tensor]] = {}
         self.problem = ""
-        self._forward: Any = None  # a weak reference to the forward that `_now` was made for
-        self._now: list[_Span] = []
+        self._context: Any = None  # a weak reference to what `_now` was made for
+        self._now = Forward()
 
     # -- what is asked of it
     # -------------------------------------------------------------------------------------------
 
-    def put(self, name: str, layer: int, delta: torch.Tensor) -> None:
-        if delta.shape[1] != self.width:
-            raise AuditgapError(
-                f"This model's stream is {self.width} wide; an edit of shape {list(delta.shape)}"
-                " came."
-            )
-        self._hook(layer)
-        self.edits[name] = _Edit(layer, delta.to(self.runner.device))
+    def put(self, name: str, layers: Sequence[int], terms: Mapping[str, torch.Tensor]) -> None:
+        for what, term in terms.items():
+            if what not in TERMS or term.shape[1] != self.width:
+                raise AuditgapError(
+                    f"This model's stream is {self.width} wide, and an edit has {', '.join(TERMS)};"
+                    f" {what} of shape {list(term.shape)} came."
+                )
+        for layer in layers:
+            self._hook(layer)
+        placed = {what: term.to(self.runner.device) for what, term in terms.items()}
+        self.edits[name] = PlacedEdit(frozenset(layers), placed)
 
     def drop(self, names: Sequence[str]) -> None:
         for name in names:
@@ -122,20 +101,11 @@ class Editor:
         self._unhook_idle()
 
     def stats(self) -> Document:
+        self._count()
         return {
             "problem": self.problem,
             "edits": {
-                name: {
-                    "positions": edit.delta.shape[0],
-                    "requests": [
-                        {
-                            "rows": int(t.rows.sum()),
-                            "l2": t.squares.sum().sqrt().item(),
-                            "linf": t.largest.max().item(),
-                        }
-                        for t in edit.touched.values()
-                    ],
-                }
+                name: {key: edited.describe() for key, edited in edit.requests.items()}
                 for name, edit in self.edits.items()
             },
         }
@@ -195,57 +165,66 @@ class Editor:
             ]
 
     def _unhook_idle(self) -> None:
-        for layer in set(self.handles) - {e.layer for e in self.edits.values()} - self.watched:
+        wanted = self.watched.union(*(edit.layers for edit in self.edits.values()))
+        for layer in set(self.handles) - wanted:
             for handle in self.handles.pop(layer):
                 handle.remove()
-        self._forward = None  # spans hold edits that may be gone
+        self._context, self._now = None, Forward()  # spans hold edits that may be gone
 
     def _changed(self, layer: int, values: list[Any]) -> list[Any] | None:
         """A block's inputs or outputs with this layer's edits in them; None when this batch has
         none."""
-        spans = [(s, s.edit) for s in self._spans() if s.edit is not None and s.edit.layer == layer]
-        if not spans:
+        here = self._rows_at(layer)
+        if here is None:
             return None
         places = self._stream(values)
         # new tensors: vLLM reuses the old ones' memory
         parts = [values[i].clone(memory_format=torch.contiguous_format) for i in places]
         flat = [part.view(-1, self.width) for part in parts]
-        if (
-            not flat
-            or len(flat[0]) != parts[0].shape[-2]
-            or len(flat[0]) < max(s.stop for s, _ in spans)
-        ):
+        needed = max(span.start + span.n for span in here.spans)
+        if not flat or len(flat[0]) != parts[0].shape[-2] or len(flat[0]) < needed:
             self.problem = (
                 f"at layer {layer} the stream has shapes {[tuple(p.shape) for p in parts]}, not one"
                 " row a token"
             )
             return None
-        for span, edit in spans:
-            delta = edit.delta[span.first :][: span.stop - span.start]
-            rows = [part[span.start :][: len(delta)] for part in flat]
-            h = reduce(torch.add, rows)
-            edited = (h.float() + delta).to(h.dtype)
-            self._note(span, edit, edited.float() - h.float())
-            for part in rows:
-                part.zero_()
-            rows[-1].copy_(edited)
+        h = reduce(torch.add, [part[here.rows] for part in flat])
+        edited = edited_states(h.float(), here.terms).to(h.dtype)
+        for part in flat[:-1]:
+            part[here.rows] = 0
+        flat[-1][here.rows] = edited
+        self._note(layer, here.spans, edited.float() - h.float())
         for place, part in zip(places, parts, strict=True):
             values[place] = part
         return values
+
+    def _rows_at(self, layer: int) -> LayerRows | None:
+        """This forward's rows with an edit at the layer; an edit of many layers has them worked out
+        once."""
+        forward = self._this_forward()
+        which = tuple(i for i, s in enumerate(forward.spans) if layer in s.edit.layers)
+        if which and which not in forward.rows:
+            spans, device = [forward.spans[i] for i in which], self.runner.device
+            rows = np.concatenate([np.arange(s.start, s.start + s.n) for s in spans])
+            terms = {
+                what: torch.cat([term_of(s, what, self.width, device) for s in spans])
+                for what in TERMS
+                if any(what in s.edit.terms for s in spans)
+            }
+            forward.rows[which] = LayerRows(spans, torch.from_numpy(rows).to(device), terms)
+        return forward.rows[which] if which else None
 
     def _read(self, layer: int, values: Sequence[Any]) -> None:
         """Record the stream of labelled requests; changes nothing."""
         if layer not in self.watched:
             return
-        for span in self._spans():
-            if span.label:
-                rows = [
-                    values[i].view(-1, self.width)[span.start : span.stop]
-                    for i in self._stream(values)
-                ]
-                self.recorded.setdefault((span.label, layer), {})[span.first] = (
-                    reduce(torch.add, rows).float().cpu()
-                )
+        for one in self._this_forward().recorded:
+            rows = [
+                values[i].view(-1, self.width)[one.start : one.stop] for i in self._stream(values)
+            ]
+            self.recorded.setdefault((one.label, layer), {})[one.first] = (
+                reduce(torch.add, rows).float().cpu()
+            )
 
     def _stream(self, values: Sequence[Any]) -> list[int]:
         """Which of a block's inputs or outputs are the stream: hidden and, if it is carried apart,
@@ -259,51 +238,91 @@ class Editor:
             and value.shape[-1] == self.width
         )
 
-    def _note(self, span: _Span, edit: _Edit, change: torch.Tensor) -> None:
-        if span.request not in edit.touched:
-            n = len(edit.delta)
-            zeros = torch.zeros(n, dtype=torch.float32, device=edit.delta.device)
-            edit.touched[span.request] = _Touched(np.zeros(n, dtype=bool), zeros, zeros.clone())
-        touched, where = edit.touched[span.request], slice(span.first, span.first + len(change))
-        touched.rows[where] = True
-        touched.squares[where] = change.pow(2).sum(1)
-        touched.largest[where] = change.abs().amax(1)
+    def _note(self, layer: int, spans: Sequence[Span], change: torch.Tensor) -> None:
+        """That the layer's edits were made, and the sizes of those that are to be known."""
+        if layer in self._now.called:
+            self.problem = f"layer {layer} is run more than once in a forward"
+        self._now.called.add(layer)
+        if all(span.edited.squares is None for span in spans):
+            return
+        squares, largest, at = change.pow(2).sum(1), change.abs().amax(1), 0
+        for span in spans:
+            span.edited.measure(span.first, squares[at : at + span.n], largest[at : at + span.n])
+            at += span.n
+
+    def _count(self) -> None:
+        """Count the last forward's rows: those that were edited at every layer of their edit."""
+        for span in self._now.spans:
+            if span.edit.layers <= self._now.called:
+                span.edited.rows[span.first : span.first + span.n] = True
+        self._now = Forward()
 
     # -- who is who in the batch
     # ---------------------------------------------------------------------------------------
 
-    def _spans(self) -> list[_Span]:
-        """This forward's prompt rows with an edit or a label; worked out once a forward."""
+    def _this_forward(self) -> Forward:
+        """Its rows with an edit or a label; worked out once a forward."""
         from vllm.forward_context import get_forward_context, is_forward_context_available
 
         if not is_forward_context_available():
-            return []
-        forward = get_forward_context()
-        if self._forward is None or self._forward() is not forward:
-            self._forward = weakref.ref(forward)
+            return Forward()
+        context = get_forward_context()
+        if self._context is None or self._context() is not context:
+            self._count()
+            self._context = weakref.ref(context)
             # without: a trial run on stale requests
-            self._now = self._read_batch() if forward.attn_metadata else []
-            if self._now and forward.ubatch_slices:
-                self.problem, self._now = "the batch is cut into micro-batches", []
+            if context.attn_metadata:
+                self._now = Forward(*self._read_batch())
+            if self._now.spans and context.ubatch_slices:
+                self.problem, self._now = "the batch is cut into micro-batches", Forward()
         return self._now
 
-    def _read_batch(self) -> list[_Span]:
-        batch, starts, spans = self.runner.input_batch, self.runner.query_start_loc.np, []
+    def _read_batch(self) -> tuple[list[Span], list[Recorded]]:
+        batch, starts = self.runner.input_batch, self.runner.query_start_loc.np
+        spans, recorded = [], []
         for i in range(batch.num_reqs):
             request = self.runner.requests[batch.req_ids[i]]
             extra = getattr(request.sampling_params, "extra_args", None) or {}
-            name, label = extra.get(EDIT), extra.get(RECORD)
-            edit = None if name is None else self.edits.get(name)
-            if name is not None and edit is None:
-                self.problem = f"a request named the edit {name!r}, which is not there"
-            first, start, stop = (
-                int(batch.num_computed_tokens_cpu[i]),
-                int(starts[i]),
-                int(starts[i + 1]),
-            )
-            # decoding reads an edit from the cache, so that only the prompt's rows are ever changed
-            ends = request.num_prompt_tokens if label else len(edit.delta) if edit else 0
-            stop = min(stop, start + min(ends, request.num_prompt_tokens) - first)
-            if stop > start:
-                spans.append(_Span(batch.req_ids[i], start, stop, first, edit, label))
-        return spans
+            start, stop = int(starts[i]), int(starts[i + 1])
+            # decoded tokens are rows as the prompt's are, one a step, or several once they are
+            # computed again
+            computed = int(batch.num_computed_tokens_cpu[i])
+            if extra.get(RECORD):
+                recorded.append(Recorded(extra[RECORD], start, stop, computed))
+            if extra.get(EDIT) is None:
+                continue
+            edit = self.edits.get(extra[EDIT])
+            if edit is None:
+                self.problem = f"a request named the edit {extra[EDIT]!r}, which is not there"
+                continue
+            first, last = extra[SPAN]
+            here = max(first, computed)
+            n = computed + stop - start - here
+            if last is not None:
+                n = min(n, last - here)
+            rows = () if last is None else (1, last - first)
+            if rows and any(len(term) not in rows for term in edit.terms.values()):
+                self.problem = f"{extra[EDIT]!r} has not a row for each of {first} to {last}"
+            elif n > 0:
+                edited = self._edited_of(edit, request, first, last)
+                spans.append(Span(start + here - computed, here - first, n, edit, edited))
+        return spans, recorded
+
+    def _edited_of(
+        self, edit: PlacedEdit, request: Any, first: int, last: int | None
+    ) -> EditedRows:
+        """What is known of the request's rows under its edit."""
+        params = request.sampling_params
+        key = str((params.extra_args or {}).get(REQUEST, request.req_id))
+        if key in edit.requests:
+            return edit.requests[key]
+        most = request.num_prompt_tokens + params.max_tokens - first
+        n = most if last is None else last - first
+        made = EditedRows(np.zeros(n, dtype=bool))
+        # the positions whose rows are their own
+        own = max(map(len, edit.terms.values())) if last is None else n
+        if len(edit.layers) == 1 and (own > 1 or last is not None):
+            made.squares = torch.zeros(own, dtype=torch.float32, device=self.runner.device)
+            made.largest = torch.zeros_like(made.squares)
+        edit.requests[key] = made
+        return made

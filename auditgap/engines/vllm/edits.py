@@ -1,28 +1,35 @@
-"""Edits inside vLLM: a δ of its own for every request, at any decoder block, on the prompt's
-positions only.
+"""Edits inside vLLM: an edit of its own for every request, at any decoder blocks, on the positions
+that the request says: the prompt's, the answer's as it is decoded, or all.
 
     # with ENVIRONMENT in os.environ before vllm is imported; `self_test` is a module of its own
     llm = LLM(model, **OPTIONS)
     self_test(llm, [-1, 15])                                     # refuses what cannot be edited
-    llm.collective_rpc("edits_put", args=("a", 15, *pack(delta)))
-    llm.generate([salted(ids)], SamplingParams(temperature=0, max_tokens=32, extra_args={EDIT: "a"}))
+    llm.collective_rpc("edits_put", args=("a", [15], {"shift": pack(delta)}))
+    asked = SamplingParams(temperature=0, max_tokens=32, extra_args=edited("a", 0, len(ids)))
+    llm.generate([salted(ids)], asked)
     # {"a": (l2, linf)}; raises unless all T rows were edited
-    norms = settle(llm.collective_rpc("edits_stats"), {"a": 1})
+    norms = settle(llm.collective_rpc("edits_stats"), {"a": {"0": (len(ids), len(ids))}})
     llm.collective_rpc("edits_clear")
 
 `worker.EditExtension` becomes a base of vLLM's worker. Its hooks on the decoder blocks
 (`editor.Editor`) learn from the runner which rows of the batch are which positions of which
-request, so that edits of several sites, other requests, chunks of prompts and prompts computed
-again after a preemption may share one batch. Layer −1 is what block 0 receives, after the family's
-own scaling.
+request, so that edits of several sites, other requests, chunks of prompts, decoding steps and what
+is computed again after a preemption may share one batch. Layer −1 is what block 0 receives, after
+the family's own scaling.
+
+An edit is h ← h + shift − (h·read) write: a δ is a shift with a row a position, steering a shift of
+one row, ablation reads and writes a direction; the last row stands for all positions behind it. A
+position is a token's place in the request,
+whether it was in the prompt or has been decoded: an edit of the positions [0, T) is on the prompt
+alone, even where decoded tokens are computed again together with it; one of [0, ∞) is on all.
 
 vLLM's blocks pass a stream on as two summands (hidden, residual), which the next norm adds. An
-edited row is replaced by (0, h + δ), with h = hidden + residual rounded to the model's dtype and h
-+ δ added in fp32 and rounded once: the same numbers as the engine on transformers. So an edit of
+edited row is replaced by (0, h'), with h = hidden + residual rounded to the model's dtype and h'
+computed in fp32 and rounded once: the same numbers as the engine on transformers. So an edit of
 zero is itself the proof that nothing but the sum is read.
 
-Tensor parallelism: hidden states are whole on every rank after a block, so every rank adds the same
-δ. Pipeline and context parallelism cut the stream up, and are refused.
+Tensor parallelism: hidden states are whole on every rank after a block, so every rank edits alike.
+Pipeline and context parallelism cut the stream up, and are refused.
 """
 
 from __future__ import annotations
@@ -35,11 +42,19 @@ import numpy as np
 import torch
 
 from auditgap.errors import AuditgapError
-from auditgap.types import Document
+from auditgap.types import ConstantEdit, Document, Edit
 
-#: Keys of `SamplingParams.extra_args`: the name of a request's edit; a label under which its hidden
-#: states are recorded.
-EDIT, RECORD = "auditgap_edit", "auditgap_record"
+#: Keys of `SamplingParams.extra_args`: the name of a request's edit; the positions [first, last)
+#: that it is on (last None: all later ones); what the request is called where it is reported on; a
+#: label under which its hidden states are recorded.
+EDIT, SPAN, REQUEST, RECORD = (
+    "auditgap_edit",
+    "auditgap_span",
+    "auditgap_request",
+    "auditgap_record",
+)
+#: Parts of an edit, each [n, D]: a row a position, the last for all behind it.
+TERMS = ("shift", "read", "write")
 #: For os.environ, before vllm is imported: the other model runner keeps its batch elsewhere.
 ENVIRONMENT: Mapping[str, str] = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 #: What LLM(…) needs beside the model. Compiled blocks would never call a hook.
@@ -49,9 +64,33 @@ OPTIONS: Mapping[str, Any] = {
 }
 
 
-def pack(delta: torch.Tensor) -> tuple[list[int], bytes]:
-    """A δ [T, D] as (shape, fp32 bytes), the last arguments of `edits_put`."""
-    array = np.ascontiguousarray(delta.detach().to("cpu", torch.float32).numpy(), dtype="<f4")
+def edited(name: str, first: int, last: int | None) -> Document:
+    """The `extra_args` of a request under that edit at its positions [first, last)."""
+    return {EDIT: name, SPAN: [first, last]}
+
+
+def terms_of(edit: Edit | ConstantEdit) -> dict[str, torch.Tensor]:
+    """What `edits_put` takes of an edit, each [n, D]."""
+    if isinstance(edit, Edit):
+        return {"shift": edit.delta}
+    terms = {"shift": edit.shift, "read": edit.read, "write": edit.write}
+    return {what: term[None] for what, term in terms.items() if term is not None}
+
+
+def layers_of(edit: Edit | ConstantEdit) -> list[int]:
+    sites = (edit.site,) if isinstance(edit, Edit) else edit.sites
+    return [site.layer_index for site in sites]
+
+
+def span_of(edit: Edit | ConstantEdit, n_prompt: int) -> tuple[int, int | None]:
+    """The positions [first, last) that an edit is on behind a prompt of so many tokens; None: to
+    the end of what is decoded."""
+    return (0, n_prompt) if isinstance(edit, Edit) else (0, None)
+
+
+def pack(rows: torch.Tensor) -> tuple[list[int], bytes]:
+    """Rows [n, D] as (shape, fp32 bytes)."""
+    array = np.ascontiguousarray(rows.detach().to("cpu", torch.float32).numpy(), dtype="<f4")
     return list(array.shape), array.tobytes()
 
 
@@ -60,7 +99,7 @@ def unpack(shape: Sequence[int], payload: bytes) -> torch.Tensor:
     the shape says."""
     if len(shape) != 2 or min(shape) < 1 or len(payload) != 4 * shape[0] * shape[1]:
         raise AuditgapError(
-            f"An edit is [T, D] in fp32; a shape of {list(shape)} came with {len(payload)} bytes."
+            f"An edit is [n, D] in fp32; a shape of {list(shape)} came with {len(payload)} bytes."
         )
     return torch.from_numpy(np.frombuffer(payload, dtype="<f4").reshape(shape).copy())
 
@@ -76,32 +115,44 @@ def salted(ids: Sequence[int]) -> Document:
 
 
 def settle(
-    stats: Sequence[Mapping[str, Any]], wanted: Mapping[str, int]
+    stats: Sequence[Mapping[str, Any]], wanted: Mapping[str, Mapping[str, tuple[int, int]]]
 ) -> dict[str, tuple[float | None, float | None]]:
     """Effective norms (‖(h + δ) − h‖₂, ∞-norm) of each edit, once it is certain that each arrived
-    in full.
+    in full, at all of its layers.
 
-    `stats` is what `edits_stats` returned, one a rank; `wanted` the number of requests each edit
-    was asked for. A norm is None where h was not finite. Raises AuditgapError when an edit missed a
-    request, or a position of one, on any rank.
+    `stats` is what `edits_stats` returned, one a rank; `wanted`, by edit and request, how many
+    positions were to be edited, from the edit's first one on, at least and at most. A norm is None
+    where h was not finite, and of an edit without end. Raises AuditgapError when an edit missed a
+    request, or a position of one, on any rank, or was on one that it was not to be on.
     """
     for rank, seen in enumerate(stats):
         if seen["problem"]:
             raise AuditgapError(
                 f"vLLM's batch could not be read while edits were on: {seen['problem']}"
             )
-        for name, n in wanted.items():
-            edit = seen["edits"].get(name)
-            rows = [] if edit is None else [r["rows"] for r in edit["requests"]]
-            if edit is None or len(rows) != n or any(r != edit["positions"] for r in rows):
+        for name, requests in wanted.items():
+            found = seen["edits"].get(name, {})
+            for key, (least, most) in requests.items():
+                told = found.get(key, {"rows": 0, "end": 0})
+                if not least <= told["rows"] == told["end"] <= most:
+                    raise AuditgapError(
+                        f"Edit {name} was to change {least} positions of request {key} on rank"
+                        f" {rank}; it changed {told['rows']}. Nothing of this batch can be used."
+                    )
+            if foreign := sorted(set(found) - set(requests)):
                 raise AuditgapError(
-                    f"Edit {name} was to change {edit['positions'] if edit else '?'} positions of"
-                    f" {n} requests on rank {rank}; it changed {rows or 'none'}. Nothing of this"
-                    " batch can be used."
+                    f"Edit {name} changed requests that it was not asked for on rank {rank}"
+                    f" ({', '.join(foreign)[:80]}). Nothing of this batch can be used."
                 )
-    return {name: _norms(stats[0]["edits"][name]["requests"][0]) for name in wanted}
+    first = {name: next(iter(found.values()), None) for name, found in stats[0]["edits"].items()}
+    return {name: _norms(first.get(name)) for name in wanted}
 
 
-def _norms(request: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    l2, linf = (value if np.isfinite(value) else None for value in (request["l2"], request["linf"]))
+def _norms(request: Mapping[str, Any] | None) -> tuple[float | None, float | None]:
+    if request is None:  # nothing was fed that it was to be on
+        return None, None
+    l2, linf = (
+        value if value is not None and np.isfinite(value) else None
+        for value in (request["l2"], request["linf"])
+    )
     return l2, linf

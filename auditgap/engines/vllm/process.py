@@ -16,7 +16,6 @@ import os
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -25,10 +24,12 @@ from typing import Any
 
 from auditgap.engines import MAX_TOP_LOGPROBS
 from auditgap.engines.child import die_with, end_without, receive, send
-from auditgap.engines.vllm.edits import EDIT, OPTIONS, salted, settle
-from auditgap.engines.vllm.self_test import self_test
-from auditgap.engines.vllm.worker import REQUEST
+from auditgap.engines.vllm.edits import OPTIONS, REQUEST, edited, salted, settle
+from auditgap.engines.vllm.self_test import self_test, standing_self_test
 from auditgap.types import Document
+
+#: Seconds after which it says that it still works, where nothing has been finished.
+_SPEAKS_EVERY = 10.0
 
 
 class Served:
@@ -68,18 +69,23 @@ class Served:
         self.llm.collective_rpc("cache_clean")
         self.engine = self.llm.llm_engine
         self.tested: set[int] = set()
+        self.tested_standing: set[tuple[int, ...]] = set()
         self.lora: Any = None
         self.n_loras = 0
         if settings["lora"]:
             self.use(settings["lora"])
         self.about = {"window": self.engine.model_config.max_model_len, "vllm": vllm.__version__}
 
-    def test(self, layers: Iterable[int]) -> None:
-        """Prove, once a layer, that edits arrive there. Raises AuditgapError as `self_test`."""
-        untested = set(layers) - self.tested
-        if untested:
+    def test(self, layers: Iterable[int], standing: Iterable[Sequence[int]] = ()) -> None:
+        """Prove, once, that edits of prompts arrive at each of the layers, and that edits of what is
+        decoded arrive at each set of layers. Raises AuditgapError as `self_test`."""
+        if untested := set(layers) - self.tested:
             self_test(self.llm, sorted(untested))
             self.tested |= untested
+        for every in dict.fromkeys(tuple(sorted(some)) for some in standing):
+            if every not in self.tested_standing:
+                standing_self_test(self.llm, every)
+                self.tested_standing.add(every)
 
     def use(self, folder: str | None) -> None:
         """Answer with this adapter from now on; None: without. What a folder held before does not
@@ -101,25 +107,29 @@ class Served:
         wishes: Sequence[Mapping[str, Any]],
         stops: Sequence[int],
         edits: Sequence[Mapping[str, Any]],
-        deltas: Sequence[bytes],
+        payloads: Sequence[bytes],
     ) -> Document:
         """An answer a wish, and each edit's effective norms.
 
         A wish: {"ids", "max", "temperature", "top_p", "seed", "top", "score", "edit"}. `score` n
-        asks for the mean NLL of the last n of its ids instead of new tokens. An edit: {"name",
-        "layer", "shape"}, its δ's bytes in `deltas`.
+        asks for the mean NLL of the last n of its ids instead of new tokens; `edit` is a name with
+        the positions [first, last) that it is on, or null. An edit: {"name", "layers", "terms":
+        {term: shape}, "decodes"}, its terms' bytes in `payloads`; `decodes`: it is on tokens that
+        are not written yet.
         """
         try:
-            self.test(e["layer"] for e in edits)
-            for edit, delta in zip(edits, deltas, strict=True):
-                self.llm.collective_rpc(
-                    "edits_put", args=(edit["name"], edit["layer"], edit["shape"], delta)
-                )
-            answers = self._run(wishes, stops)
+            self.test(
+                {layer for e in edits if not e["decodes"] for layer in e["layers"]},
+                [e["layers"] for e in edits if e["decodes"]],
+            )
+            left = iter(payloads)
+            for edit in edits:
+                terms = {what: (shape, next(left)) for what, shape in edit["terms"].items()}
+                self.llm.collective_rpc("edits_put", args=(edit["name"], edit["layers"], terms))
+            answers, fed = self._run(wishes, stops)
             norms = {}
             if edits:
-                wanted = Counter(w["edit"] for w in wishes if w["edit"] is not None)
-                norms = settle(self.llm.collective_rpc("edits_stats"), wanted)
+                norms = settle(self.llm.collective_rpc("edits_stats"), _wanted(wishes, fed))
         finally:
             if edits:
                 self.llm.collective_rpc("edits_clear")
@@ -127,7 +137,10 @@ class Served:
 
     def _run(
         self, wishes: Sequence[Mapping[str, Any]], stops: Sequence[int]
-    ) -> list[Document | None]:
+    ) -> tuple[list[Document | None], list[tuple[int, int]]]:
+        """The answers, and how many tokens each request was fed, at least and at most: all but the
+        last that it drew; that too where vLLM began a step before it knew that it was the last.
+        """
         for i, wish in enumerate(wishes):
             prompt: Any = (
                 salted(wish["ids"])
@@ -135,20 +148,26 @@ class Served:
                 else {"prompt_token_ids": wish["ids"]}
             )
             self.engine.add_request(str(i), prompt, _params(i, wish, stops), lora_request=self.lora)
+        fed = [(0, 0)] * len(wishes)
+        ahead = self.engine.vllm_config.scheduler_config.async_scheduling
         answers: list[Document | None] = [None] * len(wishes)
         self.llm.collective_rpc("logits_broken")  # what an earlier batch left, if it was given up
-        n_done = 0
+        n_done, said_at = 0, time.monotonic()
         while self.engine.has_unfinished_requests():
-            finished = [output for output in self.engine.step() if output.finished]
+            finished: list[Any] = [output for output in self.engine.step() if output.finished]
             for output in finished:
                 at = int(output.request_id)
+                said = output.outputs[0]
+                n = len(wishes[at]["ids"]) + len(said.token_ids) - 1
+                fed[at] = n, n + bool(ahead and said.finish_reason == "stop")
                 answers[at] = (
                     _score(output, wishes[at]["score"])
                     if wishes[at]["score"]
                     else _said(output, wishes[at]["top"])
                 )
-            if finished:
-                n_done += len(finished)
+            n_done += len(finished)
+            if finished or time.monotonic() - said_at > _SPEAKS_EVERY:
+                said_at = time.monotonic()
                 send(self.connection, {"done": n_done, "total": len(wishes)})
         for told in self.llm.collective_rpc("logits_broken"):
             for number, token in told.items():
@@ -160,7 +179,7 @@ class Served:
                         "finite": False,
                         "stopped": False,
                     }
-        return answers
+        return answers, fed
 
     def shut(self) -> None:
         with suppress(Exception):
@@ -185,10 +204,23 @@ def _clean_cache() -> None:
     config.needs_kv_cache_zeroing = property(lambda _config: True)
 
 
+def _wanted(
+    wishes: Sequence[Mapping[str, Any]], fed: Sequence[tuple[int, int]]
+) -> dict[str, dict[str, tuple[int, int]]]:
+    """What `settle` takes: how many of the tokens that each request was fed its edit is on."""
+    wanted: dict[str, dict[str, tuple[int, int]]] = {}
+    for i, (wish, ends) in enumerate(zip(wishes, fed, strict=True)):
+        if wish["edit"] is not None:
+            name, first, last = wish["edit"]
+            least, most = (max(0, min(n, last or n) - first) for n in ends)
+            wanted.setdefault(name, {})[str(i)] = least, most
+    return wanted
+
+
 def _params(number: int, wish: Mapping[str, Any], stops: Sequence[int]) -> Any:
     from vllm import SamplingParams
 
-    extra = {REQUEST: number} if wish["edit"] is None else {REQUEST: number, EDIT: wish["edit"]}
+    extra = {REQUEST: number, **(edited(*wish["edit"]) if wish["edit"] else {})}
     if wish["score"]:
         return SamplingParams(
             temperature=0.0,
@@ -260,7 +292,7 @@ def main(fd: int, parent: int, scratch: Path) -> None:
                     served.use(message["lora"])
                     answer = {}
                 elif message["do"] == "test":
-                    served.test(message["layers"])
+                    served.test(message["layers"], message["standing"])
                     answer = {}
                 else:
                     answer = served.speak(

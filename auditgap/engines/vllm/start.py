@@ -28,6 +28,11 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # the folder is here
     "TOKENIZERS_PARALLELISM": "false",
 }
+#: Seconds without a word, at the start and while it is asked, after which vLLM counts as hung and is
+#: ended. An hour is more than anything that it does in one go: to read hundreds of GB of weights
+#: from a network disk, to compile kernels, to prove edits at every block, to take a step of a model
+#: that is too large for its machine. It says how far it is between steps.
+SILENT_SECONDS = 3600.0
 #: Requests that decode together.
 TOGETHER = 256
 
@@ -71,7 +76,14 @@ def settings(
 
 
 def environment(device: str) -> dict[str, str]:
-    """What its environment says besides the parent's."""
+    """What its environment says besides the parent's. Raises UsageError where that wants a model
+    runner in which edits are not proven."""
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0"):
+        raise UsageError(
+            "VLLM_USE_V2_MODEL_RUNNER is set, and edits are proven in vLLM's first model runner"
+            " alone: the second keeps its batch elsewhere and needs Triton, which vLLM's CPU build"
+            " has not. Unset it, or use --engine hf."
+        )
     found = {
         **_ENVIRONMENT,
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE") or _cache_gib(),

@@ -12,19 +12,16 @@ Edits by example: `auditgap.engines.vllm.edits`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from auditgap.engines.vllm.editor import Editor
-from auditgap.engines.vllm.edits import unpack
+from auditgap.engines.vllm.edits import REQUEST, unpack
 from auditgap.errors import AuditgapError
 from auditgap.types import Document
 
-#: Key of `SamplingParams.extra_args`: the number that `logits_broken` calls a request by; vLLM's
-#: own names are longer inside.
-REQUEST = "auditgap_request"
 #: Steps whose verdicts stay on the device before they are looked at: looking at each would stop a
 #: GPU at every token.
 _STEPS = 64
@@ -55,15 +52,16 @@ class EditExtension:
             "dtype": str(editor.runner.dtype),
         }
 
-    def edits_put(self, name: str, layer: int, shape: Sequence[int], payload: bytes) -> None:
-        """Keep a δ [T, D] (see `pack`) for requests that name it, at a block's output or (−1) at
-        what block 0 receives.
+    def edits_put(
+        self, name: str, layers: Sequence[int], terms: Mapping[str, tuple[Sequence[int], bytes]]
+    ) -> None:
+        """Keep an edit for requests that name it: its terms [n, D] (see `TERMS`, `pack`), at each
+        of the blocks' outputs or (−1) at what block 0 receives.
 
-        It covers the positions 0…T−1 of a request, which may be longer. A name is a request's own,
-        or shared by all requests on that prompt. Raises AuditgapError for a layer or width that the
-        model has not.
+        The first row is that of the first position that a request says it is on. Raises
+        AuditgapError for a layer or width that the model has not.
         """
-        self._editor().put(name, layer, unpack(shape, payload))
+        self._editor().put(name, layers, {what: unpack(*packed) for what, packed in terms.items()})
 
     def edits_drop(self, names: Sequence[str]) -> None:
         """Forget these edits and what is known of them; unknown names are none the worse."""
@@ -74,17 +72,16 @@ class EditExtension:
         self._editor().clear()
 
     def edits_stats(self) -> Document:
-        """{"problem": …, "edits": {name: {"positions": T, "requests": [{"rows", "l2", "linf"},
-        …]}}}, see `settle`.
+        """{"problem": …, "edits": {name: {request: {"rows", "end", "l2", "linf"}}}}, see `settle`.
 
-        `rows` counts positions that were edited, once each, however often a chunk was computed
-        again.
+        `rows` counts positions that were edited at every layer of the edit, once each, however
+        often they were computed again; `end` is the last of them and one, from the edit's first.
         """
         return self._editor().stats()
 
     def edits_watch(self, layers: Sequence[int]) -> None:
-        """From now on record the stream at these layers, edits included, on the prompts of requests
-        with a RECORD label."""
+        """From now on record the stream at these layers, edits included, at all positions of
+        requests with a RECORD label."""
         self._editor().watch(layers)
 
     def edits_seen(self) -> dict[str, dict[str, list[Any]]]:
@@ -120,8 +117,14 @@ def _unfit(runner: Any, config: Any) -> str:
             )
     if config.speculative_config is not None:
         return "speculative decoding is on, whose draft model does not see the edits; leave it out."
-    if config.compilation_config.mode:  # NONE is 0
+    compiled = config.compilation_config
+    if compiled.mode:  # NONE is 0
         return "the model is compiled, and compiled blocks call no hook; give enforce_eager=True."
+    if getattr(compiled.cudagraph_mode, "value", 0):
+        return (
+            "decoding steps are replayed from CUDA graphs, which call no hook; give"
+            " enforce_eager=True."
+        )
     return ""
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lent_engine
 import pandas as pd
 import planted
 import pytest
@@ -53,6 +54,30 @@ def prompted(colour, tmp_path_factory) -> RunFolder:
     return refusing.audit(
         folder / "run", [model], interventions="patching,steering", strengths=[0.2]
     )
+
+
+@pytest.mark.real
+def test_the_rows_of_vllm_are_those_of_transformers(answered, tmp_path, monkeypatch):
+    """Every intervention, at two sites, on every position or the prompt's: generated in vLLM."""
+    pytest.importorskip("vllm")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    (model,) = answered.run["config"]["models"]
+    with lent_engine.Lent(model) as lent:
+        lent.to(monkeypatch)
+        store = refusing.audit(
+            tmp_path / "run", [Path(model)], layers="1,2", draws=2, engine="vllm", parity=3
+        )
+        assert len(lent.opened) == 3  # for the clean pass, and once a site
+    order = ["intervention", "arm", "strength", "angle", "draw", "prompt_id"]
+    for record in answered.records():
+        texts = [s.generations(record["key"]) for s in (answered, store)]
+        texts = [t.sort_values([c for c in order if c in t])["completion"].tolist() for t in texts]
+        assert texts[0] == texts[1], record["cell"]
+    one, other = (s.rows(["intervene"]).sort_values(order) for s in (answered, store))
+    for name in ("verdict", "site", "l2", "unscored"):
+        assert one[name].tolist() == pytest.approx(other[name].tolist(), nan_ok=True), name
+    found = next(r for r in store.records() if r["description"]["site"] is None)["info"]
+    assert found["engine"] == "vllm" and found["parity"]["equal"] == 3
 
 
 def test_a_suffix_is_tried_once_a_model_where_prompts_go_in(colour, tmp_path):

@@ -1,17 +1,18 @@
-"""Edits inside vLLM against the engine on transformers, fp32, token for token; and every way in
-which they must say no.
+"""Edits inside vLLM, of prompts and of every position, against the engine on transformers, fp32,
+token for token; and every way in which they must say no.
 
 vLLM runs in a process of its own (`served`), with the batch made as awkward as it gets: mixed
-sites, chunks, preemptions.
+edits, chunks, preemptions.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,16 +24,28 @@ import torch
 from torch import nn
 
 from auditgap import models
-from auditgap.engines import Request
+from auditgap.engines import Completion, Request, constant
 from auditgap.engines.hf import HFEngine
-from auditgap.engines.vllm import worker
+from auditgap.engines.vllm import process, worker
 from auditgap.engines.vllm.editor import find_blocks
-from auditgap.engines.vllm.edits import EDIT, ENVIRONMENT, OPTIONS, pack, salted, settle, unpack
-from auditgap.engines.vllm.self_test import self_test
+from auditgap.engines.vllm.edits import (
+    ENVIRONMENT,
+    OPTIONS,
+    REQUEST,
+    layers_of,
+    pack,
+    salted,
+    settle,
+    span_of,
+    terms_of,
+    unpack,
+)
+from auditgap.engines.vllm.edits import edited as under
+from auditgap.engines.vllm.self_test import self_test, standing_self_test
 from auditgap.engines.vllm.worker import EditExtension
 from auditgap.errors import AuditgapError
 from auditgap.models import Rendered
-from auditgap.types import Edit, Prompt, Site
+from auditgap.types import ConstantEdit, Edit, Prompt, Site
 
 #: vLLM's CPU kernels want heads of 32, 64, …
 HEADS = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32}
@@ -76,7 +89,9 @@ class Breakable(EditExtension):
         elif how == "deaf":
             editor._changed = lambda layer, values: None
         elif how == "shifted":
-            editor._read_batch = lambda: [copy.copy(s) for s in map(_shifted, read_batch())]
+            editor._read_batch = lambda: _with_spans(read_batch(), _shifted)
+        elif how == "prefill only":
+            editor._read_batch = lambda: _with_spans(read_batch(), _of_several)
         elif how == "spilling":  # the first row of the batch gets something too
             editor._changed = lambda layer, values: _spilt(changed(layer, values), editor.width)
         elif (
@@ -87,7 +102,9 @@ class Breakable(EditExtension):
             )
         elif how == "short":
             put = editor.put
-            editor.put = lambda name, layer, delta: put(name, layer, delta[:-1])
+            editor.put = lambda name, layers, terms: put(
+                name, layers, {what: term[:-1] for what, term in terms.items()}
+            )
         return told
 
     def edits_hooks(self) -> int:
@@ -111,10 +128,18 @@ class Breakable(EditExtension):
         return worker._unfit(self.model_runner, config)
 
 
+def _with_spans(batch: tuple[list[Any], list[Any]], change: Callable[[Any], Any]) -> Any:
+    spans, recorded = batch
+    return [new for span in spans if (new := change(span)) is not None], recorded
+
+
 def _shifted(span: Any) -> Any:
-    return type(span)(
-        span.request, span.start, span.stop - 1, span.first + 1, span.edit, span.label
-    )
+    return dataclasses.replace(span, n=span.n - 1, first=span.first + 1) if span.n > 1 else None
+
+
+def _of_several(span: Any) -> Any:
+    """What a hook does that lets decoding steps pass."""
+    return span if span.n > 1 else None
 
 
 def _spilt(values: list[Any] | None, width: int) -> list[Any] | None:
@@ -160,6 +185,7 @@ def _serve(
         "speak": lambda *a: _speak(llm, *a),
         "score": lambda *a: _score(llm, *a),
         "self_test": lambda *a: self_test(llm, *a),
+        "standing_self_test": lambda *a: standing_self_test(llm, *a),
         "rpc": lambda method, *a: llm.collective_rpc(method, args=a),
         "preemptions": lambda: sum(
             m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"
@@ -175,20 +201,33 @@ def _serve(
     os._exit(0)
 
 
-def _put(llm: Any, requests: Sequence[tuple[list[int], int | None, Any]]) -> list[str | None]:
-    names = [None if layer is None else f"{i}" for i, (_, layer, _) in enumerate(requests)]
-    for name, (_, layer, packed) in zip(names, requests, strict=True):
-        if name is not None:
-            llm.collective_rpc("edits_put", args=(name, layer, *packed))
-    return names
+def _put(llm: Any, requests: Sequence[tuple[list[int], Any]]) -> list[dict[str, Any]]:
+    """The extra arguments of each request: (ids, None) or (ids, (layers, packed terms, first,
+    last))."""
+    extra: list[dict[str, Any]] = [{REQUEST: i} for i in range(len(requests))]
+    for i, (_, edit) in enumerate(requests):
+        if edit is not None:
+            layers, terms, first, last = edit
+            llm.collective_rpc("edits_put", args=(str(i), layers, terms))
+            extra[i] |= under(str(i), first, last)
+    return extra
+
+
+def _settled(llm: Any, requests: Sequence[Any], replies: Sequence[Any]) -> dict[str, Any]:
+    """The effective norms, once every position that was fed is counted."""
+    wishes, fed = [], []
+    ahead = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+    for i, ((ids, edit), reply) in enumerate(zip(requests, replies, strict=True)):
+        wishes.append({"edit": None if edit is None else [str(i), *edit[2:]]})
+        n = len(ids) + len(reply.outputs[0].token_ids) - 1
+        fed.append((n, n + bool(ahead and reply.outputs[0].finish_reason == "stop")))
+    return settle(llm.collective_rpc("edits_stats"), process._wanted(wishes, fed))
 
 
 def _speak(llm: Any, requests: Sequence[Any], new: int, stops: list[int], salt: bool = True) -> Any:
-    """(new token ids without the end of turn, effective norms) a request: (ids, layer or None,
-    packed δ)."""
+    """(new token ids without the end of turn, effective norms) a request."""
     from vllm import SamplingParams
 
-    names = _put(llm, requests)
     params = [
         SamplingParams(
             temperature=0.0,
@@ -196,40 +235,35 @@ def _speak(llm: Any, requests: Sequence[Any], new: int, stops: list[int], salt: 
             stop_token_ids=stops,
             detokenize=False,
             ignore_eos=True,
-            extra_args=None if n is None else {EDIT: n},
+            extra_args=extra,
         )
-        for n in names
+        for extra in _put(llm, requests)
     ]
     prompts = [
-        salted(ids) if n is not None and salt else {"prompt_token_ids": ids}
-        for n, (ids, _, _) in zip(names, requests, strict=True)
+        salted(ids) if edit is not None and salt else {"prompt_token_ids": ids}
+        for ids, edit in requests
     ]
     try:
         replies = llm.generate(prompts, params, use_tqdm=False)
-        norms = settle(llm.collective_rpc("edits_stats"), {n: 1 for n in names if n is not None})
+        norms = _settled(llm, requests, replies)
     finally:
-        llm.collective_rpc("edits_drop", args=([n for n in names if n is not None],))
+        llm.collective_rpc("edits_drop", args=([str(i) for i in range(len(requests))],))
     said = [[t for t in reply.outputs[0].token_ids if t not in stops] for reply in replies]
-    return [(ids, norms.get(name)) for ids, name in zip(said, names, strict=True)]
+    return [(ids, norms.get(str(i))) for i, ids in enumerate(said)]
 
 
 def _score(llm: Any, requests: Sequence[Any], n_prompts: list[int]) -> list[float]:
     """Mean NLL of what follows the first n tokens, a request."""
     from vllm import SamplingParams
 
-    names = _put(llm, requests)
     params = [
         SamplingParams(
-            temperature=0.0,
-            max_tokens=1,
-            prompt_logprobs=0,
-            detokenize=False,
-            extra_args=None if n is None else {EDIT: n},
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, extra_args=extra
         )
-        for n in names
+        for extra in _put(llm, requests)
     ]
-    replies = llm.generate([salted(ids) for ids, _, _ in requests], params, use_tqdm=False)
-    settle(llm.collective_rpc("edits_stats"), {n: 1 for n in names if n is not None})
+    replies = llm.generate([salted(ids) for ids, _ in requests], params, use_tqdm=False)
+    _settled(llm, requests, replies)
     llm.collective_rpc("edits_clear")
     found = []
     for reply, n in zip(replies, n_prompts, strict=True):
@@ -273,39 +307,70 @@ def served(
         child.join()
 
 
-def asked(requests: Sequence[Request]) -> list[tuple[list[int], int | None, Any]]:
+def asked(requests: Sequence[Request]) -> list[tuple[list[int], Any]]:
     return [
         (
             list(r.rendered.ids),
-            None if r.edit is None else r.edit.site.layer_index,
-            None if r.edit is None else pack(r.edit.delta),
+            None
+            if r.edit is None
+            else (
+                layers_of(r.edit),
+                {what: pack(term) for what, term in terms_of(r.edit).items()},
+                *span_of(r.edit, len(r.rendered.ids)),
+            ),
         )
         for r in requests
     ]
 
 
 def edited(
-    engine: HFEngine, rendered: Sequence[Rendered], sites: Sequence[Site | None], size: float
+    engine: HFEngine,
+    rendered: Sequence[Rendered],
+    sites: Sequence[Site | tuple[Site, ...] | None],
+    size: float,
 ) -> list[Request]:
-    """A request a prompt, under a random δ of `size` × the RMS of the user's own tokens where there
-    is a site."""
+    """A request a prompt: at a site, under a random δ of `size` × the RMS of the user's own tokens;
+    at several, or at one in a tuple, under an edit of every position, which steers and ablates."""
     draw, made = torch.Generator().manual_seed(7), []
-    for r, site in zip(rendered, sites, strict=True):
-        if site is None:
+    for r, where in zip(rendered, sites, strict=True):
+        if where is None:
             made.append(Request(r))
             continue
+        site = where if isinstance(where, Site) else where[-1]
         h = engine.activations([r], site)[0]
-        scale = h[torch.tensor(r.content)].pow(2).mean().sqrt()
-        made.append(Request(r, Edit(site, size * scale * torch.randn(h.shape, generator=draw))))
+        own = h[torch.tensor(r.content)]
+        scale = size * own.pow(2).mean().sqrt()
+        if isinstance(where, Site):
+            edit: Any = Edit(site, scale * torch.randn(h.shape, generator=draw))
+        else:
+            mean = own.mean(0) / own.mean(0).norm()
+            shift = scale * torch.randn(h.shape[1], generator=draw) if len(where) == 1 else None
+            edit = ConstantEdit(where, shift, mean, mean)
+        made.append(Request(r, edit))
     return made
+
+
+def spoken_by(engine: HFEngine, requests: Sequence[Request], new: int) -> list[Completion]:
+    """What the engine on transformers says, whatever the edits are on."""
+    done: dict[int, Completion] = {}
+    for kind in (Edit, ConstantEdit, type(None)):
+        some = [i for i, r in enumerate(requests) if isinstance(r.edit, kind)]
+        mine = [requests[i] for i in some]
+        said = (
+            constant.generate(engine, [r.rendered for r in mine], [r.edit for r in mine], new)
+            if kind is ConstantEdit
+            else engine.generate(mine, new)
+        )
+        done.update(zip(some, said, strict=True))
+    return [done[i] for i in range(len(requests))]
 
 
 def same(spoken: Sequence[Any], wanted: Sequence[Any]) -> None:
     """Token for token, and the effective norms besides."""
     assert [tuple(ids) for ids, _ in spoken] == [c.ids for c in wanted]
     for (_, norms), c in zip(spoken, wanted, strict=True):
-        assert (norms is None) == (c.l2_effective is None)
-        if norms is not None:
+        assert (norms in (None, (None, None))) == (c.l2_effective is None)
+        if c.l2_effective is not None:
             assert norms == pytest.approx((c.l2_effective, c.linf_effective), rel=1e-4)
 
 
@@ -352,6 +417,54 @@ def test_eight_mixed_requests_equal_the_engine_on_transformers(smollm2, hf, mixe
 
 
 @real
+def test_edits_of_every_position_equal_the_engine_on_transformers(smollm2, hf):
+    """Steering at one site, ablation at all 31 and edits of the prompt alone, in one batch; each
+    decoded token is edited and counted."""
+    every = constant.sites_of(hf)
+    sites = [(Site(15),), None, every, Site(15), (Site(-1),), None, every, (Site(29),)]
+    requests = edited(hf, [hf.render(Prompt(p)) for p in PROMPTS], sites, 1.0)
+    stops = sorted(hf.loaded.stop_ids)
+    smollm2("standing_self_test", [15])
+    smollm2("standing_self_test", [s.layer_index for s in every])
+    wanted = spoken_by(hf, requests, NEW)
+    same(smollm2("speak", asked(requests), NEW, stops), wanted)
+    same(smollm2("speak", asked(requests[:1]), NEW, stops), wanted[:1])
+    # the same edits on the prompt alone say other things, so that the decoded tokens' matter
+    on_prompt = [
+        (ids, edit and (*edit[:3], len(ids)))
+        for ids, edit in asked(requests)
+        if edit is None or edit[3] is None
+    ]
+    kept = [c for c, r in zip(wanted, requests, strict=True) if not isinstance(r.edit, Edit)]
+    prompt_alone = smollm2("speak", on_prompt, NEW, stops)
+    differ = [tuple(a) != c.ids for (a, _), c in zip(prompt_alone, kept, strict=True)]
+    assert sum(differ) >= 3 and not differ[1]
+
+
+@real
+def test_an_edit_may_be_on_tokens_that_are_not_written_yet(smollm2, hf, mixed):
+    """A δ of the first three tokens of an answer is that of the whole text with the same answer."""
+    stops = sorted(hf.loaded.stop_ids)
+    prompt = mixed[0].rendered
+    n = len(prompt.ids)
+    delta = torch.randn(3, hf.loaded.width, generator=torch.Generator().manual_seed(2))
+    shift = {"shift": pack(delta)}
+    ((said, norms),) = smollm2("speak", [(list(prompt.ids), ([15], shift, n, n + 3))], 8, stops)
+    assert norms[0] == pytest.approx(delta.norm().item(), rel=1e-4)
+    assert said[:1] == list(hf.generate([Request(prompt)], 1)[0].ids)  # drawn before the edit
+    text = Rendered(prompt.prompt, (*prompt.ids, *said[:3]), (*prompt.content, *[True] * 3))
+    whole = Edit(Site(15), torch.cat([torch.zeros(n, hf.loaded.width), delta]))
+    assert said[3:] == list(hf.generate([Request(text, whole)], 5)[0].ids)
+    # without an end its last row stands at every token to come; the sizes are of the others
+    ((said, norms),) = smollm2("speak", [(list(prompt.ids), ([15], shift, n, None))], 8, stops)
+    assert norms[0] == pytest.approx(delta.norm().item(), rel=1e-4)
+    text = Rendered(prompt.prompt, (*prompt.ids, *said[:6]), (*prompt.content, *[True] * 6))
+    rows = [torch.zeros(n, hf.loaded.width), delta, delta[-1:].expand(3, -1)]
+    whole = Edit(Site(15), torch.cat(rows))
+    assert said[6:7] == list(hf.generate([Request(text, whole)], 1)[0].ids)
+
+
+@real
 def test_scores_under_an_edit_that_covers_the_prompt_only(smollm2, hf, mixed):
     answers = [hf.encode("Sure, here is the colour of the vault: green.")] * len(mixed)
     wanted = hf.nll([r.rendered for r in mixed], answers, [r.edit for r in mixed])
@@ -387,25 +500,21 @@ def test_an_edited_request_neither_reads_nor_leaves_cached_blocks(smollm2, hf):
 @real
 def test_what_did_not_arrive_in_full_is_refused(smollm2, hf, mixed):
     stops = sorted(hf.loaded.stop_ids)
-    ids, layer, _ = asked(mixed)[1]
-    with pytest.raises(
-        AuditgapError,
-        match=rf"{len(ids) + 3} positions of 1 requests on rank 0; it changed \[{len(ids)}\]",
-    ):
-        smollm2("speak", [(ids, layer, pack(torch.ones(len(ids) + 3, hf.loaded.width)))], 4, stops)
-    same(
-        smollm2("speak", [(ids, None, None)], 4, stops),
-        hf.generate([Request(mixed[1].rendered)], 4),
-    )
+    (ids, (layers, terms, first, last)) = asked(mixed)[1]
+    with pytest.raises(AuditgapError, match=rf"has not a row for each of 0 to {last + 3}"):
+        smollm2("speak", [(ids, (layers, terms, first, last + 3))], 4, stops)
+    smollm2("rpc", "edits_clear")
+    same(smollm2("speak", [(ids, None)], 4, stops), hf.generate([Request(mixed[1].rendered)], 4))
 
 
 @real
 def test_self_test_passes_and_leaves_the_model_as_it_was(smollm2, hf, mixed):
     smollm2("rpc", "edits_clear")
-    longer = [([*ids, 5, 6, 7], None, None) for ids, _, _ in asked(mixed)[:1]]
+    longer = [([*ids, 5, 6, 7], None) for ids, _ in asked(mixed)[:1]]
     hooks, before = smollm2("rpc", "edits_hooks"), smollm2("score", longer, [len(longer[0][0]) - 3])
     told = smollm2("self_test", [-1, 0, 15, 29])
     assert told == {"problem": "", "blocks": 30, "width": 576, "dtype": "torch.float32"}
+    smollm2("standing_self_test", [-1, 0, 29])
     assert smollm2("rpc", "edits_hooks") == hooks
     assert smollm2("score", longer, [len(longer[0][0]) - 3]) == before
     assert smollm2("rpc", "edits_stats") == [{"problem": "", "edits": {}}]
@@ -441,7 +550,8 @@ def tiny_requests(engine: HFEngine, n: int = 12, size: float = 0.5) -> list[Requ
         )
         for i, length in enumerate(lengths)
     ]
-    sites = [None, Site(-1), None, Site(0), Site(2), None, Site(3), None] * n
+    every = constant.sites_of(engine)
+    sites = [None, Site(-1), (Site(0),), Site(0), Site(2), every, Site(3), (Site(2),)] * n
     return edited(engine, rendered, sites[:n], size)
 
 
@@ -459,30 +569,45 @@ def test_chunks_and_preemptions_change_nothing(family, tmp_path):
     with tiny_served(family, tmp_path, **awkward) as (ask, engine):
         requests = tiny_requests(engine)
         assert ask("self_test", [-1, 0, 2, 3])["blocks"] == tiny.N_BLOCKS
+        ask("standing_self_test", [-1, 0, 1, 2, 3])
         spoken = ask("speak", asked(requests), 80, sorted(engine.loaded.stop_ids))
-        same(spoken, engine.generate(requests, 80))
+        same(spoken, spoken_by(engine, requests, 80))
         assert ask("preemptions") > 0
 
 
 @real
 def test_broken_hooks_and_unfit_workers_are_refused(tmp_path):
-    with tiny_served("llama", tmp_path) as (ask, _):
-        for how, said in {
-            "uncalled": "the hook is never called",
-            "deaf": "the edit did not arrive",
-            "shifted": "the edit did not arrive",
-            "weighted": "more than the sum of its stream",
-            "spilling": "an edit changes the request beside it",
-            "short": "did not arrive",
-        }.items():
+    with tiny_served("llama", tmp_path) as (ask, engine):
+        for how, test, said in [
+            ("uncalled", "self_test", "the hook is never called"),
+            ("deaf", "self_test", "the edit did not arrive"),
+            ("shifted", "self_test", "the edit did not arrive"),
+            ("weighted", "self_test", "more than the sum of its stream"),
+            ("spilling", "self_test", "an edit changes the request beside it"),
+            ("short", "self_test", "did not arrive"),
+            ("uncalled", "standing_self_test", "the hook is never called"),
+            ("deaf", "standing_self_test", "the edit did not arrive at every position"),
+            ("shifted", "standing_self_test", "the edit did not arrive at every position"),
+            ("prefill only", "standing_self_test", "the edit did not arrive at every position"),
+            ("weighted", "standing_self_test", "an edit of zero changes the hidden states"),
+            ("spilling", "standing_self_test", "an edit changes the request beside it"),
+        ]:
             ask("rpc", "edits_break", how)
             with pytest.raises(
                 AuditgapError, match=f"Self-test failed at .* inside vLLM: .*{said}.*--engine hf"
             ):
-                ask("self_test", [0, 2])
-                pytest.fail(how)
+                ask(test, [0, 2])
+                pytest.fail(f"{how}, {test}")
+        # a hook that lets decoding pass is refused while speaking too
+        standing = asked(edited(engine, [tiny_requests(engine, 1)[0].rendered], [(Site(2),)], 0.5))
+        ask("rpc", "edits_break", "prefill only")
+        ask("rpc", "edits_open")
+        n = len(standing[0][0])
+        with pytest.raises(AuditgapError, match=rf"change {n + 3} positions .*; it changed {n}\."):
+            ask("speak", standing, 4, [])
         ask("rpc", "edits_break", "")
         ask("self_test", [0, 2])
+        ask("standing_self_test", [0, 2])
         for part, name, value, said in [
             (
                 "runner",
@@ -494,6 +619,7 @@ def test_broken_hooks_and_unfit_workers_are_refused(tmp_path):
             ("parallel_config", "data_parallel_size", 2, "data parallelism"),
             ("speculative_config", "", SimpleNamespace(), "speculative decoding"),
             ("compilation_config", "mode", 3, "enforce_eager=True"),
+            ("compilation_config", "cudagraph_mode", SimpleNamespace(value=(2, 0)), "CUDA graphs"),
         ]:
             (problem,) = ask("rpc", "edits_unfit", part, name, value)
             with pytest.raises(AuditgapError, match=said):
@@ -526,9 +652,10 @@ def test_two_ranks_add_the_same(tmp_path):
         requests = tiny_requests(engine, 8)
         assert len(ask("rpc", "edits_stats")) == 2
         ask("self_test", [-1, 0, 2, 3])
+        ask("standing_self_test", [-1, 0, 1, 2, 3])
         same(
             ask("speak", asked(requests), 16, sorted(engine.loaded.stop_ids)),
-            engine.generate(requests, 16),
+            spoken_by(engine, requests, 16),
         )
 
 
@@ -543,34 +670,46 @@ def test_an_edit_travels_as_bytes_bit_for_bit():
     assert torch.equal(unpack(shape, payload), delta)
     assert torch.equal(unpack(*pack(delta.bfloat16())), delta.bfloat16().float())
     for bad in ([5, 4], [15], [3, 5, 1], [-5, -3], [0, 3]):
-        with pytest.raises(AuditgapError, match=r"An edit is \[T, D\] in fp32"):
+        with pytest.raises(AuditgapError, match=r"An edit is \[n, D\] in fp32"):
             unpack(bad, payload)
 
 
 def stats(
-    rows: Sequence[int], l2: float = 2.0, problem: str = "", positions: int = 7
+    *rows: int, l2: float | None = 2.0, problem: str = "", end: int | None = None
 ) -> dict[str, Any]:
-    requests = [{"rows": r, "l2": l2, "linf": 1.0} for r in rows]
-    return {"problem": problem, "edits": {"a": {"positions": positions, "requests": requests}}}
+    """Of an edit "a", which changed so many positions of the requests 0, 1, …"""
+    requests = {
+        str(i): {"rows": r, "end": r if end is None else end, "l2": l2, "linf": 1.0}
+        for i, r in enumerate(rows)
+    }
+    return {"problem": problem, "edits": {"a": requests}}
 
 
 def test_settling_wants_every_row_of_every_request_on_every_rank():
-    assert settle([stats([7]), stats([7])], {"a": 1}) == {"a": (2.0, 1.0)}
-    assert settle([stats([7, 7])], {"a": 2}) == {"a": (2.0, 1.0)}
-    assert settle([stats([7], l2=float("nan"))], {"a": 1}) == {"a": (None, 1.0)}
-    for bad, n in [
-        ([stats([6])], 1),
-        ([stats([7])], 2),
-        ([stats([7, 7])], 1),
-        ([stats([])], 1),
-        ([stats([7]), stats([6])], 1),
+    one, two = {"0": (7, 7)}, {"0": (7, 7), "1": (7, 7)}
+    assert settle([stats(7), stats(7)], {"a": one}) == {"a": (2.0, 1.0)}
+    assert settle([stats(7, 7)], {"a": two}) == {"a": (2.0, 1.0)}
+    assert settle([stats(7, 9)], {"a": {"0": (7, 7), "1": (8, 9)}}) == {"a": (2.0, 1.0)}
+    assert settle([stats(7, l2=float("nan"))], {"a": one}) == {"a": (None, 1.0)}
+    assert settle([stats(7, l2=None)], {"a": one}) == {"a": (None, 1.0)}
+    assert settle([stats()], {"a": {"0": (0, 0)}}) == {"a": (None, None)}
+    for bad, wanted in [
+        ([stats(6)], one),
+        ([stats(8)], one),
+        ([stats(6, end=7)], one),
+        ([stats(7, end=9)], one),
+        ([stats(7)], two),
+        ([stats()], one),
+        ([stats(7), stats(6)], one),
     ]:
         with pytest.raises(AuditgapError, match="was to change 7 positions"):
-            settle(bad, {"a": n})
+            settle(bad, {"a": wanted})
+    with pytest.raises(AuditgapError, match="changed requests that it was not asked for"):
+        settle([stats(7, 7)], {"a": one})
     with pytest.raises(AuditgapError, match="was to change"):
-        settle([stats([7])], {"b": 1})
+        settle([stats(7)], {"b": one})
     with pytest.raises(AuditgapError, match="a request named"):
-        settle([stats([7], problem="a request named the edit 'b', which is not there")], {"a": 1})
+        settle([stats(7, problem="a request named the edit 'b', which is not there")], {"a": one})
 
 
 def test_blocks_are_the_one_list_of_their_length():

@@ -82,6 +82,16 @@ def test_gpus_are_counted_before_a_process_is_started(monkeypatch):
         start.check_gpus("cuda", 4)
 
 
+@pytest.mark.parametrize("said", ["1", "true"])
+def test_the_second_model_runner_is_refused(monkeypatch, said):
+    for fine in ("", "0"):
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", fine)
+        assert start.environment("cpu")["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", said)
+    with pytest.raises(UsageError, match=r"first model runner alone.*Unset it"):
+        start.environment("cpu")
+
+
 def test_a_worker_of_its_own_process_is_made_to_clean_its_cache():
     """On a GPU alone: a runner there zeroes nothing that it was not prepared for, and says
     nothing."""
