@@ -18,6 +18,7 @@ import pytest
 import refusing
 import safetensors
 import safetensors.torch
+import tiny
 import torch
 
 from auditgap.audits import intervene, reduce
@@ -57,27 +58,46 @@ def prompted(colour, tmp_path_factory) -> RunFolder:
 
 
 @pytest.mark.real
-def test_the_rows_of_vllm_are_those_of_transformers(answered, tmp_path, monkeypatch):
+def test_the_rows_of_vllm_are_those_of_transformers(tmp_path, monkeypatch):
     """Every intervention, at two sites, on every position or the prompt's: generated in vLLM."""
     pytest.importorskip("vllm")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    (model,) = answered.run["config"]["models"]
-    with lent_engine.Lent(model) as lent:
+    # with an activation and heads as vLLM wants them
+    shape = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = tiny.save("llama", tmp_path / "model", **shape)
+    asked = {"layers": "1,2", "judge": "keyword", "strengths": [1.0], "max_new_tokens": 6}
+    plain = refusing.audit(tmp_path / "hf", [model], **asked)
+    with lent_engine.Lent(str(model)) as lent:
         lent.to(monkeypatch)
-        store = refusing.audit(
-            tmp_path / "run", [Path(model)], layers="1,2", draws=2, engine="vllm", parity=3
-        )
+        store = refusing.audit(tmp_path / "vllm", [model], engine="vllm", parity=3, **asked)
         assert len(lent.opened) == 3  # for the clean pass, and once a site
-    order = ["intervention", "arm", "strength", "angle", "draw", "prompt_id"]
-    for record in answered.records():
-        texts = [s.generations(record["key"]) for s in (answered, store)]
-        texts = [t.sort_values([c for c in order if c in t])["completion"].tolist() for t in texts]
-        assert texts[0] == texts[1], record["cell"]
-    one, other = (s.rows(["intervene"]).sort_values(order) for s in (answered, store))
-    for name in ("verdict", "site", "l2", "unscored"):
-        assert one[name].tolist() == pytest.approx(other[name].tolist(), nan_ok=True), name
-    found = next(r for r in store.records() if r["description"]["site"] is None)["info"]
-    assert found["engine"] == "vllm" and found["parity"]["equal"] == 3
+    assert {r["key"] for r in plain.records()} == {r["key"] for r in store.records()}
+    changed, which = 0, ["prompt_id", "arm", "strength", "angle", "draw"]
+    clean = plain.generations(next(iter(cells(plain, "clean")))).set_index("prompt_id")[
+        "completion"
+    ]
+    for record in plain.records():
+        one, other = (s.generations(record["key"]).sort_values(which) for s in (plain, store))
+        assert one["completion"].tolist() == other["completion"].tolist(), record["cell"]
+        changed += (one["completion"].tolist() != clean.loc[one["prompt_id"]]).sum()
+    assert changed > 20, "these edits prove nothing"
+    order = ["intervention", "site", *which]
+    rows = [s.rows(["intervene"]).sort_values(order) for s in (plain, store)]
+    for name in ("l2", "completion_nll"):
+        columns = [r[name].astype(float).tolist() for r in rows]
+        assert columns[0] == pytest.approx(columns[1], rel=1e-3, nan_ok=True), name
+    assert rows[0]["verdict"].tolist() == rows[1]["verdict"].tolist()
+    info = store.record(next(iter(cells(store, "clean"))))["info"]
+    assert info["engine"] == "vllm" and info["parity"]["equal"] == 3
+
+
+def cells(store: RunFolder, intervention: str) -> list[str]:
+    """Keys of the cells of an intervention."""
+    return [
+        r["key"]
+        for r in store.records()
+        if r["description"]["settings"]["intervention"] == intervention
+    ]
 
 
 def test_a_suffix_is_tried_once_a_model_where_prompts_go_in(colour, tmp_path):
