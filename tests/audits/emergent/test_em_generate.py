@@ -209,6 +209,8 @@ def test_vllm_steers_each_adapter_as_transformers_does(base, lent, tmp_path, mon
     options = studies.built(
         tmp_path / "hf",
         base,
+        rows=16,
+        heldout=0.5,
         direction_from="heldout",
         steer_block=0,
         steer_strength=3.0,
