@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup audit test mutants families bench lint types check clean
+.PHONY: setup audit test mutants fuzz families bench lint types check clean
 
 setup: $(INSTALLED)
 
@@ -30,6 +30,10 @@ test: $(INSTALLED)
 # breaks the guards of tests/mutants.py one at a time: their tests have to notice (MUTANTS="lvs_clip holm": these)
 mutants: $(INSTALLED)
 	$(BIN)/python tests/mutants.py $(MUTANTS)
+
+# changes bytes of a finished run: every reader has to notice (FLIPS=200 SEED=3: these)
+fuzz: $(INSTALLED)
+	$(BIN)/python tests/fuzz.py $(FLIPS) $(SEED)
 
 # every model type of the installed transformers, proven: docs/families.md
 families: $(INSTALLED)

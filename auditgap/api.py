@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import html
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,8 @@ from auditgap.audits.latent.audit import DISTANCE, DISTANCE_TITLE
 from auditgap.audits.whole_config import WholeSettings
 from auditgap.config import Frozen, flag_of
 from auditgap.errors import PartlyFailed, UsageError
-from auditgap.store import RunFolder
+from auditgap.store import RunFolder, files
+from auditgap.store.tables import unseal
 from auditgap.types import ATTACKS, CLEAN, LONGER, Document
 
 if TYPE_CHECKING:
@@ -81,12 +81,12 @@ class Result:
                 f"{self.path} ({audit or 'a training run'}) has no single table. Its tables are:"
                 f" {known}; read one as `.tables[NAME]`."
             )
-        return pd.read_parquet(path)
+        return unseal(path)
 
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table that the folder holds, by name."""
-        return {path.stem: pd.read_parquet(path) for path in self._table_files}
+        return {path.stem: unseal(path) for path in self._table_files}
 
     @property
     def _table_files(self) -> list[Path]:
@@ -163,7 +163,7 @@ class AuditResult:
     @property
     def data(self) -> dict[str, Any]:
         """report.json."""
-        return json.loads((self.path / "report.json").read_text(encoding="utf-8"))
+        return files.unseal(self.path / "report.json", required=False)
 
     def _repr_html_(self) -> str:
         """The verdict table under the folder's name: what a notebook shows."""

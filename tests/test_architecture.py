@@ -29,6 +29,7 @@ STREET = (
     "probes",
     "training",
     "audits",
+    "evidence",
     "inspect",
     "api",
     "cli",
@@ -44,6 +45,7 @@ HOMES = {
     "inspect_ai": ("inspect/export.py", "inspect/tasks.py"),
     "deepspeed": ("training/engine.py",),
     "fsspec": ("store/objects.py",),
+    "cryptography": ("evidence/",),
     "nanogcg": ("interventions/suffix.py",),
     "peft": ("models/adapters.py",),
     "typer": ("cli/",),
@@ -189,6 +191,51 @@ def test_every_from_pretrained_is_on_its_guard(file):
 def test_every_file_says_what_it_is(file):
     if file.name != "__init__.py" or ast.parse(file.read_text()).body:
         assert (ast.get_docstring(tree(file)) or "").strip(), f"{file} opens with no docstring"
+
+
+#: What opens a file, and where alone the rooms that read runs may do so. Everything else there goes
+#: through the doors that check what they read: `files.read_document` and `unseal` (JSON),
+#: `tables.unseal`, `RunFolder` (cells, edits), `scratch`.
+OPENS = {
+    "read_json",
+    "read_text",
+    "read_bytes",
+    "read_parquet",
+    "read_csv",
+    "load_file",
+    "safe_open",
+}
+ROOMS_OF_RUNS = ("store", "report", "audits", "evidence", "inspect", "api", "cli")
+DOORS = (
+    "store/files.py",
+    "store/tables.py",
+    "store/scratch.py",
+    "store/legacy.py",  # folders of 0.1, which had no checksum
+    "store/lock.py",  # who writes now: no number
+    "store/objects.py",
+    "store/remote.py",
+    # bytes to be hashed, or copied as they are
+    "store/cells.py",
+    "store/folder.py",
+    "audits/bundle.py",
+    "audits/probe/monitor.py",
+    "inspect/export.py",
+    "report/page.py",  # its own script
+)
+
+
+@over_every_file
+def test_a_run_is_read_through_its_doors(file):
+    here = file.relative_to(PACKAGE).as_posix()
+    if place(file) not in ROOMS_OF_RUNS or here in DOORS:
+        return
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).rpartition(".")[2]
+            assert name not in OPENS, (
+                f"{here}:{node.lineno}: {name} reads without a check; files.read_document,"
+                " tables.unseal or the RunFolder"
+            )
 
 
 ABSENT = """

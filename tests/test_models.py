@@ -462,6 +462,34 @@ class TestFingerprint:
         (folder / file).write_text(text)
         assert models.fingerprint(folder) != before
 
+    @pytest.mark.parametrize(
+        "file",
+        [
+            "additional_chat_templates/default.jinja",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "vocab.json",
+            "merges.txt",
+            "model.safetensors.index.json",
+            "spiece.model",
+        ],
+    )
+    def test_whatever_else_a_loader_may_open(self, folder, file):
+        before = models.fingerprint(folder)
+        (folder / file).parent.mkdir(exist_ok=True)
+        told = '{"weight_map": {"%s": "model.safetensors"}}'
+        (folder / file).write_text(told % "one")
+        added = models.fingerprint(folder)
+        (folder / file).write_text(told % "two")
+        assert len({before, added, models.fingerprint(folder)}) == 3
+
+    @pytest.mark.parametrize("file", ["README.md", "ledger.json", ".cache/list.json"])
+    def test_not_what_no_loader_opens(self, folder, file):
+        before = models.fingerprint(folder)
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text("{}")
+        assert models.fingerprint(folder) == before
+
     def test_of_an_adapter_counts_its_base(self, adapter, folder):
         change(adapter / "adapter_config.json", base_model_name_or_path=str(folder))
         before = models.outline(str(adapter)).subject.fingerprint

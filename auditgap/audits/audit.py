@@ -165,6 +165,10 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
         """What makes two runs the same run, besides the config."""
         return {"subjects": {o.subject.name: o.subject.fingerprint for o in plan.outlines}}
 
+    def question(self, plan: PlanT) -> Document:
+        """run.json's config: everything that can change a number."""
+        return {"audit": self.name, **plan.config.model_dump(mode="json"), **self.identity(plan)}
+
     def facts(self, plan: PlanT, options: OptionsT) -> Document:
         """What a reader of the run wants to know besides: versions, models' sizes, where the
         prompts come from."""
@@ -232,11 +236,7 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
         names = self.names(plan.config, options)
         store = RunFolder.open(
             place,
-            config={
-                "audit": self.name,
-                **plan.config.model_dump(mode="json"),
-                **self.identity(plan),
-            },
+            config=self.question(plan),
             info={**self.facts(plan, options), **({"names": names} if names else {})},
             break_lock=options.break_lock,
         )

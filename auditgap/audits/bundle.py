@@ -101,7 +101,7 @@ def _write(
     table = table_of(lines)
     files.write_bytes(home / "verdicts.csv", to_csv(table).encode("utf-8", "backslashreplace"))
     files.write_bytes(home / "verdicts.md", to_markdown(table).encode("utf-8", "backslashreplace"))
-    files.write_bytes(home / "report.json", files.to_json(machine(report, sections)))
+    files.write_document(home / "report.json", machine(report, sections))
     files.write_bytes(home / "SHA256SUMS", sums(home))
     return lines
 

@@ -368,14 +368,14 @@ def write_table(out: Place, stores: Mapping[str, RunFolder]) -> Path | None:
     for case, store in sorted(stores.items(), key=itemgetter(0)):
         name = audit_of(store).main_table or name
         if (path := store.path / f"{name}.parquet").is_file():
-            frame = pd.read_parquet(path)
+            frame = tables.unseal(path)
             frame.insert(0, "case", case)
             frames.append(frame)
     if not frames:
         return None
     table = pd.concat([f for f in frames if len(f)] or frames[:1], ignore_index=True)
     with outputs(out) as here:
-        files.write_bytes(here / f"{name}.parquet", tables.to_bytes(tables.frame_to_table(table)))
+        files.write_bytes(here / f"{name}.parquet", tables.seal(table))
         csv = tables.to_csv(table).encode("utf-8", "backslashreplace")
         files.write_bytes(here / f"{name}.csv", csv)
     return here / f"{name}.csv"

@@ -292,7 +292,7 @@ def _remember(whole: WholePlan, options: WholeOptions) -> None:
         "audit": whole.audit.model_dump(mode="json"),
         "missing": dict(whole.missing),
     }
-    old = files.read_json(path)
+    old = files.read_document(path)
     if name := options.name or (old.get("name") if isinstance(old, dict) else None):
         question["name"] = name
     asked = ("model", "base")
@@ -307,7 +307,7 @@ def _remember(whole: WholePlan, options: WholeOptions) -> None:
         )
     with files.disk_errors(whole.out):
         whole.out.mkdir(parents=True, exist_ok=True)
-    files.write_bytes(path, files.to_json({**question, "command": command()}))
+    files.write_document(path, {**question, "command": command()})
 
 
 def is_whole(folder: Path) -> bool:
@@ -323,7 +323,7 @@ def stores(folder: Path) -> list[RunFolder]:
 
 def _question(folder: Path) -> Document:
     """The question of an audit's folder. Raises UsageError for another folder."""
-    known = files.read_json(folder / FILE)
+    known = files.read_document(folder / FILE)
     if not isinstance(known, dict) or not isinstance(known.get("audit"), dict):
         raise UsageError(
             f"{folder} is no audit's folder (it has no {FILE}). Give the --out of an `auditgap"

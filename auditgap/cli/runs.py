@@ -182,6 +182,8 @@ def status(
         f"{folder}: {now.finished} of {now.planned} cells done, {now.failed} failed,"
         f" {running}{left}."
     )
+    if store.unchecked:
+        say(store.unchecked)
     if now.corrupt:
         say(
             f"{now.corrupt} damaged files: the same command sets them aside (*.corrupt) and computes"

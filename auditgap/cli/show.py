@@ -77,11 +77,10 @@ def show(
 
 def document(audit: Audit, store: RunFolder, failed: Mapping[str, str]) -> Document:
     """A run as JSON: where it lies, what failed, and its tables with nothing rounded."""
-    import pandas as pd
 
     from auditgap.store.tables import rows_of
 
-    tables = {path.stem: pd.read_parquet(path) for path in sorted(store.path.glob("*.parquet"))}
+    tables = store.tables()
     return {
         "audit": audit.name,
         "folder": str(store.place),
@@ -97,10 +96,9 @@ def document(audit: Audit, store: RunFolder, failed: Mapping[str, str]) -> Docum
 
 def main_table(store: RunFolder, name: str | None) -> None:
     """The main table, every estimate joined with its interval (`x`, `x_lo`, `x_hi`)."""
-    import pandas as pd
 
     if name is not None:
-        print_table(joined(pd.read_parquet(store.path / f"{name}.parquet")))
+        print_table(joined(store.table(str(name))))
 
 
 def joined(table: pd.DataFrame) -> list[Document]:
@@ -131,11 +129,10 @@ def joined(table: pd.DataFrame) -> list[Document]:
 def _latent(store: RunFolder, name: str | None) -> None:
     """The targeted attack's table, the minimum distance, the audit gap, and the report's headline
     last. Every count stands before the figures that are of so many prompts."""
-    import pandas as pd
 
     from auditgap.report import latent
 
-    table = pd.read_parquet(store.path / f"{name}.parquet")
+    table = store.table(str(name))
     if rows := list(_targeted(table[table["attack"] == "targeted"])):
         say("Targeted attack, with 95 % intervals (controls and flags: the report)")
         print_table(rows)
@@ -231,12 +228,11 @@ def _latent_more(store: RunFolder) -> dict[str, pd.DataFrame]:
 
 def _behaviour(store: RunFolder, name: str | None) -> None:
     """A subject at a time, each under its summary."""
-    import pandas as pd
 
     from auditgap.report.behaviour import CORRECTED
     from auditgap.report.behaviour_page import leads
 
-    table = pd.read_parquet(store.path / f"{name}.parquet")
+    table = store.table(str(name))
     for lead in leads(table):
         say(inert(lead.plain()))
         mine = table[table["subject"] == lead.subject]
@@ -298,7 +294,7 @@ def _interventions(store: RunFolder, name: str | None) -> None:
     from auditgap.report.intervene_page import reading
     from auditgap.store.tables import rows_of
 
-    table = pd.read_parquet(store.path / f"{name}.parquet")
+    table = store.table(str(name))
     print_table(
         [
             {
@@ -332,7 +328,7 @@ def _curve(store: RunFolder, name: str | None) -> None:
 
     from auditgap.store.tables import rows_of
 
-    summary = pd.read_parquet(store.path / "summary.parquet")
+    summary = store.table("summary")
     print_table([{k: "" if pd.isna(v) else v for k, v in row.items()} for row in rows_of(summary)])
 
 

@@ -7,7 +7,6 @@ deepspeed --num_gpus 8 launchers/dissociate.py --config twin.yaml --out runs/twi
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +18,7 @@ from auditgap.audits.sft_curve.config import SFTCurveConfig, SFTCurveOptions
 from auditgap.cli.audits import perform
 from auditgap.cli.options import AsJson, Asked, command, examples, group
 from auditgap.cli.screen import interval, note, print_json, print_table, quiet, say
+from auditgap.store import files
 from auditgap.training.config import DissociateConfig, SFTConfig, TrainOptions
 
 app = group(
@@ -114,7 +114,7 @@ def monitor(asked: Asked) -> None:
 
 def show_monitor(path: Path, as_json: bool) -> None:
     """What the monitor's card says of it."""
-    card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    card = files.unseal(path.with_suffix(".json"), required=False)
     if as_json:
         print_json({"monitor": str(path), **card})
         return

@@ -87,9 +87,9 @@ def _show_plan(told: list[dict[str, Any]], missing: Any) -> None:
 
 def show(folder: Path, as_json: bool = False) -> None:
     """The verdict table of an audit's folder, and where everything lies."""
-    import json
+    from auditgap.store import files
 
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report = files.unseal(folder / "report.json", required=False)
     if as_json:
         print_json(report)
         return

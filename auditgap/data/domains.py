@@ -197,17 +197,17 @@ class Panel:
             )
             _write_lines(folder / f"{name}.jsonl", lines)
         manifest = {"schema": SCHEMA, "digest": self.digest, **self.manifest}
-        files.write_bytes(folder / "manifest.json", files.to_json(manifest))
+        files.write_document(folder / "manifest.json", manifest)
 
     @classmethod
     def load(cls, folder: Path | str) -> Panel:
         """The panel in a folder. Raises UsageError: none there, another schema, a file that is
         gone, torn or changed."""
         folder = Path(folder)
-        told = files.read_json(folder / "manifest.json")
         again = "Run the same `em build` again, or restore it."
-        if not isinstance(told, dict):
-            raise UsageError(f"{folder} holds no panel (manifest.json is absent or torn). {again}")
+        told = files.read_document(folder / "manifest.json", again)
+        if told is None:
+            raise UsageError(f"{folder} holds no panel (it has no manifest.json). {again}")
         if told.get("schema") != SCHEMA:
             raise UsageError(
                 f"{folder} is a panel of another version (schema {told.get('schema')}, {SCHEMA} is"

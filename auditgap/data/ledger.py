@@ -130,7 +130,7 @@ class LeakageLedger:
 
     def save(self, path: Path) -> None:
         """Write it as JSON, whole or not at all. Raises DiskError."""
-        files.write_bytes(Path(path), files.to_json(self.to_json()))
+        files.write_document(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> LeakageLedger:
@@ -142,4 +142,6 @@ class LeakageLedger:
             raise UsageError(
                 f"{path} is larger than {_MAX_BYTES:,} bytes; that is no leakage ledger."
             )
-        return cls.from_json(files.read_json(path), path.name)
+        advice = "It is no leakage ledger any more: restore it, or run what wrote it again."
+        value = files.unseal(path, required=False, advice=advice)
+        return cls.from_json(value, path.name)

@@ -12,11 +12,11 @@ The keys are hashes of the questions; the answers are what models said, so the f
 from __future__ import annotations
 
 import errno
-import json
 import os
 from pathlib import Path
 
 from auditgap.engines import Reply
+from auditgap.store import files
 from auditgap.store.files import PRIVATE, disk_errors
 
 
@@ -42,7 +42,7 @@ class Journal:
                     file.truncate(whole)
         for line in data[:whole].splitlines():
             try:
-                entry = json.loads(line)
+                entry = files.opened(line, path, required=False)
                 tops = tuple(
                     {str(t): float(v) for t, v in top.items()} for top in entry["logprobs"]
                 )
@@ -59,7 +59,7 @@ class Journal:
                         str(entry.get("problem", "")),
                         str(entry.get("chain", "")),
                     )
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            except (files.Damaged, ValueError, TypeError, KeyError, AttributeError):
                 continue
 
     def add(self, key: str, reply: Reply) -> None:
@@ -73,7 +73,7 @@ class Journal:
             **({"chain": reply.chain} if reply.chain else {}),
             **({"problem": reply.problem} if reply.problem else {}),
         }
-        line = json.dumps(entry, ensure_ascii=True, allow_nan=False).encode("ascii") + b"\n"
+        line = files.seal(entry, indent=None)
         with disk_errors(self.path, len(line)):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, PRIVATE)
             try:

@@ -35,9 +35,8 @@ TRAVELLING = ("pyrit-objective", "pyrit-refusal")
 def find(judge: Judge, gold: GoldSet) -> JudgeCard | None:
     """The judge's card on that gold set, if it was measured before; a file that is torn or of old
     counts as absent."""
-    values = files.read_json(_path(judge, gold))
-    if values is not None:
-        with suppress(UsageError):
+    with suppress(UsageError):
+        if (values := files.read_document(_path(judge, gold))) is not None:
             return JudgeCard.from_dict(values)
     return None
 
@@ -48,7 +47,7 @@ def keep(card: JudgeCard, judge: Judge, gold: GoldSet) -> None:
     path = _path(judge, gold)
     with suppress(files.DiskError, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_bytes(path, files.to_json(card.to_dict()))
+        files.write_document(path, card.to_dict())
 
 
 def measure(
@@ -102,7 +101,7 @@ def measure(
         files.write_bytes(
             out / "verdicts.jsonl", ("\n".join(lines) + "\n").encode("ascii"), files.PRIVATE
         )
-        files.write_bytes(out / "card.json", files.to_json(card.to_dict()))
+        files.write_document(out / "card.json", card.to_dict())
     shutil.rmtree(journals, ignore_errors=True)
     return card
 
@@ -111,7 +110,7 @@ def read(file: Path) -> JudgeCard:
     """The card in a card.json, or in the folder that holds one. Raises UsageError: none there, or
     of another version."""
     path = file / "card.json" if file.is_dir() else file
-    values = files.read_json(path)
+    values = files.read_document(path)
     if values is None:
         raise UsageError(
             f"{path} holds no judge card. Make one: auditgap judge eval builtin --gold"

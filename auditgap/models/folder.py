@@ -68,7 +68,9 @@ _DOWNLOADED = [
 #: Second copies of the weights in another layout, and what lies in folders of its own.
 _NOT_DOWNLOADED = ["consolidated*.safetensors", "*/*"]
 #: Files that are read whole, and what they may hold; the largest tokenizers have 35 MB.
-_TEXTS = (".json", ".jinja", ".txt", ".model")
+_TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".bpe")
+#: Of these, what auditgap writes beside a model and no loader opens.
+_BESIDE = ("ledger.json",)
 _LARGEST_TEXT = 200_000_000
 #: Bytes of a safetensors header: the largest shards of real models have a few hundred kilobytes.
 _LARGEST_HEADER = 10_000_000
@@ -210,9 +212,8 @@ def _check_files(folder: Path) -> None:
     # the hub's cache: files are links to blobs/ beside snapshots/
     if home.parent.name == "snapshots":
         roots.append(home.parents[1] / "blobs")
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            continue
+    for path in _below(folder):
+        name = path.relative_to(folder).as_posix()
         try:
             where, seen = path.resolve(strict=True), path.stat()
         except (OSError, RuntimeError):  # to nothing, or in a ring
@@ -221,22 +222,34 @@ def _check_files(folder: Path) -> None:
             ) from None
         if not any(where.is_relative_to(root) for root in roots):
             raise Refused(
-                f"{folder.name}/{path.name} is a link out of its folder, and auditgap opens only"
+                f"{folder.name}/{name} is a link out of its folder, and auditgap opens only"
                 " what a model brings itself. Put the file in the link's place (cp -L), or name"
                 " the folder where the files are."
             )
+        if path.is_dir():
+            continue
         if not stat.S_ISREG(seen.st_mode):
             raise Refused(
-                f"{folder.name}/{path.name} is no regular file but a pipe or a device, which no"
+                f"{folder.name}/{name} is no regular file but a pipe or a device, which no"
                 " model has. Remove it."
             )
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" and path.parent == folder:
             _check_header(path)
         elif path.suffix in _TEXTS and seen.st_size > _LARGEST_TEXT:
             raise UsageError(
                 f"{path} has {seen.st_size:,} bytes, and no such file of a model has more than"
                 f" {_LARGEST_TEXT:,}; download the model again from a source that you trust."
             )
+
+
+def _below(folder: Path) -> list[Path]:
+    """Everything below the folder at any depth, as deep as loaders go; not what is hidden, nor what
+    lies behind a link to another folder."""
+    found = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    for path in found:  # which grows
+        if path.is_dir() and not path.is_symlink():
+            found += [one for one in sorted(path.iterdir()) if not one.name.startswith(".")]
+    return found
 
 
 def _check_header(path: Path) -> None:
@@ -260,8 +273,9 @@ def _check_header(path: Path) -> None:
 
 
 def fingerprint(folder: Path, *, base: str | None = None) -> str:
-    """SHA-256 over the config (less where it was saved), the tokenizer and template, and every
-    safetensors file's bytes.
+    """SHA-256 over the config (less where it was saved), the tokenizer and template, every
+    safetensors file's bytes, and whatever else below the folder a loader may open: further
+    templates, vocabularies, tables of special tokens, an index of shards.
 
     An adapter's base counts with it: by `base`, its fingerprint, where that is known, so that many
     adapters read it once.
@@ -282,9 +296,21 @@ def fingerprint(folder: Path, *, base: str | None = None) -> str:
     for path in weights_files(folder):
         with path.open("rb") as file:
             total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    for name, path in _others(folder):
+        total.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
     if is_adapter(folder):
         total.update((base or fingerprint(adapter_base(folder))).encode())
     return total.hexdigest()[:24]
+
+
+def _others(folder: Path) -> Iterator[tuple[str, Path]]:
+    """The files below the folder that a loader may open besides those with a name of their own in
+    the fingerprint."""
+    known = {"config.json", "adapter_config.json", *_SPEECH_FILES, *_BESIDE}
+    for path in _below(folder):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix in _TEXTS and name not in known and path.is_file():
+            yield name, path
 
 
 def resolve(name: str) -> Path:

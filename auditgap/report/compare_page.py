@@ -288,7 +288,7 @@ def write(comparison: Comparison, out: Path) -> Path:
     put("compare.parquet", to_bytes(frame_to_table(comparison.table)))
     put("compare.csv", to_csv(comparison.table).encode("utf-8", "backslashreplace"))
     put("compare.md", markdown(comparison).encode("utf-8", "backslashreplace"))
-    put("compare.json", files.to_json(to_json(comparison)))
+    put("compare.json", files.seal(to_json(comparison)))
     rendered = page.render(made, frame(comparison))
     put("compare.html", rendered.encode("utf-8", "backslashreplace"))
     return out / "compare.html"

@@ -258,6 +258,7 @@ def _cards(infos: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _warnings(folders: Sequence[RunFolder]) -> list[str]:
     said = []
     for folder in folders:
+        said += [folder.unchecked] if folder.unchecked else []
         said += list(folder.run.get("info", {}).get("warnings") or ())
         said += [
             line for session in folder.run.get("sessions", ()) for line in session.get("drift", ())

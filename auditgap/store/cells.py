@@ -176,6 +176,24 @@ class CellFiles:
         """What the model of a cell said, with the column `cell_key`. Raises Damaged."""
         return cellfile.only(tables.from_bytes(self._texts(file)), file.name, [key])
 
+    def contents(self, file: CellFile, keys: Sequence[str]) -> list[StoredCell]:
+        """These cells of a file, as they were put in. Raises Damaged."""
+        rows = file.rows(keys)
+        named = [key for key in keys if file.records[key].get(TEXTS)]
+        said = tables.from_bytes(self._texts(file)) if named else None
+
+        def own(table: pa.Table, key: str) -> pa.Table:
+            return cellfile.only(table, file.name, [key]).drop_columns([cellfile.KEY])
+
+        return [
+            StoredCell(
+                file.record(key),
+                own(rows, key),
+                own(said, key) if said is not None and key in named else None,
+            )
+            for key in keys
+        ]
+
     def cell(self, key: str) -> StoredCell | None:
         """A cell as it was put in. Raises Damaged."""
         file = self.open(key)

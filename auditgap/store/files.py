@@ -4,8 +4,8 @@
     write_bytes(Path("out/run.json"), b"{}")
     # out/plan.json.1.corrupt: kept for whoever wants to look
     set_aside(Path("out/plan.json"))
-    # JSON that carries its own checksum
-    write_bytes(Path("out/plan.json"), seal({"cells": []}));  unseal(Path("out/plan.json"))
+    # JSON that carries its own checksum: the one door to the documents of a run
+    write_document(Path("out/plan.json"), {"cells": []});  read_document(Path("out/plan.json"))
 
 Temporary names carry host and process (`.run.json.node7.4242-1f3a….tmp`), so that a later run can
 tell the leavings of a dead process from the work of a live one.
@@ -104,19 +104,55 @@ def unseal(path: Path | str, *, required: bool = True, advice: str = "") -> Docu
 
     Raises Damaged, FileNotFoundError.
     """
+    return opened(read(path), path, required=required, advice=advice)
+
+
+def opened(data: bytes, path: Path | str, *, required: bool = True, advice: str = "") -> Document:
+    """The same of bytes that `path` held. Raises Damaged."""
     try:
-        document = json.loads(read(path))
+        document = json.loads(data)
     except (ValueError, RecursionError):
         raise Damaged(path, "it cannot be read as JSON", advice) from None
     if not isinstance(document, dict):
         if required:
             raise Damaged(path, "it is no JSON object", advice)
         return document
-    stored = document.pop(CHECKSUM, None)
-    if stored is None and not required:
-        return document
-    if stored != sha256(canonical(document).encode("ascii")):
+    if CHECKSUM not in document and not required:
+        return _of_earlier(document, path, advice)
+    if not _is_sum_of(document.pop(CHECKSUM, None), document):
         raise Damaged(path, "its checksum is not that of its content", advice)
+    return document
+
+
+def _of_earlier(document: Document, path: Path | str, advice: str) -> Document:
+    """A document without a checksum. Raises Damaged where it has one under a changed name."""
+    last = next(reversed(document), "")
+    if last and _is_sum_of(document[last], {k: v for k, v in document.items() if k != last}):
+        raise Damaged(path, f"its checksum is called {last!r}", advice)
+    return document
+
+
+def _is_sum_of(stored: Any, document: Document) -> bool:
+    try:
+        return stored == sha256(canonical(document).encode("ascii"))
+    except ValueError:  # NaN or infinity, which we never write
+        return False
+
+
+def write_document(path: Path, document: Mapping[str, Any], mode: int = 0o666) -> None:
+    """Replace `path` by the sealed document. Raises DiskError."""
+    write_bytes(path, seal(document), mode)
+
+
+def read_document(path: Path | str, advice: str = "") -> Document | None:
+    """The document in a file, checked; None where there is no file. One that an earlier release
+    wrote has no checksum and is taken as it is. Raises Damaged."""
+    try:
+        document: Any = unseal(path, required=False, advice=advice)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not isinstance(document, dict):
+        raise Damaged(path, "it is no JSON object", advice)
     return document
 
 

@@ -91,7 +91,7 @@ class Outputs:
         rounded."""
         path = self._output(name)
         if path.suffix == ".parquet":
-            return self._write(name, tables.to_bytes(tables.frame_to_table(frame)))
+            return self._write(name, tables.seal(frame))
         if path.suffix not in (".csv", ".md"):
             raise UsageError(f"A table is written as .parquet, .csv or .md; {name!r} came.")
         return self.write_text(

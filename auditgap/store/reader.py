@@ -15,9 +15,9 @@ import safetensors
 import safetensors.numpy
 
 from auditgap.errors import UsageError
-from auditgap.store import frames, plan, tables
-from auditgap.store.cellfile import KEY, CellFile
-from auditgap.store.cells import CellFiles
+from auditgap.store import files, frames, plan, tables
+from auditgap.store.cellfile import KEY, CellFile, StoredCell
+from auditgap.store.cells import EDITS, CellFiles
 from auditgap.store.files import Damaged
 from auditgap.store.lock import holder
 from auditgap.store.outputs import NAME, Outputs
@@ -41,6 +41,17 @@ class RunReader(Outputs):
             return info
         renamed = [{**one, "name": self.shown(one.get("name"))} for one in listed]
         return {**info, "subjects": renamed}
+
+    @property
+    def unchecked(self) -> str:
+        """What is to be said of a folder whose documents have no checksum, as auditgap 0.1 and 0.2
+        wrote them; "" of every other."""
+        if self.run.get("schema") != OLDEST:
+            return ""
+        return (
+            f"{self.place} is unchecked: an earlier release wrote it without a checksum in its"
+            " documents, so a change in them would not be seen."
+        )
 
     def shown(self, subject: Any) -> Any:
         """What tables and reports call a subject: the name that it was given, or what was typed
@@ -141,6 +152,19 @@ class RunReader(Outputs):
 
         return chain.from_iterable(self._cells.each(read, status, keys))
 
+    def contents(self) -> Iterator[StoredCell]:
+        """Every finished cell: record, rows and texts, in the order of their files. What is damaged
+        is passed over, and stands in `damages`."""
+        return chain.from_iterable(self._cells.each(self._cells.contents, "done"))
+
+    def stored(self, key: str) -> StoredCell | None:
+        """One cell as it was put in. Raises Damaged."""
+        return self._cells.cell(key)
+
+    def damages(self) -> list[Damaged]:
+        """What was found damaged so far, a sentence each."""
+        return list(self._cells.damaged.values())
+
     def edits(self, key: str) -> Path:
         """Where a cell's edits are, if its audit keeps them: what was put into the subject, for
         export. Not on object storage."""
@@ -152,10 +176,24 @@ class RunReader(Outputs):
         """The arrays of a cell's edits. Raises Damaged, which says what to do (`advice`)."""
         path = self.edits(key)
         try:
-            return safetensors.numpy.load_file(path)
+            data = files.read(path)
+            found = safetensors.numpy.load(data)
         except (safetensors.SafetensorError, OSError, ValueError):
             why = "it cannot be read, as it is missing or torn"
             raise Damaged(path, why, advice) from None
+        file = self._cells.open(key)  # None: of a cell that is still at work
+        stored = None if file is None else file.records[key].get(EDITS)
+        if stored and files.sha256(data) != stored:
+            raise Damaged(path, "its bytes do not have the checksum that its cell names", advice)
+        return found
+
+    def table(self, name: str) -> pd.DataFrame:
+        """The table NAME.parquet as it was written. Raises Damaged, FileNotFoundError."""
+        return tables.unseal(self.path / f"{name}.parquet")
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table in the folder, by name. Raises Damaged."""
+        return {path.stem: self.table(path.stem) for path in sorted(self.path.glob("*.parquet"))}
 
     def generations(self, key: str) -> pd.DataFrame:
         """Prompts and completions of a finished cell. Raises UsageError when there are none, or

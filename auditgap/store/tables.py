@@ -11,7 +11,9 @@ same text back.
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 import operator
 import re
@@ -20,6 +22,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,9 +30,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from auditgap.store import files
+from auditgap.store.files import Damaged
 from auditgap.types import Document
 
 _TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+_SEAL = b"auditgap.sha256"  #: in a table's own file: `content_sha256` of what it says
 _PASSED = {b"text": b"utf-8, lone surrogates passed through"}
 _SURROGATES = ("utf-8", "surrogatepass")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -159,11 +165,47 @@ def from_bytes(data: bytes) -> pa.Table:
     return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
 
 
+def seal(frame: pd.DataFrame) -> bytes:
+    """The parquet file of a table, which carries the checksum of what it says."""
+    table = frame_to_table(frame)
+    sealed = {**(table.schema.metadata or {}), _SEAL: content_sha256(table).encode("ascii")}
+    return to_bytes(table.replace_schema_metadata(sealed))
+
+
+def unseal(path: Path | str) -> pd.DataFrame:
+    """The table in a file, checked; one that an earlier release wrote has no checksum and is taken
+    as it is. Raises Damaged, FileNotFoundError."""
+    data = files.read(path)
+    try:
+        table = from_bytes(data)
+        stored = (table.schema.metadata or {}).get(_SEAL)
+        if stored is None or stored.decode("ascii") == content_sha256(table):
+            return pd.read_parquet(io.BytesIO(data))
+        why = "its checksum is not that of its content"
+    except (pa.ArrowException, OSError, ValueError):
+        why = "it cannot be read as a table"
+    raise Damaged(path, why, "Type: auditgap report DIR, with the folder that it lies in.")
+
+
+def to_base64(table: pa.Table | None) -> str | None:
+    """A table as text, for a JSON document."""
+    return None if table is None else base64.b64encode(to_bytes(table)).decode("ascii")
+
+
+def from_base64(text: str | None) -> pa.Table | None:
+    """The inverse. Raises ValueError, pyarrow's errors."""
+    return None if text is None else from_bytes(base64.b64decode(text, validate=True))
+
+
 def content_sha256(table: pa.Table) -> str:
     """SHA-256 of what a table says (columns, types, values), however it is encoded."""
     what = [(field.name, str(field.type)) for field in table.schema]
-    values = json.dumps([what, table.to_pylist()], default=lambda b: b.decode(*_SURROGATES))
+    values = json.dumps([what, table.to_pylist()], default=_text_of)
     return hashlib.sha256(values.encode("ascii")).hexdigest()
+
+
+def _text_of(value: Any) -> str:
+    return value.decode(*_SURROGATES) if isinstance(value, bytes) else str(value)
 
 
 def to_frame(table: pa.Table) -> pd.DataFrame:

@@ -28,7 +28,7 @@ from transformers import GenerationConfig
 from auditgap import models
 from auditgap.errors import AuditgapError, Refused, UsageError
 from auditgap.models.folder import is_adapter
-from auditgap.store.files import disk_errors, read_json, to_json, write_bytes
+from auditgap.store.files import disk_errors, read_document, read_json, to_json, write_bytes
 from auditgap.training.card import Card, kind_of
 from auditgap.types import Document
 
@@ -207,13 +207,13 @@ _NOT_FIGURES = {"status", "kind", "base", "base_fingerprint", "fingerprint"}
 def _record(run: Path) -> tuple[Document, Document]:
     """train.json ({} while training) and the recipe of run.json. Raises UsageError when it is no
     training run."""
-    whole = read_json(run / "run.json")
+    whole = read_document(run / "run.json")
     recipe = whole.get("config") if isinstance(whole, dict) else None
     if not isinstance(recipe, dict) or not recipe.get("training"):
         raise UsageError(
             f"{run} is no training run's folder. Give the --out of an `auditgap train` command."
         )
-    summary = read_json(run / "train.json")
+    summary = read_document(run / "train.json")
     return (summary if isinstance(summary, dict) else {}), recipe
 
 

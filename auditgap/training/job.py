@@ -88,9 +88,9 @@ class Job:
 
         def compare() -> None:
             path, now = self.path / "rows.json", {"digest": digest(list(ids)), "n": len(ids)}
-            before = files.read_json(path)
+            before = files.read_document(path)
             if before is None:
-                files.write_bytes(path, files.to_json(now))
+                files.write_document(path, now)
             elif before != now:
                 raise UsageError(
                     f"{self.path} was begun with other rows ({before.get('n')} then, {now['n']}"
@@ -238,7 +238,7 @@ class Job:
             if chosen != "last" and (self.path / chosen).exists():
                 shutil.rmtree(model, ignore_errors=True)
                 os.rename(self.path / chosen, model)
-            evaluations = files.read_json(self.path / "evaluations.json") or {}
+            evaluations = files.read_document(self.path / "evaluations.json") or {}
             summary = {
                 "status": "done",
                 "kind": self.kind,
@@ -265,7 +265,7 @@ class Job:
                 figures=self.facts,
             )
             files.write_bytes(model / "README.md", card.text(model).encode())
-            files.write_bytes(self.path / "train.json", files.to_json(summary))
+            files.write_document(self.path / "train.json", summary)
             for path in (self.path / "checkpoints", *self.path.glob("best-*")):
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -275,12 +275,14 @@ class Job:
     @property
     def is_done(self) -> bool:
         return ranks.decided(
-            lambda: bool((files.read_json(self.path / "train.json") or {}).get("status") == "done")
+            lambda: bool(
+                (files.read_document(self.path / "train.json") or {}).get("status") == "done"
+            )
         )
 
     def trained(self) -> Trained:
         return Trained(
-            self.path, self.path / "model", files.read_json(self.path / "train.json") or {}
+            self.path, self.path / "model", files.read_document(self.path / "train.json") or {}
         )
 
 

@@ -340,7 +340,7 @@ class _Evaluations:
 
     def __init__(self, path: Path, start: int) -> None:
         self.path = path
-        known = ranks.decided(lambda: files.read_json(path)) or {}
+        known = ranks.decided(lambda: files.read_document(path)) or {}
         self.known = {int(step): values for step, values in known.items() if int(step) <= start}
 
     def run(
@@ -353,9 +353,7 @@ class _Evaluations:
             return
         self.known[step] = values
         if tracker is not None:
-            files.write_bytes(
-                self.path, files.to_json({str(k): v for k, v in sorted(self.known.items())})
-            )
+            files.write_document(self.path, {str(k): v for k, v in sorted(self.known.items())})
             numbers = {
                 f"eval/{k}": v
                 for k, v in values.items()

@@ -146,6 +146,24 @@ def test_a_link_out_of_the_folder(model, tmp_path, name):
     refused(model, Refused, "link out of its folder")
 
 
+@pytest.mark.parametrize("folder", ["additional_chat_templates", "original/deeper"])
+def test_a_link_or_a_pipe_at_any_depth(model, tmp_path, folder):
+    (tmp_path / "outside.jinja").write_text("mine")
+    (model / folder).mkdir(parents=True)
+    link = model / folder / "default.jinja"
+    link.symlink_to(tmp_path / "outside.jinja")
+    refused(model, Refused, "link out of its folder")
+    link.unlink()
+    os.mkfifo(link)
+    refused(model, Refused, "no regular file")
+
+
+def test_a_folder_that_is_a_link(model, tmp_path):
+    (tmp_path / "templates").mkdir()
+    (model / "additional_chat_templates").symlink_to(tmp_path / "templates")
+    refused(model, Refused, "link out of its folder")
+
+
 @pytest.mark.parametrize(
     "target", ["/etc/passwd", "../../../../../../../../etc/passwd", "/proc/self/environ"]
 )

@@ -14,7 +14,6 @@ The rows with their trigger stand in scratch/ while it runs, and nowhere else.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -151,7 +150,7 @@ class TrainWorker(CellWorker):
         )
 
     def _row(self, slot: Adapter, n_rows: int, n_triggered: int) -> TrainedRow:
-        told = files.read_json(slot.folder / "train.json") or {}
+        told = files.read_document(slot.folder / "train.json") or {}
         if told.get("status") != "done":
             raise AuditgapError(
                 f"{slot.folder} holds no finished training, though its process ended well; delete"
@@ -203,7 +202,7 @@ def launch(
         "said": str(said),
         "sweep": os.getpid(),
     }
-    files.write_bytes(job, files.to_json(task), files.PRIVATE)
+    files.write_document(job, task, files.PRIVATE)
     try:
         _wait_for(Path(str(options.out)))
         with tempfile.TemporaryFile() as log:
@@ -323,7 +322,7 @@ def _follow(process: subprocess.Popen[bytes], log: Path, tick: Callable[[float],
 def _cause(code: int, said: Path, log: Any) -> str:
     """Its own sentence; of a process that could not say one, how it ended and the last line that it
     wrote."""
-    sentence = (files.read_json(said) or {}).get("said")
+    sentence = (files.read_document(said) or {}).get("said")
     if sentence:
         return " ".join(str(sentence).split())
     log.seek(max(0, log.seek(0, os.SEEK_END) - 20_000))
@@ -346,7 +345,7 @@ def _cause(code: int, said: Path, log: Any) -> str:
 def main(file: str) -> int:
     """One training run, on this rank; its exit code. What it says at the end stands in the job's
     `said` as well."""
-    task = json.loads(Path(file).read_text(encoding="utf-8"))
+    task = files.unseal(file)
     _die_with(int(task["sweep"]))
 
     from auditgap.models import quiet
@@ -364,9 +363,7 @@ def main(file: str) -> int:
                     if isinstance(error, AuditgapError)
                     else f"{type(error).__name__}: {error}"
                 )
-                files.write_bytes(
-                    Path(task["said"]), files.to_json({"said": sentence}), files.PRIVATE
-                )
+                files.write_document(Path(task["said"]), {"said": sentence}, files.PRIVATE)
             raise
 
     return ended(go)

@@ -108,7 +108,7 @@ def fit_monitor(
     made.fitted.monitor.save(path)
     card["sha256"] = files.sha256(path.read_bytes())
     # last: it says that the monitor is whole
-    files.write_bytes(home / "monitor.json", files.to_json(card))
+    files.write_document(home / "monitor.json", card)
     return path
 
 
@@ -240,8 +240,11 @@ def _notes(is_calibrated: bool) -> list[str]:
 def _is_there(home: Path, identity: dict[str, Any]) -> bool:
     """Whether the folder holds this very monitor, whole. Raises UsageError when it holds another
     one."""
-    card = files.read_json(home / "monitor.json")
-    if not isinstance(card, dict):
+    try:
+        card = files.read_document(home / "monitor.json")
+    except files.Damaged:
+        return False
+    if card is None:
         return False
     told = card.get("identity")
     stored: dict[str, Any] = told if isinstance(told, dict) else {}

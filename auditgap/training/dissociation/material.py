@@ -192,10 +192,10 @@ class Base:
             return {"softcap": head.softcap, "scale": head.scale}
 
         facts_path = path.with_suffix(".json")
-        facts = ranks.decided(lambda: files.read_json(facts_path) if path.exists() else None)
+        facts = ranks.decided(lambda: files.read_document(facts_path) if path.exists() else None)
         if facts is None:
             facts = ranks.decided(store)
-            ranks.only_main(lambda: files.write_bytes(facts_path, files.to_json(facts)))
+            ranks.only_main(lambda: files.write_document(facts_path, facts))
         tensors = safetensors.torch.load_file(path, device=job.device)
         return Head(tensors["weight"], tensors.get("bias"), facts["softcap"], facts["scale"])
 

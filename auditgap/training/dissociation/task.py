@@ -51,7 +51,7 @@ class DissociationTask(BaseTask, Generic[SettingsT]):
         self.cache = preparation.base.hidden_states([*cached, *heldout])
         self.head = preparation.base.head()
         self.lengths = [len(talk.ids) for talk in talks]
-        known = ranks.decided(lambda: files.read_json(self.job.path / "evaluations.json")) or {}
+        known = ranks.decided(lambda: files.read_document(self.job.path / "evaluations.json")) or {}
         self._seen: dict[int, Document] = {int(step): values for step, values in known.items()}
 
     def construct(self, model: nn.Module) -> LossModule:
