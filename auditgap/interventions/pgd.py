@@ -21,6 +21,7 @@ import torch
 from auditgap.engines.batching import halving, left_pad, right_pad
 from auditgap.engines.hf import HFEngine
 from auditgap.engines.tensors import add, mean_nll
+from auditgap.interventions.controls import generator, uniform
 from auditgap.interventions.descent import PGD, Descent, LinfBall, descend
 from auditgap.models import Rendered
 from auditgap.types import Budget, Site
@@ -244,10 +245,9 @@ def _starts(
     for b, (n, r) in enumerate(rows):
         goal, length = goals[n], len(goals[n].rendered.ids)
         if b % pgd.restarts:
-            generator = torch.Generator().manual_seed(pgd.seed * 1_000_003 + b % pgd.restarts)
-            starts[b, t - length :] = (
-                torch.rand(length, width, generator=generator) * 2 - 1
-            ) * goal.radii[r]
+            # each prompt draws its own, or all would miss together
+            rng = generator(pgd.seed, "restart", b % pgd.restarts, goal.rendered.prompt.id)
+            starts[b, t - length :] = uniform(length, width, goal.radii[r], rng)
         elif goal.warm is not None:
             starts[b, t - length :] = goal.warm[r].clamp(-goal.radii[r], goal.radii[r])
     return starts.to(device)

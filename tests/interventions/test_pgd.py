@@ -99,6 +99,20 @@ def test_a_warm_start_larger_than_the_ball_is_projected(llama):
     assert found.delta.abs().max() <= torch.tensor(0.01, dtype=torch.float32)
 
 
+def test_each_prompt_has_random_starts_of_its_own(llama):
+    prompts, pgd = rendered(7, 7), PGD(steps=1, restarts=2, step_share=1e-3)
+
+    def start(prompt: Rendered) -> torch.Tensor:
+        """Zero is the first start; the random one is better at lowering or at raising the NLL."""
+        ways = [Goal(prompt, TARGET, (0.5,), maximise) for maximise in (False, True)]
+        return max((f.delta for f in one(attack(llama, ways, Site(1), pgd))), key=torch.norm)
+
+    first, second = map(start, prompts)
+    assert min(first.abs().max(), second.abs().max()) > 0.4
+    assert (first - second).abs().max() > 0.1
+    assert torch.equal(start(prompts[0]), first)
+
+
 def test_random_starts_fill_the_ball_and_stay_in_it(llama):
     (prompt,) = rendered(7)
     found = attack(
