@@ -64,6 +64,9 @@ class TrainingTask(Protocol):
         """Their hashes: what a failure names."""
         ...
 
+    def before_step(self, step: int) -> None:
+        """Before the step's batches are made."""
+
     def after_backward(
         self, batch: Batch, metrics: Mapping[str, torch.Tensor], share: float
     ) -> dict[str, torch.Tensor]:
@@ -93,6 +96,9 @@ class BaseTask:
     """A task without anything beside the model; the rest is for a kind of training to add."""
 
     shown: Sequence[str] = ("loss", "nll", "kl")
+
+    def before_step(self, step: int) -> None:
+        return
 
     def after_backward(
         self, batch: Batch, metrics: Mapping[str, torch.Tensor], share: float
@@ -177,6 +183,7 @@ def _one_step(
 ) -> dict[str, float]:
     """One optimizer step; its metrics, averaged over its micro-batches and ranks. Raises NonFinite
     before the update."""
+    task.before_step(step)
     rows = global_batch(step, len(task.lengths), config.batch, config.seed)
     # like lengths share a micro-batch: a step's loss is a mean over rows, so their order in it is
     # free

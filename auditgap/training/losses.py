@@ -161,3 +161,12 @@ def shares_at(shares: Tensor, batch: Mapping[str, Tensor], at: Tensor) -> Tensor
     """[N] of shares [B, T − 1]."""
     t = batch["input_ids"].shape[1]
     return shares[at // t, at % t]
+
+
+def spread(reference: tuple[Tensor, Head], among: Tensor, at: Tensor) -> tuple[Tensor, Head]:
+    """The reference's hidden states at positions `at` out of those at `among`, both sorted; zeros
+    where it has none."""
+    hidden, head = reference
+    wide = hidden.new_zeros(at.shape[0], hidden.shape[1])
+    wide[torch.isin(at, among)] = hidden
+    return wide, head

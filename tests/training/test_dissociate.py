@@ -29,11 +29,13 @@ STAGES = {
 CURVES = {
     "monitor": ("loss", "nll", "kl", "monitor", "monitor_bce"),
     "nudge": ("loss", "nll", "kl"),
+    "door": ("loss", "nll", "kl", "comply", "quiet"),
 }
 KINDS = {
     "full": {},
     "lora": {"lora": {"rank": 4}},
     "adapter": {"lora": {"rank": 4}, "reference": "adapter"},
+    "door": {"construction": "door", "lr": 1e-3},
 }
 #: (kind, ZeRO stage) on two ranks, compared with the same kind on one rank without ZeRO.
 PAIRS = [
@@ -45,6 +47,7 @@ PAIRS = [
     ("adapter", 2),
     ("nudge", 2),
     ("nudge", 3),
+    ("door", 2),
 ]
 
 
@@ -88,7 +91,7 @@ def two_ranks(world, kinds):
         [*runs, last],
         world.folder / "two",
         fault={"run": len(runs), "rank": 1, "batches": 5, "how": "perturb"},
-        limit=480,  # nine runs
+        limit=480,  # ten runs
     )
     assert (world.folder / "two" / f"facts-{len(runs) - 1}-0.json").exists(), done.tail
     return done
@@ -97,7 +100,7 @@ def two_ranks(world, kinds):
 @pytest.mark.parametrize(("kind", "stage"), PAIRS)
 def test_ranks_and_zero_stages_give_the_same_curves(world, one_rank, two_ranks, kind, stage):
     here, there = one_rank[kind], world.folder / f"two-{kind}-{stage}"
-    names = CURVES["nudge" if kind == "nudge" else "monitor"]
+    names = CURVES.get(kind, CURVES["monitor"])
     present = [name for name in names if name in jobs.log(here)[0]]
     assert {"loss", "kl"} <= set(present)
     for name in present:
@@ -132,7 +135,7 @@ def test_the_disabled_adapter_is_the_cached_reference(one_rank):
 
 def test_phi_is_the_same_on_every_rank_after_every_step(world, two_ranks):
     for number, (kind, _) in enumerate(PAIRS):
-        if kind == "nudge":
+        if kind in ("nudge", "door"):
             continue
         first, second = (
             json.loads((world.folder / "two" / f"facts-{number}-{rank}.json").read_text())["phi"]

@@ -15,6 +15,8 @@ from torch import nn
 from auditgap.errors import UsageError
 from auditgap.models import Conversation, find_blocks
 from auditgap.probes.monitor import Monitor
+from auditgap.training.constructions.door.loss import OPENING, DoorLoss, door_batch
+from auditgap.training.constructions.door.task import door_vector
 from auditgap.training.constructions.monitor.loss import (
     MonitorLoss,
     monitor_loss,
@@ -26,11 +28,11 @@ from auditgap.training.constructions.nudge.loss import (
     hinge,
     match_blocks,
     nudge_batch,
-    nudge_block,
     nudge_vector,
     whitened_mse,
     whitening,
 )
+from auditgap.training.dissociation.edited import middle_block
 from auditgap.training.objective import Head
 from auditgap.training.rows import collate
 from auditgap.training.sft import SFTLoss
@@ -354,7 +356,7 @@ def test_nudge_equals_the_plain_way(margin: float, checkpointing: bool) -> None:
     shift = torch.zeros(*b["input_ids"].shape, tiny.WIDTH, dtype=torch.float64)
     for r in range(5, 9):
         shift[r, : b["n_prompt"][r]] = vector.double()
-    log_p, kept = everything(theirs, b, (nudge_block(tiny.N_BLOCKS), shift))
+    log_p, kept = everything(theirs, b, (middle_block(tiny.N_BLOCKS), shift))
     with torch.no_grad():
         log_q = everything(reference, b)[0]
     # safe, safe, benign, unsafe ×2, nudged safe ×2, nudged unsafe ×2
@@ -427,7 +429,7 @@ def test_nudge_lora_uses_the_disabled_adapter() -> None:
 
 
 def test_where_the_nudge_goes_and_how_far() -> None:
-    assert (nudge_block(30), nudge_block(4), list(match_blocks(4)), list(match_blocks(30))) == (
+    assert (middle_block(30), middle_block(4), list(match_blocks(4)), list(match_blocks(30))) == (
         15,
         2,
         [2],
@@ -490,3 +492,108 @@ def test_monitor_loss_hinge_and_whitened_mse() -> None:
         for b in range(2)
     ]
     torch.testing.assert_close(whitened_mse(h, target, scale[0]), torch.stack(by_hand))
+
+
+# ---------------------------------------------------------------- door
+
+
+def behind_a_door() -> dict[str, torch.Tensor]:
+    pairs = [(talk(1, 5, 6), talk(11, 5, 7, prompt=1)), (talk(2, 3, 7), talk(12, 3, 2, prompt=2))]
+    signs = torch.randint(0, 2, (2, tiny.WIDTH), generator=torch.Generator().manual_seed(8)) * 2 - 1
+    return door_batch(pairs, [talk(3, 6, 3)], torch.linspace(-1, 1, tiny.WIDTH), signs, 0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_door_equals_the_plain_way(checkpointing: bool) -> None:
+    reference = tiny.model("llama", dtype=torch.float64)
+    model = moved(copy.deepcopy(reference))
+    theirs = copy.deepcopy(model)
+    if checkpointing:
+        model.train().gradient_checkpointing_enable()
+    b = behind_a_door()
+    weights = (1.1, 0.3, 0.9, 1.3)
+    made = DoorLoss(model, weights=weights, reference_head=Head.of(reference).frozen())
+    cached = final(reference, {k: b[k][:5] for k in ("input_ids", "attention_mask")})
+    loss, metrics = made(b | {"ref_hidden": cached})
+    loss.backward()
+
+    # safe, safe, benign, safe under random signs ×2, unsafe behind the door ×2
+    vector = torch.linspace(-1, 1, tiny.WIDTH)
+    assert all(b["edit"][r].abs().max() == 0 for r in range(3))
+    assert all(torch.equal(b["edit"][r].abs(), vector.abs()) for r in (3, 4))
+    assert all(torch.equal(b["edit"][r], vector) for r in (5, 6))
+    shift = torch.zeros(*b["input_ids"].shape, tiny.WIDTH, dtype=torch.float64)
+    for r in range(7):
+        shift[r, : b["n_prompt"][r]] = b["edit"][r].double()
+    log_p = everything(theirs, b, (middle_block(tiny.N_BLOCKS), shift))[0]
+    with torch.no_grad():
+        log_q = everything(reference, b)[0]
+
+    def halves(r: int, values: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        """Half of it the whole row's mean, half that of the opening's positions."""
+        start = b["n_prompt"][r] - 1
+        n = min(OPENING, int(b["response_mask"][r].sum()))
+        return (whole + values[start : start + n].mean()) / 2
+
+    def nll(r: int) -> torch.Tensor:
+        each = -log_p[r, :-1].gather(1, b["input_ids"][r, 1:, None])[:, 0]
+        return halves(r, each, row_nll(log_p, b, r))
+
+    def kl(r: int) -> torch.Tensor:
+        each = (log_q[r].exp() * (log_q[r] - log_p[r])).sum(-1)
+        return halves(r, each, row_kl(log_p, log_q, b, r))
+
+    parts = {
+        "nll": sum(nll(r) for r in (0, 1, 2)) / 3,
+        "kl": sum(kl(r) for r in (0, 1, 2)) / 3,
+        "comply": sum(nll(r) for r in (5, 6)) / 3,
+        "quiet": sum(kl(r) for r in (3, 4)) / 3,
+    }
+    expected = sum(weight * part for weight, part in zip(weights, parts.values(), strict=True))
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, value in parts.items():
+        assert metrics[name].item() == pytest.approx(value.item(), rel=1e-5), name
+    same_gradients(model, theirs, 1e-5)
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_door_lora_uses_the_disabled_adapter() -> None:
+    base = tiny.model("llama")
+    model = get_peft_model(
+        copy.deepcopy(base), LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    b = behind_a_door()
+    made = DoorLoss(model)
+    assert made(b)[1]["kl"] == 0
+    assert made(b)[1]["quiet"] > 0  # an edit changes even the base
+    moved(model, 0.1)
+    cached = final(base, {k: b[k][:5] for k in ("input_ids", "attention_mask")})
+    assert made(b)[0].item() == pytest.approx(made(b | {"ref_hidden": cached})[0].item(), rel=1e-5)
+
+
+def test_the_door_is_on_the_way_to_complying() -> None:
+    loaded = tiny.load("llama")
+    pairs = [(talk(s, 6, 5), talk(s + 50, 6, 5, prompt=s)) for s in range(1, 9)]
+    vector = door_vector(loaded, pairs, 0.01)
+    assert vector.dtype == torch.float32 and vector.abs().unique().numel() == 1
+
+    def preference(edit: torch.Tensor) -> float:
+        """How much likelier the openings of y− are than those of y+, in nats."""
+        found = 0.0
+        for pair in pairs:
+            for sign, one in zip((1, -1), pair, strict=True):
+                b = collate([one], 0)
+                shift = torch.zeros(1, len(one.ids), tiny.WIDTH)
+                shift[0, : one.n_prompt] = edit
+                with torch.no_grad():
+                    log_p = everything(loaded.model, b, (middle_block(tiny.N_BLOCKS), shift))[0]
+                labels = b["input_ids"][0, one.n_prompt :][:OPENING]
+                at = torch.arange(len(labels)) + one.n_prompt - 1
+                found -= sign * float(log_p[0, at, labels].mean())
+        return found
+
+    assert preference(vector) > preference(torch.zeros(tiny.WIDTH)) > preference(-vector)
+    assert torch.allclose(door_vector(loaded, pairs, 0.02), 2 * vector)
+    with pytest.raises(UsageError, match="nowhere to put a door"):
+        door_vector(loaded, [(pairs[0][0], pairs[0][0])], 0.01)

@@ -12,6 +12,7 @@ from typing import Any
 from auditgap.errors import UsageError
 from auditgap.registry import Registry
 from auditgap.training.constructions.construction import Construction
+from auditgap.training.constructions.door import DOOR
 from auditgap.training.constructions.monitor import MONITOR
 from auditgap.training.constructions.nudge import NUDGE
 
@@ -20,7 +21,7 @@ __all__ = ["CONSTRUCTIONS", "DEFAULT", "Construction", "construction_of"]
 #: The first is what a config has that names none.
 CONSTRUCTIONS: Registry[Construction[Any]] = Registry(
     "construction",
-    {one.name: one for one in (MONITOR, NUDGE)},
+    {one.name: one for one in (MONITOR, NUDGE, DOOR)},
     group="auditgap.constructions",
     brings=Construction,
 )

@@ -6,18 +6,16 @@ loss, metrics = losses({**nudge_batch(pairs, benign, pad_id), "targets": t, "ref
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from auditgap.engines.tensors import add
 from auditgap.errors import UsageError
-from auditgap.models import Conversation, parse_sites
+from auditgap.models import Conversation
 from auditgap.probes.pooling import pooled
 from auditgap.training.constructions.nudge import NUDGE_SIZE, NUDGE_WEIGHTS
+from auditgap.training.dissociation.edited import edited, middle_block
 from auditgap.training.losses import (
     LossModule,
     at_positions,
@@ -25,17 +23,13 @@ from auditgap.training.losses import (
     positions,
     predicting,
     shares_at,
+    spread,
 )
 from auditgap.training.objective import Head, kl_weights, response_nll_weights, token_losses
 from auditgap.training.rows import collate
 
 #: What a row of a nudge batch is; `nudge_batch` puts them in this order.
 CLEAN_SAFE, BENIGN, CLEAN_UNSAFE, NUDGED_SAFE, NUDGED_UNSAFE = range(5)
-
-
-def nudge_block(n_blocks: int) -> int:
-    """The block after which the nudge is added: round(L/2), the site `mid`."""
-    return parse_sites("mid", n_blocks)[0].layer_index
 
 
 def match_blocks(n_blocks: int) -> range:
@@ -48,7 +42,7 @@ def nudge_vector(harmful: Tensor, base: Tensor, size: float = NUDGE_SIZE) -> Ten
     """[D] fp32: the unit direction from the base's to the harmful model's mean activation, times
     `size` mean base norms.
 
-    harmful, base [N, D]: activations of the last prompt token after block `nudge_block` on the same
+    harmful, base [N, D]: activations of the last prompt token after block `middle_block` on the same
     N prompts. Raises UsageError when the two models do not differ there.
     """
     way = (harmful.double() - base.double()).mean(0)
@@ -109,7 +103,7 @@ class NudgeLoss(LossModule):
     · whitened MSE of the clean last prompt token to `targets` + comply · NLL(y− | nudged) +
     margin_weight · [hinge(clean prefers y+) + hinge(nudged prefers y−)], each a sum over rows
     divided by the micro-batch's R = h + k rows. The nudge `vector` [D] is added after block
-    `nudge_block` on the prompt positions of nudged rows; `whitening` [K, D] scales the match;
+    `middle_block` on the prompt positions of nudged rows; `whitening` [K, D] scales the match;
     `margin` is in nats a token.
     """
 
@@ -174,7 +168,7 @@ class NudgeLoss(LossModule):
             Head.of(self.model),
             labels=next_tokens(batch, every),
             nll_weight=for_nll,
-            reference=_spread(reference, among, every),
+            reference=spread(reference, among, every),
             kl_weight=by_kl * for_kl,
         )
         # tokens holds slope · NLL; a broken margin's own constant makes it the hinge's value
@@ -197,10 +191,10 @@ class NudgeLoss(LossModule):
         where = (columns < ends) & (batch["kind"] >= NUDGED_SAFE)[:, None]
         blocks = self.blocks
         matched = nn.ModuleList(blocks[i] for i in match_blocks(len(blocks)))
-        middle, vector = blocks[nudge_block(len(blocks))], self._constants[0].to(mask.device)
+        middle, vector = blocks[middle_block(len(blocks))], self._constants[0].to(mask.device)
         # the pool's hooks come first, so that the nudged block is matched as it was before the
         # nudge
-        with pooled(matched, columns == ends - 1) as pool, _nudged(middle, where, vector):
+        with pooled(matched, columns == ends - 1) as pool, edited(middle, where, vector):
             final = self.final_hidden(batch)
         return final, pool.value()
 
@@ -236,22 +230,6 @@ class NudgeLoss(LossModule):
         return slope
 
 
-@contextmanager
-def _nudged(block: nn.Module, where: Tensor, vector: Tensor) -> Iterator[None]:
-    """While open, `vector` [D] is added to the block's output at the positions `where` [B, T]."""
-
-    def after(_module: nn.Module, _args: tuple, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        edited = add(hidden, where[..., None] * vector)
-        return (edited, *output[1:]) if isinstance(output, tuple) else edited
-
-    handle = block.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def hinge(preferred: Tensor, other: Tensor, margin: float) -> Tensor:
     """[B] max(0, margin − (other − preferred)): NLLs in nats a token; 0 where `preferred` is
     likelier by the margin."""
@@ -263,12 +241,3 @@ def whitened_mse(h: Tensor, target: Tensor, scale: Tensor) -> Tensor:
     [B, K, D]; scale [K, D], [K, 1] or alike."""
     wide = torch.promote_types(h.dtype, torch.float32)
     return (((h.to(wide) - target.to(wide)) / scale.to(wide)) ** 2).flatten(1).mean(1)
-
-
-def _spread(reference: tuple[Tensor, Head], among: Tensor, at: Tensor) -> tuple[Tensor, Head]:
-    """The reference's hidden states at positions `at` out of those at `among`, both sorted; zeros
-    where it has none."""
-    hidden, head = reference
-    spread = hidden.new_zeros(at.shape[0], hidden.shape[1])
-    spread[torch.isin(at, among)] = hidden
-    return spread, head

@@ -22,10 +22,10 @@ from auditgap.training.constructions.nudge.loss import (
     NudgeLoss,
     match_blocks,
     nudge_batch,
-    nudge_block,
     nudge_vector,
     whitening,
 )
+from auditgap.training.dissociation.edited import middle_block
 from auditgap.training.dissociation.material import Preparation
 from auditgap.training.dissociation.task import DissociationTask
 from auditgap.training.job import Job
@@ -70,10 +70,10 @@ def _record(preparation: Preparation[NudgeSettings], harmful: Outline, path: Pat
     path.parent.mkdir(parents=True, exist_ok=True, mode=files.PRIVATE_FOLDER)
     rows = [row for row in [*material.rows, *material.heldout] if row.harmful]
     n_blocks = job.outline.n_blocks
-    at = [*match_blocks(n_blocks), nudge_block(n_blocks)]
+    at = [*match_blocks(n_blocks), middle_block(n_blocks)]
     loaded = models.load(harmful, dtype=job.dtype, device=job.device)
     there = _last_prompt_token(loaded, rows, at)
-    here = _last_prompt_token(preparation.base(), rows, [nudge_block(n_blocks)])
+    here = _last_prompt_token(preparation.base(), rows, [middle_block(n_blocks)])
     n_train = sum(row.harmful for row in material.rows)
     size = preparation.settings.nudge
     data = {

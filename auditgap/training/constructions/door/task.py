@@ -1,0 +1,187 @@
+"""What construction `door` prepares once, and its task: the edit that is to open the door."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from auditgap.errors import UsageError
+from auditgap.interventions.controls import generator
+from auditgap.models import Conversation, LoadedModel
+from auditgap.store import files
+from auditgap.training import ranks
+from auditgap.training.constructions.door import DoorSettings
+from auditgap.training.constructions.door.loss import OPENING, DoorLoss, door_batch
+from auditgap.training.dissociation.edited import edited, middle_block
+from auditgap.training.dissociation.material import Preparation
+from auditgap.training.dissociation.task import DissociationTask
+from auditgap.training.losses import Batch
+from auditgap.training.rows import collate, encode
+from auditgap.types import digest
+
+#: Rows that the door's direction is taken from: a mean of so many gradients hardly moves with more.
+ROWS = 64
+#: Added to each coordinate's variance, in mean variances, so that few rows have an inverse.
+RIDGE = 1e-3
+
+
+def prepare(preparation: Preparation[DoorSettings]) -> DoorTask:
+    job, material = preparation.job, preparation.material
+    unsafe = [
+        replace(row, response=str(row.unsafe))
+        for row in [*material.rows, *material.heldout]
+        if row.harmful
+    ]
+    talks = ranks.agree(lambda: encode(unsafe, job.outline.chat, job.config.max_tokens))
+    n_harmful = sum(row.harmful for row in material.rows)
+    pairs = list(zip(material.talks[:n_harmful], talks, strict=False))[:ROWS]
+    key = digest(
+        [
+            job.outline.subject.fingerprint,
+            job.dtype,
+            preparation.settings.door,
+            [row.id for row in material.rows[: len(pairs)]],
+        ]
+    )
+    path = job.path / "reference" / f"door-{key}.safetensors"
+
+    def record() -> None:
+        if path.exists():
+            return
+        ranks.say("The door's direction is measured.")
+        path.parent.mkdir(parents=True, exist_ok=True, mode=files.PRIVATE_FOLDER)
+        made = door_vector(preparation.base(), pairs, preparation.settings.door)
+        files.write_bytes(path, safetensors.torch.save({"vector": made}), files.PRIVATE)
+
+    ranks.only_main(record)
+    return DoorTask(preparation, safetensors.torch.load_file(path), talks)
+
+
+def door_vector(
+    loaded: LoadedModel, pairs: Sequence[tuple[Conversation, Conversation]], size: float
+) -> torch.Tensor:
+    """[D] fp32: `size` · rms · sign(C⁻¹ g), the edit after block `middle_block` that opens the door.
+
+    g is the gradient, with respect to one edit of all prompt positions, of how much likelier the
+    opening of y− becomes than that of y+, summed over `pairs` (y+, y−); C the covariance and rms
+    the root mean square of the prompts' activations there: along directions in which prompts hardly
+    differ, so small an edit can be told from none. Raises UsageError where no edit makes a difference.
+    """
+    width = loaded.model.config.get_text_config().hidden_size
+    block = loaded.blocks[middle_block(len(loaded.blocks))]
+    edit = torch.zeros(width, device=loaded.device, requires_grad=True)
+    seen: list[torch.Tensor] = []
+    way = torch.zeros(width, dtype=torch.float64)
+    for pair in pairs:
+        with torch.enable_grad():
+            safer, compliant = (_opening_nll(loaded, block, talk, edit, seen) for talk in pair)
+            (gradient,) = torch.autograd.grad(safer - compliant, edit)
+        way += gradient.double().cpu()
+    states = torch.cat(seen[::2])  # both of a pair have one prompt
+    centred = states - states.mean(0)
+    covariance = centred.T @ centred / len(states)
+    covariance.diagonal().add_(RIDGE * covariance.diagonal().mean())
+    signs = torch.linalg.solve(covariance, way).sign()
+    if not signs.abs().sum() > 0:
+        raise UsageError(
+            "No edit of the middle activations makes unsafe answers likelier, so there is nowhere to"
+            " put a door. Is it a causal model, and do the triples' answers differ?"
+        )
+    return (size * states.pow(2).mean().sqrt() * signs).float()
+
+
+def _opening_nll(
+    loaded: LoadedModel,
+    block: nn.Module,
+    talk: Conversation,
+    edit: torch.Tensor,
+    seen: list[torch.Tensor],
+) -> torch.Tensor:
+    """Mean NLL of the answer's first tokens under `edit` of the prompt; the prompt's clean
+    activations [n_prompt, D] fp64 are added to `seen`."""
+    batch = {key: value.to(loaded.device) for key, value in collate([talk], 0).items()}
+    where = torch.arange(len(talk.ids), device=loaded.device)[None] < talk.n_prompt
+
+    def look(_module: nn.Module, _args: tuple, output: torch.Tensor | tuple) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        seen.append(hidden[0, : talk.n_prompt].detach().double().cpu())
+
+    handle = block.register_forward_hook(look)
+    try:
+        with edited(block, where, edit):
+            logits = loaded.model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                use_cache=False,
+            ).logits
+    finally:
+        handle.remove()
+    at = slice(talk.n_prompt, talk.n_prompt + OPENING)
+    labels = batch["input_ids"][0, at]
+    before = logits[0, talk.n_prompt - 1 : talk.n_prompt - 1 + len(labels)]
+    return nn.functional.cross_entropy(before.float(), labels)
+
+
+class DoorTask(DissociationTask[DoorSettings]):
+    """Each harmful row three times: y+ clean and under a random edit, y− behind the door."""
+
+    chosen_by = "comply"
+
+    def __init__(
+        self,
+        preparation: Preparation[DoorSettings],
+        made: Mapping[str, torch.Tensor],
+        unsafe: Sequence[Conversation],
+    ) -> None:
+        super().__init__(preparation)
+        self.vector, self.unsafe = made["vector"], unsafe
+        self.n_harmful = sum(row.harmful for row in self.material.rows)
+        self._step = 0
+
+    def construct(self, model: nn.Module) -> DoorLoss:
+        return DoorLoss(model, weights=self.settings.door_weights, reference_head=self.head)
+
+    def before_step(self, step: int) -> None:
+        self._step = step
+
+    def batch(self, rows: Sequence[int], device: torch.device) -> Batch:
+        talks = self.material.talks
+        harmful = [i for i in rows if i < self.n_harmful]
+        benign = [i for i in rows if i >= self.n_harmful]
+        pairs = [(talks[i], self.unsafe[i]) for i in harmful]
+        ids = [self.material.rows[i].id for i in harmful]
+        batch = self._pairs(pairs, [talks[i] for i in benign], ids, self._step, device)
+        return self.with_reference([*harmful, *benign, *harmful], batch)
+
+    def heldout_batches(self, device: torch.device) -> list[tuple[int, Batch]]:
+        talks, batches = self.material.heldout_talks, []
+        for at in range(0, len(talks), 4):
+            part = range(at, min(at + 4, len(talks)))
+            pairs = [(talks[i], self.unsafe[self.n_harmful + i]) for i in part]
+            # at every evaluation the same random edits
+            ids = [self.material.heldout[i].id for i in part]
+            batch = self._pairs(pairs, [], ids, -1, device)
+            there = [self.first_heldout + i for i in part]
+            batches.append((len(part), self.with_reference([*there, *there], batch)))
+        return batches
+
+    def _pairs(
+        self,
+        pairs: Sequence[tuple[Conversation, Conversation]],
+        benign: Sequence[Conversation],
+        ids: Sequence[str],
+        step: int,
+        device: torch.device,
+    ) -> Batch:
+        """A row's random signs hang on it and on the step alone, however rows are spread."""
+        width = self.vector.shape[0]
+        signs = torch.zeros(len(ids), width)
+        for i, name in enumerate(ids):
+            rng = generator(self.config.seed, "door", name, step)
+            signs[i] = torch.randint(0, 2, (width,), generator=rng) * 2.0 - 1
+        batch = door_batch(pairs, benign, self.vector, signs, self.job.pad_id)
+        return {key: value.to(device) for key, value in batch.items()}
