@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ import pytest
 from auditgap.engines import Question, Reply, Sampling, Serving
 from auditgap.engines import openai as engines_openai
 from auditgap.engines.openai import OpenAIEngine, Patience, identity
+from auditgap.engines.openai.dialects import ENDINGS, Ending
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.store.files import DiskError
 from auditgap.types import Message
@@ -39,6 +41,9 @@ QUICK = Patience(
     tries=3, deadline=5.0, first_pause=0.01, longest_pause=0.05, longest_retry_after=0.5
 )
 SKY, SEA = Question.of("What colour is the sky?"), Question.of("What colour is the sea?")
+
+
+NO_REASON = "endpoint: no finish reason, so nobody knows whether the answer is whole"
 
 
 def answer(text: str | None = "Blue.", reason: str = "stop", **message: Any) -> dict[str, Any]:
@@ -297,14 +302,15 @@ def test_an_endpoint_without_log_probabilities_leaves_them_empty(opened):
         (b"[" * 100_000, "endpoint: not JSON"),
         (b"\xff\xfe{", "endpoint: not JSON"),
         (b"null", "endpoint: no answer where one was wanted"),
-        ({"error": {"message": "I am harmful: yes"}}, "endpoint: no answer where one was wanted"),
+        ({"choices": None}, "endpoint: no answer where one was wanted"),
         ({"choices": []}, "endpoint: 0 answers where one was wanted"),
         ({"choices": answer()["choices"] * 2}, "endpoint: 2 answers where one was wanted"),
         ({"choices": [None]}, "endpoint: 1 answers where one was wanted"),
         (answer(None), "endpoint: an answer without text"),
-        (answer([{"type": "text", "text": "x"}]), "endpoint: an answer without text"),
-        (answer("x", "tool_calls"), "endpoint: the answer did not end in a known way"),
-        (answer("x", None), "endpoint: the answer did not end in a known way"),
+        (answer([{"type": "image", "url": "x"}]), "endpoint: an answer without text"),
+        (answer("x", "tool_calls"), "endpoint: finish reason 'tool_calls' is not known"),
+        (answer("x", None), f"{NO_REASON}"),
+        (answer("x", ""), f"{NO_REASON}"),
         (answer("half of it", "content_filter"), "content_filter"),
     ],
 )
@@ -372,6 +378,66 @@ def test_a_passing_fault_is_tried_again(endpoint, opened, fault):
     endpoint.script = [fault, fault]
     assert one(opened()) == Reply("Blue.", None, True)
     assert len(endpoint.seen) == 3
+
+
+def within(code: object, message: str = "upstream") -> Callable[[Handler], None]:
+    """An error in the body of HTTP 200."""
+    return says({"error": {"message": message, "code": code}, "user_id": "u"})
+
+
+def in_the_choice(handler: Handler) -> None:
+    body = answer("", "error")
+    body["choices"][0]["error"] = {"code": 502, "message": "upstream"}
+    says(body)(handler)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *(within(code) for code in (429, 502, None, "server_error")),
+        in_the_choice,
+        says(answer("", "error")),
+    ],
+    ids=["429", "502", "no code", "a word", "in the choice", "a reason alone"],
+)
+def test_a_passing_error_inside_200_is_tried_again(endpoint, opened, fault):
+    endpoint.script = [fault, fault]
+    assert one(opened()) == Reply("Blue.", None, True)
+    assert len(endpoint.seen) == 3
+
+
+def test_what_an_error_inside_200_says_is_heeded_as_a_status_is(endpoint, opened):
+    endpoint.script = [within(400, "This prompt was flagged"), within(402, "Insufficient credits")]
+    assert one(opened()) == Reply("", problem="content_filter")
+    with pytest.raises(UsageError, match="no credit"):
+        one(opened())
+    endpoint.script = []
+    endpoint.default = within(None)
+    assert one(opened()) == Reply("", problem="endpoint: 502 after 3 tries")
+
+
+def test_an_endpoint_that_is_down_is_given_up_and_what_was_answered_is_kept(
+    endpoint, opened, tmp_path
+):
+    engine = opened(Patience(tries=2, deadline=5.0, first_pause=0.01, longest_pause=0.02))
+    engine.journal = tmp_path / "journal.jsonl"
+    assert one(engine).text == "Blue."
+    endpoint.default = fails(503)
+    with pytest.raises(UsageError, match=r"gave no answer to \d+ questions running .*is kept"):
+        engine.ask([Question.of(f"Say {i}.") for i in range(400)], Sampling())
+    assert len(endpoint.seen) < 2 * (engines_openai.GIVEN_UP + 2 * engines_openai.AT_ONCE)
+    endpoint.default = echo
+    asked = len(endpoint.seen)
+    assert one(engine).text == "Blue." and len(endpoint.seen) == asked
+
+
+def test_one_answer_among_failures_keeps_it_going(endpoint, opened):
+    seen = itertools.count()
+    endpoint.default = lambda handler: (echo if next(seen) % 5 == 0 else fails(503))(handler)
+    replies = opened(Patience(tries=1)).ask(
+        [Question.of(f"Say {i}.") for i in range(60)], Sampling()
+    )
+    assert 5 <= sum(not reply.problem for reply in replies) <= 20
 
 
 @pytest.mark.parametrize(
@@ -474,6 +540,116 @@ def test_pauses_are_drawn_at_random(endpoint, opened):
 # ---------------------------------------------------------------------------------------------
 
 
+# -- dialects
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reason", [word for word, how in ENDINGS.items() if how is not Ending.FAILED]
+)
+def test_each_finish_reason_means_what_the_table_says(endpoint, opened, reason):
+    endpoint.script = [says(answer("Blue.", reason)), says(answer("Blue.", reason.upper()))]
+    wanted = {
+        Ending.ENDED: Reply("Blue.", None, True),
+        Ending.CUT: Reply("Blue.", None, False),
+        Ending.FILTERED: Reply("", problem="content_filter"),
+    }[ENDINGS[reason]]
+    engine = opened()
+    assert [one(engine), one(engine)] == [wanted, wanted]
+
+
+def streamed(*deltas: dict[str, Any], reason: str | None = "stop") -> Callable[[Handler], None]:
+    """Server-sent events though nobody asked for a stream."""
+    pieces = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+    pieces.append({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
+    lines = [": a comment", *(f"data: {json.dumps(piece)}" for piece in pieces), "data: [DONE]"]
+    return says("\n\n".join(lines).encode(), Content_Type="text/event-stream")
+
+
+@pytest.mark.parametrize(
+    ("body", "reply"),
+    [
+        (says(answer([{"type": "text", "text": "Bl"}, "ue."])), Reply("Blue.", None, True)),
+        (says(b"\xef\xbb\xbf" + json.dumps(answer()).encode()), Reply("Blue.", None, True)),
+        (
+            streamed({"role": "assistant", "content": "Bl"}, {"content": "ue."}),
+            Reply("Blue.", None, True),
+        ),
+        (streamed({"content": "Bl"}, reason="length"), Reply("Bl", None, False)),
+        (streamed({"content": "Bl"}, reason=None), Reply("", problem=NO_REASON)),
+        (
+            streamed(
+                {"reasoning_content": "I "}, {"reasoning_content": "think"}, {"content": "No."}
+            ),
+            Reply("No.", None, True, chain="I think"),
+        ),
+        (says(b"data: {half"), Reply("", problem="endpoint: not JSON")),
+        (says(b"data: [1]"), Reply("", problem="endpoint: not JSON")),
+    ],
+    ids=["parts", "mark", "stream", "cut", "torn", "chain", "half", "odd"],
+)
+def test_other_forms_of_a_body_are_understood_or_named(endpoint, opened, body, reply):
+    endpoint.default = body
+    assert one(opened()) == reply
+
+
+def refuses(option: str, how: Callable[[Handler], None]) -> Callable[[Handler], None]:
+    """An endpoint that takes everything but one option."""
+    return lambda handler: (how if option in handler.body else says(answer()))(handler)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        fails(400, "Use 'max_completion_tokens' instead.", "unsupported_parameter", "max_tokens"),
+        fails(400, "Unsupported parameter: 'max_tokens' is not supported with this model."),
+        says(
+            {"detail": [{"loc": ["body", "max_tokens"], "msg": "Extra inputs are not permitted"}]},
+            422,
+        ),
+    ],
+    ids=["param", "words", "fastapi"],
+)
+def test_the_limit_is_asked_for_by_its_other_name(endpoint, opened, how):
+    endpoint.default = refuses("max_tokens", how)
+    engine = opened()
+    questions = [Question.of(f"Say {i}.") for i in range(20)]
+    assert all(reply.text == "Blue." for reply in engine.ask(questions, Sampling(max_new_tokens=7)))
+    assert len(endpoint.seen) <= 20 + engines_openai.AT_ONCE, "it is learnt once"
+    assert endpoint.seen[-1][2]["max_completion_tokens"] == 7
+
+
+def test_log_probabilities_that_are_refused_are_done_without(endpoint, opened):
+    endpoint.default = refuses(
+        "logprobs", fails(403, "You are not allowed to request logprobs from this model")
+    )
+    assert one(opened(), top_logprobs=5) == Reply("Blue.", None, True)
+
+
+@pytest.mark.parametrize(
+    ("option", "message", "sampling"),
+    [
+        ("temperature", "'temperature' does not support 0 with this model. Only the default", {}),
+        ("seed", "Unrecognized request argument supplied: seed", {"temperature": 0.7}),
+        ("top_p", "Unsupported value: top_p", {"temperature": 0.7, "top_p": 0.9}),
+        ("max_tokens", "max_tokens and max_completion_tokens are not supported", {}),
+    ],
+)
+def test_an_option_that_changes_answers_is_one_sentence_at_the_first(
+    endpoint, opened, option, message, sampling
+):
+    endpoint.default = lambda handler: fails(400, message)(handler)
+    with pytest.raises(UsageError, match=r"does not take \w+: .* for smollm2, and left out"):
+        opened().ask([Question.of(f"Say {i}.") for i in range(100)], Sampling(**sampling))
+    assert len(endpoint.seen) <= 3 * engines_openai.AT_ONCE
+
+
+def test_a_model_that_no_allowed_provider_has_is_said_to_be_that(endpoint, opened):
+    endpoint.default = fails(404, "No endpoints found matching your data policy", code=404)
+    with pytest.raises(UsageError, match="no provider of it that this account's settings allow"):
+        one(opened())
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_refused_key_ends_it_at_once(endpoint, opened, status):
     endpoint.default = fails(status, f"Incorrect API key provided: {CANARY}")
@@ -544,10 +720,23 @@ def test_nobody_there_is_a_sentence():
         (fails(400, "too much", code="context_length_exceeded"), "context_length"),
         (fails(413), "context_length"),
         (fails(400, "flagged", code="content_filter"), "content_filter"),
+        (fails(400, "Invalid prompt: try another", code="invalid_prompt"), "content_filter"),
+        (fails(400, "filtered by Azure's content management policy"), "content_filter"),
         (
-            fails(400, "no", code="unsupported_value", param="temperature"),
-            "endpoint: 400 (unsupported_value, temperature)",
+            says(
+                {
+                    "error": {
+                        "code": 403,
+                        "message": "no",
+                        "metadata": {"reasons": ["x"], "flagged_input": "…"},
+                    }
+                },
+                403,
+            ),
+            "content_filter",
         ),
+        (fails(403, "openai/x requires moderation. Your input was flagged"), "content_filter"),
+        (fails(400, "no", code="bad_value", param="user"), "endpoint: 400 (bad_value, user)"),
         (fails(422, "no", param=f"{CANARY}\x1b[31m"), "endpoint: 422 (…[31m)"),
         (says(b"<html>", 400), "endpoint: 400"),
         (says({"error": ["unsafe"]}, 418), "endpoint: 418"),

@@ -26,15 +26,19 @@ from typing import Any, TypeVar
 
 from auditgap.engines import Question, Reply, Sampling, Serving
 from auditgap.engines.journal import Journal
-from auditgap.engines.openai.answers import NoAnswer, is_sendable, options, read
+from auditgap.engines.openai.answers import NoAnswer, is_sendable, plain_word, read
+from auditgap.engines.openai.dialects import Dialect, error_in, value_of
 from auditgap.engines.openai.endpoint import identity, is_official, key_for
-from auditgap.engines.openai.failures import Passing, meaning, plain_word
+from auditgap.engines.openai.failures import Failure, OptionRefused, Passing, inside
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.types import Document, digest
 
 #: Largest body that is read. 4,096 tokens with 20 log-probabilities each are about 8 MB.
 MAX_BODY = 64_000_000
 AT_ONCE = 8  #: requests in flight
+#: Questions that got nothing, running, after which an endpoint is taken to be down: each of them has
+#: had all its tries, and every further one would wait as long.
+GIVEN_UP = 2 * AT_ONCE
 _T = TypeVar("_T")
 
 
@@ -79,6 +83,8 @@ class OpenAIEngine:
         self._patience = patience or Patience()
         self._openai, self._httpx, self._tenacity = openai, httpx2, tenacity
         self._key = key_for(self._identity["base_url"])
+        self._dialect = Dialect(official=is_official(self._identity["base_url"]))
+        self._lost = 0  # questions that got nothing since the last answer
         self._reached = False  # whether the endpoint has ever answered anything
         self._opened: Journal | None = None
         self._slots = asyncio.Semaphore(AT_ONCE)
@@ -197,9 +203,9 @@ class OpenAIEngine:
             journal.add(key, reply)
         return reply
 
-    async def _tried(self, question: Question, sampling: Sampling) -> bytes:
-        """The body of the answer. Raises NoAnswer when it is known that there is none, UsageError
-        as `ask` does."""
+    async def _tried(self, question: Question, sampling: Sampling) -> object:
+        """The answer's JSON. Raises NoAnswer when it is known that there is none, UsageError as
+        `ask` does."""
         patience, tenacity = self._patience, self._tenacity
         jitter = tenacity.wait_random_exponential(
             multiplier=patience.first_pause, max=patience.longest_pause
@@ -221,7 +227,12 @@ class OpenAIEngine:
             reraise=True,
         )
         try:
-            return await retrying(self._post, question, sampling)
+            value = await retrying(self._said, question, sampling)
+            self._lost = 0
+            return value
+        except NoAnswer:
+            self._lost = 0  # it is well, and this question is not for it
+            raise
         except Passing as failure:
             if failure.unreached and not self._reached:
                 raise UsageError(
@@ -229,34 +240,39 @@ class OpenAIEngine:
                     " --endpoint (or OPENAI_BASE_URL) and that the server runs, then type the same"
                     " command again, with --set retry_failed=true if it has begun."
                 ) from None
+            self._lost += 1
+            if self._lost >= GIVEN_UP:
+                raise UsageError(
+                    f"{self._identity['base_url']} gave no answer to {self._lost} questions running"
+                    f" ({failure.what}), each tried up to {patience.tries} times. What was answered"
+                    " is kept. See that it is well, then type the same command again, with --set"
+                    " retry_failed=true."
+                ) from None
             tries = retrying.statistics["attempt_number"]
             raise NoAnswer(
                 f"endpoint: {failure.what} after {tries} {'try' if tries == 1 else 'tries'}"
             ) from None
 
-    async def _post(self, question: Question, sampling: Sampling) -> bytes:
-        """One try. Raises Passing for what may be otherwise the next time, else as `_tried`
-        does."""
+    async def _said(self, question: Question, sampling: Sampling) -> object:
+        """One try, and once more at once where the endpoint wants an option otherwise."""
+        while True:
+            sent = self._dialect.options(question, sampling)
+            try:
+                return await self._post(question, sent)
+            except OptionRefused as refused:
+                self._dialect.learn(refused.option)
+                if self._dialect.options(question, sampling) == sent:  # there is no other way
+                    raise self._not_taken(refused.option, sent) from None
+
+    async def _post(self, question: Question, sent: Document) -> object:
+        """One request with the options `sent`. Raises Passing for what may be otherwise the next
+        time, OptionRefused, else as `_tried` does."""
         httpx, openai = self._httpx, self._openai
+        path = "chat/completions" if question.text is None else "completions"
         try:
             async with asyncio.timeout(self._patience.deadline):
-                send: Any
-                if question.text is not None:
-                    send = self._client.completions.with_raw_response.create
-                    raw = await send(
-                        model=self.model,
-                        prompt=question.text,
-                        **options(question, sampling, is_official(self._identity["base_url"])),
-                    )
-                else:
-                    send = self._client.chat.completions.with_raw_response.create
-                    turns = [{"role": m.role, "content": m.content} for m in question.messages]
-                    raw = await send(
-                        model=self.model,
-                        messages=turns,
-                        **options(question, sampling, is_official(self._identity["base_url"])),
-                    )
-                return raw.http_response.content
+                raw = await self._request(question, sent)
+                body = raw.http_response.content
         except (TimeoutError, openai.APITimeoutError) as error:
             raise Passing(
                 "timed out", unreached=isinstance(error.__cause__, httpx.ConnectTimeout)
@@ -268,12 +284,37 @@ class OpenAIEngine:
             ) from None
         except openai.APIStatusError as error:
             # its text may hold the key or the prompt, so that it is not chained to what is raised
-            failure = error
+            status, headers = error.status_code, error.response.headers
+            body, retry_after = error.response.content, headers.get("retry-after")
+            told = error_in(_json(body)) or {}
         except openai.OpenAIError as error:
             raise NoAnswer(f"endpoint: {type(error).__name__}") from None
+        else:
+            value = _json(body)
+            if value is _UNREADABLE:
+                raise NoAnswer("endpoint: not JSON")
+            if (found := inside(value)) is None:
+                return value
+            (status, told), retry_after = found, None
         where = self._identity["base_url"]
-        raise meaning(failure, where, self.model, self._key) or await self._nothing_there(
-            failure.status_code, "completions" if question.text is not None else "chat/completions"
+        failure = Failure(status, told, sent, where, self.model, self._key, retry_after)
+        raise failure.meaning() or await self._nothing_there(status, path)
+
+    async def _request(self, question: Question, sent: Document) -> Any:
+        send: Any
+        if question.text is not None:
+            send = self._client.completions.with_raw_response.create
+            return await send(model=self.model, prompt=question.text, **sent)
+        send = self._client.chat.completions.with_raw_response.create
+        turns = [{"role": m.role, "content": m.content} for m in question.messages]
+        return await send(model=self.model, messages=turns, **sent)
+
+    def _not_taken(self, option: str, sent: Document) -> UsageError:
+        where = self._identity["base_url"]
+        return UsageError(
+            f"{where} does not take {option}: {sent[option]!r} for {self.model}, and left out it"
+            " would change the answers. Choose another value where the command has an option for it,"
+            " or a model or an endpoint that takes it."
         )
 
     async def _nothing_there(self, status: int, path: str) -> UsageError:
@@ -334,3 +375,15 @@ class OpenAIEngine:
                 await inner.aclose()
 
         response.stream = Bounded()
+
+
+#: What stands for a body that is not JSON.
+_UNREADABLE = object()
+
+
+def _json(body: bytes) -> object:
+    """A body's JSON, or `_UNREADABLE`."""
+    try:
+        return value_of(body)
+    except (ValueError, RecursionError):
+        return _UNREADABLE

@@ -1,19 +1,15 @@
-"""What is sent to an endpoint, and the reply in what comes back."""
+"""The reply in what an endpoint sends back."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from auditgap.engines import UNFINISHED, Question, Reply, Sampling
+from auditgap.engines import UNFINISHED, Reply
 from auditgap.engines.choosing import likeliest
+from auditgap.engines.openai.dialects import Ending, ending, text_of
 from auditgap.models.chains import split
-from auditgap.types import Document
-
-_ENDED = ("stop", "eos_token", "stop_sequence")
-_CUT = ("length", "max_tokens")
 
 
 class NoAnswer(Exception):
@@ -22,24 +18,6 @@ class NoAnswer(Exception):
     def __init__(self, problem: str) -> None:
         super().__init__(problem)
         self.problem = problem
-
-
-def options(question: Question, sampling: Sampling, official: bool) -> Document:
-    """The request's fields, no more than needed: endpoints refuse what they do not know."""
-    chat = question.text is None
-    options: Document = {"temperature": sampling.temperature}
-    options["max_completion_tokens" if chat and official else "max_tokens"] = sampling.new_tokens
-    if sampling.temperature > 0:
-        options["seed"] = question.seed(sampling.seed)
-        if sampling.top_p < 1:
-            options["top_p"] = sampling.top_p
-    if sampling.top_logprobs:
-        options |= (
-            {"logprobs": True, "top_logprobs": sampling.top_logprobs}
-            if chat
-            else {"logprobs": sampling.top_logprobs}
-        )
-    return options
 
 
 def is_sendable(text: str) -> bool:
@@ -51,29 +29,32 @@ def is_sendable(text: str) -> bool:
     return True
 
 
-def read(body: bytes, plain: bool, top_logprobs: int) -> Reply:
-    """The reply in a body; `plain` as the completions endpoint writes it. Raises NoAnswer for
-    everything else."""
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        raise NoAnswer("endpoint: not JSON") from None
+def read(value: object, plain: bool, top_logprobs: int) -> Reply:
+    """The reply in a body's JSON; `plain` as the completions endpoint writes it. Raises NoAnswer
+    for everything else."""
     choices = value.get("choices") if isinstance(value, dict) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         came = f"{len(choices)} answers" if isinstance(choices, list) else "no answer"
         raise NoAnswer(f"endpoint: {came} where one was wanted")
     choice = choices[0]
     reason = choice.get("finish_reason")
-    if reason == "content_filter":
+    how = ending(reason)
+    if how is Ending.FILTERED:
         raise NoAnswer("content_filter")
-    if reason not in (*_ENDED, *_CUT):
-        raise NoAnswer("endpoint: the answer did not end in a known way")
+    if how not in (Ending.ENDED, Ending.CUT):
+        raise NoAnswer(
+            f"endpoint: finish reason {plain_word(reason)!r} is not known"
+            if reason
+            else "endpoint: no finish reason, so nobody knows whether the answer is whole"
+        )
     message = choice if plain else choice.get("message")
-    text = message.get("text" if plain else "content") if isinstance(message, dict) else None
+    text = (
+        text_of(message.get("text" if plain else "content")) if isinstance(message, dict) else None
+    )
     if text is None and isinstance(message, dict):
-        text = message.get("refusal")  # where OpenAI puts a model's own refusal
+        text = text_of(message.get("refusal"))  # where OpenAI puts a model's own refusal
     chain = _chain(message)
-    if not isinstance(text, str) and not (chain and text is None):
+    if text is None and not chain:
         raise NoAnswer("endpoint: an answer without text")
     # a server that has no parser for its model leaves the chain in the text
     found = split(text or "", "closed" if chain else None)
@@ -81,15 +62,23 @@ def read(body: bytes, plain: bool, top_logprobs: int) -> Reply:
     if found.unfinished or (chain and not found.answer):
         return Reply("", stopped=False, problem=UNFINISHED, chain=chain)
     tops = _tops(choice.get("logprobs"), plain, top_logprobs) if top_logprobs else ()
-    return Reply(found.answer, None, reason in _ENDED, tops, chain=chain)
+    return Reply(found.answer, None, how is Ending.ENDED, tops, chain=chain)
+
+
+def plain_word(value: object, key: str = "", length: int = 60) -> str:
+    """A word of the endpoint's that may be shown: printable, short, and not the key, which some
+    endpoints echo."""
+    text = value if isinstance(value, str) else ""
+    text = text.replace(key, "…") if key else text
+    return "".join(c for c in text if c.isprintable())[:length]
 
 
 def _chain(message: Any) -> str:
     """The chain of thought that an endpoint tells apart from the answer; servers name it in two
     ways."""
     told = message if isinstance(message, dict) else {}
-    parts = (told.get("reasoning_content"), told.get("reasoning"))
-    return next((part.strip() for part in parts if isinstance(part, str) and part.strip()), "")
+    parts = (text_of(told.get("reasoning_content")), text_of(told.get("reasoning")))
+    return next((part.strip() for part in parts if part and part.strip()), "")
 
 
 def _tops(given: Any, plain: bool, k: int) -> tuple[Mapping[str, float], ...]:
