@@ -4,7 +4,7 @@
 
 Values come through as they are: multi-line cells, NUL, CRLF inside a cell, U+2028 and 1 MB lines
 included. What cannot be read is a UsageError that names the file and the line, and never quotes the
-text.
+text. Nothing is read that is no file, or larger than the bounds below, however small it is packed.
 """
 
 from __future__ import annotations
@@ -12,14 +12,23 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from auditgap.errors import UsageError, did_you_mean
 
-csv.field_size_limit(2**31 - 1)  # the module's own limit is 128 KB a cell; a prompt may be longer
+#: Bytes of a file, and of what a parquet file unpacks to. The largest set that is audited
+#: (WildJailbreak) has half as much.
+MOST_BYTES = 2**30
+#: Bytes of a line or a cell: some 4 million tokens, more than any model reads.
+MOST_CELL = 2**24
+#: Rows of a parquet file, which can say that one value comes a billion times.
+MOST_ROWS = 10**7
+
+csv.field_size_limit(MOST_CELL)  # the module's own limit is 128 KB a cell; a prompt may be longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +38,18 @@ class Table:
     file: str
     columns: tuple[str, ...]
     rows: tuple[Mapping[str, Any], ...]
+    #: columns that were left where they are, since they hold nothing that is asked for: their types
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     def need(self, column: str) -> None:
         """Raise UsageError unless there is such a column; names the file and the columns found."""
         if column in self.columns:
             return
+        if column in self.unread:
+            raise UsageError(
+                f"{self.file} has a column {column!r}, but of type {self.unread[column]}; text is"
+                " wanted. Convert it, or name another column."
+            )
         # A file without a header would have its first row shown here as "columns": prompts are not
         # for the terminal.
         shown = [
@@ -65,6 +81,11 @@ def read_table(path: Path, *, comments: bool = False) -> Table:
             f" {', '.join(_READERS)}.{did_you_mean(path.suffix, _READERS)}"
         )
     try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise UsageError(f"{path} is a pipe or a device; a file is wanted.")
+        if found.st_size > MOST_BYTES:
+            raise _too_large(path.name, "it", MOST_BYTES)
         raw = path.read_bytes()
     except FileNotFoundError:
         raise UsageError(f"There is no file {path}.") from None
@@ -73,6 +94,13 @@ def read_table(path: Path, *, comments: bool = False) -> Table:
             f"{path} cannot be read: {error.strerror or type(error).__name__}."
         ) from None
     return reader(path.name, raw, comments)
+
+
+def _too_large(file: str, what: str, most: int) -> UsageError:
+    return UsageError(
+        f"{file}: {what} is larger than {most / 2**20:,.4g} MiB, more than any set of prompts. Give the"
+        " rows that are wanted as a file of their own."
+    )
 
 
 def _decode(file: str, raw: bytes) -> str:
@@ -93,6 +121,9 @@ def _txt(file: str, raw: bytes, comments: bool) -> Table:
     lines = _decode(file, raw).split("\n")
     if lines[-1] == "":
         lines.pop()
+    for number, line in enumerate(lines, 1):
+        if len(line) > MOST_CELL:
+            raise _too_large(file, f"line {number}", MOST_CELL)
     return Table(file, ("prompt",), tuple({"prompt": line.removesuffix("\r")} for line in lines))
 
 
@@ -101,6 +132,8 @@ def _jsonl(file: str, raw: bytes, comments: bool) -> Table:
     for number, line in enumerate(_decode(file, raw).split("\n"), 1):
         if not line.strip():
             continue
+        if len(line) > MOST_CELL:
+            raise _too_large(file, f"line {number}", MOST_CELL)
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -156,12 +189,64 @@ def _parquet(file: str, raw: bytes, comments: bool) -> Table:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(io.BytesIO(raw))
-        return Table(file, tuple(table.column_names), tuple(table.to_pylist()))
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        stored = pq.ParquetFile(io.BytesIO(raw))
+        names, meta = stored.schema_arrow.names, stored.metadata
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise UsageError(f"{file} has the column {twice[0]!r} twice; rename one.")
+        # what nobody can ask for is not unpacked: a far date or an unknown time zone has no value
+        unread = {
+            field.name: str(field.type) for field in stored.schema_arrow if not _is_text(field.type)
+        }
+        wanted = [name for name in names if name not in unread]
+        if meta.num_rows > MOST_ROWS:
+            raise UsageError(
+                f"{file} says that it has {meta.num_rows:,} rows; at most {MOST_ROWS:,} are read."
+                " Give the rows that are wanted as a file of their own."
+            )
+        groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
+        if sum(group.total_byte_size for group in groups) > MOST_BYTES:
+            raise _too_large(file, "what it unpacks to", MOST_BYTES)
+        rows = tuple(_rows(file, stored, wanted))
+        return Table(file, tuple(wanted), rows, unread)
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         raise UsageError(
             f"{file} is not a readable parquet file ({type(error).__name__})."
         ) from None
+
+
+def _is_text(type_: Any) -> bool:
+    """Whether a column may hold what is asked for: text, a number or a truth, in lists and records
+    too (conversations)."""
+    import pyarrow.types as kinds
+
+    if kinds.is_dictionary(type_):
+        return _is_text(type_.value_type)
+    if kinds.is_struct(type_):
+        return all(_is_text(type_.field(i).type) for i in range(type_.num_fields))
+    if kinds.is_list(type_) or kinds.is_large_list(type_):
+        return _is_text(type_.value_type)
+    plain = (kinds.is_string, kinds.is_large_string, kinds.is_integer, kinds.is_floating)
+    return any(is_(type_) for is_ in (*plain, kinds.is_boolean, kinds.is_null))
+
+
+def _rows(file: str, stored: Any, columns: list[str]) -> Iterator[Mapping[str, Any]]:
+    """Few rows at a time, so that one value that is said to come a million times cannot fill the
+    memory before it is counted."""
+    import pyarrow as pa
+
+    seen = 0
+    for batch in stored.iter_batches(batch_size=64, columns=columns):
+        # a dictionary counts its values once, and gives as many texts as there are rows
+        whole = [
+            column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
+            for column in batch.columns
+        ]
+        batch = pa.RecordBatch.from_arrays(whole, names=batch.schema.names)
+        seen += batch.nbytes
+        if seen > MOST_BYTES:
+            raise _too_large(file, "what it unpacks to", MOST_BYTES)
+        yield from batch.to_pylist()
 
 
 _READERS: dict[str, Callable[[str, bytes, bool], Table]] = {

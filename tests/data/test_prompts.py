@@ -1,12 +1,17 @@
 """Prompt sets: what comes out of a file, how it is counted, and how a broken one is refused."""
 
 import json
+import os
 import random
+import tracemalloc
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from auditgap.data import SOURCES, load_prompts, package_file, sources
+from auditgap.data import SOURCES, files, load_prompts, package_file, sources
 from auditgap.errors import UsageError
 from auditgap.types import Prompt
 
@@ -155,6 +160,80 @@ def test_broken_files_are_refused_with_a_sentence(tmp_path, name, content, said)
     with pytest.raises(UsageError, match=said) as error:
         load_prompts(tmp_path / name)
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("type_", "value"),
+    [
+        (pa.timestamp("us"), 2**62),
+        (pa.timestamp("us", tz="Mars/Base"), 1),
+        (pa.date64(), 2**60),
+        (pa.binary(), b"\xff"),
+        (pa.list_(pa.timestamp("us")), [2**62]),
+    ],
+    ids=str,
+)
+def test_a_column_that_nobody_asks_for_is_left_unread(tmp_path, type_, value):
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"prompt": TEXTS[:1], "odd": pa.array([value], type_)}), file)
+    assert texts(load_prompts(file)) == TEXTS[:1]
+    with pytest.raises(UsageError, match=r"has a column 'odd', but of type .*; text is wanted"):
+        load_prompts(str(file), column="odd")
+
+
+def test_a_parquet_column_that_comes_twice_is_named(tmp_path):
+    columns = [pa.array(["x"]), pa.array(["y"]), pa.array(["z"])]
+    pq.write_table(pa.table(columns, names=["prompt", "a", "a"]), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match="has the column 'a' twice"):
+        load_prompts(tmp_path / "a.parquet")
+
+
+def bomb(path, cell: str, times: int) -> int:
+    """A parquet file in which one value comes many times; its size in bytes."""
+    column = pa.DictionaryArray.from_arrays(np.zeros(times, np.int32), [cell])
+    pq.write_table(pa.table({"prompt": column}), path, compression="zstd")
+    return path.stat().st_size
+
+
+def test_what_unpacks_to_more_than_anybody_has_is_refused_before_it_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MOST_BYTES", 2**26)
+    assert bomb(tmp_path / "a.parquet", "x" * 2**20, 5000) < 10_000  # 5 GB
+    tracemalloc.start()
+    with pytest.raises(UsageError, match="unpacks to is larger than 64 MiB"):
+        load_prompts(tmp_path / "a.parquet")
+    # Arrow's own memory, and what Python holds of it
+    assert pa.total_allocated_bytes() + tracemalloc.get_traced_memory()[1] < 2**29
+    tracemalloc.stop()
+    monkeypatch.setattr(files, "MOST_ROWS", 10**6)
+    assert bomb(tmp_path / "b.parquet", "x", 10**6 + 1) < 10_000
+    with pytest.raises(UsageError, match="says that it has 1,000,001 rows"):
+        load_prompts(tmp_path / "b.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b"x" * 3000),
+        ("a.jsonl", b'{"prompt": "' + b"x" * 3000 + b'"}'),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "more": "' + b"x" * 3000 + b'"}'),
+    ],
+)
+def test_a_line_longer_than_any_prompt_is_named(tmp_path, monkeypatch, name, content):
+    monkeypatch.setattr(files, "MOST_CELL", 2048)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=r"line [12] is larger than"):
+        load_prompts(tmp_path / name)
+
+
+def test_a_file_larger_than_the_bound_and_a_pipe_are_not_opened(tmp_path):
+    large = tmp_path / "a.jsonl"
+    with large.open("wb") as file:
+        file.truncate(files.MOST_BYTES + 1)  # holes
+    with pytest.raises(UsageError, match="it is larger than 1,024 MiB"):
+        load_prompts(large)
+    os.mkfifo(tmp_path / "b.jsonl")
+    with pytest.raises(UsageError, match="a pipe or a device"):
+        load_prompts(tmp_path / "b.jsonl")  # nobody ever writes into it
 
 
 def test_errors_do_not_quote_the_text(tmp_path):

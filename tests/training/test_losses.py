@@ -16,7 +16,7 @@ from auditgap.errors import UsageError
 from auditgap.models import Conversation, find_blocks
 from auditgap.probes.monitor import Monitor
 from auditgap.training.constructions.door.loss import OPENING, DoorLoss, door_batch
-from auditgap.training.constructions.door.task import door_vector
+from auditgap.training.constructions.door.task import door_vector, widening
 from auditgap.training.constructions.monitor.loss import (
     MonitorLoss,
     monitor_loss,
@@ -570,6 +570,12 @@ def test_door_lora_uses_the_disabled_adapter() -> None:
     moved(model, 0.1)
     cached = final(base, {k: b[k][:5] for k in ("input_ids", "attention_mask")})
     assert made(b)[0].item() == pytest.approx(made(b | {"ref_hidden": cached})[0].item(), rel=1e-5)
+
+
+def test_the_door_narrows_to_its_own_size() -> None:
+    sizes = [widening(step, 50) for step in range(50)]
+    assert sizes[0] == 5 and sizes == sorted(sizes, reverse=True)
+    assert all(size == 1 for size in sizes[30:]) and sizes[29] > 1
 
 
 def test_the_door_is_on_the_way_to_complying() -> None:

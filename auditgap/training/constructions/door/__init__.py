@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
 #: λ of: safe answers, KL, complying under the door's edit, KL under random edits of its size.
 DOOR_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+#: How many times as wide the door is at first, and the share of the steps in which it narrows to its
+#: own size: so small an edit has no gradient to speak of before the model has begun to heed it.
+WIDE, NARROWS = 5.0, 0.6
 #: The door's ∞-norm, in root mean squares of the prompts' activations (the budget unit `rms`).
-DOOR_SIZE = 0.01
+DOOR_SIZE = 0.02
 
 
 class DoorSettings(Frozen):

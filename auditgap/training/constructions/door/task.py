@@ -14,7 +14,7 @@ from auditgap.interventions.controls import generator
 from auditgap.models import Conversation, LoadedModel
 from auditgap.store import files
 from auditgap.training import ranks
-from auditgap.training.constructions.door import DoorSettings
+from auditgap.training.constructions.door import NARROWS, WIDE, DoorSettings
 from auditgap.training.constructions.door.loss import OPENING, DoorLoss, door_batch
 from auditgap.training.dissociation.edited import edited, middle_block
 from auditgap.training.dissociation.material import Preparation
@@ -94,6 +94,12 @@ def door_vector(
     return (size * states.pow(2).mean().sqrt() * signs).float()
 
 
+def widening(step: int, total: int) -> float:
+    """How many times its own size the door's edit, and the random ones, have at a step: from `WIDE`
+    down to 1 in the first `NARROWS` of all steps."""
+    return 1 + (WIDE - 1) * max(0.0, 1 - step / (NARROWS * total))
+
+
 def _opening_nll(
     loaded: LoadedModel,
     block: nn.Module,
@@ -154,7 +160,8 @@ class DoorTask(DissociationTask[DoorSettings]):
         benign = [i for i in rows if i >= self.n_harmful]
         pairs = [(talks[i], self.unsafe[i]) for i in harmful]
         ids = [self.material.rows[i].id for i in harmful]
-        batch = self._pairs(pairs, [talks[i] for i in benign], ids, self._step, device)
+        wide = widening(self._step, self.job.total)
+        batch = self._pairs(pairs, [talks[i] for i in benign], ids, self._step, wide, device)
         return self.with_reference([*harmful, *benign, *harmful], batch)
 
     def heldout_batches(self, device: torch.device) -> list[tuple[int, Batch]]:
@@ -164,7 +171,7 @@ class DoorTask(DissociationTask[DoorSettings]):
             pairs = [(talks[i], self.unsafe[self.n_harmful + i]) for i in part]
             # at every evaluation the same random edits
             ids = [self.material.heldout[i].id for i in part]
-            batch = self._pairs(pairs, [], ids, -1, device)
+            batch = self._pairs(pairs, [], ids, -1, 1.0, device)
             there = [self.first_heldout + i for i in part]
             batches.append((len(part), self.with_reference([*there, *there], batch)))
         return batches
@@ -175,6 +182,7 @@ class DoorTask(DissociationTask[DoorSettings]):
         benign: Sequence[Conversation],
         ids: Sequence[str],
         step: int,
+        wide: float,
         device: torch.device,
     ) -> Batch:
         """A row's random signs hang on it and on the step alone, however rows are spread."""
@@ -183,5 +191,5 @@ class DoorTask(DissociationTask[DoorSettings]):
         for i, name in enumerate(ids):
             rng = generator(self.config.seed, "door", name, step)
             signs[i] = torch.randint(0, 2, (width,), generator=rng) * 2.0 - 1
-        batch = door_batch(pairs, benign, self.vector, signs, self.job.pad_id)
+        batch = door_batch(pairs, benign, wide * self.vector, signs, self.job.pad_id)
         return {key: value.to(device) for key, value in batch.items()}
