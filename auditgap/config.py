@@ -129,7 +129,9 @@ def overrides(pairs: Sequence[str]) -> dict[str, Any]:
         if not key or not equals:
             raise UsageError(f"--set takes KEY=VALUE, for example --set lr=1e-5; {pair!r} came.")
         try:
-            value = yaml.safe_load(text)
+            value = parse_yaml(text)
+        except DuplicateKey as error:
+            raise UsageError(f"--set {key}: {error.problem}; a key has one value.") from None
         except yaml.YAMLError:
             value = text
         if isinstance(value, str):
@@ -247,8 +249,24 @@ def build(
         ) from None
 
 
+class DuplicateKey(yaml.constructor.ConstructorError):
+    """A mapping in which a key stands twice: YAML has the last one count, and nobody would know."""
+
+
 class _PlainLoader(yaml.SafeLoader):
-    """Safe YAML without aliases, which small configs do not need and YAML bombs do."""
+    """Safe YAML without aliases, which small configs do not need and YAML bombs do, and without
+    keys that stand twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for name, _ in node.value:
+            if isinstance(name, yaml.ScalarNode):
+                key = self.construct_object(name)
+                if key in seen:
+                    problem = f"the key {name.value!r} stands twice"
+                    raise DuplicateKey(None, None, problem, name.start_mark)
+                seen.add(key)
+        return super().construct_mapping(node, deep)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
@@ -258,29 +276,33 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UsageError: no file, too large, not UTF-8, not readable,
-    no mapping."""
+def parse_yaml(text: str) -> Any:
+    """What a text of YAML says: the one way in which any is read here. Raises yaml.YAMLError;
+    ValueError for a date or number that is none; RecursionError."""
+    return yaml.load(text, Loader=_PlainLoader)
+
+
+def read_yaml(
+    file: Path, option: str = "--config", example: str = "models: [smollm2]"
+) -> dict[str, Any]:
+    """The mapping in a YAML file that `option` names. Raises UsageError: no file, too large, not
+    UTF-8, not readable, no mapping, a key that stands twice."""
     if not file.is_file():
-        raise UsageError(f"--config {file}: no such file.")
+        raise UsageError(f"{option} {file}: no such file.")
     if file.stat().st_size > _MAX_CONFIG_BYTES:
         raise UsageError(
-            f"--config {file} is larger than {_MAX_CONFIG_BYTES:,} bytes; that is no audit config."
+            f"{option} {file} is larger than {_MAX_CONFIG_BYTES:,} bytes; that is no audit config."
         )
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_PlainLoader)
+        values = parse_yaml(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
-        raise UsageError(f"--config {file} is not UTF-8 text.") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: a date or number that is none
+        raise UsageError(f"{option} {file} is not UTF-8 text.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(
-            f"--config {file} is not readable YAML: {' '.join(str(error).split())[:200]}"
+            f"{option} {file} is not readable YAML: {' '.join(str(error).split())[:200]}"
         ) from None
     if not isinstance(values, dict):
         raise UsageError(
-            f"--config {file} must be a mapping of keys to values, for example `models: [smollm2]`."
+            f"{option} {file} must be a mapping of keys to values, for example `{example}`."
         )
     return values

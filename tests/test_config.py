@@ -9,6 +9,7 @@ import pytest
 
 from auditgap.audits.latent import LatentConfig
 from auditgap.audits.latent.audit import LATENT
+from auditgap.config import overrides
 from auditgap.errors import Refused, UsageError
 from auditgap.types import ATTACKS, Budget
 
@@ -323,3 +324,22 @@ def test_a_budget_has_a_unit():
     with pytest.raises(UsageError, match="--unit must be one of rms, max, absolute"):
         Budget(0.1, "l2")
     assert str(Budget(1e-3, "max")) == "0.001 max" and Budget(1, "rms") == Budget(1.0, "rms")
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("models: smollm2\nmodels: other\n", "models"),
+        ("models: smollm2\nshard: {a: 1, a: 2}\n", "a"),
+        ("models: smollm2\n1: a\n0x1: b\n", "0x1"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, text, key):
+    """YAML has the last one count, at any depth and however it is written."""
+    said = refused(tmp_path, text)
+    assert f"the key '{key}' stands twice" in said and "line" in said
+
+
+def test_a_key_that_stands_twice_in_set_is_refused():
+    with pytest.raises(UsageError, match="--set lvs: the key 'a' stands twice"):
+        overrides(["lvs={a: 1, a: 2}"])

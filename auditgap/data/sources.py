@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from auditgap.config import parse_yaml
 from auditgap.data.files import Table, read_table
 from auditgap.data.material import Source, built_in, package_version
 from auditgap.errors import UsageError
@@ -52,7 +53,7 @@ def _advbench() -> Table:
 
     path = package_file("pyrit", "datasets", "seed_datasets", "local", "adv_bench.prompt")
     try:
-        seeds = yaml.safe_load(path.read_text(encoding="utf-8"))["seeds"]
+        seeds = parse_yaml(path.read_text(encoding="utf-8"))["seeds"]
         rows = tuple(
             {"prompt": seed["value"]} for seed in seeds if seed.get("data_type", "text") == "text"
         )

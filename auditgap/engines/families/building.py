@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +24,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from auditgap.config import parse_yaml
 from auditgap.types import Document
 
 CAUSAL = tuple(sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
@@ -89,7 +89,7 @@ def configured(model_type: str) -> PreTrainedConfig:
 
 @functools.cache
 def _settings() -> Document:
-    return yaml.safe_load(Path(__file__).with_name("settings.yaml").read_text("utf-8"))
+    return parse_yaml(Path(__file__).with_name("settings.yaml").read_text("utf-8"))
 
 
 def _shrunk(model_type: str, owner: Any) -> Document:
