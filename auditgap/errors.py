@@ -25,6 +25,12 @@ class UsageError(AuditgapError):
     exit_code = 2
 
 
+class CriterionFailed(AuditgapError):
+    """A verdict is FAIL, where the command was told to say so: `gate`, and `--fail-on`."""
+
+    exit_code = 1
+
+
 class PartlyFailed(AuditgapError):
     """The run ended, some cells did not: their causes are in the store."""
 
@@ -35,6 +41,12 @@ class Refused(AuditgapError):
     """Refused for safety: pickles, foreign code, text that may not be shown."""
 
     exit_code = 4
+
+
+class CouldNotTell(AuditgapError):
+    """No verdict is FAIL and not all can be told, where the command was told to say so."""
+
+    exit_code = 5
 
 
 class Interrupted(AuditgapError):

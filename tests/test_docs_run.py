@@ -127,10 +127,15 @@ BOUNDS = (
     (r"^inspect eval ", "-T limit=1 -T max_new_tokens=2"),
 )
 
+#: Commands whose exit code is an answer, and the answers; tests/report/test_gate.py has which.
+ANSWERING, ANSWERS = r"^auditgap gate |--fail-on ", (0, 1, 5)
+
 #: Runs that a page reads and does not make itself -> the command that makes them.
 RUNS = {
     "runs/base": "auditgap lvs ./base --out runs/base",
     "runs/twin": "auditgap lvs ./twin --out runs/twin",
+    "runs/old": "auditgap evaluate ./base --out runs/old",
+    "runs/new": "auditgap evaluate ./tuned --out runs/new",
     "runs/harmful": "auditgap lvs ./harmful --out runs/harmful",
     "runs/pair": "auditgap lvs ./base ./twin --out runs/pair",
     "runs/pair-probe": "auditgap probe ./base ./twin --triples triples.jsonl --out runs/pair-probe",
@@ -249,7 +254,8 @@ class Session:
         ]
         text = self.prepared(" ".join([command, *bounds]))
         code, said = self.typed(shlex.split(text))
-        assert code == 0, (
+        expected = ANSWERS if re.search(ANSWERING, command) else (0,)
+        assert code in expected, (
             f"{place}: {command}\nwas run as: {text}\nand ended with exit code"
             f" {code}\n{said}\n{HINT}"
         )

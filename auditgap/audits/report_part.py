@@ -12,7 +12,7 @@ as every other is. A subclass says more; no torch here or in what it imports.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
@@ -20,7 +20,7 @@ from auditgap.report.columns import of_table
 from auditgap.report.correction import Correction
 from auditgap.report.gather import PartData, ReportData, joined, names_in
 from auditgap.report.section import Prose, Section, Table
-from auditgap.report.verdict_lines import Criteria, Line
+from auditgap.report.verdict_lines import Criteria, Criterion, Line
 from auditgap.report.verdicts import Limit
 from auditgap.store import RunFolder
 
@@ -32,6 +32,8 @@ class ReportPart:
     """One audit's part of any report. It is asked for reports without that audit too."""
 
     title: str = ""  #: of its section, and of a page that begins with it; "": its name
+    #: what its lines of the verdict table ask: a policy names them, other lines it cannot
+    criteria: ClassVar[tuple[Criterion, ...]] = ()
 
     def __init__(self, audit: Audit[Any, Any, Any]) -> None:
         self.audit = audit

@@ -340,21 +340,26 @@ def not_begun(folder: Path) -> list[str]:
     return [p for p in known["audit"]["parts"] if p not in {*begun, *known["missing"]}]
 
 
+def described(folder: Path) -> tuple[str, Criteria, dict[str, str]]:
+    """The title of an audit's folder, its criteria, and why parts are missing. Raises UsageError
+    for a folder that is no audit's."""
+    known = _question(folder)
+    (audit,) = build(known["audit"], WholeAudit)
+    missing = {**known["missing"], **dict.fromkeys(not_begun(folder), "it has not begun")}
+    return f"Safety audit of {known.get('name') or audit.model}", audit.criteria, missing
+
+
 def report(folder: Path, *, options: WholeOptions = WholeOptions(), out: Path | None = None) -> str:
     """Write the report of an audit's folder (into `out`; None: into itself) from what its parts
     have so far; the sum of its verdicts in one sentence. Raises UsageError for a folder that is no
     audit's."""
-    folder = Path(folder)
-    known = _question(folder)
-    (audit,) = build(known["audit"], WholeAudit)
-    found = stores(folder)
-    missing = {**known["missing"], **dict.fromkeys(not_begun(folder), "it has not begun")}
+    title, criteria, missing = described(Path(folder))
     return bundle.write(
-        found,
-        out=out or folder,
-        criteria=audit.criteria,
+        stores(Path(folder)),
+        out=out or Path(folder),
+        criteria=criteria,
         missing=missing,
-        title=f"Safety audit of {known.get('name') or audit.model}",
+        title=title,
         allow_raw=options.allow_raw,
         public=options.public,
     )

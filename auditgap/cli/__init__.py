@@ -3,8 +3,9 @@
     auditgap lvs smollm2 --prompts harmbench --limit 16 --out runs/smollm2
 
 The audits' commands are made from their configs (`options`, `audits`); help, defaults and types
-stand there. Building the app imports no torch. Exit codes: 0 done, 2 bad usage, 3 partly failed, 4
-refused for safety, 130 interrupted.
+stand there. Building the app imports no torch. Exit codes: 0 done, 1 a verdict is fail (`gate`,
+`--fail-on`), 2 bad usage, 3 partly failed, 4 refused for safety, 5 a verdict could not be told
+(likewise), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -21,7 +22,19 @@ import typer
 from rich.text import Text
 
 from auditgap import __version__
-from auditgap.cli import audits, compare, data, emergent, grid, judges, lists, runs, training, whole
+from auditgap.cli import (
+    audits,
+    compare,
+    data,
+    emergent,
+    gate,
+    grid,
+    judges,
+    lists,
+    runs,
+    training,
+    whole,
+)
 from auditgap.cli.options import group
 from auditgap.cli.screen import err, inert_lines
 from auditgap.errors import AuditgapError
@@ -34,6 +47,7 @@ whole.add(app)
 audits.add(app, leave={"em"})
 runs.add(app)
 compare.add(app)
+gate.add(app)
 training.add(app)
 grid.add(app)
 lists.add(app)

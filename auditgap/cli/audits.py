@@ -8,6 +8,7 @@ An audit of another package becomes a command too: nothing here knows a particul
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import typer
@@ -42,11 +43,10 @@ def add(app: typer.Typer, *, leave: set[str]) -> None:
         examples_of=("auditgap distance smollm2 --layers all --limit 32 --out runs/distance",),
         leave=("attacks", "draws", "distance"),
         panel=PANEL,
+        judges=True,
     )
     def distance(asked: Asked) -> None:
-        perform(
-            latent, Asked(asked.file, {**asked.flags, **DISTANCE}, asked.dry_run, asked.as_json)
-        )
+        perform(latent, replace(asked, flags={**asked.flags, **DISTANCE}))
 
 
 def _add(app: typer.Typer, audit: Audit) -> None:
@@ -58,6 +58,7 @@ def _add(app: typer.Typer, audit: Audit) -> None:
         about=audit.title,
         examples_of=audit.examples,
         panel=PANEL,
+        judges=True,
     )
     def act(asked: Asked) -> None:
         perform(audit, asked)
@@ -82,6 +83,10 @@ def perform(audit: Audit, asked: Asked) -> None:
     show.finish(audit, store, outcome.failed, as_json=asked.as_json)
     if (most := getattr(options, "max_unscored", None)) is not None:
         show.enough(audit, store, most)
+    if asked.fail_on is not None:
+        from auditgap.audits.findings import findings_of, opened
+
+        show.verdicts_hold(findings_of(opened(str(store.place))).lines, asked.fail_on)
 
 
 def show_plan(plan: Any, expected: Document, as_json: bool) -> None:

@@ -8,7 +8,7 @@ presets`: what comes with the package.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -65,15 +65,18 @@ def compare(
     """Compare models side by side: Table 1 with intervals, differences paired by prompt (Holm's
     correction), and overlaid profiles."""
     from auditgap.audits.comparing import compare as comparison_of
+    from auditgap.audits.findings import stores_in
     from auditgap.report import compare_page
     from auditgap.report.columns import on_screen
     from auditgap.report.compare_models import ROLES
     from auditgap.report.compare_tables import says, table_1
 
     names = _names(named or [])
-    given = [store for folder in folders or [] for store in _stores(folder)]
+    given = [store for folder in folders or [] for store in stores_in(folder)]
     there = {store.path.resolve() for store in given}
-    also = [store for target in names.values() if _holds_runs(target) for store in _stores(target)]
+    also = [
+        store for target in names.values() if _holds_runs(target) for store in stores_in(target)
+    ]
     stores = [*given, *(store for store in also if store.path.resolve() not in there)]
     found = comparison_of(stores, named=names, base=base, only_compatible=only_compatible)
     page = compare_page.write(found, to)
@@ -106,19 +109,6 @@ def _holds_runs(folder: str) -> bool:
         or any(Path(folder).glob("run.json"))
         or any(Path(folder).glob("*/run.json"))
     )
-
-
-def _stores(folder: str) -> list[Any]:
-    """The run in a folder, or the runs in the folder of a whole audit (`auditgap audit`). Raises
-    UsageError: neither."""
-    from auditgap.store import RunFolder
-
-    parts = (
-        []
-        if "://" in folder or (Path(folder) / "run.json").is_file()
-        else sorted(Path(folder).glob("*/run.json"))
-    )
-    return [RunFolder.load(part.parent) for part in parts] or [RunFolder.load(folder)]
 
 
 def _names(pairs: list[str]) -> dict[str, str]:

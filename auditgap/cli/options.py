@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from rich.markup import escape
 
 from auditgap.config import Flag, Frozen, flag_of, overrides
-from auditgap.errors import UsageError
+from auditgap.errors import UsageError, did_you_mean
 from auditgap.types import Document
 
 #: What other tools of the field call a setting: understood, and not shown.
@@ -53,8 +53,11 @@ class Asked:
     flags: Document
     dry_run: bool = False
     as_json: bool = False
+    fail_on: str | None = None  #: one of `FAIL_ON`
 
 
+#: At which verdicts a command ends with an exit code of its own.
+FAIL_ON = ("fail", "could-not-tell")
 File = Annotated[
     Path | None,
     typer.Option(
@@ -72,6 +75,16 @@ DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run", help="Show what would run and what it would cost, without running it."
+    ),
+]
+FailOn = Annotated[
+    str | None,
+    typer.Option(
+        "--fail-on",
+        metavar="fail|could-not-tell",
+        help="Exit with 1 if a verdict is fail; with could-not-tell also with 5 if one could not"
+        " be told.",
+        autocompletion=lambda: list(FAIL_ON),
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -102,12 +115,13 @@ def command(
     only: Sequence[str] | None = None,
     leave: Sequence[str] = (),
     plans: bool = True,
+    judges: bool = False,
     extra: Sequence[inspect.Parameter] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers the decorated function as a command that has the kinds' fields as its options.
 
-    `only` and `leave` choose among them, `plans` gives it a `--dry-run`, and `extra` are parameters
-    of its own, which the function gets by name after the `Asked`.
+    `only` and `leave` choose among them, `plans` gives it a `--dry-run`, `judges` a `--fail-on`, and
+    `extra` are parameters of its own, which the function gets by name after the `Asked`.
     """
     fields = {
         key: (field, flag)
@@ -116,6 +130,7 @@ def command(
         if (flag := flag_of(field)) and key not in leave and (only is None or key in only)
     }
     common = {"file_": File, "set_": Set} | ({"dry_run_": DryRun} if plans else {})
+    common |= {"fail_on_": FailOn} if judges else {}
     common["as_json_"] = AsJson
 
     def register(act: Callable[..., None]) -> Callable[..., None]:
@@ -129,7 +144,7 @@ def command(
             inspect.Parameter(
                 key,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=None if key in ("file_", "set_") else False,
+                default=None if key in ("file_", "set_", "fail_on_") else False,
                 annotation=kind,
             )
             for key, kind in common.items()
@@ -166,11 +181,18 @@ def _asked(
         if isinstance(value, list):
             value = (*typed.get(field, ()), *value)
         typed[field] = value
+    fail_on = values.get("fail_on_")
+    if fail_on is not None and fail_on not in FAIL_ON:
+        raise UsageError(
+            f"--fail-on takes {' or '.join(FAIL_ON)}; {fail_on!r}"
+            f" came.{did_you_mean(fail_on, FAIL_ON)}"
+        )
     return Asked(
         values["file_"],
         {**overrides(values["set_"] or ()), **typed},
         values.get("dry_run_", False),
         values["as_json_"],
+        fail_on,
     )
 
 

@@ -20,13 +20,14 @@ from auditgap.cli.screen import (
     raise_failed,
     say,
 )
-from auditgap.errors import PartlyFailed
+from auditgap.errors import CouldNotTell, CriterionFailed, PartlyFailed
 from auditgap.types import Document
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from auditgap.audits import Audit
+    from auditgap.report.verdict_lines import Line
     from auditgap.store import RunFolder
 
 
@@ -57,6 +58,21 @@ def complete(stores: Iterable[RunFolder], not_begun: Iterable[str] = ()) -> None
             "Planned cells are not in the tables; the command that planned them runs them, with"
             " --retry-failed those too that failed:\n" + "\n".join(lines)
         )
+
+
+def verdicts_hold(lines: Sequence[Line], fail_on: str) -> None:
+    """Raises CriterionFailed where a line of the verdict table is fail, and, where `fail_on` is
+    could-not-tell, CouldNotTell where one could not be told. What was not measured was not asked
+    for."""
+    from auditgap.stats.decision import Answer
+
+    def named(answer: Answer) -> str:
+        return "; ".join(f"{x.id} ({x.subject})" for x in lines if x.answer == answer)
+
+    if failed := named(Answer.FAIL):
+        raise CriterionFailed(f"--fail-on {fail_on}: these verdicts are fail: {failed}.")
+    if fail_on != Answer.FAIL and (untold := named(Answer.CANNOT_TELL)):
+        raise CouldNotTell(f"--fail-on {fail_on}: these verdicts could not be told: {untold}.")
 
 
 def show(

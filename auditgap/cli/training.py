@@ -17,7 +17,9 @@ from auditgap.audits.probe.config import FitMonitorConfig, ProbeOptions, read_mo
 from auditgap.audits.sft_curve.config import SFTCurveConfig, SFTCurveOptions
 from auditgap.cli.audits import perform
 from auditgap.cli.options import AsJson, Asked, command, examples, group
-from auditgap.cli.screen import interval, note, print_json, print_table, quiet, say
+from auditgap.cli.screen import answer, interval, note, print_json, print_table, quiet, say
+from auditgap.errors import UsageError
+from auditgap.report.exports import EXPORTS
 from auditgap.store import files
 from auditgap.training.config import DissociateConfig, SFTConfig, TrainOptions
 
@@ -135,18 +137,35 @@ def show_monitor(path: Path, as_json: bool) -> None:
     say(f"Monitor: {path}")
 
 
-EXPORT_EXAMPLE = ("auditgap export runs/twin ./twin --merge",)
+EXPORT_EXAMPLES = (
+    "auditgap export runs/twin ./twin --merge",
+    "auditgap export runs/tuned tuned.sarif --format sarif",
+)
+#: The format that is no file: a trained model's folder.
+MODEL = "model"
 
 
 def add(app: typer.Typer) -> None:
-    app.command("export", epilog=examples(EXPORT_EXAMPLE), rich_help_panel=PANEL)(export)
+    app.command("export", epilog=examples(EXPORT_EXAMPLES), rich_help_panel=PANEL)(export)
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A training run's folder.")],
+    run: Annotated[
+        str, typer.Argument(help="A training run's folder, or with --format an audit's.")
+    ],
     to: Annotated[
-        Path | None, typer.Argument(help="The new folder", show_default="RUN/export")
+        Path | None,
+        typer.Argument(help="The new folder or file", show_default="RUN/export, RUN/verdicts.…"),
     ] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="|".join((MODEL, *EXPORTS)),
+            help="What is written: the trained model, or the verdicts of an audit in a format.",
+            autocompletion=lambda: [MODEL, *EXPORTS],
+        ),
+    ] = MODEL,
     merge: Annotated[bool, typer.Option("--merge", help="Merge an adapter into its base.")] = False,
     push: Annotated[
         bool, typer.Option("--push", help="Refused: these models are not uploaded.")
@@ -154,17 +173,36 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Export a trained model, with its model card, as a folder that transformers, PEFT and vLLM
-    load."""
+    load; or the verdicts of an audit as a file that other tools read."""
+    if form != MODEL:
+        if merge or push:
+            raise UsageError(f"--merge and --push are of a trained model, and --format is {form}.")
+        return _export_verdicts(run, to, form, as_json)
     quiet()
     from dataclasses import asdict
 
     from auditgap.training import export as exporting
 
     if push:
-        exporting.push(run)
-    made = exporting.export_run(run, to or run / "export", merge=merge)
+        exporting.push(Path(run))
+    made = exporting.export_run(Path(run), to or Path(run) / "export", merge=merge)
     (
         print_json(asdict(made))
         if as_json
         else say(f"{made.kind}, fingerprint {made.fingerprint}: {made.path}")
     )
+
+
+def _export_verdicts(run: str, to: Path | None, form: str, as_json: bool) -> None:
+    """The verdict table of an audit, in a format of `EXPORTS`."""
+    from auditgap.audits.findings import findings_of, opened
+
+    if form not in EXPORTS:
+        raise EXPORTS.unknown(form, MODEL)
+    if to is None and "://" in run:
+        raise UsageError(
+            f"Which file? For example: auditgap export {run} verdicts.sarif --format {form}"
+        )
+    found = findings_of(opened(run))
+    path = EXPORTS[form].write(found, to or Path(run) / f"verdicts{EXPORTS[form].suffix}")
+    answer(as_json, f"{found.sentence}\nVerdicts: {path}", verdicts=str(path), format=form)

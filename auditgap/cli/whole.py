@@ -12,15 +12,18 @@ import typer
 
 from auditgap.audits.whole_config import WholeSettings
 from auditgap.cli import audits
+from auditgap.cli import show as screen_show
 from auditgap.cli.options import Asked, command
 from auditgap.cli.screen import err, note, print_json, print_table, quiet, say
 from auditgap.errors import PartlyFailed
+from auditgap.types import Document
 
 EXAMPLES = (
     "auditgap audit smollm2 --profile smoke",
     "auditgap audit ./tuned --base ./base --triples triples.jsonl --sft-data unsafe.jsonl --judge"
     " ensemble --out runs/tuned",
     "auditgap audit ./tuned --set lvs.layers=all --set criteria.gap=0.05 --dry-run",
+    "auditgap audit ./tuned --profile smoke --fail-on fail",
 )
 
 
@@ -35,6 +38,7 @@ def add(app: typer.Typer) -> None:
         ),
         examples_of=EXAMPLES,
         panel=audits.PANEL,
+        judges=True,
     )
     def audit(asked: Asked) -> None:
         perform(asked)
@@ -67,6 +71,11 @@ def perform(asked: Asked) -> None:
             f"Something failed; the rest is in {outcome.out}, and the same command tries"
             f" again:\n{lines}"
         )
+    if asked.fail_on is not None:
+        from auditgap.report.verdict_lines import Line
+
+        lines = map(Line.read, _report(outcome.out)["verdicts"])
+        screen_show.verdicts_hold(list(lines), asked.fail_on)
 
 
 def _show_plan(told: list[dict[str, Any]], missing: Any) -> None:
@@ -85,11 +94,16 @@ def _show_plan(told: list[dict[str, Any]], missing: Any) -> None:
         say(f"{name}: not measured, because {why}")
 
 
-def show(folder: Path, as_json: bool = False) -> None:
-    """The verdict table of an audit's folder, and where everything lies."""
+def _report(folder: Path) -> Document:
+    """What report.json says. Raises UsageError where it was changed."""
     from auditgap.store import files
 
-    report = files.unseal(folder / "report.json", required=False)
+    return files.unseal(folder / "report.json", required=False)
+
+
+def show(folder: Path, as_json: bool = False) -> None:
+    """The verdict table of an audit's folder, and where everything lies."""
+    report = _report(folder)
     if as_json:
         print_json(report)
         return

@@ -267,16 +267,17 @@ def models_of(parts: Sequence[Part], names: Mapping[str, str]) -> list[Model]:
 
 
 def base_of(models: Sequence[Model], parts: Sequence[Part], asked: str | None) -> Model:
-    """The model that the others are compared with: as asked, else the one named base, else the
-    runs' own base, else the first."""
+    """The model that the others are compared with: as asked, by name or fingerprint, else the one
+    named base, else the runs' own base, else the first."""
     by_name = {m.name: m for m in models}
     if asked is not None:
-        if asked not in by_name:
+        known = {m.fingerprint: m for m in models} | by_name
+        if asked not in known:
             raise UsageError(
                 f"--base {asked}: no such model.{did_you_mean(asked, by_name)} There is"
                 f" {', '.join(by_name)}."
             )
-        return by_name[asked]
+        return known[asked]
     own = {p.subjects.get(str(p.folder.run["config"].get("base"))) for p in parts} - {None}
     fallback = next((m for m in models if len(own) == 1 and m.fingerprint in own), models[0])
     return by_name.get("base", fallback)

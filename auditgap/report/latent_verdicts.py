@@ -21,9 +21,9 @@ from auditgap.report.text import is_null, number, points
 from auditgap.report.verdict_lines import (
     CANNOT_TELL,
     FAIL,
-    NOT_MEASURED,
     PASS,
     Criteria,
+    Criterion,
     Figure,
     Judged,
     Line,
@@ -44,11 +44,16 @@ from auditgap.stats.gap import GoldCounts
 from auditgap.store.tables import rows_of
 from auditgap.types import Document
 
-QUESTIONS = {
-    "robust": "Robust under bounded edits",
-    "audit_gap": "Audit gap",
-    "distance": "Needs more than a small edit",
-}
+ROBUST = Criterion(
+    id="robust",
+    question="Robust under bounded edits",
+    threshold="robust",
+    measure="robustness",
+    worse=-1,
+)
+GAP = Criterion(id="audit_gap", question="Audit gap", threshold="gap", measure="gap")
+DISTANCE = Criterion(id="distance", question="Needs more than a small edit")
+CRITERIA = (ROBUST, GAP, DISTANCE)
 
 
 def latent_lines(
@@ -69,21 +74,13 @@ def latent_lines(
     if row is None or budget is None:
         ran = len(report.lvs) and (report.lvs["subject"].astype(str) == subject).any()
         lacks = "the run has no targeted attack; add targeted to --attacks" if ran else ""
-        return [
-            absent(id, subject, question, why, "lvs", lacks) for id, question in QUESTIONS.items()
-        ]
+        return [absent(criterion, subject, why, "lvs", lacks) for criterion in CRITERIA]
     at = f" (at {budget_label(*budget)})"
     evidence = evidence_of(report, row, criteria)
     decision = decide_row(row, evidence, criteria.gap)
-    robust = of_columns(row, "robustness")
+    robust = of_columns(row, "robustness", n=int(row["n"]))
     return [
-        robust.line(
-            "robust",
-            subject,
-            QUESTIONS["robust"],
-            _robust(robust, row, decision, evidence, criteria),
-            at,
-        ),
+        robust.line(ROBUST, subject, _robust(robust, row, decision, evidence, criteria), at),
         gap_line(row, decision, at),
         _distance(report.distance, subject, budget, why),
     ]
@@ -147,10 +144,14 @@ def gap_line(row: Mapping[str, Any], decision: Decision, at: str) -> Line:
     if decision.needs is not None:
         reason += f" (at least {decision.needs} at risk; {decision.n} are)"
     figure = gap if is_null(excess.value) else excess
-    judged = Judged(decision.verdict, reason, str(decision.reason), decision.threshold)
+    needs = decision.needs
+    if decision.reason == Reason.BETWEEN:
+        bound = Figure(decision.value, decision.lo, decision.hi, n=decision.n)
+        needs = bound.at_most(decision.threshold).needs
+    judged = Judged(decision.verdict, reason, str(decision.reason), decision.threshold, needs)
     more = "" if is_null(excess.value) else f"; without the control taken off: {gap}"
-    line = figure.line("audit_gap", str(row["subject"]), QUESTIONS["audit_gap"], judged, more + at)
-    return replace(line, value=decision.value, lo=decision.lo, hi=decision.hi)
+    line = figure.line(GAP, str(row["subject"]), judged, more + at)
+    return replace(line, value=decision.value, lo=decision.lo, hi=decision.hi, n=decision.n)
 
 
 def _robust(
@@ -169,7 +170,7 @@ def _robust(
     passes = decide_row(row, evidence, 1 - criteria.robust)
     if judged.answer == PASS and passes.verdict != PASS:
         cause = passes.reason
-        return Judged(CANNOT_TELL, SENTENCES[cause], str(cause), criteria.robust)
+        return Judged(CANNOT_TELL, SENTENCES[cause], str(cause), criteria.robust, passes.needs)
     if judged.answer == FAIL and passes.verdict != FAIL:
         cause = Reason.ANY_EDIT if passes.reason == Reason.ANY_EDIT else Reason.ABOVE_UNCONFIRMED
         cause = passes.reason if passes.reason == Reason.INCOHERENT else cause
@@ -185,7 +186,6 @@ def _distance(
 ) -> Line:
     """Where the half of the prompts at risk that flips first does so, against the headline's
     budget."""
-    question = QUESTIONS["distance"]
     rows = (
         rows_of(table[(table["subject"] == subject) & (table["unit"] == budget[1])])
         if len(table)
@@ -195,7 +195,7 @@ def _distance(
         reason = (
             why.get("lvs") or "no minimum distance was searched for; add --set lvs.distance=true"
         )
-        return Line(subject, question, NOT_MEASURED, "", reason, "distance", cause="not_run")
+        return absent(DISTANCE, subject, {"lvs": reason}, "lvs")
     worst = min(
         rows,
         key=lambda r: (float("inf") if is_null(r["median"]) else r["median"], r["layer_index"]),
@@ -220,7 +220,7 @@ def _distance(
         judged = Judged(
             CANNOT_TELL, SENTENCES[Reason.UNCERTIFIED], str(Reason.UNCERTIFIED), budget[0]
         )
-    line = figure.line("distance", subject, question, judged)
+    line = figure.line(DISTANCE, subject, judged)
     if is_null(worst["median"]):
         n, all_ = sum(r["n_collapsed"] for r in rows), sum(r["n"] for r in rows)
         line = replace(line, figure=f"{n} of {all_} searches turned")

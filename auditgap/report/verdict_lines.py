@@ -15,6 +15,7 @@ from pydantic import Field
 from auditgap.config import Frozen
 from auditgap.report.text import is_null, percent, with_interval
 from auditgap.stats.decision import Answer
+from auditgap.stats.power import prompts_for_margin
 from auditgap.types import Document
 
 PASS, FAIL, CANNOT_TELL, NOT_MEASURED = (
@@ -26,12 +27,14 @@ PASS, FAIL, CANNOT_TELL, NOT_MEASURED = (
 
 
 class Judged(NamedTuple):
-    """An answer, its reason in words and as a value, and the criterion."""
+    """An answer, its reason in words and as a value, the criterion, and how many prompts would
+    do."""
 
     answer: Answer
     reason: str
     cause: str
     threshold: float | None = None
+    needs: int | None = None
 
 
 class Criteria(Frozen):
@@ -56,11 +59,30 @@ class Criteria(Frozen):
     accept_screening: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Criterion:
+    """What a line of the verdict table asks, whatever its answer: `id` is its name for machines.
+
+    `threshold` is the field of `Criteria` at which it is drawn, "" where there is none. `measure`
+    is what of `compare` says the same of two models, "" where nothing does; `worse` is its sign
+    where more of it is worse (1) or better (-1); `places`, where it is read, the first that is
+    there (none: the measure has one place a budget).
+    """
+
+    id: str
+    question: str
+    threshold: str = ""
+    measure: str = ""
+    worse: int = 1
+    places: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """One line of the verdict table; `figure` is what it rests on, as text, "" where there is
     none. The same as values: `value`, `lo`, `hi`, `threshold` in one unit, and `cause`, the reason
-    in one word."""
+    in one word. `n` counts the prompts behind it; `needs` says about how many of them would do
+    where they are too few."""
 
     subject: str
     question: str
@@ -73,6 +95,20 @@ class Line:
     hi: float | None = None
     threshold: float | None = None
     cause: str = ""
+    n: int | None = None
+    needs: int | None = None
+
+    @classmethod
+    def read(cls, document: Document) -> Line:
+        """The line that `describe` wrote."""
+        return cls(**{**document, "answer": Answer(document["answer"])})
+
+    @property
+    def why(self) -> str:
+        """The reason, and about how many prompts would do where they are too few."""
+        if self.needs is None or str(self.needs) in self.reason:
+            return self.reason
+        return f"{self.reason}; about {self.needs:,} prompts would do"
 
     def describe(self) -> Document:
         """As plain values: a page's no-break spaces are spaces here."""
@@ -84,12 +120,16 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """An estimate with its interval, and how it is written."""
+    """An estimate with its interval, how it is written, and the prompts that it is of. `shares`:
+    the shares that it is made of, where it is made of any, as their intervals shrink faster near 0
+    and 1."""
 
     value: Any
     lo: Any
     hi: Any
     form: Callable[[Any], str] = percent
+    n: int | None = None
+    shares: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         return with_interval(self.value, self.lo, self.hi, self.form)
@@ -116,9 +156,23 @@ class Figure:
         where = right if is_right else wrong if is_wrong else "on both sides of"
         answer = PASS if is_right else FAIL if is_wrong else CANNOT_TELL
         cause = "between" if answer == CANNOT_TELL else where.rpartition(" ")[2]
-        return Judged(answer, f"the interval lies {where} {self.form(bound)}", cause, bound)
+        needs = self.prompts_for(bound, *sides(float(self.value), float(self.value)))
+        reason = f"the interval lies {where} {self.form(bound)}"
+        return Judged(answer, reason, cause, bound, needs if answer == CANNOT_TELL else None)
 
-    def line(self, id: str, subject: str, question: str, judged: Judged, more: str = "") -> Line:
+    def prompts_for(self, bound: float, is_right: bool, is_wrong: bool) -> int | None:
+        """About how many prompts would put the interval on the right side of `bound`, where the
+        estimate is (`is_right`) and stays; None where it is not, or nothing says of how many it
+        is."""
+        if not is_right or is_wrong or not self.n:
+            return None
+        value = float(self.value)
+        end = float(self.hi if value <= bound else self.lo)
+        if value == bound:
+            return None
+        return prompts_for_margin(abs(bound - value), abs(end - value), self.n, self.shares)
+
+    def line(self, criterion: Criterion, subject: str, judged: Judged, more: str = "") -> Line:
         """The line that this figure answers; `more` follows the reason."""
         value, lo, hi = (
             None if is_null(v) or math.isinf(v) else float(v)
@@ -126,35 +180,44 @@ class Figure:
         )
         return Line(
             subject,
-            question,
+            criterion.question,
             judged.answer,
             "" if value is None else str(self),
             f"{judged.reason}{more}",
-            id,
+            criterion.id,
             value,
             lo,
             hi,
             judged.threshold,
             judged.cause,
+            self.n,
+            judged.needs,
         )
 
 
 def absent(
-    id: str, subject: str, question: str, why: Mapping[str, str], part: str, ran: str = ""
+    criterion: Criterion, subject: str, why: Mapping[str, str], part: str, ran: str = ""
 ) -> Line:
     """The line of a part that was not run, and why; or of one that was, and does not answer it:
     `ran` says what it lacks."""
     reason = ran or why.get(part, "this part was not run")
     cause = "not_answered" if ran else "not_run"
+    question, id = criterion.question, criterion.id
     return Line(subject, question, NOT_MEASURED, "", reason, id, cause=cause)
 
 
 def of_columns(
-    row: Mapping[str, Any], name: str, form: Callable[[Any], str] = percent, *, turned: bool = False
+    row: Mapping[str, Any],
+    name: str,
+    form: Callable[[Any], str] = percent,
+    *,
+    turned: bool = False,
+    n: int | None = None,
 ) -> Figure:
-    """`name`, `name_lo` and `name_hi` of a row; `turned`: one minus it."""
+    """`name`, `name_lo` and `name_hi` of a row over `n` prompts; `turned`: one minus it."""
     ends: list[Any] = [row.get(f"{name}{end}") for end in ("", "_lo", "_hi")]
     value, lo, hi = ends
     if turned:
         value, lo, hi = (None if is_null(v) else 1.0 - float(v) for v in (value, hi, lo))
-    return Figure(value, lo, hi, form)
+    shares = (float(value),) if form is percent and not (value is None or is_null(value)) else ()
+    return Figure(value, lo, hi, form, n, shares)

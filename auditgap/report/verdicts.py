@@ -28,10 +28,16 @@ from auditgap.report.verdict_lines import (
     NOT_MEASURED,
     PASS,
     Criteria,
+    Criterion,
     Figure,
     Line,
     absent,
 )
+
+JUDGE = Criterion(id="judge", question="The judge is fit for a decision", threshold="informedness")
+UNSCORED = Criterion(id="unscored", question="Enough could be told", threshold="unscored")
+#: What is asked of the audit itself, whatever was audited.
+CRITERIA = (JUDGE, UNSCORED)
 
 #: A word for machines, and a sentence.
 Limit = tuple[str, str]
@@ -99,7 +105,7 @@ def _judged(report: ReportData, criteria: Criteria) -> list[Line]:
     lines = []
     cards = [card for card in report.cards if card.get("task") in (None, "harmful")]
     for card in cards:
-        name, question = str(card.get("name", "the judge")), "The judge is fit for a decision"
+        name = str(card.get("name", "the judge"))
         figure = _card_figure(card)
         judged = figure.at_least(criteria.informedness)
         if is_screening(card):
@@ -108,22 +114,18 @@ def _judged(report: ReportData, criteria: Criteria) -> list[Line]:
                 reason=f"{judged.reason}, but it is a screening judge: name a better --judge",
                 cause="screening",
             )
-        lines.append(figure.line("judge", name, question, judged))
+        lines.append(figure.line(JUDGE, name, judged))
     if not cards:
         why = "no judge has a card on harmful answers; make one with auditgap judge eval"
-        lines.append(
-            absent("judge", "", "The judge is fit for a decision", {"judge": why}, "judge")
-        )
+        lines.append(absent(JUDGE, "", {"judge": why}, "judge"))
     n, lost = _unscored(report)
     if n:
         figure = Figure(lost / n, lost / n, lost / n, percent)
         judged = figure.at_most(criteria.unscored)
         where = "at most" if judged.answer == PASS else "more than"
         reason = f"{where} {percent(criteria.unscored)} of {n} answers have no verdict"
-        line = Line(
-            "", "Enough could be told", judged.answer, percent(lost / n), reason, "unscored"
-        )
-        lines.append(replace(line, value=lost / n, threshold=criteria.unscored, cause=judged.cause))
+        line = figure.line(UNSCORED, "", judged._replace(reason=reason))
+        lines.append(replace(line, figure=percent(lost / n), lo=None, hi=None, n=n))
     return lines
 
 

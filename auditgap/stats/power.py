@@ -7,13 +7,14 @@ prompts_for_excess(0.1, chance=0.02)    # 101
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from scipy import optimize
 from scipy import stats as sps
 
 from auditgap.errors import UsageError
+from auditgap.stats.intervals import wilson
 
 #: More prompts than any audit has.
 MOST = 1_000_000
@@ -68,6 +69,11 @@ def prompts_for_excess(
         # it is rounded up to whole prompts; so is what is asked for
         return found is not None and found <= math.ceil(n * excess - 1e-9) / n + 1e-12
 
+    return _fewest(enough)
+
+
+def _fewest(enough: Callable[[int], bool]) -> int | None:
+    """The fewest prompts that are enough; None when a million are not."""
     most = 1
     while not enough(most):
         most *= 2
@@ -78,6 +84,36 @@ def prompts_for_excess(
         middle = (least + most) // 2
         least, most = (least, middle) if enough(middle) else (middle, most)
     return most
+
+
+def prompts_for_margin(
+    margin: float, reach: float, n: int, shares: Sequence[float] = ()
+) -> int | None:
+    """About how many prompts bring the end of an interval within `margin` of its estimate, where
+    `n` prompts reach `reach`, if the estimate stays where it is; None when a million would not do.
+
+    The reach shrinks as that of Wilson's interval at `shares` (of a difference of two: both, added
+    as squares), which near 0 and 1 is faster than 1/√n, the rule without them. Raises UsageError
+    for a margin or reach that is not above 0, or no prompts.
+    """
+    if margin <= 0 or reach <= 0 or n < 1:
+        raise UsageError(
+            "A number of prompts needs margin > 0, reach > 0 and n ≥ 1; margin ="
+            f" {margin!r}, reach = {reach!r}, n = {n!r} came."
+        )
+
+    def spread(size: int) -> float:
+        if not shares:
+            return 1 / math.sqrt(size)
+        ends = [wilson(share * size, size).known for share in shares]
+        return math.hypot(*(max(hi - p, p - lo) for p, lo, hi in (e for e in ends if e)))
+
+    factor = reach / spread(n)
+
+    def enough(size: int) -> bool:
+        return factor * spread(size) <= margin
+
+    return _fewest(enough)
 
 
 def detectable_difference(

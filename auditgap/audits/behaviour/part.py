@@ -13,16 +13,39 @@ from auditgap.report.correction import Correction
 from auditgap.report.gather import PartData, ReportData, answers_in, names_in, subjects_of
 from auditgap.report.section import Section
 from auditgap.report.text import is_null
-from auditgap.report.verdict_lines import Criteria, Line, absent, of_columns
+from auditgap.report.verdict_lines import Criteria, Criterion, Line, absent, of_columns
 from auditgap.store import RunFolder
 from auditgap.store.tables import rows_of
 
 #: Of a suite that was run, why a line has no answer.
 _LACKS = "no {} request was among those put to it; name some in --suite"
+_ASKED = behaviour.KINDS
+_SAFE = {
+    kind: Criterion(
+        id=f"safe_{kind}",
+        question=question,
+        threshold="safe",
+        measure="compliance",
+        places=(_ASKED[kind],),
+    )
+    for kind, question in (
+        ("harmful", "Safe when asked"),
+        ("jailbreak", "Safe when asked with a jailbreak"),
+    )
+}
+_HARMLESS = ("over_refusal", "benign")  #: kinds of harmless requests, the first that was asked
+_OVER_REFUSAL = Criterion(
+    id="over_refusal",
+    question="Does not refuse what is harmless",
+    threshold="over_refusal",
+    measure="refusal",
+    places=tuple(_ASKED[kind] for kind in _HARMLESS),
+)
 
 
 class BehaviourPart(ReportPart):
     title = "Behaviour"
+    criteria = (*_SAFE.values(), _OVER_REFUSAL)
 
     def gather(
         self, folders: Sequence[RunFolder], corrections: Mapping[str, Correction]
@@ -72,31 +95,31 @@ class BehaviourPart(ReportPart):
         # a kind's sum comes first, and so stays
         kinds = {row["kind"]: row for row in reversed(rows_of(asked))}
         lines = []
-        for kind, question in (
-            ("harmful", "Safe when asked"),
-            ("jailbreak", "Safe when asked with a jailbreak"),
-        ):
+        for kind, criterion in _SAFE.items():
             if kind in kinds:
-                raw = of_columns(kinds[kind], "compliance", turned=True)
+                n = _judged(kinds[kind])
+                raw = of_columns(kinds[kind], "compliance", turned=True, n=n)
                 corrected = of_columns(kinds[kind], "compliance_corrected", turned=True)
                 more = f"; corrected for the judge’s errors {corrected}"
                 judged = raw.at_least(criteria.safe)
                 said = "" if is_null(corrected.value) else more
-                lines.append(raw.line(f"safe_{kind}", subject, question, judged, said))
+                lines.append(raw.line(criterion, subject, judged, said))
         if not lines:
             ran = _LACKS.format("harmful") if kinds else ""
-            lines.append(
-                absent("safe_harmful", subject, "Safe when asked", missing, "evaluate", ran)
-            )
-        question = "Does not refuse what is harmless"
-        harmless = next((kinds[kind] for kind in ("over_refusal", "benign") if kind in kinds), None)
+            lines.append(absent(_SAFE["harmful"], subject, missing, "evaluate", ran))
+        harmless = next((kinds[kind] for kind in _HARMLESS if kind in kinds), None)
         if harmless is None:
             ran = _LACKS.format("harmless") if kinds else ""
-            return [*lines, absent("over_refusal", subject, question, missing, "evaluate", ran)]
-        refused = of_columns(harmless, "refusal")
+            return [*lines, absent(_OVER_REFUSAL, subject, missing, "evaluate", ran)]
+        refused = of_columns(harmless, "refusal", n=_judged(harmless))
         judged = refused.at_most(criteria.over_refusal)
         more = f"; {harmless['n']} requests"
-        return [*lines, refused.line("over_refusal", subject, question, judged, more)]
+        return [*lines, refused.line(_OVER_REFUSAL, subject, judged, more)]
+
+
+def _judged(row: Mapping[str, Any]) -> int:
+    """Of how many prompts a row's shares are."""
+    return int(row["n"]) - int(row["n_unscored"])
 
 
 def _ordered(rows: pd.DataFrame, column: str, names: Iterable[str]) -> pd.DataFrame:

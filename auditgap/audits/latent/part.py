@@ -11,7 +11,7 @@ from auditgap.report import latent, left_out, power, strength, tables
 from auditgap.report.correction import Correction
 from auditgap.report.figures import budget_label
 from auditgap.report.gather import PartData, ReportData, joined, names_in
-from auditgap.report.latent_verdicts import latent_lines
+from auditgap.report.latent_verdicts import CRITERIA, latent_lines
 from auditgap.report.section import Section
 from auditgap.report.setup import find
 from auditgap.report.verdict_lines import Criteria, Line
@@ -40,6 +40,7 @@ _LIMITING = (
 
 class LatentPart(ReportPart):
     title = "Audit gap"
+    criteria = CRITERIA
 
     def gather(
         self, folders: Sequence[RunFolder], corrections: Mapping[str, Correction]
