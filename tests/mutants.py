@@ -257,6 +257,27 @@ MUTANTS = (
         '{CLEAN: 2, "distance": None}.get(attack, 1)',
         "tests/audits/test_guards.py",
     ),
+    Mutant(
+        "gate_incomplete",
+        "audits/gate.py",
+        "if line.answer != PASS or not run.incomplete:",
+        "if True:",
+        "tests/report/test_gate.py",
+    ),
+    Mutant(
+        "gate_same_weights",
+        "audits/gate.py",
+        "elif mine == theirs:",
+        "elif False:",
+        "tests/report/test_gate.py",
+    ),
+    Mutant(
+        "gate_point_estimate",
+        "report/verdict_lines.py",
+        "lambda lo, hi: (hi <= bound, lo > bound)",
+        "lambda lo, hi: (self.value <= bound, self.value > bound)",
+        "tests/report/test_gate.py",
+    ),
     # -- what is kept
     Mutant(
         "atomic_rename",
