@@ -95,7 +95,7 @@ def _show_plan(told: list[dict[str, Any]], missing: Any) -> None:
 
 
 def _report(folder: Path) -> Document:
-    """What report.json says. Raises UsageError where it was changed."""
+    """What report.json says. Raises Damaged where it was changed."""
     from auditgap.store import files
 
     return files.unseal(folder / "report.json", required=False)
