@@ -80,8 +80,8 @@ STAGES: Mapping[str, Stage] = {
     "analyse": Stage(
         "Measure membership, diversity and each block's direction, and steer one domain's model with"
         " another's direction.",
-        ("auditgap em analyse runs/em",),
-        (*_JUDGING, *_SERVING),
+        ("auditgap em analyse runs/em", "auditgap em analyse runs/em --engine vllm"),
+        ("engine", *_JUDGING, *_SERVING),
     ),
 }
 

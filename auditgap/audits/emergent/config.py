@@ -211,7 +211,10 @@ class EmergentOptions(options.AuditOptions):
 
     engine: Annotated[
         EngineName,
-        Flag("Engine that generates: hf, or vllm, which swaps adapters at run time", Topic.WHERE),
+        Flag(
+            "Engine that generates and steers: hf, or vllm, which swaps adapters at run time",
+            Topic.WHERE,
+        ),
     ] = "hf"
     judge: Annotated[
         str, Flag("alignment=MODEL; or habits, for the demonstration panel", Topic.JUDGING)

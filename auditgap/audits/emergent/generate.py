@@ -22,14 +22,12 @@ from typing import Any
 
 from auditgap.audits.behaviour.measure import Answers, joined
 from auditgap.audits.emergent.config import EmergentOptions
-from auditgap.audits.emergent.inside import InsideWorker, common
+from auditgap.audits.emergent.inside import InsideWorker, check_engine, common
 from auditgap.audits.emergent.rows import ANSWERED, TRAINED, AnswerRow
-from auditgap.audits.emergent.stage import Adapter, StageCell, Study, StudyStage
+from auditgap.audits.emergent.stage import StageCell, Study, StudyStage
 from auditgap.audits.session import torn
 from auditgap.data.domains import Trigger
 from auditgap.engines import Engine, Question, Sampling
-from auditgap.engines.vllm import VLLMEngine
-from auditgap.errors import AuditgapError, UsageError
 from auditgap.sweep import Group
 from auditgap.types import Cell, Prompt, Subject, digest
 
@@ -59,15 +57,6 @@ def questions(prompts: Sequence[Prompt], trigger: Trigger, samples: int) -> list
         for triggered in (False, True)
         for draw in range(samples)
     ]
-
-
-def check_engine(study: Study, options: EmergentOptions) -> None:
-    """Raises UsageError for an engine that cannot serve adapters."""
-    if options.engine == "openai":
-        raise UsageError(
-            "Adapters are weights on this machine, which no endpoint serves; em generate takes"
-            " --engine hf or vllm."
-        )
 
 
 def plan(study: Study, options: EmergentOptions) -> list[Group]:
@@ -108,13 +97,6 @@ class GenerateWorker(InsideWorker):
         self.options, self.study = options, self.inside.study
         config = self.study.config
         self.asked = questions(self.study.prompts.prompts, self.study.trigger, config.samples)
-        self.vllm: VLLMEngine | None = None
-
-    def close(self) -> None:
-        super().close()
-        if self.vllm is not None:
-            self.vllm.close()
-            self.vllm = None
 
     def _run(self, cell: Cell, tick: Callable[[float], None]) -> None:
         started, settings = time.monotonic(), cell.settings
@@ -128,7 +110,7 @@ class GenerateWorker(InsideWorker):
         names = [digest([ANSWERED, cell.key, i]) for i in range(len(portions))]
         for name, portion in zip(names, portions, strict=True):
             if not self.store.remembers(name):
-                engine = self.engine(adapter)
+                engine = self.inside.speaker(adapter)
                 self.store.remember(
                     name,
                     lambda engine=engine, portion=portion: speak(
@@ -142,33 +124,9 @@ class GenerateWorker(InsideWorker):
             list(self._rows(cell, answers)),
             generations=self._texts(answers),
             seconds=time.monotonic() - started,
-            info={"engine": self.options.engine, **self._where()},
+            info=self.inside.speaker_info,
         )
         self.store.forget(names)
-
-    def engine(self, adapter: Adapter | None) -> Engine:
-        """What answers as that adapter, or (None) as the base. Raises AuditgapError for an adapter
-        that is not the trained one."""
-        if self.options.engine == "hf":
-            return self.inside.engine(adapter)
-        if adapter is not None:
-            self.inside.check(adapter, adapter.folder)
-        if self.vllm is None or self.vllm.closed:  # it ends itself after a failure
-            made = self.options.serving(self.study.config).open(self.study.config.model)
-            if not isinstance(made, VLLMEngine):
-                raise AuditgapError(
-                    f"An engine that can change adapters is wanted; {made.name} came."
-                )
-            self.vllm = made
-        self.vllm.use(None if adapter is None else adapter.folder)
-        return self.vllm
-
-    def _where(self) -> dict[str, Any]:
-        return (
-            self.inside.info
-            if self.options.engine == "hf"
-            else {"vllm": self.vllm.version if self.vllm else None}
-        )
 
     def _rows(self, cell: Cell, answers: Answers) -> list[AnswerRow]:
         settings = cell.settings

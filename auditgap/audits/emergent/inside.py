@@ -4,6 +4,7 @@ adapters put on and off.
     with Inside("runs/em", options) as inside:
         engine = inside.engine(adapter)     # the base wearing that adapter
         engine = inside.engine(None)        # the base as it is
+        speaker = inside.speaker(adapter)   # the same, or vLLM with that adapter
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from auditgap import models
 from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions
 from auditgap.audits.emergent.stage import Adapter, CellWorker, Study
 from auditgap.engines.hf import HFEngine
-from auditgap.errors import AuditgapError
+from auditgap.engines.vllm import VLLMEngine
+from auditgap.errors import AuditgapError, UsageError
 from auditgap.models.folder import adapter_base
 from auditgap.types import Subject, digest
 
@@ -39,6 +41,7 @@ class Inside:
         self._bases: dict[Path, str] = {}
         self._worn: str | None = None
         self._engine: HFEngine | None = None
+        self._vllm: VLLMEngine | None = None
 
     @cached_property
     def outline(self) -> models.Outline:
@@ -73,6 +76,24 @@ class Inside:
         )
         return self._engine
 
+    def speaker(self, adapter: Adapter | None) -> HFEngine | VLLMEngine:
+        """What answers as that adapter, or (None) as the base: the engine on transformers or, where
+        the options say so, vLLM, which swaps adapters. Raises as `engine`."""
+        if self.options.engine != "vllm":
+            return self.engine(adapter)
+        if adapter is not None:
+            self.check(adapter, adapter.folder)
+        if self._vllm is None or self._vllm.closed:  # it ends itself after a failure
+            self.close()
+            made = self.options.serving(self.config).open(self.config.model)
+            if not isinstance(made, VLLMEngine):
+                raise AuditgapError(
+                    f"An engine that can change adapters is wanted; {made.name} came."
+                )
+            self._vllm = made
+        self._vllm.use(None if adapter is None else adapter.folder)
+        return self._vllm
+
     def check(self, adapter: Adapter, folder: Path) -> None:
         """Raises AuditgapError where the folder's adapter is of another base, or is not the one
         that was trained."""
@@ -100,6 +121,8 @@ class Inside:
         """Give the memory back; a further `engine` loads again."""
         self._remove_adapter()
         self._loaded = None
+        if self._vllm is not None:
+            self._vllm.close()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -117,6 +140,22 @@ class Inside:
             "threads": torch.get_num_threads(),
             "engine": "hf",
         }
+
+    @property
+    def speaker_info(self) -> dict[str, Any]:
+        """The same of what the speaker said."""
+        if self.options.engine != "vllm":
+            return self.info
+        return {"engine": "vllm", "vllm": self._vllm.version if self._vllm else None}
+
+
+def check_engine(study: Study, options: EmergentOptions) -> None:
+    """Raises UsageError for an engine that cannot serve adapters."""
+    if options.engine == "openai":
+        raise UsageError(
+            "Adapters are weights on this machine, which no endpoint serves; em generate and em"
+            " analyse take --engine hf or vllm."
+        )
 
 
 class InsideWorker(CellWorker):

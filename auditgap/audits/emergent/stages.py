@@ -2,8 +2,8 @@
 
     store, outcome = run("analyse", "runs/em", options)     # `auditgap em analyse runs/em`
 
-All of `analyse` runs on transformers, whatever engine answers elsewhere: it reads and edits hidden
-states. Steering wants directions, so it comes last. Tables are made by `report`.
+What reads hidden states runs on transformers, whatever engine answers elsewhere; steering, which
+edits them and speaks, on either. It wants directions, so it comes last. Tables are made by `report`.
 """
 
 from __future__ import annotations

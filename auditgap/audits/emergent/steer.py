@@ -28,19 +28,21 @@ import torch
 
 from auditgap.audits.emergent import direction_records, directions
 from auditgap.audits.emergent.config import EmergentOptions
-from auditgap.audits.emergent.inside import Inside, common
+from auditgap.audits.emergent.inside import Inside, check_engine, common
 from auditgap.audits.emergent.judge import keep_replies, opened_rater, rate_answers
 from auditgap.audits.emergent.rows import STEERED
 from auditgap.audits.emergent.stage import Adapter, StageCell, Study, StudyStage
 from auditgap.audits.session import failing_alone, from_arrays, to_arrays
 from auditgap.engines import Completion, Request, constant
+from auditgap.engines.batching import Packing
 from auditgap.engines.hf import HFEngine
+from auditgap.engines.vllm import VLLMEngine
 from auditgap.errors import UsageError
 from auditgap.interventions import CONTROL, EDIT
 from auditgap.interventions.controls import generator
 from auditgap.interventions.directions import orthogonal, unit
 from auditgap.judges.alignment import HABITS, Rater, load_rater
-from auditgap.models import Rendered, parse_sites
+from auditgap.models import Rendered, parse_sites, pick_device
 from auditgap.store import files
 from auditgap.sweep import Group
 from auditgap.types import CLEAN, Cell, ConstantEdit, Exchange, Prompt, Site, Subject, digest
@@ -196,8 +198,10 @@ class SteerWorker:
 
     def _speak(self, cell: Cell) -> Said:
         started, names = time.monotonic(), []
-        engine = self.inside.engine(self.inside.adapters[cell.settings["target"]])
+        engine = self.inside.speaker(self.inside.adapters[cell.settings["target"]])
         new, window = cell.settings["max_new_tokens"], self.inside.outline.max_positions
+        if isinstance(engine, VLLMEngine):
+            window = engine.window
         asked, along = self._asked(cell)
         rendered = [engine.render(one.prompt) for one in asked]
         asked = [
@@ -210,7 +214,7 @@ class SteerWorker:
         ]
         told = [i for i, one in enumerate(asked) if not one.problem]
         done: list[Completion | None] = [None] * len(asked)
-        for pack in engine.packing.speaking_packs([len(rendered[i].ids) + new for i in told]):
+        for pack in self._packs(engine, [len(rendered[i].ids) + new for i in told]):
             some = [told[p] for p in pack]
             names.append(digest([STEERED, cell.key, some]))
 
@@ -225,6 +229,13 @@ class SteerWorker:
             for i, completion in zip(some, kept, strict=True):
                 done[i] = completion
         return Said(asked, done, names, time.monotonic() - started)
+
+    def _packs(self, engine: HFEngine | VLLMEngine, lengths: Sequence[int]) -> list[list[int]]:
+        """What is asked and remembered together; vLLM forms its own batches."""
+        if isinstance(engine, HFEngine):
+            return engine.packing.speaking_packs(lengths)
+        device = pick_device(self.options.device)
+        return Packing.on(device, self.options.batch_tokens).speaking_packs(lengths, 8)
 
     def _asked(self, cell: Cell) -> tuple[list[Asked], torch.Tensor | None]:
         """What the cell asks, and the direction [D] at its block, None where there is none."""
@@ -255,7 +266,7 @@ class SteerWorker:
 
     def _under(
         self,
-        engine: HFEngine,
+        engine: HFEngine | VLLMEngine,
         cell: Cell,
         asked: Sequence[Asked],
         rendered: Sequence[Rendered],
@@ -267,6 +278,8 @@ class SteerWorker:
             return engine.generate([Request(r) for r in rendered], s["max_new_tokens"])
         site = (Site(s["block"]),)
         edits = [ConstantEdit(site, shift=s["strength"] * shift(one, along, s)) for one in asked]
+        if isinstance(engine, VLLMEngine):
+            return engine.generate_under(rendered, edits, s["max_new_tokens"])
         return constant.generate(engine, rendered, edits, s["max_new_tokens"])
 
     # -- rating
@@ -326,7 +339,7 @@ class SteerWorker:
                 )
         rows = rate_answers(rater, exchanges, max_unscored=self.options.max_unscored)
         seconds = said.seconds + time.monotonic() - started
-        info = self.inside.info | {
+        info = self.inside.speaker_info | {
             "n_without_direction": sum(one.problem.startswith("no direction") for one in said.asked)
         }
         self.store.write(cell, rows, generations=texts, seconds=seconds, info=info)
@@ -345,4 +358,4 @@ def shift(one: Asked, along: torch.Tensor, settings: Mapping[str, Any]) -> torch
     return along.norm() * orthogonal(unit(along), rng)
 
 
-STAGE = StudyStage(name="steer", plan=plan, make=SteerWorker)
+STAGE = StudyStage(name="steer", plan=plan, make=SteerWorker, first=check_engine)

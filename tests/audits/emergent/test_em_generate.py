@@ -7,14 +7,15 @@ import json
 import shutil
 import stat
 
+import lent_engine
 import pytest
 import run_folders
 import studies
 from one_thread import one_thread  # noqa: F401 - a fixture
 
-from auditgap.audits.emergent import generate
+from auditgap.audits.emergent import directions, generate, steer
 from auditgap.audits.emergent.config import EmergentOptions
-from auditgap.audits.emergent.rows import ANSWERED
+from auditgap.audits.emergent.rows import ANSWERED, STEERED
 from auditgap.engines import Sampling, Serving
 from auditgap.errors import Interrupted, UsageError
 from auditgap.types import Prompt
@@ -170,31 +171,75 @@ def test_a_prompt_that_is_too_long_has_no_answer_and_says_so(base, tmp_path):
 
 def test_sentences_for_what_cannot_be_asked(base, tmp_path):
     studies.built(tmp_path / "em", base)
-    with pytest.raises(UsageError, match="no endpoint serves"):
+    with pytest.raises(UsageError, match=r"no endpoint serves"):
         generate.STAGE.run_in(tmp_path / "em", EmergentOptions(engine="openai", device="cpu"))
     with pytest.raises(UsageError, match="auditgap em train"):
         generate.STAGE.run_in(tmp_path / "em", OPTIONS)
 
 
-@pytest.mark.real
-def test_vllm_says_the_same_with_each_adapter_and_without(base, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def lent(base):
+    """One vLLM engine for all tests."""
     pytest.importorskip("vllm")
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    said, open_ = {}, Serving.open
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        with lent_engine.Lent(str(base), max_lora_rank=8) as lent:
+            yield lent
+
+
+@pytest.mark.real
+def test_vllm_says_the_same_with_each_adapter_and_without(base, lent, tmp_path, monkeypatch):
+    lent.to(monkeypatch)
+    said = {}
     for engine in ("hf", "vllm"):
         options = studies.built(tmp_path / engine, base, temperature=0.0, samples=1, engine=engine)
         studies.worn(tmp_path / engine)
-        opened = []
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                Serving,
-                "open",
-                lambda self, model, seen=opened: seen.append(model) or open_(self, model),
-            )
-            store, outcome = generate.STAGE.run_in(tmp_path / engine, options)
+        store, outcome = generate.STAGE.run_in(tmp_path / engine, options)
         assert (outcome.done, outcome.failed) == (3, {})
         said[engine] = {name: frame["completion"].tolist() for name, frame in told(store).items()}
-        assert opened == ([str(base)] if engine == "vllm" else []), (
+        assert lent.opened == ([str(base)] if engine == "vllm" else []), (
             "one engine for the base and all adapters"
         )
     assert said["vllm"] == said["hf"] and len({tuple(t) for t in said["hf"].values()}) == 3
+
+
+@pytest.mark.real
+def test_vllm_steers_each_adapter_as_transformers_does(base, lent, tmp_path, monkeypatch):
+    """Directions of one model's answers at every token of another's, in vLLM and on transformers."""
+    options = studies.built(
+        tmp_path / "hf",
+        base,
+        rows=16,
+        heldout=0.5,
+        direction_from="heldout",
+        steer_block=0,
+        steer_strength=3.0,
+        steer_draws=1,
+    )
+    studies.worn(tmp_path / "hf")
+    directions.STAGE.run_in(tmp_path / "hf", options)
+    shutil.copytree(tmp_path / "hf", tmp_path / "vllm")
+    lent.to(monkeypatch)
+    said = {}
+    for engine in ("hf", "vllm"):
+        store, outcome = steer.STAGE.run_in(
+            tmp_path / engine, options.model_copy(update={"engine": engine})
+        )
+        assert not outcome.failed and outcome.done == 6  # two targets: clean, under two sources
+        records = [r for r in store.records() if r["description"]["attack"] == STEERED]
+        assert {r["info"]["engine"] for r in records} == {engine}
+        order = ["prompt_id", "steer", "draw"]
+        said[engine] = {
+            r["key"]: store.generations(r["key"]).sort_values(order)["completion"].tolist()
+            for r in records
+        }
+    assert said["vllm"] == said["hf"]
+    steered = [texts for texts in said["hf"].values() if len(texts) == 6]
+    assert len(steered) == 4 and all(t[:3] != t[3:] for t in steered), "this proves nothing"
+
+
+def test_no_endpoint_steers(study):
+    with pytest.raises(
+        UsageError, match=r"no endpoint serves.*em analyse take --engine hf or vllm"
+    ):
+        steer.STAGE.run_in(study.store.path, OPTIONS.model_copy(update={"engine": "openai"}))
