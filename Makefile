@@ -25,7 +25,7 @@ audit: $(INSTALLED)
 	$(BIN)/auditgap lvs --config examples/smollm2.yaml --out runs/smollm2
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # breaks the guards of tests/mutants.py one at a time: their tests have to notice (MUTANTS="lvs_clip holm": these)
 mutants: $(INSTALLED)

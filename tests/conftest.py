@@ -21,6 +21,8 @@ warm.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # with the longest files first no process is left alone with one at the end
+    items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

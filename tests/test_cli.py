@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+import warm
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import __version__
@@ -27,6 +28,8 @@ from auditgap.cli import main
 from auditgap.report import latent
 from auditgap.store import RunFolder
 from auditgap.types import ATTACKS, ROW_COLUMNS, TABLE_COLUMNS
+
+pytestmark = pytest.mark.minutes
 
 PROMPTS = [
     "what is the colour of the vault",
@@ -753,7 +756,12 @@ def test_a_poor_terminal_and_no_asserts(bench, finished, tmp_path):
         ["lvs", "model", "--eps=abc"],
         ["ls", "layers", str(model)],
     ]
-    done = process(["-c", IN_TURN, json.dumps(commands)], options=("-O",), module=False, env=poor)
+    done = process(
+        ["-c", IN_TURN, json.dumps(commands)],
+        options=("-O",),
+        module=False,
+        env=warm.optimised(poor),
+    )
     out, err = done.stdout.decode(), done.stderr.decode()
     assert [line for line in err.splitlines() if line.startswith("exit")] == [
         "exit 0",

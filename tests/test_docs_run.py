@@ -30,6 +30,8 @@ from one_thread import one_thread  # noqa: F401 - a fixture
 from auditgap.cli import app, main
 from auditgap.store import files
 
+pytestmark = pytest.mark.minutes
+
 HINT = (
     "If the page is right: a model or file that it assumes belongs into tests/docs_world.py; a hub"
     " id, address or judge into STANDS_FOR, an earlier run into RUNS, a bound into BOUNDS, and what"

@@ -278,6 +278,13 @@ def install() -> None:
         subprocess._fork_exec = _fork_exec  # type: ignore[attr-defined]
 
 
+def optimised(environment: dict[str, str]) -> dict[str, str]:
+    """The environment for a `python -O`, which has to compile every library: an installation has no
+    such bytecode. Here it is kept."""
+    bytecode = ROOT / ".pytest_cache" / "optimised"
+    return environment | {"PYTHONPYCACHEPREFIX": str(bytecode), "PYTHONDONTWRITEBYTECODE": ""}
+
+
 def waiting_pids() -> set[int]:
     """The processes that wait: no test has started them."""
     return {one.process.pid for one in _waiting.values()}

@@ -28,6 +28,8 @@ from auditgap.errors import Refused, UsageError
 from auditgap.models import outlines
 from auditgap.store import RunFolder, merge, tables
 
+pytestmark = pytest.mark.minutes
+
 COMMON = {
     "layers": "embedding,1",
     "max_new_tokens": 4,

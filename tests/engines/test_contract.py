@@ -29,7 +29,7 @@ from auditgap.engines import ENGINES, Engine, Question, Sampling, Serving
 from auditgap.errors import UsageError
 from auditgap.types import Message
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.minutes, pytest.mark.real]
 
 MODEL, NEW, WINDOW = "smollm2", 12, 512
 CANARY = "sk-canary-contract-51c0"

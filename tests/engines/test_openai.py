@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 from auditgap.engines import Question, Reply, Sampling, Serving
 from auditgap.engines import openai as engines_openai
@@ -1043,7 +1044,7 @@ def test_without_the_package_it_says_what_to_install():
         text=True,
         timeout=120,
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env=warm.optimised({**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}),
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[0] == "m" and "pip install" in done.stdout

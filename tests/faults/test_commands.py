@@ -26,6 +26,8 @@ import torch
 from auditgap.cli import main
 from auditgap.store import RunFolder
 
+pytestmark = pytest.mark.minutes
+
 PLUGIN = '''
 import os, signal, time
 from pathlib import Path

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import children
+import warm
 
 #: Of cases 29–48, the quick files. test_cli.py starts `python -O` for a whole run, security/ has
 #: its own.
@@ -41,7 +42,12 @@ def pytest_without_asserts(*arguments: str, cwd: Path) -> subprocess.CompletedPr
         *arguments,
     ]
     return subprocess.run(
-        command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=400
+        command,
+        env=warm.optimised(environment),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import stat
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import planted
 import pytest
+import warm
 from inspect_ai.log import EvalLog, list_eval_logs, read_eval_log, read_eval_log_sample_summaries
 from inspect_ai.scorer import Score
 
@@ -316,7 +318,11 @@ for use in (lambda: write_log(None, "a.eval"), lambda: __import__("auditgap.insp
 
 def test_without_inspect_ai_it_is_a_sentence():
     done = subprocess.run(
-        [sys.executable, "-O", "-c", ABSENT], capture_output=True, text=True, timeout=120
+        [sys.executable, "-O", "-c", ABSENT],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=warm.optimised(dict(os.environ)),
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (

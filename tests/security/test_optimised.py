@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import warm
 
 ROOT = Path(__file__).parents[2]
 IN_TURN = """
@@ -157,7 +158,7 @@ def refusals(tmp_path_factory):
     }
     done = subprocess.run(
         [sys.executable, "-O", "-c", IN_TURN, json.dumps(list(asked.values()))],
-        env=environment,
+        env=warm.optimised(environment),
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
+pytestmark = pytest.mark.minutes
+
 pytest.importorskip("ray")
 pytest.importorskip("deepspeed")
 read_eval_log = pytest.importorskip("inspect_ai.log").read_eval_log

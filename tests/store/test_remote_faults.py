@@ -25,6 +25,8 @@ from auditgap.cli import main
 from auditgap.store import RunFolder, remote
 from auditgap.sweep import jobs, local
 
+pytestmark = pytest.mark.minutes
+
 CELLS = [cell for group in toys.groups() for cell in group.cells]
 
 #: One sweep of toys: python -c SWEEP url log spells. Less patient than a user's. Prints what it

@@ -165,7 +165,7 @@ def test_a_worker_of_these_tests_is_one_that_ray_started_but_for_its_imports(clu
 
     def about() -> dict[str, object]:
         return {
-            "raylet": Path(psutil.Process().parent().exe()).name,
+            "raylet": Path(psutil.Process(os.getppid()).exe()).name,
             "warm": {"torch", "transformers"} <= set(sys.modules),
             "ours": [name for name in sys.modules if name.split(".")[0] == "auditgap"],
             "mark": os.environ["AUDITGAP_TEST_CLUSTER"],

@@ -20,6 +20,8 @@ from auditgap.training.constructions.monitor.task import MonitorTask
 from auditgap.training.constructions.nudge.task import NudgeTask
 from auditgap.training.engine import DeepSpeedEngine
 
+pytestmark = pytest.mark.minutes
+
 STAGES = {
     0: '{"zero_optimization": {"stage": 0}}',
     2: None,

@@ -25,6 +25,8 @@ from auditgap.data.ledger import LeakageLedger
 from auditgap.store import RunFolder
 from auditgap.training.tracking import read_log
 
+pytestmark = pytest.mark.minutes
+
 
 @pytest.fixture(autouse=True)
 def few_threads(monkeypatch):

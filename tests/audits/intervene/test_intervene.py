@@ -30,6 +30,8 @@ from auditgap.errors import UsageError
 from auditgap.report.intervene import INTERVENTION_COLUMNS, half_angle, interventions_table
 from auditgap.store import RunFolder
 
+pytestmark = pytest.mark.minutes
+
 HERE = Path(__file__).parent
 
 

@@ -47,6 +47,8 @@ from auditgap.errors import AuditgapError
 from auditgap.models import Rendered
 from auditgap.types import ConstantEdit, Edit, Prompt, Site
 
+pytestmark = pytest.mark.minutes
+
 #: vLLM's CPU kernels want heads of 32, 64, …
 HEADS = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32}
 FAMILIES = {

@@ -30,7 +30,7 @@ from auditgap.models import template
 from auditgap.types import Edit, Message, Prompt, Site
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.minutes, pytest.mark.real]
 
 #: vLLM's CPU kernels want heads of 32, 64, …
 SHAPE = {
