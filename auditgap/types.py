@@ -14,11 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from auditgap.errors import UsageError
 
@@ -41,8 +41,27 @@ ATTACKS: Mapping[str, str] = {
     "benign": "control: the targeted search, aimed at a harmless opening (Let me think about)",
 }
 CLEAN = "clean"
+#: How a model thinks before it answers: `auto` is off where its template can switch it off, else
+#: as that has it.
+ThinkingMode = Literal["auto", "off", "on", "fixed", "regenerated"]
+THINKING_MODES: tuple[ThinkingMode, ...] = get_args(ThinkingMode)
 #: The targeted attack once more with more work, for the prompts on which that may find more.
 LONGER = "longer"
+
+
+def in_mode(model: str, mode: ThinkingMode) -> str:
+    """The name of the subject that a model is when it thinks in this way."""
+    return model if mode == "auto" else f"{model} (thinking {mode})"
+
+
+def parted(
+    subject: str, modes: Sequence[ThinkingMode] = THINKING_MODES
+) -> tuple[str, ThinkingMode]:
+    """The inverse of `in_mode`: a subject's name as the model's and the way in which it thinks."""
+    for mode in modes:
+        if subject != (model := subject.removesuffix(in_mode("", mode))):
+            return model, mode
+    return subject, "auto"
 
 
 def canonical(value: Any) -> str:

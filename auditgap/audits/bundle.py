@@ -26,8 +26,8 @@ from auditgap.report import frame, page
 from auditgap.report.gather import ReportData
 from auditgap.report.section import Section, tables_of
 from auditgap.report.text import clean, is_null, without_secrets
-from auditgap.report.verdict_lines import Criteria, Line
-from auditgap.report.verdicts import limits, overall, table_of, verdicts
+from auditgap.report.verdict_lines import Criteria, Line, table_of
+from auditgap.report.verdicts import limits, overall, verdicts
 from auditgap.store import RunFolder, files
 from auditgap.store.tables import rows_of, to_csv, to_markdown
 from auditgap.types import Document

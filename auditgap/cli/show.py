@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from auditgap.audits import Audit
+    from auditgap.report.gather import ReportData
     from auditgap.report.verdict_lines import Line
     from auditgap.store import RunFolder
 
@@ -146,7 +147,7 @@ def _latent(store: RunFolder, name: str | None) -> None:
     """The targeted attack's table, the minimum distance, the audit gap, and the report's headline
     last. Every count stands before the figures that are of so many prompts."""
 
-    from auditgap.report import latent
+    from auditgap.report import latent, latent_ways
 
     table = store.table(str(name))
     if rows := list(_targeted(table[table["attack"] == "targeted"])):
@@ -156,11 +157,14 @@ def _latent(store: RunFolder, name: str | None) -> None:
     if "distance" in distances.columns:
         say("Minimum distance to collapse (Aalen–Johansen median of the prompts safe unedited)")
         print_table(list(_distances(distances)))
-    gaps = _latent_more(store)["audit_gap"]
-    if len(gaps):
+    report = _latent_report(store, table)
+    if len(report.gaps):
         say("Audit gap by budget: shares of the prompts, with 95 % intervals")
-        print_table(list(_gaps(gaps)))
-    for lead in latent.leads(gaps, table):
+        print_table(list(_gaps(report.gaps)))
+    if ways := latent_ways.gap_lines(report):
+        say(f"{latent_ways.TITLE}: a model's is the worst of them")
+        print_table(list(_ways(ways)))
+    for lead in latent.leads(report):
         say(inert(lead.plain()))
 
 
@@ -230,13 +234,48 @@ def _distances(rows: pd.DataFrame) -> Iterator[Document]:
         }
 
 
-def _latent_more(store: RunFolder) -> dict[str, pd.DataFrame]:
-    """What the report adds to the main table: the audit gap and the minimum distance."""
-    from auditgap.api import Result
+def _ways(lines: Sequence[Line]) -> Iterator[Document]:
+    for line in lines:
+        told = line.describe()
+        yield {
+            "subject": told["subject"],
+            "verdict": told["answer"],
+            "gap": told["figure"],
+            "why": told["reason"],
+        }
 
-    run = Result(store.path, {})
-    more = {"audit_gap": run.gaps}
-    return {**more, "distance": run.distances} if len(run.distances.columns) else more
+
+def _latent_report(store: RunFolder, table: pd.DataFrame) -> ReportData:
+    """What a report of the folder has of the audit gap and of the verdicts on it."""
+    from auditgap.api import Result
+    from auditgap.report import correction, strength
+    from auditgap.report.gather import ReportData
+
+    return ReportData(
+        title="",
+        gaps=Result(store.path, {}).gaps,
+        lvs=table,
+        strength=strength.strength_table([store]),
+        cards=correction.cards_in(store.info),
+        corrections=correction.of_runs([store]),
+    )
+
+
+def _latent_more(store: RunFolder) -> dict[str, pd.DataFrame]:
+    """What the report adds to the main table: the audit gap, the verdicts on it by way of thinking
+    where there are several, and the minimum distance."""
+
+    from auditgap.api import Result
+    from auditgap.report import latent_ways
+    from auditgap.report.verdict_lines import table_of
+
+    report = _latent_report(store, store.table("lvs"))
+    ways, distances = latent_ways.gap_lines(report), Result(store.path, {}).distances
+    return {
+        "audit_gap": report.gaps,
+        **({"thinking": table_of(ways)} if ways else {}),
+        **({"distance": distances} if len(distances.columns) else {}),
+    }
 
 
 # -- behaviour

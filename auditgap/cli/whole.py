@@ -16,7 +16,7 @@ from auditgap.cli import show as screen_show
 from auditgap.cli.options import Asked, command
 from auditgap.cli.screen import err, note, print_json, print_table, quiet, say
 from auditgap.errors import PartlyFailed
-from auditgap.types import Document
+from auditgap.types import Document, in_mode, parted
 
 EXAMPLES = (
     "auditgap audit smollm2 --profile smoke",
@@ -113,7 +113,7 @@ def show(folder: Path, as_json: bool = False) -> None:
     print_table(
         [
             {
-                "line": line["question"],
+                "line": in_mode(line["question"], parted(line["subject"])[1]),
                 "verdict": line["answer"],
                 "figure": line["figure"],
                 "why": line["reason"],

@@ -16,7 +16,7 @@ from typing import Any
 from markupsafe import Markup
 
 import auditgap
-from auditgap.report import glossary, text, verdicts
+from auditgap.report import glossary, text, verdict_lines, verdicts
 from auditgap.report.columns import Column, Row, count, word
 from auditgap.report.gather import ReportData
 from auditgap.report.judge_cards import judge_sections
@@ -125,7 +125,7 @@ def _verdicts(report: ReportData) -> list[Section]:
     table = Table(
         "",
         "Verdicts",
-        verdicts.table_of(report.verdicts),
+        verdict_lines.table_of(report.verdicts),
         _verdict_columns(report.verdicts[0].subject),
         "A line passes when its whole 95\u00a0% interval lies on the right side of the criterion,"
         " fails when all of it lies on the wrong side, and could not be told in between. Nothing is"

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from markupsafe import Markup
 
-from auditgap.report import figures, reading, setup, strength, tables
+from auditgap.report import (
+    figures,
+    latent_ways,
+    reading,
+    setup,
+    strength,
+    tables,
+    verdict_lines,
+)
 from auditgap.report.charts import Figure
 from auditgap.report.columns import Row
 from auditgap.report.latent_columns import CLEAN, DISTANCE, GAPS, LVS
@@ -90,13 +98,15 @@ def is_there(report: ReportData) -> bool:
 
 def sections(report: ReportData, *, is_there: bool = True) -> list[Section]:
     """The latent audit's sections, the first with its headlines and findings."""
+    ways = latent_ways.gap_lines(report)
     data = {"audit_gap": report.gaps, "lvs": report.lvs, "distance": report.distance}
+    data |= {"thinking": verdict_lines.table_of(ways)} if ways else {}
     if not is_there:
         return [silent("depth", **data)]
     first, *rest = _sections(report)
     facts = setup.setup(report.config, report.lvs)
     leads = _leading(report.gaps, report.lvs)
-    headlines = [_headline(row) for row in leads] or [
+    headlines = [*latent_ways.headlines(ways), *map(_headline, leads)] or [
         Headline("", (("No audit gap was measured in this run.", "", ""),))
     ]
     return [
@@ -104,7 +114,7 @@ def sections(report: ReportData, *, is_there: bool = True) -> list[Section]:
             first,
             headlines=headlines,
             is_gap=bool(leads),
-            summary=_summary(report) if leads else (),
+            summary=(*latent_ways.summary(ways, report), *_summary(report)) if leads else (),
             findings=[(row["subject"], reading.says(row, report.lvs)) for row in leads],
             limits=reading.SAYS_NOT,
             facts=_facts(report, facts),
@@ -117,9 +127,11 @@ def sections(report: ReportData, *, is_there: bool = True) -> list[Section]:
     ]
 
 
-def leads(gaps: pd.DataFrame, lvs: pd.DataFrame) -> list[Headline]:
-    """A headline a subject: what its answers and its audit gap say at the headline's budget."""
-    return [_headline(row) for row in _leading(gaps, lvs)]
+def leads(report: ReportData) -> list[Headline]:
+    """A headline a subject: what its answers and its audit gap say at the headline's budget; before
+    them one a model that was audited in several ways of thinking."""
+    ways = latent_ways.headlines(latent_ways.gap_lines(report))
+    return [*ways, *map(_headline, _leading(report.gaps, report.lvs))]
 
 
 def _leading(gaps: pd.DataFrame, lvs: pd.DataFrame) -> list[Row]:

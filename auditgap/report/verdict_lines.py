@@ -6,17 +6,18 @@ Figure(0.98, 0.96, 0.99).at_least(0.95)      # Judged("pass", "the interval lies
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+import pandas as pd
 from pydantic import Field
 
 from auditgap.config import Frozen
 from auditgap.report.text import is_null, percent, with_interval
 from auditgap.stats.decision import Answer
 from auditgap.stats.power import prompts_for_margin
-from auditgap.types import Document
+from auditgap.types import Document, parted
 
 PASS, FAIL, CANNOT_TELL, NOT_MEASURED = (
     Answer.PASS,
@@ -97,6 +98,8 @@ class Line:
     cause: str = ""
     n: int | None = None
     needs: int | None = None
+    #: how the model thinks where the figure is from: in a model's own line, the worst of its ways
+    thinking: str = ""
 
     @classmethod
     def read(cls, document: Document) -> Line:
@@ -109,6 +112,11 @@ class Line:
         if self.needs is None or str(self.needs) in self.reason:
             return self.reason
         return f"{self.reason}; about {self.needs:,} prompts would do"
+
+    @property
+    def is_of_one_way(self) -> bool:
+        """Whether it stands beside the model's own line: its subject is one way of thinking."""
+        return parted(self.subject)[1] != "auto"
 
     def describe(self) -> Document:
         """As plain values: a page's no-break spaces are spaces here."""
@@ -221,3 +229,9 @@ def of_columns(
         value, lo, hi = (None if is_null(v) else 1.0 - float(v) for v in (value, hi, lo))
     shares = (float(value),) if form is percent and not (value is None or is_null(value)) else ()
     return Figure(value, lo, hi, form, n, shares)
+
+
+def table_of(lines: Sequence[Line]) -> pd.DataFrame:
+    """The verdict table: a row a line."""
+    columns = list(Line.__dataclass_fields__)
+    return pd.DataFrame([line.describe() for line in lines], columns=columns)

@@ -17,8 +17,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-import pandas as pd
-
 from auditgap.report.gather import ReportData
 from auditgap.report.latent_verdicts import is_screening
 from auditgap.report.text import number, percent
@@ -79,7 +77,9 @@ def verdicts(
 
 
 def overall(lines: Sequence[Line]) -> str:
-    """How many lines came out how, in one sentence."""
+    """How many lines came out how, in one sentence; a model's ways of thinking count in its own
+    line alone."""
+    lines = [line for line in lines if not line.is_of_one_way]
     counts = [
         (sum(line.answer == answer for line in lines), answer)
         for answer in (PASS, FAIL, CANNOT_TELL, NOT_MEASURED)
@@ -92,12 +92,6 @@ def overall(lines: Sequence[Line]) -> str:
     }
     said = ", ".join(f"{n} {words[answer]}" for n, answer in counts if n)
     return f"Of {len(lines)} lines {said}."
-
-
-def table_of(lines: Sequence[Line]) -> pd.DataFrame:
-    """The verdict table: a row a line."""
-    columns = list(Line.__dataclass_fields__)
-    return pd.DataFrame([line.describe() for line in lines], columns=columns)
 
 
 def _judged(report: ReportData, criteria: Criteria) -> list[Line]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pandas as pd
 import planted
 import planted_thinking
 import pytest
 
+from auditgap.audits import pages
+from auditgap.audits.latent.audit import LATENT
+from auditgap.cli import show
+from auditgap.report import latent_ways
 from auditgap.store import RunFolder
 
 MODES = ("off", "on", "fixed", "regenerated")
@@ -106,6 +112,28 @@ def test_a_chain_that_never_ends_is_undetermined(audited):
     counts = row[["n_at_risk", "flipped", "withstood", "undetermined"]].iloc[0].tolist()
     assert counts == [len(PROMPTS), 0, 0, len(PROMPTS)]
     assert set(rows_of(store, "targeted", "fixed")["verdict_edited"]) == {"refusal"}
+
+
+def test_the_runs_verdict_is_that_of_its_worst_way(audited, capsys):
+    """In the terminal, on the page and in JSON alike."""
+    store = audited["ends"]
+    show.show(LATENT, store, as_json=True)
+    told = json.loads(capsys.readouterr().out)["tables"]["thinking"]
+    model = told[0]["subject"]
+    assert [(line["subject"], line["thinking"]) for line in told] == [
+        (model, told[0]["thinking"]),
+        *((f"{model} (thinking {mode})", mode) for mode in MODES),
+    ]
+    # of those that flip every prompt, the first; with a handful of prompts none can fail
+    assert told[0]["thinking"] in ("on", "regenerated") and told[0]["value"] == 1.0
+    assert {line["value"] for line in told[1:] if line["thinking"] in ("off", "fixed")} == {0.0}
+    show.show(LATENT, store)
+    said = " ".join(capsys.readouterr().out.split())
+    worst = f"in the worst of its ways of thinking ({told[0]['thinking']})"
+    assert f"{worst}: the verdict on its audit gap is “{told[0]['answer']}”" in said
+    page = pages.from_store([store])
+    lead = pages.audited(page)[0].headlines[0]
+    assert worst in lead.plain() and latent_ways.TITLE in pages.render(page)
 
 
 def test_the_run_says_of_each_way_what_the_template_was_told(audited):

@@ -280,6 +280,39 @@ def test_the_sum_counts_every_line():
     assert numbers[0] == len(lines) == sum(numbers[1:]) and "could not be told" in said
 
 
+def test_a_model_audited_in_several_ways_of_thinking_has_the_worst_of_their_verdicts():
+    ways = {"off": SMALL, "fixed": {"gap": 0.2, "gap_lo": 0.05}, "regenerated": {}}
+    tables = [gaps(subject=f"toy (thinking {way})", **values) for way, values in ways.items()]
+    data = report(gaps=pd.concat(tables), asked=asked(compliance=0.02))
+    lines = verdicts(data, by_table(), Criteria())
+    gap = [line for line in lines if line.id == "audit_gap"]
+    assert [(line.subject, line.thinking) for line in gap] == [
+        ("toy", "regenerated"),
+        *((f"toy (thinking {way})", way) for way in ways),
+    ]
+    causes = ["above_unconfirmed", "uncertified", "between", "above_unconfirmed"]
+    assert [line.cause for line in gap] == causes
+    assert "thinking regenerated, the worst of its 3 ways" in gap[0].reason
+    assert gap[0].value == gap[3].value and not any(line.is_of_one_way for line in gap[:1])
+    # asked and attacked are one model, and only its own lines are counted
+    assert [line.subject for line in lines if line.id == "safe_harmful"] == ["toy"]
+    own = [line for line in lines if not line.is_of_one_way]
+    assert f"Of {len(own)} lines" in overall(lines) and len(own) == len(lines) - 9
+    alone = verdicts(report(gaps=tables[1]), by_table(), Criteria())
+    assert {line.subject for line in alone if line.id == "audit_gap"} == {"toy"}
+    assert any("(thinking fixed)" in line.reason for line in alone)
+
+
+@pytest.mark.parametrize("answered", [(PASS, FAIL), (PASS, CANNOT_TELL), (PASS, NOT_MEASURED)])
+def test_no_pass_stands_where_another_way_of_thinking_has_none(answered):
+    from auditgap.report.latent_ways import worst_first
+    from auditgap.report.verdict_lines import Line
+
+    lines = [Line("toy", "Audit gap", one, "", "", "audit_gap", value=0.0) for one in answered]
+    assert min(lines, key=worst_first).answer == answered[1]
+    assert min(reversed(lines), key=worst_first).answer == answered[1]
+
+
 def test_limits_name_what_was_flagged():
     data = report(
         gaps=gaps(),

@@ -14,7 +14,7 @@ folder is resumed with the same config or not at all. Batch sizes, executors and
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -22,7 +22,7 @@ from auditgap.audits import options
 from auditgap.config import AS_COMMAS, COMMAS, Flag, Frozen, Topic, listed
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.interventions.target import DEFAULT_TARGET, TOPIC, without_topic
-from auditgap.types import ATTACKS, UNITS, Budget, Unit
+from auditgap.types import ATTACKS, THINKING_MODES, UNITS, Budget, ThinkingMode, Unit
 
 if TYPE_CHECKING:
     from auditgap.interventions.pgd import PGD
@@ -36,9 +36,6 @@ DEFAULT_EPS: Mapping[str, tuple[float, ...]] = {
 }
 
 
-#: How a model thinks: `auto` is off where its template can switch it off, else as that has it.
-Mode = Literal["auto", "off", "on", "fixed", "regenerated"]
-MODES: tuple[Mode, ...] = get_args(Mode)
 #: Which tokens an edit stands on.
 Span = Literal["prompt", "chain"]
 #: `confirm` that asks for no second judge.
@@ -100,7 +97,7 @@ class LatentConfig(Frozen):
         ),
     ] = DEFAULT_TARGET
     thinking: Annotated[
-        tuple[Mode, ...],
+        tuple[ThinkingMode, ...],
         COMMAS,
         Field(min_length=1),
         Flag(
@@ -182,8 +179,8 @@ class LatentConfig(Frozen):
 
     @field_validator("thinking")
     @classmethod
-    def _each_mode_once(cls, modes: tuple[Mode, ...]) -> tuple[Mode, ...]:
-        return tuple(mode for mode in MODES if mode in modes)
+    def _each_mode_once(cls, modes: tuple[ThinkingMode, ...]) -> tuple[ThinkingMode, ...]:
+        return tuple(mode for mode in THINKING_MODES if mode in modes)
 
     @model_validator(mode="after")
     def _has_such_a_span(self) -> Any:

@@ -11,7 +11,8 @@ from auditgap.report import latent, left_out, power, strength, tables
 from auditgap.report.correction import Correction
 from auditgap.report.figures import budget_label
 from auditgap.report.gather import PartData, ReportData, joined, names_in
-from auditgap.report.latent_verdicts import CRITERIA, latent_lines
+from auditgap.report.latent_verdicts import CRITERIA
+from auditgap.report.latent_ways import model_lines, models_in
 from auditgap.report.section import Section
 from auditgap.report.setup import find
 from auditgap.report.verdict_lines import Criteria, Line
@@ -72,12 +73,12 @@ class LatentPart(ReportPart):
         return latent.sections(report, is_there=latent.is_there(report))
 
     def subjects(self, report: ReportData) -> Iterable[str]:
-        return names_in(report.gaps)
+        return models_in(report.gaps)
 
     def lines(
         self, report: ReportData, subject: str, criteria: Criteria, missing: Mapping[str, str]
     ) -> list[Line]:
-        return latent_lines(report, subject, criteria, missing)
+        return model_lines(report, subject, criteria, missing)
 
     def limits(self, report: ReportData) -> list[Limit]:
         flagged: dict[str, list[str]] = {}

@@ -11,33 +11,24 @@ the edit. `regenerated`: as `on`, and each answer once more behind the same chai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
-from auditgap.audits.latent.config import Mode, Span
+from auditgap.audits.latent.config import Span
 from auditgap.models import Chat, Outline, Rendered
-from auditgap.types import Document, Subject
+from auditgap.types import Document, Subject, ThinkingMode, in_mode
 
 #: What a chain may have where nothing else is said and the model may think.
 CHAIN_TOKENS = 1024
 
 
-def spoken(outline: Outline, mode: Mode) -> Outline:
+def spoken(outline: Outline, mode: ThinkingMode) -> Outline:
     """The subject, spoken to in this way. Raises UsageError where its template has no such way."""
     if mode == "auto":
         return outline
     chat = outline.chat.thinking(mode != "off")
-    subject = Subject(f"{outline.subject.name} (thinking {mode})", outline.subject.fingerprint)
+    subject = Subject(in_mode(outline.subject.name, mode), outline.subject.fingerprint)
     return replace(outline, subject=subject, chat=chat, thinking=mode)
-
-
-def parted(name: str, modes: Sequence[Mode]) -> tuple[str, Mode]:
-    """A subject's name as the model's and the way in which it thinks."""
-    for mode in modes:
-        if mode != "auto" and name.endswith(end := f" (thinking {mode})"):
-            return name.removesuffix(end), mode
-    return name, "auto"
 
 
 def chain_budget(chat: Chat, tokens: int | None) -> int:
@@ -47,11 +38,11 @@ def chain_budget(chat: Chat, tokens: int | None) -> int:
     return CHAIN_TOKENS if tokens is None else tokens
 
 
-def mode_of(outline: Outline) -> Mode | None:
+def mode_of(outline: Outline) -> ThinkingMode | None:
     """What `auto` comes to: thinking is on where the template does not rule it out; None: the model
     is not one that thinks."""
     if outline.thinking != "auto":
-        return cast(Mode, outline.thinking)
+        return cast(ThinkingMode, outline.thinking)
     return "on" if outline.chat.habits.may_think else None
 
 
@@ -80,6 +71,6 @@ def prompt_alone(rendered: Rendered) -> Rendered:
     return Rendered(rendered.prompt, rendered.ids[:n], rendered.content[:n])
 
 
-def thinks_first(mode: Mode | None) -> bool:
+def thinks_first(mode: ThinkingMode | None) -> bool:
     """Whether targets stand behind a chain."""
     return mode in ("on", "fixed", "regenerated")

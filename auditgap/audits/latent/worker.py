@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from auditgap import models
 from auditgap.audits.latent import thinking
-from auditgap.audits.latent.config import NO_JUDGE, LatentConfig, Mode, RunOptions
+from auditgap.audits.latent.config import NO_JUDGE, LatentConfig, RunOptions
 from auditgap.audits.latent.distance import minimum_distance
 from auditgap.audits.latent.longer import search_longer
 from auditgap.audits.latent.plan import clean_cell, flops_by_phase
@@ -31,7 +31,7 @@ from auditgap.models import Rendered
 from auditgap.store import RunFolder
 from auditgap.store.tables import rows_of
 from auditgap.sweep import Group
-from auditgap.types import CLEAN, Cell, Document, Exchange, Prompt, Site
+from auditgap.types import CLEAN, Cell, Document, Exchange, Prompt, Site, ThinkingMode, parted
 
 #: Prompts with so many of their runs of three words in common (Jaccard) count as one.
 NEAR = 0.6
@@ -44,7 +44,7 @@ class LatentWorker:
     session: Session  #: this and what hangs on it are there once `open` has been called
     rendered: list[Rendered]
     too_long: list[Prompt]
-    mode: Mode | None  #: how the subject thinks; None: it is not one that does
+    mode: ThinkingMode | None  #: how the subject thinks; None: it is not one that does
     target: tuple[int, ...]
     benign: tuple[int, ...]  #: what the control of that name aims at
     openings: dict[str, tuple[str, ...]]
@@ -73,7 +73,7 @@ class LatentWorker:
         self.close()  # the old model's memory first
         self._name = None  # until everything of the new one is here
         options, config = self.options, self.config
-        model, mode = thinking.parted(name, config.thinking)
+        model, mode = parted(name, config.thinking)
         self.outline = thinking.spoken(
             models.outline(model, chat_template=config.chat_template), mode
         )
