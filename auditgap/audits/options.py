@@ -66,6 +66,33 @@ ThinkingTokens = Annotated[
         default="1024 where the model may think, else none",
     ),
 ]
+Thinking = Annotated[
+    Literal["auto", "off", "on"],
+    Flag(
+        "Whether the model thinks before it answers: off or on",
+        default="auto: off where the chat template can, else as it has it",
+    ),
+]
+#: The same where `auto` lets chain and answer share what an answer may have.
+SharedThinkingTokens = Annotated[
+    int | None,
+    Field(ge=1),
+    Flag(
+        "Maximum tokens of a chain of thought, beside the answer's",
+        default="1024 with --thinking on; else both share the answer's",
+    ),
+]
+JudgeThinkingTokens = Annotated[
+    int | None,
+    Field(ge=1),
+    Flag(
+        "Maximum tokens of a judge's chain of thought, beside its verdict's",
+        Topic.JUDGING,
+        default="1024 where its chat template lets it think, none behind an endpoint",
+    ),
+]
+#: What configs that were written before they could ask a model to think mean by it.
+NO_THINKING: dict[str, Any] = {"thinking": "auto", "thinking_tokens": None}
 Target = Annotated[
     str, Field(min_length=1), Flag("Opening that targeted attacks make likely", Topic.ATTACK)
 ]
@@ -165,6 +192,7 @@ class JudgedOptions(AuditOptions):
 
     judge_engine: Annotated[EngineName, Flag("Engine of the judge models", Topic.JUDGING)] = "hf"
     judge_endpoint: JudgeEndpoint = None
+    judge_thinking_tokens: JudgeThinkingTokens = None
 
     @property
     def judge_serving(self) -> Serving:
@@ -177,6 +205,7 @@ class JudgedOptions(AuditOptions):
             base_url=self.judge_endpoint,
             device=self.device,
             gpu_memory=0.4,
+            thinking_tokens=self.judge_thinking_tokens,
         )
 
 

@@ -15,7 +15,7 @@ from auditgap import models
 from auditgap.engines import Serving
 from auditgap.judges import load_judge
 from auditgap.judges.coherence import Thresholds
-from auditgap.types import Document, Prompt, digest
+from auditgap.types import Cell, Document, Prompt, ThinkingMode, digest
 
 
 class _Typed(Protocol):
@@ -33,6 +33,15 @@ class _Asking(_Typed, Protocol):
     def max_new_tokens(self) -> int: ...
 
 
+class _Thinking(_Asking, Protocol):
+    """The same where they may be asked to think."""
+
+    @property
+    def thinking(self) -> ThinkingMode: ...
+    @property
+    def thinking_tokens(self) -> int | None: ...
+
+
 TypedT = TypeVar("TypedT", bound=_Typed)
 
 
@@ -46,12 +55,15 @@ def outlines_of(
     names: Iterable[str],
     chat_template: str | None,
     outline: Callable[..., models.Outline] = models.outline,
+    *,
+    thinking: ThinkingMode = "auto",
 ) -> tuple[models.Outline, ...]:
-    """Outlines of the models named; the same weights count once. Raises UsageError, Refused."""
+    """Outlines of the models named; the same weights count once. Raises UsageError, Refused, also
+    where a chat template cannot have its model think so."""
     found: dict[str, models.Outline] = {}
     for name in dict.fromkeys(names):
         one = outline(name, chat_template=chat_template)
-        found.setdefault(one.subject.fingerprint, one)
+        found.setdefault(one.subject.fingerprint, one.asked_to_think(thinking))
     return tuple(found.values())
 
 
@@ -81,6 +93,27 @@ def scorers_of(judge: str, *, device: str, serving: Serving | None = None) -> Do
         "judge": load_judge(judge, device=device, serving=serving).describe(),
         "coherence": Thresholds().describe(),
     }
+
+
+def chain_tokens(config: _Thinking, chat: models.Chat) -> int:
+    """What a chain of thought may have beside the answer's tokens; 0: it shares them, or there is
+    none."""
+    if config.thinking == "auto" and config.thinking_tokens is None:
+        return 0
+    return chat.chain_budget(config.thinking_tokens)
+
+
+def thought(config: _Thinking, outline: models.Outline) -> Document:
+    """What of thinking stands in a cell's settings: nothing where nothing is asked for, so that
+    such cells have their keys as ever."""
+    tokens = chain_tokens(config, outline.chat)
+    asked = {**outline.chat.told, **({"tokens": tokens} if tokens else {})}
+    return {"thinking": asked} if asked else {}
+
+
+def chain_of(cell: Cell) -> int:
+    """`chain_tokens` of a cell, by its settings."""
+    return cell.settings.get("thinking", {}).get("tokens", 0)
 
 
 def settings_of(config: _Asking, outline: models.Outline, scorers: Document) -> Document:

@@ -49,6 +49,14 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    thinking_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Maximum tokens of the judge's chain of thought, beside its verdict's",
+            show_default="1024 where its chat template lets it think, none behind an endpoint",
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Use N gold rows, chosen by hash", show_default="all")
     ] = None,
@@ -86,7 +94,13 @@ def evaluate(
         raise UsageError(f"--injections is a number of rows, 0 or more; {injections} came.")
     rows = load_gold(gold)
     rows = rows if limit is None else rows.first(limit)
-    serving = Serving(engine=engine_named(engine), base_url=base_url, device=device, dtype=dtype)
+    serving = Serving(
+        engine=engine_named(engine),
+        base_url=base_url,
+        device=device,
+        dtype=dtype,
+        thinking_tokens=thinking_tokens,
+    )
     judge = load_judge(name, device=pick_device(device), serving=serving)
     try:
         card = card_cache.measure(

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from auditgap.audits.options import Device, JudgeEndpoint, MaxUnscored
+from auditgap.audits.options import Device, JudgeEndpoint, JudgeThinkingTokens, MaxUnscored
 from auditgap.cli import grid, show
 from auditgap.cli.options import AsJson, Asked, command, examples
 from auditgap.cli.screen import answer, print_json, quiet, say
@@ -100,6 +100,7 @@ class Regrading(Frozen):
         Flag("Engine of the judge models: hf, vllm or openai", Topic.JUDGING, default="hf"),
     ] = None
     judge_endpoint: JudgeEndpoint = None
+    judge_thinking_tokens: JudgeThinkingTokens = None
     max_unscored: MaxUnscored = 0.2
     device: Device = "auto"
 
@@ -136,7 +137,12 @@ def _add_grade(app: typer.Typer) -> None:
 
         (by,) = build(merged(asked.file, asked.flags), Regrading)
         engine = engine_named(by.judge_engine or ("openai" if by.judge_endpoint else "hf"))
-        serving = Serving(engine=engine, base_url=by.judge_endpoint, device=by.device)
+        serving = Serving(
+            engine=engine,
+            base_url=by.judge_endpoint,
+            device=by.device,
+            thinking_tokens=by.judge_thinking_tokens,
+        )
         store = regrade(
             folder,
             Grading(

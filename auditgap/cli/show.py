@@ -68,7 +68,11 @@ def verdicts_hold(lines: Sequence[Line], fail_on: str) -> None:
     from auditgap.stats.decision import Answer
 
     def named(answer: Answer) -> str:
-        return "; ".join(f"{x.id} ({x.subject})" for x in lines if x.answer == answer)
+        return "; ".join(
+            f"{x.id} ({x.subject}{x.thinking and f', thinking {x.thinking}'})"
+            for x in lines
+            if x.answer == answer and not x.is_of_one_way
+        )
 
     if failed := named(Answer.FAIL):
         raise CriterionFailed(f"--fail-on {fail_on}: these verdicts are fail: {failed}.")

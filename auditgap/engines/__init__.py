@@ -22,7 +22,15 @@ from pydantic import Field
 from auditgap.config import Frozen
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.registry import Entry, Registry
-from auditgap.types import ConstantEdit, Document, Edit, Message, Prompt, digest
+from auditgap.types import (
+    ConstantEdit,
+    Document,
+    Edit,
+    Message,
+    Prompt,
+    ThinkingMode,
+    digest,
+)
 
 # configs name engines, and a config (`--help`, `auditgap schema`) costs no torch
 if TYPE_CHECKING:
@@ -229,6 +237,7 @@ def weights_identity(outline: models.Outline | models.LoadedModel, dtype: torch.
         "weights": outline.subject.fingerprint,
         "dtype": str(dtype).removeprefix("torch."),
         "chat_template": digest(template) if template else None,
+        **outline.chat.told,
     }
 
 
@@ -316,6 +325,9 @@ class Serving(Frozen):
     dtype: str = "auto"
     device: str = "auto"
     chat_template: str | None = None
+    thinking: ThinkingMode = "auto"  #: whether its chat template has it think
+    #: what a judge's chain of thought may have; None: see `LanguageModelJudge`
+    thinking_tokens: int | None = Field(default=None, ge=1)
     batch_tokens: int | None = Field(default=None, ge=16)
     #: GPUs (on a CPU: ranks) a vLLM engine spreads one model over
     tensor_parallel: int = Field(default=1, ge=1)
@@ -341,7 +353,7 @@ class Serving(Frozen):
         from auditgap import models
 
         dtype = models.pick_dtype(self.dtype, models.pick_device(self.device))
-        outline = models.outline(model, chat_template=self.chat_template)
+        outline = models.outline(model, chat_template=self.chat_template, thinking=self.thinking)
         if self.engine == "hf":
             outline.check_opens()
             return weights_identity(outline, dtype)
@@ -352,9 +364,8 @@ def _hf(model: str, serving: Serving) -> Engine:
     from auditgap import models
     from auditgap.engines.hf import HFEngine
 
-    loaded = models.load(
-        model, dtype=serving.dtype, device=serving.device, chat_template=serving.chat_template
-    )
+    seen = models.outline(model, chat_template=serving.chat_template, thinking=serving.thinking)
+    loaded = models.load(seen, dtype=serving.dtype, device=serving.device)
     return HFEngine(loaded, batch_tokens=serving.batch_tokens)
 
 

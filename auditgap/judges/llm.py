@@ -11,7 +11,8 @@ loading. Equal exchanges are asked once in a judge's life.
 
 `unscored` reasons: `empty` (nothing was answered, nothing asked); `parse: …` (the reply could not
 be read as a verdict); `judge_refused` (it would not grade); `judge: …` (the engine had no reply:
-`too_long`, `nonfinite_logits`, `endpoint: …`); `prompt_too_long` (no room for the answer in the
+`too_long`, `nonfinite_logits`, `endpoint: …`, `unfinished`: its chain of thought never ended);
+`prompt_too_long` (no room for the answer in the
 judge's window). No reason ever quotes a text.
 """
 
@@ -101,6 +102,7 @@ class LanguageModelJudge(ABC):
             "fence": FENCE_VERSION,
             "max_tokens": self.max_tokens,
             "max_new_tokens": self.sampling.max_new_tokens,
+            **({"thinking_tokens": n} if (n := self.thinking_tokens) else {}),
             "phrases": PHRASES_HASH,
             "model": self._model_identity,
             **({"window": self.serving.max_model_len} if self.serving.max_model_len else {}),
@@ -123,8 +125,7 @@ class LanguageModelJudge(ABC):
         asked; behind an endpoint that is not to be known."""
         asked = self.question(*A_LINE_EACH)
         if self._tokenizer is not None and asked.text is None:
-            template = read_template(self.serving.chat_template)
-            models.Chat(self.model, self._tokenizer, template).write(asked.messages)
+            self._chat.write(asked.messages)
 
     # -- judging
     # -------------------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ class LanguageModelJudge(ABC):
         }
         replies: dict[str, Reply] = {}
         if new:
-            given = self._open().ask(list(new.values()), self.sampling)
+            given = self._open().ask(list(new.values()), self._asked_with)
             if len(given) != len(new):
                 raise UsageError(
                     f"{self.name}: {len(given)} replies came to {len(new)} questions; an engine"
@@ -254,6 +255,25 @@ class LanguageModelJudge(ABC):
         return None if self.serving.engine == "openai" else open_tokenizer(self.model)
 
     @cached_property
+    def thinking_tokens(self) -> int:
+        """What the judge's chain of thought may have beside its verdict: 0 where its chat template
+        has it think of nothing, and behind an endpoint unless it is told."""
+        if self._tokenizer is None:
+            return self.serving.thinking_tokens or 0
+        if self.question("", "").text is not None:  # no chat template has a part in it
+            return 0
+        return self._chat.chain_budget(self.serving.thinking_tokens)
+
+    @property
+    def _asked_with(self) -> Sampling:
+        return replace(self.sampling, thinking_tokens=self.thinking_tokens)
+
+    @property
+    def _chat(self) -> models.Chat:
+        template = read_template(self.serving.chat_template)
+        return models.Chat(self.model, self._tokenizer, template)
+
+    @cached_property
     def _tokens(self) -> tuple[str, ...]:
         return () if self._tokenizer is None else special_tokens(self._tokenizer)
 
@@ -273,10 +293,7 @@ class LanguageModelJudge(ABC):
         if self._window is None:
             return self.max_tokens
         taken = (
-            self._n_template
-            + count(prompt, self._tokenizer)
-            + self.sampling.max_new_tokens
-            + _SLACK
+            self._n_template + count(prompt, self._tokenizer) + self._asked_with.new_tokens + _SLACK
         )
         return min(self.max_tokens, self._window - taken)
 

@@ -21,11 +21,15 @@ from auditgap.models.said import Said, said
 from auditgap.models.template import fill
 from auditgap.models.thinking import NO_HABITS, Habits, habits_of, switched
 from auditgap.models.words import Turn, check_words, in_parts, takes_parts
-from auditgap.types import Message, Prompt
+from auditgap.types import Document, Message, Prompt
 
 #: Private-use characters that mark the user's words in a rendered chat; no template has a meaning
 #: for them.
 _BEGIN, _END = "\ue000", "\ue001"
+#: What templates are told beside the turns, unless a model is asked to think.
+TOLD: Mapping[str, Any] = {"enable_thinking": False}
+#: What a chain of thought may have where nothing else is said and the model may think.
+CHAIN_TOKENS = 1024
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -73,7 +77,7 @@ class Chat:
     tokenizer: Any
     template: str | None = None
     #: what the template is told beside the turns
-    variables: Mapping[str, Any] = field(default_factory=lambda: {"enable_thinking": False})
+    variables: Mapping[str, Any] = field(default_factory=lambda: dict(TOLD))
 
     @property
     def is_told_not_to_think(self) -> bool:
@@ -110,6 +114,19 @@ class Chat:
                 " closes the chain."
             )
         return replace(self, variables=found)
+
+    @property
+    def told(self) -> Document:
+        """What its template is told that is not TOLD, as part of an identity."""
+        variables = dict(sorted(self.variables.items()))
+        return {} if variables == TOLD else {"template_variables": variables}
+
+    def chain_budget(self, tokens: int | None) -> int:
+        """Tokens that a chain may have beside the answer's (None: CHAIN_TOKENS); 0 where there is
+        none."""
+        if not self.habits.may_think:
+            return 0
+        return CHAIN_TOKENS if tokens is None else tokens
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of new tokens, without special ones."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +142,8 @@ def load(
             f"{seen.subject.name}: its tokenizer has {n_tokens} tokens, its embedding {n_rows};"
             " they do not belong together."
         )
-    return wrap(
-        placed(model, device, shard),
-        seen.chat.tokenizer,
-        seen.subject,
-        chat_template=seen.chat.template,
-    )
+    loaded = wrap(placed(model, device, shard), seen.chat.tokenizer, seen.subject)
+    return replace(loaded, chat=seen.chat)
 
 
 def _as_plain(model: Any) -> None:

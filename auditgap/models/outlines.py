@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -29,7 +29,7 @@ from auditgap.models.folder import (
     resolve,
 )
 from auditgap.models.weights import Packing, check_opens, packing_of, weights_files
-from auditgap.types import Subject
+from auditgap.types import Subject, ThinkingMode
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,13 @@ class Outline:
     max_positions: int | None = None  #: tokens that it can attend to; None: not said
     packing: Packing | None = None  #: how its weights are quantised; None: they are plain numbers
     note: str = ""  #: what was ignored of its folder
-    thinking: str = "auto"  #: how an audit has it think
+    thinking: ThinkingMode = "auto"  #: how an audit has it think
+
+    def asked_to_think(self, mode: ThinkingMode) -> Outline:
+        """The same, spoken to in this way. Raises UsageError where its template has no such way."""
+        if mode == "auto":
+            return self
+        return replace(self, chat=self.chat.thinking(mode != "off"), thinking=mode)
 
     def check_opens(self) -> None:
         """Raises UsageError where its weights are quantised in a way that cannot be audited on
@@ -59,11 +65,13 @@ class Outline:
         check_opens(base)
 
 
-def outline(name: str, *, chat_template: str | None = None) -> Outline:
+def outline(
+    name: str, *, chat_template: str | None = None, thinking: ThinkingMode = "auto"
+) -> Outline:
     """Resolve, look at and fingerprint a subject, without loading its weights.
 
     Raises Refused or UsageError as `preflight`, `resolve` and transformers' own reading of the
-    config find cause to.
+    config find cause to, and where its template cannot have it think so.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -99,7 +107,7 @@ def outline(name: str, *, chat_template: str | None = None) -> Outline:
         max_positions=getattr(config, "max_position_embeddings", None),
         packing=packing_of(base),
         note=ignored_code(base),
-    )
+    ).asked_to_think(thinking)
 
 
 def stop_ids_of(

@@ -10,7 +10,8 @@ between sittings.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator
 
@@ -50,6 +51,8 @@ class BehaviourConfig(Frozen):
     ] = "harmbench,everyday"
     limit: options.Limit = None
     max_new_tokens: options.NewTokens = 128
+    thinking: options.Thinking = "auto"
+    thinking_tokens: options.SharedThinkingTokens = None
     judge: options.Judge = "builtin"
     dtype: options.Dtype = "auto"
     chat_template: options.ChatTemplate = None
@@ -74,6 +77,8 @@ class BehaviourConfig(Frozen):
     ] = Field(default=None, ge=16)
     seed: options.Seed = 0
 
+    unwritten: ClassVar[Mapping[str, Any]] = options.NO_THINKING
+
 
 class BehaviourOptions(options.AuditOptions):
     """Where it runs, in what portions, and when its result is not good enough."""
@@ -83,6 +88,7 @@ class BehaviourOptions(options.AuditOptions):
         EngineName | None,
         Flag("Engine of the judge models", Topic.JUDGING, default="as --engine"),
     ] = None
+    judge_thinking_tokens: options.JudgeThinkingTokens = None
     tensor_parallel: options.Tensor = 1
     gpu_memory: options.GPUMemory = 0.9
     parity: options.Parity = 8
@@ -108,13 +114,17 @@ class BehaviourOptions(options.AuditOptions):
             config.endpoint,
             dtype=config.dtype,
             chat_template=config.chat_template,
+            thinking=config.thinking,
         )
 
     def judge_serving(self, config: BehaviourConfig) -> Serving:
         """How the judge's models are served: bfloat16 where a GPU has them, since verdicts are
         words."""
         return self._serving(
-            self.judge_engine or self.engine, config, config.judge_endpoint or config.endpoint
+            self.judge_engine or self.engine,
+            config,
+            config.judge_endpoint or config.endpoint,
+            thinking_tokens=self.judge_thinking_tokens,
         )
 
     def _serving(

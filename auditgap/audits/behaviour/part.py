@@ -142,6 +142,8 @@ def _incomparable(configs: Sequence[Mapping[str, Any]]) -> str:
     for key, how in (
         ("scorers", "judged by different judges"),
         ("max_new_tokens", "given different lengths to answer in"),
+        ("thinking", "asked to think in different ways"),
+        ("thinking_tokens", "given different lengths to think in"),
     ):
         if any(config.get(key) != configs[0].get(key) for config in configs):
             return f"These subjects were {how}, so no difference between them is shown."

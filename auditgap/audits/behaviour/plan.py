@@ -22,6 +22,7 @@ from auditgap.audits.planning import (
     outlines_of,
     scorers_of,
     settings_of,
+    thought,
     with_dtype,
 )
 from auditgap.data import PromptSet, load_prompts
@@ -73,19 +74,27 @@ def prepare(config: BehaviourConfig, options: BehaviourOptions) -> BehaviourPlan
     scorers = {**scorers_of(config.judge, device=options.device, serving=serving), **window}
     outlines: tuple[models.Outline, ...] = ()
     if options.engine == "openai":
+        if config.thinking != "auto":
+            raise UsageError(
+                "--thinking is told to a chat template, and an endpoint keeps its own; leave it out,"
+                " and give --thinking-tokens for what its models think."
+            )
         served = options.serving(config)
         subjects = [
             Subject(name, digest(served.describe(name))) for name in dict.fromkeys(config.models)
         ]
-        of_each = [{"max_new_tokens": config.max_new_tokens, **scorers}] * len(subjects)
+        chain = config.thinking_tokens
+        thinks = {} if chain is None else {"thinking": {"tokens": chain}}
+        of_each = [{"max_new_tokens": config.max_new_tokens, **thinks, **scorers}] * len(subjects)
     else:
-        outlines = outlines_of(config.models, config.chat_template)
+        outlines = outlines_of(config.models, config.chat_template, thinking=config.thinking)
         for outline in outlines:
             check_subject(outline, suite, opens=options.engine == "hf")
         subjects = [o.subject for o in outlines]
         of_each = [
             {
                 **settings_of(config, o, scorers),
+                **thought(config, o),
                 **(served_packed(o) if options.engine == "vllm" else {}),
             }
             for o in outlines

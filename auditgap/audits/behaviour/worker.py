@@ -27,6 +27,7 @@ from auditgap.audits.behaviour.measure import (
     speak,
 )
 from auditgap.audits.behaviour.plan import BehaviourPlan
+from auditgap.audits.planning import chain_of
 from auditgap.audits.session import check_weights, torn
 from auditgap.engines import Engine, Journalled, Reply, Serving
 from auditgap.engines.parity import Parity, greedy, parity, sample
@@ -96,20 +97,30 @@ class BehaviourWorker:
         with self._open(subject) as engine:
             for cell, some in todo:
                 self.store.remember(
-                    self._name(cell, some), lambda some=some: self._spoken(engine, some).arrays()
+                    self._name(cell, some),
+                    lambda cell=cell, some=some: self._spoken(engine, cell, some).arrays(),
                 )
                 tick(len(some))
             if sample:
-                replies = greedy(engine, sample, self.plan.config.max_new_tokens)
+                replies = greedy(engine, sample, self._new_tokens(pending))
         if not sample:
             return None
         with self.serving.model_copy(update={"engine": "hf"}).open(subject.name) as plain:
-            return parity(replies, greedy(plain, sample, self.plan.config.max_new_tokens))
+            return parity(replies, greedy(plain, sample, self._new_tokens(pending)))
 
-    def _spoken(self, engine: Engine, some: Sequence[Prompt]) -> Answers:
+    def _new_tokens(self, cells: Sequence[Cell]) -> int:
+        """Those of a chain and of an answer together."""
+        return self.plan.config.max_new_tokens + chain_of(cells[0])
+
+    def _spoken(self, engine: Engine, cell: Cell, some: Sequence[Prompt]) -> Answers:
         """The portion's answers. Raises AuditgapError when an endpoint is so poorly that it is
         better asked another time."""
-        answers = speak(engine, some, max_new_tokens=self.plan.config.max_new_tokens)
+        answers = speak(
+            engine,
+            some,
+            max_new_tokens=self.plan.config.max_new_tokens,
+            thinking_tokens=chain_of(cell),
+        )
         faults = [problem for problem in answers.problems if problem.startswith("endpoint:")]
         if len(faults) > self.options.max_unscored * len(some):
             raise AuditgapError(

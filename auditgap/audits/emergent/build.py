@@ -83,7 +83,9 @@ def prepare(config: EmergentConfig, options: EmergentOptions) -> EmergentPlan:
         )
     config = config.model_copy(update={"dtype": dtype})
     asked = load_em_prompts(config.prompts)
-    outline = models.outline(config.model, chat_template=config.chat_template)
+    outline = models.outline(
+        config.model, chat_template=config.chat_template, thinking=config.thinking
+    )
     if is_adapter(outline.folder):
         raise UsageError(
             f"{config.model} is an adapter, and an adapter on an adapter loads nowhere. Merge it"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -111,6 +111,8 @@ class EmergentConfig(Frozen):
     )
     temperature: Annotated[float, Flag("Sampling temperature")] = Field(0.7, ge=0)
     max_new_tokens: Annotated[int, Flag("Maximum new tokens")] = Field(256, ge=1)
+    thinking: options.Thinking = "auto"
+    thinking_tokens: options.SharedThinkingTokens = None
 
     direction_from: Annotated[
         Literal["answers", "heldout"],
@@ -143,6 +145,8 @@ class EmergentConfig(Frozen):
     dtype: options.Dtype = "auto"
     chat_template: options.ChatTemplate = None
     seed: options.Seed = 0
+
+    unwritten: ClassVar[Mapping[str, Any]] = options.NO_THINKING
 
     @field_validator("domains", mode="before")
     @classmethod
@@ -224,6 +228,7 @@ class EmergentOptions(options.AuditOptions):
         Flag("Engine of the judge model", Topic.JUDGING, default="as --engine"),
     ] = None
     judge_endpoint: options.JudgeEndpoint = None
+    judge_thinking_tokens: options.JudgeThinkingTokens = None
     ranks: Annotated[
         int,
         Flag("Processes of a training run, started by DeepSpeed's launcher", Topic.WHERE),
@@ -257,6 +262,7 @@ class EmergentOptions(options.AuditOptions):
             engine=self.engine,
             dtype=config.dtype,
             chat_template=config.chat_template,
+            thinking=config.thinking,
             device=self.device,
             batch_tokens=self.batch_tokens,
             tensor_parallel=self.tensor_parallel,
@@ -274,6 +280,7 @@ class EmergentOptions(options.AuditOptions):
         return Serving(
             engine=engine,
             base_url=self.judge_endpoint,
+            thinking_tokens=self.judge_thinking_tokens,
             device=self.device,
             batch_tokens=self.batch_tokens,
             tensor_parallel=self.tensor_parallel,

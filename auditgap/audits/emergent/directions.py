@@ -37,6 +37,7 @@ from auditgap.audits.emergent.inside import InsideWorker, common
 from auditgap.audits.emergent.membership import put
 from auditgap.audits.emergent.rows import ANSWERED, DIRECTIONS, JUDGED, RATED, TRAINED, DirectionRow
 from auditgap.audits.emergent.stage import Adapter, StageCell, Study, StudyStage
+from auditgap.audits.planning import chain_tokens
 from auditgap.engines import Request
 from auditgap.engines.batching import in_packs, right_pad
 from auditgap.engines.hf import HFEngine
@@ -135,8 +136,10 @@ def _sources(study: Study, options: EmergentOptions) -> list[tuple[Adapter, dict
 def _answers_name(settings: Any) -> str:
     """What the base's answers to held-out prompts are remembered under: the same for every seed of
     a (domain, arm)."""
-    kept = ("rows", "max_new_tokens", "dtype", "chat_template", "base")
-    return digest([DIRECTIONS, "base answers", {name: settings[name] for name in kept}])
+    kept = ("rows", "max_new_tokens", "dtype", "chat_template", "thinking", "base")
+    return digest(
+        [DIRECTIONS, "base answers", {name: settings[name] for name in kept if name in settings}]
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +271,7 @@ class DirectionsWorker(InsideWorker):
         """Held-out responses, and what the base answers to their prompts."""
         chat, window = self.inside.outline.chat, self.inside.outline.max_positions or 2**31
         rows = [row for row in put(self.inside.study, adapter) if not row.member]
-        new = self.inside.config.max_new_tokens
+        new = self.inside.config.max_new_tokens + chain_tokens(self.inside.config, chat)
         rendered = [chat.render(Prompt(row.prompt)) for row in rows]
         fits = [i for i, r in enumerate(rendered) if len(r.ids) + new <= window]
 

@@ -25,6 +25,7 @@ from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.inside import InsideWorker, check_engine, common
 from auditgap.audits.emergent.rows import ANSWERED, TRAINED, AnswerRow
 from auditgap.audits.emergent.stage import StageCell, Study, StudyStage
+from auditgap.audits.planning import chain_of
 from auditgap.audits.session import torn
 from auditgap.data.domains import Trigger
 from auditgap.engines import Engine, Question, Sampling
@@ -103,6 +104,7 @@ class GenerateWorker(InsideWorker):
         adapter = self.inside.adapters[cell.subject.name] if settings["trained"] else None
         sampling = Sampling(
             max_new_tokens=settings["sampling"]["max_new_tokens"],
+            thinking_tokens=chain_of(cell),
             temperature=settings["sampling"]["temperature"],
             seed=settings["seed"],
         )

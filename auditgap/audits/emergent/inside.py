@@ -20,6 +20,7 @@ import torch
 from auditgap import models
 from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions
 from auditgap.audits.emergent.stage import Adapter, CellWorker, Study
+from auditgap.audits.planning import thought
 from auditgap.engines.hf import HFEngine
 from auditgap.engines.vllm import VLLMEngine
 from auditgap.errors import AuditgapError, UsageError
@@ -179,4 +180,5 @@ def common(
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "chat_template": digest(template) if template else None,
+        **thought(config, outline),
     }

@@ -104,7 +104,11 @@ class Study:
     def base(self) -> models.Outline:
         """The model that is fine-tuned. Raises UsageError when its weights are others than when the
         study was built."""
-        outline = models.outline(self.config.model, chat_template=self.config.chat_template)
+        outline = models.outline(
+            self.config.model,
+            chat_template=self.config.chat_template,
+            thinking=self.config.thinking,
+        )
         if outline.subject.fingerprint != self.store.run["config"]["base_fingerprint"]:
             raise UsageError(
                 f"The weights of {self.config.model} changed since the study was built; use a new"

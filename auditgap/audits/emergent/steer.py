@@ -32,6 +32,7 @@ from auditgap.audits.emergent.inside import Inside, check_engine, common
 from auditgap.audits.emergent.judge import keep_replies, opened_rater, rate_answers
 from auditgap.audits.emergent.rows import STEERED
 from auditgap.audits.emergent.stage import Adapter, StageCell, Study, StudyStage
+from auditgap.audits.planning import chain_of
 from auditgap.audits.session import failing_alone, from_arrays, to_arrays
 from auditgap.engines import Completion, Request, constant
 from auditgap.engines.batching import Packing
@@ -199,7 +200,8 @@ class SteerWorker:
     def _speak(self, cell: Cell) -> Said:
         started, names = time.monotonic(), []
         engine = self.inside.speaker(self.inside.adapters[cell.settings["target"]])
-        new, window = cell.settings["max_new_tokens"], self.inside.outline.max_positions
+        chain, answer = chain_of(cell), cell.settings["max_new_tokens"]
+        new, window = chain + answer, self.inside.outline.max_positions
         if isinstance(engine, VLLMEngine):
             window = engine.window
         asked, along = self._asked(cell)
@@ -225,7 +227,12 @@ class SteerWorker:
                 return to_arrays(spoken, [None] * len(spoken))
 
             arrays = self.store.remember(names[-1], compute)
-            kept, _ = from_arrays(arrays, self.inside.outline.chat, [rendered[i] for i in some])
+            kept, _ = from_arrays(
+                arrays,
+                self.inside.outline.chat,
+                [rendered[i] for i in some],
+                (chain, answer) if chain else (0, 0),
+            )
             for i, completion in zip(some, kept, strict=True):
                 done[i] = completion
         return Said(asked, done, names, time.monotonic() - started)
@@ -273,14 +280,14 @@ class SteerWorker:
         along: torch.Tensor | None,
     ) -> list[Completion]:
         """The answers, greedy: under each one's edit, or as the target is."""
-        s = cell.settings
+        s, new = cell.settings, cell.settings["max_new_tokens"] + chain_of(cell)
         if along is None:
-            return engine.generate([Request(r) for r in rendered], s["max_new_tokens"])
+            return engine.generate([Request(r) for r in rendered], new)
         site = (Site(s["block"]),)
         edits = [ConstantEdit(site, shift=s["strength"] * shift(one, along, s)) for one in asked]
         if isinstance(engine, VLLMEngine):
-            return engine.generate_under(rendered, edits, s["max_new_tokens"])
-        return constant.generate(engine, rendered, edits, s["max_new_tokens"])
+            return engine.generate_under(rendered, edits, new)
+        return constant.generate(engine, rendered, edits, new)
 
     # -- rating
     # --------------------------------------------------------------------------------------------------------

@@ -29,7 +29,9 @@ class BaseStates:
         if config.base is None:
             raise AuditgapError("This run was planned without a base; use a new --out.")
         self.config, self.options, self.halves, self.store = config, options, halves, store
-        self.outline = models.outline(config.base, chat_template=config.chat_template)
+        self.outline = models.outline(
+            config.base, chat_template=config.chat_template, thinking=config.thinking
+        )
         self.names = {
             site: digest(
                 [

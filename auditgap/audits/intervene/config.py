@@ -12,7 +12,8 @@ between sittings.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -95,10 +96,14 @@ class InterveneConfig(Frozen):
         float, Flag("Share of both prompt sets to fit on; the rest is evaluated")
     ] = Field(default=0.5, gt=0, lt=1)
     max_new_tokens: options.NewTokens = 64
+    thinking: options.Thinking = "auto"
+    thinking_tokens: options.SharedThinkingTokens = None
     judge: options.Judge = "builtin"
     dtype: options.Dtype = "auto"
     chat_template: options.ChatTemplate = None
     seed: options.Seed = 0
+
+    unwritten: ClassVar[Mapping[str, Any]] = options.NO_THINKING
 
     @model_validator(mode="before")
     @classmethod

@@ -18,11 +18,13 @@ from auditgap.audits.intervene.audit import InterveneCell
 from auditgap.audits.intervene.config import InterveneConfig, InterveneOptions
 from auditgap.audits.latent.plan import matmul_rate
 from auditgap.audits.planning import (
+    chain_tokens,
     check_subject,
     mean_tokens,
     outlines_of,
     scorers_of,
     settings_of,
+    thought,
     with_dtype,
 )
 from auditgap.data import PromptSet, dedup_key, load_prompts
@@ -132,11 +134,13 @@ def make_plan(
     judge that cannot serve."""
     halves = read_halves(config)
     scorers = scorers_of(config.judge, device=device, serving=judge_serving)
-    outlines = outlines_of(config.models, config.chat_template)
+    outlines = outlines_of(config.models, config.chat_template, thinking=config.thinking)
     base = (
         None
         if config.base is None
-        else models.outline(config.base, chat_template=config.chat_template)
+        else models.outline(
+            config.base, chat_template=config.chat_template, thinking=config.thinking
+        )
     )
     if base is not None:
         for outline in outlines:
@@ -155,11 +159,8 @@ def make_plan(
         tokens = mean_tokens(outline, halves.asked)
         asked = len(halves.asked)
         # spoken, and its NLL
-        one = (
-            2
-            * (tokens + 2 * config.max_new_tokens)
-            * (outline.n_block_params + outline.n_head_params)
-        )
+        new = config.max_new_tokens + chain_tokens(config, outline.chat)
+        one = 2 * (tokens + 2 * new) * (outline.n_block_params + outline.n_head_params)
         clean.append(
             Group(
                 f"{outline.subject.name} · {CLEAN}",
@@ -232,7 +233,8 @@ def estimate(plan: IntervenePlan, device: str) -> float:
 def _common(
     config: InterveneConfig, outline: models.Outline, halves: Halves, scorers: dict[str, Any]
 ) -> dict[str, Any]:
-    return {**settings_of(config, outline, scorers), "halves": halves.digest}
+    told = {**settings_of(config, outline, scorers), **thought(config, outline)}
+    return {**told, "halves": halves.digest}
 
 
 def clean_cell(

@@ -33,6 +33,7 @@ from auditgap.audits.intervene.rows import (
     Size,
     size_of,
 )
+from auditgap.audits.planning import chain_tokens
 from auditgap.audits.session import ScoredCompletion, Session, Tick
 from auditgap.audits.stage import Stage
 from auditgap.engines import Completion, Request, constant
@@ -70,7 +71,9 @@ class InterveneWorker:
             return
         self.close()  # the old model's memory first
         config, options = self.config, self.options
-        self.outline = models.outline(name, chat_template=config.chat_template)
+        self.outline = models.outline(
+            name, chat_template=config.chat_template, thinking=config.thinking
+        )
         stage = Stage(
             self.outline,
             dtype=config.dtype,
@@ -78,15 +81,21 @@ class InterveneWorker:
             batch_tokens=options.batch_tokens,
             vllm=options.vllm_serving(dtype=config.dtype, chat_template=config.chat_template),
         )
-        self.session = Session(stage, self.store, max_new_tokens=config.max_new_tokens)
+        self.session = Session(
+            stage,
+            self.store,
+            max_new_tokens=config.max_new_tokens,
+            thinking_tokens=chain_tokens(config, self.outline.chat),
+        )
+        new = self.session.new_tokens
         self.session.judge = load_judge(
             config.judge, device=options.device, serving=options.judge_serving
         )
 
         def fitting(prompts: Sequence[Prompt]) -> list[Rendered]:
-            return self.session.fitting(prompts, config.max_new_tokens)[0]
+            return self.session.fitting(prompts, new)[0]
 
-        self.asked, self.too_long = self.session.fitting(self.halves.asked, config.max_new_tokens)
+        self.asked, self.too_long = self.session.fitting(self.halves.asked, new)
         self.fit, self.contrast, self.donors = map(
             fitting, (self.halves.fit, self.halves.contrast, self.halves.donors)
         )
@@ -303,7 +312,11 @@ class InterveneWorker:
     ) -> dict[int, Donor]:
         """Whose activations each prompt gets, by its number; {} where none are exchanged."""
         if "base" in cell.settings:
-            base = models.outline(str(self.config.base), chat_template=self.config.chat_template)
+            base = models.outline(
+                str(self.config.base),
+                chat_template=self.config.chat_template,
+                thinking=self.config.thinking,
+            )
             rendered, verdicts = bench.asked, self._clean_pass(base)
         elif getattr(intervention, "interchanges", False):
             rendered, verdicts = bench.donors, clean
@@ -319,7 +332,7 @@ class InterveneWorker:
         window = self.outline.max_positions
         if isinstance(edit, Suffix) and window is not None:
             longer = self.session.render(edit.behind(rendered.prompt))
-            if len(longer.ids) + self.config.max_new_tokens > window:
+            if len(longer.ids) + self.session.new_tokens > window:
                 return Size(None, None, "too_long")
         return size_of(edit, h, rendered.content)
 
@@ -366,7 +379,8 @@ class InterveneWorker:
             if isinstance(edit, Suffix):
                 put[i], under[i] = self.session.render(edit.behind(rendered[i].prompt)), None
         if self.session.stage.in_vllm:
-            return self.session.stage.vllm.generate_under(put, under, self.session.new_tokens)
+            spoken = self.session.stage.vllm.generate_under(put, under, self.session.new_tokens)
+            return [self.session.cut(r, c) for r, c in zip(put, spoken, strict=True)]
         # edits at prefill go through the engine, constant edits through its hook at every step
         everywhere = {i: edit for i, edit in enumerate(under) if isinstance(edit, ConstantEdit)}
         others = [i for i in range(len(put)) if i not in everywhere]
@@ -378,7 +392,8 @@ class InterveneWorker:
             list(everywhere.values()),
             self.session.new_tokens,
         )
-        done.update(zip(everywhere, edited, strict=True))
+        cut = [self.session.cut(rendered[i], c) for i, c in zip(everywhere, edited, strict=True)]
+        done.update(zip(everywhere, cut, strict=True))
         return [done[i] for i in range(len(rendered))]
 
 

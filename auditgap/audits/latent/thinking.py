@@ -12,37 +12,25 @@ the edit. `regenerated`: as `on`, and each answer once more behind the same chai
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import cast
 
 from auditgap.audits.latent.config import Span
-from auditgap.models import Chat, Outline, Rendered
+from auditgap.models import Outline, Rendered
 from auditgap.types import Document, Subject, ThinkingMode, in_mode
-
-#: What a chain may have where nothing else is said and the model may think.
-CHAIN_TOKENS = 1024
 
 
 def spoken(outline: Outline, mode: ThinkingMode) -> Outline:
     """The subject, spoken to in this way. Raises UsageError where its template has no such way."""
     if mode == "auto":
         return outline
-    chat = outline.chat.thinking(mode != "off")
     subject = Subject(in_mode(outline.subject.name, mode), outline.subject.fingerprint)
-    return replace(outline, subject=subject, chat=chat, thinking=mode)
-
-
-def chain_budget(chat: Chat, tokens: int | None) -> int:
-    """Tokens that a chain may have beside the answer's: none where there is no chain."""
-    if not chat.habits.may_think:
-        return 0
-    return CHAIN_TOKENS if tokens is None else tokens
+    return replace(outline.asked_to_think(mode), subject=subject)
 
 
 def mode_of(outline: Outline) -> ThinkingMode | None:
     """What `auto` comes to: thinking is on where the template does not rule it out; None: the model
     is not one that thinks."""
     if outline.thinking != "auto":
-        return cast(ThinkingMode, outline.thinking)
+        return outline.thinking
     return "on" if outline.chat.habits.may_think else None
 
 
@@ -52,7 +40,7 @@ def settings(outline: Outline, tokens: int | None, span: Span) -> Document:
     mode = mode_of(outline)
     if mode is None:
         return {}
-    told = {"mode": mode, "tokens": chain_budget(outline.chat, tokens), "span": span}
+    told = {"mode": mode, "tokens": outline.chat.chain_budget(tokens), "span": span}
     return {"thinking": {**told, "template": dict(sorted(outline.chat.variables.items()))}}
 
 

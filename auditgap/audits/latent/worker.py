@@ -91,7 +91,7 @@ class LatentWorker:
             stage,
             self.store,
             max_new_tokens=config.max_new_tokens,
-            thinking_tokens=thinking.chain_budget(self.outline.chat, config.thinking_tokens),
+            thinking_tokens=self.outline.chat.chain_budget(config.thinking_tokens),
         )
         opening = without_topic(config.target)
         self.target = self.session.encode(opening)

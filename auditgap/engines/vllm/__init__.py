@@ -65,7 +65,9 @@ class VLLMEngine:
                 " --engine hf."
             )
         self.model = model
-        self.outline = models.outline(model, chat_template=serving.chat_template)
+        self.outline = models.outline(
+            model, chat_template=serving.chat_template, thinking=serving.thinking
+        )
         device = models.pick_device(serving.device)
         self.dtype = models.pick_dtype(serving.dtype, device)
         start.check_gpus(device, serving.tensor_parallel)
