@@ -161,10 +161,11 @@ class Budget:
 @dataclass(frozen=True, eq=False, slots=True)
 class Edit:
     """An additive δ at one site on the prompt's positions. `delta` is a [T, D] fp32 tensor, T the
-    prompt's tokens."""
+    prompt's tokens; `goes_on`: its last row stands at every token behind the prompt too."""
 
     site: Site
     delta: Any
+    goes_on: bool = False
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -113,6 +113,7 @@ class Rank:
                 g["maximise"],
                 tuple(tensors[f"{i}.{r}"] for r in range(len(g["radii"]))) if g["warm"] else None,
                 g["span"] and tuple(g["span"]),
+                g["goes_on"],
             )
             for i, g in enumerate(message["goals"])
         ]
@@ -148,7 +149,11 @@ def _rendered(ids: Sequence[int]) -> Rendered:
 
 
 def _edits(named: Sequence[Mapping[str, Any] | None], deltas: _Tensors) -> list[Edit | None]:
-    made = {n["name"]: Edit(Site(n["site"]), deltas[n["name"]]) for n in named if n is not None}
+    made = {
+        n["name"]: Edit(Site(n["site"]), deltas[n["name"]], n["goes_on"])
+        for n in named
+        if n is not None
+    }
     return [None if n is None else made[n["name"]] for n in named]
 
 

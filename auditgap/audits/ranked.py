@@ -161,6 +161,7 @@ class RankedEngine:
                 "maximise": g.maximise,
                 "warm": g.warm is not None,
                 "span": g.span,
+                "goes_on": g.goes_on,
             }
             for g in goals
         ]
@@ -283,7 +284,7 @@ class RankedEngine:
 def _named(
     edits: Sequence[Edit | None],
 ) -> tuple[list[dict[str, Any] | None], dict[str, torch.Tensor]]:
-    """Each edit as {"name", "site"} (None without one) and the δ by name; an edit that stands twice
+    """Each edit as {"name", "site", "goes_on"} (None without one) and the δ by name; an edit that stands twice
     travels once."""
     numbers: dict[int, str] = {}
     deltas: dict[str, torch.Tensor] = {}
@@ -291,6 +292,9 @@ def _named(
         if edit is not None and id(edit) not in numbers:
             numbers[id(edit)] = str(len(numbers))
             deltas[numbers[id(edit)]] = edit.delta
-    return [
-        None if e is None else {"name": numbers[id(e)], "site": e.site.layer_index} for e in edits
-    ], deltas
+
+    def told(edit: Edit) -> dict[str, Any]:
+        site = edit.site.layer_index
+        return {"name": numbers[id(edit)], "site": site, "goes_on": edit.goes_on}
+
+    return [None if e is None else told(e) for e in edits], deltas

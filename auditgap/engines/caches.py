@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from auditgap.engines.tensors import add
 from auditgap.types import Site
 
 
@@ -19,12 +20,14 @@ from auditgap.types import Site
 class WholeText:
     """In the place of a cache that fails its test: the text so far, which runs whole at every step.
 
-    With a `site`, the hidden states of the prompt are `hidden` [B, T, D] there at every step.
+    With a `site`, the hidden states of the prompt are `hidden` [B, T, D] there at every step, and
+    `behind` is added to all others.
     """
 
     ids: torch.Tensor | None = None
     site: Site | None = None
     hidden: torch.Tensor | None = None
+    behind: torch.Tensor | None = None  #: [B, 1, D], added at every position behind the prompt's
 
     def extended(self, ids: torch.Tensor) -> torch.Tensor:
         """The text so far with `ids` [B, n] behind it."""
@@ -32,14 +35,18 @@ class WholeText:
         return self.ids
 
     def replaced(self, h: torch.Tensor) -> torch.Tensor:
-        """h [B, T + n, D] with the prompt's positions edited."""
-        return (
-            h if self.hidden is None else torch.cat([self.hidden, h[:, self.hidden.shape[1] :]], 1)
+        """h [B, T + n, D] with the prompt's positions edited, and those behind it."""
+        if self.hidden is None:
+            return h
+        behind = h[:, self.hidden.shape[1] :]
+        return torch.cat(
+            [self.hidden, behind if self.behind is None else add(behind, self.behind)], 1
         )
 
     def reorder_cache(self, rows: torch.Tensor) -> None:
         self.ids = None if self.ids is None else self.ids[rows]
         self.hidden = None if self.hidden is None else self.hidden[rows]
+        self.behind = None if self.behind is None else self.behind[rows]
 
 
 TextCache = DynamicCache | WholeText

@@ -3,8 +3,8 @@
     engine = HFEngine(models.load("smollm2"))
     clean = engine.generate([Request(engine.render(prompt))], max_new_tokens=32)
 
-An edit acts on the prompt's positions at prefill only; decoding reads it from the KV cache. The
-trunk below a site runs once a prompt and is shared by all of its budgets, attacks and draws. Where
+An edit acts on the prompt's positions at prefill only, and decoding reads it from the KV cache,
+unless it goes on: then its last row stands at every new token too. The trunk below a site runs once a prompt and is shared by all of its budgets, attacks and draws. Where
 edits go in: `auditgap.engines.hooked`.
 """
 
@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -154,9 +155,8 @@ class HFEngine(HookedModel):
         done: dict[int, Completion] = {}
         sites = {_site(r.edit) for r in requests}
         for site in sorted(sites, key=lambda s: -2 if s is None else s.layer_index):
-            if site is not None:
-                self.self_test(site)
             mine = [i for i, r in enumerate(requests) if _site(r.edit) == site]
+            self._test(site, [requests[i].edit for i in mine])
             for pack in self.packing.speaking_packs(
                 [len(requests[i].rendered.ids) + max_new_tokens for i in mine]
             ):
@@ -231,21 +231,51 @@ class HFEngine(HookedModel):
         ids, mask = left_pad([r.rendered.ids for r in requests], self.pad_id, self.device)
         cache, logits, effective = self.prefill(requests, site, ids, mask)
         target_nll: list[float | None] = [None] * len(requests)
-        if any(r.target for r in requests):
-            # on a copy, so that the target's keys and values never stand in the completion's cache
-            target_nll = self._answer_nll(
-                copy.deepcopy(cache), logits, mask, [r.target for r in requests]
-            )
+        with self._going_on(requests, site, cache) as stay:
+            if any(r.target for r in requests):
+                # on a copy, so that the target's keys and values never stand in the completion's
+                target_nll = self._answer_nll(
+                    copy.deepcopy(cache), logits, mask, [r.target for r in requests]
+                )
+            written = self.decode(cache, logits, mask, max_new_tokens, Greedy(), stayed=stay)
         return [
             completion_of(self.loaded.chat, r.rendered, w.ids, w.stopped, w.finite, n, *e)
-            for r, w, n, e in zip(
-                requests,
-                self.decode(cache, logits, mask, max_new_tokens, Greedy()),
-                target_nll,
-                effective,
-                strict=True,
-            )
+            for r, w, n, e in zip(requests, written, target_nll, effective, strict=True)
         ]
+
+    @contextmanager
+    def _going_on(
+        self, requests: Sequence[Request], site: Site | None, cache: TextCache
+    ) -> Iterator[Callable[[torch.Tensor], None] | None]:
+        """While open, edits that go on stand at every token behind the prompts; gives what is told
+        which rows stay."""
+        if site is None or not any(_goes_on(r.edit) for r in requests):
+            yield None
+            return
+        shift = torch.stack([_delta(r.edit)[-1:] * _goes_on(r.edit) for r in requests])
+        shift = shift.to(self.device)
+        if isinstance(cache, WholeText):
+            cache.behind = shift
+            yield None
+            return
+        rows = torch.arange(len(requests), device=self.device)
+
+        def stay(kept: torch.Tensor) -> None:
+            nonlocal rows
+            rows = kept
+
+        with self.edited(site, lambda h: add(h, shift[rows])):
+            yield stay
+
+    def _test(self, site: Site | None, edits: Sequence[Edit | None]) -> None:
+        """Prove that these edits arrive, those of tokens to come too. Raises AuditgapError."""
+        if site is None:
+            return
+        self.self_test(site)
+        if any(map(_goes_on, edits)):
+            from auditgap.engines import constant
+
+            constant.self_test(self, (site,))
 
     def prefill(
         self, requests: Sequence[Request], site: Site | None, ids: torch.Tensor, mask: torch.Tensor
@@ -323,9 +353,8 @@ class HFEngine(HookedModel):
         found: dict[tuple, float | None] = {}
         sites = {_site(edits[i]) for i in asked.values()}
         for site in sorted(sites, key=lambda s: -2 if s is None else s.layer_index):
-            if site is not None:
-                self.self_test(site)
             keys = [k for k, i in asked.items() if _site(edits[i]) == site]
+            self._test(site, [edits[asked[k]] for k in keys])
             for pack in self.packing.speaking_packs([len(k[0]) + len(k[1]) for k in keys]):
                 mine = [keys[p] for p in pack]
                 values = halving(
@@ -360,7 +389,8 @@ class HFEngine(HookedModel):
         else:
             ids, mask = left_pad([r.rendered.ids for r in requests], self.pad_id, self.device)
             cache, logits, _ = self.prefill(requests, site, ids, mask)
-        return self._answer_nll(cache, logits, mask, answers)
+        with self._going_on(requests, site, cache):
+            return self._answer_nll(cache, logits, mask, answers)
 
     def _answer_nll(
         self,
@@ -380,6 +410,10 @@ class HFEngine(HookedModel):
 
 def _site(edit: Edit | None) -> Site | None:
     return None if edit is None else edit.site
+
+
+def _goes_on(edit: Edit | None) -> bool:
+    return edit is not None and edit.goes_on
 
 
 def _delta(edit: Edit | None) -> torch.Tensor:

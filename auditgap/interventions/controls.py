@@ -47,11 +47,11 @@ def borrowed(delta: torch.Tensor, n_tokens: int, own: bool) -> torch.Tensor:
     """Another prompt's edit [T', D] on a prompt of `n_tokens`, aligned at the end: cut, or filled
     with zeros, at its start.
 
-    The prompt's `own` edit (there is no other prompt) is rolled by one position, so that it is at
-    least not its own.
+    The prompt's `own` edit (there is no other prompt) is rolled by one position (that of a single
+    token along its width), so that it is at least not its own.
     """
     if own:
-        return delta.roll(1, dims=0)
+        return delta.roll(1, dims=0 if len(delta) > 1 else 1)
     return torch.nn.functional.pad(
         delta[-n_tokens:], (0, 0, max(0, n_tokens - delta.shape[0]), 0)
     ).clone()

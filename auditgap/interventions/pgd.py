@@ -41,6 +41,8 @@ class Goal:
     warm: tuple[torch.Tensor, ...] | None = None  #: starts [T, D], one a radius, instead of zero
     #: [from, to) of the prompt's tokens that are edited; None: all of them
     span: tuple[int, int] | None = None
+    #: whether the edit of the prompt's last token stands at the target's too (`Edit.goes_on`)
+    goes_on: bool = False
 
     @property
     def on(self) -> tuple[int, ...]:
@@ -164,6 +166,8 @@ class Objective:
         self.t, self.k = prompts.shape[1], target.shape[1]
         on, _ = left_pad([g.on for g in goals], 0, device)
         self.on = on[:, :, None].float()  #: [N, T, 1], 1 where a prompt has a token to edit
+        #: [N, 1, 1], 1 where the last token's edit goes on
+        self.goes_on = torch.tensor([[[float(g.goes_on)]] for g in goals], device=device)
         #: [N]; +1 where the NLL is to fall
         self.sign = torch.tensor([-1.0 if g.maximise else 1.0 for g in goals], device=device)
         self.clean = engine.capture(site, self.ids, self.mask)  # [N, T + K, D]
@@ -175,7 +179,10 @@ class Objective:
     def nll(self, delta: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
         """Mean NLL of the targets [B] under the rows' edits [B, T, D]; differentiable."""
         t, ids, mask = self.t, self.ids[of], self.mask[of]
-        hidden = torch.cat([add(self.clean[of, :t], delta), self.clean[of, t:]], 1)
+        behind = self.clean[of, t:]
+        if bool(self.goes_on.any()):
+            behind = add(behind, (delta[:, -1:] * self.goes_on[of]).expand_as(behind))
+        hidden = torch.cat([add(self.clean[of, :t], delta), behind], 1)
         logits = self.engine.logits_from(self.site, hidden, ids, mask, keep=self.k + 1)[:, :-1]
         return mean_nll(logits, ids[:, t:], self.scored[of])
 

@@ -37,7 +37,7 @@ DEFAULT_EPS: Mapping[str, tuple[float, ...]] = {
 
 
 #: Which tokens an edit stands on.
-Span = Literal["prompt", "chain"]
+Span = Literal["prompt", "chain", "answer"]
 #: `confirm` that asks for no second judge.
 NO_JUDGE = "none"
 
@@ -111,7 +111,8 @@ class LatentConfig(Frozen):
     span: Annotated[
         Span,
         Flag(
-            "Which tokens are edited: the prompt's, or with --thinking fixed the chain's",
+            "Which tokens are edited: the prompt's, with --thinking fixed the chain's, or the"
+            " answer's while it is written",
             Topic.ATTACK,
         ),
     ] = "prompt"
@@ -184,10 +185,15 @@ class LatentConfig(Frozen):
 
     @model_validator(mode="after")
     def _has_such_a_span(self) -> Any:
-        if self.span != "prompt" and self.thinking != ("fixed",):
+        if self.span == "chain" and self.thinking != ("fixed",):
             raise UsageError(
-                f"--span {self.span} edits a chain that is known beforehand, so it takes --thinking"
-                f" fixed; {','.join(self.thinking)} came."
+                "--span chain edits a chain that is known beforehand, so it takes --thinking fixed;"
+                f" {','.join(self.thinking)} came."
+            )
+        if self.span == "answer" and "regenerated" in self.thinking:
+            raise UsageError(
+                "--span answer leaves the chain as it is, so there is none to write anew; use"
+                " --thinking off,fixed."
             )
         return self
 

@@ -19,7 +19,7 @@ from auditgap.audits.session import Arrays
 from auditgap.engines import Request
 from auditgap.interventions.distance import Distance, search
 from auditgap.interventions.pgd import Goal, attack
-from auditgap.types import Cell, DistanceRow, Edit, Label, Prompt
+from auditgap.types import Cell, DistanceRow, Label, Prompt
 
 if TYPE_CHECKING:
     from auditgap.audits.latent.site import SiteRun
@@ -93,7 +93,7 @@ class _Tries:
         for p, _ in some:
             self.warm[p] = torch.from_numpy(arrays[str(p)])
         requests = [
-            Request(g.rendered, Edit(run.site, self.warm[p]))
+            Request(g.rendered, run.thinker.edit(run.site, self.warm[p]))
             for g, (p, _) in zip(goals, some, strict=True)
         ]
         scored = run.scored(requests, self.names, [*what, "speak", tried])
@@ -116,7 +116,7 @@ class _Tries:
         ).item()
         warm = self.warm.get(p)
         start = None if warm is None else (warm * (radius / max(warm.abs().max().item(), 1e-30)),)
-        return Goal(base.rendered, base.target, (radius,), warm=start)
+        return replace(base, radii=(radius,), warm=start)
 
 
 def broken_from(labels: Mapping[float, Label]) -> float | None:

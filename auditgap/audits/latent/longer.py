@@ -25,7 +25,7 @@ from auditgap.interventions.pgd import attack
 from auditgap.interventions.strength import CERTIFIED, MOST_GAIN, MOST_NEW, REACHED, STARTS, harder
 from auditgap.stats.resampling import highest_median
 from auditgap.store.tables import rows_of
-from auditgap.types import Cell, Document, Edit, Label, Row
+from auditgap.types import Cell, Document, Label, Row
 
 if TYPE_CHECKING:
     from auditgap.audits.latent.site import SiteRun
@@ -139,7 +139,9 @@ class _Search:
             tasks = [run.task(self.cell, prompts[i]) for i in pack]
             requests = [
                 Request(
-                    run.rendered[t.p], Edit(run.site, edits[t.p]), run.goal(t.p, "targeted").target
+                    run.rendered[t.p],
+                    run.thinker.edit(run.site, edits[t.p]),
+                    run.goal(t.p, "targeted").target,
                 )
                 for t in tasks
             ]

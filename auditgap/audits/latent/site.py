@@ -297,18 +297,19 @@ class SiteRun:
     def goal(self, p: int, kind: str, only: int | None = None) -> Goal:
         """What the search `kind` aims at on prompt number p, at every radius or at one."""
         rendered, radii = self.rendered[p], self.radii[p]
-        radii, span = radii if only is None else (radii[only],), self.thinker.span(rendered)
+        radii = radii if only is None else (radii[only],)
+        on: Any = {"span": self.thinker.span(rendered), "goes_on": self.thinker.goes_on}
         if kind == "untargeted":
             answer = self.clean[rendered.prompt.id].ids[: self.config.untargeted_tokens]
-            return Goal(rendered, answer or self.worker.target, radii, maximise=True, span=span)
+            return Goal(rendered, answer or self.worker.target, radii, maximise=True, **on)
         if kind == "benign":
-            return Goal(rendered, self.worker.benign, radii, span=span)
-        return Goal(rendered, self.worker.targets[rendered.prompt.id], radii, span=span)
+            return Goal(rendered, self.worker.benign, radii, **on)
+        return Goal(rendered, self.worker.targets[rendered.prompt.id], radii, **on)
 
     def _edit(self, task: GenerationTask) -> Edit:
         rendered, kind, radius = self.rendered[task.p], task.cell.attack, self.radii[task.p][task.e]
         if kind in self.found:
-            return Edit(self.site, self.found[kind][task.p][task.e])
+            return self.thinker.edit(self.site, self.found[kind][task.p][task.e])
         if kind == "shuffled":  # scaled to this prompt's radius
             donor = self.donors[task.p]
             theirs, their_radius = self.found["targeted"][donor][task.e], self.radii[donor][task.e]
@@ -318,7 +319,7 @@ class SiteRun:
             theirs = (theirs * (radius / their_radius if their_radius else 0.0)).clamp(
                 -radius, radius
             )
-            return Edit(self.site, self.thinker.placed(theirs, rendered))
+            return self.thinker.edit(self.site, self.thinker.placed(theirs, rendered))
         rng = controls.generator(
             self.config.seed,
             kind,
@@ -330,8 +331,10 @@ class SiteRun:
         if kind == "random":
             start, end = self.thinker.span(rendered)
             drawn = controls.uniform(end - start, self.worker.outline.width, radius, rng)
-            return Edit(self.site, self.thinker.placed(drawn, rendered))
-        return Edit(self.site, controls.matched(self.found["targeted"][task.p][task.e], rng))
+            return self.thinker.edit(self.site, self.thinker.placed(drawn, rendered))
+        return self.thinker.edit(
+            self.site, controls.matched(self.found["targeted"][task.p][task.e], rng)
+        )
 
     def _speak(
         self, tasks: Sequence[GenerationTask], names: list[str]

@@ -22,7 +22,7 @@ from auditgap.audits.session import ScoredCompletion
 from auditgap.engines import UNFINISHED, Completion, Request
 from auditgap.interventions.pgd import Ball
 from auditgap.models import Rendered
-from auditgap.types import Edit, Exchange, Prompt
+from auditgap.types import Edit, Exchange, Prompt, Site
 
 if TYPE_CHECKING:
     from auditgap.audits.latent.worker import LatentWorker
@@ -48,8 +48,9 @@ class Thinker:
 
     @property
     def writes_anew(self) -> bool:
-        """Whether the chain is written under the edit."""
-        return self.mode in ("on", "regenerated")
+        """Whether the chain is written under the edit; one of the answer's tokens alone leaves the
+        chain that the model has written."""
+        return self.mode in ("on", "regenerated") and not self.goes_on
 
     # -- edits
 
@@ -57,8 +58,17 @@ class Thinker:
         """[from, to) of the tokens that are edited."""
         return span_of(rendered, self.worker.config.span)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether edits stand at every token of the answer, while it is written."""
+        return self.worker.config.span == "answer"
+
     def ball(self, h: torch.Tensor, rendered: Rendered) -> Ball:
-        """The norm and the scales of what is edited: of a prompt, its user's words."""
+        """The norm and the scales of what is edited: of a prompt, its user's words; of an answer,
+        which is not there yet, those of one such word."""
+        if self.goes_on:
+            ball = Ball.of(h, rendered.content)
+            return replace(ball, h_norm=ball.rms * h.shape[1] ** 0.5)
         start, end = self.span(rendered)
         content = rendered.content[start:end]
         return Ball.of(h[start:end], content if any(content) else (True,) * (end - start))
@@ -67,6 +77,10 @@ class Thinker:
         """An edit of the span's tokens as one of all tokens, 0 elsewhere."""
         start, end = self.span(rendered)
         return torch.nn.functional.pad(delta, (0, 0, start, len(rendered.ids) - end))
+
+    def edit(self, site: Site, delta: torch.Tensor) -> Edit:
+        """The edit of a δ [T, D] of all tokens."""
+        return Edit(site, delta, self.goes_on)
 
     # -- speech
 

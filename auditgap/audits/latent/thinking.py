@@ -39,14 +39,17 @@ def settings(outline: Outline, tokens: int | None, span: Span) -> Document:
     keys are as ever."""
     mode = mode_of(outline)
     if mode is None:
-        return {}
+        return {} if span == "prompt" else {"span": span}
     told = {"mode": mode, "tokens": outline.chat.chain_budget(tokens), "span": span}
     return {"thinking": {**told, "template": dict(sorted(outline.chat.variables.items()))}}
 
 
 def span_of(rendered: Rendered, span: Span) -> tuple[int, int]:
-    """Where an edit stands in a prompt with a chain behind it: [from, to) of its tokens."""
+    """Where an edit stands in a prompt with a chain behind it: [from, to) of its tokens. An
+    answer's begins at the last of them, from which its first token is told."""
     n = len(rendered.ids)
+    if span == "answer":
+        return n - 1, n
     start = n - rendered.n_chain
     return (0, start) if span == "prompt" else (start, n)
 
