@@ -23,7 +23,7 @@ from auditgap.store.lock import holder
 from auditgap.store.outputs import NAME, Outputs
 from auditgap.store.session import OLDEST
 from auditgap.store.status import CellState, RunStatus, status_of
-from auditgap.types import Document
+from auditgap.types import Document, in_mode, parted
 
 
 class RunReader(Outputs):
@@ -55,8 +55,12 @@ class RunReader(Outputs):
 
     def shown(self, subject: Any) -> Any:
         """What tables and reports call a subject: the name that it was given, or what was typed
-        for it."""
-        return self.run.get("info", {}).get("names", {}).get(subject, subject)
+        for it, and how it thinks."""
+        names = self.run.get("info", {}).get("names", {})
+        if subject in names or not isinstance(subject, str):
+            return names.get(subject, subject)
+        model, mode = parted(subject)
+        return in_mode(names.get(model, model), mode)
 
     def planned(self) -> list[Document]:
         """The planned cells: {"key", "cell", "description"}, in the order they were planned.

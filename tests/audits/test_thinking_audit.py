@@ -142,3 +142,10 @@ def test_the_run_says_of_each_way_what_the_template_was_told(audited):
         "off": 'off ({"enable_thinking": false})',
         **{mode: f'{mode} ({{"enable_thinking": true}})' for mode in MODES[1:]},
     }
+
+
+def test_a_name_that_is_given_is_that_of_every_way(audited):
+    store = RunFolder.load(audited["loops"].path)
+    store.run["info"]["names"] = {store.run["config"]["models"][0]: "Acme"}
+    shown = {"Acme (thinking on)", "Acme (thinking fixed)"}
+    assert set(store.rows(["clean"])["subject"]) == shown
