@@ -36,7 +36,7 @@ class OpenedRun:
     def report(self) -> ReportData:
         return pages.from_store(self.stores)
 
-    @property
+    @cached_property
     def incomplete(self) -> str:
         """Which planned cells are in no table; "" where all are."""
         lacks = [

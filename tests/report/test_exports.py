@@ -111,6 +111,11 @@ def test_a_validator_refuses_what_is_wrong(tmp_path):
             VALIDATORS[name](path)
 
 
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.id)
+def test_a_line_is_read_as_it_was_described(line):
+    assert Line.read(json.loads(json.dumps(line.describe()))) == line
+
+
 def test_what_could_not_be_told_is_open(tmp_path):
     path = EXPORTS["sarif"].write(FINDINGS, tmp_path / "x.sarif")
     (run,) = json.loads(path.read_text("utf-8"))["runs"]
