@@ -25,6 +25,12 @@ class UsageError(AuditgapError):
     exit_code = 2
 
 
+class Differs(AuditgapError):
+    """What was signed of a run is not what is there: `verify`."""
+
+    exit_code = 1
+
+
 class CriterionFailed(AuditgapError):
     """A verdict is FAIL, where the command was told to say so: `gate`, and `--fail-on`."""
 

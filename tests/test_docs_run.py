@@ -72,6 +72,13 @@ BOUNDS = (
     (r"^auditgap lvs ", "--limit 2 --max-new-tokens 2 --steps 1"),
     (r"^auditgap lvs (?!.*--eps)", "--eps 0.1"),
     (r"^auditgap lvs (?!.*--attacks)", "--attacks targeted,random_matched"),
+    (
+        r"^auditgap plan lvs ",
+        (
+            "--set limit=2 --set max_new_tokens=2 --set steps=1 --set eps=0.1 --set"
+            " attacks=targeted,random_matched"
+        ),
+    ),
     (r"^auditgap lvs .*preset:", "--judge keyword --reward margin"),
     (
         r"^auditgap intervene .*suffix",

@@ -27,6 +27,7 @@ from auditgap.cli import (
     compare,
     data,
     emergent,
+    evidence,
     gate,
     grid,
     judges,
@@ -47,6 +48,7 @@ whole.add(app)
 audits.add(app, leave={"em"})
 runs.add(app)
 compare.add(app)
+evidence.add(app)
 gate.add(app)
 training.add(app)
 grid.add(app)

@@ -187,6 +187,11 @@ def unseal(path: Path | str) -> pd.DataFrame:
     raise Damaged(path, why, "Type: auditgap report DIR, with the folder that it lies in.")
 
 
+def stored_sha256(path: Path | str) -> str:
+    """`content_sha256` of the table in a file, as it is there. Raises what pyarrow raises."""
+    return content_sha256(from_bytes(files.read(path)))
+
+
 def to_base64(table: pa.Table | None) -> str | None:
     """A table as text, for a JSON document."""
     return None if table is None else base64.b64encode(to_bytes(table)).decode("ascii")
