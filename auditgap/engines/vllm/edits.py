@@ -83,8 +83,8 @@ def layers_of(edit: Edit | ConstantEdit) -> list[int]:
 
 
 def span_of(edit: Edit | ConstantEdit, n_prompt: int) -> tuple[int, int | None]:
-    """The positions [first, last) that an edit is on behind a prompt of so many tokens; None: to
-    the end of what is decoded."""
+    """The positions [first, last) that an edit is on where the prompt has so many tokens; None: to
+    the end of what is decoded. Nothing else says where an edit is."""
     return (0, n_prompt) if isinstance(edit, Edit) else (0, None)
 
 

@@ -71,7 +71,7 @@ def edits_message(edits: Sequence[AnyEdit]) -> tuple[list[Document], list[bytes]
                 "name": names[id(edit)],
                 "layers": layers_of(edit),
                 "terms": {what: shape for what, (shape, _) in packed.items()},
-                "decodes": isinstance(edit, ConstantEdit),
+                "decodes": span_of(edit, 0)[1] is None,
             }
         )
     return described, payloads
