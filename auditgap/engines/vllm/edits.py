@@ -41,7 +41,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from auditgap.errors import AuditgapError
+from auditgap.errors import AuditgapError, UsageError
 from auditgap.types import ConstantEdit, Document, Edit
 
 #: Keys of `SamplingParams.extra_args`: the name of a request's edit; the positions [first, last)
@@ -84,8 +84,15 @@ def layers_of(edit: Edit | ConstantEdit) -> list[int]:
 
 def span_of(edit: Edit | ConstantEdit, n_prompt: int) -> tuple[int, int | None]:
     """The positions [first, last) that an edit is on where the prompt has so many tokens; None: to
-    the end of what is decoded. Nothing else says where an edit is."""
-    return (0, n_prompt) if isinstance(edit, Edit) else (0, None)
+    the end of what is decoded. Nothing else says where an edit is. Raises UsageError for a δ that
+    goes on behind its prompt."""
+    if isinstance(edit, ConstantEdit):
+        return 0, None
+    if edit.goes_on:
+        raise UsageError(
+            "A δ that goes on behind its prompt is made on transformers alone; use --engine hf."
+        )
+    return 0, n_prompt
 
 
 def pack(rows: torch.Tensor) -> tuple[list[int], bytes]:

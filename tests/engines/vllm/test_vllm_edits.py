@@ -457,13 +457,6 @@ def test_an_edit_may_be_on_tokens_that_are_not_written_yet(smollm2, hf, mixed):
     text = Rendered(prompt.prompt, (*prompt.ids, *said[:3]), (*prompt.content, *[True] * 3))
     whole = Edit(Site(15), torch.cat([torch.zeros(n, hf.loaded.width), delta]))
     assert said[3:] == list(hf.generate([Request(text, whole)], 5)[0].ids)
-    # without an end its last row stands at every token to come; the sizes are of the others
-    ((said, norms),) = smollm2("speak", [(list(prompt.ids), ([15], shift, n, None))], 8, stops)
-    assert norms[0] == pytest.approx(delta.norm().item(), rel=1e-4)
-    text = Rendered(prompt.prompt, (*prompt.ids, *said[:6]), (*prompt.content, *[True] * 6))
-    rows = [torch.zeros(n, hf.loaded.width), delta, delta[-1:].expand(3, -1)]
-    whole = Edit(Site(15), torch.cat(rows))
-    assert said[6:7] == list(hf.generate([Request(text, whole)], 1)[0].ids)
 
 
 @real
@@ -481,30 +474,22 @@ def test_an_edited_request_neither_reads_nor_leaves_cached_blocks(smollm2, hf):
     stops = sorted(hf.loaded.stop_ids)
     long = hf.render(Prompt(" ".join(PROMPTS[:6])))
     # shares no block with anything
-    long = [
-        long,
-        Rendered(Prompt("backwards"), long.ids[::-1], long.content[::-1]),
-        Rendered(Prompt("turned"), long.ids[20:] + long.ids[:20], long.content),
-    ]
+    long = [long, Rendered(Prompt("backwards"), long.ids[::-1], long.content[::-1])]
     assert len(long[0].ids) > 64
-    requests = edited(hf, long, [Site(7), Site(7), (Site(7),)], 0.4)
+    requests = edited(hf, long, [Site(7), Site(7)], 0.4)
     clean = [Request(r) for r in long]
-    wanted, plain = spoken_by(hf, requests, NEW), hf.generate(clean, NEW)
-    assert all(a.ids != b.ids for a, b in zip(wanted, plain, strict=True))
+    wanted, plain = hf.generate(requests, NEW), hf.generate(clean, NEW)
+    assert [a.ids for a in wanted] != [b.ids for b in plain]
     same(smollm2("speak", asked(requests[:1]), NEW, stops), wanted[:1])
     same(smollm2("speak", asked(clean[:1]), NEW, stops), plain[:1])  # after the edited one
     # after the clean one, whose blocks are there
     same(smollm2("speak", asked(requests[:1]), NEW, stops), wanted[:1])
-    # an edit of every position leaves no decoded token's block either
-    same(smollm2("speak", asked(requests[2:]), NEW, stops), wanted[2:])
-    same(smollm2("speak", asked(clean[2:]), NEW, stops), plain[2:])
-    same(smollm2("speak", asked(requests[2:]), NEW, stops), wanted[2:])
     # the same without a salt goes wrong both ways, so that the above could have failed
-    smollm2("speak", asked(requests[1:2]), NEW, stops, False)
-    spoilt = smollm2("speak", asked(clean[1:2]), NEW, stops)
+    smollm2("speak", asked(requests[1:]), NEW, stops, False)
+    spoilt = smollm2("speak", asked(clean[1:]), NEW, stops)
     assert tuple(spoilt[0][0]) != plain[1].ids
     with pytest.raises(AuditgapError, match="was to change"):
-        smollm2("speak", asked(requests[1:2]), NEW, stops, False)
+        smollm2("speak", asked(requests[1:]), NEW, stops, False)
 
 
 @real

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from auditgap.engines.vllm import adapters, start
+from auditgap.engines.vllm.edits import span_of
 from auditgap.engines.vllm.worker import WorkerExtension
 from auditgap.errors import UsageError
+from auditgap.types import ConstantEdit, Edit, Site
 
 BLOCK = "model.layers.0.self_attn.q_proj"
 
@@ -80,6 +82,14 @@ def test_gpus_are_counted_before_a_process_is_started(monkeypatch):
         start.check_gpus("cuda:1", 2)
     with pytest.raises(UsageError, match="wants 4 GPUs, and 2"):
         start.check_gpus("cuda", 4)
+
+
+def test_a_request_says_on_which_positions_its_edit_is():
+    delta = torch.zeros(5, 8)
+    assert span_of(Edit(Site(1), delta), 5) == (0, 5)
+    assert span_of(ConstantEdit((Site(1),), shift=delta[0]), 5) == (0, None)
+    with pytest.raises(UsageError, match=r"goes on behind its prompt.*--engine hf"):
+        span_of(Edit(Site(1), delta, goes_on=True), 5)
 
 
 @pytest.mark.parametrize("said", ["1", "true"])
