@@ -119,7 +119,7 @@ def inside(value: object) -> tuple[int, Document] | None:
         return None
     code = (error or {}).get("code")
     known = isinstance(code, int) and not isinstance(code, bool) and 400 <= code < 600
-    return (code if known else 502), error or {}
+    return (int(code) if known and code is not None else 502), error or {}
 
 
 def retry_after_of(value: str | None) -> float | None:
