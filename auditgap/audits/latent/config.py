@@ -278,17 +278,13 @@ class LatentConfig(Frozen):
         )
 
 
-class RunOptions(options.JudgedOptions):
+class RunOptions(options.SpokenOptions):
     """Where it runs and in what portions. Nothing here changes what is measured."""
 
     engine: Annotated[
         Literal["hf", "vllm"],
         Flag("Engine that generates; attacks always run on transformers", Topic.WHERE),
     ] = "hf"
-    tensor_parallel: options.Tensor = 1
-    gpu_memory: options.GPUMemory = 0.9
-    max_model_len: options.Window = None
-    parity: options.Parity = 8
     shard: Annotated[
         str | dict[str, str] | None,
         Flag(
@@ -320,13 +316,10 @@ class RunOptions(options.JudgedOptions):
     def gpus_of(self, model: str, device: str) -> float:
         """GPUs that a worker needs for this model: what was asked for, or those that it is attacked
         on, or spoken on in vLLM."""
-        if self.gpus_per_worker is not None:
-            return self.gpus_per_worker
-        return (
-            float(max(self.shard_of(model).n, self.tensor_parallel))
-            if device.startswith("cuda")
-            else 0.0
-        )
+        spoken = super().gpus_of(model, device)
+        if self.gpus_per_worker is not None or not device.startswith("cuda"):
+            return spoken
+        return max(float(self.shard_of(model).n), spoken)
 
     def with_shards(self, own: Mapping[str, str | None]) -> RunOptions:
         """With the models' own shards by name, where they have one. Raises UsageError for what is

@@ -24,7 +24,7 @@ from auditgap.audits.session import RepeatCheck, Session, Tick
 from auditgap.audits.stage import Stage
 from auditgap.data import load_prompts
 from auditgap.data.near_duplicates import leaders
-from auditgap.engines import Completion, Request, Serving
+from auditgap.engines import Completion, Request
 from auditgap.interventions.target import BENIGN_TARGET, fill, without_topic
 from auditgap.judges import load_judge, load_reward
 from auditgap.models import Rendered
@@ -85,7 +85,7 @@ class LatentWorker:
             batch_tokens=options.batch_tokens,
             shard=options.shard_of(model),
             compile=config.compile,
-            vllm=self._serving() if options.engine == "vllm" else None,
+            vllm=options.vllm_serving(dtype=config.dtype, chat_template=config.chat_template),
         )
         self.session = Session(
             stage,
@@ -134,18 +134,6 @@ class LatentWorker:
             ),
         )
         self._name = name
-
-    def _serving(self) -> Serving:
-        options, config = self.options, self.config
-        return Serving(
-            engine="vllm",
-            dtype=config.dtype,
-            device=options.device,
-            chat_template=config.chat_template,
-            tensor_parallel=options.tensor_parallel,
-            gpu_memory=options.gpu_memory,
-            max_model_len=options.max_model_len,
-        )
 
     def run(self, group: Group, tick: Tick) -> None:
         """Compute and write every unfinished cell of the group. A site that fails fails alone."""
