@@ -253,7 +253,7 @@ def _starts(
         goal, length = goals[n], len(goals[n].rendered.ids)
         if b % pgd.restarts:
             # each prompt draws its own, or all would miss together
-            rng = generator(pgd.seed, "restart", b % pgd.restarts, goal.rendered.prompt.id)
+            rng = generator(pgd.seed, "restart", b % pgd.restarts, goal.rendered.ids)
             starts[b, t - length :] = uniform(length, width, goal.radii[r], rng)
         elif goal.warm is not None:
             starts[b, t - length :] = goal.warm[r].clamp(-goal.radii[r], goal.radii[r])
