@@ -23,7 +23,7 @@ import warm
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import __version__
-from auditgap.api import Result
+from auditgap.audits import pages
 from auditgap.cli import main
 from auditgap.report import latent
 from auditgap.store import RunFolder
@@ -410,8 +410,7 @@ def test_the_same_command_again_computes_nothing(auditgap, bench, finished):
     said = auditgap("lvs", bench / "model", *flags(bench, finished))
     words = " ".join(said.out.split())
     assert said.code == 0 and "Audit gap by budget" in words and "excess" in words
-    run = Result(finished, {})
-    (headline,) = latent.leads(run.gaps, run.table)
+    (headline,) = latent.leads(pages.from_store([RunFolder.load(finished)]))
     assert headline.plain() in words and "\ufffd" not in words, "the report's headline"
     assert {p: p.stat().st_mtime_ns for p in (finished / "cells").rglob("*")} == before
 
