@@ -164,9 +164,11 @@ class Figure:
         where = right if is_right else wrong if is_wrong else "on both sides of"
         answer = PASS if is_right else FAIL if is_wrong else CANNOT_TELL
         cause = "between" if answer == CANNOT_TELL else where.rpartition(" ")[2]
-        needs = self.prompts_for(bound, *sides(float(self.value), float(self.value)))
         reason = f"the interval lies {where} {self.form(bound)}"
-        return Judged(answer, reason, cause, bound, needs if answer == CANNOT_TELL else None)
+        if answer != CANNOT_TELL:  # an end need not lie beyond the estimate
+            return Judged(answer, reason, cause, bound)
+        needs = self.prompts_for(bound, *sides(float(self.value), float(self.value)))
+        return Judged(answer, reason, cause, bound, needs)
 
     def prompts_for(self, bound: float, is_right: bool, is_wrong: bool) -> int | None:
         """About how many prompts would put the interval on the right side of `bound`, where the

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import typer
 from docs_pages import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 from test_compare import run as latent_run
 
 from auditgap.audits import gate
@@ -19,7 +21,15 @@ from auditgap.cli import app, main, show
 from auditgap.config import build, parse_yaml
 from auditgap.errors import CouldNotTell, CriterionFailed, UsageError
 from auditgap.report.exports import EXPORTS
-from auditgap.report.verdict_lines import CANNOT_TELL, FAIL, NOT_MEASURED, PASS, Criteria, Line
+from auditgap.report.verdict_lines import (
+    CANNOT_TELL,
+    FAIL,
+    NOT_MEASURED,
+    PASS,
+    Criteria,
+    Figure,
+    Line,
+)
 from auditgap.report.verdicts import verdicts
 from auditgap.store import RunFolder
 from auditgap.types import Cell, Prompt, Subject
@@ -113,6 +123,16 @@ def test_as_many_prompts_as_it_says_would_do(tmp_path):
     assert few.answer == CANNOT_TELL and f"about {few.needs} prompts would do" in few.why
     assert line(few.needs).answer == PASS
     assert line(int(0.9 * few.needs)).answer == CANNOT_TELL
+
+
+@given(*[st.sampled_from((-0.2, 0.0, 0.1, 0.3, 0.5))] * 4, st.sampled_from((None, 1, 40)))
+def test_an_interval_of_any_width_is_judged(value, lo, hi, bound, n):
+    """Of no width, on one side of its estimate, or at the line: an answer, and a number of prompts
+    only where it could not tell."""
+    figure = Figure(value, min(lo, hi), max(lo, hi), n=n)
+    for judged in (figure.at_most(bound), figure.at_least(bound)):
+        assert judged.answer in (PASS, FAIL, CANNOT_TELL)
+        assert judged.needs is None or (judged.answer == CANNOT_TELL and judged.needs >= 1)
 
 
 def test_the_same_weights_are_no_comparison(tmp_path):
