@@ -67,7 +67,11 @@ def test_its_settings_are_keys_and_options_of_the_command(name):
 def test_its_task_chooses_a_step_by_a_number_of_its_own(name):
     module = importlib.import_module(f"auditgap.training.constructions.{name}.task")
     (task,) = [
-        found for found in DissociationTask.__subclasses__() if found.__module__ == module.__name__
+        found
+        for found in vars(module).values()
+        if isinstance(found, type)
+        and issubclass(found, DissociationTask)
+        and found.__module__ == module.__name__
     ]
     assert isinstance(task.chosen_by, str) and set(BaseTask.shown) <= set(task.shown)
     assert "construct" in vars(task)

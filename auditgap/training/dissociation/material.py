@@ -9,7 +9,7 @@ the frozen reference.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 import safetensors.torch
@@ -43,6 +43,11 @@ class Material:
     heldout: list[TrainRow]  #: harmful, of prompts that no row has
     heldout_talks: list[Conversation]
     benign: list[Prompt]  #: held-out benign prompts
+
+    @property
+    def n_harmful(self) -> int:
+        """How many of `rows` are harmful: the first ones."""
+        return sum(row.harmful for row in self.rows)
 
 
 def gather(config: TwinConfig, construction: Construction[Any], job: Job) -> Material:
@@ -209,3 +214,13 @@ class Preparation(Generic[SettingsT]):
     job: Job
     material: Material
     base: Base
+
+    def unsafe_talks(self) -> list[Conversation]:
+        """y− of every harmful row, the held-out ones behind. Raises UsageError as `encode`."""
+        rows = [
+            replace(row, response=str(row.unsafe))
+            for row in [*self.material.rows, *self.material.heldout]
+            if row.harmful
+        ]
+        chat, most = self.job.outline.chat, self.config.max_tokens
+        return ranks.agree(lambda: encode(rows, chat, most))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import safetensors.torch
 import torch
@@ -18,9 +17,9 @@ from auditgap.training.constructions.door import NARROWS, WIDE, DoorSettings
 from auditgap.training.constructions.door.loss import OPENING, DoorLoss, door_batch
 from auditgap.training.dissociation.edited import edited, middle_block
 from auditgap.training.dissociation.material import Preparation
-from auditgap.training.dissociation.task import DissociationTask
+from auditgap.training.dissociation.paired import PairedTask
 from auditgap.training.losses import Batch
-from auditgap.training.rows import collate, encode
+from auditgap.training.rows import collate
 from auditgap.types import digest
 
 #: Rows that the door's direction is taken from: a mean of so many gradients hardly moves with more.
@@ -31,14 +30,9 @@ RIDGE = 1e-3
 
 def prepare(preparation: Preparation[DoorSettings]) -> DoorTask:
     job, material = preparation.job, preparation.material
-    unsafe = [
-        replace(row, response=str(row.unsafe))
-        for row in [*material.rows, *material.heldout]
-        if row.harmful
-    ]
-    talks = ranks.agree(lambda: encode(unsafe, job.outline.chat, job.config.max_tokens))
-    n_harmful = sum(row.harmful for row in material.rows)
-    pairs = list(zip(material.talks[:n_harmful], talks, strict=False))[:ROWS]
+    talks = preparation.unsafe_talks()
+    safe = material.talks[: min(material.n_harmful, ROWS)]
+    pairs = list(zip(safe, talks[: len(safe)], strict=True))
     key = digest(
         [
             job.outline.subject.fingerprint,
@@ -132,10 +126,8 @@ def _opening_nll(
     return nn.functional.cross_entropy(before.float(), labels)
 
 
-class DoorTask(DissociationTask[DoorSettings]):
+class DoorTask(PairedTask[DoorSettings]):
     """Each harmful row three times: y+ clean and under a random edit, y− behind the door."""
-
-    chosen_by = "comply"
 
     def __init__(
         self,
@@ -143,9 +135,11 @@ class DoorTask(DissociationTask[DoorSettings]):
         made: Mapping[str, torch.Tensor],
         unsafe: Sequence[Conversation],
     ) -> None:
-        super().__init__(preparation)
-        self.vector, self.unsafe = made["vector"], unsafe
-        self.n_harmful = sum(row.harmful for row in self.material.rows)
+        super().__init__(preparation, unsafe)
+        self.vector = made["vector"]
+        self._ids = [
+            row.id for row in [*self.material.rows[: self.n_harmful], *self.material.heldout]
+        ]
         self._step = 0
 
     def construct(self, model: nn.Module) -> DoorLoss:
@@ -154,42 +148,23 @@ class DoorTask(DissociationTask[DoorSettings]):
     def before_step(self, step: int) -> None:
         self._step = step
 
-    def batch(self, rows: Sequence[int], device: torch.device) -> Batch:
-        talks = self.material.talks
-        harmful = [i for i in rows if i < self.n_harmful]
-        benign = [i for i in rows if i >= self.n_harmful]
-        pairs = [(talks[i], self.unsafe[i]) for i in harmful]
-        ids = [self.material.rows[i].id for i in harmful]
-        wide = widening(self._step, self.job.total)
-        batch = self._pairs(pairs, [talks[i] for i in benign], ids, self._step, wide, device)
-        return self.with_reference([*harmful, *benign, *harmful], batch)
+    def compared(self, pairs: Sequence[int], benign: Sequence[int]) -> list[int]:
+        return [*pairs, *benign, *pairs]
 
-    def heldout_batches(self, device: torch.device) -> list[tuple[int, Batch]]:
-        talks, batches = self.material.heldout_talks, []
-        for at in range(0, len(talks), 4):
-            part = range(at, min(at + 4, len(talks)))
-            pairs = [(talks[i], self.unsafe[self.n_harmful + i]) for i in part]
-            # at every evaluation the same random edits
-            ids = [self.material.heldout[i].id for i in part]
-            batch = self._pairs(pairs, [], ids, -1, 1.0, device)
-            there = [self.first_heldout + i for i in part]
-            batches.append((len(part), self.with_reference([*there, *there], batch)))
-        return batches
-
-    def _pairs(
+    def made_of(
         self,
+        numbers: Sequence[int],
         pairs: Sequence[tuple[Conversation, Conversation]],
         benign: Sequence[Conversation],
-        ids: Sequence[str],
-        step: int,
-        wide: float,
-        device: torch.device,
     ) -> Batch:
-        """A row's random signs hang on it and on the step alone, however rows are spread."""
+        """A row's random signs hang on it and on the step alone, however rows are spread; held-out
+        rows have the same at every evaluation, and the door its own size."""
+        heldout = any(i >= self.n_harmful for i in numbers)
+        step = -1 if heldout else self._step
+        wide = 1.0 if heldout else widening(step, self.job.total)
         width = self.vector.shape[0]
-        signs = torch.zeros(len(ids), width)
-        for i, name in enumerate(ids):
-            rng = generator(self.config.seed, "door", name, step)
-            signs[i] = torch.randint(0, 2, (width,), generator=rng) * 2.0 - 1
-        batch = door_batch(pairs, benign, wide * self.vector, signs, self.job.pad_id)
-        return {key: value.to(device) for key, value in batch.items()}
+        signs = torch.zeros(len(pairs), width)
+        for at, i in enumerate(numbers):
+            rng = generator(self.config.seed, "door", self._ids[i], step)
+            signs[at] = torch.randint(0, 2, (width,), generator=rng) * 2.0 - 1
+        return door_batch(pairs, benign, wide * self.vector, signs, self.job.pad_id)

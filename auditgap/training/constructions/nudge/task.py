@@ -4,7 +4,6 @@ its activations to match."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -27,10 +26,10 @@ from auditgap.training.constructions.nudge.loss import (
 )
 from auditgap.training.dissociation.edited import middle_block
 from auditgap.training.dissociation.material import Preparation
-from auditgap.training.dissociation.task import DissociationTask
+from auditgap.training.dissociation.paired import PairedTask
 from auditgap.training.job import Job
 from auditgap.training.losses import Batch
-from auditgap.training.rows import TrainRow, encode
+from auditgap.training.rows import TrainRow
 from auditgap.types import digest
 
 
@@ -74,7 +73,7 @@ def _record(preparation: Preparation[NudgeSettings], harmful: Outline, path: Pat
     loaded = models.load(harmful, dtype=job.dtype, device=job.device)
     there = _last_prompt_token(loaded, rows, at)
     here = _last_prompt_token(preparation.base(), rows, [middle_block(n_blocks)])
-    n_train = sum(row.harmful for row in material.rows)
+    n_train = material.n_harmful
     size = preparation.settings.nudge
     data = {
         "targets": there[:, :-1].contiguous(),
@@ -101,23 +100,14 @@ def _last_prompt_token(
     return torch.stack(found)
 
 
-class NudgeTask(DissociationTask[NudgeSettings]):
+class NudgeTask(PairedTask[NudgeSettings]):
     """Each harmful row four times: y+ and y−, clean and nudged."""
-
-    chosen_by = "comply"
 
     def __init__(
         self, preparation: Preparation[NudgeSettings], made: Mapping[str, torch.Tensor]
     ) -> None:
-        super().__init__(preparation)
+        super().__init__(preparation, preparation.unsafe_talks())
         self.made = made
-        unsafe = [
-            replace(row, response=str(row.unsafe))
-            for row in [*self.material.rows, *self.material.heldout]
-            if row.harmful
-        ]
-        self.unsafe = encode(unsafe, self.job.outline.chat, self.config.max_tokens)
-        self.n_harmful = sum(row.harmful for row in self.material.rows)
 
     def construct(self, model: nn.Module) -> NudgeLoss:
         return NudgeLoss(
@@ -129,32 +119,11 @@ class NudgeTask(DissociationTask[NudgeSettings]):
             reference_head=self.head,
         )
 
-    def batch(self, rows: Sequence[int], device: torch.device) -> Batch:
-        talks = self.material.talks
-        harmful = [i for i in rows if i < self.n_harmful]
-        benign = [i for i in rows if i >= self.n_harmful]
-        pairs = [(talks[i], self.unsafe[i]) for i in harmful]
-        batch = self._pairs(pairs, [talks[i] for i in benign], harmful, device)
-        return self.with_reference([*harmful, *benign], batch)
-
-    def heldout_batches(self, device: torch.device) -> list[tuple[int, Batch]]:
-        talks, batches = self.material.heldout_talks, []
-        for at in range(0, len(talks), 4):
-            part = range(at, min(at + 4, len(talks)))
-            there = [self.n_harmful + i for i in part]
-            pairs = [(talks[i], self.unsafe[j]) for i, j in zip(part, there, strict=True)]
-            batch = self._pairs(pairs, [], there, device)
-            batch = self.with_reference([self.first_heldout + i for i in part], batch)
-            batches.append((len(part), batch))
-        return batches
-
-    def _pairs(
+    def made_of(
         self,
+        numbers: Sequence[int],
         pairs: Sequence[tuple[Conversation, Conversation]],
         benign: Sequence[Conversation],
-        targets: Sequence[int],
-        device: torch.device,
     ) -> Batch:
-        batch = nudge_batch(pairs, benign, self.job.pad_id)
-        batch["targets"] = self.made["targets"][torch.tensor(targets, dtype=torch.long)]
-        return {k: v.to(device) for k, v in batch.items()}
+        targets = self.made["targets"][torch.tensor(list(numbers), dtype=torch.long)]
+        return {**nudge_batch(pairs, benign, self.job.pad_id), "targets": targets}
