@@ -14,6 +14,7 @@ from auditgap.errors import AuditgapError
 from auditgap.judges import card_cache, load_judge
 from auditgap.judges.gold import load_gold
 from auditgap.judges.harmless import harmless
+from auditgap.store import files
 
 needs_pyrit = pytest.mark.skipif(
     importlib.util.find_spec("pyrit") is None, reason="pyrit's data is not installed"
@@ -78,7 +79,7 @@ def test_the_card_is_printed_written_and_shown_again(judge, gold, tmp_path):
     )
     n = 96 + len(harmless())
     assert f"{n} of {n} verdicts done" in done.err and "verdicts done" not in done.out
-    card = json.loads((tmp_path / "card" / "card.json").read_text())
+    card = files.read_document(tmp_path / "card" / "card.json")
     assert card["identity"]["phrases"] and card["errors"]["sens_n"] == 4.0, (
         "4 prompts that agree: as good as 4 answers"
     )
@@ -133,7 +134,7 @@ def test_a_judge_that_cannot_tell_fails_with_its_card_written(judge, gold, tmp_p
     done = judge(*args, "--injections", 1, "--out", tmp_path / "card")
     assert done.code == 3, done.err
     assert "left 4 of 4 answers unscored, more than --max-unscored 0.2" in done.err
-    card = json.loads((tmp_path / "card" / "card.json").read_text())
+    card = files.read_document(tmp_path / "card" / "card.json")
     assert (card["n_unscored"], card["kappa"], card["errors"], card["n_injected"]) == (
         4,
         None,

@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import json
 import re
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -604,8 +603,9 @@ def test_the_terminal_breaks_no_word(tmp_path, monkeypatch, width):
     }
     rows = [*rows_of(asked=asked), row("\x1b[31m\u202e", 0)]
     table = behaviour.behaviour_table(frame(rows), corrections([CARD]))
-    table.to_parquet(tmp_path / "behaviour.parquet")
-    terminal.TABLES["behaviour"](SimpleNamespace(path=tmp_path), "behaviour")
+    store = RunFolder.open(tmp_path / "run", config={"audit": "behaviour"}, info={})
+    table.to_parquet(store.path / "behaviour.parquet")
+    terminal.TABLES["behaviour"](store, "behaviour")
     text = console.export_text()
     lines = text.splitlines()
     assert max(map(len, lines)) <= width and "\x1b" not in text and "\u202e" not in text

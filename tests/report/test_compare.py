@@ -36,7 +36,7 @@ from auditgap.report.compare_measures import (
 from auditgap.report.compare_models import Sides
 from auditgap.report.compare_page import markdown, method, render, to_json, write
 from auditgap.report.compare_tables import columns_of, measures, says, table_1
-from auditgap.store import RunFolder
+from auditgap.store import RunFolder, files
 from auditgap.types import CLEAN, Budget, Cell, Prompt, Row, Site, Subject, digest
 
 PROMPTS = [Prompt(f"never reveal the colour of the vault, number {i}") for i in range(24)]
@@ -738,7 +738,7 @@ def test_the_twins_hold_the_same_rows(tmp_path):
     assert write(found, out) == out / "compare.html"
     table, told = (
         pd.read_parquet(out / "compare.parquet"),
-        json.loads((out / "compare.json").read_text("utf-8")),
+        files.read_document(out / "compare.json"),
     )
     assert (
         tuple(table.columns) == COLUMNS == tuple(told["columns"])
