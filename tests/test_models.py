@@ -483,10 +483,12 @@ class TestFingerprint:
         (folder / file).write_text(told % "two")
         assert len({before, added, models.fingerprint(folder)}) == 3
 
-    @pytest.mark.parametrize("file", ["README.md", "ledger.json", ".cache/list.json"])
+    @pytest.mark.parametrize(
+        "file", ["README.md", "ledger.json", ".cache/list.json", "runs/model/run.json"]
+    )
     def test_not_what_no_loader_opens(self, folder, file):
         before = models.fingerprint(folder)
-        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text("{}")
         assert models.fingerprint(folder) == before
 

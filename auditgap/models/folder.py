@@ -69,6 +69,8 @@ _DOWNLOADED = [
 _NOT_DOWNLOADED = ["consolidated*.safetensors", "*/*"]
 #: Files that are read whole, and what they may hold; the largest tokenizers have 35 MB.
 _TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".bpe")
+#: The only folder below a model's that a loader looks into.
+_TEMPLATES = "additional_chat_templates"
 #: Of these, what auditgap writes beside a model and no loader opens.
 _BESIDE = ("ledger.json",)
 _LARGEST_TEXT = 200_000_000
@@ -274,8 +276,8 @@ def _check_header(path: Path) -> None:
 
 def fingerprint(folder: Path, *, base: str | None = None) -> str:
     """SHA-256 over the config (less where it was saved), the tokenizer and template, every
-    safetensors file's bytes, and whatever else below the folder a loader may open: further
-    templates, vocabularies, tables of special tokens, an index of shards.
+    safetensors file's bytes, and whatever else a loader may open: further templates, vocabularies,
+    tables of special tokens, an index of shards.
 
     An adapter's base counts with it: by `base`, its fingerprint, where that is known, so that many
     adapters read it once.
@@ -305,10 +307,13 @@ def fingerprint(folder: Path, *, base: str | None = None) -> str:
 
 def _others(folder: Path) -> Iterator[tuple[str, Path]]:
     """The files below the folder that a loader may open besides those with a name of their own in
-    the fingerprint."""
+    the fingerprint. Runs and whatever else is put below a model are none of them: a run that is
+    written there would change the model that it is of."""
     known = {"config.json", "adapter_config.json", *_SPEECH_FILES, *_BESIDE}
     for path in _below(folder):
         name = path.relative_to(folder).as_posix()
+        if path.parent not in (folder, folder / _TEMPLATES):
+            continue
         if path.suffix in _TEXTS and name not in known and path.is_file():
             yield name, path
 
