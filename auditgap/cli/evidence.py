@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +18,9 @@ from auditgap.cli.options import AsJson, File, Set, examples
 from auditgap.cli.screen import answer, note, print_json, print_table, quiet, say
 from auditgap.config import build, overrides
 from auditgap.errors import Differs, UsageError
-from auditgap.report.verdict_lines import Criteria
+
+if TYPE_CHECKING:
+    from auditgap.report.verdict_lines import Criteria
 
 PANEL = "Runs and reports"
 Criterion = Annotated[
@@ -198,6 +200,8 @@ def disclose(
 
 
 def _criteria(pairs: Sequence[str] | None) -> Criteria:
+    from auditgap.report.verdict_lines import Criteria  # which opens tables; help has no need
+
     (criteria,) = build(overrides(pairs or ()), Criteria)
     return criteria
 

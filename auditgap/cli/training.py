@@ -20,7 +20,6 @@ from auditgap.cli.options import AsJson, Asked, command, examples, group
 from auditgap.cli.screen import answer, interval, note, print_json, print_table, quiet, say
 from auditgap.errors import UsageError
 from auditgap.report.exports import EXPORTS
-from auditgap.store import files
 from auditgap.training.config import DissociateConfig, SFTConfig, TrainOptions
 
 app = group(
@@ -116,6 +115,8 @@ def monitor(asked: Asked) -> None:
 
 def show_monitor(path: Path, as_json: bool) -> None:
     """What the monitor's card says of it."""
+    from auditgap.store import files
+
     card = files.unseal(path.with_suffix(".json"), required=False)
     if as_json:
         print_json({"monitor": str(path), **card})
