@@ -10,8 +10,6 @@ from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# a shell starts what it puts into the background with Ctrl-C ignored, and tests press it
-signal.signal(signal.SIGINT, signal.default_int_handler)
 # they share the cores, and so do the children of each
 if n_workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_workers)))
@@ -21,6 +19,8 @@ import torch
 import warm
 
 warm.install()
+# a shell starts what it puts into the background with Ctrl-C ignored, and tests press it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
