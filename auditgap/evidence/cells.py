@@ -42,9 +42,10 @@ class Leaf:
         """In the tree."""
         return merkle.leaf(canonical(asdict(self)).encode("ascii"))
 
-    def differs(self, other: Leaf) -> list[str]:
-        """Which parts are not the same."""
-        return [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
+    def differences(self, other: Leaf) -> list[tuple[str, str, str]]:
+        """(what, here, there) of each part that is not the same."""
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return [("row" if what == "rows" else what, a, b) for what, a, b in pairs if a != b]
 
 
 def leaf_of(cell: StoredCell, edits: str) -> Leaf:

@@ -186,9 +186,7 @@ def _cells(run: RunFolder, seen: Seen) -> None:
     for key in sorted(leaves.keys() - known.keys()) if known else ():
         seen.say("added cell", key, "no such cell", "one")
     for key in sorted(known.keys() & leaves.keys()):
-        for part in known[key].differs(leaves[key]):
-            what = {"rows": "row", "record": "record"}.get(part, part)
-            before, now = getattr(known[key], part), getattr(leaves[key], part)
+        for what, before, now in known[key].differences(leaves[key]):
             seen.say(what, f"cell {key}", before or "none", now or "none")
     seen.checked.append(f"{len(leaves)} cells")
 

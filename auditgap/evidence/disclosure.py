@@ -9,6 +9,7 @@ cells a disclosure holds hashes of pairs alone, and their number.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ from auditgap.store.tables import from_base64, to_base64
 from auditgap.types import Document, digest
 
 KIND = "auditgap disclosure"
+#: Levels of a tree that is climbed: somebody else says how many cells there are.
+_DEEPEST = 63
 
 
 def disclose(store: RunFolder, name: str, *, completions: bool = False) -> Document:
@@ -82,6 +85,13 @@ def verify(document: Mapping[str, Any], key: Ed25519PublicKey) -> list[Finding]:
         leaf, proof = Leaf(**document["leaf"]), document["proof"]
         root = signed.statement["predicate"]["cells"]["root"]
         path = [bytes.fromhex(one) for one in proof["path"]]
+        index, n = operator.index(proof["index"]), operator.index(proof["n"])
+        if n.bit_length() > _DEEPEST:
+            raise ValueError("a tree that no disk holds")
+        if not isinstance(document["record"], dict) or not all(
+            isinstance(part, str) for part in asdict(leaf).values()
+        ):
+            raise TypeError("a cell in another form")
         cell = StoredCell(
             document["record"], from_base64(document["rows"]), from_base64(document["completions"])
         )
@@ -91,7 +101,7 @@ def verify(document: Mapping[str, Any], key: Ed25519PublicKey) -> list[Finding]:
     if not signed.signed_by(key):
         found.append(Finding("signature", "result", "this key's signature", "none of it"))
     try:
-        reached = merkle.root_through(leaf.hash, proof["index"], proof["n"], path).hex()
+        reached = merkle.root_through(leaf.hash, index, n, path).hex()
     except ValueError as error:
         reached = str(error)
     if reached != root:
@@ -99,9 +109,8 @@ def verify(document: Mapping[str, Any], key: Ed25519PublicKey) -> list[Finding]:
     told = cells.leaf_of(cell, leaf.edits)
     if document["completions"] is None:
         told = replace(told, completions=leaf.completions)
-    for part in leaf.differs(told):
-        before, now = getattr(leaf, part), getattr(told, part)
-        found.append(Finding({"rows": "row"}.get(part, part), f"cell {leaf.key}", before, now))
+    for what, before, now in leaf.differences(told):
+        found.append(Finding(what, f"cell {leaf.key}", before, now))
     if digest(cell.record.get("description")) != leaf.key:
         found.append(Finding("record", f"cell {leaf.key}", leaf.key, "another description"))
     return found

@@ -56,7 +56,9 @@ def private(path: Path) -> Ed25519PrivateKey:
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PrivateKey):
-        raise UsageError(f"{path} holds no Ed25519 private key in PEM without a password. {_NEW}")
+        raise UsageError(
+            f"{path} holds no Ed25519 private key in PEM without a password. Make one: {_NEW}"
+        )
     return key
 
 

@@ -459,3 +459,26 @@ def test_a_disclosure_that_was_changed_is_named(signed, change, kind):
     )
     change(one, other) if change.__code__.co_argcount == 2 else change(one)
     assert kind in {found.what for found in evidence.disclosure.verify(one, signed.public)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["proof"].update(index="0"),
+        lambda d: d["proof"].update(n=None),
+        lambda d: d["proof"].update(n=2**5001, path=["00" * 32] * 5000),
+        lambda d: d["proof"].update(path=[1]),
+        lambda d: d["proof"].update(path=7),
+        lambda d: d.update(record=[]),
+        lambda d: d.update(rows=3),
+        lambda d: d["leaf"].update(edits=[["x"]]),
+        lambda d: d.update(leaf=[]),
+        lambda d: d.update(result={"payload": 3}),
+        lambda d: d.pop("proof"),
+    ],
+)
+def test_what_is_no_disclosure_is_a_sentence(signed, change):
+    one = evidence.disclose(signed.store, keys_of(signed)[0], completions=True)
+    change(one)
+    with pytest.raises(UsageError, match=r"no disclosure|no DSSE envelope"):
+        evidence.disclosure.verify(one, signed.public)
