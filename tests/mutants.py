@@ -338,8 +338,8 @@ MUTANTS = (
     Mutant(
         "signed_cells",
         "evidence/checking.py",
-        "for part in known[key].differs(leaves[key]):",
-        "for part in ():",
+        "for what, before, now in known[key].differences(leaves[key]):",
+        "for what, before, now in ():",
         "tests/evidence/test_tampering.py",
     ),
     Mutant(
