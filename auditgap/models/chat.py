@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from auditgap.errors import UsageError
+from auditgap.models.chains import Marks, split
 from auditgap.models.said import Said, said
 from auditgap.models.template import fill
 from auditgap.models.thinking import NO_HABITS, Habits, habits_of, switched
@@ -57,7 +58,8 @@ class Conversation:
     """A prompt and a response to it as the subject would have written it, for training and for
     probes.
 
-    `ids[:n_prompt]` are `Chat.render(prompt).ids`; the rest is the response and its end of turn.
+    `ids[:n_prompt]` are `Chat.render(prompt).ids`, of the chat that is asked to think where the
+    response brings a chain; the rest is the response and its end of turn.
     `n_cut` tokens of the response did not fit; a response that was cut has no end of turn, or it
     would teach to stop in mid-sentence.
     """
@@ -214,15 +216,19 @@ class Chat:
 
         What the template puts between the two (a space, a channel's name) belongs to the response,
         since the subject would have to write it. With `none` as template the response follows the
-        prompt as it is, and ends with the EOS token. `ended=False`: the response broke off (a limit
-        on new tokens), so it gets no end of turn. Raises UsageError as `render` does, when the
-        response is empty, and when not one token of it fits.
+        prompt as it is, and ends with the EOS token. A response that brings a chain of thought
+        stands behind the prompt as it is where the subject is asked to think. `ended=False`: the
+        response broke off (a limit on new tokens), so it gets no end of turn. Raises UsageError as
+        `render` does, when the response is empty, and when not one token of it fits.
         """
         if not response.strip():
             raise UsageError(
                 f"The response to prompt {prompt.id} is empty; give every row a response, or drop"
                 " the row."
             )
+        asked = self._asked_for(response)
+        if asked is not self:
+            return asked.converse(prompt, response, max_tokens=max_tokens, ended=ended)
         rendered = self.render(prompt)
         opening, reply = self._reply(prompt, response)
         n_prompt, end = len(rendered.ids), self._turn_end if ended else ""
@@ -243,6 +249,15 @@ class Chat:
             )
         return Conversation(prompt, ids[:max_tokens], n_prompt, max(0, len(ids) - max_tokens))
 
+    def _asked_for(self, response: str) -> Chat:
+        """The same, asked to think where the response has a chain and the prompt would have none:
+        behind a chain that is over the subject would learn to begin another."""
+        if self.habits.start != "closed" or not split(response, None, self.habits.marks).chain:
+            return self
+        given = dict(self.variables)
+        found = switched(self._filled, self._source, self.habits, given, on=True)
+        return self if found in (None, given) else replace(self, variables=found)
+
     def _reply(self, prompt: Prompt, response: str) -> tuple[str, str]:
         """The prompt's text, and the response's as the template writes it: trimmed or not, with
         what comes before it."""
@@ -261,7 +276,10 @@ class Chat:
         ):
             return opening, whole[len(opening) : len(whole) - len(tail)]
         # the template opens a turn otherwise than it writes one, as reasoning families do
-        return opening, response.strip()
+        start, reply = self.habits.start, response.strip()
+        if isinstance(start, Marks) and reply.startswith(start.opens):
+            reply = reply.removeprefix(start.opens).lstrip()  # the prompt has it
+        return opening, reply
 
     @cached_property
     def _turn_tail(self) -> str | None:

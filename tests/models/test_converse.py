@@ -111,6 +111,42 @@ def test_white_space_is_left_out_where_the_template_does_not_say():
     assert read(chat, talk.ids[talk.n_prompt :]) == f"{ANSWER}<|im_end|>"
 
 
+THINKS_SPLIT = (  # as Qwen3's: a chain in the words is written in its own place
+    "{% for m in messages %}{% set parts = m.content.split('</think>') %}{{ '<|im_start|>' + m.role"
+    " + '\n' }}{% if parts | length > 1 %}{{ '<think>\n' + (parts[0].split('<think>') | last)"
+    ".strip() + '\n</think>\n\n' }}{% endif %}{{ (parts | last).strip() + '<|im_end|>\n' }}{%"
+    " endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if enable_thinking"
+    " is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+OPENS = THINKS.replace(
+    "\n\n' }}{% endif %}{% endif %}", "\n\n' }}{% else %}{{ '<think>\n' }}{% endif %}{% endif %}"
+)
+#: As R1's, which can not be switched off and forgets a chain that a turn brings.
+ALWAYS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content.split('</think>') | last)"
+    ".strip() + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant"
+    "\n<think>\n' }}{% endif %}"
+)
+CHAIN = "They ask for a colour."
+
+
+@pytest.mark.parametrize(
+    "template",
+    [THINKS, THINKS_SPLIT, OPENS, ALWAYS],
+    ids=["as it stands", "split", "opened by the prompt", "always"],
+)
+def test_a_response_with_a_chain_stands_behind_a_prompt_that_asks_for_one(template):
+    """Never behind a chain that is over, nor behind a second mark."""
+    chat = spoken(template)
+    talk = chat.converse(PROMPT, f"<think>\n{CHAIN}\n</think>\n\n{ANSWER}")
+    text = read(chat, talk.ids)
+    assert text.endswith(f"assistant\n<think>\n{CHAIN}\n</think>\n\n{ANSWER}<|im_end|>")
+    thinking = chat if template is ALWAYS else chat.thinking(True)
+    assert talk.ids[: talk.n_prompt] == thinking.render(PROMPT).ids
+    said = thinking.said(talk.ids[talk.n_prompt : -1])  # its end of turn
+    assert (said.chain, said.text) == (CHAIN, ANSWER)
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_response_that_broke_off_gets_no_end_of_turn(name):
     chat = spoken(TEMPLATES[name][0])
