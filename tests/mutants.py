@@ -44,6 +44,13 @@ class Mutant:
 MUTANTS = (
     # -- the model that is audited is the one that was named
     Mutant(
+        "vllm_goes_on",
+        "engines/vllm/edits.py",
+        "isinstance(edit, ConstantEdit) or edit.goes_on",
+        "isinstance(edit, ConstantEdit)",
+        "tests/engines/vllm/test_vllm_refusals.py",
+    ),
+    Mutant(
         "self_test_causal",
         "engines/self_test.py",
         "if torch.isfinite(whole).all() and _apart(",

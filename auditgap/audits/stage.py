@@ -82,7 +82,9 @@ class Stage:
             if self.serving is None:
                 raise ValueError("This stage was made without vLLM.")
             self.close()
-            self._vllm = self.serving.open(self.outline.chat.name)
+            # told of thinking what the outline is, or it would part chain and answer otherwise
+            serving = self.serving.model_copy(update={"thinking": self.outline.thinking})
+            self._vllm = serving.open(self.outline.chat.name)
         return self._vllm
 
     @contextmanager

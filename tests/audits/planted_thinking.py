@@ -32,7 +32,7 @@ TEMPLATE = (
 @torch.no_grad()
 def save(folder: Path, *, loops: bool = False, seed: int = 0) -> Path:
     """The model and its tokenizer as a user would have them."""
-    plant = planted.Plant(door=DOOR, seed=seed)
+    plant = planted.Plant(door=DOOR, seed=seed, erases=False)
     made: Any = planted.model(plant)
     rng = torch.Generator().manual_seed(seed)
     square = torch.randn(planted.WIDTH, planted.WIDTH, generator=rng, dtype=torch.float64)

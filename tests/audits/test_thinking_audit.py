@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import lent_engine
 import pandas as pd
 import planted
 import planted_thinking
@@ -79,6 +80,31 @@ def test_each_way_of_thinking_has_its_right_answer(audited, mode, edited, chain)
     again = set(attacked["verdict_again"].dropna())
     assert again == ({"harmful"} if mode == "regenerated" else set())
     assert (rows_of(store, "random_matched", mode)["verdict_edited"] == "refusal").all()
+
+
+@pytest.mark.real
+@pytest.mark.minutes
+def test_in_vllm_each_way_and_span_is_what_transformers_says(audited, tmp_path):
+    """Word for word, chain and answer, with the same numbers."""
+    pytest.importorskip("vllm")
+    (model,) = audited["ends"].run["config"]["models"]
+    prompts = planted.write_prompts(tmp_path / "prompts.txt", PROMPTS)
+    answers = {**ASKED, "span": "answer", "thinking": "off,on,fixed", "eps": [0.5]}
+    with pytest.MonkeyPatch.context() as patch:
+        planted.register(patch)
+        plain = planted.audit(tmp_path / "hf", [model], prompts, **answers)
+        with lent_engine.Lent(model) as lent:
+            lent.to(patch)
+            modes = {**ASKED, "thinking": ",".join(MODES)}
+            spoken = [
+                planted.audit(tmp_path / span, [model], prompts, **asked, engine="vllm")
+                for span, asked in (("prompt", modes), ("answer", answers))
+            ]
+    assert len(lent.opened) == 2 * (4 + 3), "for each clean pass, and for each site"
+    planted.equal(audited["ends"], spoken[0])
+    planted.equal(plain, spoken[1])
+    for mode in ("off", "on", "fixed"):
+        assert set(rows_of(plain, "targeted", mode)["verdict_edited"]) == {"broken"}, mode
 
 
 def test_the_target_stands_where_the_answer_starts(audited):

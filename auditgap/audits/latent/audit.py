@@ -68,11 +68,6 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
         return f"runs/{files.folder_name(config.models[0])}"
 
     def check_together(self, config: LatentConfig, options: RunOptions) -> None:
-        if config.span == "answer" and options.engine == "vllm":
-            raise UsageError(
-                "--span answer edits tokens while they are written, which a latent audit does on"
-                " transformers alone; use --engine hf."
-            )
         shards = options.shard if isinstance(options.shard, dict) else {}
         if strange := sorted(shards.keys() - set(config.models)):
             raise UsageError(

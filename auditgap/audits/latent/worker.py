@@ -211,7 +211,9 @@ class LatentWorker:
         session, stage, subject = self.session, self.session.stage, self.outline.subject.name
         # before hours of attacks whose edits could not be spoken under
         if stage.in_vllm and self.config.attacks:
-            stage.vllm.self_test(models.parse_sites(self.config.layers, self.outline.n_blocks))
+            sites = models.parse_sites(self.config.layers, self.outline.n_blocks)
+            goes_on = self.config.span == "answer"
+            stage.vllm.self_test(sites, [(site,) for site in sites] if goes_on else [])
         rows, texts, repeats = [], [], RepeatCheck(session)
         for pack in session.packs(self.rendered):
             some = [self.rendered[i] for i in pack]

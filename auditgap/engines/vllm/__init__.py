@@ -117,8 +117,8 @@ class VLLMEngine:
         return self.outline.chat.encode(text)
 
     def self_test(self, sites: Iterable[Site], standing: Iterable[tuple[Site, ...]] = ()) -> None:
-        """Prove that a known δ arrives at each site, and an edit of every position at each set of
-        sites that stands together, reaches the logits and stays put; `generate` and `nll` do so
+        """Prove that a known δ arrives at each site, and an edit of decoded tokens too at each set
+        of sites that stands together, reaches the logits and stays put; `generate` and `nll` do so
         themselves.
 
         Raises AuditgapError when this model cannot be edited inside vLLM; the engine is closed

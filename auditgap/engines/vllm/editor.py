@@ -69,7 +69,13 @@ class Editor:
     # -- what is asked of it
     # -------------------------------------------------------------------------------------------
 
-    def put(self, name: str, layers: Sequence[int], terms: Mapping[str, torch.Tensor]) -> None:
+    def put(
+        self,
+        name: str,
+        layers: Sequence[int],
+        terms: Mapping[str, torch.Tensor],
+        own: int = 0,
+    ) -> None:
         for what, term in terms.items():
             if what not in TERMS or term.shape[1] != self.width:
                 raise AuditgapError(
@@ -79,7 +85,7 @@ class Editor:
         for layer in layers:
             self._hook(layer)
         placed = {what: term.to(self.runner.device) for what, term in terms.items()}
-        self.edits[name] = PlacedEdit(frozenset(layers), placed)
+        self.edits[name] = PlacedEdit(frozenset(layers), placed, own)
 
     def drop(self, names: Sequence[str]) -> None:
         for name in names:
@@ -300,9 +306,10 @@ class Editor:
             n = computed + stop - start - here
             if last is not None:
                 n = min(n, last - here)
-            rows = () if last is None else (1, last - first)
-            if rows and any(len(term) not in rows for term in edit.terms.values()):
-                self.problem = f"{extra[EDIT]!r} has not a row for each of {first} to {last}"
+            rows = (edit.own or 1,) if last is None else (1, last - first)
+            if any(len(term) not in rows for term in edit.terms.values()):
+                end = first + rows[-1]
+                self.problem = f"{extra[EDIT]!r} has not a row for each of {first} to {end}"
             elif n > 0:
                 edited = self._edited_of(edit, request, first, last)
                 spans.append(Span(start + here - computed, here - first, n, edit, edited))
@@ -319,9 +326,8 @@ class Editor:
         most = request.num_prompt_tokens + params.max_tokens - first
         n = most if last is None else last - first
         made = EditedRows(np.zeros(n, dtype=bool))
-        # the positions whose rows are their own
-        own = max(map(len, edit.terms.values())) if last is None else n
-        if len(edit.layers) == 1 and (own > 1 or last is not None):
+        own = edit.own if last is None else n
+        if len(edit.layers) == 1 and own:
             made.squares = torch.zeros(own, dtype=torch.float32, device=self.runner.device)
             made.largest = torch.zeros_like(made.squares)
         edit.requests[key] = made

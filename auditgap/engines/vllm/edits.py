@@ -19,9 +19,10 @@ the family's own scaling.
 
 An edit is h ← h + shift − (h·read) write: a δ is a shift with a row a position, steering a shift of
 one row, ablation reads and writes a direction; the last row stands for all positions behind it. A
-position is a token's place in the request,
-whether it was in the prompt or has been decoded: an edit of the positions [0, T) is on the prompt
-alone, even where decoded tokens are computed again together with it; one of [0, ∞) is on all.
+position is a token's place in the request, whether it was in the prompt or has been decoded: an
+edit of the positions [0, T) is on the prompt alone, even where decoded tokens are computed again
+together with it; one of [0, ∞) is on all. A δ that goes on has `own` rows for the prompt's
+positions, whose effective norms are told, and its last row on all behind them.
 
 vLLM's blocks pass a stream on as two summands (hidden, residual), which the next norm adds. An
 edited row is replaced by (0, h'), with h = hidden + residual rounded to the model's dtype and h'
@@ -41,7 +42,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from auditgap.errors import AuditgapError, UsageError
+from auditgap.errors import AuditgapError
 from auditgap.types import ConstantEdit, Document, Edit
 
 #: Keys of `SamplingParams.extra_args`: the name of a request's edit; the positions [first, last)
@@ -69,6 +70,11 @@ def edited(name: str, first: int, last: int | None) -> Document:
     return {EDIT: name, SPAN: [first, last]}
 
 
+def own_of(edit: Edit | ConstantEdit) -> int:
+    """How many positions an edit without end has rows of their own for; 0: one row is for all."""
+    return len(edit.delta) if isinstance(edit, Edit) else 0
+
+
 def terms_of(edit: Edit | ConstantEdit) -> dict[str, torch.Tensor]:
     """What `edits_put` takes of an edit, each [n, D]."""
     if isinstance(edit, Edit):
@@ -84,15 +90,8 @@ def layers_of(edit: Edit | ConstantEdit) -> list[int]:
 
 def span_of(edit: Edit | ConstantEdit, n_prompt: int) -> tuple[int, int | None]:
     """The positions [first, last) that an edit is on where the prompt has so many tokens; None: to
-    the end of what is decoded. Nothing else says where an edit is. Raises UsageError for a δ that
-    goes on behind its prompt."""
-    if isinstance(edit, ConstantEdit):
-        return 0, None
-    if edit.goes_on:
-        raise UsageError(
-            "A δ that goes on behind its prompt is made on transformers alone; use --engine hf."
-        )
-    return 0, n_prompt
+    the end of what is decoded. Nothing else says where an edit is."""
+    return 0, None if isinstance(edit, ConstantEdit) or edit.goes_on else n_prompt
 
 
 def pack(rows: torch.Tensor) -> tuple[list[int], bytes]:
@@ -129,7 +128,7 @@ def settle(
 
     `stats` is what `edits_stats` returned, one a rank; `wanted`, by edit and request, how many
     positions were to be edited, from the edit's first one on, at least and at most. A norm is None
-    where h was not finite, and of an edit without end. Raises AuditgapError when an edit missed a
+    where h was not finite, and of an edit that has no rows of its own. Raises AuditgapError when an edit missed a
     request, or a position of one, on any rank, or was on one that it was not to be on.
     """
     for rank, seen in enumerate(stats):

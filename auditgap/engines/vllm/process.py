@@ -114,18 +114,19 @@ class Served:
         A wish: {"ids", "max", "temperature", "top_p", "seed", "top", "score", "edit"}. `score` n
         asks for the mean NLL of the last n of its ids instead of new tokens; `edit` is a name with
         the positions [first, last) that it is on, or null. An edit: {"name", "layers", "terms":
-        {term: shape}, "decodes"}, its terms' bytes in `payloads`; `decodes`: it is on tokens that
-        are not written yet.
+        {term: shape}, "own", "decodes"}, its terms' bytes in `payloads`; `own`: positions that it
+        has rows of their own for; `decodes`: it is on tokens that are not written yet.
         """
         try:
             self.test(
-                {layer for e in edits if not e["decodes"] for layer in e["layers"]},
+                {layer for e in edits if e["own"] for layer in e["layers"]},
                 [e["layers"] for e in edits if e["decodes"]],
             )
             left = iter(payloads)
             for edit in edits:
                 terms = {what: (shape, next(left)) for what, shape in edit["terms"].items()}
-                self.llm.collective_rpc("edits_put", args=(edit["name"], edit["layers"], terms))
+                args = edit["name"], edit["layers"], terms, edit["own"]
+                self.llm.collective_rpc("edits_put", args=args)
             answers, fed = self._run(wishes, stops)
             norms = {}
             if edits:

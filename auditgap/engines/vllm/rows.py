@@ -15,10 +15,13 @@ from auditgap.types import Document
 @dataclass(eq=False)
 class PlacedEdit:
     """h ← h + shift − (h·read) write at each of its layers: `terms` [n, D] in fp32 on the model's
-    device, a row a position, the last for all behind it; and what of each request it has changed."""
+    device, a row a position, the last for all behind it; `own`: of one without end, how many
+    positions have rows of their own (0: one row is for all); and what of each request it has
+    changed."""
 
     layers: frozenset[int]
     terms: Mapping[str, torch.Tensor]
+    own: int = 0
     requests: dict[str, EditedRows] = field(default_factory=dict)
 
 

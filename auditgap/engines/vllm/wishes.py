@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from auditgap.engines.vllm.edits import layers_of, pack, span_of, terms_of
+from auditgap.engines.vllm.edits import layers_of, own_of, pack, span_of, terms_of
 from auditgap.models import Rendered
 from auditgap.types import ConstantEdit, Document, Edit
 
@@ -71,6 +71,7 @@ def edits_message(edits: Sequence[AnyEdit]) -> tuple[list[Document], list[bytes]
                 "name": names[id(edit)],
                 "layers": layers_of(edit),
                 "terms": {what: shape for what, (shape, _) in packed.items()},
+                "own": own_of(edit),
                 "decodes": span_of(edit, 0)[1] is None,
             }
         )

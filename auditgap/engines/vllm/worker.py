@@ -53,15 +53,21 @@ class EditExtension:
         }
 
     def edits_put(
-        self, name: str, layers: Sequence[int], terms: Mapping[str, tuple[Sequence[int], bytes]]
+        self,
+        name: str,
+        layers: Sequence[int],
+        terms: Mapping[str, tuple[Sequence[int], bytes]],
+        own: int = 0,
     ) -> None:
         """Keep an edit for requests that name it: its terms [n, D] (see `TERMS`, `pack`), at each
-        of the blocks' outputs or (−1) at what block 0 receives.
+        of the blocks' outputs or (−1) at what block 0 receives; `own`: of one without end, the
+        positions that it has rows of their own for, the last of which is for all behind them.
 
         The first row is that of the first position that a request says it is on. Raises
         AuditgapError for a layer or width that the model has not.
         """
-        self._editor().put(name, layers, {what: unpack(*packed) for what, packed in terms.items()})
+        unpacked = {what: unpack(*packed) for what, packed in terms.items()}
+        self._editor().put(name, layers, unpacked, own)
 
     def edits_drop(self, names: Sequence[str]) -> None:
         """Forget these edits and what is known of them; unknown names are none the worse."""

@@ -41,10 +41,9 @@ def test_what_is_decided_in_the_answer_is_broken_there(world, span, edited):
     ("changes", "says"),
     [
         ({"thinking": "regenerated"}, "none to write anew"),
-        ({"engine": "vllm"}, "on transformers alone"),
         ({"span": "chain"}, "takes --thinking fixed"),
     ],
-    ids=["regenerated", "vllm", "chain"],
+    ids=["regenerated", "chain"],
 )
 def test_what_a_span_cannot_be_asked_with(tmp_path, changes, says):
     asked = {"models": "smollm2", "span": "answer", "out": str(tmp_path / "run"), **changes}

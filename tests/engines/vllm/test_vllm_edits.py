@@ -14,6 +14,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,7 @@ from auditgap.engines.vllm.edits import (
     OPTIONS,
     REQUEST,
     layers_of,
+    own_of,
     pack,
     salted,
     settle,
@@ -104,8 +106,8 @@ class Breakable(EditExtension):
             )
         elif how == "short":
             put = editor.put
-            editor.put = lambda name, layers, terms: put(
-                name, layers, {what: term[:-1] for what, term in terms.items()}
+            editor.put = lambda name, layers, terms, own: put(
+                name, layers, {what: term[:-1] for what, term in terms.items()}, own
             )
         return told
 
@@ -204,13 +206,13 @@ def _serve(
 
 
 def _put(llm: Any, requests: Sequence[tuple[list[int], Any]]) -> list[dict[str, Any]]:
-    """The extra arguments of each request: (ids, None) or (ids, (layers, packed terms, first,
-    last))."""
+    """The extra arguments of each request: (ids, None) or (ids, (layers, packed terms, first, last,
+    own))."""
     extra: list[dict[str, Any]] = [{REQUEST: i} for i in range(len(requests))]
     for i, (_, edit) in enumerate(requests):
         if edit is not None:
-            layers, terms, first, last = edit
-            llm.collective_rpc("edits_put", args=(str(i), layers, terms))
+            layers, terms, first, last, own = edit
+            llm.collective_rpc("edits_put", args=(str(i), layers, terms, own))
             extra[i] |= under(str(i), first, last)
     return extra
 
@@ -220,7 +222,7 @@ def _settled(llm: Any, requests: Sequence[Any], replies: Sequence[Any]) -> dict[
     wishes, fed = [], []
     ahead = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
     for i, ((ids, edit), reply) in enumerate(zip(requests, replies, strict=True)):
-        wishes.append({"edit": None if edit is None else [str(i), *edit[2:]]})
+        wishes.append({"edit": None if edit is None else [str(i), *edit[2:4]]})
         n = len(ids) + len(reply.outputs[0].token_ids) - 1
         fed.append((n, n + bool(ahead and reply.outputs[0].finish_reason == "stop")))
     return settle(llm.collective_rpc("edits_stats"), process._wanted(wishes, fed))
@@ -319,16 +321,24 @@ def asked(requests: Sequence[Request]) -> list[tuple[list[int], Any]]:
                 layers_of(r.edit),
                 {what: pack(term) for what, term in terms_of(r.edit).items()},
                 *span_of(r.edit, len(r.rendered.ids)),
+                own_of(r.edit),
             ),
         )
         for r in requests
     ]
 
 
+@dataclass(frozen=True)
+class GoesOn:
+    """At this site, under a δ whose last row stands at every token behind the prompt too."""
+
+    site: Site
+
+
 def edited(
     engine: HFEngine,
     rendered: Sequence[Rendered],
-    sites: Sequence[Site | tuple[Site, ...] | None],
+    sites: Sequence[Site | GoesOn | tuple[Site, ...] | None],
     size: float,
 ) -> list[Request]:
     """A request a prompt: at a site, under a random δ of `size` × the RMS of the user's own tokens;
@@ -338,12 +348,13 @@ def edited(
         if where is None:
             made.append(Request(r))
             continue
-        site = where if isinstance(where, Site) else where[-1]
+        site = where[-1] if isinstance(where, tuple) else getattr(where, "site", where)
         h = engine.activations([r], site)[0]
         own = h[torch.tensor(r.content)]
         scale = size * own.pow(2).mean().sqrt()
-        if isinstance(where, Site):
-            edit: Any = Edit(site, scale * torch.randn(h.shape, generator=draw))
+        if not isinstance(where, tuple):
+            delta = scale * torch.randn(h.shape, generator=draw)
+            edit: Any = Edit(site, delta, goes_on=isinstance(where, GoesOn))
         else:
             mean = own.mean(0) / own.mean(0).norm()
             shift = scale * torch.randn(h.shape[1], generator=draw) if len(where) == 1 else None
@@ -433,7 +444,7 @@ def test_edits_of_every_position_equal_the_engine_on_transformers(smollm2, hf):
     same(smollm2("speak", asked(requests[:1]), NEW, stops), wanted[:1])
     # the same edits on the prompt alone say other things, so that the decoded tokens' matter
     on_prompt = [
-        (ids, edit and (*edit[:3], len(ids)))
+        (ids, edit and (*edit[:3], len(ids), 0))
         for ids, edit in asked(requests)
         if edit is None or edit[3] is None
     ]
@@ -451,7 +462,7 @@ def test_an_edit_may_be_on_tokens_that_are_not_written_yet(smollm2, hf, mixed):
     n = len(prompt.ids)
     delta = torch.randn(3, hf.loaded.width, generator=torch.Generator().manual_seed(2))
     shift = {"shift": pack(delta)}
-    ((said, norms),) = smollm2("speak", [(list(prompt.ids), ([15], shift, n, n + 3))], 8, stops)
+    ((said, norms),) = smollm2("speak", [(list(prompt.ids), ([15], shift, n, n + 3, 0))], 8, stops)
     assert norms[0] == pytest.approx(delta.norm().item(), rel=1e-4)
     assert said[:1] == list(hf.generate([Request(prompt)], 1)[0].ids)  # drawn before the edit
     text = Rendered(prompt.prompt, (*prompt.ids, *said[:3]), (*prompt.content, *[True] * 3))
@@ -495,10 +506,11 @@ def test_an_edited_request_neither_reads_nor_leaves_cached_blocks(smollm2, hf):
 @real
 def test_what_did_not_arrive_in_full_is_refused(smollm2, hf, mixed):
     stops = sorted(hf.loaded.stop_ids)
-    (ids, (layers, terms, first, last)) = asked(mixed)[1]
-    with pytest.raises(AuditgapError, match=rf"has not a row for each of 0 to {last + 3}"):
-        smollm2("speak", [(ids, (layers, terms, first, last + 3))], 4, stops)
-    smollm2("rpc", "edits_clear")
+    (ids, (layers, terms, first, last, own)) = asked(mixed)[1]
+    for span, wants in (((last + 3, own), last + 3), ((None, own - 1), last - 1), ((None, 0), 1)):
+        with pytest.raises(AuditgapError, match=rf"has not a row for each of 0 to {wants}\b"):
+            smollm2("speak", [(ids, (layers, terms, first, *span))], 4, stops)
+        smollm2("rpc", "edits_clear")
     same(smollm2("speak", [(ids, None)], 4, stops), hf.generate([Request(mixed[1].rendered)], 4))
 
 
@@ -546,7 +558,8 @@ def tiny_requests(engine: HFEngine, n: int = 12, size: float = 0.5) -> list[Requ
         for i, length in enumerate(lengths)
     ]
     every = constant.sites_of(engine)
-    sites = [None, Site(-1), (Site(0),), Site(0), Site(2), every, Site(3), (Site(2),)] * n
+    sites = [None, Site(-1), (Site(0),), GoesOn(Site(0)), Site(2), every, Site(3), (Site(2),)]
+    sites = [*sites, GoesOn(Site(-1)), GoesOn(Site(3))] * n
     return edited(engine, rendered, sites[:n], size)
 
 
