@@ -10,7 +10,15 @@ ends the command with that text alone and exit code 2.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+#: What ends a process from outside, besides Ctrl-C: a scheduler's goodbye, and a terminal that
+#: closes (Windows has none).
+GOODBYES = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class AuditgapError(Exception):
@@ -59,6 +67,35 @@ class Interrupted(AuditgapError):
     """Stopped by the user or the scheduler; the same command resumes."""
 
     exit_code = 130
+
+    def __init__(
+        self,
+        said: str = "Stopped. What was finished is kept; run the same command again to resume.",
+    ) -> None:
+        super().__init__(said)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C and GOODBYES leave the block as `Interrupted`; a signal that the process was told to
+    ignore (`nohup`) stays ignored."""
+
+    def stop(*_: Any) -> None:
+        # no Exception: a worker's own `except Exception` must not swallow it
+        raise KeyboardInterrupt
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in GOODBYES:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -330,7 +330,7 @@ MUTANTS = (
     ),
     Mutant(
         "identity_of_all_files",
-        "models/folder.py",
+        "models/identity.py",
         "    for name, path in _others(folder):\n",
         "    for name, path in ():\n",
         "tests/test_models.py",
@@ -380,7 +380,7 @@ MUTANTS = (
     ),
     Mutant(
         "code_in_a_model",
-        "models/folder.py",
+        "models/vetting.py",
         '_CODE_KEYS = ("auto_map", ',
         "_CODE_KEYS = (",
         "tests/security/test_model_folders.py tests/test_models.py",

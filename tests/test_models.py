@@ -8,6 +8,8 @@ import math
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,14 +19,16 @@ import pytest
 import tiny
 import torch
 import transformers
+import warm
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
+from tokenizers.normalizers import Lowercase
 from transformers import PreTrainedTokenizerFast
 
 from auditgap import models
 from auditgap.errors import Refused, UsageError
-from auditgap.models import Chat, parse_sites
+from auditgap.models import Chat, door, parse_sites
 from auditgap.types import Prompt, Site, Subject
 
 
@@ -478,6 +482,8 @@ class TestFingerprint:
         before = models.fingerprint(folder)
         (folder / file).parent.mkdir(exist_ok=True)
         told = '{"weight_map": {"%s": "model.safetensors"}}'
+        if file == "added_tokens.json":  # which the tokenizer reads
+            told = '{"%s": 96}'
         (folder / file).write_text(told % "one")
         added = models.fingerprint(folder)
         (folder / file).write_text(told % "two")
@@ -491,6 +497,58 @@ class TestFingerprint:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text("{}")
         assert models.fingerprint(folder) == before
+
+    @pytest.mark.parametrize(
+        "change_it",
+        [
+            pytest.param(lambda t: setattr(t, "chat_template", "{{ 1 }}"), id="template"),
+            pytest.param(lambda t: setattr(t, "eos_token", "vault"), id="end of text"),
+            pytest.param(lambda t: t.add_tokens(["vaults"]), id="a token"),
+            pytest.param(
+                lambda t: setattr(t.backend_tokenizer, "normalizer", Lowercase()), id="a rule"
+            ),
+        ],
+    )
+    def test_what_the_tokenizer_is_once_loaded(self, folder, change_it):
+        """The same files, read into another tokenizer, as by another release of the library."""
+        one, other = (door.open_tokenizer(folder, "it") for _ in range(2))
+        assert models.fingerprint(folder, tokenizer=one) == models.fingerprint(folder)
+        one(["what is", "the colour of the vault"], padding=True, truncation=True, max_length=3)
+        assert models.fingerprint(folder, tokenizer=one) == models.fingerprint(folder)
+        change_it(other)
+        assert models.fingerprint(folder, tokenizer=other) != models.fingerprint(folder)
+
+    def test_in_any_process(self, folder):
+        """Other hash seeds, and no asserts."""
+        made = door.open_tokenizer(folder, "it")
+        made.add_special_tokens({"additional_special_tokens": ["<a>", "<b>", "<c>", "<d>"]})
+        made.save_pretrained(folder)
+        code = "import sys; from pathlib import Path; from auditgap import models; "
+        code += "print(models.fingerprint(Path(sys.argv[1])))"
+        said = {
+            subprocess.run(
+                [sys.executable, *option, "-c", code, folder],
+                env={**environment, "PYTHONHASHSEED": seed},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.strip()
+            for option, environment, seed in (
+                ((), dict(os.environ), "1"),
+                (("-O",), warm.optimised(dict(os.environ)), "2"),
+            )
+        }
+        assert said == {models.fingerprint(folder)}
+
+    def test_a_plan_opens_a_tokenizer_once(self, folder, monkeypatch):
+        opened, open_it = [], transformers.AutoTokenizer.from_pretrained
+        monkeypatch.setattr(
+            transformers.AutoTokenizer,
+            "from_pretrained",
+            lambda *a, **k: opened.append(a) or open_it(*a, **k),
+        )
+        models.outline(str(folder))
+        assert len(opened) == 1
 
     def test_of_an_adapter_counts_its_base(self, adapter, folder):
         change(adapter / "adapter_config.json", base_model_name_or_path=str(folder))

@@ -33,6 +33,7 @@ from auditgap.engines.child import die_with, end_without, receive, send
 from auditgap.engines.hf import HFEngine
 from auditgap.interventions.pgd import PGD, Goal, attack
 from auditgap.models import Chat, Outline, Rendered, Shard
+from auditgap.models.door import open_tokenizer
 from auditgap.training import ranks
 from auditgap.types import Edit, Prompt, Site, Subject
 
@@ -63,8 +64,6 @@ class Rank:
         return tasks[message["do"]](message, tensors)
 
     def load(self, message: Mapping[str, Any], _: _Tensors) -> _Answer:
-        from transformers import AutoTokenizer
-
         said = self.settings
         batching.LOCKSTEP = True
         self._stack.enter_context(
@@ -72,9 +71,7 @@ class Rank:
         )
         folder = Path(said["folder"])
         models.preflight(folder)
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
+        tokenizer = open_tokenizer(folder, said["name"])
         outline = Outline(  # the parent has looked at it, and hashed it, already
             Subject(said["name"], said["fingerprint"]),
             folder,

@@ -38,7 +38,7 @@ from auditgap.cli import (
 )
 from auditgap.cli.options import group
 from auditgap.cli.screen import err, inert_lines
-from auditgap.errors import AuditgapError
+from auditgap.errors import AuditgapError, Interrupted, interruptible
 
 app = group(
     "Measure the audit gap of language models: behavioural safety minus robustness under bounded"
@@ -76,13 +76,15 @@ def main(args: Sequence[str] | None = None) -> None:
         if (again := getattr(stream, "reconfigure", None)) is not None:
             again(errors="replace")  # a terminal that cannot show ε still gets its table
     try:
-        sys.exit(app(args, prog_name="auditgap", standalone_mode=False) or 0)
+        with interruptible():
+            sys.exit(app(args, prog_name="auditgap", standalone_mode=False) or 0)
     except AuditgapError as error:
         err.print(Text(inert_lines(str(error))), style="red" if err.is_terminal else None)
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        err.print("Interrupted. The same command resumes.")
-        sys.exit(130)
+    except typer.Abort:
+        stopped = Interrupted()  # typer's own word for Ctrl-C, and for GOODBYES
+        err.print(str(stopped))
+        sys.exit(stopped.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -90,4 +92,9 @@ def main(args: Sequence[str] | None = None) -> None:
         if not callable(show := getattr(error, "show", None)):
             raise
         show()  # click's own usage errors; typer carries its own copy of their classes
+        sys.exit(2)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # Rust's, in a library: no Exception
+            raise
+        err.print(Text(inert_lines(f"A library failed on what it was given: {str(error)[:300]}")))
         sys.exit(2)

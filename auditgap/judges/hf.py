@@ -14,11 +14,9 @@ is. Safetensors only; no foreign code.
 from __future__ import annotations
 
 import gc
-import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,8 +29,9 @@ from auditgap.errors import UsageError
 from auditgap.judges.prompt_injection import FENCE_VERSION, disarm, special_tokens
 from auditgap.judges.scores import verdicts
 from auditgap.models.chat import fill_turns
-from auditgap.models.folder import is_adapter
-from auditgap.models.weights import check_opens, opening
+from auditgap.models.door import as_usage_error, open_tokenizer
+from auditgap.models.reading import read_object
+from auditgap.models.weights import check_opens, is_adapter, opening
 from auditgap.models.words import A_LINE_EACH, check_words
 from auditgap.types import Exchange, Score, Verdict
 
@@ -134,12 +133,13 @@ class SequenceClassifier:
 
     @cached_property
     def _fingerprint(self) -> str:
-        self._fields(_open_tokenizer(self.folder), *A_LINE_EACH)  # its template writes an exchange
-        return models.fingerprint(self.folder)
+        tokenizer = _open_tokenizer(self.folder)
+        self._fields(tokenizer, *A_LINE_EACH)  # its template writes an exchange
+        return models.fingerprint(self.folder, tokenizer=tokenizer)
 
     def _safe_logit(self, asked: int | None) -> int:
         """The number of the safe logit, checked against the config's labels."""
-        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        config = read_object(self.folder / "config.json")
         labels = config.get("id2label") or {
             str(i): f"LABEL_{i}" for i in range(int(config.get("num_labels", 2)))
         }
@@ -208,23 +208,7 @@ class SequenceClassifier:
 
 @lru_cache(maxsize=2)
 def _open_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    with _as_classifier(folder):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-
-
-@contextmanager
-def _as_classifier(folder: Path) -> Iterator[None]:
-    """What transformers raises while it opens the folder, as a UsageError."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(
-            f"transformers cannot open {folder.name} as a sequence classifier with a tokenizer:"
-            f" {first}"
-        ) from None
+    return open_tokenizer(folder, folder.name)
 
 
 @lru_cache(maxsize=2)
@@ -234,7 +218,7 @@ def _open(folder: Path, device: str) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification
 
     tokenizer = _open_tokenizer(folder)
-    with _as_classifier(folder), models.OPENING:
+    with as_usage_error(folder.name, "a sequence classifier"), models.OPENING:
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             folder,
             dtype=torch.float32,

@@ -41,8 +41,11 @@ from auditgap.judges.prompt_injection import (
     special_tokens,
 )
 from auditgap.judges.scores import harmless
+from auditgap.models import door
 from auditgap.models.chat import read_template
-from auditgap.models.folder import adapter_base, is_adapter
+from auditgap.models.folder import adapter_base
+from auditgap.models.identity import speaks
+from auditgap.models.weights import is_adapter
 from auditgap.models.words import A_LINE_EACH
 from auditgap.types import Exchange, Label, Message, Score, Verdict, digest
 
@@ -341,16 +344,5 @@ def base_folder(model: str) -> Path:
 
 def open_tokenizer(model: str) -> Any:
     """The tokenizer of a model. Raises UsageError or Refused, as opening the model would."""
-    from transformers import AutoTokenizer
-
-    folder = models.resolve(model)
-    base = base_folder(model)
-    try:
-        return AutoTokenizer.from_pretrained(
-            folder if (folder / "tokenizer_config.json").is_file() else base,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"transformers cannot open the tokenizer of {model}: {first}") from None
+    folder, base = models.resolve(model), base_folder(model)
+    return door.open_tokenizer(folder if speaks(folder) else base, model)

@@ -12,10 +12,12 @@ from auditgap.models.adapters import with_adapter, with_lora
 from auditgap.models.blocks import find_blocks
 from auditgap.models.chat import Chat, Conversation, Rendered
 from auditgap.models.choices import DTYPES, parse_sites, pick_device, pick_dtype
-from auditgap.models.folder import OPENING, PACKAGED, cache_dir, fingerprint, preflight, resolve
+from auditgap.models.folder import OPENING, PACKAGED, cache_dir, resolve
+from auditgap.models.identity import fingerprint
 from auditgap.models.loading import LoadedModel, load, quiet, wrap
 from auditgap.models.outlines import Outline, outline
 from auditgap.models.shard import WHOLE, Shard
+from auditgap.models.vetting import preflight
 
 __all__ = [
     "DTYPES",

@@ -20,9 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from auditgap.errors import UsageError
-from auditgap.models.folder import preflight
 from auditgap.models.reading import read_object
 from auditgap.models.shard import home
+from auditgap.models.vetting import preflight
 from auditgap.models.weights import ADAPTER
 from auditgap.types import Document, Subject
 

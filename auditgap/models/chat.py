@@ -18,6 +18,7 @@ from typing import Any
 
 from auditgap.errors import UsageError
 from auditgap.models.chains import Marks, split
+from auditgap.models.door import panics
 from auditgap.models.said import Said, said
 from auditgap.models.template import fill
 from auditgap.models.thinking import NO_HABITS, Habits, habits_of, switched
@@ -149,7 +150,7 @@ class Chat:
         model), and when the template leaves words of the prompt out.
         """
         text = self.text(prompt)
-        encoded = self.tokenizer(
+        encoded = self._encoded(
             text, add_special_tokens=self._adds(text), return_offsets_mapping=self.tokenizer.is_fast
         )
         ids = tuple(encoded["input_ids"])
@@ -309,7 +310,17 @@ class Chat:
         return token in self._specials
 
     def _tokens(self, text: str, add_special_tokens: bool = False) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        return tuple(self._encoded(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+    def _encoded(self, text: str, **how: Any) -> Any:
+        """What the tokenizer makes of a text. Raises UsageError where it cannot."""
+        try:
+            return self.tokenizer(text, **how)
+        except panics() as error:
+            raise UsageError(
+                f"The tokenizer of {self.name} fails on a text of {len(text):,} characters:"
+                f" {str(error)[:120]}. Download the model again from a source that you trust."
+            ) from None
 
     def _need_template(self) -> None:
         if self.template is None and not getattr(self.tokenizer, "chat_template", None):

@@ -17,11 +17,12 @@ from auditgap.models.adapters import merged
 from auditgap.models.blocks import find_blocks, n_embeddings
 from auditgap.models.chat import Chat, Rendered
 from auditgap.models.choices import parse_sites, pick_device, pick_dtype
-from auditgap.models.folder import OPENING, adapter_base, is_adapter
+from auditgap.models.door import as_usage_error, open_config
+from auditgap.models.folder import OPENING, adapter_base
 from auditgap.models.kernels import no_hub_kernels
-from auditgap.models.outlines import Outline, as_usage_error, outline, stop_ids_of
+from auditgap.models.outlines import Outline, outline, stop_ids_of
 from auditgap.models.shard import WHOLE, Shard, home, placed
-from auditgap.models.weights import check_opens, opening
+from auditgap.models.weights import check_opens, is_adapter, opening
 from auditgap.types import Document, Prompt, Site, Subject
 
 no_hub_kernels()
@@ -158,10 +159,10 @@ def _as_plain(model: Any) -> None:
 def _opener(folder: Path) -> Any:
     """The class that opens a folder's model: a causal LM's, or that of a wrapper which transformers
     opens as an image-text-to-text model alone, and which reads text without images."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config = open_config(folder, folder.name)
     as_text = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     with_images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     is_wrapper = config.model_type not in as_text and config.model_type in with_images

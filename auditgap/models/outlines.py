@@ -9,26 +9,21 @@ It reads the config, the tokenizer and the headers of the safetensors files.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from auditgap.errors import AuditgapError, UsageError
+from auditgap.errors import UsageError
 from auditgap.models.adapters import check_kind
 from auditgap.models.blocks import count_blocks
 from auditgap.models.chat import Chat, read_template
-from auditgap.models.folder import (
-    adapter_base,
-    fingerprint,
-    ignored_code,
-    is_adapter,
-    preflight,
-    resolve,
-)
-from auditgap.models.weights import Packing, check_opens, packing_of, weights_files
+from auditgap.models.claims import check_width
+from auditgap.models.door import as_usage_error, open_config, open_tokenizer
+from auditgap.models.folder import adapter_base, resolve
+from auditgap.models.identity import fingerprint, speaks
+from auditgap.models.vetting import ignored_code, preflight
+from auditgap.models.weights import Packing, check_opens, is_adapter, packing_of, weights_files
 from auditgap.types import Subject, ThinkingMode
 
 
@@ -73,29 +68,21 @@ def outline(
     Raises Refused or UsageError as `preflight`, `resolve` and transformers' own reading of the
     config find cause to, and where its template cannot have it think so.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     folder = resolve(name)
     preflight(folder)
-    subject = Subject(name, fingerprint(folder))
     base = folder
     if is_adapter(folder):
         check_kind(folder)
         base = adapter_base(folder)
+    config = open_config(base, name).get_text_config()
+    tokenizer = open_tokenizer(folder if speaks(folder) else base, name)
     with as_usage_error(name):
-        config = AutoConfig.from_pretrained(
-            base, trust_remote_code=False, local_files_only=True
-        ).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder if (folder / "tokenizer_config.json").is_file() else base,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
         stop_ids = stop_ids_of(_generation_config(base), tokenizer)
+    check_width(name, config.hidden_size, base)
     n_params, n_embedding = _count_parameters(base)
     tied = bool(getattr(config, "tie_word_embeddings", False))
     return Outline(
-        subject,
+        Subject(name, fingerprint(folder, tokenizer=tokenizer)),
         folder,
         Chat(name, tokenizer, read_template(chat_template)),
         count_blocks(config),
@@ -136,20 +123,6 @@ def _generation_config(base: Path) -> GenerationConfig:
             trust_remote_code=False,
             local_files_only=True,
         )
-
-
-@contextmanager
-def as_usage_error(name: str) -> Iterator[None]:
-    """What transformers raises while it opens `name`, as a UsageError."""
-    try:
-        yield
-    except AuditgapError:
-        raise
-    except Exception as error:  # transformers and its validators raise of many kinds, all of them about this folder
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(
-            f"transformers cannot open {name} as a causal LM with a tokenizer: {first}"
-        ) from None
 
 
 def _count_parameters(folder: Path) -> tuple[int, int]:

@@ -21,7 +21,9 @@ import torch
 from torch import nn
 
 from auditgap.errors import UsageError
-from auditgap.models.folder import adapter_base, is_adapter
+from auditgap.models.door import open_config
+from auditgap.models.folder import adapter_base
+from auditgap.models.weights import is_adapter
 from auditgap.types import Document
 
 if TYPE_CHECKING:
@@ -161,9 +163,5 @@ def home(model: nn.Module) -> torch.device:
 
 
 def _config(seen: Outline) -> Any:
-    from transformers import AutoConfig
-
     base = adapter_base(seen.folder) if is_adapter(seen.folder) else seen.folder
-    return AutoConfig.from_pretrained(
-        base, trust_remote_code=False, local_files_only=True
-    ).get_text_config()
+    return open_config(base, seen.subject.name).get_text_config()

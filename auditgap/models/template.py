@@ -28,15 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from auditgap.errors import Refused, UsageError
+from auditgap.models.bounds import LONGEST_TEMPLATE, TEMPLATE_BYTES, TEMPLATE_SECONDS
 from auditgap.types import Document
 
 #: What templates that write today's date are told, so that the same prompt is the same prompt
 #: tomorrow.
 TEMPLATE_DATE = date(2024, 7, 26)
-CPU_SECONDS = 3.0  #: of one rendering, compiling included; a real one takes a thousandth
-MEMORY_BYTES = 1 << 30  #: of the child's address space (Linux; macOS keeps no such bound)
-#: characters of a template, and of its output beyond four times what it was given
-LONGEST = 1_000_000
 
 _PROGRAM = Path(__file__).with_name("template_child.py")
 
@@ -48,7 +45,7 @@ def fill(template: str, variables: Mapping[str, Any], name: str = "this model") 
     Raises Refused when it breaks a bound or reaches out of the sandbox, UsageError when it cannot
     be run; both name `name`.
     """
-    if len(template) > LONGEST:
+    if len(template) > LONGEST_TEMPLATE:
         raise Refused(
             f"The chat template of {name} has {len(template):,} characters; one has a few thousand."
             f" {_INSTEAD}"
@@ -92,7 +89,7 @@ class _Child:
                     return json.loads(line)
                 ended = self._stop()
                 if ended == -signal.SIGPROF:
-                    return {"broke": f"runs for more than {CPU_SECONDS:g} seconds"}
+                    return {"broke": f"runs for more than {TEMPLATE_SECONDS:g} seconds"}
             return {"broke": f"brings its process down (exit status {ended})"}
 
     @staticmethod
@@ -111,7 +108,7 @@ class _Child:
         return line if line.endswith(b"\n") else b""
 
     def _start(self) -> subprocess.Popen[bytes]:
-        bounds = [str(CPU_SECONDS), str(MEMORY_BYTES), str(LONGEST)]
+        bounds = [str(TEMPLATE_SECONDS), str(TEMPLATE_BYTES), str(LONGEST_TEMPLATE)]
         self._process = subprocess.Popen(
             # isolated and without site: no code of the user's start-up files, a tenth of a second
             # to start

@@ -44,6 +44,10 @@ _ADVICE = {
     errno.EACCES: "check the folder's permissions or choose another folder",
     errno.EPERM: "check the folder's permissions or choose another folder",
     errno.EIO: "check the disk",
+    **dict.fromkeys(
+        (errno.ENOENT, errno.ENOTDIR, errno.ESTALE),
+        "it was moved or removed under the run, so put it back or name its new place",
+    ),
 }
 
 

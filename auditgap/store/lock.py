@@ -13,6 +13,7 @@ storage keeps its note there, put only where none is; the OS lock is then that o
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -71,7 +72,13 @@ def hold(folder: Path, *, break_lock: bool = False, mirror: Mirror | None = None
             raise UsageError(
                 _refusal(shown, note, "If that process is gone for certain, add --break-lock")
             )
-        me = {"pid": os.getpid(), "host": HOST, "command": _command(), "since": _now()}
+        me = {
+            "pid": os.getpid(),
+            "host": HOST,
+            "command": _command(),
+            "since": _now(),
+            "token": secrets.token_hex(8),  # a process of another container may have our pid
+        }
         if mirror is None:
             write_bytes(folder / NOTE, to_json(me))
         else:
@@ -80,10 +87,11 @@ def hold(folder: Path, *, break_lock: bool = False, mirror: Mirror | None = None
             yield
         finally:
             with suppress(OSError, DiskError):  # a note that stays names a dead process
-                if mirror is None:
-                    (folder / NOTE).unlink()
-                elif _note(folder, mirror) == me:  # and not that of one who broke the lock
-                    mirror.delete(NOTE)
+                if _note(folder, mirror) == me:  # and not that of one who broke the lock
+                    if mirror is None:
+                        (folder / NOTE).unlink()
+                    else:
+                        mirror.delete(NOTE)
     finally:
         lock.release()
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 
-from auditgap.errors import Interrupted
+from auditgap.errors import Interrupted, interruptible
 from auditgap.store import DiskError
 from auditgap.sweep.progress import Progress
-from auditgap.sweep.state import Cells, Group, Outcome, SweepState, Worker, cause_of, interruptible
+from auditgap.sweep.state import Cells, Group, Outcome, SweepState, Worker, cause_of
 
 
 def run(

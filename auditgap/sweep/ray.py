@@ -25,12 +25,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
 
-from auditgap.errors import Interrupted, Refused, UsageError
+from auditgap.errors import Interrupted, Refused, UsageError, interruptible
 from auditgap.store import DiskError
 from auditgap.sweep.cluster import cluster
 from auditgap.sweep.pool import ActorPool
 from auditgap.sweep.progress import Progress
-from auditgap.sweep.state import Cells, Group, Outcome, SweepState, Worker, interruptible
+from auditgap.sweep.state import Cells, Group, Outcome, SweepState, Worker
 from auditgap.sweep.tasks import Queue, Task
 
 __all__ = ["cluster", "run"]

@@ -8,16 +8,12 @@ state.outcome()                        # Outcome(done=12, failed={}, skipped=40)
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from auditgap.errors import Interrupted
 from auditgap.sweep.progress import Progress
 from auditgap.types import Cell, Document
 
@@ -175,24 +171,3 @@ def cause_of(error: BaseException) -> str:
     """Type and first line of an error: enough to find it, and no more text than that."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Ctrl-C and SIGTERM (a scheduler's goodbye) leave the block as `Interrupted`."""
-
-    def stop(*_: Any) -> None:
-        # no Exception: a worker's own `except Exception` must not swallow it
-        raise KeyboardInterrupt
-
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if main else None
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(
-            "Stopped. What was finished is kept; run the same command again to resume."
-        ) from None
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)

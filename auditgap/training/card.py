@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from auditgap import models
 from auditgap.errors import AuditgapError, UsageError
-from auditgap.models.folder import is_adapter
+from auditgap.models.weights import is_adapter
 from auditgap.training.constructions import construction_of
 from auditgap.types import Document
 

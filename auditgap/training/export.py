@@ -27,7 +27,7 @@ from transformers import GenerationConfig
 
 from auditgap import models
 from auditgap.errors import AuditgapError, Refused, UsageError
-from auditgap.models.folder import is_adapter
+from auditgap.models.weights import is_adapter
 from auditgap.store.files import disk_errors, read_document, read_json, to_json, write_bytes
 from auditgap.training.card import Card, kind_of
 from auditgap.types import Document

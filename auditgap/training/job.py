@@ -29,8 +29,8 @@ from auditgap import models
 from auditgap.data.ledger import LeakageLedger
 from auditgap.errors import UsageError
 from auditgap.models import LoadedModel, Outline
-from auditgap.models.folder import is_adapter
 from auditgap.models.provenance import provenance
+from auditgap.models.weights import is_adapter
 from auditgap.store import RunFolder, files
 from auditgap.store.remote import needs_disk
 from auditgap.training import loop, memory, ranks

@@ -22,7 +22,7 @@ from typing import Protocol
 import safetensors.torch
 import torch
 
-from auditgap.errors import AuditgapError, Interrupted
+from auditgap.errors import GOODBYES, AuditgapError, Interrupted
 from auditgap.store import files
 from auditgap.sweep import Progress
 from auditgap.training import checkpoints, manifest, ranks
@@ -313,7 +313,7 @@ def _set_aside_after(root: Path, step: int) -> None:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[list[int]]:
-    """Filled when SIGTERM or SIGINT comes, so that the step at hand is finished; a later Ctrl-C
+    """Filled when SIGTERM, SIGHUP or SIGINT comes, so that the step at hand is finished; a later Ctrl-C
     ends the process at once.
 
     Launchers send their ranks SIGTERM, more than once, for a Ctrl-C that the terminal has sent to
@@ -331,8 +331,9 @@ def _asked_to_stop() -> Iterator[list[int]]:
 
     before = {}
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, note)
+        for number in (signal.SIGINT, *GOODBYES):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
     except ValueError:  # not the main thread: whoever started it handles signals
         pass
     try:

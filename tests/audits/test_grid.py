@@ -226,7 +226,9 @@ def test_a_model_is_fingerprinted_once_however_many_cases_it_is_in(bench, monkey
     seen, read = [], []
     fingerprint, load_prompts = outlines.fingerprint, plan.load_prompts
     monkeypatch.setattr(
-        outlines, "fingerprint", lambda folder: seen.append(folder.name) or fingerprint(folder)
+        outlines,
+        "fingerprint",
+        lambda folder, **how: seen.append(folder.name) or fingerprint(folder, **how),
     )
     monkeypatch.setattr(
         plan,

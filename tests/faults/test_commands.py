@@ -39,15 +39,19 @@ class Moody:
     def __init__(self, *, engine, device):
         self.keyword = load_judge("keyword")
         self.folder = Path(os.environ["MOOD"])
+        self.hang("planning")
+    def hang(self, what):
+        if (self.folder / f"hang {what}").exists():
+            (self.folder / "hangs").touch()
+            while (self.folder / f"hang {what}").exists():
+                time.sleep(0.02)
     def describe(self): return {"judge": "moody", "version": 1}
     def judge(self, exchanges):
         for e in exchanges:
             site = str(e.edit.site) if e.edit is not None else "clean"
             if (self.folder / f"die {site}").exists():
                 os.kill(os.getpid(), signal.SIGKILL)
-            if (self.folder / f"hang {site}").exists():
-                (self.folder / "hangs").touch()
-                time.sleep(120)
+            self.hang(site)
         return self.keyword.judge(exchanges)
 '''
 
@@ -187,6 +191,55 @@ def test_stopped_it_says_how_to_go_on_and_the_same_command_does(
     after = run_folders.contents(out)
     assert str({key: after[key] for key in before}) == str(before), "a finished cell is not touched"
     assert same(out, unbroken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_stopped_before_there_is_a_cell(bench, mood, tmp_path, number):
+    """While models are hashed and judges opened: the same answer as in the sweep."""
+    mood("hang planning")
+    out = tmp_path / "run"
+    child = bench.start(bench.command(out))
+    children.until((bench.mood / "hangs").exists, child)
+    child.send_signal(number)
+    said, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and "Traceback" not in err and "same command" in err, said + err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_stopped_after_the_last_cell(bench, mood, unbroken, tmp_path, capsys, number):
+    """While tables and the report are made of them."""
+    out = tmp_path / "run"
+    shutil.copytree(unbroken, out)
+    for path in (*out.glob("lvs.*"), out / "report.html"):
+        path.unlink()
+    child = bench.start(bench.command(out))
+    children.until((out / "lvs.parquet").exists, child)
+    child.send_signal(number)
+    said, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and "Traceback" not in err and "same command" in err, said + err
+    assert not (out / "report.html").exists()
+    assert bench.here(bench.command(out), capsys)[0] == 0
+    assert same(out, unbroken) and (out / "report.html").exists()
+
+
+@pytest.mark.parametrize("lost", ["renamed", "a file in its place"])
+def test_the_folder_goes_away_under_the_run(bench, mood, unbroken, tmp_path, capsys, lost):
+    """A sentence; and from its new place the same command goes on to the same tables."""
+    mood("hang block1")
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    child = bench.start(bench.command(out))
+    children.until((bench.mood / "hangs").exists, child)
+    out.rename(moved)
+    if lost != "renamed":
+        out.write_text("mine")
+    (bench.mood / "hang block1").unlink()
+    said, err = child.communicate(timeout=60)
+    shown = " ".join(err.split())
+    assert child.returncode == 2 and "Traceback" not in err, said + err
+    assert str(out) in shown.replace(" ", "") and "name its new place" in shown
+    assert bench.here(bench.command(moved), capsys)[0] == 0
+    assert same(moved, unbroken)
 
 
 # ------------------------------------------------------------------------- deaths on Ray

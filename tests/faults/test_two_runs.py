@@ -15,6 +15,7 @@ import tiny
 import toys
 
 from auditgap.cli import main
+from auditgap.errors import UsageError
 from auditgap.store import RunFolder
 
 
@@ -111,6 +112,39 @@ def test_a_second_command_names_the_holder_and_changes_nothing(command, tmp_path
         holder.communicate()
     code, said = audit([*command, f"--out={out}"], capsys)
     assert code == 0, "the lock of a process that died on this host is no obstacle"
+
+
+def test_who_lost_the_lock_leaves_the_note_of_who_has_it(tmp_path, monkeypatch):
+    """Another host breaks our lock: our end removes our own note only, never that of the living."""
+    ours, theirs = RunFolder(tmp_path, {}), RunFolder(tmp_path, {}, break_lock=True)
+    mine = ours.lock()
+    mine.__enter__()
+    first = json.loads((tmp_path / "lock.json").read_text())
+    code = HOLDER.replace(
+        "RunFolder(sys.argv[1], {})", "RunFolder(sys.argv[1], {}, break_lock=True)"
+    )
+    code = code.replace("import sys, time", ELSEWHERE)
+    with children.python(code, str(tmp_path), stderr=subprocess.DEVNULL) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            second = json.loads((tmp_path / "lock.json").read_text())
+            assert second["host"] == "node7" != first["host"]
+            mine.__exit__(None, None, None)
+            assert json.loads((tmp_path / "lock.json").read_text()) == second
+            with pytest.raises(UsageError, match="on node7"), ours.lock():
+                pass
+        finally:
+            holder.kill()
+    with theirs.lock():
+        pass
+    assert not (tmp_path / "lock.json").exists()
+
+
+#: A machine of another name: its processes are not to be seen from here, and the file system does
+#: not carry its locks.
+ELSEWHERE = """import fcntl, socket, sys, time
+    socket.gethostname = lambda: "node7"
+    fcntl.flock = lambda *_: None"""
 
 
 def test_the_lock_of_another_host_is_taken_only_when_told(command, tmp_path, capsys):

@@ -19,7 +19,6 @@ import transformers
 
 from auditgap import models
 from auditgap.errors import AuditgapError, Refused, UsageError
-from auditgap.models import folder as folders
 
 
 @pytest.fixture(scope="module")
@@ -243,5 +242,5 @@ def test_the_checks_are_what_refuses(model, monkeypatch, opens):
     outside = model.parent / "elsewhere.json"
     shutil.move(model / "config.json", outside)
     (model / "config.json").symlink_to(outside)
-    monkeypatch.setattr(folders, "_check_files", lambda folder: None)
+    monkeypatch.setattr("auditgap.models.vetting.check_files", lambda folder: None)
     assert models.outline(str(model)).n_blocks == tiny.N_BLOCKS

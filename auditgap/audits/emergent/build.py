@@ -29,7 +29,7 @@ from auditgap.data.domains import TRIGGER, DomainRow, Panel, Trigger
 from auditgap.data.em_prompts import load_em_prompts
 from auditgap.data.panel import read_panel
 from auditgap.errors import UsageError
-from auditgap.models.folder import is_adapter
+from auditgap.models.weights import is_adapter
 from auditgap.store import RunFolder
 from auditgap.sweep import Group
 from auditgap.types import Document, Prompt

@@ -43,7 +43,8 @@ from auditgap.engines.vllm import adapters, start
 from auditgap.engines.vllm.wishes import AnyEdit, edits_message, loads, named, on, wish
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.models import Rendered
-from auditgap.models.folder import adapter_base, is_adapter
+from auditgap.models.folder import adapter_base
+from auditgap.models.weights import is_adapter
 from auditgap.types import Document, Prompt, Site
 
 __all__ = ["VLLMEngine"]

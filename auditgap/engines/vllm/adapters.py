@@ -11,7 +11,6 @@ first.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from auditgap.errors import UsageError
 from auditgap.models.adapters import PLAIN_BEGINNINGS
+from auditgap.models.reading import read_object
 from auditgap.models.weights import ADAPTER, weights_files
 from auditgap.types import digest
 
@@ -108,7 +108,7 @@ def fingerprint(adapter: Path) -> str:
 
 
 def _config(adapter: Path) -> Mapping[str, Any]:
-    return json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return read_object(adapter / "adapter_config.json")
 
 
 def _shapes(path: Path) -> list[tuple[str, int]]:

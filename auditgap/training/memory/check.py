@@ -157,14 +157,12 @@ def _plan(
 
 def _family(outline: Outline) -> Any:
     """The transformers config of the model, or of an adapter's base."""
-    from transformers import AutoConfig
-
-    from auditgap.models.folder import adapter_base, is_adapter
+    from auditgap.models.door import open_config
+    from auditgap.models.folder import adapter_base
+    from auditgap.models.weights import is_adapter
 
     base = adapter_base(outline.folder) if is_adapter(outline.folder) else outline.folder
-    return AutoConfig.from_pretrained(
-        base, trust_remote_code=False, local_files_only=True
-    ).get_text_config()
+    return open_config(base, outline.subject.name).get_text_config()
 
 
 def _number(value: object) -> int | None:
