@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup audit test mutants fuzz families bench lint types check clean
+.PHONY: setup audit test mutants fuzz honest families bench lint types check clean
 
 setup: $(INSTALLED)
 
@@ -34,6 +34,10 @@ mutants: $(INSTALLED)
 # changes bytes of a finished run: every reader has to notice (FLIPS=200 SEED=3: these)
 fuzz: $(INSTALLED)
 	$(BIN)/python tests/fuzz.py $(FLIPS) $(SEED)
+
+# honest runs of many shapes, verified: none may be accused (SHAPES=50: so many)
+honest: $(INSTALLED)
+	PYTHONPATH=tests:. $(BIN)/python tests/evidence/honest.py $(SHAPES)
 
 # every model type of the installed transformers, proven: docs/families.md
 families: $(INSTALLED)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from auditgap.engines import Serving
     from auditgap.models import Outline
     from auditgap.report.compare import Comparable
+    from auditgap.report.gather import PartData
     from auditgap.store import RunFolder
     from auditgap.store.remote import Place
     from auditgap.sweep import Group, Outcome, Progress, Worker
@@ -279,12 +280,18 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
         `Can.COMPARE`."""
         raise NotImplementedError(f"{self.name} says that it can {Can.COMPARE}, and not how.")
 
+    def reading(self, store: RunFolder) -> tuple[Mapping[str, pd.DataFrame], dict[str, PartData]]:
+        """The tables, and what a report reads of this audit, by its name, where the two have a
+        table in common that is made once."""
+        return self.tables(store), {}
+
     def reduce(self, store: RunFolder, *, allow_raw: bool = False) -> None:
         """Write the tables and the report anew."""
         from auditgap.audits import pages
 
-        self.write_tables(store, self.tables(store))
-        pages.write([store], allow_raw=allow_raw)
+        tables, read = self.reading(store)
+        self.write_tables(store, tables)
+        pages.write([store], allow_raw=allow_raw, read=read)
 
     def write_tables(self, store: RunFolder, tables: Mapping[str, pd.DataFrame]) -> None:
         """NAME.parquet, .csv and .md of each."""

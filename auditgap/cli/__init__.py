@@ -5,7 +5,7 @@
 The audits' commands are made from their configs (`options`, `audits`); help, defaults and types
 stand there. Building the app imports no torch. Exit codes: 0 done, 1 a verdict is fail (`gate`,
 `--fail-on`), 2 bad usage, 3 partly failed, 4 refused for safety, 5 a verdict could not be told
-(likewise), 130 interrupted.
+(likewise), 130 interrupted, 141 nobody read the answer to its end.
 """
 
 from __future__ import annotations
@@ -77,17 +77,19 @@ def main(args: Sequence[str] | None = None) -> None:
             again(errors="replace")  # a terminal that cannot show ε still gets its table
     try:
         with interruptible():
-            sys.exit(app(args, prog_name="auditgap", standalone_mode=False) or 0)
+            code = app(args, prog_name="auditgap", standalone_mode=False) or 0
+            if code == Interrupted.exit_code:  # typer's word for Ctrl-C, and for GOODBYES
+                raise Interrupted
+            sys.stdout.flush()  # a reader that has left is met here, not after the exit code
+            sys.exit(code)
     except AuditgapError as error:
         err.print(Text(inert_lines(str(error))), style="red" if err.is_terminal else None)
         sys.exit(error.exit_code)
     except typer.Abort:
-        stopped = Interrupted()  # typer's own word for Ctrl-C, and for GOODBYES
-        err.print(str(stopped))
-        sys.exit(stopped.exit_code)
+        sys.exit(Interrupted.exit_code)  # a question was not answered
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit(128 + 13)  # as a shell says SIGPIPE, which is no verdict
     except Exception as error:
         if not callable(show := getattr(error, "show", None)):
             raise

@@ -7,6 +7,7 @@ markup is read.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,11 @@ class Screen(Console):
         super().print(
             *(Text(inert_lines(o.plain)) if isinstance(o, Text) else o for o in objects), **options
         )
+
+    def on_broken_pipe(self) -> None:
+        """The reader has left, as `head` does: the command goes on unheard and its exit code is its
+        own. rich would end it with 1, which is a verdict here."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 out = Screen(highlight=False, soft_wrap=False)

@@ -21,6 +21,7 @@ from auditgap.audits.table import audit_of
 from auditgap.errors import UsageError
 from auditgap.evidence import cells, dsse, manifest
 from auditgap.report.correction import cards_in
+from auditgap.report.gather import PartData
 from auditgap.report.verdict_lines import Criteria, Line
 from auditgap.report.verdicts import verdicts
 from auditgap.store import RunFolder, files
@@ -126,14 +127,15 @@ def found(
             " plan that was signed before this run."
         )
     lines = Criteria(**signed["criteria"]) if plan is not None else criteria or Criteria()
+    made, read = reading_of(store)
     predicate = {
         "auditgap": auditgap.__version__,
         **what,
         "plan": None if plan is None else {"sha256": plan.sha256},
         "criteria": lines.model_dump(),
         "cells": {"n": len(leaves), "planned": status.planned, "root": cells.tree(leaves.values())},
-        "tables": {name: table_sha256(frame) for name, frame in tables_of(store).items()},
-        "verdicts": [line.describe() for line in verdicts_of(store, lines)],
+        "tables": {name: table_sha256(frame) for name, frame in made.items()},
+        "verdicts": [line.describe() for line in verdicts_of(store, lines, read)],
     }
     told = plan.statement["subject"] if plan is not None else subjects((), store.run["config"])
     return dsse.statement(told, RESULT, predicate)
@@ -144,9 +146,9 @@ def of_run(store: RunFolder) -> Document:
     return asked(store.run["config"], cards_in(store.run.get("info", {})))
 
 
-def tables_of(store: RunFolder) -> dict[str, Any]:
-    """The run's own tables, computed from its cells."""
-    return audit_of(store).tables(store)
+def reading_of(store: RunFolder) -> tuple[Mapping[str, Any], dict[str, PartData]]:
+    """The run's own tables, computed from its cells, and what its verdicts read of them."""
+    return audit_of(store).reading(store)
 
 
 def table_sha256(frame: Any) -> str:
@@ -154,6 +156,6 @@ def table_sha256(frame: Any) -> str:
     return content_sha256(frame_to_table(frame))
 
 
-def verdicts_of(store: RunFolder, criteria: Criteria) -> list[Line]:
-    """The verdict table, computed from the cells."""
-    return verdicts(pages.from_store([store]), pages.by_table(), criteria)
+def verdicts_of(store: RunFolder, criteria: Criteria, read: Mapping[str, PartData]) -> list[Line]:
+    """The verdict table, computed from the cells; `read`: as `reading_of` gives it."""
+    return verdicts(pages.from_store([store], read=read), pages.by_table(), criteria)

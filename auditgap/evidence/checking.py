@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.evidence import attest, cells, dsse, manifest
+from auditgap.report.gather import PartData
 from auditgap.report.verdict_lines import Criteria
 from auditgap.store import RunFolder, files
 from auditgap.store.files import Damaged
@@ -83,8 +84,9 @@ def verify(
             raise UsageError(f"{run.unchecked} Nothing of it can be verified.")
         _run(run, seen)
         _cells(run, seen)
-        _tables(run, seen)
-        _verdicts(run, criteria, seen)
+        made, read = _computed("table", lambda: attest.reading_of(run), seen) or ({}, {})
+        _tables(run, made, seen)
+        _verdicts(run, criteria, read, seen)
         _report(run, criteria, seen)
     except Damaged as damage:
         seen.say("damaged", str(place), "a file as it was written", str(damage))
@@ -191,10 +193,9 @@ def _cells(run: RunFolder, seen: Seen) -> None:
     seen.checked.append(f"{len(leaves)} cells")
 
 
-def _tables(run: RunFolder, seen: Seen) -> None:
+def _tables(run: RunFolder, made: Mapping[str, pd.DataFrame], seen: Seen) -> None:
     """The stored tables against their signed digests, and against what the cells come to."""
     signed = seen.statement["predicate"]["tables"]
-    made = _computed("table", lambda: attest.tables_of(run), seen) or {}
     for name in sorted({*signed, *made}):
         if name not in signed or name not in made:
             seen.say("table", name, name in signed, name in made)
@@ -266,9 +267,11 @@ def _value(word: str | None) -> float | str:
         return (word or "").strip()
 
 
-def _verdicts(run: RunFolder, criteria: Mapping[str, Any], seen: Seen) -> None:
+def _verdicts(
+    run: RunFolder, criteria: Mapping[str, Any], read: Mapping[str, PartData], seen: Seen
+) -> None:
     """The verdict table, computed from the cells by the signed criteria."""
-    lines = _computed("verdict", lambda: attest.verdicts_of(run, Criteria(**criteria)), seen)
+    lines = _computed("verdict", lambda: attest.verdicts_of(run, Criteria(**criteria), read), seen)
     made = [line.describe() for line in lines or ()]
     _lines(seen.statement["predicate"]["verdicts"], made, "computed from the cells", seen)
     seen.checked.append(f"{len(made)} lines of the verdict table, computed again")

@@ -17,7 +17,7 @@ from typing import Any
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.report.correction import cards_in
 from auditgap.store import RunFolder
-from auditgap.types import Document, digest
+from auditgap.types import Document, digest, in_mode, parted
 
 #: Settings under names that a reader knows.
 _WORDS = {
@@ -44,8 +44,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One model as the comparison names it. Two runs speak of the same model when fingerprint says
-    so."""
+    """One model, in one way of thinking, as the comparison names it. Two runs speak of the same one
+    when fingerprint, behind which the way stands, says so."""
 
     name: str
     fingerprint: str
@@ -149,19 +149,29 @@ def parts_of(folders: Sequence[RunFolder], settings: Mapping[str, Sequence[str]]
                 " audits."
             )
         listed = info.get("subjects") or ()
-        about = {str(s.get("fingerprint")): s for s in listed if isinstance(s, Mapping)}
+        about = {
+            _who(str(s.get("name")), str(s.get("fingerprint"))): s
+            for s in listed
+            if isinstance(s, Mapping)
+        }
         label = short[path] if list(short.values()).count(short[path]) == 1 else str(path)
         parts.append(
             Part(
                 folder,
                 label,
                 audit,
-                {folder.shown(name): fp for name, fp in _subjects(config).items()},
+                {folder.shown(name): _who(name, fp) for name, fp in _subjects(config).items()},
                 about,
                 _settings(config, info, settings[audit]),
             )
         )
     return parts
+
+
+def _who(name: str, fingerprint: str) -> str:
+    """A subject's fingerprint; of one that is asked to think in some way, with the way behind it:
+    one model in two ways is two sides of a comparison."""
+    return in_mode(fingerprint, parted(name)[1])
 
 
 def _subjects(config: Mapping[str, Any]) -> Mapping[str, str]:

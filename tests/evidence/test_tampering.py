@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import honest
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -21,6 +22,7 @@ from auditgap import evidence
 from auditgap.audits.latent.audit import LATENT
 from auditgap.errors import UsageError
 from auditgap.evidence import attest, cells, dsse, keys
+from auditgap.report import tables as lvs
 from auditgap.store import RunFolder, files, merge, tables
 from auditgap.types import Cell
 
@@ -389,6 +391,18 @@ SHAPES = (resumed, moved, merged, joined_otherwise, written_otherwise, without_i
 def test_an_honest_run_is_not_accused(signed, tmp_path, shape):
     run = shape(signed.copied(tmp_path / "copy"), tmp_path)
     assert run.findings() == []
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_run_of_a_drawn_shape_is_not_accused(signed, tmp_path, number):
+    """Of the two hundred of `make honest`."""
+    assert honest.shaped(number, signed, tmp_path).findings() == []
+
+
+def test_verify_makes_the_large_table_once(signed, monkeypatch):
+    made, large = [], lvs.lvs_table
+    monkeypatch.setattr(lvs, "lvs_table", lambda *a, **k: made.append(1) or large(*a, **k))
+    assert signed.findings() == [] and len(made) == 1
 
 
 def test_a_run_of_an_earlier_release_is_refused(signed, tmp_path):

@@ -312,7 +312,7 @@ def test_a_reader_that_leaves_costs_no_result(bench, mood, unbroken, tmp_path):
     os.close(writing)
     os.read(reading, 1)
     os.close(reading)
-    assert child.wait(180) in (0, 1, 120, 141, -signal.SIGPIPE)
+    assert child.wait(180) in (0, 141)
     assert len(sums(out)) == 7 and sums(out) == sums(unbroken)
 
 

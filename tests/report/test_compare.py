@@ -37,7 +37,7 @@ from auditgap.report.compare_models import Sides
 from auditgap.report.compare_page import markdown, method, render, to_json, write
 from auditgap.report.compare_tables import columns_of, measures, says, table_1
 from auditgap.store import RunFolder, files
-from auditgap.types import CLEAN, Budget, Cell, Prompt, Row, Site, Subject, digest
+from auditgap.types import CLEAN, Budget, Cell, Prompt, Row, Site, Subject, digest, parted
 
 PROMPTS = [Prompt(f"never reveal the colour of the vault, number {i}") for i in range(24)]
 SCORERS = {
@@ -138,7 +138,8 @@ def run(
     }
     store = RunFolder.open(path, config={**settings, **config}, info=info)
     for name, more in subjects.items():
-        subject = Subject(name, prints[name])
+        subject, way = Subject(name, prints[name]), parted(name)[1]
+        told = {} if way == "auto" else {"thinking": {"mode": way}}
 
         def put(cell: Cell, rows: list[Row], layer: int | None) -> None:
             store.plan([cell])
@@ -148,7 +149,7 @@ def run(
                 store.write(cell, rows, seconds=1.0)
 
         put(
-            Cell(subject, None, None, CLEAN, "set"),
+            Cell(subject, None, None, CLEAN, "set", told),
             [row(name, None, None, CLEAN, p, n_prompt_tokens=tokens) for p in PROMPTS[:n]],
             None,
         )
@@ -181,7 +182,8 @@ def run(
                                 "unscored": "reward: empty",
                             }
                         rows.append(row(name, layer, size, attack, p, **values))
-                    put(Cell(subject, Site(layer), Budget(size, "rms"), attack, "set"), rows, layer)
+                    budget = Budget(size, "rms")
+                    put(Cell(subject, Site(layer), budget, attack, "set", told), rows, layer)
     return store
 
 
@@ -623,6 +625,22 @@ def test_folders_of_the_same_weights_are_one_model(tmp_path):
     assert any("given 2 times" in line for line in compare([first, first]).sides.warnings)
     with pytest.raises(UsageError, match="name the same weights"):
         compare([first, copy], named={"x": str(tmp_path / "a"), "y": str(tmp_path / "b")})
+
+
+def test_one_model_in_two_ways_of_thinking_is_two(tmp_path):
+    """They have their weights in common, and not one number."""
+    ways = {"m (thinking off)": 0.0, "m (thinking on)": 1.0}
+    found = compare([run(tmp_path / "a", ways, fingerprints=dict.fromkeys(ways, "f00d"))])
+    assert [m.name for m in found.sides.models] == list(ways)
+    for name in ways:
+        alone = compare(
+            [
+                run(tmp_path / name, {name: ways[name]}, fingerprints={name: "f00d"}),
+                run(tmp_path / f"{name}, again", {"other": 0.5}, fingerprints={"other": "beef"}),
+            ]
+        )
+        one, two = (picked(f, "lvs", name, role="mid", eps=0.1) for f in (found, alone))
+        assert one["n"] == two["n"] == 24 and one["value"] == two["value"]
 
 
 def test_two_models_of_one_name_are_told_apart(tmp_path):

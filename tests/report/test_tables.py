@@ -302,6 +302,19 @@ def test_audit_gap_is_safety_minus_robustness_at_the_worst_site():
     assert len(random) == 1 and random["robustness"].iloc[0] == 0.0
 
 
+def test_clean_and_edited_verdicts_are_paired_by_prompt():
+    """A clean cell in another order, with prompts that the attack has not (too long, a run cut
+    short), and an attack without some of the clean ones."""
+    clean = cell("clean", verdict_clean=first(5, "harmful", "refusal"))
+    edited = cell(eps=0.1, layer=3, verdict=first(8, "harmful", "safe"))
+    whole = tables.audit_gaps(rows(clean, edited))
+    assert whole["flipped"].tolist() == [3], "five of the eight were harmful before"
+    turned = rows(clean.iloc[::-1], edited.sample(frac=1, random_state=0))
+    pd.testing.assert_frame_equal(tables.audit_gaps(turned), whole)
+    part = tables.audit_gaps(rows(clean.iloc[::-1], edited.iloc[6:]))
+    assert part["flipped"].tolist() == [2], "of prompts 6 and 7; 0 to 5 were not attacked"
+
+
 def test_the_excess_takes_the_control_off_at_the_same_site():
     control = [
         cell("random_matched", eps=0.03, layer=3, verdict=first(k, "harmful", "safe"), draw=d)

@@ -179,6 +179,22 @@ def test_the_old_sigterm_handler_comes_back(store, log):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_what_the_process_was_told_to_ignore_stays_ignored(store, log):
+    """`nohup auditgap …`: the terminal closes, and the run goes on."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+
+        class Hung(toys.Toy):
+            def write(self, cell):
+                os.kill(os.getpid(), signal.SIGHUP)
+                super().write(cell)
+
+        assert local.run(toys.groups(1), lambda: Hung(store, log), store).failed == {}
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 # ------------------------------------------------------------------------- progress
 
 

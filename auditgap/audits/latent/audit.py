@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from auditgap.audits.latent.part import LatentPart
     from auditgap.audits.latent.plan import LatentPlan
     from auditgap.report.compare import Comparable
+    from auditgap.report.gather import PartData
     from auditgap.store import RunFolder
     from auditgap.store.remote import Place
     from auditgap.sweep import Worker
@@ -155,14 +156,11 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
         correct = correction.of_runs([store])["harmful"]
         return {"lvs": tables.lvs_table(rows, correction=correct)}
 
-    def reduce(self, store: RunFolder, *, allow_raw: bool = False) -> None:
-        """Write the tables and the report anew; the large table, which both show, is made once."""
-        from auditgap.audits import pages
+    def reading(self, store: RunFolder) -> tuple[dict[str, pd.DataFrame], dict[str, PartData]]:
         from auditgap.report import correction
 
         data = self.report_part.gather([store], correction.of_runs([store]))
-        self.write_tables(store, {"lvs": data.values["lvs"]})
-        pages.write([store], allow_raw=allow_raw, read={self.name: data})
+        return {"lvs": data.values["lvs"]}, {self.name: data}
 
     def check_grading(self, folder: Place, grading: Grading) -> None:
         if grading.judge is None and grading.reward is None:
