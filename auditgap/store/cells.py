@@ -279,7 +279,7 @@ class CellFiles:
     def _names(self, folder: str) -> list[str]:
         try:
             return [name for name in listdir(self.path / folder) if is_key(name)]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def _list(self) -> set[str]:
