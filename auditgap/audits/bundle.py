@@ -39,6 +39,7 @@ _PUBLIC_SUBJECT = (
     "name",
     "fingerprint",
     "dtype",
+    "stored",
     "unpacked_from",
     "note",
     "n_blocks",

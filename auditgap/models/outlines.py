@@ -9,6 +9,7 @@ It reads the config, the tokenizer and the headers of the safetensors files.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,6 +45,8 @@ class Outline:
     stop_ids: frozenset[int] = frozenset()
     max_positions: int | None = None  #: tokens that it can attend to; None: not said
     packing: Packing | None = None  #: how its weights are quantised; None: they are plain numbers
+    #: dtypes of its files, as safetensors calls them, that of most numbers first
+    stored: tuple[str, ...] = ()
     note: str = ""  #: what was ignored of its folder
     thinking: ThinkingMode = "auto"  #: how an audit has it think
 
@@ -79,7 +82,8 @@ def outline(
     with as_usage_error(name):
         stop_ids = stop_ids_of(_generation_config(base), tokenizer)
     check_width(name, config.hidden_size, base)
-    n_params, n_embedding = _count_parameters(base)
+    numbers, n_embedding = _count_parameters(base)
+    n_params = numbers.total()
     tied = bool(getattr(config, "tie_word_embeddings", False))
     return Outline(
         Subject(name, fingerprint(folder, tokenizer=tokenizer)),
@@ -93,6 +97,7 @@ def outline(
         stop_ids=stop_ids,
         max_positions=getattr(config, "max_position_embeddings", None),
         packing=packing_of(base),
+        stored=tuple(dtype for dtype, _ in numbers.most_common()),
         note=ignored_code(base),
     ).asked_to_think(thinking)
 
@@ -125,17 +130,20 @@ def _generation_config(base: Path) -> GenerationConfig:
         )
 
 
-def _count_parameters(folder: Path) -> tuple[int, int]:
-    """Parameters in all, and of the input embedding, from the headers of the safetensors files."""
+def _count_parameters(folder: Path) -> tuple[Counter[str], int]:
+    """Stored numbers by dtype, and how many are of the input embedding, from the headers of the
+    safetensors files."""
     from safetensors import SafetensorError, safe_open
 
-    total = embedding = 0
+    total: Counter[str] = Counter()
+    embedding = 0
     for path in weights_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 - not a dict
-                    size = math.prod(file.get_slice(key).get_shape())
-                    total += size
+                    tensor = file.get_slice(key)
+                    size = math.prod(tensor.get_shape())
+                    total[tensor.get_dtype()] += size
                     if "embed" in key.rpartition(".")[0].rpartition(".")[2] and size > embedding:
                         embedding = size
         except (SafetensorError, OSError) as error:

@@ -61,6 +61,7 @@ def provenance(outlines: Sequence[Outline], *, dtype: str) -> Document:
                 "name": o.subject.name,
                 "fingerprint": o.subject.fingerprint,
                 "dtype": dtype,
+                "stored": ", ".join(o.stored),
                 **({"unpacked_from": str(o.packing)} if o.packing else {}),
                 **({"note": o.note} if o.note else {}),
                 "n_blocks": o.n_blocks,

@@ -156,7 +156,7 @@ def test_fp8_is_unpacked_and_said_to_be(folder, saved, tmp_path):
         assert state[name].dtype == torch.float32
         assert torch.allclose(state[name], weight, rtol=2**-7, atol=1e-6)
     told = provenance([outline], dtype="float32")["subjects"][0]
-    assert told["unpacked_from"] == "fp8"
+    assert (told["unpacked_from"], told["stored"]) == ("fp8", "F8_E4M3, F32")
     assert outline.subject.fingerprint != models.outline(str(saved)).subject.fingerprint
     loaded.model.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
@@ -186,7 +186,7 @@ def test_mxfp4_is_unpacked_and_said_to_be(tmp_path, monkeypatch):
     state = models.load(outline, device="cpu", dtype="float32").model.state_dict()
     assert meant and all(torch.equal(state[name], weight) for name, weight in meant.items())
     told = provenance([outline], dtype="float32")["subjects"][0]
-    assert told["unpacked_from"] == "mxfp4"
+    assert (told["unpacked_from"], told["stored"]) == ("mxfp4", "F32, U8")
 
 
 # -- code that is not run
