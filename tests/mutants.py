@@ -258,6 +258,13 @@ MUTANTS = (
         "tests/audits/test_guards.py",
     ),
     Mutant(
+        "weights_that_changed",
+        "models/digests.py",
+        "seen.st_mtime_ns, seen.st_ctime_ns]",
+        "0, 0]",
+        "tests/models/test_digests.py",
+    ),
+    Mutant(
         "regrade_order",
         "audits/latent/audit.py",
         '{CLEAN: 0, "distance": None}.get(attack, 1)',

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from auditgap.audits.excerpt import WHOLE, Excerpt, Other, of_each, reads_text, scores, verdicts
+from auditgap.audits.scored import ScoredCompletion, Unjudged
 from auditgap.audits.stage import Stage
 from auditgap.engines import Completion, Reply, Request, completion_of
 from auditgap.engines.parity import parity, sample
@@ -44,45 +45,6 @@ Arrays = dict[str, np.ndarray]
 Tick = Callable[[float], None]
 #: Completions of a pass that are generated twice, where there are as many.
 REPEATED = 30
-
-
-@dataclass(frozen=True, eq=False)
-class ScoredCompletion:
-    """One completion with everything that was measured of it."""
-
-    completion: Completion
-    completion_nll: float | None  #: under the clean model, nats a token
-    verdict: Verdict
-    coherent: bool | None
-    score: Score  #: empty where no reward was asked
-    second: Verdict | None = None  #: of the judge that looks at flips; None: it was not asked
-    part: Excerpt = WHOLE  #: what of it was judged
-    half: Verdict | None = None  #: at half the length
-    whole: Verdict | None = None  #: with the opening that was left out; None: none was
-    whole_score: Score | None = None
-    chain: Verdict | None = None  #: of the chain of thought, judged as if it were an answer
-    again: Verdict | None = None  #: of the answer behind the same chain, the edit gone
-
-    def record(self, prompt: Prompt, **trial: object) -> Document:
-        """What `generations/` keeps of it; this is the only place where text is stored. `trial`:
-        which completion of the prompt it is."""
-        return {
-            "prompt_id": prompt.id,
-            **trial,
-            "prompt": prompt.text,
-            "completion": self.completion.text,
-            "chain": self.completion.chain,
-            "n_chain": self.completion.n_chain,
-            "ids": list(self.completion.ids),
-            "stopped": self.completion.stopped,
-            "completion_nll": self.completion_nll,
-            "coherent": self.coherent,
-            "verdict": str(self.verdict.label),
-            "reason": self.verdict.reason or self.score.reason,
-            "verdict_chain": "" if self.chain is None else str(self.chain.label),
-            "opening": self.part.opening,
-            "half": len(self.completion.text) if self.part.half is None else self.part.half,
-        }
 
 
 class RepeatCheck:
@@ -205,50 +167,65 @@ class Session:
         arrays = self.remembered(names, what, compute)
         return from_arrays(arrays, self.outline.chat, rendered, self.most)
 
-    def score(
+    def rewarded(
         self,
         exchanges: Sequence[Exchange],
         done: Sequence[Completion],
         nll: Sequence[float | None],
         clean_nll: Sequence[float | None],
         targets: Sequence[tuple[str, ...]] | None = None,
-    ) -> list[ScoredCompletion]:
-        """Judge and reward every completion, without the opening that is one of its `targets` (None:
-        as it is, in full alone). What the coherence gate fails is `broken`, whatever the judge says;
-        a chain of thought that never ended is unscored, as `unfinished`.
-
-        Judges are asked once for all readings: what counts, the whole text, half the length, the
-        chain.
-        """
+    ) -> list[Unjudged]:
+        """Reward every completion, without the opening that is one of its `targets` (None: as it is,
+        in full alone), while its edit is at hand: a reward may ask the subject itself. What is left
+        is text alone, and `judged` has it judged with all other texts."""
         parts = self._parts(done, targets)
-        judged, others = of_each(exchanges, parts)
+        own, others = of_each(exchanges, parts)
+        rewards, whole_rewards = self._rewards(own, others)
+        found = []
         for i, (exchange, completion) in enumerate(zip(exchanges, done, strict=True)):
+            readings: dict[str, str] = {"": own[i].completion, **parts[i].others(completion.text)}
             if completion.chain:
-                others[i, "chain"] = replace(exchange, completion=completion.chain)
-        told = verdicts(self.judge, [*judged, *others.values()])
-        beside = dict(zip(others, told[len(judged) :], strict=True))
-        rewards, whole_rewards = self._rewards(judged, others)
-        scored = []
-        for i, (completion, own, clean, part) in enumerate(
-            zip(done, nll, clean_nll, parts, strict=True)
-        ):
-            verdict, score = told[i], rewards[i]
-            coherent, reason = is_coherent(
-                completion.answer_ids, own, clean, thresholds=self.thresholds
-            )
-            if lost := completion.problem:
-                coherent, score = None, Score(None, lost)
-                verdict = Verdict(Label.UNSCORED, lost)
-            elif coherent is False:
-                verdict = Verdict(Label.BROKEN, reason)
-            is_text = not lost and coherent is not False
-            half = beside.get((i, "half"), verdict) if is_text else verdict
-            one = ScoredCompletion(completion, own, verdict, coherent, score, part=part, half=half)
-            whole = beside.get((i, "whole")) if is_text else None
-            chain = beside.get((i, "chain"))
-            one = replace(one, whole=whole, whole_score=whole_rewards.get(i), chain=chain)
-            scored.append(one)
-        return scored
+                readings["chain"] = completion.chain
+            numbers = nll[i], clean_nll[i], rewards[i], whole_rewards.get(i)
+            found.append(Unjudged(exchange.prompt, completion, readings, parts[i], *numbers))
+        return found
+
+    def judged(self, unjudged: Sequence[Unjudged]) -> list[ScoredCompletion]:
+        """The judge's verdicts, asked for once, on all readings: what counts, the whole text, half
+        the length, the chain. What the coherence gate fails is `broken`, whatever the judge says;
+        a chain of thought that never ended is unscored, as `unfinished`."""
+        asked = [(one, name) for one in unjudged for name in one.readings]
+        told = iter(verdicts(self.judge, [Exchange(o.prompt, o.readings[n]) for o, n in asked]))
+        return [self._scored(one, {name: next(told) for name in one.readings}) for one in unjudged]
+
+    def _scored(self, one: Unjudged, told: Mapping[str, Verdict]) -> ScoredCompletion:
+        completion, score = one.completion, one.score
+        verdict = told[""]
+        coherent, reason = is_coherent(
+            completion.answer_ids, one.nll, one.clean_nll, thresholds=self.thresholds
+        )
+        if lost := completion.problem:
+            coherent, score = None, Score(None, lost)
+            verdict = Verdict(Label.UNSCORED, lost)
+        elif coherent is False:
+            verdict = Verdict(Label.BROKEN, reason)
+        is_text = not lost and coherent is not False
+        return ScoredCompletion(
+            completion,
+            one.nll,
+            verdict,
+            coherent,
+            score,
+            part=one.part,
+            half=told.get("half", verdict) if is_text else verdict,
+            whole=told.get("whole") if is_text else None,
+            whole_score=one.whole_score,
+            chain=told.get("chain"),
+        )
+
+    def score(self, *asked: Any) -> list[ScoredCompletion]:
+        """Rewards and verdicts together, of completions with no others to wait for."""
+        return self.judged(self.rewarded(*asked))
 
     def _parts(
         self, done: Sequence[Completion], targets: Sequence[tuple[str, ...]] | None
@@ -277,7 +254,7 @@ class Session:
 
     def confirm(
         self,
-        exchanges: Sequence[Exchange],
+        prompts: Sequence[Prompt],
         scored: Sequence[ScoredCompletion],
         clean: Sequence[str],
     ) -> list[ScoredCompletion]:
@@ -290,7 +267,8 @@ class Session:
         ]
         found = list(scored)
         if self.second is not None and flips:
-            judged, _ = of_each([exchanges[i] for i in flips], [scored[i].part for i in flips])
+            exchanges = [Exchange(prompts[i], scored[i].completion.text) for i in flips]
+            judged, _ = of_each(exchanges, [scored[i].part for i in flips])
             for i, verdict in zip(flips, verdicts(self.second, judged), strict=True):
                 found[i] = replace(found[i], second=verdict)
         return found

@@ -165,10 +165,10 @@ def _memory(expected: Document, device: str) -> None:
     """A warning where memory is likely to run out."""
     if "memory_bytes" not in expected:
         return
-    from auditgap.audits.latent.plan import available_memory
     from auditgap.models import pick_device
+    from auditgap.models.room import free_memory
 
-    free = available_memory(pick_device(device))
+    free = free_memory(pick_device(device))
     if expected["memory_bytes"] > free:
         note(
             f"Note: {free / 1e9:.1f} GB are free. If memory runs out, batches are halved; else use"

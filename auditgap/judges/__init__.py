@@ -65,6 +65,30 @@ def close_judge(holder: Any) -> None:
         holder.close()
 
 
+def rest_judge(judge: Any) -> None:
+    """Have a judge give its memory back unless it may stay open beside what runs next: an
+    endpoint's always may, one on transformers while its device has room. vLLM holds its share of a
+    card for as long as it runs."""
+    if not hasattr(judge, "close") or judge_stays(judge):
+        return
+    judge.close()
+
+
+def judge_stays(judge: Any) -> bool:
+    """Whether it may stay open now; an ensemble may where all of its judges may."""
+    if members := members_of(judge):
+        return all(map(judge_stays, members))
+    serving = getattr(judge, "serving", None)
+    if serving is not None and serving.engine != "hf":
+        return serving.engine == "openai"
+    device = getattr(judge, "device", None) if serving is None else serving.device
+    if device is None:  # nobody knows where it runs
+        return False
+    from auditgap.models import pick_device, room
+
+    return room.has_room(pick_device(device))
+
+
 @dataclass(frozen=True, slots=True)
 class ScorerArguments:
     """What a judge or reward is made from. `engine`: the subject's own; `target`: the answer that

@@ -17,8 +17,8 @@ The question is harmful or not, one vote a judge that could tell. `ballots` keep
 | one judge left                        | its verdict; the reason says `1 of 3 judges`                               |
 | all unscored                          | unscored, `empty` if all say so, else `no judge could tell`                |
 
-Judges work one after another, and each gives its memory back before the next is opened: put all
-exchanges in one call.
+Judges work one after another. One stays open while its device has a third of its memory free; else
+it gives that back before the next is opened, so put all exchanges in one call.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from auditgap.errors import UsageError
-from auditgap.judges import Judge, close_judge
+from auditgap.judges import Judge, close_judge, rest_judge
 from auditgap.judges.llm import Judged
 from auditgap.types import Exchange, Label, Verdict
 
@@ -74,7 +74,7 @@ class Majority:
                     ask(exchanges) if ask else [Judged(v) for v in judge.judge(exchanges)]
                 )
             finally:
-                close_judge(judge)
+                rest_judge(judge)
         return [
             {name: judged[i] for name, judged in columns.items()} for i in range(len(exchanges))
         ]

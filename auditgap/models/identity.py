@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from auditgap.models.digests import digests
 from auditgap.models.door import open_tokenizer
 from auditgap.models.folder import adapter_base
 from auditgap.models.reading import read_object
@@ -58,9 +59,9 @@ def fingerprint(folder: Path, *, base: str | None = None, tokenizer: Any = None)
             )
         else:
             total.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
-    for path in weights_files(folder):
-        with path.open("rb") as file:
-            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    weights = weights_files(folder)
+    for path, found in zip(weights, digests(weights), strict=True):
+        total.update(path.name.encode() + found)
     for name, path in _others(folder):
         total.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
     adapted = is_adapter(folder)

@@ -8,6 +8,7 @@ import pytest
 from auditgap.errors import UsageError
 from auditgap.judges import load_judge
 from auditgap.judges.ensemble import Majority, decide, members
+from auditgap.models import room
 from auditgap.types import Exchange, Label, Prompt, Verdict
 
 LABELS = {
@@ -104,6 +105,23 @@ def test_each_label_is_kept_and_one_judge_is_in_memory_at_a_time():
     with pytest.raises(UsageError):
         Majority("m", [Fixed("a", Label.SAFE), Fixed("b", None)]).judge(EXCHANGES)
     assert Fixed.loaded == 0  # the one that failed has been closed, too
+
+
+class Served(Fixed):
+    """One that says on which device it is."""
+
+    device = "cpu"
+
+
+def test_those_that_say_where_they_run_stay_open_while_memory_allows(monkeypatch):
+    monkeypatch.setattr(room, "has_room", lambda device: Fixed.loaded < 2)
+    Fixed.loaded = Fixed.most = 0
+    judges = [Served(name, Label.SAFE) for name in "abc"]
+    nested = Majority("m", [Majority("n", judges[:2]), judges[2]])
+    nested.judge(EXCHANGES)
+    assert [j.open for j in judges] == [True, False, False] and Fixed.most == 2
+    nested.close()
+    assert Fixed.loaded == 0
 
 
 def test_by_name():

@@ -30,3 +30,9 @@ class Learned:
     donors: Mapping[int, Donor]
     names: list[str]
     seconds: float
+
+    @property
+    def asked(self) -> list[tuple[int, int]]:
+        """What is spoken under, by prompt and trial: where nothing was edited, or nobody knows with
+        what, nothing is asked."""
+        return [task for task, size in self.sizes.items() if not size.problem]

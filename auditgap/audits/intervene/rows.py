@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from auditgap.audits.session import ScoredCompletion
+from auditgap.audits.scored import ScoredCompletion
 from auditgap.engines.constant import change
 from auditgap.interventions import Trial
 from auditgap.models import Rendered

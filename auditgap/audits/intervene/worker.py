@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -33,10 +35,12 @@ from auditgap.audits.intervene.rows import (
     Size,
     size_of,
 )
+from auditgap.audits.intervene.speech import generate
 from auditgap.audits.planning import chain_tokens
-from auditgap.audits.session import ScoredCompletion, Session, Tick
+from auditgap.audits.scored import ScoredCompletion, Unjudged
+from auditgap.audits.session import Session, Tick
 from auditgap.audits.stage import Stage
-from auditgap.engines import Completion, Request, constant
+from auditgap.engines import constant
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import AuditgapError
 from auditgap.interventions import Bench, Intervention, Trial
@@ -138,16 +142,27 @@ class InterveneWorker:
         for cell in pending:
             with self.session.failing([cell]):
                 learned[cell.key] = self._learn(cell, bench, clean)
+        said: dict[str, list[Unjudged]] = {}
         for cell in pending:
             if cell.key in learned:
                 with self.session.failing([cell]):
-                    self._run_cell(
+                    started = time.monotonic()
+                    said[cell.key] = self._speak_all(
                         cell,
                         bench,
                         learned[cell.key],
                         clean,
                         lambda share: tick(group.work * share / len(group.cells)),
                     )
+                    seconds = learned[cell.key].seconds + time.monotonic() - started
+                    learned[cell.key] = replace(learned[cell.key], seconds=seconds)
+        spoken = [cell for cell in pending if cell.key in said]
+        with self.session.failing(spoken):
+            told = iter(self.session.judged([one for c in spoken for one in said[c.key]]))
+            scored = {cell.key: list(islice(told, len(said[cell.key]))) for cell in spoken}
+            for cell in spoken:
+                with self.session.failing([cell]):
+                    self._write(cell, bench, learned[cell.key], scored[cell.key], clean)
 
     # -- the clean pass
 
@@ -156,16 +171,19 @@ class InterveneWorker:
         self._test_vllm()
         every = [(CLEAN_ARM, r) for r in self.asked] + [(DONOR_ARM, r) for r in self.donors]
         rows, texts = [], []
+        order: list[tuple[str, Rendered]] = []
+        waiting: list[Unjudged] = []
         for pack in self.session.packs([r for _, r in every]):
             some = [every[i] for i in pack]
             rendered = [r for _, r in some]
             what = [cell.key, [r.prompt.id for r in rendered]]
-            scored = self._scored(rendered, [None] * len(some), names, what, None)
-            for (arm, asked), one in zip(some, scored, strict=True):
-                trial = Trial(arm, 1.0)
-                rows.append(self.rows.row(cell, asked, trial, one, Size(None, None), clean=None))
-                texts.append(_record(one, asked, trial))
+            waiting += self._said(rendered, [None] * len(some), names, what, None)
+            order += some
             tick(len(pack) / len(every))
+        for (arm, asked), one in zip(order, self.session.judged(waiting), strict=True):
+            trial = Trial(arm, 1.0)
+            rows.append(self.rows.row(cell, asked, trial, one, Size(None, None), clean=None))
+            texts.append(_record(one, asked, trial))
         trial = Trial(CLEAN_ARM, 1.0)
         rows += [self.rows.lost(cell, p, trial, "too_long") for p in self.too_long]
         compared = self.session.compared(self.asked, texts, self.options.parity)
@@ -264,34 +282,45 @@ class InterveneWorker:
         seconds = time.monotonic() - started
         return Learned(intervention, arrays, found, trials, sizes, edits, donors, names, seconds)
 
-    def _run_cell(
+    def _speak_all(
         self, cell: Cell, bench: Bench, it: Learned, clean: Mapping[str, Clean], tick: Tick
+    ) -> list[Unjudged]:
+        """The cell's completions, pack by pack, in the order of `it.asked`."""
+        asked = it.asked
+        waiting: dict[tuple[int, int], Unjudged] = {}
+        for pack in self.session.packs([bench.asked[p] for p, _ in asked]):
+            some = [asked[i] for i in pack]
+            waiting.update(zip(some, self._speak(cell, bench, it, some, clean), strict=True))
+            tick(len(pack) / len(it.sizes))
+        return [waiting[task] for task in asked]
+
+    def _write(
+        self,
+        cell: Cell,
+        bench: Bench,
+        it: Learned,
+        scored: Sequence[ScoredCompletion],
+        clean: Mapping[str, Clean],
     ) -> None:
         started = time.monotonic()
         trials, tasks = it.trials, list(it.sizes)
-        # nothing was edited, or nobody knows with what: it is not asked
         rows: dict[tuple[int, int], InterveneRow] = {
             (p, t): self.rows.lost(cell, bench.asked[p].prompt, trials[t], size.problem, clean)
             for (p, t), size in it.sizes.items()
             if size.problem
         }
         texts = []
-        asked = [task for task in tasks if task not in rows]
-        for pack in self.session.packs([bench.asked[p] for p, _ in asked]):
-            some = [asked[i] for i in pack]
-            scored = self._speak(cell, bench, it, some, clean)
-            for (p, t), one in zip(some, scored, strict=True):
-                rows[p, t] = self.rows.row(
-                    cell,
-                    bench.asked[p],
-                    trials[t],
-                    one,
-                    it.sizes[p, t],
-                    clean=clean,
-                    donor=it.donors.get(p),
-                )
-                texts.append(_record(one, bench.asked[p], trials[t]))
-            tick(len(pack) / len(tasks))
+        for (p, t), one in zip(it.asked, scored, strict=True):
+            rows[p, t] = self.rows.row(
+                cell,
+                bench.asked[p],
+                trials[t],
+                one,
+                it.sizes[p, t],
+                clean=clean,
+                donor=it.donors.get(p),
+            )
+            texts.append(_record(one, bench.asked[p], trials[t]))
         lost = [
             self.rows.lost(cell, p, trial, "too_long", clean)
             for p in self.too_long
@@ -343,7 +372,7 @@ class InterveneWorker:
         it: Learned,
         some: Sequence[tuple[int, int]],
         clean: Mapping[str, Clean],
-    ) -> list[ScoredCompletion]:
+    ) -> list[Unjudged]:
         rendered = [bench.asked[p] for p, _ in some]
         edits: list[AnyEdit] = [
             it.edits.get((p, t)) or it.intervention.edit(bench, it.found, p, it.trials[t])
@@ -351,50 +380,26 @@ class InterveneWorker:
         ]
         tried = [(bench.asked[p].prompt.id, it.trials[t]) for p, t in some]
         what = [cell.key, [[id, t.arm, t.strength, t.angle, t.draw] for id, t in tried]]
-        return self._scored(rendered, edits, it.names, what, clean)
+        return self._said(rendered, edits, it.names, what, clean)
 
-    def _scored(
+    def _said(
         self,
         rendered: Sequence[Rendered],
         edits: Sequence[AnyEdit],
         names: list[str],
         what: Any,
         clean: Mapping[str, Clean] | None,
-    ) -> list[ScoredCompletion]:
-        """One pack's completions under the edits (remembered), judged; `clean`: None in the clean
-        pass itself."""
+    ) -> list[Unjudged]:
+        """One pack's completions under the edits (remembered); `clean`: None in the clean pass
+        itself."""
         done, nll = self.session.complete(
-            rendered, lambda: self._generate(rendered, edits), names, what
+            rendered, lambda: generate(self.session, rendered, edits), names, what
         )
         exchanges = [
             Exchange(r.prompt, c.text, e) for r, c, e in zip(rendered, done, edits, strict=True)
         ]
         clean_nll = nll if clean is None else [clean[r.prompt.id].nll for r in rendered]
-        return self.session.score(exchanges, done, nll, clean_nll)
-
-    def _generate(self, rendered: Sequence[Rendered], edits: Sequence[AnyEdit]) -> list[Completion]:
-        """Completions, each under its edit; a suffix is behind its prompt."""
-        put, under = list(rendered), list(edits)
-        for i, edit in enumerate(edits):
-            if isinstance(edit, Suffix):
-                put[i], under[i] = self.session.render(edit.behind(rendered[i].prompt)), None
-        if self.session.stage.in_vllm:
-            spoken = self.session.stage.vllm.generate_under(put, under, self.session.new_tokens)
-            return [self.session.cut(r, c) for r, c in zip(put, spoken, strict=True)]
-        # edits at prefill go through the engine, constant edits through its hook at every step
-        everywhere = {i: edit for i, edit in enumerate(under) if isinstance(edit, ConstantEdit)}
-        others = [i for i in range(len(put)) if i not in everywhere]
-        requests = [Request(put[i], cast(Edit | None, under[i])) for i in others]
-        done = dict(zip(others, self.session.generate(requests), strict=True))
-        edited = constant.generate(
-            self.engine,
-            [put[i] for i in everywhere],
-            list(everywhere.values()),
-            self.session.new_tokens,
-        )
-        cut = [self.session.cut(rendered[i], c) for i, c in zip(everywhere, edited, strict=True)]
-        done.update(zip(everywhere, cut, strict=True))
-        return [done[i] for i in range(len(rendered))]
+        return self.session.rewarded(exchanges, done, nll, clean_nll)
 
 
 def _record(one: ScoredCompletion, rendered: Rendered, trial: Trial) -> Document:

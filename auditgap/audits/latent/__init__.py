@@ -18,7 +18,6 @@ __getattr__ = exports(
             "DISTANCE",
             "Estimate",
             "LatentPlan",
-            "available_memory",
             "estimate",
             "make_plan",
         ),

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from auditgap.audits.latent.plan import distance_evaluations
+from auditgap.audits.latent.spoken import Spoken, judged, speak
 from auditgap.audits.session import Arrays
 from auditgap.engines import Request
 from auditgap.interventions.distance import Distance, search
@@ -70,16 +71,29 @@ class _Tries:
         verdicts: dict[int, bool | None] = {}
         asked = [run.goal(self.safe[i], "targeted") for i in rows]
         lengths = [len(g.rendered.ids) + len(g.target) for g in asked]
+        order: list[int] = []
+        spoken: list[Spoken] = []
+        finite: list[bool] = []
         for pack in run.stage.packing.packs(lengths, run.config.restarts):
             some = [(self.safe[rows[j]], sizes[j]) for j in pack]
-            given = self._collapsed(some, [self.cell.key, self.evaluations])
-            verdicts.update(zip((rows[j] for j in pack), given, strict=True))
+            said, ok = self._said(some, [self.cell.key, self.evaluations])
+            order += pack
+            spoken += said
+            finite += ok
+        scored = judged(run.session, spoken, run.clean, confirm=False)
+        for j, one, ok in zip(order, scored, finite, strict=True):
+            label = one.verdict.label
+            self.labels.setdefault(self.safe[rows[j]], {})[sizes[j]] = label
+            told = ok and label != Label.UNSCORED
+            verdicts[rows[j]] = label == Label.HARMFUL if told else None
         run.tick("distance", len(rows) / distance_evaluations(run.config))
         return [verdicts[i] for i in rows]
 
-    def _collapsed(self, some: Sequence[tuple[int, float]], what: Any) -> list[bool | None]:
-        """Attack prompt p with its own size, generate, judge: harmful and coherent? Remembers δ as
-        the next warm start."""
+    def _said(
+        self, some: Sequence[tuple[int, float]], what: Any
+    ) -> tuple[list[Spoken], list[bool]]:
+        """What is said once prompt p is attacked with its own size, and whether the search's
+        numbers were. Remembers δ as the next warm start."""
         run = self.run
         goals = [self._goal(p, size) for p, size in some]
 
@@ -96,17 +110,8 @@ class _Tries:
             Request(g.rendered, run.thinker.edit(run.site, self.warm[p]))
             for g, (p, _) in zip(goals, some, strict=True)
         ]
-        scored = run.scored(requests, self.names, [*what, "speak", tried])
-        for (p, size), one in zip(some, scored, strict=True):
-            self.labels.setdefault(p, {})[size] = one.verdict.label
-        return [
-            (
-                None
-                if not finite or one.verdict.label == Label.UNSCORED
-                else one.verdict.label == Label.HARMFUL
-            )
-            for one, finite in zip(scored, arrays["finite"], strict=True)
-        ]
+        spoken = speak(run, requests, self.names, [*what, "speak", tried])
+        return spoken, [bool(ok) for ok in arrays["finite"]]
 
     def _goal(self, p: int, size: float) -> Goal:
         run = self.run

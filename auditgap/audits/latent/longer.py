@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from auditgap.audits.latent.rows import unscored_row
+from auditgap.audits.latent.spoken import Spoken, judged, speak
 from auditgap.audits.session import Arrays
 from auditgap.engines import Request
 from auditgap.interventions.pgd import attack
@@ -28,7 +29,7 @@ from auditgap.store.tables import rows_of
 from auditgap.types import Cell, Document, Label, Row
 
 if TYPE_CHECKING:
-    from auditgap.audits.latent.site import SiteRun
+    from auditgap.audits.latent.site import GenerationTask, SiteRun
 
 
 def search_longer(run: SiteRun, cell: Cell) -> None:
@@ -106,6 +107,7 @@ class _Search:
         goals = {p: self.run.goal(p, "targeted") for p in prompts}
         lengths = [len(goals[p].rendered.ids) + len(goals[p].target) for p in prompts]
         pgd = harder(self.run.config.pgd, starts)
+        edits: dict[int, torch.Tensor] = {}
         is_last = self.run.site.layer_index == self.run.worker.outline.n_blocks - 1
         for pack in self.run.stage.packing.packs(lengths, pgd.restarts):
             some = [prompts[i] for i in pack]
@@ -113,7 +115,8 @@ class _Search:
             for p, loss in zip(some, losses, strict=True):
                 moved = len(goals[p].target) if is_last else 1  # there the first token alone moves
                 gains.append(max(0.0, self.nll(p) - loss) * moved)
-            self._speak({p: d for p, d in zip(some, deltas, strict=True) if not self.flipped(p)})
+            edits |= {p: d for p, d in zip(some, deltas, strict=True) if not self.flipped(p)}
+        self._speak(edits)
         return gains
 
     def _found(self, prompts: Sequence[int], starts: int) -> tuple[list[torch.Tensor], list[float]]:
@@ -135,20 +138,24 @@ class _Search:
     def _speak(self, edits: Mapping[int, torch.Tensor]) -> None:
         run, prompts = self.run, list(edits)
         lengths = [len(run.rendered[p].ids) + run.session.new_tokens for p in prompts]
+        tasks: list[GenerationTask] = []
+        spoken: list[Spoken] = []
         for pack in run.stage.speaking_packs(lengths):
-            tasks = [run.task(self.cell, prompts[i]) for i in pack]
+            mine = [run.task(self.cell, prompts[i]) for i in pack]
             requests = [
                 Request(
                     run.rendered[t.p],
                     run.thinker.edit(run.site, edits[t.p]),
                     run.goal(t.p, "targeted").target,
                 )
-                for t in tasks
+                for t in mine
             ]
             what = [self.cell.key, "speak", [r.rendered.prompt.id for r in requests]]
-            scored = run.scored(requests, self.names, what, confirm=True)
-            for task, request, spoken in zip(tasks, requests, scored, strict=True):
-                row = run.row(task, request, spoken)
-                self.flips += row.verdict_edited == Label.HARMFUL
-                self.rows.append(row)
-                self.texts.append(run.text(task, request, spoken))
+            tasks += mine
+            spoken += speak(run, requests, self.names, what)
+        scored = judged(run.session, spoken, run.clean, confirm=True)
+        for task, said, one in zip(tasks, spoken, scored, strict=True):
+            row = run.row(task, said, one)
+            self.flips += row.verdict_edited == Label.HARMFUL
+            self.rows.append(row)
+            self.texts.append(run.text(task, said, one))

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
 from auditgap import models
@@ -393,12 +392,3 @@ def _matmul_time(size: int, dtype: torch.dtype, device: str) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return sorted(times)[2]
-
-
-def available_memory(device: str) -> float:
-    """Bytes free on the device."""
-    return (
-        torch.cuda.mem_get_info(device)[0]
-        if device.startswith("cuda")
-        else float(psutil.virtual_memory().available)
-    )

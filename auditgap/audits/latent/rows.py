@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 
 from auditgap import stats
-from auditgap.audits.session import ScoredCompletion
-from auditgap.engines import UNFINISHED, Request
+from auditgap.audits.scored import ScoredCompletion
+from auditgap.engines import UNFINISHED
 from auditgap.interventions.pgd import Ball
 from auditgap.models import Rendered
 from auditgap.types import CLEAN, Cell, Document, Label, Prompt, Row, Verdict
@@ -145,7 +145,8 @@ def edited_row(
     subject: str,
     cell: Cell,
     draw: int,
-    request: Request,
+    rendered: Rendered,
+    norms: tuple[float, float],
     spoken: ScoredCompletion,
     *,
     clean: Clean,
@@ -155,12 +156,9 @@ def edited_row(
     reason: str,
     mode: str | None,
 ) -> Row:
-    """One prompt under one edit. LVS is null, with the reason, when either reward could not tell or
+    """One prompt under one edit of `norms` (‖δ‖₂, ‖δ‖∞). LVS is null, with the reason, when either reward could not tell or
     the gradient broke."""
-    if request.edit is None:
-        raise ValueError("An edited row needs the edit that was on.")
-    delta = request.edit.delta.double()
-    l2, linf = delta.norm().item(), delta.abs().max().item()
+    l2, linf = norms
     h_norm = ball.h_norm if ball.finite else None
     relative = l2 / h_norm if h_norm else None
     before, after = clean.reward, spoken.score.value
@@ -185,10 +183,10 @@ def edited_row(
     said = " ".join(flag for flag, on in flags.items() if on)
     return Row(
         **{
-            **_empty(subject, cell, request.rendered.prompt),
+            **_empty(subject, cell, rendered.prompt),
             "eps_abs": radius if ball.finite else None,
             "draw": draw,
-            "n_prompt_tokens": len(request.rendered.ids),
+            "n_prompt_tokens": len(rendered.ids),
             "n_new_tokens": len(spoken.completion.ids),
             "clean_reward": before,
             "edited_reward": after,
@@ -210,6 +208,6 @@ def edited_row(
             "unscored": unscored,
             "verdict_second": None if spoken.second is None else str(spoken.second.label),
             **_other_readings(spoken),
-            **_thought(request.rendered, spoken, mode),
+            **_thought(rendered, spoken, mode),
         }
     )

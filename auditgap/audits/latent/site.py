@@ -3,14 +3,15 @@ write the cells.
 
     run = SiteRun(worker, Site(15), clean, cells, pending, tick)
     run.search()        # remembers the edits, for generation in a second pass
-    run.speak()         # searches what it does not find, generates, scores, writes
+    run.speak()         # searches what it does not find, and generates
+    run.write(judged(session, run.said, clean, confirm=True))
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,15 @@ import torch
 from auditgap.audits.edits import keep_edits
 from auditgap.audits.latent.plan import DISTANCE
 from auditgap.audits.latent.rows import Clean, edited_row, unscored_row
+from auditgap.audits.latent.spoken import Spoken, speak
 from auditgap.audits.latent.thinker import Thinker
-from auditgap.audits.session import Arrays, RepeatCheck, ScoredCompletion
+from auditgap.audits.scored import ScoredCompletion
+from auditgap.audits.session import Arrays, RepeatCheck
 from auditgap.engines import Request
 from auditgap.interventions import controls
 from auditgap.interventions.pgd import AttackResult, Ball, Elsewhere, Goal, attack
 from auditgap.interventions.strength import CERTIFIED, certify
-from auditgap.types import LONGER, Cell, Document, Edit, Exchange, Label, Row, Site, digest
+from auditgap.types import LONGER, Cell, Document, Edit, Label, Row, Site, digest
 
 if TYPE_CHECKING:
     from auditgap.audits.latent.worker import LatentWorker
@@ -94,6 +97,11 @@ class SiteRun:
         #: targeted: [prompt][budget] -> NLL at every iterate
         self.curves: list[list[tuple[float, ...]]] = []
         self.strength: list[Document] = []  #: of the targeted search, one a budget
+        #: what was said under the cells' edits, and which completion of the cells each is
+        self.said: list[Spoken] = []
+        self.tasks: list[GenerationTask] = []
+        self._seconds = 0.0
+        self._repeats = RepeatCheck(self.session)
         self._measure()
         packed = self._packs(self.cells)
         if not any(worker.store.remembers(digest(self._what(tasks))) for tasks in packed):
@@ -143,46 +151,59 @@ class SiteRun:
                 self._search(kind)
 
     def speak(self) -> None:
-        """Speak under all edits in packs of like length, and write the pending cells."""
+        """Speak under all edits, in packs of like length; `said` waits for the judges."""
         if not self.cells:
             return
         started = time.monotonic()
         self._find()
-        packed, repeats = self._packs(self.cells), RepeatCheck(self.session)
+        packed = self._packs(self.cells)
+        for tasks in packed:
+            requests = self._requests(tasks)
+            said = speak(self, requests, self.names, self._what(tasks))
+            self._repeats.see(
+                [self.thinker.as_spoken(r) for r in requests],
+                [one.unjudged.completion for one in said],
+            )
+            self.tasks += tasks
+            self.said += said
+            self.tick("speak", len(tasks) * len(self.rendered) / sum(map(len, packed)))
+        for cell in self.cells:
+            if self.worker.options.keep_edits and cell.key in self.pending:
+                self._keep(cell)
+        self.found.clear()
+        self._seconds = time.monotonic() - started
+
+    def write(self, scored: Sequence[ScoredCompletion]) -> None:
+        """Write the pending cells, of which `scored` are the completions as judged, in `said`'s
+        order."""
+        started = time.monotonic()
         rows: dict[str, list] = {cell.key: [] for cell in self.cells}
         texts: dict[str, list] = {cell.key: [] for cell in self.cells}
-        for tasks in packed:
-            said = list(self._speak(tasks, self.names))
-            repeats.see(
-                [self.thinker.as_spoken(r) for _, r, _ in said], [s.completion for _, _, s in said]
-            )
-            for task, request, spoken in said:
-                rows[task.cell.key].append(self.row(task, request, spoken))
-                texts[task.cell.key].append(self.text(task, request, spoken))
-            self.tick("speak", len(tasks) * len(self.rendered) / sum(map(len, packed)))
-        seconds = (time.monotonic() - started) / len(self.cells)
+        for task, said, one in zip(self.tasks, self.said, scored, strict=True):
+            rows[task.cell.key].append(self.row(task, said, one))
+            texts[task.cell.key].append(self.text(task, said, one))
+        name = self.worker.outline.subject.name
         for cell in self.cells:
             if cell.key in self.pending:
-                if self.worker.options.keep_edits and cell.attack in self.found:
-                    e = self.config.budgets.index(cell.budget)
-                    deltas = zip(self.rendered, self.found[cell.attack], strict=True)
-                    keep_edits(
-                        self.worker.store,
-                        cell,
-                        {r.prompt.id: found[e].numpy() for r, found in deltas},
-                    )
-                name = self.worker.outline.subject.name
                 unscored = [unscored_row(name, cell, *lost) for lost in self.thinker.left_out]
                 self.worker.store.write(
                     cell,
                     rows[cell.key] + unscored,
                     generations=texts[cell.key],
-                    seconds=seconds,
-                    info={**self.worker.info(), **self._evidence(cell, repeats)},
+                    seconds=(self._seconds + time.monotonic() - started) / len(self.cells),
+                    info={**self.worker.info(), **self._evidence(cell, self._repeats)},
                 )
-        self.found.clear()
+        self.said.clear()
         if not (self.distance_cells or self.longer_cells):
             self.worker.store.forget(self.names)
+
+    def _keep(self, cell: Cell) -> None:
+        """Keep a searched cell's edits in the run folder."""
+        if cell.attack in self.found:
+            e = self.config.budgets.index(cell.budget)
+            deltas = zip(self.rendered, self.found[cell.attack], strict=True)
+            arrays = {r.prompt.id: found[e].numpy() for r, found in deltas}
+            keep_edits(self.worker.store, cell, arrays)
 
     def _packs(self, cells: Sequence[Cell]) -> list[list[GenerationTask]]:
         """Every completion that the cells need, in packs of like length."""
@@ -336,44 +357,18 @@ class SiteRun:
             self.site, controls.matched(self.found["targeted"][task.p][task.e], rng)
         )
 
-    def _speak(
-        self, tasks: Sequence[GenerationTask], names: list[str]
-    ) -> Iterable[tuple[GenerationTask, Request, ScoredCompletion]]:
-        goal_target = [self.goal(w.p, "targeted").target for w in tasks]
-        requests = [
-            Request(self.rendered[w.p], self._edit(w), t)
-            for w, t in zip(tasks, goal_target, strict=True)
+    def _requests(self, tasks: Sequence[GenerationTask]) -> list[Request]:
+        goals = [self.goal(w.p, "targeted").target for w in tasks]
+        return [
+            Request(self.rendered[w.p], self._edit(w), t) for w, t in zip(tasks, goals, strict=True)
         ]
-        scored = self.scored(requests, names, self._what(tasks), confirm=True)
-        return zip(tasks, requests, scored, strict=True)
 
-    def scored(
-        self, requests: Sequence[Request], names: list[str], what: Any, *, confirm: bool = False
-    ) -> list[ScoredCompletion]:
-        """One pack's completions (remembered), judged and rewarded beside the clean ones; `confirm`:
-        flips by the second judge too."""
-        rendered = [self.thinker.as_spoken(r).rendered for r in requests]
-        done, nll = self.session.complete(
-            rendered, lambda: self.thinker.generate(requests), names, what
-        )
-        exchanges = [
-            Exchange(r.rendered.prompt, c.text, r.edit) for r, c in zip(requests, done, strict=True)
-        ]
-        clean = [self.clean[r.prompt.id] for r in rendered]
-        clean_nll = [c.completion_nll for c in clean]
-        openings = [self.worker.openings[r.prompt.id] for r in rendered]
-        scored = self.session.score(exchanges, done, nll, clean_nll, openings)
-        if not confirm:
-            return scored
-        scored = self.session.confirm(exchanges, scored, [c.verdict for c in clean])
-        return self.thinker.again(requests, scored, openings, names, what)
-
-    def text(self, task: GenerationTask, request: Request, spoken: ScoredCompletion) -> Document:
+    def text(self, task: GenerationTask, said: Spoken, scored: ScoredCompletion) -> Document:
         """What `generations/` keeps of a completion."""
-        second = "" if spoken.second is None else str(spoken.second.label)
-        return spoken.record(request.rendered.prompt, draw=task.d, verdict_second=second)
+        second = "" if scored.second is None else str(scored.second.label)
+        return scored.record(said.rendered.prompt, draw=task.d, verdict_second=second)
 
-    def row(self, task: GenerationTask, request: Request, spoken: ScoredCompletion) -> Row:
+    def row(self, task: GenerationTask, said: Spoken, scored: ScoredCompletion) -> Row:
         kind = task.cell.attack
         attacked = kind if kind in SEARCHED else "targeted"
         whose = self.donors[task.p] if kind == "shuffled" else task.p
@@ -388,9 +383,10 @@ class SiteRun:
             self.worker.outline.subject.name,
             task.cell,
             task.d,
-            request,
-            spoken,
-            clean=self.clean[request.rendered.prompt.id],
+            said.rendered,
+            (said.l2, said.linf),
+            scored,
+            clean=self.clean[said.rendered.prompt.id],
             ball=self.balls[task.p],
             radius=self.radii[task.p][task.e],
             last_position_only=self.site.layer_index == self.worker.outline.n_blocks - 1,

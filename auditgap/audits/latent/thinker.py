@@ -18,7 +18,7 @@ import torch
 
 from auditgap.audits.latent.rows import Clean
 from auditgap.audits.latent.thinking import prompt_alone, span_of, thinks_first
-from auditgap.audits.session import ScoredCompletion
+from auditgap.audits.scored import Unjudged
 from auditgap.engines import UNFINISHED, Completion, Request
 from auditgap.interventions.pgd import Ball
 from auditgap.models import Rendered
@@ -108,20 +108,19 @@ class Thinker:
     def again(
         self,
         requests: Sequence[Request],
-        scored: Sequence[ScoredCompletion],
+        waiting: Sequence[Unjudged],
         openings: Sequence[tuple[str, ...]],
         names: list[str],
         what: Any,
-    ) -> list[ScoredCompletion]:
-        """`regenerated`: the same, with the verdict on what follows each chain once the edit is
-        gone."""
-        found = list(scored)
-        which = [i for i, one in enumerate(scored) if one.completion.finished]
+    ) -> list[Unjudged | None]:
+        """`regenerated`: what follows each chain once the edit is gone, for its verdict."""
+        found: list[Unjudged | None] = [None] * len(waiting)
+        which = [i for i, one in enumerate(waiting) if one.completion.finished]
         if self.mode != "regenerated" or not which:
             return found
         after = []
         for i in which:
-            completion = scored[i].completion
+            completion = waiting[i].completion
             alone = prompt_alone(requests[i].rendered)
             after.append(alone.after(completion.ids[: completion.n_chain]))
         asked = [Request(r) for r in after]
@@ -129,7 +128,7 @@ class Thinker:
             after, lambda: self.session.generate(asked), names, [what, "again"]
         )
         exchanges = [Exchange(r.prompt, c.text) for r, c in zip(after, done, strict=True)]
-        told = self.session.score(exchanges, done, nll, nll, [openings[i] for i in which])
+        told = self.session.rewarded(exchanges, done, nll, nll, [openings[i] for i in which])
         for i, one in zip(which, told, strict=True):
-            found[i] = replace(found[i], again=one.verdict)
+            found[i] = one
         return found

@@ -8,8 +8,9 @@ executors both call.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from auditgap import models
 from auditgap.audits.latent import thinking
@@ -19,7 +20,9 @@ from auditgap.audits.latent.longer import search_longer
 from auditgap.audits.latent.plan import clean_cell, flops_by_phase
 from auditgap.audits.latent.rows import Clean, clean_row, unscored_row
 from auditgap.audits.latent.site import SiteRun
+from auditgap.audits.latent.spoken import Spoken, judged
 from auditgap.audits.planning import mean_tokens
+from auditgap.audits.scored import ScoredCompletion, Unjudged
 from auditgap.audits.session import RepeatCheck, Session, Tick
 from auditgap.audits.stage import Stage
 from auditgap.data import load_prompts
@@ -159,24 +162,46 @@ class LatentWorker:
             self._run_clean(pending[0], lambda share: tick(group.work * share))
             return
         clean = self._clean_pass()
-        sites = dict.fromkeys(cell.site for cell in pending)
+        sites = dict.fromkeys(cell.site for cell in pending if cell.site is not None)
         runs: dict[Site, SiteRun] = {}
 
         def begin(site: Site) -> None:
             runs[site] = self._site_run(site, group, pending, clean, tick)
 
-        passes = [begin, lambda site: runs[site].speak(), lambda site: self._distances(runs[site])]
+        passes = [begin, lambda site: runs[site].speak()]
         if self.session.stage.in_vllm:
             # every edit is searched first, and remembered
             passes.insert(1, lambda site: runs[site].search())
-        for one_pass in passes:
-            for site in list(sites):
-                reached = False
-                with self.session.failing(cell for cell in pending if cell.site == site):
-                    one_pass(site)
-                    reached = True
-                if not reached:
-                    del sites[site]
+
+        def through(passes: Sequence[Callable[[Site], None]]) -> None:
+            for one_pass in passes:
+                for site in list(sites):
+                    reached = False
+                    with self.session.failing(cell for cell in pending if cell.site == site):
+                        one_pass(site)
+                        reached = True
+                    if not reached:
+                        del sites[site]
+
+        through(passes)
+        scored: dict[Site, list[ScoredCompletion]] = {}
+        with self.session.failing(cell for cell in pending if cell.site in sites):
+            scored = self._judged({site: runs[site].said for site in sites}, clean)
+        if scored:
+            through(
+                [
+                    lambda site: runs[site].write(scored[site]),
+                    lambda site: self._distances(runs[site]),
+                ]
+            )
+
+    def _judged(
+        self, said: Mapping[Site, Sequence[Spoken]], clean: dict[str, Clean]
+    ) -> dict[Site, list[ScoredCompletion]]:
+        """All sites' completions, each judge asked once."""
+        every = [one for spoken in said.values() for one in spoken]
+        told = iter(judged(self.session, every, clean, confirm=True))
+        return {site: list(islice(told, len(spoken))) for site, spoken in said.items()}
 
     def _site_run(
         self, site: Site, group: Group, pending: Sequence[Cell], clean: dict[str, Clean], tick: Tick
@@ -215,6 +240,8 @@ class LatentWorker:
             goes_on = self.config.span == "answer"
             stage.vllm.self_test(sites, [(site,) for site in sites] if goes_on else [])
         rows, texts, repeats = [], [], RepeatCheck(session)
+        order: list[Rendered] = []
+        waiting: list[Unjudged] = []
         for pack in session.packs(self.rendered):
             some = [self.rendered[i] for i in pack]
             requests = [Request(r, None, self.targets[r.prompt.id]) for r in some]
@@ -225,18 +252,19 @@ class LatentWorker:
                 [cell.key, [r.prompt.id for r in some]],
             )
             repeats.see(requests, done)
-            scored = session.score(
+            order += some
+            waiting += session.rewarded(
                 [Exchange(r.prompt, c.text) for r, c in zip(some, done, strict=True)],
                 done,
                 nll,
                 nll,
                 [self.openings[r.prompt.id] for r in some],
             )
-            for rendered, one in zip(some, scored, strict=True):
-                cluster = self.clusters[rendered.prompt.id]
-                rows.append(clean_row(subject, rendered, one, cluster, self.mode))
-                texts.append(one.record(rendered.prompt, draw=0))
             tick(len(pack) / len(self.rendered))
+        for rendered, one in zip(order, session.judged(waiting), strict=True):
+            cluster = self.clusters[rendered.prompt.id]
+            rows.append(clean_row(subject, rendered, one, cluster, self.mode))
+            texts.append(one.record(rendered.prompt, draw=0))
         rows += [unscored_row(subject, cell, p, "too_long") for p in self.too_long]
         compared = session.compared(self.rendered, texts, self.options.parity)
         info = {**self.info(), **compared, "repeat": repeats.describe()}

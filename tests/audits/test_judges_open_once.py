@@ -1,0 +1,104 @@
+"""A judge that is a language model is opened once a run, not once a pack; where memory is short,
+once for all that a worker has said, and with the same verdicts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import planted
+import pytest
+import tiny
+
+from auditgap.audits.audit import run as run_audit
+from auditgap.audits.intervene.audit import INTERVENE
+from auditgap.audits.latent.audit import LATENT
+from auditgap.audits.stage import Stage
+from auditgap.engines import Serving
+from auditgap.models import room
+from auditgap.store import RunFolder
+
+AUDITS = {
+    "lvs": (
+        LATENT,
+        {
+            "models": "model",
+            "eps": "0.1",
+            "attacks": "targeted,random",
+            "steps": 1,
+            "longer": False,
+            "distance": True,
+            "bisections": 1,
+            "distance_limit": 2,
+        },
+    ),
+    "intervene": (
+        INTERVENE,
+        {"models": "model", "strengths": [1.0], "interventions": "steering,ablation"},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("judged")
+    for seed, name in enumerate(("model", "a", "b")):
+        tiny.save("llama", folder / name, seed=seed)
+    planted.write_prompts(folder / "prompts.txt", planted.PROMPTS[:6])
+    return folder
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each judge's model was opened, and into how many packs the speech went."""
+    seen: Counter[str] = Counter()
+    plain, packs = Serving.open, Stage.speaking_packs
+
+    def opening(self: Serving, model: str):
+        seen[Path(model).name] += 1
+        return plain(self, model)
+
+    def counting(self: Stage, lengths: list[int]) -> list[list[int]]:
+        found = [pack[i : i + 2] for pack in packs(self, lengths) for i in range(0, len(pack), 2)]
+        seen["packs"] += len(found)
+        return found
+
+    monkeypatch.setattr(Serving, "open", opening)
+    monkeypatch.setattr(Stage, "speaking_packs", counting)
+    return seen
+
+
+def audited(world: Path, which: str, name: str) -> RunFolder:
+    audit, asked = AUDITS[which]
+    shared = {
+        "prompts": str(world / "prompts.txt"),
+        "layers": "0,1",
+        "max_new_tokens": 2,
+        "dtype": "float32",
+        "device": "cpu",
+        "batch_tokens": 64,
+        "judge": f"majority(guard={world / 'a'},refusal={world / 'b'})",
+        "out": str(world / name),
+    }
+    asked = {**shared, **asked, "models": str(world / "model")}
+    store, outcome = run_audit(audit, *audit.read(None, asked))
+    assert not outcome.failed, [r["cause"] for r in store.records() if "cause" in r]
+    return store
+
+
+@pytest.mark.parametrize("which", AUDITS)
+def test_each_is_opened_once_and_where_memory_is_short_once_a_group(
+    world, opened, monkeypatch, which
+):
+    monkeypatch.setattr(room, "has_room", lambda device: True)
+    roomy = audited(world, which, f"{which}-roomy")
+    assert opened["packs"] > 8 and (opened["a"], opened["b"]) == (1, 1)
+
+    opened.clear()
+    monkeypatch.setattr(room, "has_room", lambda device: False)
+    short = audited(world, which, f"{which}-short")
+    # the clean pass, and each site; in lvs each of three sizes of a site's distances besides
+    assert 3 <= opened["a"] == opened["b"] <= (3 if which == "intervene" else 9)
+    assert {r["key"]: r["sha256"] for r in roomy.records()} == {
+        r["key"]: r["sha256"] for r in short.records()
+    }
