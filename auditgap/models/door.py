@@ -28,7 +28,7 @@ def open_tokenizer(folder: Path, name: str) -> Any:
     """The tokenizer of a folder that has one. Raises UsageError."""
     from transformers import AutoTokenizer
 
-    with as_usage_error(name):
+    with as_usage_error(name, "a model with a tokenizer"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
