@@ -113,7 +113,19 @@ class ActorPool:
         return [task.group for task, _ in self._busy.values()]
 
     def hand_out(self, queue: Queue) -> None:
-        """Give what waits to free actors, and to new ones as long as there is room for them."""
+        """Give what waits to free actors, and to new ones as long as there is room for them. Raises
+        DiskError: what they are given does not fit Ray's object store."""
+        try:
+            self._hand_out(queue)
+        except self._full as error:
+            raise DiskError(store_full(error)) from error
+
+    @property
+    def _full(self) -> tuple[type[Exception], ...]:
+        """What Ray raises where its object store, or the disk that it spills to, is full."""
+        return self.ray.exceptions.ObjectStoreFullError, self.ray.exceptions.OutOfDiskError
+
+    def _hand_out(self, queue: Queue) -> None:
         for member in [*self._idle]:
             self._idle.remove(member)
             task = queue.take(member.gpus, member.subject, self._held())
@@ -156,11 +168,7 @@ class ActorPool:
                 # Killed before the group is given away, in case it was only out of reach: no two
                 # may run one group.
                 self._let_go(member)
-                full = (
-                    self.ray.exceptions.ObjectStoreFullError,
-                    self.ray.exceptions.OutOfDiskError,
-                )
-                if isinstance(error, full) or isinstance(getattr(error, "cause", None), full):
+                if any(isinstance(e, self._full) for e in (error, getattr(error, "cause", None))):
                     raise DiskError(store_full(error)) from error
                 summary = Result(
                     cause=cause_of(error), died=True, node_lost=_NODE_DIED in str(error)

@@ -199,4 +199,19 @@ def test_a_full_object_store_is_a_sentence(name, tmp_path):
     crew._busy["result"] = (task("a", 1.0), pool._PoolActor("actor", 0.0))
     with pytest.raises(DiskError, match=r"object store.*--object-store-memory.*same command"):
         crew.finished(timeout=0.0)
+
+    class Full:
+        """An actor whose task does not fit the store."""
+
+        @property
+        def run(self):
+            return self
+
+        def remote(self, *_):
+            raise getattr(exceptions, name)("no room")
+
+    crew._idle.append(pool._PoolActor(Full(), 0.0))
+    queue = Queue([task("a", 1.0)])
+    with pytest.raises(DiskError, match=r"object store.*--object-store-memory.*same command"):
+        crew.hand_out(queue)
     assert crew.ray.killed == ["actor"]
