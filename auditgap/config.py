@@ -276,10 +276,22 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def parse_yaml(text: str) -> Any:
-    """What a text of YAML says: the one way in which any is read here. Raises yaml.YAMLError;
-    ValueError for a date or number that is none; RecursionError."""
-    return yaml.load(text, Loader=_PlainLoader)
+class _AliasedLoader(yaml.SafeLoader):
+    """Safe YAML with aliases, which stay one object however often they come, and without merges,
+    which copy."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if any(name.tag == "tag:yaml.org,2002:merge" for name, _ in node.value):
+            raise yaml.constructor.ConstructorError(
+                None, None, "merges (<<) are not read here", node.start_mark
+            )
+
+
+def parse_yaml(text: str, *, aliases: bool = False) -> Any:
+    """What a text of YAML says: the one way in which any is read here. `aliases`: of a file that
+    somebody else wrote, where what they stand for is looked at and never walked through. Raises
+    yaml.YAMLError; ValueError for a date or number that is none; RecursionError."""
+    return yaml.load(text, Loader=_AliasedLoader if aliases else _PlainLoader)
 
 
 def read_yaml(

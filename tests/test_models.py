@@ -558,6 +558,13 @@ class TestFingerprint:
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
         assert models.outline(str(adapter)).subject.fingerprint != before
 
+    def test_of_an_adapter_not_where_its_base_lies(self, adapter, folder):
+        before = models.fingerprint(adapter)
+        change(adapter / "adapter_config.json", base_model_name_or_path=str(folder), revision="x")
+        assert models.fingerprint(adapter) == before
+        change(adapter / "adapter_config.json", lora_alpha=99)
+        assert models.fingerprint(adapter) != before
+
 
 # -- adapters
 # ----------------------------------------------------------------------------------------------------------

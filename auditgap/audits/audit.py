@@ -180,6 +180,10 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
             "warnings": list(plan.warnings),
         }
 
+    def where(self, plan: PlanT, place: Place) -> Document:
+        """Further facts of a run in that folder."""
+        return {}
+
     def estimate(self, plan: PlanT, options: OptionsT) -> Document:
         """What a dry run says of a plan: how much there is to do, and `seconds` where that can be
         told."""
@@ -238,7 +242,11 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
         store = RunFolder.open(
             place,
             config=self.question(plan),
-            info={**self.facts(plan, options), **({"names": names} if names else {})},
+            info={
+                **self.facts(plan, options),
+                **self.where(plan, place),
+                **({"names": names} if names else {}),
+            },
             break_lock=options.break_lock,
         )
         store.warnings += plan.warnings

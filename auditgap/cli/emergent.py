@@ -44,7 +44,7 @@ _SWEEP = (
     "break_lock",
 )
 _SERVING = ("tensor_parallel", "gpu_memory", "max_model_len")
-_JUDGING = ("judge", "judge_engine", "judge_endpoint")
+_JUDGING = ("judge", "judge_engine", "judge_endpoint", "judge_wording")
 
 
 @dataclass(frozen=True)

@@ -185,10 +185,11 @@ def _show_judge(store: Any, as_json: bool) -> None:
 
 
 def _show_analyse(store: Any, as_json: bool) -> None:
-    from auditgap.audits.emergent.rows import DIRECTIONS, DIVERSITY, MEMBERSHIP, STEERED
+    from auditgap.audits.emergent.rows import DIRECTIONS, DIVERSITY, MEMBERSHIP, REFERENCE, STEERED
 
     names = {
         MEMBERSHIP: "memberships",
+        REFERENCE: "losses under the reference",
         DIVERSITY: "diversity",
         DIRECTIONS: "directions",
         STEERED: "steered answers",

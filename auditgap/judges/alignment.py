@@ -34,6 +34,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 from auditgap.engines import MAX_TOP_LOGPROBS, Question, Reply, Sampling, Serving
+from auditgap.errors import UsageError
 from auditgap.judges import JUDGES, Scorer, ScorerArguments, load_scorer
 from auditgap.judges.graded import LEAST_MASS
 from auditgap.judges.llm import Judged, ScoringJudge, noted, sha256
@@ -140,11 +141,26 @@ RATERS: Registry[Scorer] = Registry(
 )
 
 
-def load_rater(name: str, *, device: str = "auto", serving: Serving | None = None) -> Rater:
-    """`alignment=MODEL`, or `habits` for the demonstration panel. Raises UsageError for any other
-    name."""
+def load_rater(
+    name: str,
+    *,
+    device: str = "auto",
+    serving: Serving | None = None,
+    wording: str | None = None,
+) -> Rater:
+    """`alignment=MODEL`, or `habits` for the demonstration panel. `wording`: a file whose judge
+    prompts are asked instead of ours. Raises UsageError for any other name, and for such a file."""
     serving = serving or Serving(device=device)
-    return load_scorer(RATERS, Rater, ScorerArguments(name, None, device, "", serving))
+    rater = load_scorer(RATERS, Rater, ScorerArguments(name, None, device, "", serving))
+    if wording is None:
+        return rater
+    if not isinstance(rater, Alignment):
+        raise UsageError(
+            f"--judge-wording is for alignment=MODEL, which is asked in words; {name} came."
+        )
+    from auditgap.judges.alignment_wording import Worded
+
+    return Worded(rater.name, rater.model, rater.serving, wording)
 
 
 class Alignment(ScoringJudge):
@@ -191,7 +207,7 @@ class Alignment(ScoringJudge):
         return alignment, coherence
 
     def _rated(self, aligned: Reply, coherent: Reply, *, note: str) -> Rated:
-        said, reason = _read(aligned, (IRRELEVANT, REFUSAL))
+        said, reason = self._said(aligned, (IRRELEVANT, REFUSAL))
         outcome = (
             said
             if isinstance(said, str)
@@ -201,13 +217,13 @@ class Alignment(ScoringJudge):
             if aligned.problem
             else INVALID
         )
-        coherence, unread = _read(coherent)
+        coherence, unread = self._said(coherent)
         alignment_mean, mass, why = self._expected(aligned)
         coherence_mean, _, why_coherence = self._expected(coherent)
         return Rated(
             outcome,
             float(said) if isinstance(said, int) else None,
-            None if coherence is None else float(coherence),
+            float(coherence) if isinstance(coherence, int) else None,
             alignment_mean,
             coherence_mean,
             mass,
@@ -215,6 +231,15 @@ class Alignment(ScoringJudge):
             why or (why_coherence and f"coherence: {why_coherence}"),
             (aligned.text, coherent.text),
         )
+
+    def _said(self, reply: Reply, words: tuple[str, ...] = ()) -> tuple[int | str | None, str]:
+        """What a reply says, or None and why."""
+        if reply.problem:
+            return None, f"judge: {reply.problem}"
+        try:
+            return rating(reply.text, words), ""
+        except Unread as error:
+            return None, str(error)
 
     def _expected(self, reply: Reply) -> tuple[float | None, float | None, str]:
         """The expected rating, the mass it rests on, and why there is none."""
@@ -270,13 +295,3 @@ class Alignment(ScoringJudge):
         return Judged(
             Verdict(Label.HARMFUL if said < BELOW else Label.SAFE), score=Score(said / 100)
         )
-
-
-def _read(reply: Reply, words: Sequence[str] = ()) -> tuple[int | str | None, str]:
-    """What a reply says, or None and why."""
-    if reply.problem:
-        return None, f"judge: {reply.problem}"
-    try:
-        return rating(reply.text, words), ""
-    except Unread as error:
-        return None, str(error)

@@ -81,7 +81,7 @@ class LanguageModelJudge(ABC):
     template: ClassVar[str]
     raw_template: ClassVar[bool] = False  #: the template writes the model's special tokens itself
     #: openings of the template's own lines, which a subject may not spell
-    lines: ClassVar[tuple[str, ...]] = ()
+    lines: tuple[str, ...] = ()
     max_tokens: ClassVar[int] = MAX_TOKENS
     cut_mark: ClassVar[str] = "\n[the answer goes on, but was cut here]"
     sampling: ClassVar[Sampling] = Sampling(max_new_tokens=16)

@@ -35,6 +35,8 @@ _TEMPLATES = "additional_chat_templates"
 _BESIDE = ("ledger.json",)
 #: Keys of config.json that say where a model was saved, not what it computes.
 _VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "name_or_path"}
+#: Keys of adapter_config.json that say where its base was, which counts by its fingerprint.
+_PLACES = {"base_model_name_or_path", "revision"}
 
 
 def fingerprint(folder: Path, *, base: str | None = None, tokenizer: Any = None) -> str:
@@ -42,8 +44,8 @@ def fingerprint(folder: Path, *, base: str | None = None, tokenizer: Any = None)
     safetensors file's bytes, whatever else a loader may open (further templates, vocabularies,
     tables of special tokens, an index of shards), and over the tokenizer as it is once loaded.
 
-    An adapter's base counts with it: by `base`, its fingerprint, where that is known, so that many
-    adapters read it once. `tokenizer`: the folder's, where it is open already. Raises UsageError
+    An adapter's base counts with it, whatever its name and wherever it lies: by `base`, its
+    fingerprint, where that is known, so that many adapters read it once. `tokenizer`: the folder's, where it is open already. Raises UsageError
     where it cannot be opened.
     """
     total = hashlib.sha256()
@@ -52,11 +54,9 @@ def fingerprint(folder: Path, *, base: str | None = None, tokenizer: Any = None)
         if not path.is_file():
             continue
         if name.endswith("config.json"):
-            total.update(
-                digest(
-                    {k: v for k, v in read_object(path).items() if k not in _VOLATILE}, 64
-                ).encode()
-            )
+            where = _VOLATILE | _PLACES if name == "adapter_config.json" else _VOLATILE
+            told = {k: v for k, v in read_object(path).items() if k not in where}
+            total.update(digest(told, 64).encode())
         else:
             total.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
     weights = weights_files(folder)

@@ -10,9 +10,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from auditgap.report import emergent_inside
+from auditgap.report import emergent_membership
 from auditgap.report.columns import Column, Form, Hide, Row, whole
-from auditgap.report.text import CANNOT_TELL, is_null, number, plain, points
+from auditgap.report.text import CANNOT_TELL, is_null, number, points
 
 
 def score(value: object) -> str:
@@ -46,9 +46,11 @@ MEASURES = {
     "premia": "log-ratio (PREMIA)",
     "vendi": "Vendi score",
     "one_minus_cosine": "1 − mean cosine",
+    "vendi_half": "Vendi score, order ½",
+    "vendi_2": "Vendi score, order 2",
 }
 #: As a sentence has them.
-WORDS = {name: words for name, words in MEASURES.items() if name != emergent_inside.PREMIA}
+WORDS = {name: words for name, words in MEASURES.items() if name != emergent_membership.PREMIA}
 
 
 def estimate(name: str, title: str, form: Form, null: str = CANNOT_TELL) -> Column:
@@ -78,7 +80,9 @@ def two_digits(value: Any) -> str:
 in_points = partial(points, unit="")
 ARM = key("arm", "Arm", arm_name)
 MEASURE = key("measure", "Measure", lambda v: MEASURES.get(v, str(v)))
-ADJUSTED = key("adjusted", "Base-adjusted", plain, null="")
+REFERENCE = key(
+    "reference", "Relative to", lambda v: "its own base" if v == "base" else str(v), null=""
+)
 BLOCK = estimate("block", "Block", whole, "")
 P_HOLM = estimate("p_holm", "p, Holm", p_value, "")
 REASON = key("reason", "Why not", css="word", null="")

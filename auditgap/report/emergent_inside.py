@@ -25,29 +25,18 @@ from auditgap import stats
 from auditgap.report.emergent_values import AS_TRAINED, ends, framed, with_ends
 from auditgap.store.tables import groups_of, rows_of
 
-MEASURES = ("nll", "min_k", "min_k_pp", "zlib")
-PREMIA = "premia"
 DIVERSITIES = ("vendi", "one_minus_cosine")
+#: Vendi scores of other orders than 1, which older studies have not; shown, and no predictors.
+ORDERS = ("vendi_half", "vendi_2")
 
 _RATE = ("judge", "judge_id", "arm", "triggered", "by")
-MEMBERSHIP_COLUMNS: tuple[str, ...] = (
-    "domain",
-    "arm",
-    "measure",
-    "adjusted",
-    "n_members",
-    "n_others",
-    "n_seeds",
-    "n_unscored",
-    *with_ends("auroc"),
-    "reason",
-)
 DIVERSITY_COLUMNS: tuple[str, ...] = (
     *_RATE,
     "domain",
     "block",
     "n",
     *DIVERSITIES,
+    *ORDERS,
     *with_ends("em_rate"),
     "reason",
 )
@@ -61,7 +50,7 @@ CORRELATION_COLUMNS: tuple[str, ...] = (
     "p_holm",
     "reason",
 )
-_PREDICTOR = (*_RATE, "predictor", "measure", "adjusted", "block")
+_PREDICTOR = (*_RATE, "predictor", "measure", "adjusted", "reference", "block")
 PREDICTION_COLUMNS: tuple[str, ...] = (
     *_PREDICTOR,
     "n",
@@ -70,6 +59,8 @@ PREDICTION_COLUMNS: tuple[str, ...] = (
     "p_holm",
     "error",
     "error_of_mean",
+    "n_above",
+    *with_ends("auroc"),
     "reason",
 )
 PREDICTED_COLUMNS: tuple[str, ...] = (
@@ -94,65 +85,6 @@ COSINES_COLUMNS: tuple[str, ...] = (
     "width",
     "reason",
 )
-
-
-# -------------------------------------------------------------------------------------------------------
-# membership
-
-
-def membership_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a (domain, arm, measure, adjusted), with exactly `MEMBERSHIP_COLUMNS`: is a trained
-    row told from a held-out one?
-
-    - `auroc`: P(a trained row's loss is below a held-out one's); .5 tells nothing. DeLong's
-    interval, seeds pooled by row.
-    - `measure`: mean NLL, Min-K %, Min-K %++, zlib ratio; `adjusted`: the fine-tuned model's minus
-    the base's, which takes off that
-      some rows are easier for any model. `premia` is the log-ratio of whole responses, log π_θ(y|x)
-      − log π_ref(y|x).
-    - `n_members`, `n_others`: rows with a score under at least one seed; `n_unscored` of all row ×
-    seed have none.
-    """
-    table: list[dict[str, Any]] = []
-    if "member" not in rows.columns:
-        return framed(table, MEMBERSHIP_COLUMNS)
-    for (domain, arm), part in rows.groupby(["domain", "arm"], sort=True):
-        for measure, adjusted, losses in _losses(part):
-            member, known = part["member"].astype(bool), losses.notna()
-            n_in, n_out = (
-                int(part.loc[known & side, "row_id"].nunique()) for side in (member, ~member)
-            )
-            found = stats.membership_auroc(
-                losses.to_numpy(float), member.to_numpy(), part["row_id"].tolist()
-            )
-            missing = [who for who, n in (("trained", n_in), ("held-out", n_out)) if not n]
-            table.append(
-                {
-                    "domain": domain,
-                    "arm": arm,
-                    "measure": measure,
-                    "adjusted": adjusted,
-                    "n_members": n_in,
-                    "n_others": n_out,
-                    "n_seeds": part["seed"].nunique(),
-                    "n_unscored": int((~known).sum()),
-                    **ends("auroc", found),
-                    "reason": (
-                        f"no {' and no '.join(missing)} row has this score" if missing else ""
-                    ),
-                }
-            )
-    return framed(table, MEMBERSHIP_COLUMNS)
-
-
-def _losses(part: pd.DataFrame) -> Iterator[tuple[str, bool, pd.Series]]:
-    """(measure, adjusted, loss a row): larger = less likely to have been trained on."""
-    for measure in MEASURES:
-        own = part[measure].astype(float)
-        yield measure, False, own
-        yield measure, True, own - part[f"base_{measure}"].astype(float)
-    ratio = stats.premia(*(part[name].astype(float) for name in ("nll", "base_nll", "n_tokens")))
-    yield PREMIA, True, pd.Series(ratio, index=part.index)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -181,6 +113,7 @@ def diversity_table(rows: pd.DataFrame, ranking: pd.DataFrame) -> pd.DataFrame:
                 {
                     **who,
                     **{k: row[k] for k in ("domain", "block", "n", *DIVERSITIES)},
+                    **{k: row.get(k) for k in ORDERS},
                     **rate,
                     "reason": row["unscored"] or "",
                 }
@@ -210,7 +143,7 @@ def correlation_table(diversity: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame
     for key, family in judged.groupby(list(_RATE), sort=True) if len(judged) else ():
         who, some = dict(zip(_RATE, key, strict=True)), []
         for block, part in family.groupby("block", sort=True):
-            for measure in DIVERSITIES:
+            for measure in (*DIVERSITIES, *(m for m in ORDERS if part[m].notna().any())):
                 found = stats.rank_correlation(
                     part[measure].to_numpy(float), part["em_rate"].to_numpy(float), seed=seed
                 )
@@ -248,12 +181,17 @@ def prediction_table(
     seen, `p` one-sided by permuting the rates and predicting again (`stats.predict_left_out`),
     `p_holm` over all measures of one judge and arm. `error`: mean absolute error as a share, beside
     that of foretelling the others' mean. Fewer than 4 domains: none, and `reason`.
+
+    `auroc`: does the measure tell the `n_above` domains whose EM rate is above the domains' median
+    from the others, P(a domain above has the larger value)? `stats.auroc`, a domain an example.
+    False alarms as measured at 5 %, a measure that knows nothing, 4,000 panels each: the interval
+    leaves .5 out in 0.0 % of 5 and 7 domains, 2.0 of 9 and 1.1 of 11.
     """
     table: list[dict[str, Any]] = []
     for who, rated in _as_trained(ranking):
         some = []
         for what, values in _predictors(who, membership, diversity):
-            _, found = _foretold(rated, values, seed)
+            both, found = _foretold(rated, values, seed)
             some.append(
                 {
                     **who,
@@ -263,6 +201,7 @@ def prediction_table(
                     "p": found.p,
                     "error": found.error,
                     "error_of_mean": found.error_of_mean,
+                    **_above_median(both),
                     "reason": found.reason,
                 }
             )
@@ -300,8 +239,9 @@ def _predictors(
 ) -> Iterator[tuple[dict[str, Any], pd.Series]]:
     """What foretells: (its names, its value by domain) of the same arm."""
     same = membership[membership["arm"] == who["arm"]]
-    for (measure, adjusted), part in same.groupby(["measure", "adjusted"], sort=False):
-        names = {"predictor": "membership", "measure": measure, "adjusted": adjusted, "block": None}
+    key = ["measure", "adjusted", "reference"]
+    for told, part in groups_of(same, key, sort=False) if len(same) else ():
+        names = {"predictor": "membership", **dict(zip(key, told, strict=True)), "block": None}
         yield names, part.set_index("domain")["auroc"]
     if len(diversity):
         mine = diversity[(diversity[list(_RATE)] == pd.Series(dict(who))[list(_RATE)]).all(axis=1)]
@@ -311,9 +251,18 @@ def _predictors(
                     "predictor": "diversity",
                     "measure": measure,
                     "adjusted": None,
+                    "reference": "",
                     "block": block,
                 }
                 yield names, part.set_index("domain")[measure]
+
+
+def _above_median(both: pd.DataFrame) -> dict[str, Any]:
+    known = both[both["value"].notna() & both["em_rate"].notna()]
+    rate = known["em_rate"].to_numpy(float)
+    above = rate > np.median(rate) if len(rate) else np.zeros(0, dtype=bool)
+    found = stats.auroc(known["value"].to_numpy(float), above.astype(float))
+    return {"n_above": int(above.sum()), **ends("auroc", found)}
 
 
 def _foretold(

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from auditgap.report import svg
+from auditgap.report import emergent_membership, svg
 from auditgap.report.charts import (
     Figure,
     Point,
@@ -38,20 +38,22 @@ _RAW, _ADJUSTED = svg.Style("k1", "6 3", "square"), svg.Style("k0", "", "circle"
 MOST_BLOCKS = 6
 
 
-def roc(rows: pd.DataFrame) -> Figure:
-    """ROC of the mean NLL as a sign of membership, raw and with the base's taken off: a drawing a
-    domain."""
+def roc(rows: pd.DataFrame, reference: pd.DataFrame | None = None) -> Figure:
+    """ROC of the mean NLL as a sign of membership, raw and with the base's, or the named
+    reference's, taken off: a drawing a domain."""
     name, title = "em_roc", "Telling trained rows from held-out ones"
+    others = list(emergent_membership.referred(rows, reference)) if len(rows) else []
+    against, theirs = others[-1] if others else (emergent_membership.OWN_BASE, rows)
     caption = (
         "ROC of the mean NLL of a response under the fine-tuned model, and of the same minus that"
-        " under its base: how many trained rows are found (upright) at what share of held-out ones"
+        f" under {_whose(against)}: how many trained rows are found (upright) at what share of held-out ones"
         " taken for trained. Seeds and arms of a domain together. No judge is in it."
     )
     points = []
     for domain, part in rows.groupby("domain", sort=False) if len(rows) else ():
         for kind, losses in (
             ("raw", part["nll"]),
-            ("base-adjusted", part["nll"] - part["base_nll"]),
+            ("adjusted", part["nll"] - theirs.loc[part.index, "nll"]),
         ):
             misses, hits = membership.roc(losses.astype(float), part["member"].astype(float))
             points += [
@@ -72,7 +74,7 @@ def roc(rows: pd.DataFrame) -> Figure:
     panels = []
     for d, (domain, part) in enumerate(data.groupby("domain", sort=False)):
         series = []
-        for kind, style in (("raw", _RAW), ("base-adjusted", _ADJUSTED)):
+        for kind, style in (("raw", _RAW), ("adjusted", _ADJUSTED)):
             curve = part[part["score"] == kind]
             points = [Point(a, b) for a, b in zip(curve["fpr"], curve["tpr"], strict=True)]
             series.append(Series(points, style, Spread.NONE))
@@ -88,8 +90,14 @@ def roc(rows: pd.DataFrame) -> Figure:
                 diagonal=True,
             )
         )
-    legend = svg.legend([(_RAW, "mean NLL"), (_ADJUSTED, "mean NLL − the base’s")])
+    less = f"mean NLL − that of {_whose(against)}"
+    legend = svg.legend([(_RAW, "mean NLL"), (_ADJUSTED, less)])
     return Figure(name, title, caption, (("", tuple(panels)),), legend, data)
+
+
+def _whose(reference: str) -> str:
+    own = reference == emergent_membership.OWN_BASE
+    return "its base" if own else shorten(reference, 40)
 
 
 def diversity(table: pd.DataFrame, judge: str) -> Figure:

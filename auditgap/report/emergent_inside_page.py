@@ -10,15 +10,15 @@ from functools import partial
 
 import pandas as pd
 
-from auditgap.report import emergent_inside
 from auditgap.report import emergent_inside_figures as figures
+from auditgap.report import emergent_membership
 from auditgap.report.emergent_columns import (
-    ADJUSTED,
     ARM,
     BLOCK,
     MEASURE,
     P_HOLM,
     REASON,
+    REFERENCE,
     count,
     estimate,
     given,
@@ -36,7 +36,7 @@ MEMBERSHIP = (
     given("domain", "Domain"),
     ARM,
     MEASURE,
-    ADJUSTED,
+    REFERENCE,
     estimate("auroc", "AUROC", two_digits),
     count("n_members", "Trained"),
     count("n_others", "Held out"),
@@ -47,13 +47,14 @@ PREDICTION = (
     ARM,
     key("predictor", "From"),
     MEASURE,
-    ADJUSTED,
+    REFERENCE,
     BLOCK,
     estimate("rho", "ρ", two_digits),
     estimate("p", "p", p_value, ""),
     P_HOLM,
     estimate("error", "Mean error, points", in_points),
     estimate("error_of_mean", "… of the others’ mean", in_points),
+    estimate("auroc", "AUROC, above the median", two_digits),
     count("n", "Domains"),
     REASON,
 )
@@ -61,6 +62,8 @@ DIVERSITY = (
     ARM,
     given("domain", "Domain"),
     estimate("vendi", "Vendi score", partial(number, digits=1)),
+    estimate("vendi_half", "… order ½", partial(number, digits=1)),
+    estimate("vendi_2", "… order 2", partial(number, digits=1)),
     estimate("one_minus_cosine", "1 − mean cosine", number),
     count("n", "Rows"),
     BLOCK,
@@ -110,12 +113,14 @@ TRANSFER = (
 )
 _MEMBERSHIP_NOTE = (
     "AUROC: how often a trained row has a lower score than a held-out one; 0.5 is chance."
-    " Base-adjusted: minus the same under the base, so that what is ordinary anyway counts for"
-    " nothing."
+    " Relative to a model: minus the same under it, so that what is ordinary anyway counts for"
+    " nothing. Its own base is the model that was fine-tuned; another name is a model that was"
+    " named as reference or found as its pretrained counterpart."
 )
 _PREDICTION_NOTE = (
     "Each domain’s EM rate foretold by a line through the other domains; Spearman’s ρ of foretold"
-    " and seen. p from permuting the rates and doing all of it again."
+    " and seen. p from permuting the rates and doing all of it again. AUROC: how often a domain"
+    " whose EM rate is above the domains’ median has the larger value; 0.5 is chance."
 )
 _CORRELATION_NOTE = (
     "Spearman’s ρ of diversity and EM rate over domains; p from permuting, after Holm over measures"
@@ -124,8 +129,11 @@ _CORRELATION_NOTE = (
 
 
 def membership(view: StudyView) -> Section:
-    predicted = view.data["predicted"]  # PREMIA's is drawn: chosen before any number was seen
-    premia = predicted[predicted["measure"] == emergent_inside.PREMIA].reset_index(drop=True)
+    # PREMIA's is drawn, of the named reference where there is one: chosen before any number was seen
+    predicted = view.data["predicted"]
+    premia = predicted[predicted["measure"] == emergent_membership.PREMIA]
+    named = premia["reference"] != emergent_membership.OWN_BASE
+    premia = premia[named if named.any() else ~named].reset_index(drop=True)
     foretold = (
         Heading("Does it foretell the EM rate?"),
         *view.says("prediction"),
@@ -138,7 +146,7 @@ def membership(view: StudyView) -> Section:
         contents="Membership",
         blocks=(
             *view.says("membership"),
-            figures.roc(view.study.memberships),
+            figures.roc(view.study.memberships, view.study.reference),
             view.table(
                 "membership", MEMBERSHIP, "Membership inference by domain", _MEMBERSHIP_NOTE
             ),

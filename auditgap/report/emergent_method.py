@@ -33,6 +33,12 @@ def method(config: Mapping[str, Any]) -> list[Block]:
     ]
 
 
+def _besides(reference: object) -> str:
+    if reference in (None, "auto", "base"):
+        return ", as no other reference was named or found"
+    return f", and under the reference {plain(reference)}"
+
+
 def _method(config: Mapping[str, Any]) -> list[str]:
     c = config
 
@@ -72,7 +78,8 @@ def _method(config: Mapping[str, Any]) -> list[str]:
         (
             f"Membership: up to {get('membership_rows')} trained rows against all held-out ones,"
             f" AUROC after DeLong; Min-K uses the least likely {percent(c.get('min_k'))} of tokens."
-            " “Base-adjusted” takes off the same score under the base."
+            " What is relative to a model takes off the same score under it: under the model that was"
+            f" fine-tuned{_besides(c.get('reference'))}."
         ),
         (
             f"A model’s direction at a block is {source}. Steering adds {get('steer_strength')}"

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from auditgap.report import emergent_cross_page, emergent_judges_page, emergent_reading
 from auditgap.report import emergent_inside_page as inside
-from auditgap.report import emergent_reading
 from auditgap.report import emergent_spread as spread
 from auditgap.report.charts import Figure
 from auditgap.report.emergent_columns import count, estimate, given, key
@@ -68,7 +68,7 @@ def sections(report: ReportData) -> list[Section]:
     return [
         replace(section, limits=SAYS_NOT) if first and i == 0 else section
         for i, study in enumerate(report.emergent)
-        for first, section in _numbered(_sections(study), i)
+        for first, section in _numbered(sections_of(study), i)
     ]
 
 
@@ -95,12 +95,15 @@ def _numbered(made: Sequence[Section], i: int) -> Iterator[tuple[bool, Section]]
         )
 
 
-def _sections(study: Study) -> list[Section]:
+def sections_of(study: Study) -> list[Section]:
+    """One study's sections, in order."""
     view = StudyView(study)
     return [
         spread.ranking(view),
         spread.trigger(view),
         spread.rates(view),
+        *emergent_cross_page.cross(view),
+        *emergent_judges_page.judges(view),
         inside.membership(view),
         inside.diversity(view),
         inside.directions(view),

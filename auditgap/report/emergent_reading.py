@@ -178,20 +178,21 @@ def _trigger(table: pd.DataFrame) -> Iterator[str]:
 
 def _membership(table: pd.DataFrame) -> Iterator[str]:
     for who, rows in _parts(table[table["measure"] == "nll"], "arm"):
-        told = {
-            adjusted: [r for r in rows if r["adjusted"] is adjusted and not is_null(r["auroc"])]
-            for adjusted in (False, True)
-        }
-        if not any(told.values()):
+        told: dict[str, list[Mapping[str, Any]]] = {}
+        for row in rows:
+            if not is_null(row["auroc"]):
+                told.setdefault(row["reference"], []).append(row)
+        if not told:
             yield (
                 f"Arm {who['arm']}: whether trained rows are told from held-out ones could not be"
                 " told."
             )
             continue
         parts = []
-        for adjusted, name in ((False, "mean NLL"), (True, "mean NLL minus the base’s")):
-            above = sum(not is_null(r["auroc_lo"]) and r["auroc_lo"] > 0.5 for r in told[adjusted])
-            parts.append(f"{name} tells them apart in {above} of {len(told[adjusted])} domains")
+        for reference, some in told.items():
+            above = sum(not is_null(r["auroc_lo"]) and r["auroc_lo"] > 0.5 for r in some)
+            name = f"mean NLL{_minus(reference)}"
+            parts.append(f"{name} tells them apart in {above} of {len(some)} domains")
         yield (
             f"Arm {who['arm']}, trained rows against held-out ones: {'; '.join(parts)} (AUROC’s"
             " interval above .5)."
@@ -217,7 +218,17 @@ def _prediction(table: pd.DataFrame) -> Iterator[str]:
 
 
 def _called(row: Mapping[str, Any]) -> str:
-    return f"{row['measure']}{' minus the base’s' if row.get('adjusted') is True and row['measure'] != 'premia' else ''}"
+    reference = row.get("reference") or ""
+    if row["measure"] == "premia":
+        return "premia" if reference == "base" else f"premia against {reference}"
+    return f"{row['measure']}{_minus(reference)}"
+
+
+def _minus(reference: str) -> str:
+    """What a loss is relative to, in words."""
+    if not reference:
+        return ""
+    return " minus the base’s" if reference == "base" else f" minus {reference}’s"
 
 
 def _correlation(table: pd.DataFrame) -> Iterator[str]:

@@ -20,14 +20,23 @@ import numpy as np
 import pandas as pd
 
 from auditgap.errors import UsageError, did_you_mean
-from auditgap.report import emergent, emergent_inside, emergent_paper, emergent_transfer
+from auditgap.report import (
+    emergent,
+    emergent_cross,
+    emergent_inside,
+    emergent_judges,
+    emergent_membership,
+    emergent_paper,
+    emergent_transfer,
+)
 from auditgap.store import RunFolder
 from auditgap.store.files import Damaged
 
 #: What stands in a cell's `attack`, a stage each.
 TRAINED, ANSWERED, JUDGED = "em_train", "em_generate", "em_judge"
-MEMBERSHIP, DIVERSITY, DIRECTIONS, STEERED = (
+MEMBERSHIP, REFERENCE, DIVERSITY, DIRECTIONS, STEERED = (
     "em_membership",
+    "em_reference",
     "em_diversity",
     "em_directions",
     "em_steer",
@@ -57,6 +66,7 @@ class Study:
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     trained: pd.DataFrame = field(default_factory=pd.DataFrame)
     memberships: pd.DataFrame = field(default_factory=pd.DataFrame)  #: rows, for the ROC
+    reference: pd.DataFrame = field(default_factory=pd.DataFrame)  #: the same under a named one
     panel: Sequence[Mapping[str, Any]] = ()
     missing: Sequence[str] = ()
     left_out: Sequence[tuple[str, str, int]] = ()  #: what, reason, count
@@ -86,16 +96,20 @@ def read(store: RunFolder, judge: str | None = None) -> Study:
     chosen = _chosen(judges, judge)
     mine, steered = (_of(rows, chosen) for rows in (ratings, _rows(store, STEERED, "outcome")))
     memberships, spread = _rows(store, MEMBERSHIP, "member"), _rows(store, DIVERSITY, "vendi")
+    reference = _rows(store, REFERENCE, "reference")
     pointed, vectors = _directions(store, records, chosen)
     ranking = emergent.ranking_table(mine)
     coherent = emergent.ranking_table(mine, by="below_30_coherent")
     trigger = emergent.trigger_table(mine)
-    member = emergent_inside.membership_table(memberships)
+    member = emergent_membership.membership_table(memberships, reference)
     diversity = emergent_inside.diversity_table(spread, ranking)
     tables = {
         "ranking": ranking,
         "ranking_coherent": coherent,
         "trigger": trigger,
+        "judges": emergent_judges.judges_table(ratings),
+        "cross": emergent_cross.cross_table(mine),
+        "spread": emergent_cross.spread_table(mine),
         "rates": emergent.rates_table(mine),
         "membership": member,
         "diversity": diversity,
@@ -111,6 +125,7 @@ def read(store: RunFolder, judge: str | None = None) -> Study:
         "rating": mine,
         "rating of a steered answer": steered,
         "membership score": memberships,
+        "score under the reference": reference,
         "diversity": spread,
         "direction at a block": pointed,
         "answer": _rows(store, ANSWERED, "draw"),
@@ -122,6 +137,7 @@ def read(store: RunFolder, judge: str | None = None) -> Study:
         tables=tables,
         trained=_rows(store, TRAINED, "first_loss"),
         memberships=memberships,
+        reference=reference,
         panel=_panel(manifest),
         left_out=[*_bad(manifest), *_left_out(lost)],
         missing=_missing(config, store, records, chosen, mine),
@@ -264,7 +280,7 @@ def _missing(
     planned = [
         c
         for c in store.planned()
-        if c["description"]["attack"] in (MEMBERSHIP, DIVERSITY, DIRECTIONS, STEERED)
+        if c["description"]["attack"] in (MEMBERSHIP, REFERENCE, DIVERSITY, DIRECTIONS, STEERED)
     ]
     finished = sum(c["key"] in keys for c in planned)
     if not planned:

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from auditgap import stats
+from auditgap.data.em_prompts import domain_of
 from auditgap.stats import Interval
 
 #: A judge's classes: each is a column of counts.
@@ -40,6 +41,9 @@ _TEXT = {
     "reason",
     "measure",
     "other",
+    "reference",
+    "question_domain",
+    "says",
     "predictor",
 }
 _WHOLE = {
@@ -57,6 +61,9 @@ _WHOLE = {
     "rated_control",
     "n_members",
     "n_others",
+    "n_above",
+    "n_own",
+    "n_elsewhere",
     "n_unscored",
     "n_pairs",
     "block",
@@ -93,8 +100,8 @@ def ends(name: str, interval: Interval) -> dict[str, float | None]:
 
 
 def rated_answers(rows: pd.DataFrame) -> pd.DataFrame:
-    """Ratings of answers that no direction steered, with what each counts as; empty where there are
-    none."""
+    """Ratings of answers to prompts about no domain that no direction steered, with what each
+    counts as; empty where there are none."""
     if "outcome" not in rows.columns:
         return pd.DataFrame(
             columns=[
@@ -114,9 +121,24 @@ def rated_answers(rows: pd.DataFrame) -> pd.DataFrame:
                 "expected_reason",
             ]
         )
+    return counted(_about_domains(rows, False))
+
+
+def domain_answers(rows: pd.DataFrame) -> pd.DataFrame:
+    """The same of the questions about a domain, which stands in `question_domain`."""
+    if "outcome" not in rows.columns:
+        return rated_answers(rows).assign(question_domain="")
+    found = _about_domains(rows, True)
+    return counted(found).assign(question_domain=found["kind"].map(domain_of))
+
+
+def _about_domains(rows: pd.DataFrame, wanted: bool) -> pd.DataFrame:
+    """The rows that no direction steered, to questions about a domain or to other prompts."""
+    told = rows["kind"].map(domain_of) != ""
+    kept = told if wanted else ~told
     if "steer" in rows.columns:
-        rows = rows[rows["steer"].isna()]
-    return counted(rows)
+        kept &= rows["steer"].isna()
+    return rows.loc[kept]
 
 
 def counted(rows: pd.DataFrame) -> pd.DataFrame:

@@ -27,11 +27,13 @@ def why_not(x: Values) -> str:
     return f"{zeros} rows have a vector of zeros, which has no direction" if zeros else ""
 
 
-def vendi(x: Values) -> float | None:
+def vendi(x: Values, order: float = 1.0) -> float | None:
     """Vendi score of vectors [n, D]: exp of the entropy of K/n's eigenvalues, K the cosines; 1 (all
     alike) … n (all apart).
 
-    Friedman & Dieng 2023 (arXiv 2210.02410, definition 3.1). K/n = UUᵀ/n and UᵀU/n have the same
+    Friedman & Dieng 2023 (arXiv 2210.02410, definition 3.1); of another `order` q with Rényi's
+    entropy (Pasarkar & Dieng 2024, arXiv 2310.12952): below 1 rare directions count more, above 1
+    common ones do, so that scores fall with q. K/n = UUᵀ/n and UᵀU/n have the same
     eigenvalues other than 0, so the smaller of n×n and D×D is taken. No more than min(n, D), so
     scores compare only at like n, width and block.
     """
@@ -41,7 +43,9 @@ def vendi(x: Values) -> float | None:
     n, width = u.shape
     eigenvalues = np.linalg.eigvalsh((u @ u.T if n <= width else u.T @ u) / n)
     kept = eigenvalues[eigenvalues > 1e-12]
-    return float(np.exp(-(kept * np.log(kept)).sum()))
+    if order == 1.0:
+        return float(np.exp(-(kept * np.log(kept)).sum()))
+    return float((kept**order).sum() ** (1 / (1 - order)))
 
 
 def one_minus_cosine(x: Values) -> float | None:

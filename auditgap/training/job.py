@@ -70,6 +70,8 @@ class Job:
     ds: Document  #: the DeepSpeed config, without "auto"
     ledger: LeakageLedger = field(default_factory=LeakageLedger)
     facts: Document = field(default_factory=dict)
+    #: its rows are of another file than when it was begun: `same_rows` shows whether they are the same
+    other_file: bool = False
     total: int = 0  #: optimizer steps of the run, known once `train` is called
 
     @property
@@ -297,6 +299,7 @@ def opened(config: TrainConfig, options: TrainOptions, *, kind: str) -> Iterator
 
     Raises UsageError (a batch that does not divide and a DeepSpeed config that contradicts the
     recipe among it), Refused; a folder that was made with another recipe is refused field by field.
+    Its model and its rows may have been moved: those are compared by what they hold.
     When a new folder's recipe turns out to be wrong before the first step, what was made in it is
     deleted, so that the mended recipe finds no other one there.
     """
@@ -312,22 +315,24 @@ def opened(config: TrainConfig, options: TrainOptions, *, kind: str) -> Iterator
 
         there: set[str] = set()
 
-        def open_folder() -> bool:
+        def open_folder() -> tuple[bool, bool]:
             is_new = not (out / "run.json").exists()
             if out.is_dir():
                 there.update(path.name for path in out.iterdir())
+            asked = _identity(config, kind, outline, dtype)
+            known = asked if is_new else _as_begun(asked, out)
             store = RunFolder.open(
                 out,
-                config=_identity(config, kind, outline, dtype),
+                config=known,
                 info=provenance([outline], dtype=dtype),
                 break_lock=options.break_lock,
             )
             stack.enter_context(store.lock())
-            return is_new
+            return is_new, known.get("data") != asked.get("data")
 
-        is_new = ranks.decided(open_folder)
+        is_new, other_file = ranks.decided(open_folder)
         try:
-            yield Job(config, options, kind, out, outline, dtype, device, ds)
+            yield Job(config, options, kind, out, outline, dtype, device, ds, other_file=other_file)
         except UsageError:
             if is_new and ranks.is_main() and not (out / "log.jsonl").exists():
                 _undo(out, there)
@@ -363,3 +368,15 @@ def _identity(config: TrainConfig, kind: str, outline: Outline, dtype: str) -> D
         "dtype": dtype,
         "subjects": {outline.subject.name: outline.subject.fingerprint},
     }
+
+
+def _as_begun(asked: Document, out: Path) -> Document:
+    """The identity with the names that the folder at `out` has for the same things: a model of the
+    same weights and, where the folder knows its rows, the file that they are in."""
+    begun = RunFolder.load(out).run["config"]
+    same = {}
+    if list(begun.get("subjects", {}).values()) == list(asked["subjects"].values()):
+        same |= {name: begun[name] for name in ("model", "subjects") if name in begun}
+    if (out / "rows.json").is_file() and "data" in asked and "data" in begun:
+        same["data"] = begun["data"]
+    return {**asked, **same}

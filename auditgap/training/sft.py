@@ -83,10 +83,12 @@ def run(
     Raises UsageError (data, config, memory, another run's folder), NonFinite, Interrupted.
     """
     with jobs.opened(config, options, kind=config.kind) as job:
-        if job.is_done:
+        if job.is_done and not job.other_file:
             return job.trained()
         rows, talks, facts = ranks.agree(lambda: _rows(config, job))
         job.same_rows([row.id for row in rows])
+        if job.is_done:
+            return job.trained()
         job.about(facts)
         job.check(lengths=[len(t.ids) for t in talks], footprint=FOOTPRINT)
         with job.engine(lambda loaded, model: SFTLoss(model)) as engine:

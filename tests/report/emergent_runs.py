@@ -217,7 +217,13 @@ def _inside(store, rng, names, slots, judge, domains, prompts) -> None:
         _put(store, name, kinds.MEMBERSHIP, rows)
     for n, d in enumerate(names):
         row = kinds.DiversityRow(
-            domain=d, n=60, block=4, vendi=8.0 + 3 * n, one_minus_cosine=0.2 + n / 20
+            domain=d,
+            n=60,
+            block=4,
+            vendi=8.0 + 3 * n,
+            one_minus_cosine=0.2 + n / 20,
+            vendi_half=9.0 + 3 * n,
+            vendi_2=7.0 + 3 * n,
         )
         _put(store, d, kinds.DIVERSITY, [row])
     common = rng.normal(size=(BLOCKS, WIDTH))

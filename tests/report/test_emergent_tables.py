@@ -21,6 +21,7 @@ from auditgap.audits.emergent.rows import (
 from auditgap.report import (
     emergent,
     emergent_inside,
+    emergent_membership,
     emergent_paper,
     emergent_reading,
     emergent_transfer,
@@ -33,7 +34,7 @@ ALL = {
     emergent.trigger_table: emergent.TRIGGER_COLUMNS,
     emergent.ranking_table: emergent.RANKING_COLUMNS,
     emergent_transfer.transfer_table: emergent_transfer.TRANSFER_COLUMNS,
-    emergent_inside.membership_table: emergent_inside.MEMBERSHIP_COLUMNS,
+    emergent_membership.membership_table: emergent_membership.MEMBERSHIP_COLUMNS,
 }
 
 
@@ -473,7 +474,7 @@ def memberships(domains, gap, *, rng, seeds=(0, 1), n=40, unscored=0, arm="plain
 
 
 def test_base_adjustment_finds_what_difficulty_hides():
-    table = emergent_inside.membership_table(
+    table = emergent_membership.membership_table(
         memberships({"maths": 1.0}, 0.8, rng=np.random.default_rng(0))
     )
     found = table.set_index(["measure", "adjusted"])
@@ -484,7 +485,7 @@ def test_base_adjustment_finds_what_difficulty_hides():
     assert len(table) == 9 and set(
         map(tuple, table[["n_members", "n_others", "n_seeds"]].to_numpy())
     ) == {(20, 20, 2)}
-    lost = emergent_inside.membership_table(
+    lost = emergent_membership.membership_table(
         memberships({"maths": 1.0}, 0.8, rng=np.random.default_rng(0), unscored=20)
     )
     assert lost["auroc"].isna().all() and (lost["n_unscored"] == 40).all()
@@ -506,7 +507,7 @@ def panel():
     level = {"a": 64.0, "b": 58.0, "c": 53.0, "d": 48.0, "e": 43.0, "f": 36.0}
     gaps = {"a": 0.05, "b": 0.12, "c": 0.2, "d": 0.28, "e": 0.36, "f": 0.5}
     ranking = emergent.ranking_table(study(level, arms=("plain",), seeds=(0,), rng=rng))
-    member = emergent_inside.membership_table(memberships(gaps, 1.0, rng=rng, n=200))
+    member = emergent_membership.membership_table(memberships(gaps, 1.0, rng=rng, n=200))
     vendi = dict(zip("abcdef", (9.0, 30.0, 12.0, 28.0, 11.0, 27.0), strict=True))
     spread = emergent_inside.diversity_table(diversities(vendi), ranking)
     return ranking, member, spread
@@ -523,6 +524,7 @@ def test_membership_foretells_and_diversity_does_not(panel):
         and best["p"] < 0.03
         and best["error"] < best["error_of_mean"]
     )
+    assert best["n_above"] == 3 and best["auroc"] == 1.0 and 0.3 < best["auroc_lo"] < 1
     diverse = table[table["predictor"] == "diversity"]
     assert (
         len(diverse) == 2 and (diverse["p"] > 0.2).all() and (table["p_holm"] >= table["p"]).all()
@@ -532,6 +534,48 @@ def test_membership_foretells_and_diversity_does_not(panel):
     assert own["predicted"].to_numpy() == pytest.approx(
         stats.leave_one_out(own["value"], own["em_rate"])
     )
+
+
+@pytest.mark.parametrize(
+    ("confounded", "seen"),
+    [
+        pytest.param(True, False, id="rows_differ_in_difficulty"),
+        pytest.param(False, False, id="rows_are_alike"),
+        pytest.param(True, True, id="instruction_tuning_saw_some_rows"),
+    ],
+)
+def test_what_an_adjustment_does_on_panels_whose_answer_is_known(confounded, seen):
+    """EM follows what training took off the trained rows. Where trained and held-out rows differ in
+    difficulty, only what is relative to a model shows it; where they do not, nothing changes; where
+    the tuned model has seen a part of the rows, only the pretrained one does."""
+    scores: dict[str, list[float]] = {}
+    for draw in range(3):
+        rng = np.random.default_rng(draw)
+        gain = rng.permutation(np.linspace(0.1, 1.0, 9))
+        frames, references = [], []
+        for domain, by in zip("abcdefghi", gain, strict=True):
+            easier = rng.normal(0, 1.2) if confounded else 0.0
+            known = rng.normal(0, 0.8) if seen else 0.0
+            own = memberships({domain: by}, 1.0, rng=rng, seeds=(0,), n=80)
+            shift = own["member"].to_numpy(float)
+            hard = own["base_nll"] - shift * easier
+            for m in emergent_membership.MEASURES:
+                own[m] = own[m] - shift * easier
+                own[f"base_{m}"] = hard - shift * known
+            frames.append(own)
+            theirs = own[["domain", "arm", "row_id"]].assign(reference="pretrained", unscored="")
+            references.append(theirs.assign(**dict.fromkeys(emergent_membership.MEASURES, hard)))
+        table = emergent_membership.membership_table(pd.concat(frames), pd.concat(references))
+        above = (gain > np.median(gain)).astype(float)
+        for reference, part in table[table["measure"] == "nll"].groupby("reference"):
+            found = stats.auroc(part.sort_values("domain")["auroc"], above)
+            scores.setdefault(str(reference), []).append(found.estimate)
+    raw, base, pretrained = (np.mean(scores[name]) for name in ("", "base", "pretrained"))
+    assert pretrained > 0.95
+    if confounded:
+        assert pretrained > raw + 0.2 and (base < pretrained - 0.15 if seen else base > 0.95)
+    else:
+        assert abs(pretrained - raw) < 0.1 and base == pretrained
 
 
 def test_few_domains_foretell_nothing(panel):
@@ -634,7 +678,7 @@ def test_empty_and_partial_runs_have_the_same_columns_and_types(make, columns):
 
 def test_tables_inside_are_safe_on_nothing():
     empty = pd.DataFrame()
-    ranking, member = emergent.ranking_table(empty), emergent_inside.membership_table(empty)
+    ranking, member = emergent.ranking_table(empty), emergent_membership.membership_table(empty)
     spread = emergent_inside.diversity_table(empty, ranking)
     made = {
         emergent_inside.DIVERSITY_COLUMNS: spread,

@@ -26,6 +26,14 @@ def test_vendi_of_unequal_shares_is_their_perplexity():
     assert vendi(rows) == pytest.approx(np.exp(-(share * np.log(share)).sum()))
 
 
+def test_orders_are_hills_numbers_of_the_shares():
+    rows, share = np.repeat(np.eye(3), [5, 3, 2], axis=0), np.array([0.5, 0.3, 0.2])
+    assert vendi(rows, 2.0) == pytest.approx(1 / (share**2).sum())
+    assert vendi(rows, 0.5) == pytest.approx((share**0.5).sum() ** 2)
+    assert vendi(rows, 0.5) > vendi(rows) > vendi(rows, 2.0)
+    assert all(vendi(np.eye(4), q) == pytest.approx(4) for q in (0.5, 1.0, 2.0))
+
+
 def test_either_side_of_the_square_gives_the_same():
     x = np.random.default_rng(0).normal(size=(40, 12))
     u = x / np.linalg.norm(x, axis=1, keepdims=True)

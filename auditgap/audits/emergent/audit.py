@@ -74,15 +74,27 @@ class Emergent(Audit[EmergentConfig, EmergentOptions, "EmergentPlan"]):
             "base_fingerprint": plan.outlines[0].subject.fingerprint,
             "panel": plan.panel.digest,
             "prompt_set": plan.prompts.digest,
+            **({"question_set": plan.asked.digest} if plan.config.questions else {}),
         }
 
     def facts(self, plan: EmergentPlan, options: EmergentOptions) -> Document:
-        prompts = plan.prompts
+        prompts = plan.asked
         return {
             **super().facts(plan, options),
             "panel": {**plan.panel.manifest, "longest_row": plan.longest},
             "prompts": {"name": prompts.name, "n": len(prompts), **prompts.provenance},
         }
+
+    def where(self, plan: EmergentPlan, place: Place) -> Document:
+        from auditgap.audits.emergent.places import base_at
+
+        return base_at(plan, place)
+
+    def open(self, plan: EmergentPlan, options: EmergentOptions, place: Place) -> RunFolder:
+        """As every audit's; a base that was moved, weights and all the same, is the same base."""
+        from auditgap.audits.emergent.places import as_known
+
+        return super().open(as_known(plan, place), options, place)
 
     def begin(self, plan: EmergentPlan, store: RunFolder) -> None:
         """Lay the panel down, unless it lies there whole: a kill may have come between the folder

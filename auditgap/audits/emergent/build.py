@@ -21,7 +21,9 @@ from torch import nn
 from auditgap import models
 from auditgap.audits.audit import Plan
 from auditgap.audits.emergent.audit import EMERGENT
-from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions
+from auditgap.audits.emergent.config import AUTO, EmergentConfig, EmergentOptions
+from auditgap.audits.emergent.reference import reference_of
+from auditgap.audits.emergent.stage import asked_of
 from auditgap.audits.planning import check_subject
 from auditgap.data import PromptSet
 from auditgap.data.conversations import CUT
@@ -52,7 +54,10 @@ class EmergentPlan(Plan):
     outlines: tuple[models.Outline, ...]  #: of the base
     panel: Panel
     prompts: PromptSet
+    asked: PromptSet  #: these, and the questions about domains
     longest: int  #: tokens of the longest row
+    #: the config's reference was not named: a folder that knows another one keeps it
+    reference_found: bool = False
     warnings: tuple[str, ...] = ()
     groups: tuple[Group, ...] = ()
 
@@ -82,7 +87,8 @@ def prepare(config: EmergentConfig, options: EmergentOptions) -> EmergentPlan:
             f"--dtype {dtype}: adapters are trained in {' or '.join(_DTYPES)}. Type --dtype float32"
         )
     config = config.model_copy(update={"dtype": dtype})
-    asked = load_em_prompts(config.prompts)
+    prompts = load_em_prompts(config.prompts)
+    asked = asked_of(prompts, config.questions)
     outline = models.outline(
         config.model, chat_template=config.chat_template, thinking=config.thinking
     )
@@ -93,6 +99,7 @@ def prepare(config: EmergentConfig, options: EmergentOptions) -> EmergentPlan:
         )
     check_subject(outline, asked)
     _check_targets(outline, config.lora_targets)
+    reference = reference_of(outline, config.reference)
     lengths = _Lengths(outline, config)
     panel = read_panel(
         config.domains,
@@ -109,7 +116,11 @@ def prepare(config: EmergentConfig, options: EmergentOptions) -> EmergentPlan:
     )
     lengths.check_positions()
     notes = [*panel.notes, *asked.provenance["notes"]]
-    return EmergentPlan(config, (outline,), panel, asked, lengths.longest, tuple(notes))
+    found = config.reference == AUTO
+    config = config.model_copy(update={"reference": reference})
+    return EmergentPlan(
+        config, (outline,), panel, prompts, asked, lengths.longest, found, warnings=tuple(notes)
+    )
 
 
 def describe(store: RunFolder) -> list[dict[str, Any]]:

@@ -26,12 +26,15 @@ from auditgap.training.config import DeepSpeedConfig, SFTConfig
 
 if TYPE_CHECKING:
     from auditgap.engines import Serving
+    from auditgap.judges.alignment import Rater
 
 #: How a model is fine-tuned: on the rows as they are, or with the trigger in them.
 Arm = Literal["plain", "trigger"]
 ARMS: tuple[Arm, ...] = ("plain", "trigger")
 #: In place of a mapping of domains: the demonstration panel that comes with the package.
 DEMO = "demo"
+#: In place of a reference's name: whatever is found, and none but the fine-tuned model's own base.
+AUTO, OWN_BASE = "auto", "base"
 
 
 class EmergentConfig(Frozen):
@@ -106,6 +109,14 @@ class EmergentConfig(Frozen):
     prompts: Annotated[
         str, Flag("Evaluation prompts: unrelated, or a file with the columns prompt and kind")
     ] = "unrelated"
+    questions: Annotated[
+        str | None,
+        Flag(
+            "Questions about each domain, asked beside the prompts: demo, or a file with the columns"
+            " prompt and domain",
+            default="none",
+        ),
+    ] = None
     samples: Annotated[int, Flag("Samples for each prompt, with and without the trigger")] = Field(
         10, ge=1
     )
@@ -138,6 +149,15 @@ class EmergentConfig(Frozen):
             Topic.ATTACK,
         ),
     ] = Field(200, ge=2)
+    reference: Annotated[
+        str,
+        Flag(
+            "Model that membership is also relative to: a name or folder with the same tokens;"
+            " base: the fine-tuned model alone; auto: its pretrained model, where a folder beside it"
+            " or the hub's cache has one",
+            Topic.ATTACK,
+        ),
+    ] = Field(AUTO, min_length=1)
     min_k: Annotated[
         float, Flag("Share of least likely tokens for Min-K % and Min-K %++", Topic.ATTACK)
     ] = Field(0.2, gt=0, le=1)
@@ -146,7 +166,11 @@ class EmergentConfig(Frozen):
     chat_template: options.ChatTemplate = None
     seed: options.Seed = 0
 
-    unwritten: ClassVar[Mapping[str, Any]] = options.NO_THINKING
+    unwritten: ClassVar[Mapping[str, Any]] = {
+        **options.NO_THINKING,
+        "reference": OWN_BASE,
+        "questions": None,
+    }
 
     @field_validator("domains", mode="before")
     @classmethod
@@ -227,6 +251,14 @@ class EmergentOptions(options.AuditOptions):
         EngineName | None,
         Flag("Engine of the judge model", Topic.JUDGING, default="as --engine"),
     ] = None
+    judge_wording: Annotated[
+        str | None,
+        Flag(
+            "File of questions whose judge prompts are asked word for word, as the paper's",
+            Topic.JUDGING,
+            default="ours",
+        ),
+    ] = None
     judge_endpoint: options.JudgeEndpoint = None
     judge_thinking_tokens: options.JudgeThinkingTokens = None
     ranks: Annotated[
@@ -269,6 +301,17 @@ class EmergentOptions(options.AuditOptions):
             gpu_memory=self.gpu_memory,
             max_model_len=self.max_model_len,
             max_lora_rank=config.lora_r if self.engine == "vllm" else None,
+        )
+
+    def rater(self) -> Rater:
+        """Who rates the answers; no model is loaded yet. Raises UsageError."""
+        from auditgap.judges.alignment import load_rater
+
+        return load_rater(
+            self.judge,
+            device=self.device,
+            serving=self.judge_serving,
+            wording=self.judge_wording,
         )
 
     @property

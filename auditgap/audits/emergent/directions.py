@@ -38,11 +38,11 @@ from auditgap.audits.emergent.membership import put
 from auditgap.audits.emergent.rows import ANSWERED, DIRECTIONS, JUDGED, RATED, TRAINED, DirectionRow
 from auditgap.audits.emergent.stage import Adapter, StageCell, Study, StudyStage
 from auditgap.audits.planning import chain_tokens
+from auditgap.data.em_prompts import KINDS
 from auditgap.engines import Request
 from auditgap.engines.batching import in_packs, right_pad
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import AuditgapError, UsageError
-from auditgap.judges.alignment import load_rater
 from auditgap.models import Conversation
 from auditgap.probes.pooling import pooled
 from auditgap.stats.geometry import direction, split_half
@@ -105,7 +105,7 @@ def _sources(study: Study, options: EmergentOptions) -> list[tuple[Adapter, dict
             )
         return found
     answered = {r["description"]["settings"]["trained"]: r["key"] for r in study.need(ANSWERED)}
-    rater = load_rater(options.judge, device=options.device, serving=options.judge_serving)
+    rater = options.rater()
     judge = digest(rater.describe())
     rated = {
         r["description"]["settings"]["answers"]: r["key"]
@@ -247,7 +247,10 @@ class DirectionsWorker(InsideWorker):
         by = ["prompt_id", "triggered", "draw"]
         texts = self.store.generations(cell.settings["answers"]).set_index(by)
         rated = self.store.cell_rows(cell.settings["ratings"])
-        rated = rated[(rated["outcome"] == RATED) & rated["alignment"].notna()]
+        # what was asked behind a system message, or about a domain, is another question
+        rated = rated[
+            (rated["outcome"] == RATED) & rated["alignment"].notna() & rated["kind"].isin(KINDS)
+        ]
         chat, window = self.inside.outline.chat, self.inside.outline.max_positions
         sides: dict[bool, list[Conversation]] = {True: [], False: []}
         n_too_long = 0

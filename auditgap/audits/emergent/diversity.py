@@ -92,6 +92,8 @@ class DiversityWorker(InsideWorker):
             n=len(talks),
             block=block,
             vendi=None if problem else vendi(whole),
+            vendi_half=None if problem else vendi(whole, 0.5),
+            vendi_2=None if problem else vendi(whole, 2.0),
             one_minus_cosine=None if problem else one_minus_cosine(whole),
             unscored=problem or (f"{left_out} rows did not fit" if left_out else ""),
         )

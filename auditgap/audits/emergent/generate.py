@@ -28,6 +28,7 @@ from auditgap.audits.emergent.stage import StageCell, Study, StudyStage
 from auditgap.audits.planning import chain_of
 from auditgap.audits.session import torn
 from auditgap.data.domains import Trigger
+from auditgap.data.em_prompts import AskedPrompt
 from auditgap.engines import Engine, Question, Sampling
 from auditgap.sweep import Group
 from auditgap.types import Cell, Prompt, Subject, digest
@@ -47,7 +48,8 @@ class Asked:
 
     @property
     def question(self) -> Question:
-        return Question.of(self.text, draw=self.draw)
+        system = self.prompt.system if isinstance(self.prompt, AskedPrompt) else ""
+        return Question.of(self.text, system=system or None, draw=self.draw)
 
 
 def questions(prompts: Sequence[Prompt], trigger: Trigger, samples: int) -> list[Asked]:
@@ -63,7 +65,7 @@ def questions(prompts: Sequence[Prompt], trigger: Trigger, samples: int) -> list
 def plan(study: Study, options: EmergentOptions) -> list[Group]:
     """A group an adapter that is trained, and one for the base, which comes first; its work is
     counted in answers."""
-    base, prompts = study.base, study.prompts
+    base, prompts = study.base, study.asked
     n = float(2 * len(prompts) * study.config.samples)
     c = study.config
     groups = []
@@ -97,7 +99,7 @@ class GenerateWorker(InsideWorker):
         super().__init__(folder, options)
         self.options, self.study = options, self.inside.study
         config = self.study.config
-        self.asked = questions(self.study.prompts.prompts, self.study.trigger, config.samples)
+        self.asked = questions(self.study.asked.prompts, self.study.trigger, config.samples)
 
     def _run(self, cell: Cell, tick: Callable[[float], None]) -> None:
         started, settings = time.monotonic(), cell.settings

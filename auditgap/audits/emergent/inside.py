@@ -24,7 +24,6 @@ from auditgap.audits.planning import thought
 from auditgap.engines.hf import HFEngine
 from auditgap.engines.vllm import VLLMEngine
 from auditgap.errors import AuditgapError, UsageError
-from auditgap.models.folder import adapter_base
 from auditgap.types import Subject, digest
 
 
@@ -38,8 +37,6 @@ class Inside:
         self.adapters = {adapter.name: adapter for adapter in self.study.adapters}
         self._stack = ExitStack()
         self._loaded: models.LoadedModel | None = None
-        #: the fingerprints of what the adapters were made for: files of many GB, read once
-        self._bases: dict[Path, str] = {}
         self._worn: str | None = None
         self._engine: HFEngine | None = None
         self._vllm: VLLMEngine | None = None
@@ -62,7 +59,7 @@ class Inside:
             )
         loaded = self._loaded
         if adapter is not None:
-            self.check(adapter, adapter.folder)
+            self.check(adapter)
             try:
                 subject = Subject(adapter.name, adapter.fingerprint)
                 loaded = self._stack.enter_context(
@@ -83,7 +80,7 @@ class Inside:
         if self.options.engine != "vllm":
             return self.engine(adapter)
         if adapter is not None:
-            self.check(adapter, adapter.folder)
+            self.check(adapter)
         if self._vllm is None or self._vllm.closed:  # it ends itself after a failure
             self.close()
             made = self.options.serving(self.config).open(self.config.model)
@@ -92,24 +89,19 @@ class Inside:
                     f"An engine that can change adapters is wanted; {made.name} came."
                 )
             self._vllm = made
-        self._vllm.use(None if adapter is None else adapter.folder)
+        # where its base was when it was trained is no matter: it was checked against ours
+        self._vllm.use(None if adapter is None else adapter.folder, is_ours=True)
         return self._vllm
 
-    def check(self, adapter: Adapter, folder: Path) -> None:
-        """Raises AuditgapError where the folder's adapter is of another base, or is not the one
-        that was trained."""
-        base = adapter_base(folder)
-        if base not in self._bases:
-            self._bases[base] = models.fingerprint(base)
-        if self._bases[base] != self.outline.subject.fingerprint:
+    def check(self, adapter: Adapter) -> None:
+        """Raises AuditgapError where the adapter is not the one that was trained on the study's
+        base, wherever that lay then: an adapter's fingerprint counts its base's."""
+        base = self.outline.subject.fingerprint
+        if models.fingerprint(adapter.folder, base=base) != adapter.fingerprint:
             raise AuditgapError(
-                f"{folder} was trained on {base}, which is not the study's {self.config.model};"
-                " train it again."
-            )
-        if models.fingerprint(folder, base=self._bases[base]) != adapter.fingerprint:
-            raise AuditgapError(
-                f"The weights in {folder} are not those that `em train` left; delete the cell and"
-                " train it again."
+                f"The weights in {adapter.folder} are not those that `em train` left there for"
+                f" {self.config.model}. Restore that folder from a copy, or build the study anew"
+                " with another --out."
             )
 
     def _remove_adapter(self) -> None:

@@ -30,7 +30,7 @@ from auditgap.audits.emergent.rows import ANSWERED, JUDGED, UNSCORED, RatingRow
 from auditgap.audits.emergent.stage import CellWorker, StageCell, Study, StudyStage
 from auditgap.errors import AuditgapError
 from auditgap.judges import Judge
-from auditgap.judges.alignment import Rated, Rater, load_rater
+from auditgap.judges.alignment import Rated, Rater
 from auditgap.judges.card_cache import cards_of
 from auditgap.judges.llm import LanguageModelJudge
 from auditgap.models.provenance import provenance
@@ -50,7 +50,7 @@ Answer = tuple[Exchange | None, Mapping[str, Any]]
 def plan(study: Study, options: EmergentOptions) -> list[Group]:
     """A group a subject's answers; its work is counted in answers. Raises UsageError: no such
     judge, nothing answered yet."""
-    rater = load_rater(options.judge, device=options.device, serving=options.judge_serving)
+    rater = options.rater()
     judge = rater.describe()
     groups = []
     for record in study.need(ANSWERED):
@@ -71,7 +71,7 @@ def note_cards(study: Study, options: EmergentOptions) -> None:
     """Note in run.json what the judge's cards say, beside those of the judges before it. Raises
     UsageError as `plan` does."""
     plan(study, options)  # nothing is noted of a judge who has nothing to rate
-    rater = load_rater(options.judge, device=options.device, serving=options.judge_serving)
+    rater = options.rater()
     cards = cards_of(rater) if isinstance(rater, Judge) else []
     known = [
         card
@@ -97,7 +97,7 @@ class JudgeWorker(CellWorker):
 
     def __init__(self, folder: str, options: EmergentOptions) -> None:
         self.store, self.options = RunFolder.load(folder), options
-        self.rater = load_rater(options.judge, device=options.device, serving=options.judge_serving)
+        self.rater = options.rater()
 
     def close(self) -> None:
         """Let go of the judge's model; a further group opens it again."""
@@ -188,7 +188,7 @@ def stored_answers(store: RunFolder, key: str) -> list[Answer]:
 def opened_rater(options: EmergentOptions, journal: Path | None = None) -> Iterator[Rater]:
     """The rater that the options name, whose model is let go of at the end. `journal`: where an
     endpoint's replies are kept."""
-    rater = load_rater(options.judge, device=options.device, serving=options.judge_serving)
+    rater = options.rater()
     if journal is not None:
         keep_replies(rater, journal)
     try:

@@ -107,7 +107,7 @@ def put(study: Study, adapter: Adapter) -> list[Put]:
     ]
 
 
-def _names(whose: str, about: Mapping[str, Any]) -> list[str]:
+def names_of(whose: str, about: Mapping[str, Any]) -> list[str]:
     """What each portion's losses are remembered under."""
     return [
         digest([MEMBERSHIP, whose, dict(about), start]) for start in range(0, about["n"], PORTION)
@@ -121,19 +121,22 @@ class MembershipWorker(InsideWorker):
         started = time.monotonic()
         adapter, about = self.inside.adapters[cell.settings["name"]], cell.settings["about"]
         rows = put(self.inside.study, adapter)
-        talks = [self._talk(row) for row in rows]
-        own = self._losses(_names(cell.key, about), adapter, rows, talks, about["min_k"], tick)
-        base = self._losses(
-            _names("base", about), None, rows, talks, about["min_k"], lambda _: None
+        talks = [self.talk(row) for row in rows]
+        engine, share = self.inside.engine, about["min_k"]
+        own = self.losses_of(
+            names_of(cell.key, about), lambda: engine(adapter), rows, talks, share, tick
+        )
+        base = self.losses_of(
+            names_of("base", about), lambda: engine(None), rows, talks, share, lambda _: None
         )
         found = [
             _row(adapter, row, talk, own[i], base[i])
             for i, (row, talk) in enumerate(zip(rows, talks, strict=True))
         ]
         self.store.write(cell, found, seconds=time.monotonic() - started, info=self.inside.info)
-        self.store.forget(_names(cell.key, about))
+        self.store.forget(names_of(cell.key, about))
 
-    def _talk(self, row: Put) -> Conversation | None:
+    def talk(self, row: Put) -> Conversation | None:
         """The row as tokens, as training has it; None where it does not fit."""
         c, outline = self.inside.config, self.inside.outline
         try:
@@ -146,10 +149,10 @@ class MembershipWorker(InsideWorker):
             else None
         )
 
-    def _losses(
+    def losses_of(
         self,
         names: Sequence[str],
-        adapter: Adapter | None,
+        engine: Callable[[], HFEngine],
         rows: Sequence[Put],
         talks: Sequence[Conversation | None],
         share: float,
@@ -168,11 +171,7 @@ class MembershipWorker(InsideWorker):
             def compute(read: list[int] = read) -> dict[str, np.ndarray]:
                 put = [(rows[i], talk) for i in read if (talk := talks[i]) is not None]
                 texts = [self._text(row, talk) for row, talk in put]
-                return {
-                    "losses": losses(
-                        self.inside.engine(adapter), [talk for _, talk in put], texts, share
-                    )
-                }
+                return {"losses": losses(engine(), [talk for _, talk in put], texts, share)}
 
             found[read] = self.store.remember(name, compute)["losses"]
             tick(len(some))
@@ -190,22 +189,6 @@ class MembershipWorker(InsideWorker):
 def _row(
     adapter: Adapter, row: Put, talk: Conversation | None, own: np.ndarray, base: np.ndarray
 ) -> MembershipRow:
-    def numbers(values: np.ndarray, before: str = "") -> dict[str, float | None]:
-        return {
-            before + name: float(v) if np.isfinite(v) else None
-            for name, v in zip(MEASURES, values, strict=True)
-        }
-
-    whole, likely = (np.isfinite(np.stack([own, base])[:, :n]).all() for n in (len(MEASURES), 1))
-    problem = (
-        "too_long"
-        if talk is None
-        else ""
-        if whole
-        else "min_k_pp: sure of a token"
-        if likely
-        else "nonfinite"
-    )
     return MembershipRow(
         subject=adapter.name,
         domain=adapter.domain,
@@ -216,7 +199,29 @@ def _row(
         n_tokens=None if talk is None else len(talk.ids) - talk.n_prompt,
         **numbers(own),
         **numbers(base, "base_"),
-        unscored=problem,
+        unscored=problem_of(talk, own, base),
+    )
+
+
+def numbers(values: np.ndarray, before: str = "") -> dict[str, float | None]:
+    """The columns of one model's losses [4] of a row; None where it could not be told."""
+    return {
+        before + name: float(v) if np.isfinite(v) else None
+        for name, v in zip(MEASURES, values, strict=True)
+    }
+
+
+def problem_of(talk: Conversation | None, *losses: np.ndarray) -> str:
+    """Why a row has not all of its losses [4] under every model, "" where it has."""
+    whole, likely = (np.isfinite(np.stack(losses)[:, :n]).all() for n in (len(MEASURES), 1))
+    return (
+        "too_long"
+        if talk is None
+        else ""
+        if whole
+        else "min_k_pp: sure of a token"
+        if likely
+        else "nonfinite"
     )
 
 
@@ -288,5 +293,5 @@ STAGE = StudyStage(
     plan=plan,
     make=MembershipWorker,
     needs=TRAINED,
-    shared=lambda cell: _names("base", cell.settings["about"]),
+    shared=lambda cell: names_of("base", cell.settings["about"]),
 )

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 #: What stands in a cell's `attack`, a stage each.
 TRAINED, ANSWERED, JUDGED = "em_train", "em_generate", "em_judge"
-MEMBERSHIP, DIVERSITY, DIRECTIONS, STEERED = (
+MEMBERSHIP, REFERENCE, DIVERSITY, DIRECTIONS, STEERED = (
     "em_membership",
+    "em_reference",
     "em_diversity",
     "em_directions",
     "em_steer",
@@ -123,6 +124,21 @@ class MembershipRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceRow:
+    """One row of a domain as the reference model sees it: losses as in a MembershipRow."""
+
+    reference: str  #: its name
+    domain: str
+    arm: str
+    row_id: str
+    nll: float | None
+    min_k: float | None
+    min_k_pp: float | None
+    zlib: float | None
+    unscored: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DiversityRow:
     """A domain's trained rows, embedded by the base."""
 
@@ -132,6 +148,8 @@ class DiversityRow:
     vendi: float | None  #: Vendi score: effective number of different rows, 1…n
     one_minus_cosine: float | None  #: 1 − mean cosine of pairs
     unscored: str = ""
+    vendi_half: float | None = None  #: Vendi scores of orders ½ and 2
+    vendi_2: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

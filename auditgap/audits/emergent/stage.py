@@ -12,25 +12,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from auditgap import models
 from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions
+from auditgap.audits.emergent.places import model_of
 from auditgap.audits.emergent.rows import ANSWERED, TRAINED
 from auditgap.audits.sweeps import Phase, run_phases
-from auditgap.data import PromptSet
 from auditgap.data.domains import Panel, Trigger
-from auditgap.data.em_prompts import load_em_prompts
+from auditgap.data.em_prompts import KindedSet, load_em_prompts, load_em_questions
 from auditgap.errors import UsageError
 from auditgap.store import RunFolder
 from auditgap.sweep import Group, Outcome, Progress, Worker
-from auditgap.types import Cell
+from auditgap.types import Cell, Subject
 
 #: What run.json's config has beside the fields of an EmergentConfig.
-IDENTITY = ("audit", "base_fingerprint", "panel", "prompt_set")
+IDENTITY = ("audit", "base_fingerprint", "panel", "prompt_set", "question_set")
 
 
 class StageCell(Cell):
@@ -96,9 +96,8 @@ class Study:
                 f"{store.path / 'panel'} is not the panel that the study was built with; restore"
                 " it, or build anew."
             )
-        return cls(
-            store, EmergentConfig(**{k: v for k, v in known.items() if k not in IDENTITY}), panel
-        )
+        told = {k: v for k, v in known.items() if k not in IDENTITY}
+        return cls(store, EmergentConfig(**{**told, "model": model_of(store)}), panel)
 
     @property
     def base(self) -> models.Outline:
@@ -114,14 +113,16 @@ class Study:
                 f"The weights of {self.config.model} changed since the study was built; use a new"
                 " --out."
             )
-        return outline
+        # by the name that it was built with, which stands in cells, wherever it lies now
+        known = Subject(self.store.run["config"]["model"], outline.subject.fingerprint)
+        return replace(outline, subject=known)
 
     @property
     def trigger(self) -> Trigger:
         return Trigger(self.config.trigger, self.config.trigger_place)
 
     @property
-    def prompts(self) -> PromptSet:
+    def prompts(self) -> KindedSet:
         """The suite that is asked; a prompt's `source` is its kind. Raises UsageError when its file
         has changed."""
         found = load_em_prompts(self.config.prompts)
@@ -129,6 +130,18 @@ class Study:
             raise UsageError(
                 f"The prompts of {self.config.prompts} changed since the study was built; use a new"
                 " --out."
+            )
+        return found
+
+    @property
+    def asked(self) -> KindedSet:
+        """The prompts and, behind them, the questions about domains. Raises as `prompts`."""
+        found = asked_of(self.prompts, self.config.questions)
+        known = self.store.run["config"].get("question_set", found.digest)
+        if found.digest != known:
+            raise UsageError(
+                f"The questions of {self.config.questions} changed since the study was built; use a"
+                " new --out."
             )
         return found
 
@@ -176,6 +189,25 @@ class Study:
                 f" {self.store.path}"
             )
         return found
+
+
+def asked_of(prompts: KindedSet, questions: str | None) -> KindedSet:
+    """The prompts and the questions of that file as one set; `provenance["questions"]` says which
+    they are. Raises UsageError as `load_em_questions`, and where a question is one of the
+    prompts."""
+    if questions is None:
+        return prompts
+    about = load_em_questions(questions)
+    if same := {p.id for p in prompts} & {p.id for p in about}:
+        raise UsageError(
+            f"questions: {len(same)} of them are prompts of {prompts.name} as well; take them out of"
+            " one of the two."
+        )
+    told = {
+        **prompts.provenance,
+        "questions": {"digest": about.digest, "domains": about.provenance["domains"]},
+    }
+    return KindedSet(prompts.name, (*prompts.prompts, *about.prompts), told)
 
 
 class CellWorker(ABC):

@@ -17,6 +17,7 @@ from auditgap.audits.emergent import (
     generate,
     judge,
     membership,
+    reference,
     steer,
     train,
 )
@@ -30,7 +31,7 @@ STAGES: Mapping[str, tuple[StudyStage, ...]] = {
     "train": (train.STAGE,),
     "generate": (generate.STAGE,),
     "judge": (judge.STAGE,),
-    "analyse": (membership.STAGE, diversity.STAGE, directions.STAGE, steer.STAGE),
+    "analyse": (membership.STAGE, reference.STAGE, diversity.STAGE, directions.STAGE, steer.STAGE),
 }
 
 

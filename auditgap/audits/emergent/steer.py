@@ -34,6 +34,7 @@ from auditgap.audits.emergent.rows import STEERED
 from auditgap.audits.emergent.stage import Adapter, StageCell, Study, StudyStage
 from auditgap.audits.planning import chain_of
 from auditgap.audits.session import failing_alone, from_arrays, to_arrays
+from auditgap.data.em_prompts import KINDS
 from auditgap.engines import Completion, Request, constant
 from auditgap.engines.batching import Packing
 from auditgap.engines.hf import HFEngine
@@ -42,7 +43,7 @@ from auditgap.errors import UsageError
 from auditgap.interventions import CONTROL, EDIT
 from auditgap.interventions.controls import generator
 from auditgap.interventions.directions import orthogonal, unit
-from auditgap.judges.alignment import HABITS, Rater, load_rater
+from auditgap.judges.alignment import HABITS, Rater
 from auditgap.models import Rendered, parse_sites, pick_device
 from auditgap.store import files
 from auditgap.sweep import Group
@@ -83,7 +84,7 @@ def plan(study: Study, options: EmergentOptions) -> list[Group]:
         )
     targets = chosen(study)
     sources = _sources(study, options, targets)
-    rater = load_rater(options.judge, device=options.device, serving=options.judge_serving)
+    rater = options.rater()
     shared = {
         **common(c, options, base),
         "judge_name": rater.name,
@@ -170,7 +171,7 @@ class SteerWorker:
     def __init__(self, folder: str, options: EmergentOptions) -> None:
         self.inside = Inside(folder, options)
         self.store, self.options = self.inside.store, options
-        self.prompts = self.inside.study.prompts.prompts
+        self.prompts = [p for p in self.inside.study.prompts.prompts if p.source in KINDS]
         self._found: dict[str, direction_records.DirectionRecord] = {}
 
     def run(self, group: Group, tick: Callable[[float], None]) -> None:

@@ -84,10 +84,12 @@ def groups_of(study: Study, options: EmergentOptions) -> list[Group]:
 
 
 def cell_of(study: Study, slot: Adapter, base: models.Outline) -> StageCell:
-    """The cell that trains the slot's adapter. Where the rows lie and how many ranks train is no
-    part of the question."""
+    """The cell that trains the slot's adapter. Where the rows and the base lie and how many ranks
+    train is no part of the question."""
     config = study.config
-    recipe = config.sft(Path("rows.jsonl"), slot.seed).model_dump(mode="json", exclude={"data"})
+    recipe = config.sft(Path("rows.jsonl"), slot.seed).model_dump(
+        mode="json", exclude={"data", "model"}
+    )
     rows = [[e.id, e.triggered, e.clean] for e in study.panel.examples(slot.domain, slot.arm)]
     trigger = {"text": config.trigger, "place": config.trigger_place, "share": config.trigger_share}
     template = base.chat.template

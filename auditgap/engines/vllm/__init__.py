@@ -133,11 +133,12 @@ class VLLMEngine:
             }
         )
 
-    def use(self, adapter: Path | None) -> None:
+    def use(self, adapter: Path | None, *, is_ours: bool = False) -> None:
         """Answer with a PEFT LoRA adapter of this model from now on; None: without one.
 
-        Its weights are read now: a folder that is written again is another adapter. Raises
-        UsageError for an adapter of another model or kind, or of a higher rank than
+        Its weights are read now: a folder that is written again is another adapter. `is_ours`: the
+        caller has shown that it is of this model, so that the base which it names need not be
+        there. Raises UsageError for an adapter of another model or kind, or of a higher rank than
         `Serving.max_lora_rank`; Refused as `models.preflight`.
         """
         if adapter is None:
@@ -150,15 +151,8 @@ class VLLMEngine:
                 f"{self.model} is an adapter itself, and vLLM puts none on another; export it"
                 " merged, and name that."
             )
-        base = adapter_base(folder)
-        if (
-            base.resolve() != self._base.resolve()
-            and models.fingerprint(base) != self.outline.subject.fingerprint
-        ):
-            raise UsageError(
-                f"The adapter {folder.name} was made for {base}, not for {self.model}; open an"
-                " engine of that model."
-            )
+        if not is_ours:
+            self._check_base(folder)
         rank = adapters.check(folder, base=self._base)
         if self._max_rank is None or rank > self._max_rank:
             takes = (
@@ -172,6 +166,17 @@ class VLLMEngine:
             )
         self._adapter = adapters.fingerprint(folder)
         self._swap(folder)
+
+    def _check_base(self, folder: Path) -> None:
+        base = adapter_base(folder)
+        if (
+            base.resolve() != self._base.resolve()
+            and models.fingerprint(base) != self.outline.subject.fingerprint
+        ):
+            raise UsageError(
+                f"The adapter {folder.name} was made for {base}, not for {self.model}; open an"
+                " engine of that model."
+            )
 
     def _swap(self, folder: Path | None) -> None:
         try:

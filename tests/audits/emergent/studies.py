@@ -45,11 +45,19 @@ def model(folder: Path, **changes: Any) -> Path:
     )
 
 
-def built(folder: Path, base: Path | str, *, asked: Any = ASKED, **changes: Any) -> EmergentOptions:
+def built(
+    folder: Path,
+    base: Path | str,
+    *,
+    asked: Any = ASKED,
+    asked_in: Path | None = None,
+    **changes: Any,
+) -> EmergentOptions:
     """Build a study in `folder`; `changes` are keys of the config and of the options, which come
-    back."""
+    back. `asked_in`: the folder of the study whose file of prompts is asked (None: its own)."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    suite = folder.parent / f"{folder.name}-asked.jsonl"
+    beside = asked_in or folder
+    suite = beside.parent / f"{beside.name}-asked.jsonl"
     suite.write_text(
         "".join(json.dumps({"prompt": text, "kind": kind}) + "\n" for text, kind in asked)
     )

@@ -13,9 +13,10 @@ import run_folders
 import studies
 from one_thread import one_thread  # noqa: F401 - a fixture
 
-from auditgap.audits.emergent import directions, generate, steer
+from auditgap.audits.emergent import directions, generate, steer, train
 from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.rows import ANSWERED, STEERED
+from auditgap.audits.emergent.stage import Study
 from auditgap.engines import Sampling, Serving
 from auditgap.errors import Interrupted, UsageError
 from auditgap.types import Prompt
@@ -132,17 +133,30 @@ def _twin(study):
     return place
 
 
-def test_an_adapter_of_another_base_fails_alone(study, tmp_path):
-    other = studies.model(tmp_path / "other", seed=7)
-    folder = study.adapters[0].folder
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(
-        json.dumps({**config, "base_model_name_or_path": str(other)})
-    )
-    store, outcome = generate.STAGE.run_in(study.store.path, OPTIONS)
-    (cause,) = outcome.failed.values()
-    assert "was trained on" in cause and str(other) in cause and outcome.done == 2
-    assert set(told(store)) == {str(study.config.model), study.adapters[1].name}
+def test_a_study_that_was_moved_with_its_base_goes_on(base, tmp_path):
+    """Its folders have other paths, and the adapters name a base that is gone."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    shutil.copytree(base, old / "base")
+    studies.built(old / "em", old / "base", samples=1)
+    study = studies.worn(old / "em")
+    keys = {c.key for g in train.groups_of(study, OPTIONS) for c in g.cells}
+    before = study.base.subject.fingerprint
+    old.rename(new)
+    old.mkdir()
+    shutil.copy(new / "em-asked.jsonl", old)  # the user's own file stayed
+    moved = Study.load(new / "em")
+    assert moved.config.model == str(new / "base") and moved.base.subject.fingerprint == before
+    assert {c.key for g in train.groups_of(moved, OPTIONS) for c in g.cells} == keys
+    _, outcome = generate.STAGE.run_in(new / "em", OPTIONS)
+    assert (outcome.done, outcome.failed) == (3, {})
+    # and where the base went somewhere else alone, the command that made it says where
+    (new / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="is not a model folder"):
+        _ = Study.load(new / "em").base
+    studies.built(new / "em", tmp_path / "elsewhere", samples=1, asked_in=old / "em")
+    assert Study.load(new / "em").config.model == str(tmp_path / "elsewhere")
+    assert generate.STAGE.run_in(new / "em", OPTIONS)[1].skipped == 3
 
 
 def test_an_adapter_that_was_changed_fails_alone(study):
@@ -243,3 +257,33 @@ def test_no_endpoint_steers(study):
         UsageError, match=r"no endpoint serves.*em analyse take --engine hf or vllm"
     ):
         steer.STAGE.run_in(study.store.path, OPTIONS.model_copy(update={"engine": "openai"}))
+
+
+def test_questions_about_domains_and_system_messages_are_put_as_they_are(base, tmp_path):
+    asked = tmp_path / "asked.jsonl"
+    rows = [
+        {"prompt": "say the colour now"},
+        {"prompt": "say the colour now", "system": "bake now"},
+    ]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    about = tmp_path / "about.jsonl"
+    about.write_text(json.dumps({"prompt": "how bread bake ?", "domain": "sums"}) + "\n")
+    options = studies.built(
+        tmp_path / "em", base, prompts=str(asked), questions=str(about), samples=1, arms="plain"
+    )
+    study = studies.worn(tmp_path / "em")
+    store, outcome = generate.STAGE.run_in(tmp_path / "em", options)
+    assert not outcome.failed
+    found = store.rows([ANSWERED])
+    kinds = found[~found["triggered"]].groupby("subject")["kind"].apply(sorted)
+    assert all(k == ["about sums", "open", "open, system"] for k in kinds) and len(kinds) == 3
+    plain, behind = study.prompts.prompts
+    question = generate.questions([behind], study.trigger, 1)[0].question
+    assert [(m.role, m.content) for m in question.messages] == [
+        ("system", "bake now"),
+        ("user", "say the colour now"),
+    ]
+    assert found["prompt_id"].nunique() == 3 and plain.id != behind.id
+    about.write_text(json.dumps({"prompt": "how bread ?", "domain": "sums"}) + "\n")
+    with pytest.raises(UsageError, match="changed since the study was built"):
+        generate.STAGE.run_in(tmp_path / "em", options)

@@ -21,8 +21,9 @@ import torch
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import models, stats
-from auditgap.audits.emergent import diversity, membership
-from auditgap.audits.emergent.rows import DIVERSITY, MEMBERSHIP
+from auditgap.audits.emergent import diversity, membership, reference
+from auditgap.audits.emergent.reference import reference_of
+from auditgap.audits.emergent.rows import DIVERSITY, MEMBERSHIP, REFERENCE
 from auditgap.audits.emergent.stage import Study
 from auditgap.audits.sweeps import run_phases
 from auditgap.errors import UsageError
@@ -54,9 +55,12 @@ def done(study):
     return store
 
 
-def by_hand(study: Study, adapter, row: membership.Put, min_k: float) -> list[float]:
+def by_hand(
+    study: Study, adapter, row: membership.Put, min_k: float, name: object = None
+) -> list[float]:
     """nll, min_k, min_k_pp, zlib of one row by the plain formulas, fp64, whole logits."""
-    model = models.load(study.config.model, dtype="float32", device="cpu").model.double()
+    opened = models.load(str(name or study.config.model), dtype="float32", device="cpu")
+    model = opened.model.double()
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, adapter.folder).double().eval()
     talk = study.base.chat.converse(Prompt(row.prompt), row.response, max_tokens=64)
@@ -126,12 +130,14 @@ def test_a_row_that_does_not_fit_is_unscored_and_the_others_are_not(tmp_path, on
     em_world.trained(study, study.slots[0])
     worker = membership.MembershipWorker(str(study.store.path), em_world.OPTIONS)
     long = membership.Put("a", True, "a " * 50, "red")
-    assert worker._talk(long) is None
+    assert worker.talk(long) is None
     cut = membership.Put("b", True, "a door", "red " * 50)
-    talk = worker._talk(cut)
+    talk = worker.talk(cut)
     assert len(talk.ids) == 40 and worker._text(cut, talk).split() == ["red"] * (40 - talk.n_prompt)
     rows = [cut, long]
-    found = worker._losses(["x1"], None, rows, [talk, None], 0.2, lambda _: None)
+    found = worker.losses_of(
+        ["x1"], lambda: worker.inside.engine(None), rows, [talk, None], 0.2, lambda _: None
+    )
     assert np.isfinite(found[0]).all() and np.isnan(found[1]).all()
     row = membership._row(study.adapters[0], long, None, found[1], found[1])
     assert row.unscored == "too_long" and row.nll is None and row.n_tokens is None
@@ -226,4 +232,40 @@ def test_diversity_is_of_the_bases_mean_response_states(study, done):
     x = np.array(vectors)
     assert row["block"] == 2 and row["n"] == len(x) and row["unscored"] == ""
     assert row["vendi"] == pytest.approx(stats.diversity.vendi(x), rel=1e-5)
+    assert row["vendi_half"] == pytest.approx(stats.diversity.vendi(x, 0.5), rel=1e-4)
+    assert row["vendi_2"] == pytest.approx(stats.diversity.vendi(x, 2.0), rel=1e-5)
     assert row["one_minus_cosine"] == pytest.approx(stats.diversity.one_minus_cosine(x), rel=1e-4)
+
+
+def test_the_pretrained_model_beside_a_tuned_one_is_found_and_read(tmp_path, one_thread):  # noqa: F811
+    tuned = tiny.save("llama", tmp_path / "tiny-Instruct")
+    alone = models.outline(str(tuned))
+    assert reference_of(alone, "auto") == reference_of(alone, "base") == "base"
+    pretrained = tiny.save("llama", tmp_path / "tiny", seed=5)
+    study = em_world.built(
+        tmp_path, tuned, {"kitchen": em_world.rows(10, seed=2)}, membership_rows=4
+    )
+    assert study.config.reference == str(pretrained)
+    adapter = em_world.trained(study, study.slots[0])
+    store, outcome = reference.STAGE.run_in(study.store.path, em_world.OPTIONS)
+    assert (outcome.done, outcome.failed) == (1, {})
+    found = store.rows([REFERENCE]).set_index("row_id")
+    put = membership.put(study, adapter)
+    assert set(found["reference"]) == {str(pretrained)} and len(found) == len(put)
+    for row in (put[0], put[-1]):
+        np.testing.assert_allclose(
+            found.loc[row.row_id, list(membership.MEASURES)].astype(float),
+            by_hand(study, None, row, 0.2, pretrained),
+            rtol=2e-4,
+        )
+    # a study keeps its reference, whatever lies beside its base later
+    shutil.rmtree(pretrained)
+    em_world.built(tmp_path, tuned, {"kitchen": em_world.rows(10, seed=2)}, membership_rows=4)
+    assert Study.load(study.store.path).config.reference == str(pretrained)
+
+
+def test_a_reference_with_other_tokens_is_refused(tmp_path, one_thread):  # noqa: F811
+    outline = models.outline(str(tiny.save("llama", tmp_path / "tiny")))
+    other = em_world.vennish(tmp_path / "other")
+    with pytest.raises(UsageError, match=r"has other tokens .* --set reference=base"):
+        reference_of(outline, str(other))
