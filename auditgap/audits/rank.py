@@ -28,8 +28,9 @@ import torch
 
 from auditgap import models
 from auditgap.audits.ranked import from_bytes, to_bytes
-from auditgap.engines import Request, batching
+from auditgap.engines import Request, fitting
 from auditgap.engines.child import die_with, end_without, receive, send
+from auditgap.engines.fitting import Fitting, OutOfMemory, meter_of
 from auditgap.engines.hf import HFEngine
 from auditgap.interventions.pgd import PGD, Goal, attack
 from auditgap.models import Chat, Outline, Rendered, Shard
@@ -65,7 +66,7 @@ class Rank:
 
     def load(self, message: Mapping[str, Any], _: _Tensors) -> _Answer:
         said = self.settings
-        batching.LOCKSTEP = True
+        fitting.LOCKSTEP = True
         self._stack.enter_context(
             ranks.joined(timeout_minutes=_PATIENCE, meet=Path(message["meet"]))
         )
@@ -88,7 +89,12 @@ class Rank:
             device=ranks.device(said["device"]),
             shard=Shard.of(said["shard"]),
         )
-        self.engine = HFEngine(loaded, batch_tokens=said["batch_tokens"], agreed=ranks.of_main)
+        self.engine = HFEngine(
+            loaded,
+            batch_tokens=said["batch_tokens"],
+            agreed=ranks.of_main,
+            fitting=Fitting(meter_of(loaded.model), most=message["most"], least=ranks.lowest),
+        )
         return {}, {}
 
     def self_test(self, message: Mapping[str, Any], _: _Tensors) -> _Answer:
@@ -169,7 +175,9 @@ def main(fd: int, parent: int, scratch: Path) -> None:
                 answer, tensors = rank.do(message, from_bytes(data))
             except Exception as error:
                 traceback.print_exc()
-                send(connection, {"error": type(error).__name__, "said": str(error)})
+                full = error if isinstance(error, OutOfMemory) else None
+                about = {} if full is None else {"tokens": full.tokens, "rows": full.rows}
+                send(connection, {"error": type(error).__name__, "said": str(error), **about})
                 break
             send(connection, answer, to_bytes(tensors)) if ranks.is_main() else send(connection, {})
     sys.stdout.flush()

@@ -28,6 +28,7 @@ import torch
 
 from auditgap.engines import Completion, Request, check_length, completion_of
 from auditgap.engines.child import Child, Failed
+from auditgap.engines.fitting import OutOfMemory
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.interventions.pgd import PGD, AttackResult, Goal
 from auditgap.models import Outline, Rendered, Shard, pick_device, pick_dtype
@@ -75,10 +76,8 @@ class RankedEngine:
         shard.check(outline)
         shard.check_devices(device)
         self.outline, self.shard = outline, shard
-        self.closed = False
-        self._children: list[Child] = []
-        self._pool = ThreadPoolExecutor(shard.n)
-        settings = {
+        self._most: int | None = None  #: tokens of a batch, once memory was too small for more
+        self._settings = {
             "name": outline.subject.name,
             "fingerprint": outline.subject.fingerprint,
             "folder": str(outline.folder),
@@ -89,7 +88,7 @@ class RankedEngine:
             "dtype": str(pick_dtype(dtype, device)).removeprefix("torch."),
             "device": device,
         }
-        common = {
+        self._common = {
             "WORLD_SIZE": str(shard.n),
             "GLOO_SOCKET_IFNAME": _LOOPBACK,
             "NCCL_SOCKET_IFNAME": _LOOPBACK,
@@ -98,19 +97,27 @@ class RankedEngine:
         }
         if device == "cpu":
             threads = max(1, torch.get_num_threads() // shard.n)
-            common |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+            self._common |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+        self._start()
+
+    def _start(self) -> None:
+        """Start the ranks, each of which loads its part of the model."""
+        self.closed = False
+        self._children: list[Child] = []
+        self._pool = ThreadPoolExecutor(self.shard.n)
 
         def start(rank: int) -> Child:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            return Child("auditgap.audits.rank", settings, {**common, **own})
+            return Child("auditgap.audits.rank", self._settings, {**self._common, **own})
 
-        starting = [self._pool.submit(start, rank) for rank in range(shard.n)]
+        starting = [self._pool.submit(start, rank) for rank in range(self.shard.n)]
         wait(starting)
         self._children = [s.result() for s in starting if s.exception() is None]
-        if len(self._children) < shard.n:
+        if len(self._children) < self.shard.n:
             self.close()
             raise next(error for s in starting if (error := s.exception()) is not None)
-        self._tell("load", {"meet": str(self._children[0].log.parent / "meet")})
+        meet = str(self._children[0].log.parent / "meet")
+        self._told("load", {"meet": meet, "most": self._most})
 
     @property
     def pids(self) -> list[int]:
@@ -222,6 +229,20 @@ class RankedEngine:
     def _tell(
         self, do: str, message: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Rank 0's answer when all have done it. Where memory is too small for a batch on one of
+        them, all start again, and no batch is as large any more."""
+        while True:
+            try:
+                return self._told(do, message, tensors)
+            except OutOfMemory as full:
+                if full.rows == 1:
+                    raise
+                self._most = full.tokens // 2
+            self._start()
+
+    def _told(
+        self, do: str, message: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Rank 0's answer when all have done it. A rank that fails or dies ends all; raises what it
         died of."""
         if self.closed:
@@ -258,6 +279,8 @@ class RankedEngine:
         where = f"Rank {rank} of {self.shard.n} ({self.outline.subject.name})"
         if not isinstance(error, Failed):
             return AuditgapError(f"{where}: {error}")
+        if error.kind == OutOfMemory.__name__:
+            return OutOfMemory(error.answer["tokens"], error.answer["rows"])
         if error.kind in ("UsageError", "AuditgapError"):  # a sentence that needs no log beside it
             return (UsageError if error.kind == "UsageError" else AuditgapError)(error.said)
         self._children[rank].close(keep_log=True)

@@ -18,7 +18,7 @@ from typing import Any
 from auditgap import models
 from auditgap.audits.ranked import RankedEngine
 from auditgap.engines import Serving, Speaker
-from auditgap.engines.batching import Packing
+from auditgap.engines.batching import SPEAKING_IN_MEMORY, Packing
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import UsageError
 from auditgap.models import Shard
@@ -100,7 +100,7 @@ class Stage:
     def speaking_packs(self, lengths: list[int]) -> list[list[int]]:
         """Packs of completions; vLLM forms its own batches, so there a pack is only what is
         remembered together."""
-        return self.packing.speaking_packs(lengths, 8 if self.in_vllm else 1)
+        return self.packing.speaking_packs(lengths, SPEAKING_IN_MEMORY if self.in_vllm else 0)
 
     def close(self) -> None:
         """Release the subject, wherever it is; the next use loads it again."""

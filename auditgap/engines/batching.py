@@ -1,5 +1,5 @@
-"""Which rows run together: packs of like length under a token budget, left padding, halving when
-memory runs out.
+"""Which rows run together: packs of like length under a token budget, and left padding. How much of a
+pack fits is `fitting`'s.
 
     for pack in packs([31, 30, 31, 90], batch_tokens=96, pad_tolerance=0.06):
         # [1, 0, 2], [3]: positions into the list, short rows first
@@ -11,22 +11,19 @@ batches.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
-from auditgap.errors import AuditgapError
+from auditgap.engines.fitting import halving
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: Set in a process that is one of several ranks of a model: none of them may part a batch that the
-#: others do not.
-LOCKSTEP = False
+#: Tokens that are decoded together: on a CPU, and where there is memory for more.
+SPEAKING, SPEAKING_IN_MEMORY = 16384, 131072
 
 
 def packs(
@@ -63,16 +60,21 @@ class Packing:
     batch_tokens: int
     pad_tolerance: float = 0.06
     alone: bool = False  #: one row at a time, for a family whose numbers padding changes
+    speaking_tokens: int = SPEAKING  #: likewise, where tokens are decoded
 
     @classmethod
     def on(
         cls, device: str, batch_tokens: int | None = None, pad_tolerance: float | None = None
     ) -> Packing:
         """What suits a device. Measured: a CPU's matrix products are fast from about 500 rows on,
-        and beyond 2,000 its caches are not."""
+        and beyond 2,000 its caches are not. An accelerator has as many as its memory holds of a
+        pack (`fitting`), and decoding, which reads all weights for each token, wants many."""
+        on_cpu = device == "cpu"
+        speaking = SPEAKING if on_cpu or batch_tokens else SPEAKING_IN_MEMORY
         return cls(
-            batch_tokens or (2048 if device == "cpu" else 16384),
+            batch_tokens or (2048 if on_cpu else 16384),
             0.06 if pad_tolerance is None else pad_tolerance,
+            speaking_tokens=max(batch_tokens or 0, speaking),
         )
 
     def packs(self, lengths: Sequence[int], weight: int = 1) -> list[list[int]]:
@@ -82,12 +84,12 @@ class Packing:
             lengths, batch_tokens=self.batch_tokens, pad_tolerance=self.pad_tolerance, weight=weight
         )
 
-    def speaking_packs(self, lengths: Sequence[int], times: int = 1) -> list[list[int]]:
+    def speaking_packs(self, lengths: Sequence[int], least: int = 0) -> list[list[int]]:
         """Packs for decoding, which is bound by reading the weights: many rows at once, padding or
-        not."""
+        not; of at `least` so many tokens."""
         if self.alone:
             return [[row] for row in range(len(lengths))]
-        return packs(lengths, batch_tokens=max(self.batch_tokens, 16384) * times, pad_tolerance=0.5)
+        return packs(lengths, batch_tokens=max(self.speaking_tokens, least), pad_tolerance=0.5)
 
 
 def left_pad(
@@ -114,33 +116,6 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
     """Position ids [B, T] that count a row's real tokens from 0, whatever padding stands before
     them."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def halving(run: Callable[[Sequence[T]], list[R]], rows: Sequence[T]) -> list[R]:
-    """`run(rows)`, or its halves one after the other when memory runs out; results stay in order.
-
-    Raises AuditgapError when a single row does not fit.
-    """
-    try:
-        return run(rows)
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
-            raise
-        if LOCKSTEP:
-            raise AuditgapError(
-                "A rank of a sharded model ran out of memory. Use a smaller --batch-tokens, or more"
-                " ranks."
-            ) from None
-        if len(rows) == 1:
-            raise AuditgapError(
-                "Out of memory with a single row. Use a smaller --dtype (bfloat16), fewer"
-                " --max-new-tokens, shorter prompts, or a device with more memory."
-            ) from None
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    middle = len(rows) // 2
-    return halving(run, rows[:middle]) + halving(run, rows[middle:])
 
 
 def in_packs(run: Callable[[Sequence[int]], list[R]], packed: Sequence[Sequence[int]]) -> list[R]:

@@ -54,11 +54,12 @@ def receive(connection: Connection) -> tuple[Document, list[bytes]]:
 
 
 class Failed(AuditgapError):
-    """The child could not do what it was told; `kind` is the name of what it raised there."""
+    """The child could not do what it was told; `kind` is the name of what it raised there, `answer`
+    all that it said of it."""
 
-    def __init__(self, kind: str, said: str, log: Path) -> None:
+    def __init__(self, kind: str, said: str, log: Path, answer: Mapping[str, Any]) -> None:
         super().__init__(said)
-        self.kind, self.said, self.log = kind, said, log
+        self.kind, self.said, self.log, self.answer = kind, said, log, answer
 
 
 class Child:
@@ -168,7 +169,7 @@ class Child:
             finally:
                 alarm.off()
         if "error" in answer:
-            raise Failed(answer["error"], answer["said"], self.log)
+            raise Failed(answer["error"], answer["said"], self.log, answer)
         return answer, data
 
     def close(self, *, patience: float = 10.0, keep_log: bool = False) -> None:

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from auditgap.engines import Completion, completion_of
-from auditgap.engines.batching import halving, left_pad
+from auditgap.engines.batching import left_pad
 from auditgap.engines.choosing import Greedy
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import AuditgapError
@@ -59,8 +59,11 @@ def generate(
             [len(rendered[i].ids) + max_new_tokens for i in mine]
         ):
             rows = [mine[p] for p in pack]
-            spoken = halving(
-                lambda some: _generate(engine, rendered, edits, some, max_new_tokens), rows
+            spoken = engine.fitting.run(
+                ("speaking", sites),
+                lambda some: _generate(engine, rendered, edits, some, max_new_tokens),
+                rows,
+                [len(rendered[i].ids) + max_new_tokens for i in rows],
             )
             done.update(zip(rows, spoken, strict=True))
     return [done[i] for i in range(len(rendered))]

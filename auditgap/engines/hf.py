@@ -33,11 +33,12 @@ from auditgap.engines import (
     to_ask,
     weights_identity,
 )
-from auditgap.engines.batching import Packing, halving, in_packs, left_pad, right_pad
+from auditgap.engines.batching import Packing, in_packs, left_pad, right_pad
 from auditgap.engines.caches import TextCache, WholeText, is_filled, select
 from auditgap.engines.choosing import Greedy, Sampler, likeliest
+from auditgap.engines.fitting import Fitting, meter_of
 from auditgap.engines.hooked import HookedModel
-from auditgap.engines.tensors import add, mean_nll, stack
+from auditgap.engines.tensors import add, stack, token_nll
 from auditgap.models import LoadedModel, Rendered
 from auditgap.types import Document, Edit, Prompt, Site
 
@@ -55,9 +56,12 @@ class HFEngine(HookedModel):
         pad_tolerance: float | None = None,
         compile: bool = False,
         agreed: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+        fitting: Fitting | None = None,
     ) -> None:
         super().__init__(loaded, compile=compile, agreed=agreed)
         self._packing = Packing.on(loaded.device.type, batch_tokens, pad_tolerance)
+        #: how much of a pack runs at once, learned as it runs
+        self.fitting = fitting or Fitting(meter_of(loaded.model))
         pad = loaded.tokenizer.pad_token_id
         self.pad_id = pad if pad is not None and pad < loaded.n_embeddings else 0
         self._tested: set[Site] = set()
@@ -161,11 +165,13 @@ class HFEngine(HookedModel):
                 [len(requests[i].rendered.ids) + max_new_tokens for i in mine]
             ):
                 rows = [mine[p] for p in pack]
-                completions = halving(
+                completions = self.fitting.run(
+                    ("speaking", site),
                     lambda some, site=site: self._generate(
                         [requests[i] for i in some], site, max_new_tokens
                     ),
                     rows,
+                    [len(requests[i].rendered.ids) + max_new_tokens for i in rows],
                 )
                 done.update(zip(rows, completions, strict=True))
         return [done[i] for i in range(len(requests))]
@@ -182,11 +188,13 @@ class HFEngine(HookedModel):
             [len(prompts[i]) + sampling.new_tokens for i in mine]
         ):
             rows = [mine[p] for p in pack]
-            found = halving(
+            found = self.fitting.run(
+                ("speaking", None),
                 lambda some: self._ask(
                     [prompts[i] for i in some], [questions[i] for i in some], sampling
                 ),
                 rows,
+                [len(prompts[i]) + sampling.new_tokens for i in rows],
             )
             for i, reply in zip(rows, found, strict=True):
                 replies[i] = reply
@@ -357,13 +365,15 @@ class HFEngine(HookedModel):
             self._test(site, [edits[asked[k]] for k in keys])
             for pack in self.packing.speaking_packs([len(k[0]) + len(k[1]) for k in keys]):
                 mine = [keys[p] for p in pack]
-                values = halving(
+                values = self.fitting.run(
+                    ("scoring", site),
                     lambda some, site=site: self._nll(
                         [Request(rendered[asked[k]], edits[asked[k]]) for k in some],
                         [k[1] for k in some],
                         site,
                     ),
                     mine,
+                    [len(k[0]) + len(k[1]) for k in mine],
                 )
                 found.update(zip(mine, values, strict=True))
         keys = (
@@ -402,10 +412,12 @@ class HFEngine(HookedModel):
         """Mean NLL of each answer after the prompt whose cache [B, …], last logits [B, 1, V] and
         mask [B, T] are given."""
         tokens, real = right_pad(answers, self.pad_id, self.device)
+        nll = token_nll(logits, tokens[:, :1])
         if tokens.shape[1] > 1:
             whole = torch.cat([mask, real[:, :-1]], 1)
-            logits = torch.cat([logits, self.answer_logits(cache, tokens[:, :-1], whole)], 1)
-        return [_finite(v) for v in mean_nll(logits, tokens, real).tolist()]
+            parts = self.answer_logits(cache, tokens[:, :-1], whole)
+            nll = torch.cat([nll, *(token_nll(part, tokens[:, at:]) for at, part in parts)], 1)
+        return [_finite(v) for v in ((nll * real).sum(1) / real.sum(1)).tolist()]
 
 
 def _site(edit: Edit | None) -> Site | None:

@@ -43,6 +43,10 @@ class Written:
     tops: list[tuple[list[int], list[float]]] = field(default_factory=list)
 
 
+#: Logits of one forward, in numbers: 2 GB with what is computed of them in fp32.
+_LOGITS = 2**27
+
+
 class _Captured(Exception):
     """Not an error: it ends a forward whose upper blocks nobody needs."""
 
@@ -231,52 +235,64 @@ class HookedModel:
 
         `stayed` is told which rows [B'] are left in the batch whenever finished ones have left it.
         """
-        rows = torch.arange(len(logits), device=self.device)
+        rows = list(range(len(logits)))
         stops = torch.tensor(sorted(self.loaded.stop_ids), device=self.device)
         written = [Written() for _ in rows]
         for step in range(max_new_tokens):
             here = logits[:, -1]
             broken = ~torch.isfinite(here.amax(-1))  # NaN wins a maximum
-            token, broken = self.agreed(torch.stack([choose(here, rows.tolist()), broken.long()]))
-            broken = broken.bool()
-            ended = torch.isin(token, stops) | broken
-            tops = here.float().log_softmax(-1).topk(top_logprobs, dim=-1) if top_logprobs else None
-            columns = (rows.tolist(), token.tolist(), ended.tolist(), broken.tolist())
-            for at, (row, t, e, b) in enumerate(zip(*columns, strict=True)):
-                written[row].stopped |= e and not b
-                written[row].finite &= not b
+            token, broken = self.agreed(torch.stack([choose(here, rows), broken.long()]))
+            ended = torch.isin(token, stops) | broken.bool()
+            going = []
+            # one copy to the host a step, which waits for the device
+            for at, (t, e, b, *top) in enumerate(_told(here, token, ended, broken, top_logprobs)):
+                row = written[rows[at]]
+                row.stopped |= e and not b
+                row.finite &= not b
                 if not e:
-                    written[row].ids.append(t)
-                if tops is not None and not b:
-                    written[row].tops.append((tops.indices[at].tolist(), tops.values[at].tolist()))
-            if step + 1 == max_new_tokens or bool(ended.all()):
+                    row.ids.append(t)
+                    going.append(at)
+                if top_logprobs and not b:
+                    row.tops.append((list(map(int, top[:top_logprobs])), top[top_logprobs:]))
+            if step + 1 == max_new_tokens or not going:
                 break
-            if bool(ended.any()):  # finished rows leave the batch
-                going = (~ended).nonzero().squeeze(1)
-                select(cache, going)
-                rows, token, mask = rows[going], token[going], mask[going]
+            if len(going) < len(rows):  # finished rows leave the batch
+                rows = [rows[at] for at in going]
+                kept = torch.tensor(going, device=self.device)
+                select(cache, kept)
+                token, mask = token[kept], mask[kept]
                 if stayed is not None:
-                    stayed(rows)
+                    stayed(torch.tensor(rows, device=self.device))
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
             logits = self.forward(token[:, None], mask, keep=1, cache=cache).logits
         return written
 
     def answer_logits(
         self, cache: TextCache, tokens: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits [B, n, V] of n tokens after the text in the cache; mask [B, T + n]."""
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Logits [B, m, V] of n tokens [B, n] after the text in the cache, a few tokens after the
+        other, each with the number of the token that its first predicts (the first of all is 1);
+        mask [B, T + n]. All of them at once would be larger than the model."""
         n = tokens.shape[1]
-        step = 1 if self.stepwise and self.cached else n
-        parts = [
-            self.forward(
-                tokens[:, at : at + step],
-                mask[:, : mask.shape[1] - n + at + step],
-                keep=step,
-                cache=cache,
-            ).logits
-            for at in range(0, n, step)
-        ]
-        return torch.cat(parts, 1)
+        fits = max(1, _LOGITS // (len(tokens) * self.loaded.n_embeddings))
+        step = 1 if self.stepwise and self.cached else min(n, fits)
+        for at in range(0, n, step):
+            m = min(step, n - at)
+            done = mask.shape[1] - n + at
+            out = self.forward(tokens[:, at : at + m], mask[:, : done + m], keep=m, cache=cache)
+            yield at + 1, out.logits
+
+
+def _told(
+    logits: torch.Tensor, token: torch.Tensor, ended: torch.Tensor, broken: torch.Tensor, top: int
+) -> list[list[Any]]:
+    """A row each: its token [B], whether it ended and whether its logits [B, V] were no numbers, and
+    the `top` likeliest ids and their log-probabilities. As doubles, which hold ids and fp32 whole."""
+    columns = torch.stack([token, ended.long(), broken], 1)
+    if top:
+        found = logits.float().log_softmax(-1).topk(top, dim=-1)
+        columns = torch.cat([c.double() for c in (columns, found.indices, found.values)], 1)
+    return [[int(t), bool(e), bool(b), *rest] for t, e, b, *rest in columns.tolist()]
 
 
 def _put_back(module: nn.Module, own: Callable | None) -> None:

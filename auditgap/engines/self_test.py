@@ -219,7 +219,8 @@ def _decodes(engine: HFEngine, _: Site) -> str:
     cache = engine.new_cache()
     engine.forward(ids[:, : n - 3], mask[:, : n - 3], keep=1, cache=cache)
     select(cache, rows)
-    told = engine.answer_logits(copy.deepcopy(cache), ids[rows, n - 3 :], mask[rows])
+    parts = engine.answer_logits(copy.deepcopy(cache), ids[rows, n - 3 :], mask[rows])
+    told = torch.cat([logits for _, logits in parts], 1)
     if _differ(engine, told[:, -1], alone[rows]):
         return "several tokens after the cache give other logits than the whole text"
     last = told

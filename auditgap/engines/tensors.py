@@ -9,12 +9,17 @@ import torch
 from torch import nn
 
 
-def mean_nll(logits: torch.Tensor, tokens: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Mean NLL [B] over each row's real tokens; logits [B, K, V] predict tokens [B, K]. In fp32."""
-    nll = nn.functional.cross_entropy(
+def token_nll(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """NLL [B, n] of the first n tokens [B, K], which logits [B, n, V] predict. In fp32."""
+    tokens = tokens[:, : logits.shape[1]]
+    return nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), tokens.flatten(), reduction="none"
     ).view_as(tokens)
-    return (nll * real).sum(1) / real.sum(1)
+
+
+def mean_nll(logits: torch.Tensor, tokens: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Mean NLL [B] over each row's real tokens; logits [B, K, V] predict tokens [B, K]. In fp32."""
+    return (token_nll(logits, tokens) * real).sum(1) / real.sum(1)
 
 
 def add(h: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from auditgap.engines.batching import halving, left_pad, right_pad
+from auditgap.engines.batching import left_pad, right_pad
 from auditgap.engines.hf import HFEngine
 from auditgap.engines.tensors import add, mean_nll
 from auditgap.interventions.controls import generator, uniform
@@ -139,7 +139,9 @@ def attack(
     weight = max((len(g.radii) for g in goals), default=1) * pgd.restarts
     for pack in engine.packing.packs(lengths, weight):
         rows = [(i, r) for i in pack for r in range(len(goals[i].radii))]
-        found.update(zip(rows, halving(run, rows), strict=True))
+        tokens = [lengths[i] * pgd.restarts for i, _ in rows]
+        fitted = engine.fitting.run(("gradient", site), run, rows, tokens)
+        found.update(zip(rows, fitted, strict=True))
     return [[found[i, r] for r in range(len(g.radii))] for i, g in enumerate(goals)]
 
 

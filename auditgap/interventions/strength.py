@@ -218,15 +218,23 @@ def _probes(
     pgd: PGD,
 ) -> list[list[Probe]]:
     """One a goal and radius."""
-    probes: list[list[Probe]] = [[] for _ in goals]
-    for pack in engine.packing.packs([len(g.rendered.ids) + len(g.target) for g in goals]):
-        some = [goals[i] for i in pack]
+    lengths = [len(g.rendered.ids) + len(g.target) for g in goals]
+
+    def run(rows: Sequence[int]) -> list[list[Probe]]:
+        some = [goals[i] for i in rows]
         objective = Objective(engine, some, site)
-        for r in range(len(goals[0].radii)):
-            deltas = [found[i][r] for i in pack]
-            for i, probe in zip(pack, _probe(objective, some, r, deltas, pgd.seed), strict=True):
-                probes[i].append(probe)
-    return probes
+        told = [
+            _probe(objective, some, r, [found[i][r] for i in rows], pgd.seed)
+            for r in range(len(goals[0].radii))
+        ]
+        return [list(probes) for probes in zip(*told, strict=True)]
+
+    probes: dict[int, list[Probe]] = {}
+    for pack in engine.packing.packs(lengths):
+        tokens = [lengths[i] for i in pack]
+        fitted = engine.fitting.run(("gradient", site), run, pack, tokens)
+        probes.update(zip(pack, fitted, strict=True))
+    return [probes[i] for i in range(len(goals))]
 
 
 def _probe(

@@ -28,6 +28,8 @@ from auditgap.models import Rendered
 from auditgap.types import Edit, Site
 
 STEP_SHARE = 0.25  #: of the radius
+#: Token ids and mask [B, T], and the site's clean hidden states [B, T, D].
+_Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Universal:
@@ -96,23 +98,43 @@ def search(
     step only what is above."""
     engine.self_test(site)
     k, device = len(target), engine.device
-    batches = []
-    for pack in engine.packing.packs([len(r.ids) + k for r in rendered]):
+    lengths = [len(r.ids) + k for r in rendered]
+
+    def captured(pack: Sequence[int]) -> list[_Batch]:
         ids, mask = left_pad([(*rendered[i].ids, *target) for i in pack], engine.pad_id, device)
-        batches.append((ids, mask, engine.capture(site, ids, mask)))
+        return [(ids, mask, engine.capture(site, ids, mask))]
+
+    batches = [
+        batch
+        for pack in engine.packing.packs(lengths)
+        for batch in engine.fitting.run(
+            ("capture", site), captured, pack, [lengths[i] for i in pack]
+        )
+    ]
+
+    def slope_of(v: torch.Tensor, batch: _Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        ids, mask, clean = batch
+        t = ids.shape[1] - k
+        with torch.enable_grad():
+            leaf = v.detach().requires_grad_(True)
+            hidden = torch.cat([add(clean[:, :t], leaf * mask[:, :t, None]), clean[:, t:]], 1)
+            logits = engine.logits_from(site, hidden, ids, mask, keep=k + 1)[:, :-1]
+            own = mean_nll(logits, ids[:, t:], torch.ones_like(ids[:, t:])).sum()
+            return [(own.detach(), torch.autograd.grad(own, leaf)[0])]
 
     def gradient(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of v [1, D]: the mean target NLL over all prompts [1], and its gradient."""
         nll, slope = torch.zeros(1, device=device), torch.zeros_like(v)
-        for ids, mask, clean in batches:
-            t = ids.shape[1] - k
-            with torch.enable_grad():
-                leaf = v.detach().requires_grad_(True)
-                hidden = torch.cat([add(clean[:, :t], leaf * mask[:, :t, None]), clean[:, t:]], 1)
-                logits = engine.logits_from(site, hidden, ids, mask, keep=k + 1)[:, :-1]
-                own = mean_nll(logits, ids[:, t:], torch.ones_like(ids[:, t:])).sum()
-                slope += torch.autograd.grad(own, leaf)[0] / max(1, len(rendered))
-                nll += own.detach() / max(1, len(rendered))
+        for batch in batches:
+            n, width = batch[0].shape
+            for own, part in engine.fitting.run(
+                ("gradient", site),
+                lambda rows, batch=batch: slope_of(v, _rows_of(batch, rows)),
+                range(n),
+                [width] * n,
+            ):
+                slope += part / max(1, len(rendered))
+                nll += own / max(1, len(rendered))
         return nll, slope
 
     zero = torch.zeros(1, engine.loaded.width, device=device)
@@ -126,3 +148,9 @@ def search(
         )
         found.append(way.x[0].float().cpu())
     return found
+
+
+def _rows_of(batch: _Batch, rows: Sequence[int]) -> _Batch:
+    """Some of a batch's rows, which stand together, without a copy."""
+    ids, mask, clean = (part[rows[0] : rows[-1] + 1] for part in batch)
+    return ids, mask, clean

@@ -20,7 +20,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from auditgap.engines.batching import halving, packs, right_pad
+from auditgap.engines.batching import packs, right_pad
+from auditgap.engines.fitting import halving
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.models import Conversation, LoadedModel
 from auditgap.probes.pooling import pooled

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from auditgap.engines.batching import halving, left_pad, packs, positions, right_pad
+from auditgap.engines.batching import left_pad, packs, positions, right_pad
+from auditgap.engines.fitting import halving
 from auditgap.errors import AuditgapError
 
 CPU = torch.device("cpu")

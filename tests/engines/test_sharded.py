@@ -23,7 +23,7 @@ from one_thread import one_thread  # noqa: F401 - a fixture
 from peft import LoraConfig, get_peft_model
 
 from auditgap import models
-from auditgap.engines import Question, Request, Sampling, batching
+from auditgap.engines import Question, Request, Sampling, fitting
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.interventions.pgd import PGD, Goal, attack
@@ -191,11 +191,11 @@ def test_no_rank_parts_a_batch_alone(monkeypatch):
     def full(rows):
         raise MemoryError
 
-    monkeypatch.setattr(batching, "LOCKSTEP", True)
+    monkeypatch.setattr(fitting, "LOCKSTEP", True)
     with pytest.raises(
         AuditgapError, match=r"rank of a sharded model ran out of memory.*--batch-tokens"
     ):
-        batching.halving(full, [1, 2, 3, 4])
+        fitting.halving(full, [1, 2, 3, 4])
 
 
 # -------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from auditgap.audits.planning import chain_of
 from auditgap.audits.session import failing_alone, from_arrays, to_arrays
 from auditgap.data.em_prompts import KINDS
 from auditgap.engines import Completion, Request, constant
-from auditgap.engines.batching import Packing
+from auditgap.engines.batching import SPEAKING_IN_MEMORY, Packing
 from auditgap.engines.hf import HFEngine
 from auditgap.engines.vllm import VLLMEngine
 from auditgap.errors import UsageError
@@ -243,7 +243,9 @@ class SteerWorker:
         if isinstance(engine, HFEngine):
             return engine.packing.speaking_packs(lengths)
         device = pick_device(self.options.device)
-        return Packing.on(device, self.options.batch_tokens).speaking_packs(lengths, 8)
+        return Packing.on(device, self.options.batch_tokens).speaking_packs(
+            lengths, SPEAKING_IN_MEMORY
+        )
 
     def _asked(self, cell: Cell) -> tuple[list[Asked], torch.Tensor | None]:
         """What the cell asks, and the direction [D] at its block, None where there is none."""
