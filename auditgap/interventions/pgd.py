@@ -170,6 +170,7 @@ class Objective:
         self.on = on[:, :, None].float()  #: [N, T, 1], 1 where a prompt has a token to edit
         #: [N, 1, 1], 1 where the last token's edit goes on
         self.goes_on = torch.tensor([[[float(g.goes_on)]] for g in goals], device=device)
+        self.any_goes_on = any(g.goes_on for g in goals)  # known here: to ask a device is to wait
         #: [N]; +1 where the NLL is to fall
         self.sign = torch.tensor([-1.0 if g.maximise else 1.0 for g in goals], device=device)
         self.clean = engine.capture(site, self.ids, self.mask)  # [N, T + K, D]
@@ -182,7 +183,7 @@ class Objective:
         """Mean NLL of the targets [B] under the rows' edits [B, T, D]; differentiable."""
         t, ids, mask = self.t, self.ids[of], self.mask[of]
         behind = self.clean[of, t:]
-        if bool(self.goes_on.any()):
+        if self.any_goes_on:
             behind = add(behind, (delta[:, -1:] * self.goes_on[of]).expand_as(behind))
         hidden = torch.cat([add(self.clean[of, :t], delta), behind], 1)
         logits = self.engine.logits_from(self.site, hidden, ids, mask, keep=self.k + 1)[:, :-1]
