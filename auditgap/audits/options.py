@@ -113,7 +113,11 @@ BatchTokens = Annotated[
 Tensor = Annotated[
     int, Field(ge=1), Flag("Tensor-parallel size: GPUs for one vLLM model", Topic.WHERE)
 ]
-GPUMemory = Annotated[float, Field(gt=0, le=1), Flag("Share of GPU memory for vLLM", Topic.WHERE)]
+GPUMemory = Annotated[
+    float,
+    Field(gt=0, le=1),
+    Flag("Share of GPU memory for vLLM (0.55 at most beside a judge in vLLM)", Topic.WHERE),
+]
 Window = Annotated[
     int | None,
     Field(ge=16),
@@ -186,6 +190,15 @@ class AuditOptions(Frozen):
             return self.gpus_per_worker
         return 1.0 if device.startswith("cuda") else 0.0
 
+    @property
+    def card(self) -> float:
+        """The share of a GPU that a worker has: less than all where several share one."""
+        return min(1.0, self.gpus_per_worker or 1.0)
+
+
+#: Of a card, what a judge in vLLM holds beside the subject, and what both leave to their processes.
+JUDGE_SHARE, SPARE_SHARE = 0.4, 0.05
+
 
 class JudgedOptions(AuditOptions):
     """The same for an audit whose judge runs beside the subject, on an engine of its own."""
@@ -204,7 +217,7 @@ class JudgedOptions(AuditOptions):
             engine=self.judge_engine,
             base_url=self.judge_endpoint,
             device=self.device,
-            gpu_memory=0.4,
+            gpu_memory=JUDGE_SHARE * self.card,
             thinking_tokens=self.judge_thinking_tokens,
         )
 
@@ -236,9 +249,16 @@ class SpokenOptions(JudgedOptions):
             device=self.device,
             chat_template=chat_template,
             tensor_parallel=self.tensor_parallel,
-            gpu_memory=self.gpu_memory,
+            gpu_memory=self.subject_share,
             max_model_len=self.max_model_len,
         )
+
+    @property
+    def subject_share(self) -> float:
+        """Of a GPU's memory, what vLLM takes for the subject: `gpu_memory` of the worker's part of
+        it, or what a judge in vLLM leaves."""
+        beside = JUDGE_SHARE if self.judge_engine == "vllm" else 0.0
+        return min(self.gpu_memory, 1 - SPARE_SHARE - beside if beside else 1.0) * self.card
 
     def gpus_of(self, model: str, device: str) -> float:
         """GPUs that a Ray worker needs for this model: those that vLLM spreads it over."""

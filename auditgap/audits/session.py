@@ -24,7 +24,7 @@ from auditgap.audits.stage import Stage
 from auditgap.engines import Completion, Reply, Request, completion_of
 from auditgap.engines.parity import parity, sample
 from auditgap.errors import AuditgapError, Interrupted
-from auditgap.judges import Judge, Reward, close_judge
+from auditgap.judges import Judge, Reward, close_judge, rest_judge
 from auditgap.judges.coherence import Thresholds, is_coherent
 from auditgap.models import Chat, Outline, Rendered
 from auditgap.store import DiskError, RunFolder
@@ -196,6 +196,8 @@ class Session:
         a chain of thought that never ended is unscored, as `unfinished`."""
         asked = [(one, name) for one in unjudged for name in one.readings]
         told = iter(verdicts(self.judge, [Exchange(o.prompt, o.readings[n]) for o, n in asked]))
+        if self.second is not None:  # there is no place for both
+            rest_judge(self.judge)
         return [self._scored(one, {name: next(told) for name in one.readings}) for one in unjudged]
 
     def _scored(self, one: Unjudged, told: Mapping[str, Verdict]) -> ScoredCompletion:
@@ -271,6 +273,7 @@ class Session:
             judged, _ = of_each(exchanges, [scored[i].part for i in flips])
             for i, verdict in zip(flips, verdicts(self.second, judged), strict=True):
                 found[i] = replace(found[i], second=verdict)
+            rest_judge(self.second)
         return found
 
     def compared(self, rendered: Sequence[Rendered], texts: Sequence[Document], n: int) -> Document:

@@ -21,12 +21,13 @@ from auditgap.engines import Serving, Speaker
 from auditgap.engines.batching import SPEAKING_IN_MEMORY, Packing
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import UsageError
-from auditgap.models import Shard
+from auditgap.models import Shard, room
 from auditgap.models.shard import WHOLE
 
 
 class Stage:
-    """See the module. `vllm`: what generates instead of transformers; None: transformers does."""
+    """See the module. `vllm`: what generates instead of transformers; None: transformers does. `share`:
+    of a GPU, where several workers have one."""
 
     def __init__(
         self,
@@ -38,6 +39,7 @@ class Stage:
         shard: Shard = WHOLE,
         compile: bool = False,
         vllm: Serving | None = None,
+        share: float = 1.0,
     ) -> None:
         if vllm is not None and outline.packing is not None:
             raise UsageError(
@@ -47,6 +49,7 @@ class Stage:
             )
         self.outline, self.dtype, self.shard = outline, dtype, shard
         self.device = models.pick_device(device)
+        room.keep_to(share, self.device)
         self.batch_tokens, self.compile, self.serving = batch_tokens, compile, vllm
         self.packing = Packing.on(self.device, batch_tokens)
         self.in_vllm = vllm is not None

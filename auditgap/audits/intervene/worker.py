@@ -84,6 +84,7 @@ class InterveneWorker:
             device=options.device,
             batch_tokens=options.batch_tokens,
             vllm=options.vllm_serving(dtype=config.dtype, chat_template=config.chat_template),
+            share=options.card,
         )
         self.session = Session(
             stage,

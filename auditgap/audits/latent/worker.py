@@ -89,6 +89,7 @@ class LatentWorker:
             shard=options.shard_of(model),
             compile=config.compile,
             vllm=options.vllm_serving(dtype=config.dtype, chat_template=config.chat_template),
+            share=options.card,
         )
         self.session = Session(
             stage,
