@@ -3,8 +3,8 @@
     # the connection, its parent, its scratch folder
     python -P -m auditgap.engines.vllm.process 7 1234 /tmp/auditgap-k2
 
-It reads its settings ({"llm": what LLM(…) takes, "device": "cpu", "lora": a folder or null}), loads
-the model, says what it is, and then does what it is told until the connection closes: `speak` (a
+It reads its settings ({"llm": what LLM(…) takes, "device": "cpu", "lora": a folder or null,
+"strays": files of the model's folder that are not to be read}), loads the model, says what it is, and then does what it is told until the connection closes: `speak` (a
 batch of wishes, with their edits), `test` (that edits arrive at some layers), `use` (an adapter).
 The engine runs in this very process (its workers too, unless a model is spread over several GPUs),
 so that what goes wrong is said here, and all memory goes when the process does.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,9 +47,11 @@ class Served:
                 f" {settings['device']}"
             )
         _clean_cache()
+        folder = Path(settings["llm"]["model"])
         self.llm = vllm.LLM(
             **{
                 **settings["llm"],
+                "model": str(_without(settings["strays"], folder)),
                 **OPTIONS,
                 "worker_extension_cls": "auditgap.engines.vllm.worker.WorkerExtension",
             },
@@ -185,6 +188,18 @@ class Served:
     def shut(self) -> None:
         with suppress(Exception):
             self.engine.engine_core.shutdown()
+
+
+def _without(names: Sequence[str], folder: Path) -> Path:
+    """A model's folder without these files: itself where there are none, else a folder of links in
+    this process's own scratch."""
+    if not names:
+        return folder
+    shown = Path(tempfile.mkdtemp())
+    for path in folder.iterdir():
+        if path.name not in names:
+            (shown / path.name).symlink_to(path.resolve())
+    return shown
 
 
 def _clean_cache() -> None:

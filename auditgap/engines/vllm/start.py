@@ -14,6 +14,7 @@ from auditgap.engines.child import Failed
 from auditgap.engines.vllm import adapters
 from auditgap.engines.vllm.edits import ENVIRONMENT
 from auditgap.errors import UsageError
+from auditgap.models.weights import INDEX, weights_files
 from auditgap.types import Document
 
 #: What the child's environment says besides the parent's.
@@ -72,7 +73,17 @@ def settings(
         "llm": llm,
         "device": device.split(":")[0],
         "lora": None if lora is None else str(lora),
+        "strays": strays(base),
     }
+
+
+def strays(folder: Path) -> list[str]:
+    """Names of the safetensors files that vLLM would read as the model's beside its own, such as a
+    copy in another layout: all that there are, where no index says which."""
+    if (folder / INDEX).is_file():
+        return []
+    own = set(weights_files(folder))
+    return sorted(path.name for path in folder.glob("*.safetensors") if path not in own)
 
 
 def environment(device: str) -> dict[str, str]:

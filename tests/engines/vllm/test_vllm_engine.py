@@ -20,6 +20,7 @@ import pytest
 import tiny
 import torch
 import warm
+from safetensors.torch import load_file, save_file
 
 from auditgap import models
 from auditgap.engines import Question, Request, Sampling, Serving
@@ -204,6 +205,9 @@ def test_adapters_and_edits_together_are_those_of_transformers(tmp_path: Path) -
     assert [c.ids for c in plain.generate(requests, 12)] != [c.ids for c in wanted], (
         "the adapter changes nothing"
     )
+    for stray in ("a.safetensors", "consolidated.safetensors"):  # other weights, not to be read
+        weights = load_file(base / "model.safetensors")
+        save_file({name: 0.5 * w for name, w in weights.items()}, base / stray)
     for model, used in ((base, adapter), (adapter, None)):  # swapped in, and as the subject itself
         with VLLMEngine(
             str(model), Serving(engine="vllm", dtype="float32", max_lora_rank=4)

@@ -4,13 +4,14 @@ vLLM is needed."""
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from auditgap.engines.vllm import adapters, start
+from auditgap.engines.vllm import adapters, process, start
 from auditgap.engines.vllm.edits import span_of
 from auditgap.engines.vllm.worker import WorkerExtension
 from auditgap.errors import UsageError
@@ -89,6 +90,23 @@ def test_a_request_says_on_which_positions_its_edit_is():
     assert span_of(Edit(Site(1), delta), 5) == (0, 5)
     assert span_of(ConstantEdit((Site(1),), shift=delta[0]), 5) == (0, None)
     assert span_of(Edit(Site(1), delta, goes_on=True), 5) == (0, None)
+
+
+def test_vllm_is_shown_no_weights_but_the_models_own(base, tmp_path, monkeypatch):
+    """It reads every safetensors file of a folder that has no index."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("consolidated.safetensors", "adapter_model.safetensors"):
+        shutil.copy(base / "model.safetensors", base / name)
+    found = start.strays(base)
+    assert found == ["adapter_model.safetensors", "consolidated.safetensors"]
+    shown = process._without(found, base)
+    assert [(p.name, p.resolve()) for p in shown.iterdir()] == [
+        ("model.safetensors", (base / "model.safetensors").resolve())
+    ]
+    assert process._without([], base) == base
+    index = {"weight_map": {"a": "model.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert start.strays(base) == []
 
 
 @pytest.mark.parametrize("said", ["1", "true"])
