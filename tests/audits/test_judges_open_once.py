@@ -34,7 +34,7 @@ AUDITS = {
     ),
     "intervene": (
         INTERVENE,
-        {"models": "model", "strengths": [1.0], "interventions": "steering,ablation"},
+        {"models": "model", "strengths": [1.0], "interventions": "steering"},
     ),
 }
 
@@ -44,7 +44,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("judged")
     for seed, name in enumerate(("model", "a", "b")):
         tiny.save("llama", folder / name, seed=seed)
-    planted.write_prompts(folder / "prompts.txt", planted.PROMPTS[:6])
+    planted.write_prompts(folder / "prompts.txt", planted.PROMPTS[:4])
     return folder
 
 
@@ -72,7 +72,7 @@ def audited(world: Path, which: str, name: str) -> RunFolder:
     audit, asked = AUDITS[which]
     shared = {
         "prompts": str(world / "prompts.txt"),
-        "layers": "0,1",
+        "layers": "1",
         "max_new_tokens": 2,
         "dtype": "float32",
         "device": "cpu",
@@ -92,13 +92,13 @@ def test_each_is_opened_once_and_where_memory_is_short_once_a_group(
 ):
     monkeypatch.setattr(room, "has_room", lambda device: True)
     roomy = audited(world, which, f"{which}-roomy")
-    assert opened["packs"] > 8 and (opened["a"], opened["b"]) == (1, 1)
+    assert opened["packs"] >= 6 and (opened["a"], opened["b"]) == (1, 1)
 
     opened.clear()
     monkeypatch.setattr(room, "has_room", lambda device: False)
     short = audited(world, which, f"{which}-short")
-    # the clean pass, and each site; in lvs each of three sizes of a site's distances besides
-    assert 3 <= opened["a"] == opened["b"] <= (3 if which == "intervene" else 9)
+    # the clean pass and the site; in lvs each of three sizes of the distances besides
+    assert 2 <= opened["a"] == opened["b"] <= (2 if which == "intervene" else 5)
     assert {r["key"]: r["sha256"] for r in roomy.records()} == {
         r["key"]: r["sha256"] for r in short.records()
     }
