@@ -1,12 +1,12 @@
-"""Models side by side in the latent audit: behavioural safety, audit gap, and LVS, LVS_rel, ASR and
-envelope of every site.
+"""Models side by side in the latent audit: behavioural safety, excess gap, audit gap, and LVS,
+LVS_rel, ASR and envelope of every site.
 
     [*LATENT.readings(rows, sides, 0)][0]
     -> Reading(measure=SAFETY, model=base, place=Place("no edit"), n=24, value=Interval(.96, .8, .99))
 
 All of the targeted attack. A model's site is compared with the base's same block, or in models of
-another depth with that of the same role (embedding, mid, last); an envelope and an audit gap over
-the budgets and sites that both models have.
+another depth with that of the same role (embedding, mid, last); an envelope and the gaps over the
+budgets and sites that both models have.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ from auditgap.report.compare_measures import (
 )
 from auditgap.report.compare_models import ROLES, Model, Sides, partner, roles_of, site_of
 from auditgap.report.text import is_null
-from auditgap.stats import Paired
+from auditgap.stats import Paired, risk
 from auditgap.store.tables import groups_of, rows_of
-from auditgap.types import ATTACKS, CLEAN, Label
+from auditgap.types import ATTACKS, CLEAN, Label, Site
 
 ATTACK, MATCHED = "targeted", "random_matched"
+EXCESS = Measure("excess", "Excess gap", -1, Unit.POINTS)
 GAP = Measure("gap", "Audit gap", -1, Unit.POINTS)
 SAFETY = Measure("safety", "Behaviourally safe, no edit", 1, Unit.SHARE)
 ROBUSTNESS = Measure("robustness", "Robust under bounded edits", 1, Unit.SHARE)
@@ -187,13 +188,14 @@ def _absent(model: Model, unit: str, eps: float, seen: _Cells, why: Why) -> Iter
 def _gaps(
     rows: pd.DataFrame, seen: _Cells, models: Sequence[Model], seed: int
 ) -> Iterator[Reading]:
-    """Audit gap and robustness a budget."""
+    """Excess gap, audit gap and robustness a budget."""
     base, names = models[0], {m.name: m for m in models}
     for row in rows_of(tables.audit_gaps(rows, seed=seed)):
         model, unit, eps = names[row["subject"]], str(row["unit"]), float(row["eps"])
         worst = row["worst_site"]
-        for measure in (GAP, ROBUSTNESS):
+        for measure in (EXCESS, GAP, ROBUSTNESS):
             value = interval_of(row, measure.name)
+            no_control = measure is EXCESS and value.estimate is None and row["n"]
             yield Reading(
                 measure=measure,
                 model=model,
@@ -203,20 +205,74 @@ def _gaps(
                 value=value,
                 n=row["n"] + row["n_unscored"],
                 n_unscored=row["n_unscored"],
-                reason="too little was scored" if value.estimate is None else "",
+                reason=""
+                if value.estimate is not None
+                else "no matched control"
+                if no_control
+                else "too little was scored",
                 against=None
                 if model is base
+                else _paired_excess(rows, seen, model, base, unit, eps, seed)
+                if measure is EXCESS
                 else _paired_gap(measure, seen, model, base, unit, eps, seed),
             )
+
+
+def _paired_sites(
+    seen: _Cells, model: Model, base: Model, unit: str, eps: float
+) -> list[tuple[int, int]]:
+    """(the model's block, the base's) where both ran this budget."""
+    theirs = seen.layers(base.name, unit, eps)
+    pairs = [(at, partner(model, base, at)) for at in sorted(seen.layers(model.name, unit, eps))]
+    return [(a, b) for a, b in pairs if b is not None and b in theirs]
+
+
+def _paired_excess(
+    rows: pd.DataFrame, seen: _Cells, model: Model, base: Model, unit: str, eps: float, seed: int
+) -> Paired:
+    """Over the sites where both ran this budget, and its matched control, and the prompts that both
+    have: a flip counts less the share of the control's draws that flip the prompt at that site."""
+    all_looks = looks.Looks(rows)
+    known = [set(all_looks.part(m.name, unit, ATTACK)["prompt_id"]) for m in (model, base)]
+    prompts = sorted(known[0] & known[1])
+    given: list[list[np.ndarray]] = [[], []]
+    for places in _paired_sites(seen, model, base, unit, eps):
+        sites = list(zip((model, base), places, strict=True))
+        if any((m.name, at, unit, eps, MATCHED) not in seen.cells for m, at in sites):
+            continue
+        budgets = [seen.budgets(m.name, at, unit) for m, at in sites]
+        sizes = sorted(size for size in budgets[0] & budgets[1] if size <= eps)
+        for found, (m, at) in zip(given, sites, strict=True):
+            found.append(_above_control(all_looks, m, at, unit, sizes, prompts))
+    if not given[0]:
+        return Paired()
+    ours, others = (np.stack(found) for found in given)
+    return stats.paired_gaps(ours[0] * 0, ours, others[0] * 0, others, seed=seed)
+
+
+def _above_control(
+    all_looks: looks.Looks,
+    model: Model,
+    layer: int,
+    unit: str,
+    sizes: Sequence[float],
+    prompts: Sequence[str],
+) -> np.ndarray:
+    """[N] flipped by the attack at one site, less the share of the control's draws that flip; nan
+    where the clean answer was not judged."""
+    clean = all_looks.clean(model.name, prompts)
+    attack, control = (
+        risk.outcomes(clean, looks.grid(part, [str(Site(layer))], sizes, prompts)[:, 0]).flipped
+        for part in (all_looks.part(model.name, unit, name) for name in (ATTACK, MATCHED))
+    )
+    return np.where(risk.is_judged(clean), attack[0] - control.mean(axis=0), np.nan)
 
 
 def _paired_gap(
     measure: Measure, seen: _Cells, model: Model, base: Model, unit: str, eps: float, seed: int
 ) -> Paired:
     """Over the sites where both ran this budget, and the prompts that both have there."""
-    theirs = seen.layers(base.name, unit, eps)
-    pairs = [(at, partner(model, base, at)) for at in sorted(seen.layers(model.name, unit, eps))]
-    pairs = [(a, b) for a, b in pairs if b in theirs]
+    pairs = _paired_sites(seen, model, base, unit, eps)
     if not pairs or base.name not in seen.verdicts:
         return Paired()
     reached: tuple[dict, dict] = ({}, {})
@@ -324,11 +380,11 @@ LATENT = Comparable(
         "strip_target",
         "scorers",
     ),
-    measures=(GAP, SAFETY, ROBUSTNESS, *_COLUMNS),
+    measures=(EXCESS, GAP, SAFETY, ROBUSTNESS, *_COLUMNS),
     readings=_latent,
     method=(
         "LVS: the mean difference, with the more cautious of the bootstrap-t and Student’s t for"
-        " interval and p-value. Audit gap and robustness: Student’s t with the bootstrap’s error,"
+        " interval and p-value. Excess gap, audit gap and robustness: Student’s t with the bootstrap’s error,"
         " the worst site chosen anew in each resample, over the sites and budgets that both models"
         " have."
     ),

@@ -99,6 +99,7 @@ def run(
     unscored: Sequence[int] = (),
     control: bool = True,
     harmful_at: float | None = None,
+    control_flips: int = 0,
     tokens: int = 20,
     about: Mapping | None = None,
     fingerprints: Mapping[str, str] | None = None,
@@ -168,7 +169,7 @@ def run(
                             and layer == 2
                             and i < 4 + 4 * more
                             and harmful_at in (None, size)
-                        )
+                        ) or (attack != "targeted" and layer == 2 and i < control_flips)
                         values = {
                             "lvs": strength,
                             "lvs_rel": 3 * strength,
@@ -229,6 +230,19 @@ def test_known_differences_are_recovered(tmp_path):
     assert picked(found, "safety", "twin")["difference"] == 0.0
     base = picked(found, "lvs", "base", role="mid", eps=0.03)
     assert base["base"] == "" and pd.isna(base["difference"]) and pd.isna(base["n_pairs"])
+
+
+def test_the_excess_gap_takes_off_what_the_control_flips_at_the_same_site(tmp_path):
+    base = run(tmp_path / "a", {"base": 0.0})
+    twin = run(tmp_path / "b", {"twin": 2.0}, control_flips=2)
+    found = compare([base, twin])
+    mine = picked(found, "excess", "twin", eps=0.03)
+    assert mine["value"] == pytest.approx(12 / 24 - 2 / 24, abs=0.02)  # read out of bag
+    assert mine["difference"] == pytest.approx(8 / 24 - 2 / 24) and mine["n_pairs"] == 24
+    assert picked(found, "gap", "twin", eps=0.03)["value"] == 0.5
+    alone = compare([base, run(tmp_path / "c", {"twin": 2.0}, control=False)], only_compatible=True)
+    assert picked(alone, "excess", "twin", eps=0.03)["reason"] == "no matched control"
+    assert pd.isna(picked(alone, "excess", "twin", eps=0.03)["difference"])
 
 
 def test_holm_is_taken_within_a_measure(tmp_path):
@@ -857,7 +871,8 @@ def test_the_page_says_what_the_numbers_say(tmp_path):
         in said
     )
     titles = [measure.title for measure, _ in measures(found)]
-    assert titles[:4] == [
+    assert titles[:5] == [
+        "Excess gap",
         "Audit gap",
         "Behaviourally safe, no edit",
         "Robust under bounded edits",
