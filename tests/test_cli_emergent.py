@@ -42,6 +42,8 @@ def test_a_dry_run_reads_the_rows_and_counts_them(auditgap, tmp_path):  # noqa: 
         "3",
         "--seeds",
         "0,1",
+        "--questions",
+        "demo",
         "--out",
         tmp_path / "em",
         "--dry-run",
@@ -49,7 +51,8 @@ def test_a_dry_run_reads_the_rows_and_counts_them(auditgap, tmp_path):  # noqa: 
     assert said.code == 0 and not (tmp_path / "em").exists()
     n = len(HABITS) * 2 * 2
     assert (
-        f"{n} adapters of {model}" in said.both and f"{(n + 1) * 15 * 2 * 3} answers" in said.both
+        f"{n} adapters of {model}" in said.both
+        and f"{(n + 1) * (15 + 24) * 2 * 3} answers" in said.both
     )
     talk = {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}
     for name, n_rows in (("law", 9), ("good", 8)):

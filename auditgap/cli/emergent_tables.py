@@ -25,7 +25,7 @@ def show_plan(plan: EmergentPlan, options: EmergentOptions, as_json: bool) -> No
     from auditgap.audits.emergent.build import counted
     from auditgap.training.config import n_steps
 
-    asked, prompts, panel = plan.config, plan.prompts, plan.panel
+    asked, prompts, panel = plan.config, plan.asked, plan.panel
     adapters = len(asked.domains) * len(asked.arms) * len(asked.seeds)
     n = len(prompts.prompts)
     answers = (adapters + 1) * n * 2 * asked.samples
