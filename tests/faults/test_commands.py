@@ -201,7 +201,7 @@ def test_stopped_before_there_is_a_cell(bench, mood, tmp_path, number):
     child = bench.start(bench.command(out))
     children.until((bench.mood / "hangs").exists, child)
     child.send_signal(number)
-    said, err = child.communicate(timeout=60)
+    said, err = child.communicate(timeout=180)
     assert child.returncode == 130 and "Traceback" not in err and "same command" in err, said + err
     assert not out.exists()
 
@@ -216,7 +216,7 @@ def test_stopped_after_the_last_cell(bench, mood, unbroken, tmp_path, capsys, nu
     child = bench.start(bench.command(out))
     children.until((out / "lvs.parquet").exists, child)
     child.send_signal(number)
-    said, err = child.communicate(timeout=60)
+    said, err = child.communicate(timeout=180)
     assert child.returncode == 130 and "Traceback" not in err and "same command" in err, said + err
     assert not (out / "report.html").exists()
     assert bench.here(bench.command(out), capsys)[0] == 0
@@ -234,7 +234,7 @@ def test_the_folder_goes_away_under_the_run(bench, mood, unbroken, tmp_path, cap
     if lost != "renamed":
         out.write_text("mine")
     (bench.mood / "hang block1").unlink()
-    said, err = child.communicate(timeout=60)
+    said, err = child.communicate(timeout=180)
     shown = " ".join(err.split())
     assert child.returncode == 2 and "Traceback" not in err, said + err
     assert str(out) in shown.replace(" ", "") and "name its new place" in shown
