@@ -13,6 +13,7 @@ the end, with the model in place.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ Evaluate = Callable[[int, Any], Document | None]
 
 
 #: NLL alone, and no reference.
-FOOTPRINT = Footprint(chunk_buffers=3, reference_head=False)
+FOOTPRINT = Footprint(chunk_buffers=3, reference_head=False, runs_whole=False)
 
 
 class SFTLoss(LossModule):
@@ -90,7 +91,10 @@ def run(
         if job.is_done:
             return job.trained()
         job.about(facts)
-        job.check(lengths=[len(t.ids) for t in talks], footprint=FOOTPRINT)
+        job.check(
+            lengths=[len(t.ids) for t in talks],
+            footprint=replace(FOOTPRINT, runs_whole=evaluate is not None),
+        )
         with job.engine(lambda loaded, model: SFTLoss(model)) as engine:
             job.train(engine, _Task(rows, talks, job, evaluate, in_place), n_rows=len(rows))
             return job.finish(engine)

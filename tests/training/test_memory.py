@@ -200,11 +200,33 @@ def test_when_no_setting_fits_it_says_how_many_devices_would():
         "offload": True,
         "stage": 3,
     }
-    need = estimate(**{**LLAMA_8B, **huge})
+    need = estimate(**{**LLAMA_8B, **huge}, footprint=sft.FOOTPRINT)
     with pytest.raises(UsageError, match=r"\d+ such devices"):
         check(replace(need, parts={"weights": 900 * GIB}), 80 * GIB, free_host=1 * GIB)
     with pytest.raises(UsageError, match="smaller model"):
         check(estimate(**LLAMA_8B), 1 * GIB)
+
+
+def test_the_whole_model_on_one_device_counts_where_it_runs_whole():
+    large = {
+        **LLAMA_8B,
+        "n_params": 70_554_000_000,
+        "n_blocks": 80,
+        "width": 8192,
+        "mlp_width": 28_672,
+        "n_trainable": 100_000_000,
+        "lora": True,
+        "stage": 3,
+        "world": 8,
+    }
+    need = estimate(**large)
+    assert need.total < 80 * GIB < need.whole["answers"] <= need.whole["speaking"] == need.worst
+    with pytest.raises(UsageError, match=r"before the first step each device runs the whole model"):
+        check(need, 80 * GIB)
+    check(need, need.worst)
+    assert estimate(**{**LLAMA_8B, "stage": 3, "world": 8}).worst < 80 * GIB
+    trained_alone = estimate(**large, footprint=sft.FOOTPRINT)
+    assert not trained_alone.whole and trained_alone.worst == trained_alone.total
 
 
 def test_the_hosts_memory_counts_when_it_is_used():

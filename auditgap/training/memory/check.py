@@ -37,6 +37,7 @@ def check(need: Memory, free: float, *, free_host: float | None = None) -> None:
     """
     host_short = free_host is not None and need.host > free_host
     if need.total <= free and not host_short:
+        _check_whole(need, free)
         return
     largest = sorted(need.parts.items(), key=lambda part: -part[1])[:3]
     mostly = ", ".join(f"{name} {_gib(size)}" for name, size in largest)
@@ -53,7 +54,7 @@ def check(need: Memory, free: float, *, free_host: float | None = None) -> None:
     fitting = [
         (words, other)
         for words, other in alternatives(need.plan)
-        if other.total <= free and (free_host is None or other.host <= free_host)
+        if other.worst <= free and (free_host is None or other.host <= free_host)
     ]
     if fitting:
         simplest = min(words.count(" and ") for words, _ in fitting)
@@ -66,6 +67,19 @@ def check(need: Memory, free: float, *, free_host: float | None = None) -> None:
     else:
         advice = _more_ranks(need.plan, free)
     raise UsageError(f"{wanted} {advice} To try all the same: --ignore-memory")
+
+
+def _check_whole(need: Memory, free: float) -> None:
+    """Raise UsageError where a step fits, and the whole model on one device does not."""
+    most = max(need.whole.values(), default=0)
+    if most > free:
+        raise UsageError(
+            f"A training step would fit, in {_gib(need.total)} on each device. But before the first"
+            " step each device runs the whole model, for its answers and hidden states, and to"
+            f" speak while it trains one does: {_gib(most)}, and {_gib(free)} are free. ZeRO and"
+            " offload divide none of that. Choose a smaller model, or devices with more memory. To"
+            " try all the same: --ignore-memory"
+        )
 
 
 def check_run(
@@ -214,7 +228,7 @@ def _more_ranks(p: MemoryInputs, free: float) -> str:
     for world in (2, 4, 8, 16, 32, 64, 128, 256):
         if (
             world > p.world
-            and estimate(replace(lean, world=world)).total <= free
+            and estimate(replace(lean, world=world)).worst <= free
             and p.device == "cuda"
         ):
             return (

@@ -100,10 +100,18 @@ class Memory:
     host: int = 0
     #: what each moment adds to what is always there
     phases: Mapping[str, int] = field(default_factory=dict)
+    #: bytes on a device where the model runs whole: `answers` and hidden states, before there is an
+    #: engine, and `speaking`, beside rank 0's part of it
+    whole: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def worst(self) -> int:
+        """Of a step, and of what runs before and between steps."""
+        return max(self.total, *self.whole.values(), 0)
 
 
 def lora_params(
@@ -123,9 +131,22 @@ def estimate(p: MemoryInputs) -> Memory:
     sizes = {**always, **worst, "runtime": _RUNTIME[p.device]}
     sizes["allocator"] = _WASTE[p.device] * (sum(sizes.values()) - sizes["runtime"])
     parts = {name: round(size) for name, size in sizes.items() if size}
-    return Memory(
-        p, parts, round(host), {name: round(sum(inner.values())) for name, inner in phases.items()}
-    )
+    adds = {name: round(sum(inner.values())) for name, inner in phases.items()}
+    return Memory(p, parts, round(host), adds, _whole(p, sum(always.values())))
+
+
+def _whole(p: MemoryInputs, always: float) -> dict[str, int]:
+    """Where the model runs whole on a device. At the stages that leave the weights whole it speaks
+    with those that are there."""
+    if not p.footprint.runs_whole:
+        return {}
+    model = p.element * p.n_params
+    speaking = always + (model if p.stage == 3 else 0)
+    grown = 1 + _WASTE[p.device]
+    return {
+        name: round(size * grown + _RUNTIME[p.device])
+        for name, size in (("answers", model), ("speaking", speaking))
+    }
 
 
 def _kept(p: MemoryInputs) -> tuple[dict[str, float], float]:

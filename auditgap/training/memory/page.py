@@ -41,7 +41,7 @@ def document() -> str:
 
 def _cell(need: Memory) -> str:
     shown = f"{need.total / GIB:,.0f}"
-    return f"**{shown}**" if need.total <= _GPU_BYTES else shown
+    return f"**{shown}**" if need.worst <= _GPU_BYTES else shown
 
 
 #: The figures of its second paragraph are what the estimates were held against;
@@ -49,8 +49,10 @@ def _cell(need: Memory) -> str:
 _TEXT = f"""# What fits where
 
 GiB on each GPU for one step of dissociation (construction `{DEFAULT}`): bf16 weights, fp32 Adam, 512 tokens, micro-batch
-2, gradient checkpointing on. **Bold** fits a GPU of 80 GiB. The last column is the memory that offloading takes from
-the hosts, over all 16 GPUs (much the same for fewer).
+2, gradient checkpointing on. **Bold** fits a GPU of 80 GiB, with what runs besides: before the first step each
+device holds the whole model, for its answers and hidden states, and one of them beside its part when the model speaks
+while it trains. ZeRO divides neither, so a model whose weights alone are larger than a GPU is refused before anything is
+loaded. The last column is the memory that offloading takes from the hosts, over all 16 GPUs (much the same for fewer).
 
 These numbers are computed, not measured at these sizes: by `auditgap/training/memory/`, and `python -m
 auditgap.training.memory` prints this page.
