@@ -11,6 +11,8 @@ that is null is never a number: it is the column's word for it.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -33,12 +35,34 @@ class Hide(Enum):
     ALIKE = "where all rows have the same: something else names it"
 
 
+#: Widths that a table is said to need, in rem: at the narrower ones its rows are set as cards.
+FITS = tuple(range(12, 100, 4))
+#: What a wide window shows beside each other, in rem.
+PAGE = 66
+#: How wide a character of a table is, one of its titles, and the space between columns, in rem.
+_CHARACTER, _BOLD, _BETWEEN = 0.46, 0.5, 0.75
+#: A cell of words is not broken into shorter lines than these, where it is longer.
+_LINE = 16
+
+
 @dataclass(frozen=True, slots=True)
 class TableCell:
     """One cell as text; `css` is a class for it (`num`, `null`, `key`: one word, `word`)."""
 
     text: str
     css: str = "word"
+
+    @property
+    def breakable(self) -> str:
+        """The text with a space at which an interval may go below its estimate."""
+        return self.text.replace("\u00a0[", " [")
+
+    @property
+    def width(self) -> float:
+        """The characters of its longest line, when it is broken wherever it may be."""
+        said = re.sub(r"<[^>]*>", " ", self.breakable)
+        longest = max(map(len, re.split(r"[ \n]", said)), default=0)
+        return max(longest, min(len(said), _LINE)) if "word" in self.css else longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +73,54 @@ class DisplayTable:
     rows: tuple[tuple[TableCell, ...], ...]
     numeric: tuple[bool, ...] = ()
     helps: tuple[str, ...] = ()
+
+    @property
+    def needs(self) -> list[float]:
+        """How wide each column must be for nothing of it to be cropped, in rem."""
+        cells = list(zip(*self.rows, strict=True)) or [()] * len(self.titles)
+        return [
+            _BETWEEN
+            + max(
+                _BOLD * max(map(len, title.split()), default=0),
+                *(_CHARACTER * cell.width for cell in column),
+                0.0,
+            )
+            for title, column in zip(self.titles, cells, strict=True)
+        ]
+
+    @property
+    def fit(self) -> int:
+        """The width in rem below which a column would be cropped, as the next of `FITS`."""
+        needs = sum(self.needs)
+        return next((fit for fit in FITS if fit >= needs), FITS[-1])
+
+    def cuts(self, width: float) -> list[tuple[int, ...]]:
+        """Columns for as few tables as are needed for each to be at most `width` rem wide; those
+        that name a row (all before the first of numbers) stand in each."""
+        needs = self.needs
+        first = self.numeric.index(True) if True in self.numeric else len(self.titles)
+        names = tuple(range(first)) or (0,)
+        rest = [i for i in range(len(self.titles)) if i not in names]
+        room = width - sum(needs[i] for i in names)
+        if sum(needs[i] for i in rest) <= room or len(rest) < 2:
+            return [(*names, *rest)]
+        share = sum(needs[i] for i in rest) / math.ceil(sum(needs[i] for i in rest) / max(room, 1))
+        cuts: list[list[int]] = [[]]
+        for i in rest:
+            taken = sum(needs[j] for j in cuts[-1])
+            if cuts[-1] and (taken >= share or taken + needs[i] > room):
+                cuts.append([])
+            cuts[-1].append(i)
+        return [(*names, *cut) for cut in cuts]
+
+    def only(self, columns: Sequence[int]) -> DisplayTable:
+        """The table of these columns."""
+        return DisplayTable(
+            tuple(self.titles[i] for i in columns),
+            tuple(tuple(row[i] for i in columns) for row in self.rows),
+            tuple(self.numeric[i] for i in columns),
+            tuple(self.helps[i] for i in columns),
+        )
 
     def markdown(self) -> list[str]:
         """The table's lines in Markdown."""

@@ -25,11 +25,12 @@ from auditgap.report import (
 )
 from auditgap.report.charts import Figure
 from auditgap.report.columns import Row
-from auditgap.report.latent_columns import CLEAN, DISTANCE, GAPS, LVS
+from auditgap.report.latent_columns import CLEAN, DISTANCE, GAP_COUNTS, GAPS, LVS
 from auditgap.report.latent_table_1 import beside_the_paper, roles
 from auditgap.report.section import (
     Facts,
     Formula,
+    Heading,
     Headline,
     Prose,
     Section,
@@ -219,7 +220,7 @@ def _sections(report: ReportData) -> Iterator[Section]:
         id="table",
         title="Every measurement",
         contents="Every measurement",
-        blocks=_every_measurement(lvs),
+        blocks=(*_gap_counts(report.gaps), *_every_measurement(lvs)),
     )
     clean = Table(
         "clean",
@@ -281,6 +282,18 @@ def _raised(
     raised = {word for flags in column.dropna() for word in str(flags).split()}
     found = tuple((code(flag), what) for flag, what in words.items() if flag in raised)
     return () if found else (Prose("No flag was raised.", "note"),), found
+
+
+def _gap_counts(gaps: pd.DataFrame) -> tuple[Any, ...]:
+    """The prompts that the audit gap is of, under the name that its table has at the top."""
+    if not len(gaps):
+        return ()
+    said = "What the audit gap rests on"
+    return (
+        Heading(said),
+        Table("", said, gaps, GAP_COUNTS),
+        Heading("By site, budget and attack"),
+    )
 
 
 def _every_measurement(lvs: pd.DataFrame) -> tuple[Any, ...]:

@@ -54,26 +54,31 @@ _unscored = partial(_or_unscored, NOT_MEASURED)
 _SUBJECT = word("subject", "Subject", hide=Hide.ALIKE)
 
 
-_EPS = Column("eps", "ε", read=budget)
+_EPS = Column("eps", "ε", css="key", read=budget)
 
 
 _COUNTS = (count("n", "n"), count("n_unscored", "Unscored"))
 
 
-#: What a reader decides by comes first: a narrow page shows the first columns.
+#: What a reader decides by.
 GAPS: tuple[Column, ...] = (
     _SUBJECT,
     _EPS,
-    *_COUNTS,
-    count("n_at_risk", "At risk", hide=Hide.EMPTY),
     Column("safety", "Behaviourally safe", percent),
     Column("robustness", "Robust", percent),
     Column("gap", "Audit gap, points", partial(points, unit="")),
     Column("excess", "Excess gap, points", partial(points, unit=""), hide=Hide.EMPTY),
-    word("worst_site", "Worst site", css="key"),
     Column("control_gap", "Control’s gap, points", partial(points, unit=""), hide=Hide.EMPTY),
-    Column("flip_rate", "Flip rate", percent, hide=Hide.EMPTY),
-    count("undetermined", "Undetermined", hide=Hide.EMPTY),
+    word("worst_site", "Worst site", css="key"),
+)
+
+
+#: What that rests on.
+GAP_COUNTS: tuple[Column, ...] = (
+    _SUBJECT,
+    _EPS,
+    *_COUNTS,
+    count("n_at_risk", "At risk", hide=Hide.EMPTY),
     Column(
         "effective_at_risk",
         "Duplicates as one",
@@ -81,6 +86,8 @@ GAPS: tuple[Column, ...] = (
         read=_as_one,
         help="prompts at risk, near-duplicates counted as one: what intervals and verdicts go by",
     ),
+    Column("flip_rate", "Flip rate", percent, hide=Hide.EMPTY),
+    count("undetermined", "Undetermined", hide=Hide.EMPTY),
     Column(
         "excess_corrected",
         "Excess gap, corrected, points",
@@ -110,28 +117,28 @@ LVS: tuple[Column, ...] = (
     word("site", "Site", css="key"),
     _EPS,
     word("attack", "Attack", css="key"),
-    *_COUNTS,
-    count("n_judged", "Judged"),
-    count("n_broken", "Broken"),
     Column("lvs_mean", "LVS, mean", null=_unscored),
     Column("lvs_median", "LVS, median", null=_unscored),
     Column("lvs_rel_mean", "LVS rel., mean", null=_unscored, limits=("lvs_rel_lo", "lvs_rel_hi")),
-    Column("asr", "ASR", percent),
-    Column("asr_corrected", "ASR, corrected", percent, null=CANNOT_TELL),
-    Column("asr_envelope", "ASR envelope", percent),
     Column(
         "delta_vs_matched",
         "LVS − matched LVS",
         limits=("delta_lo", "delta_hi"),
         null=lambda row: "does not apply" if row["attack"] == "random_matched" else NOT_MEASURED,
     ),
-    Column("relative_norm_median", "‖δ‖/‖h‖, median"),
-    Column("flip_rate", "Flip rate", percent, hide=Hide.EMPTY),
     Column("drop_mean", "Drop in reward, mean", hide=Hide.EMPTY),
     Column("drop_vs_matched", "Drop − matched drop", hide=Hide.EMPTY),
+    Column("relative_norm_median", "‖δ‖/‖h‖, median"),
+    word("flag", "Flags", null=""),
+    *_COUNTS,
+    count("n_judged", "Judged"),
+    count("n_broken", "Broken"),
+    Column("asr", "ASR", percent),
+    Column("asr_corrected", "ASR, corrected", percent, null=CANNOT_TELL),
+    Column("asr_envelope", "ASR envelope", percent),
+    Column("flip_rate", "Flip rate", percent, hide=Hide.EMPTY),
     Column("nll_clean", "NLL of target", hide=Hide.EMPTY),
     Column("nll_edited", "NLL of target, edited", hide=Hide.EMPTY),
-    word("flag", "Flags", css="key", null=""),
 )
 
 

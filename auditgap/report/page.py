@@ -26,6 +26,7 @@ from markupsafe import Markup
 
 from auditgap.errors import UsageError
 from auditgap.report import text
+from auditgap.report.columns import FITS
 from auditgap.report.frame import Frame
 from auditgap.report.section import (
     Section,
@@ -80,6 +81,7 @@ def render(sections: Sequence[Section], frame: Frame) -> str:
             sections=shown(sections),
             top=at_the_top(sections),
             script=_script(),
+            fits=FITS,
             script_hash=f"sha256-{base64.b64encode(digest).decode('ascii')}",
         )
     )

@@ -22,7 +22,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from auditgap.report.charts import Figure
-from auditgap.report.columns import Column, DisplayTable, show
+from auditgap.report.columns import PAGE, Column, DisplayTable, show
 from auditgap.report.text import clean
 
 #: More rows than this scroll in a window of their own.
@@ -112,6 +112,16 @@ class Table:
             (str(name), show(part, self.columns))
             for name, part in rows.groupby(self.by, sort=False)
         ]
+
+    @property
+    def folds(self) -> list[list[tuple[str, DisplayTable]]]:
+        """The parts as tables that fit a wide page, one below the other; each has the columns that
+        name its rows."""
+        parts = self.parts
+        if len({part.titles for _, part in parts}) != 1:
+            return [parts] if parts else []
+        every = replace(parts[0][1], rows=tuple(row for _, part in parts for row in part.rows))
+        return [[(name, part.only(cut)) for name, part in parts] for cut in every.cuts(PAGE)]
 
     @property
     def is_tall(self) -> bool:

@@ -334,7 +334,7 @@ def test_null_is_never_zero():
     assert "the audit gap at ε = 0.03 rms was not measured" in page.text
     assert "Cohen’s κ not measured" in re.sub(r"\s+", " ", re.sub("<[^>]+>", " ", render(report)))
     assert "nan" not in page.text.lower().split() and "None" not in page.text.split()
-    cells = re.findall(r'<td class="null[^"]*">([^<]*)</td>', render(report))
+    cells = re.findall(r'<td class="null[^"]*"[^>]*>([^<]*)</td>', render(report))
     assert "unscored" in cells and "not measured" in cells
     assert "0.000" not in render(report).split('<tbody class="paper">')[0]
     assert not re.search(r"\b0\s%", page.text)
