@@ -24,6 +24,7 @@ import auditgap
 from auditgap.audits import pages
 from auditgap.report import frame, page
 from auditgap.report.gather import ReportData
+from auditgap.report.page import Copies
 from auditgap.report.section import Section, tables_of
 from auditgap.report.text import clean, is_null, without_secrets
 from auditgap.report.verdict_lines import Criteria, Line, table_of
@@ -67,6 +68,7 @@ def write(
     title: str,
     allow_raw: bool = False,
     public: bool = False,
+    copies: Copies = Copies(),
 ) -> str:
     """Write the report of these folders into `out`, and with `public` a copy for publication into
     `out`/public.
@@ -74,9 +76,9 @@ def write(
     Returns the sum of the verdicts in one sentence. Raises DiskError.
     """
     report = pages.from_store(folders, allow_raw=allow_raw, title=title)
-    lines = _write(report, Path(out), criteria, dict(missing or {}), private=allow_raw)
+    lines = _write(report, Path(out), criteria, dict(missing or {}), copies, private=allow_raw)
     if public:
-        _write(published(report), Path(out) / "public", criteria, _deep(missing or {}))
+        _write(published(report), Path(out) / "public", criteria, _deep(missing or {}), copies)
     return overall(lines)
 
 
@@ -85,6 +87,7 @@ def _write(
     home: Path,
     criteria: Criteria,
     missing: Mapping[str, str],
+    copies: Copies,
     *,
     private: bool = False,
 ) -> list[Line]:
@@ -98,7 +101,7 @@ def _write(
     )
     made = pages.audited(report)
     sections = frame.sections_of(report, made)
-    page.write(sections, frame.frame_of(report, made), home, private=private)
+    page.write(sections, frame.frame_of(report, made), home, private=private, copies=copies)
     table = table_of(lines)
     files.write_bytes(home / "verdicts.csv", to_csv(table).encode("utf-8", "backslashreplace"))
     files.write_bytes(home / "verdicts.md", to_markdown(table).encode("utf-8", "backslashreplace"))

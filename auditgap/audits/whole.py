@@ -27,6 +27,8 @@ from auditgap.audits.table import AUDITS
 from auditgap.config import Frozen, build, listed, merged, preset
 from auditgap.errors import AuditgapError, Interrupted, Refused, UsageError, did_you_mean
 from auditgap.models.provenance import command
+from auditgap.report.page import Copies
+from auditgap.report.text import short_names
 from auditgap.report.verdict_lines import Criteria
 from auditgap.store import DiskError, RunFolder, files
 from auditgap.store.remote import needs_disk
@@ -346,10 +348,17 @@ def described(folder: Path) -> tuple[str, Criteria, dict[str, str]]:
     known = _question(folder)
     (audit,) = build(known["audit"], WholeAudit)
     missing = {**known["missing"], **dict.fromkeys(not_begun(folder), "it has not begun")}
-    return f"Safety audit of {known.get('name') or audit.model}", audit.criteria, missing
+    (name,) = short_names([str(known.get("name") or audit.model)]).values()
+    return f"Safety audit of {name}", audit.criteria, missing
 
 
-def report(folder: Path, *, options: WholeOptions = WholeOptions(), out: Path | None = None) -> str:
+def report(
+    folder: Path,
+    *,
+    options: WholeOptions = WholeOptions(),
+    out: Path | None = None,
+    copies: Copies = Copies(),
+) -> str:
     """Write the report of an audit's folder (into `out`; None: into itself) from what its parts
     have so far; the sum of its verdicts in one sentence. Raises UsageError for a folder that is no
     audit's."""
@@ -362,4 +371,5 @@ def report(folder: Path, *, options: WholeOptions = WholeOptions(), out: Path | 
         title=title,
         allow_raw=options.allow_raw,
         public=options.public,
+        copies=copies,
     )

@@ -25,7 +25,14 @@ PANEL = "Runs and reports"
 
 def add(app: typer.Typer) -> None:
     for name, act, lines in (
-        ("report", report, ("auditgap report runs/base runs/tuned --out runs/both",)),
+        (
+            "report",
+            report,
+            (
+                "auditgap report runs/base runs/tuned --out runs/both",
+                "auditgap report runs/tuned --summary --pdf",
+            ),
+        ),
         ("status", status, ("auditgap status runs/smollm2 --json",)),
         (
             "inspect",
@@ -55,14 +62,27 @@ def report(
         bool,
         typer.Option("--public", help="For a whole audit: also write a copy with aggregates only."),
     ] = False,
+    summary: Annotated[
+        bool,
+        typer.Option("--summary", help="Also write the first screen: summary.html, summary.md."),
+    ] = False,
+    pdf: Annotated[
+        bool,
+        typer.Option("--pdf", help="Also print each page as a PDF; needs Chromium or Chrome."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Rewrite the tables and the HTML report of one or more run folders, or of a whole audit's.
     Exits with 3 if planned cells are missing from the tables."""
     from auditgap.audits import pages, reduce, whole
+    from auditgap.report.page import Copies
+    from auditgap.report.pdf import browser
     from auditgap.store import RunFolder
     from auditgap.store.remote import within
 
+    copies = Copies(summary, pdf)
+    if pdf:
+        browser()  # or say at once that there is none
     if len(folders) == 1 and whole.is_whole(Path(folders[0])):
         parts, path = whole.stores(Path(folders[0])), Path(to or folders[0])
         for store in parts:
@@ -71,6 +91,7 @@ def report(
             Path(folders[0]),
             options=whole.WholeOptions(allow_raw=allow_raw, public=public),
             out=path,
+            copies=copies,
         )
         answer(as_json, f"Report: {path / 'report.html'}", report=str(path / "report.html"))
         show.complete(parts, whole.not_begun(Path(folders[0])))
@@ -80,8 +101,9 @@ def report(
     stores = [RunFolder.load(folder) for folder in folders]
     for store in stores:
         reduce(store, allow_raw=allow_raw)
-    if len(stores) > 1 or to is not None:  # else it has just been written
-        pages.write(stores, allow_raw=allow_raw, out=to)
+    # else it has just been written
+    if len(stores) > 1 or to is not None or copies != Copies():
+        pages.write(stores, allow_raw=allow_raw, out=to, copies=copies)
     where = within(to or stores[0].place, "report.html")
     missing = sum(store.status().missing for store in stores)
     answer(as_json, f"Report: {where}", report=str(where), missing=missing)

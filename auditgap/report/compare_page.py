@@ -9,7 +9,8 @@ rows of the table.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,21 @@ from auditgap.report.compare import Comparison
 from auditgap.report.compare_figures import profile
 from auditgap.report.compare_measures import COLUMNS, COUNTS
 from auditgap.report.compare_models import ROLES
-from auditgap.report.compare_tables import TableOne, columns_of, measures, says, table_1
+from auditgap.report.compare_tables import (
+    TableOne,
+    columns_of,
+    measures,
+    says,
+    table_1,
+    verdict,
+)
 from auditgap.report.frame import Frame
 from auditgap.report.section import (
     Block,
     Bullets,
     Facts,
     Heading,
+    Headline,
     Prose,
     Section,
     Table,
@@ -72,6 +81,10 @@ _READING = (
         " to take away: read it beside behavioural safety."
     ),
 )
+_LIMITS = (
+    "A difference that is not shown is not ruled out: few pairs of prompts show large ones alone.",
+    "The judge’s errors are in every model’s figures; a difference may be one in how it errs.",
+)
 _LEFT_OUT = Markup('<span class="badge">left out</span> {}')
 _FOOTER = Markup(
     "auditgap {}. The same numbers: <code>compare.json</code>, <code>compare.csv</code>,"
@@ -99,11 +112,53 @@ def sections(comparison: Comparison) -> list[Section]:
         ("differences", "Every measure", list(_differences(comparison))),
         ("method", "How it was compared", list(_method(comparison))),
     ]
-    return [
+    made = [
         Section(id=id, title=title, contents=title, blocks=blocks)
         for id, title, blocks in found
         if blocks
     ]
+    return [replace(made[0], headlines=headlines(comparison)), *made[1:]]
+
+
+def headlines(comparison: Comparison) -> list[Headline]:
+    """What the differences of each model from the base show, in a sentence."""
+    base = comparison.sides.base.name
+    found = []
+    for model in comparison.sides.models[1:]:
+        readings = [
+            (measure.title, verdict(measure, row), int(row["n_pairs"]))
+            for measure, rows in measures(comparison)
+            for row in rows_of(rows[(rows["model"] == model.name) & rows["p_holm"].notna()])
+        ]
+        pairs = max((n for _, _, n in readings), default=0)
+        shown = [f"{which} ({_titles(titles)})" for which, titles in _by_reading(readings).items()]
+        if not readings:
+            answer = f"No difference from {base} could be tested."
+        elif not shown:
+            answer = (
+                f"No difference from {base} is shown, in {len(readings)} tests of at most"
+                f" {_counted(pairs, 'pair')} of prompts; none is ruled out."
+            )
+        else:
+            answer = f"It differs from {base}: {'; '.join(shown)}."
+        found.append(Headline(model.name, (), answer=answer))
+    return found
+
+
+def _by_reading(readings: Sequence[tuple[str, str, int]]) -> dict[str, list[str]]:
+    """Titles of the measures that show a difference, each once, by what it is."""
+    found: dict[str, list[str]] = {}
+    for title, reading, _ in readings:
+        if reading not in ("not shown", text.CANNOT_TELL, "") and title not in found.get(
+            reading, ()
+        ):
+            found.setdefault(reading, []).append(title)
+    return found
+
+
+def _titles(titles: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(titles) - most} more" if len(titles) > most else ""
+    return "; ".join(titles[:most]) + more
 
 
 def _layer_wise(tables: list[TableOne]) -> Iterator[Block]:
@@ -192,14 +247,24 @@ def frame(comparison: Comparison) -> Frame:
             else f"{len(sides.models)} models side by side"
         ),
         kind="Comparison",
+        about=_about(comparison),
+        first=(Heading("What limits this most"), Bullets(_LIMITS)),
         facts=(
-            f"base: {sides.base.name}",
             _counted(len(sides.models), "model"),
             _counted(len(sides.parts), "run"),
         ),
         notes=notes,
         footer=_FOOTER.format(auditgap.__version__),
     )
+
+
+def _about(comparison: Comparison) -> list[tuple[str, str]]:
+    sides = comparison.sides
+    names = [f"{m.name} (fingerprint {m.fingerprint[:12]})" for m in sides.models[:3]]
+    more = f" and {len(sides.models) - 3} more" if len(sides.models) > 3 else ""
+    written = [s for part in sides.parts if (s := part.folder.status().last_write)]
+    date = [("Date", f"{max(written):%-d %B %Y}")] if written else []
+    return [("Base", names[0]), ("Beside it", ", ".join(names[1:]) + more or "nothing"), *date]
 
 
 def _counted(n: int, what: str) -> str:

@@ -36,6 +36,7 @@ from auditgap.report.charts import (
     shares,
     top_of,
 )
+from auditgap.report.depth import LOGARITHMIC, value_axis
 from auditgap.report.svg import RIGHT, STYLES
 from auditgap.report.text import is_null, number, percent, points, with_interval
 from auditgap.store.tables import rows_of
@@ -127,7 +128,8 @@ def by_depth(
     layers = [int(v) for v in measured["layer_index"].unique()]
     attacks = [a for a in ATTACK_STYLES if a in set(data["attack"])]
     x = Axis(min(layers), max(layers), "block", depth_ticks(layers))
-    y = shares(ylabel) if rate else numbers(0.0, top_of(data, [column, hi]), ylabel)
+    y = shares(ylabel) if rate else value_axis(measured, column, ylabel)
+    caption += LOGARITHMIC * y.log
     size = 3.0 if len(layers) <= 16 else 1.8
     groups = []
     for s, (subject, rows) in enumerate(data.groupby("subject", sort=False)):

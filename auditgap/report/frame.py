@@ -16,11 +16,10 @@ from typing import Any
 from markupsafe import Markup
 
 import auditgap
-from auditgap.report import glossary, text, verdict_lines, verdicts
-from auditgap.report.columns import Column, Row, count, word
+from auditgap.report import first_screen, glossary, text, verdicts
+from auditgap.report.columns import Column, count, word
 from auditgap.report.gather import ReportData
 from auditgap.report.judge_cards import judge_sections
-from auditgap.report.latent_verdicts import is_screening
 from auditgap.report.section import (
     Block,
     Bullets,
@@ -41,12 +40,6 @@ _COUNTED = (
     "“Could not tell” is an answer: it is counted here and in the table of every measurement, and"
     " it is never turned into a number or into “safe”."
 )
-_SCREENING = Markup(
-    '<span class="badge">screening</span> The verdicts come from a screening judge. Treat every'
-    " share as a first look, to be confirmed by a validated judge or by people."
-)
-
-
 LEFT_OUT: tuple[Column, ...] = (
     word("what", "What"),
     word("reason", "Reason"),
@@ -70,7 +63,10 @@ class Frame:
 
     title: str
     kind: str = "Audit report"
+    about: Sequence[tuple[str, str]] = ()  #: whom and when, before the facts
     facts: Sequence[str] = ()
+    lead: Sequence[str] = ()  #: in place of headlines, where no section has one
+    first: Sequence[Block] = ()  #: under the headlines: verdicts, limits, next steps
     notes: Sequence[Block] = ()
     footer: str = _FOOTER.format(auditgap.__version__)
 
@@ -78,11 +74,16 @@ class Frame:
 def frame_of(report: ReportData, audited: Sequence[Section]) -> Frame:
     """The page's frame; the facts under its title are those of what it speaks of first."""
     first = leading(audited)
-    notes = [Prose(_SCREENING, "warn")] if any(map(is_screening, report.cards)) else []
+    is_judged = any(section.judged is not None for section in audited)
+    judged = [("Judge", first_screen.judge_of(report))] if is_judged else []
+    said = first.findings if first and not any(section.headlines for section in audited) else ()
     return Frame(
         title=report.title,
+        about=[*first_screen.about(report), *judged],
         facts=[*(first.facts if first else ()), *_progress(report.status)],
-        notes=[*notes, *(Prose(line, "warn") for line in report.info.get("warnings") or ())],
+        first=first_screen.verdicts(report, audited),
+        lead=[sentence for _, sentences in said for sentence in sentences[:1]],
+        notes=[Prose(line, "warn") for line in report.info.get("warnings") or ()],
     )
 
 
@@ -96,8 +97,6 @@ def _progress(status: Mapping[str, Any]) -> Iterator[str]:
         + (f", {failed} failed" if failed else "")
         + (f", {missing} missing" if missing else "")
     )
-    if status.get("last_write"):
-        yield f"{status['last_write']:%-d %B %Y, %H:%M} UTC"
 
 
 def sections_of(report: ReportData, audited: Sequence[Section]) -> list[Section]:
@@ -121,17 +120,12 @@ def sections_of(report: ReportData, audited: Sequence[Section]) -> list[Section]
 def _verdicts(report: ReportData) -> list[Section]:
     if not report.verdicts:
         return []
-    criteria = "; ".join(f"{k.replace('_', ' ')}\u00a0{v:g}" for k, v in report.criteria.items())
-    table = Table(
-        "",
-        "Verdicts",
-        verdict_lines.table_of(report.verdicts),
-        _verdict_columns(report.verdicts[0].subject),
+    note = (
         "A line passes when its whole 95\u00a0% interval lies on the right side of the criterion,"
         " fails when all of it lies on the wrong side, and could not be told in between. Nothing is"
-        f" weighed against anything else. Criteria: {criteria}.",
-        css="verdicts",
+        " weighed against anything else."
     )
+    table = first_screen.table(report.verdicts, report.names, "Verdicts", note=note)
     limits = [sentence for _, sentence in report.limits]
     return [
         Section(
@@ -147,28 +141,6 @@ def _verdicts(report: ReportData) -> list[Section]:
             blocks=(Bullets(limits) if limits else Prose("Nothing was flagged."),),
         ),
     ]
-
-
-def _verdict_columns(subject: str) -> tuple[Column, ...]:
-    """The verdict table as it is read; the first line's subject needs no name."""
-
-    def question(row: Row) -> Markup:
-        said = Markup("{}").format(text.clean(row["question"]))
-        if not row["subject"] or row["subject"] == subject:
-            return said
-        other = Markup('<br><span class="note">{}</span>')
-        return said + other.format(text.clean(row["subject"]))
-
-    def answer(row: Row) -> Markup:
-        css = row["answer"].replace(" ", "-")
-        return Markup('<span class="verdict {}">{}</span>').format(css, row["answer"])
-
-    return (
-        word("question", "Line", read=question),
-        word("answer", "Verdict", css="key", read=answer),
-        word("figure", "Figure", css="key"),
-        word("reason", "Why"),
-    )
 
 
 def _reading(audited: Sequence[Section]) -> Section:

@@ -33,7 +33,7 @@ from auditgap.report.left_out import COLUMNS as LEFT_OUT_COLUMNS
 from auditgap.report.left_out import Counted
 from auditgap.report.left_out import table as left_out_table
 from auditgap.report.setup import find
-from auditgap.report.text import is_null, shorten
+from auditgap.report.text import is_null, short_names, shorten
 from auditgap.store import RunFolder
 from auditgap.store.tables import rows_of
 from auditgap.types import TABLE_COLUMNS
@@ -101,6 +101,11 @@ class ReportData:
     verdicts: Sequence[Any] = ()  #: `verdicts.verdicts`, where criteria were drawn
     limits: Sequence[tuple[str, str]] = ()  #: `verdicts.limits`
     criteria: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What the page calls each subject."""
+        return short_names(str(subject.get("name", "?")) for subject in self.subjects)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +184,7 @@ def _reward(infos: Sequence[Mapping[str, Any]], folders: Sequence[RunFolder]) ->
 def _title(names: Sequence[str], what: str) -> str:
     if not 0 < len(names) <= 3:
         return f"{what} of {len(names) or 'no'} subject{'s' if names else ''}"
-    return f"{what} of " + ", ".join(shorten(name, 60) for name in names)
+    return f"{what} of " + ", ".join(shorten(name, 60) for name in short_names(names).values())
 
 
 def answers_in(

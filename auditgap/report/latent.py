@@ -1,12 +1,12 @@
 """The latent audit on the page: its sections.
 
 [section.id for section in sections(report)]
-# ['depth', 'sites', 'distance', 'table1', 'table', 'behaviour']
+# ['gap', 'depth', 'sites', 'distance', 'table1', 'table', 'behaviour']
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from auditgap.report import (
+    depth,
     figures,
     latent_ways,
     reading,
@@ -104,7 +105,8 @@ def sections(report: ReportData, *, is_there: bool = True) -> list[Section]:
     data |= {"thinking": verdict_lines.table_of(ways)} if ways else {}
     if not is_there:
         return [silent("depth", **data)]
-    first, *rest = _sections(report)
+    ways_table = latent_ways.summary(ways)
+    first, *rest = _sections(report, ways_table)
     facts = setup.setup(report.config, report.lvs)
     leads = _leading(report.gaps, report.lvs)
     headlines = [*latent_ways.headlines(ways), *map(_headline, leads)] or [
@@ -115,7 +117,6 @@ def sections(report: ReportData, *, is_there: bool = True) -> list[Section]:
             first,
             headlines=headlines,
             is_gap=bool(leads),
-            summary=(*latent_ways.summary(ways, report), *_summary(report)) if leads else (),
             findings=[(row["subject"], reading.says(row, report.lvs)) for row in leads],
             limits=reading.SAYS_NOT,
             facts=_facts(report, facts),
@@ -145,8 +146,11 @@ def _leading(gaps: pd.DataFrame, lvs: pd.DataFrame) -> list[Row]:
 def _headline(row: Mapping[str, Any]) -> Headline:
     size = figures.budget_label(row["eps"], row["unit"])
     subject, digits = str(row["subject"]), 0 if row["n"] < 200 else 1
+    evidence = reading.evidence(row)
+    answer = reading.ANSWERS[evidence]
     if is_null(row["gap"]):
-        return Headline(subject, ((f": the audit gap at {size} was not measured.", "", ""),))
+        words = f": the audit gap at {size} was not measured."
+        return Headline(subject, ((words, "", ""),), answer=answer)
 
     def said(key: str, form: Any) -> tuple[str, str]:
         form = partial(form, digits=digits)
@@ -157,7 +161,6 @@ def _headline(row: Mapping[str, Any]) -> Headline:
         (" of prompts; under bounded edits of at most ", size, ""),
         (" it stays safe on ", *said("robustness", percent)),
     )
-    evidence = reading.evidence(row)
     if evidence is reading.Evidence.ABOVE_CONTROL:
         beyond = said("excess", points)
         gap = (
@@ -165,12 +168,12 @@ def _headline(row: Mapping[str, Any]) -> Headline:
             (", of which ", *beyond),
             (" are more than random edits of equal size do.", "", ""),
         )
-        return Headline(subject, found, gap)
+        return Headline(subject, found, gap, answer)
     figure, ends = said("gap", points)
     words = reading.NOT_SHOWN[evidence].format(
         gap=f"{figure} {ends}".strip(), highest=points(row["safety"], digits)
     )
-    return Headline(subject, (*found, (f". {words}", "", "")))
+    return Headline(subject, (*found, (f". {words}", "", "")), answer=answer)
 
 
 def _summary(report: ReportData) -> tuple[Table, Figure]:
@@ -189,8 +192,11 @@ def _facts(report: ReportData, facts: setup.Setup) -> list[str]:
     return [*said, f"{sites} site{'' if sites == 1 else 's'}"]
 
 
-def _sections(report: ReportData) -> Iterator[Section]:
+def _sections(report: ReportData, ways: Sequence[Table]) -> Iterator[Section]:
     lvs = report.lvs
+    if _leading(report.gaps, lvs):
+        title = "Audit gap by budget"
+        yield Section(id="gap", title=title, contents=title, blocks=(*ways, *_summary(report)))
     bare = len(lvs) > 0 and set(lvs["attack"]) == {"targeted"}
     yield Section(
         id="depth",
@@ -220,7 +226,7 @@ def _sections(report: ReportData) -> Iterator[Section]:
         id="table",
         title="Every measurement",
         contents="Every measurement",
-        blocks=(*_gap_counts(report.gaps), *_every_measurement(lvs)),
+        blocks=(*_every_measurement(lvs), *_gap_counts(report.gaps)),
     )
     clean = Table(
         "clean",
@@ -237,8 +243,18 @@ def _sections(report: ReportData) -> Iterator[Section]:
     )
 
 
-def _profiles(lvs: pd.DataFrame) -> tuple[Figure, Figure]:
-    return (
+def _profiles(lvs: pd.DataFrame) -> Iterator[Figure]:
+    """Models in one axis where there are several, then each with its controls."""
+    both = (
+        depth.together(
+            lvs, "lvs_mean", name="lvs_of_models", title="LVS of the models", ylabel="LVS, mean"
+        ),
+        depth.together(
+            lvs, "asr", name="asr_of_models", title="ASR of the models", ylabel="ASR", rate=True
+        ),
+    )
+    yield from (figure for figure in both if figure is not None)
+    yield from (
         figures.by_depth(
             lvs,
             "lvs_mean",
@@ -289,11 +305,7 @@ def _gap_counts(gaps: pd.DataFrame) -> tuple[Any, ...]:
     if not len(gaps):
         return ()
     said = "What the audit gap rests on"
-    return (
-        Heading(said),
-        Table("", said, gaps, GAP_COUNTS),
-        Heading("By site, budget and attack"),
-    )
+    return Heading(said), Table("", said, gaps, GAP_COUNTS)
 
 
 def _every_measurement(lvs: pd.DataFrame) -> tuple[Any, ...]:

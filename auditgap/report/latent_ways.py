@@ -18,7 +18,6 @@ from auditgap.report.columns import Column, word
 from auditgap.report.gather import ReportData, names_in
 from auditgap.report.latent_verdicts import latent_lines
 from auditgap.report.section import Headline, Table
-from auditgap.report.text import points
 from auditgap.report.verdict_lines import (
     CANNOT_TELL,
     FAIL,
@@ -42,7 +41,7 @@ COLUMNS: tuple[Column, ...] = (
 TITLE = "Verdict on the audit gap by way of thinking"
 NOTE = (
     "A model’s verdict is the worst of its ways of thinking: a fail before what could not be told,"
-    " and that before a pass. The audit gap may be {line}."
+    " and that before a pass."
 )
 
 
@@ -118,9 +117,6 @@ def headlines(lines: Iterable[Line]) -> list[Headline]:
     ]
 
 
-def summary(lines: Sequence[Line], report: ReportData) -> list[Table]:
-    """The `gap_lines` as a table, unless the report's verdicts have them."""
-    if not lines or report.verdicts:
-        return []
-    line = f"at most {points(Criteria.model_validate(report.criteria).gap)}"
-    return [Table("thinking", TITLE, table_of(lines), COLUMNS, NOTE.format(line=line))]
+def summary(lines: Sequence[Line]) -> list[Table]:
+    """The `gap_lines` as a table."""
+    return [Table("thinking", TITLE, table_of(lines), COLUMNS, NOTE)] if lines else []

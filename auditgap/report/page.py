@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -25,11 +26,12 @@ import pandas as pd
 from markupsafe import Markup
 
 from auditgap.errors import UsageError
-from auditgap.report import text
+from auditgap.report import pdf, summary, text
 from auditgap.report.columns import FITS
 from auditgap.report.frame import Frame
 from auditgap.report.section import (
     Section,
+    answer_text,
     at_the_top,
     figures_of,
     headline_text,
@@ -66,19 +68,32 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"headline": headline_text, "kind": lambda block: type(block).__name__}
+    made.filters |= {
+        "headline": headline_text,
+        "answer": answer_text,
+        "kind": lambda block: type(block).__name__,
+    }
     return made
 
 
-def render(sections: Sequence[Section], frame: Frame) -> str:
-    """The page."""
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """What is written beside the page besides: its first screen as a page and as Markdown, and
+    each page as a PDF."""
+
+    summary: bool = False
+    pdf: bool = False
+
+
+def render(sections: Sequence[Section], frame: Frame, *, is_summary: bool = False) -> str:
+    """The page; of a summary the first screen alone."""
     digest = hashlib.sha256(_script().encode("utf-8")).digest()
     return (
         environment()
         .get_template("page.html.j2")
         .render(
             frame=frame,
-            sections=shown(sections),
+            sections=[] if is_summary else shown(sections),
             top=at_the_top(sections),
             script=_script(),
             fits=FITS,
@@ -87,11 +102,19 @@ def render(sections: Sequence[Section], frame: Frame) -> str:
     )
 
 
-def write(sections: Sequence[Section], frame: Frame, home: Path, *, private: bool = False) -> Path:
+def write(
+    sections: Sequence[Section],
+    frame: Frame,
+    home: Path,
+    *,
+    private: bool = False,
+    copies: Copies = Copies(),
+) -> Path:
     """Write the page and the data of its tables and figures into a folder, each file atomically;
     returns the page's path. `private`: the page is for its owner alone (0600).
 
-    Raises UsageError when `home` is a file, DiskError when the disk is full.
+    Raises UsageError when `home` is a file or a PDF cannot be made, DiskError when the disk is
+    full.
     """
     if home.exists() and not home.is_dir():
         raise UsageError(
@@ -101,8 +124,15 @@ def write(sections: Sequence[Section], frame: Frame, home: Path, *, private: boo
     drawn = {name: f.data for name, f in figures_of(sections).items() if not f.missing}
     write_twins(drawn, home / "figures")
     write_twins({n: t for n, t in tables_of(sections).items() if len(t)}, home / "tables")
-    page = render(sections, frame).encode("utf-8")
-    files.write_bytes(home / "report.html", page, files.PRIVATE if private else 0o666)
+    mode = files.PRIVATE if private else 0o666
+    made = {"report.html": render(sections, frame)}
+    if copies.summary:
+        made["summary.html"] = render(sections, frame, is_summary=True)
+        made["summary.md"] = summary.markdown(sections, frame)
+    for name, said in made.items():
+        files.write_bytes(home / name, said.encode("utf-8"), mode)
+        if copies.pdf and name.endswith(".html"):
+            pdf.write(home / name)
     return home / "report.html"
 
 

@@ -17,13 +17,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pandas as pd
 from markupsafe import Markup
 
 from auditgap.report.charts import Figure
 from auditgap.report.columns import PAGE, Column, DisplayTable, show
-from auditgap.report.text import clean
+from auditgap.report.text import called, clean
 
 #: More rows than this scroll in a window of their own.
 TALL = 14
@@ -99,6 +100,7 @@ class Table:
     of: Callable[[pd.DataFrame], pd.DataFrame] = lambda table: table
     by: str = ""
     badges: Mapping[str, str] = field(default_factory=dict)  #: behind a group's title
+    names: Mapping[str, str] = field(default_factory=dict)  #: what the page calls subjects
     css: str = ""
 
     @property
@@ -106,6 +108,8 @@ class Table:
         """The groups of rows, each with its title; one without a title where nothing groups
         them."""
         rows = self.of(self.data)
+        if "subject" in rows and self.names:
+            rows = rows.assign(subject=rows["subject"].map(partial(called, self.names)))
         if not self.by:
             return [("", show(rows, self.columns))]
         return [
@@ -161,6 +165,7 @@ class Headline:
     subject: str
     parts: tuple[tuple[str, str, str], ...]
     shown: tuple[tuple[str, str, str], ...] = ()
+    answer: str = ""  #: before them, on a page: what the evidence shows, in one sentence
 
     def plain(self) -> str:
         """As one line for a terminal, figures without spaces inside."""
@@ -181,7 +186,6 @@ class Section:
     blocks: Sequence[Block]
     headlines: Sequence[Headline] = ()
     is_gap: bool = False  #: whether its headlines state an audit gap
-    summary: Sequence[Block] = ()  #: what stands under its headlines at the top of the page
     findings: Sequence[tuple[str, Sequence[str]]] = ()  #: (subject, sentences)
     limits: Sequence[str] = ()  #: what it does not say
     facts: Sequence[str] = ()  #: under the page's title, where this is its first section
@@ -215,7 +219,7 @@ def blocks_in(blocks: Iterable[Block]) -> Iterator[Block]:
 
 def blocks_of(section: Section) -> Iterator[Block]:
     """Everything that a section puts on the page, wherever it stands."""
-    return blocks_in((*section.summary, *section.blocks, *section.method, *section.judge))
+    return blocks_in((*section.blocks, *section.method, *section.judge))
 
 
 def words_of(sections: Iterable[Section]) -> str:
@@ -292,6 +296,27 @@ def _paragraphs(findings: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
             yield from sentences
 
 
+def renamed(section: Section, names: Mapping[str, str]) -> Section:
+    """The section with its subjects called so, wherever it sets them apart: in headlines, findings,
+    tables and over figures. Data keep the names that were typed."""
+
+    def block(one: Block) -> Block:
+        if isinstance(one, Split):
+            return replace(one, left=[*map(block, one.left)], right=[*map(block, one.right)])
+        if isinstance(one, Table):
+            return replace(one, names=names)
+        if isinstance(one, Figure):
+            return replace(one, groups=tuple((called(names, n), drawn) for n, drawn in one.groups))
+        return one
+
+    return replace(
+        section,
+        blocks=[block(one) for one in section.blocks],
+        headlines=[replace(h, subject=called(names, h.subject)) for h in section.headlines],
+        findings=[(called(names, name), said) for name, said in section.findings],
+    )
+
+
 def named(name: object) -> Markup:
     """Somebody's name, set apart."""
     return Markup('<span class="name">{}</span>').format(clean(name))
@@ -306,6 +331,13 @@ def headline_text(line: Headline) -> Markup:
             said += Markup(form).format(clean(figure)) if figure else ""
             said += Markup(' <span class="ci">{}</span>').format(clean(ends)) if ends else ""
     return said
+
+
+def answer_text(line: Headline) -> Markup:
+    """What a headline's evidence shows, behind its subject's name."""
+    if not line.subject:
+        return Markup("{}").format(clean(line.answer))
+    return named(line.subject) + ": " + clean(line.answer[:1].lower() + line.answer[1:])
 
 
 def code(words: str) -> Markup:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 NOT_MEASURED = "not measured"
@@ -60,6 +60,34 @@ def shorten(text: object, width: int = 28) -> str:
         return text
     head = (width - 1) // 2
     return f"{text[:head]}…{text[-(width - 1 - head) :]}"
+
+
+def called(names: Mapping[str, str], name: object) -> str:
+    """A subject as the page calls it."""
+    return names.get(str(name), str(name))
+
+
+_FOLDER = re.compile(r"(?:\.{0,2}|~)/\S+|[A-Za-z]:\\\S+|\S+/\S+/\S+")
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """What a page calls subjects: their own names, and of a folder its last part, with as many
+    folders before it as tell it from the others."""
+    every = list(dict.fromkeys(names))
+    short = dict(zip(every, every, strict=True))
+    parts = {
+        name: re.split(r"[/\\]+", name.rstrip("/\\")) for name in every if _FOLDER.fullmatch(name)
+    }
+    for name, mine in parts.items():
+        for k in range(1, len(mine) + 1):
+            tail = "/".join(mine[-k:])
+            others = (o for o in every if o != name)
+            if not any(
+                o == tail or o.replace("\\", "/").rstrip("/").endswith(f"/{tail}") for o in others
+            ):
+                short[name] = tail
+                break
+    return short
 
 
 def is_null(value: object) -> bool:

@@ -67,15 +67,23 @@ class Criterion:
     `threshold` is the field of `Criteria` at which it is drawn, "" where there is none. `measure`
     is what of `compare` says the same of two models, "" where nothing does; `worse` is its sign
     where more of it is worse (1) or better (-1); `places`, where it is read, the first that is
-    there (none: the measure has one place a budget).
+    there (none: the measure has one place a budget). `asks` is what a pass asks for, as a
+    sentence; `{}` in it is where the line is drawn, in words of `form`.
     """
 
     id: str
     question: str
     threshold: str = ""
+    asks: str = ""
+    form: Callable[[Any], str] = percent
     measure: str = ""
     worse: int = 1
     places: tuple[str, ...] = ()
+
+    def sentence(self, criteria: Criteria) -> str:
+        """What a pass asks for, with the line where these criteria draw it."""
+        drawn = self.form(getattr(criteria, self.threshold)) if self.threshold else ""
+        return self.asks.format(drawn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +108,7 @@ class Line:
     needs: int | None = None
     #: how the model thinks where the figure is from: in a model's own line, the worst of its ways
     thinking: str = ""
+    criterion: str = ""  #: what a pass asks for, as a sentence
 
     @classmethod
     def read(cls, document: Document) -> Line:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, ClassVar, Protocol
 
 from auditgap.report.gather import ReportData
 from auditgap.report.latent_verdicts import is_screening
@@ -32,8 +33,19 @@ from auditgap.report.verdict_lines import (
     absent,
 )
 
-JUDGE = Criterion(id="judge", question="The judge is fit for a decision", threshold="informedness")
-UNSCORED = Criterion(id="unscored", question="Enough could be told", threshold="unscored")
+JUDGE = Criterion(
+    id="judge",
+    question="The judge is fit for a decision",
+    threshold="informedness",
+    asks="Its sensitivity and specificity add up to at least 1 + {}.",
+    form=partial(number, digits=2),
+)
+UNSCORED = Criterion(
+    id="unscored",
+    question="Enough could be told",
+    threshold="unscored",
+    asks="At most {} of the answers have no verdict.",
+)
 #: What is asked of the audit itself, whatever was audited.
 CRITERIA = (JUDGE, UNSCORED)
 
@@ -43,6 +55,8 @@ Limit = tuple[str, str]
 
 class Lines(Protocol):
     """What gives one audit's lines of the verdict table and its limits."""
+
+    criteria: ClassVar[tuple[Criterion, ...]]  #: what its lines ask
 
     def subjects(self, report: ReportData) -> Iterable[str]:
         """The names of those whom it measured."""
@@ -68,12 +82,19 @@ def verdicts(
     """The verdict table, subject by subject. `missing`: why a part (evaluate, lvs, probe,
     sft-curve) was not run."""
     named = dict.fromkeys(name for audit in audits for name in audit.subjects(report))
-    return [
+    asked = {
+        c.id: c.sentence(criteria) for c in (*CRITERIA, *(c for a in audits for c in a.criteria))
+    }
+    lines = [
         line
         for subject in list(named) or [str(s.get("name", "?")) for s in report.subjects]
         for audit in audits
         for line in audit.lines(report, subject, criteria, missing or {})
-    ] + _judged(report, criteria)
+    ]
+    return [
+        replace(line, criterion=asked.get(line.id, ""))
+        for line in (*lines, *_judged(report, criteria))
+    ]
 
 
 def overall(lines: Sequence[Line]) -> str:
@@ -170,10 +191,11 @@ def limits(
         found.append(
             ("judge", "No judge card was recorded, so nothing here says how good the judge is.")
         )
+    is_judged = any(map(len, (report.asked, report.lvs, report.sft_summary)))
     found += [
         ("corrected", c.says())
         for c in report.corrections.values()
-        if c.counts is None and c.task == "harmful"
+        if c.counts is None and c.task == "harmful" and is_judged
     ]
     found += [(_word_of(line), line) for line in report.info.get("warnings") or ()]
     if report.failures:

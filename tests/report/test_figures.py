@@ -7,7 +7,7 @@ from itertools import pairwise
 import pandas as pd
 import pytest
 
-from auditgap.report import figures, svg
+from auditgap.report import depth, figures, svg
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, STYLES, TOP, Scale
 from auditgap.types import TABLE_COLUMNS
 
@@ -94,6 +94,33 @@ def test_one_drawing_a_budget_with_common_axes():
     assert BOTTOM - ends[0] == pytest.approx((BOTTOM - ends[1]) / 10, abs=0.05)
     assert paths(small, "line k1"), "the matched control has its own line"
     assert "matched random signs" in figure.legend and "untargeted" not in figure.legend
+
+
+def test_an_axis_is_logarithmic_where_one_site_dwarfs_the_others():
+    rows = [{"layer_index": i, "lvs_mean": v} for i, v in enumerate((400.0, 2.0, 0.0, 4.0))]
+    figure = profile(lvs(*rows))
+    drawing = str(figure.groups[0][1][0])
+    (heights,) = [[y for _, y in run] for run in paths(drawing, "line k0")]
+    assert heights[2] == BOTTOM, "0 stands at the foot"
+    # 400 : 4 is as far as 4 : 0.04, and 2 and 4 are apart
+    assert heights[1] - heights[3] == pytest.approx((heights[3] - heights[0]) * 0.1505, rel=0.01)
+    assert "logarithmic" in figure.caption and "log scale" in drawing
+    even = profile(lvs(*({**row, "lvs_mean": row["lvs_mean"] / 100 + 1} for row in rows)))
+    assert "logarithmic" not in even.caption
+
+
+def test_base_and_tuned_stand_in_one_axis():
+    rows = [
+        {"layer_index": i, "lvs_mean": v * (i + 1), "subject": name}
+        for name, v in (("base", 1.0), ("tuned", 2.0))
+        for i in range(3)
+    ]
+    both = depth.together(lvs(*rows), "lvs_mean", name="m", title="LVS", ylabel="LVS")
+    assert both is not None and len(both.groups[0][1]) == 1
+    drawing = str(both.groups[0][1][0])
+    ends = [paths(drawing, f"line {css}")[0][-1][1] for css in ("k1", "k0")]
+    assert BOTTOM - ends[1] == pytest.approx(2 * (BOTTOM - ends[0]), abs=0.05)
+    assert depth.together(lvs(*rows[:3]), "lvs_mean", name="m", title="LVS", ylabel="LVS") is None
 
 
 def gaps(*rows: dict) -> pd.DataFrame:

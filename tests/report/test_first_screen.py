@@ -1,4 +1,5 @@
-"""Every page in a real browser, on a desk and on a telephone: nothing of it is cropped."""
+"""The first screen of every page, and each page in a real browser, on a desk and on a telephone:
+nothing of it is cropped."""
 
 from __future__ import annotations
 
@@ -7,7 +8,14 @@ import re
 import subprocess
 
 import pytest
-from test_page import CHROMIUM, browser
+from test_page import CHROMIUM, Page, browser
+
+from auditgap.audits import pages
+from auditgap.errors import UsageError
+from auditgap.report import pdf
+from auditgap.report.page import Copies
+from auditgap.report.text import short_names
+from auditgap.store import RunFolder
 
 WIDTHS = (1280, 390)
 #: Says of every frame which boxes hold more than they show, and of how many tables it looked at.
@@ -52,4 +60,62 @@ def test_no_table_is_cropped_at_any_width(every_page, tmp_path):
     assert all(" has 0 " not in line for line in counted.values()), counted
     cropped = [line for line in said if not line.endswith(" tables")]
     assert [line for line in cropped if not line.startswith("bad")] == []
-    assert sum(line.startswith("bad at") for line in cropped) == 2 * len(WIDTHS), cropped
+    assert sum(line.startswith("bad at") for line in cropped) == len(WIDTHS), cropped
+
+
+def test_every_page_opens_with_whom_when_and_what(every_page):
+    for name, path in every_page.items():
+        source = path.read_text("utf-8")
+        top = source[source.index("<header>") : source.index("<nav")]
+        title = re.search(r"<h1>([^<]*)</h1>", top)[1]
+        assert "/" not in title and title in source[source.index("<title>") :][:200], name
+        said = Page(top).text
+        assert re.search(r"Date \d+ \w+ \d{4}", said), name
+        assert "What limits this most" in said and 'id="headline"' in top, name
+        judged = name not in ("probe", "intervene", "compare")
+        assert not judged or "Judge" in said, name
+    latent = Page(every_page["latent"].read_text("utf-8")).text
+    assert "Audit gap of base, tuned" in latent and "typed as ./models/tuned" in latent
+    assert "Bounded edits break at most 10\u00a0% of the prompts" in every_page["whole"].read_text()
+
+
+def test_the_summary_is_the_first_screen_alone(every_page, tmp_path):
+    run = RunFolder.load(every_page["latent"].parent)
+    pages.write([run], out=tmp_path, copies=Copies(summary=True))
+    source, said = ((tmp_path / f"summary.{kind}").read_text("utf-8") for kind in ("html", "md"))
+    assert "<section" not in source and "<nav" not in source and 'id="headline"' in source
+    assert said.startswith("# Audit gap of base, tuned\n") and "span" not in said
+    assert "| Question | What a pass asks for | Verdict | Figure |" in said
+    for heading in ("## tuned", "## What limits this most", "## What to do next"):
+        assert heading in said
+    assert not (tmp_path / "report.pdf").exists()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine, which prints the page")
+def test_a_page_is_printed(every_page, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_bytes(every_page["probe"].read_bytes())
+    page.chmod(0o600)
+    made = pdf.write(page)
+    assert made.read_bytes().startswith(b"%PDF-") and made.stat().st_mode & 0o777 == 0o600
+
+
+def test_without_a_browser_it_is_said_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match="the package is called chromium"):
+        pdf.browser()
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["./models/base", "smollm2"], ["base", "smollm2"]),
+        (["meta-llama/Llama-3.1-8B"], ["meta-llama/Llama-3.1-8B"]),
+        (["/a/one/model/", "/a/two/model"], ["one/model", "two/model"]),
+        (["../tuned", "tuned"], ["../tuned", "tuned"]),
+        (["<b>/a b/c"], ["<b>/a b/c"]),
+    ],
+    ids=["folder", "hub", "alike", "same", "text"],
+)
+def test_a_folder_is_called_by_what_tells_it_apart(names, short):
+    assert list(short_names(names).values()) == short
