@@ -76,7 +76,7 @@ def test_every_page_opens_with_whom_when_and_what(every_page):
         assert not judged or "Judge" in said, name
     latent = Page(every_page["latent"].read_text("utf-8")).text
     assert "Audit gap of base, tuned" in latent and "typed as ./models/tuned" in latent
-    assert "Bounded edits break at most 10\u00a0% of the prompts" in every_page["whole"].read_text()
+    assert "Bounded edits break at most 10 % of the prompts" in every_page["whole"].read_text()
 
 
 def test_the_summary_is_the_first_screen_alone(every_page, tmp_path):
