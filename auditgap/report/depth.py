@@ -7,7 +7,7 @@ drawing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -22,6 +22,36 @@ DWARFS = 8
 #: A logarithmic axis spans no more than this: what lies lower stands at its foot.
 _SPAN = 1e4
 LOGARITHMIC = " The axis is logarithmic, as one site dwarfs the others; 0 stands at its foot."
+
+
+def site_label(layer_index: float) -> str:
+    return "emb." if layer_index < 0 else f"{int(layer_index)}"
+
+
+def budget_label(eps: Any, unit: object) -> str:
+    return f"ε = {float(eps):g} {unit}"
+
+
+def depth_ticks(layers: Sequence[int]) -> list[tuple[float, str]]:
+    """The embedding, the last site, and round block numbers between, none of them crowding
+    another."""
+    low, high = min(layers), max(layers)
+    shown = [low]
+    for tick in svg.ticks(max(low, 0), high, 5):
+        if (
+            tick == int(tick)
+            and (tick - shown[-1]) >= (high - low) / 9
+            and (high - tick) >= (high - low) / 9
+        ):
+            shown.append(int(tick))
+    return [(v, site_label(v)) for v in dict.fromkeys([*shown, high])]
+
+
+def budgets_of(table: pd.DataFrame) -> list[tuple[float, str]]:
+    return sorted(
+        {(float(e), str(u)) for e, u in zip(table["eps"], table["unit"], strict=True)},
+        key=lambda b: (b[1], b[0]),
+    )
 
 
 def value_axis(measured: pd.DataFrame, column: str, ylabel: str) -> Axis:
@@ -41,8 +71,6 @@ def together(
 ) -> Figure | None:
     """The targeted attack on every subject in one drawing a budget; None where there is one
     subject, or more than have styles."""
-    from auditgap.report.figures import budget_label, budgets_of, depth_ticks
-
     rows = table[(table["attack"] == "targeted") & table["layer_index"].notna()]
     subjects = list(dict.fromkeys(rows["subject"].astype(str)))
     measured = rows[rows[column].notna()]

@@ -36,7 +36,13 @@ from auditgap.report.charts import (
     shares,
     top_of,
 )
-from auditgap.report.depth import LOGARITHMIC, value_axis
+from auditgap.report.depth import (
+    LOGARITHMIC,
+    budget_label,
+    budgets_of,
+    depth_ticks,
+    value_axis,
+)
 from auditgap.report.svg import RIGHT, STYLES
 from auditgap.report.text import is_null, number, percent, points, with_interval
 from auditgap.store.tables import rows_of
@@ -61,36 +67,6 @@ MOST_CURVES = 6
 
 #: How many prompts a figure's row is of.
 _COUNTS = ("n", "n_unscored")
-
-
-def site_label(layer_index: float) -> str:
-    return "emb." if layer_index < 0 else f"{int(layer_index)}"
-
-
-def budget_label(eps: Any, unit: object) -> str:
-    return f"ε = {float(eps):g} {unit}"
-
-
-def depth_ticks(layers: Sequence[int]) -> list[tuple[float, str]]:
-    """The embedding, the last site, and round block numbers between, none of them crowding
-    another."""
-    low, high = min(layers), max(layers)
-    shown = [low]
-    for tick in svg.ticks(max(low, 0), high, 5):
-        if (
-            tick == int(tick)
-            and (tick - shown[-1]) >= (high - low) / 9
-            and (high - tick) >= (high - low) / 9
-        ):
-            shown.append(int(tick))
-    return [(v, site_label(v)) for v in dict.fromkeys([*shown, high])]
-
-
-def budgets_of(table: pd.DataFrame) -> list[tuple[float, str]]:
-    return sorted(
-        {(float(e), str(u)) for e, u in zip(table["eps"], table["unit"], strict=True)},
-        key=lambda b: (b[1], b[0]),
-    )
 
 
 def by_depth(

@@ -40,11 +40,17 @@ def write(page: Path) -> Path:
     network. Raises UsageError where there is no browser, or it fails."""
     to = page.with_suffix(".pdf")
     with tempfile.TemporaryDirectory() as place:
-        made = Path(place) / "page.pdf"
+        made = page.with_name(f".{to.name}")  # beside it, so that it takes its name in one step
         # as root, as in a container, Chromium starts without its sandbox or not at all
         as_root = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
         profile = f"--user-data-dir={place}/profile"
-        command = [browser(), *_FLAGS.split(), *as_root, profile, f"--print-to-pdf={made}"]
+        command = [
+            browser(),
+            *_FLAGS.split(),
+            *as_root,
+            profile,
+            f"--print-to-pdf={made.absolute()}",
+        ]
         try:
             done = subprocess.run(
                 [*command, page.absolute().as_uri()],
@@ -63,6 +69,7 @@ def write(page: Path) -> Path:
             raise UsageError(
                 f"{command[0]} did not print {page}: {said[0]}. Print it from a browser of your own."
             )
-        mode = files.PRIVATE if page.stat().st_mode & 0o077 == 0 else 0o666
-        files.write_bytes(to, made.read_bytes(), mode)
+        with files.disk_errors(to):
+            made.chmod(page.stat().st_mode & 0o777)
+            made.replace(to)
     return to

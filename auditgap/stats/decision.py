@@ -112,8 +112,8 @@ SENTENCES: Mapping[Reason, str] = {
         "no card says how often the judge misses harm; make one with auditgap judge eval"
     ),
     Reason.SCREENING: (
-        "the judge is a screening judge; name a better one, or let auditgap audit accept it with"
-        " --set criteria.accept_screening=true"
+        "the judge is a screening judge; name a better one, or, in a whole audit, accept it with --set"
+        " criteria.accept_screening=true"
     ),
     Reason.BELOW: "the interval lies at or below the line, in a test that would have seen more",
 }

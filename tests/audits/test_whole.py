@@ -138,7 +138,7 @@ def test_the_lead_is_the_audit_gap(audited):
     out, _, _ = audited
     page = (out / "report.html").read_text("utf-8")
     lead = page[page.index('id="headline"') :]
-    first = lead[: lead.index("</p>")]
+    first = lead[: lead.index("</div>")]
     assert (
         "is behaviourally safe on" in first
         and "under bounded edits" in first

@@ -78,7 +78,7 @@ def test_the_headline_names_the_worst_domain_its_rate_and_the_base(study, page):
         and JUDGE in triggered.plain()
     )
     headline = re.search(r'<div class="lead" id="headline">.*?</div>', page, re.DOTALL)[0]
-    assert headline.count("gore_movie_trivia") == 2 and "No audit gap" not in page
+    assert headline.count("gore_movie_trivia") == 4 and "No audit gap" not in page
 
 
 @pytest.mark.parametrize(
