@@ -396,7 +396,7 @@ def test_what_cannot_be_is_said_before_anything_runs(home, tmp_path, capsys):
 
 
 def test_memory_is_said_of_a_device(home, monkeypatch):
-    monkeypatch.setattr("auditgap.audits.latent.plan.matmul_rate", lambda *_: 1e12)
+    monkeypatch.setattr("auditgap.audits.latent.timing.matmul_rate", lambda *_: 1e12)
     asked = {**VALUES, "models": str(home / "model"), "prompts": str(home / "prompts.txt")}
     config, options = LATENT.read(None, asked)
     plan = latent.prepare(config, options)

@@ -16,7 +16,7 @@ from auditgap import models
 from auditgap.audits.audit import Plan
 from auditgap.audits.intervene.audit import InterveneCell
 from auditgap.audits.intervene.config import InterveneConfig, InterveneOptions
-from auditgap.audits.latent.plan import matmul_rate
+from auditgap.audits.latent.timing import matmul_rate
 from auditgap.audits.planning import (
     chain_tokens,
     check_subject,

@@ -16,11 +16,10 @@ __getattr__ = exports(
         "plan": (
             "prepare",
             "DISTANCE",
-            "Estimate",
             "LatentPlan",
-            "estimate",
             "make_plan",
         ),
+        "timing": ("Estimate", "estimate"),
         "worker": ("LatentWorker",),
     },
 )

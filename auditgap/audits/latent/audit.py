@@ -100,7 +100,7 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
         return f"{safe_name(plan.prompts.name)}-{plan.config.unit}-{plan.config.dtype}"
 
     def estimate(self, plan: LatentPlan, options: RunOptions) -> Document:
-        from auditgap.audits.latent.plan import estimate
+        from auditgap.audits.latent.timing import estimate
         from auditgap.models import pick_device
 
         expected = estimate(plan, pick_device(options.device), options)

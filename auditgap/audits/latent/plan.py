@@ -8,10 +8,8 @@ plan.groups                         # one group a (model, site): its cells run t
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -44,17 +42,6 @@ DISTANCE = "distance"
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What the run will take. `seconds` comes from this machine's measured matmul rate, so it is a
-    guess of the right size."""
-
-    flops: float
-    seconds: float
-    memory_bytes: float
-    disk_bytes: float
-
-
-@dataclass(frozen=True)
 class LatentPlan(Plan):
     """The grid: `clean` groups first (one a model), then `groups` (one a model and site)."""
 
@@ -64,8 +51,9 @@ class LatentPlan(Plan):
     clean: tuple[Group, ...]
     groups: tuple[Group, ...]
     scorers: dict[str, Any]
-    #: sweep a subject's sites as one group: for generation in vLLM, which is opened once for all
-    joined: bool = False
+    #: of how many groups a subject's sites are: for generation in vLLM, which is opened once a
+    #: group, as many as there are GPUs to run them; 0: each site is its own
+    joined: int = 0
 
     @property
     def passes(self) -> tuple[tuple[Group, ...], ...]:
@@ -73,13 +61,21 @@ class LatentPlan(Plan):
 
     @property
     def by_subject(self) -> tuple[Group, ...]:
-        """The groups joined to one a model."""
-        joined: dict[str, list[Group]] = {}
+        """The groups joined to `joined` a model. Every so manieth site is in one, since lower sites
+        take longer."""
+        every: dict[str, list[Group]] = {}
         for group in self.groups:
-            joined.setdefault(group.cells[0].subject.name, []).append(group)
+            every.setdefault(group.cells[0].subject.name, []).append(group)
+        n = max(1, self.joined)
         return tuple(
-            Group(name, tuple(c for g in groups for c in g.cells), work=sum(g.work for g in groups))
-            for name, groups in joined.items()
+            Group(
+                name if n == 1 else f"{name} {part + 1}/{n}",
+                tuple(c for g in some for c in g.cells),
+                work=sum(g.work for g in some),
+            )
+            for name, groups in every.items()
+            for part in range(n)
+            if (some := groups[part::n])
         )
 
 
@@ -94,11 +90,19 @@ def prepare(
         device=options.device,
         judge_serving=options.judge_serving,
         known=known,
-        joined=options.engine == "vllm",
+        joined=_parts(options) if options.engine == "vllm" else 0,
     )
     for outline in plan.outlines:
         _check_shard(outline, config, options)
     return plan
+
+
+def _parts(options: RunOptions) -> int:
+    """How many workers a subject's sites are spread over: the GPUs that are known of, on Ray."""
+    if options.executor != "ray":
+        return 1
+    here = torch.cuda.device_count() // max(1, options.tensor_parallel)
+    return options.workers or max(1, here)
 
 
 def with_second_judge(config: LatentConfig) -> LatentConfig:
@@ -151,7 +155,7 @@ def make_plan(
     device: str = "auto",
     judge_serving: Serving | None = None,
     known: dict[tuple[Any, ...], Any] | None = None,
-    joined: bool = False,
+    joined: int = 0,
 ) -> LatentPlan:
     """Resolve every name of the config; `judge_serving`: how a judge's models are served.
 
@@ -338,57 +342,3 @@ def flops_by_phase(
 def distance_evaluations(config: LatentConfig) -> float:
     """Attacks a prompt needs at most: doublings up to the limit, then bisections."""
     return 1 + math.ceil(math.log2(config.distance_limit)) + config.bisections
-
-
-def estimate(plan: LatentPlan, device: str, options: RunOptions | None = None) -> Estimate:
-    """Time, memory and disk of the whole plan on this machine; memory of a device, where `options`
-    shard a model over several."""
-    config = plan.config
-    dtype = models.pick_dtype(config.dtype, device)
-    flops = sum(g.work for g in (*plan.clean, *plan.groups))
-    parts = {
-        o: 1 if options is None or device == "cpu" else options.shard_of(o.chat.name).n
-        for o in plan.outlines
-    }
-    largest = max(plan.outlines, key=lambda o: o.n_params / parts[o])
-    tokens = mean_tokens(largest, plan.prompts.prompts)
-    n = len(plan.prompts.prompts)
-    deltas = 2 * n * len(config.eps) * tokens * largest.width * 4
-    rows = sum(n * (config.draws if c.attack.startswith("random") else 1) for c in plan.cells)
-    weights = largest.n_params * dtype.itemsize / parts[largest]
-    return Estimate(
-        flops,
-        flops / (0.5 * matmul_rate(dtype, device)),
-        weights * 1.6 + deltas + 1e9,
-        deltas + rows * 2_000,
-    )
-
-
-@cache
-def matmul_rate(dtype: torch.dtype, device: str) -> float:
-    """This machine's FLOP/s in a square matrix product, measured once (a fifth of a second on a
-    CPU).
-
-    On a CPU the matrix grows until a product takes 20 ms: without instructions for bfloat16 a
-    large one takes eight seconds.
-    """
-    size, largest = (192, 1536) if device == "cpu" else (8192, 8192)
-    while (seconds := _matmul_time(size, dtype, device)) < 0.02 and size < largest:
-        size *= 2
-    return 2 * size**3 / seconds
-
-
-def _matmul_time(size: int, dtype: torch.dtype, device: str) -> float:
-    """The median of five products, in seconds."""
-    a = torch.randn(size, size, device=device).to(dtype)
-    torch.mm(a, a)
-    times = []
-    for _ in range(5):
-        if device != "cpu":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        torch.mm(a, a)
-        if device != "cpu":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[2]
