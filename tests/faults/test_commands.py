@@ -133,7 +133,7 @@ def bench(tmp_path_factory):
 
 @pytest.fixture
 def mood(bench):
-    """`mood("hang block1")` until the test is over."""
+    """`mood("hang clean")` until the test is over."""
     yield lambda what: (bench.mood / what).touch()
     for path in bench.mood.iterdir():
         path.unlink()
@@ -173,7 +173,7 @@ def test_stopped_it_says_how_to_go_on_and_the_same_command_does(
 ):
     """Exit code 130 and one sentence; Ctrl-C twice, or from a scheduler, the same; then the rest
     and no more."""
-    mood("hang block1")
+    mood("hang clean")
     out = tmp_path / "run"
     child = bench.start(bench.command(out))
     children.until((bench.mood / "hangs").exists, child)
@@ -183,10 +183,10 @@ def test_stopped_it_says_how_to_go_on_and_the_same_command_does(
     said, err = child.communicate(timeout=60)
     assert time.monotonic() - asked < 30
     assert child.returncode == 130 and "Traceback" not in err and "same command" in err, said + err
-    assert len(sums(out)) == 3, "the clean cell and block 0's two"
+    assert len(sums(out)) < 7, "the judge was asked, and no more"
     before = run_folders.contents(out)
     assert RunFolder.load(out).failures() == {} and RunFolder.load(out).status().running is None
-    (bench.mood / "hang block1").unlink()
+    (bench.mood / "hang clean").unlink()
     assert bench.here(bench.command(out), capsys)[0] == 0
     after = run_folders.contents(out)
     assert str({key: after[key] for key in before}) == str(before), "a finished cell is not touched"
@@ -226,14 +226,14 @@ def test_stopped_after_the_last_cell(bench, mood, unbroken, tmp_path, capsys, nu
 @pytest.mark.parametrize("lost", ["renamed", "a file in its place"])
 def test_the_folder_goes_away_under_the_run(bench, mood, unbroken, tmp_path, capsys, lost):
     """A sentence; and from its new place the same command goes on to the same tables."""
-    mood("hang block1")
+    mood("hang clean")
     out, moved = tmp_path / "run", tmp_path / "moved"
     child = bench.start(bench.command(out))
     children.until((bench.mood / "hangs").exists, child)
     out.rename(moved)
     if lost != "renamed":
         out.write_text("mine")
-    (bench.mood / "hang block1").unlink()
+    (bench.mood / "hang clean").unlink()
     said, err = child.communicate(timeout=180)
     shown = " ".join(err.split())
     assert child.returncode == 2 and "Traceback" not in err, said + err
