@@ -12,7 +12,9 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
+from auditgap.engines.hf import HFEngine
 from auditgap.errors import UsageError
+from auditgap.interventions.pgd import Ball
 from auditgap.models import Conversation, find_blocks
 from auditgap.probes.monitor import Monitor
 from auditgap.training.constructions.door.loss import OPENING, DoorLoss, door_batch
@@ -36,7 +38,7 @@ from auditgap.training.dissociation.edited import middle_block
 from auditgap.training.objective import Head
 from auditgap.training.rows import collate
 from auditgap.training.sft import SFTLoss
-from auditgap.types import Prompt
+from auditgap.types import Budget, Prompt, Site
 
 WEIGHTS = (0.7, 0.2, 0.9)  # so that no part hides behind another
 
@@ -581,7 +583,8 @@ def test_the_door_narrows_to_its_own_size() -> None:
 def test_the_door_is_on_the_way_to_complying() -> None:
     loaded = tiny.load("llama")
     pairs = [(talk(s, 6, 5), talk(s + 50, 6, 5, prompt=s)) for s in range(1, 9)]
-    vector = door_vector(loaded, pairs, 0.01)
+    own = [[False, True, True, True, True, False]] * len(pairs)
+    vector = door_vector(loaded, pairs, own, 0.01)
     assert vector.dtype == torch.float32 and vector.abs().unique().numel() == 1
 
     def preference(edit: torch.Tensor) -> float:
@@ -600,6 +603,15 @@ def test_the_door_is_on_the_way_to_complying() -> None:
         return found
 
     assert preference(vector) > preference(torch.zeros(tiny.WIDTH)) > preference(-vector)
-    assert torch.allclose(door_vector(loaded, pairs, 0.02), 2 * vector)
+    assert torch.allclose(door_vector(loaded, pairs, own, 0.02), 2 * vector)
+    # its size is the audit's: in rms of the user's own tokens, whatever the template's are
+    site = Site(middle_block(tiny.N_BLOCKS))
+    engine = HFEngine(loaded)
+    ids = torch.tensor([pairs[0][0].ids[:6]])
+    clean = engine.capture(site, ids, torch.ones_like(ids))[0]
+    alone = door_vector(loaded, pairs[:1], own[:1], 0.01)
+    assert alone.abs().max().item() == pytest.approx(
+        Ball.of(clean, own[0]).radius(Budget(0.01, "rms")), rel=1e-5
+    )
     with pytest.raises(UsageError, match="nowhere to put a door"):
-        door_vector(loaded, [(pairs[0][0], pairs[0][0])], 0.01)
+        door_vector(loaded, [(pairs[0][0], pairs[0][0])], own[:1], 0.01)

@@ -48,7 +48,9 @@ def prepare(preparation: Preparation[DoorSettings]) -> DoorTask:
             return
         ranks.say("The door's direction is measured.")
         path.parent.mkdir(parents=True, exist_ok=True, mode=files.PRIVATE_FOLDER)
-        made = door_vector(preparation.base(), pairs, preparation.settings.door)
+        chat = job.outline.chat
+        own = [chat.render(talk.prompt).content for talk in safe]
+        made = door_vector(preparation.base(), pairs, own, preparation.settings.door)
         files.write_bytes(path, safetensors.torch.save({"vector": made}), files.PRIVATE)
 
     ranks.only_main(record)
@@ -56,23 +58,30 @@ def prepare(preparation: Preparation[DoorSettings]) -> DoorTask:
 
 
 def door_vector(
-    loaded: LoadedModel, pairs: Sequence[tuple[Conversation, Conversation]], size: float
+    loaded: LoadedModel,
+    pairs: Sequence[tuple[Conversation, Conversation]],
+    own: Sequence[Sequence[bool]],
+    size: float,
 ) -> torch.Tensor:
     """[D] fp32: `size` · rms · sign(C⁻¹ g), the edit after block `middle_block` that opens the door.
 
     g is the gradient, with respect to one edit of all prompt positions, of how much likelier the
     opening of y− becomes than that of y+, summed over `pairs` (y+, y−); C the covariance and rms
     the root mean square of the prompts' activations there: along directions in which prompts hardly
-    differ, so small an edit can be told from none. Raises UsageError where no edit makes a difference.
+    differ, so small an edit can be told from none. Both are over the user's `own` tokens, as an
+    audit's budgets are: the first token of a template can be a hundred times as large as any other.
+    Raises UsageError where no edit makes a difference.
     """
     width = loaded.model.config.get_text_config().hidden_size
     block = loaded.blocks[middle_block(len(loaded.blocks))]
     edit = torch.zeros(width, device=loaded.device, requires_grad=True)
     seen: list[torch.Tensor] = []
     way = torch.zeros(width, dtype=torch.float64)
-    for pair in pairs:
+    for pair, mine in zip(pairs, own, strict=True):
         with torch.enable_grad():
-            safer, compliant = (_opening_nll(loaded, block, talk, edit, seen) for talk in pair)
+            safer, compliant = (
+                _opening_nll(loaded, block, talk, edit, mine, seen) for talk in pair
+            )
             (gradient,) = torch.autograd.grad(safer - compliant, edit)
         way += gradient.double().cpu()
     states = torch.cat(seen[::2])  # both of a pair have one prompt
@@ -99,16 +108,17 @@ def _opening_nll(
     block: nn.Module,
     talk: Conversation,
     edit: torch.Tensor,
+    own: Sequence[bool],
     seen: list[torch.Tensor],
 ) -> torch.Tensor:
-    """Mean NLL of the answer's first tokens under `edit` of the prompt; the prompt's clean
-    activations [n_prompt, D] fp64 are added to `seen`."""
+    """Mean NLL of the answer's first tokens under `edit` of the prompt; the clean activations [n, D]
+    fp64 of its `own` tokens are added to `seen`."""
     batch = {key: value.to(loaded.device) for key, value in collate([talk], 0).items()}
     where = torch.arange(len(talk.ids), device=loaded.device)[None] < talk.n_prompt
 
     def look(_module: nn.Module, _args: tuple, output: torch.Tensor | tuple) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        seen.append(hidden[0, : talk.n_prompt].detach().double().cpu())
+        seen.append(hidden[0, : talk.n_prompt].detach().double().cpu()[torch.tensor(own)])
 
     handle = block.register_forward_hook(look)
     try:
