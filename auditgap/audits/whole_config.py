@@ -25,9 +25,13 @@ class WholeSettings(Frozen):
         str, Flag("Model: hub id, id@revision, folder, adapter, or smollm2", positional=True)
     ] = Field(min_length=1)
     base: Annotated[str | None, Flag("Base model: for the probe and the fine-tuning curve")] = None
-    profile: Annotated[str, Flag("smoke, standard, paper or release; see `ls presets`")] = (
-        "standard"
-    )
+    profile: Annotated[
+        str | None,
+        Flag(
+            "smoke, laptop, standard, paper or release; see `ls presets`",
+            default="standard on a GPU, laptop without one",
+        ),
+    ] = None
     suite: Annotated[str | None, Flag("Prompt suite, as in `evaluate`", default=_PROFILE)] = None
     prompts: Annotated[str | None, Flag("Prompts to attack, as in `lvs`", default=_PROFILE)] = None
     limit: Annotated[

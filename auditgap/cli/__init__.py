@@ -28,6 +28,7 @@ from auditgap.cli import (
     data,
     emergent,
     evidence,
+    first,
     gate,
     grid,
     judges,
@@ -44,6 +45,7 @@ app = group(
     "Measure the audit gap of language models: behavioural safety minus robustness under bounded"
     " edits."
 )
+first.add(app)
 whole.add(app)
 audits.add(app, leave={"em"})
 runs.add(app)

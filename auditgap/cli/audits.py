@@ -8,7 +8,9 @@ An audit of another package becomes a command too: nothing here knows a particul
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -17,7 +19,7 @@ from auditgap.audits import AUDITS, Audit
 from auditgap.audits.latent.audit import DISTANCE, DISTANCE_TITLE
 from auditgap.cli import show
 from auditgap.cli.options import Asked, command
-from auditgap.cli.screen import err, note, print_json, print_table, quiet, say
+from auditgap.cli.screen import confirm, err, note, print_json, print_table, quiet, say
 from auditgap.types import Document
 
 PANEL = "Audits"
@@ -59,6 +61,7 @@ def _add(app: typer.Typer, audit: Audit) -> None:
         examples_of=audit.examples,
         panel=PANEL,
         judges=True,
+        fits=audit.name == "latent",
     )
     def act(asked: Asked) -> None:
         perform(audit, asked)
@@ -71,6 +74,8 @@ def perform(audit: Audit, asked: Asked) -> None:
     from auditgap.sweep import Progress
 
     config, options = audit.read(asked.file, asked.flags)
+    if asked.seconds is not None:
+        config, options = _fitted(audit, asked, asked.seconds, config, options)
     audit.check(options)
     plan = audit.prepare(config, options)
     expected = audit.estimate(plan, options)
@@ -79,6 +84,7 @@ def perform(audit: Audit, asked: Asked) -> None:
         return
     note(sentence(plan, expected))
     _memory(expected, options.device)
+    long_run(expected.get("seconds", 0.0), asked.yes)
     store, outcome = run(audit, config, options, plan=plan, progress=lambda: Progress(console=err))
     show.finish(audit, store, outcome.failed, as_json=asked.as_json)
     if (most := getattr(options, "max_unscored", None)) is not None:
@@ -87,6 +93,59 @@ def perform(audit: Audit, asked: Asked) -> None:
         from auditgap.audits.findings import findings_of, opened
 
         show.verdicts_hold(findings_of(opened(str(store.place))).lines, asked.fail_on)
+
+
+def _fitted(
+    audit: Audit, asked: Asked, budget: float, config: Any, options: Any
+) -> tuple[Any, Any]:
+    """The config and options that fit into the time asked for."""
+    from auditgap.config import merged
+
+    def read(changes: Document) -> tuple[Any, Any]:
+        return audit.read(asked.file, {**asked.flags, **changes})
+
+    def cost(changes: Document) -> tuple[float, int]:
+        expected = audit.estimate(audit.prepare(*read(changes)), options)
+        return expected["seconds"], expected["prompts"]
+
+    own = set(merged(asked.file, asked.flags, audit.command))
+    out = options.out or audit.folder(config)
+    return read(within_time(budget, out, cost, own, dry=asked.dry_run))
+
+
+def within_time(
+    budget: float,
+    out: str,
+    cost: Callable[[Document], tuple[float, int]],
+    own: set[str],
+    *,
+    dry: bool,
+) -> Document:
+    """The settings to change for `--time`, said in a sentence and, unless `dry`, kept beside the
+    run."""
+    from auditgap.audits import within
+    from auditgap.store.remote import needs_disk
+
+    needs_disk(out, "A run that is fitted to a time")
+    fit = within.kept(Path(out), budget) or within.fitted(cost, budget, own)
+    note(fit.sentence(budget))
+    if not dry:
+        within.keep(Path(out), budget, fit)
+    return fit.changes
+
+
+def long_run(seconds: float, yes: bool) -> None:
+    """Ask before a run of many hours. Raises UsageError where nobody can be asked, typer.Exit after
+    a no."""
+    from auditgap.audits.within import LONG
+    from auditgap.sweep.progress import duration
+
+    if seconds > LONG:
+        confirm(
+            f"This is estimated to take up to {duration(seconds)} (--time 2h fits it to two hours)."
+            " Begin?",
+            yes,
+        )
 
 
 def show_plan(plan: Any, expected: Document, as_json: bool) -> None:

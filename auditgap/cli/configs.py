@@ -5,6 +5,7 @@ json_schema("lvs")["properties"]["steps"]      # {"default": 10, "description": 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -20,6 +21,46 @@ def json_schema(command: str) -> Document:
     """The schema of that command's file; nothing is required, as options may give it. Raises
     KeyError."""
     return {"$schema": _DRAFT, "title": f"auditgap {command}", **CONFIGS[command]()}
+
+
+def commented(command: str) -> str:
+    """A YAML file for that command: each setting with its help and its default, out of the way
+    until it is wanted; only the model stands. Raises KeyError."""
+    properties = dict(CONFIGS[command]()["properties"])
+    nested = {key: properties.pop(key) for key in _sections(command, properties)}
+    if command == "audit":  # the parts' own settings stand in their sections
+        properties = {key: properties[key] for key in WholeSettings.model_fields}
+    lines = [
+        f"# Settings of `auditgap {command}`. A line that begins with # has no effect: take the #"
+        " away to",
+        f"# change what it says. What may stand where: auditgap schema {command}",
+    ]
+    for key, told in properties.items():
+        lines += ["", *_setting(key, told)]
+    for key, told in nested.items():
+        lines += ["", f"# {key}:"]
+        for name, inner in told.get("properties", {}).items():
+            lines += [f"#   {line}" for line in _setting(name, inner, quiet=True)]
+    return "\n".join(lines) + "\n"
+
+
+def _sections(command: str, properties: Document) -> list[str]:
+    return [k for k, told in properties.items() if command == "audit" and "properties" in told]
+
+
+def _setting(key: str, told: Document, quiet: bool = False) -> list[str]:
+    """A setting's help, and the line that would change it. `quiet`: the caller comments it out."""
+    import yaml
+
+    words = str(told.get("description", "")).split()
+    choices = f"One of: {', '.join(map(str, told['enum']))}." if told.get("enum") else ""
+    about = " ".join((*words, choices)).strip()
+    default = told.get("default")
+    value = yaml.safe_dump(default, default_flow_style=True, allow_unicode=True, width=10**6)
+    shown = f"{key}: {value.removesuffix('...' + chr(10)).strip()}"
+    given = {"model": "model: smollm2", "models": "models: [smollm2]"}
+    line = given[key] if key in given and not quiet else f"{'' if quiet else '# '}{shown}"
+    return [*(f"# {text}" for text in textwrap.wrap(about, 96)), line]
 
 
 def _schema(*kinds: type[Frozen]) -> Document:

@@ -159,7 +159,6 @@ def _families(model_type: str | None) -> list[Document]:
 def doctor(as_json: AsJson = False) -> None:
     """Show what this machine can run: versions, devices, speed, and which optional parts are
     installed."""
-    import importlib.util
     import platform
     from importlib.metadata import version
 
@@ -191,25 +190,40 @@ def doctor(as_json: AsJson = False) -> None:
             }
             for t in (torch.float32, torch.bfloat16)
         ),
-        *(
-            {
-                "check": extra,
-                "found": (
-                    "yes" if importlib.util.find_spec(extra) else f"absent: pip install {extra}"
-                ),
-            }
-            for extra in ("ray", "peft", "gguf", "deepspeed", "vllm")
-        ),
+        *({"check": extra, "found": _extra(extra, names)} for extra, names in _extras().items()),
         *(
             {"check": f"prompts {p.name}", "found": "yes" if p.available else p.problem}
             for p in SOURCES.listed()
         ),
-        *(
-            {
-                "check": f"model {name}",
-                "found": "yes" if importlib.util.find_spec(m.package) else f"absent: {m.install}",
-            }
-            for name, m in PACKAGED.items()
-        ),
+        *({"check": f"model {n}", "found": m.problem or "yes"} for n, m in PACKAGED.items()),
     ]
     print_json({r["check"]: r["found"] for r in rows}) if as_json else print_table(rows)
+
+
+def _extras() -> dict[str, list[str]]:
+    """The optional parts by their name in pyproject.toml, each with the packages that it wants."""
+    import re
+    from importlib.metadata import metadata, requires
+
+    found: dict[str, list[str]] = {
+        e: [] for e in metadata("auditgap").get_all("Provides-Extra", [])
+    }
+    for line in requires("auditgap") or ():
+        if extra := re.search(r"extra == ['\"]([\w-]+)", line):
+            found[extra[1]].append(re.split(r"[^\w.-]", line, maxsplit=1)[0])
+    return {name: packages for name, packages in found.items() if name not in ("docs", "test")}
+
+
+def _extra(name: str, packages: list[str]) -> str:
+    """Whether an optional part is here, or what to type for it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    absent = []
+    for package in packages:
+        try:
+            version(package)
+        except PackageNotFoundError:
+            absent.append(package)
+    return (
+        f"absent ({', '.join(absent)}); type: pip install 'auditgap[{name}]'" if absent else "yes"
+    )

@@ -21,6 +21,7 @@ import typer
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
+from auditgap.audits.within import seconds_of
 from auditgap.config import Flag, Frozen, flag_of, overrides
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.types import Document
@@ -54,6 +55,8 @@ class Asked:
     dry_run: bool = False
     as_json: bool = False
     fail_on: str | None = None  #: one of `FAIL_ON`
+    yes: bool = False  #: a long run begins without a question
+    seconds: float | None = None  #: into which the audit is to be fitted
 
 
 #: At which verdicts a command ends with an exit code of its own.
@@ -87,6 +90,18 @@ FailOn = Annotated[
         autocompletion=lambda: list(FAIL_ON),
     ),
 ]
+Yes = Annotated[
+    bool, typer.Option("--yes", "-y", help="Begin a run of more than four hours without asking.")
+]
+Time = Annotated[
+    str | None,
+    typer.Option(
+        "--time",
+        metavar="2h",
+        help="Fit controls, sites and prompts to this time, and say what power is left; what is"
+        " asked for by name stays as it is.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -116,12 +131,13 @@ def command(
     leave: Sequence[str] = (),
     plans: bool = True,
     judges: bool = False,
+    fits: bool = False,
     extra: Sequence[inspect.Parameter] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers the decorated function as a command that has the kinds' fields as its options.
 
-    `only` and `leave` choose among them, `plans` gives it a `--dry-run`, `judges` a `--fail-on`, and
-    `extra` are parameters of its own, which the function gets by name after the `Asked`.
+    `only` and `leave` choose among them, `plans` gives it a `--dry-run`, `judges` a `--fail-on` and a
+    `--yes`, `fits` a `--time`, and `extra` are parameters of its own, which the function gets by name after the `Asked`.
     """
     fields = {
         key: (field, flag)
@@ -130,7 +146,8 @@ def command(
         if (flag := flag_of(field)) and key not in leave and (only is None or key in only)
     }
     common = {"file_": File, "set_": Set} | ({"dry_run_": DryRun} if plans else {})
-    common |= {"fail_on_": FailOn} if judges else {}
+    common |= {"fail_on_": FailOn, "yes_": Yes} if judges else {}
+    common |= {"time_": Time} if fits else {}
     common["as_json_"] = AsJson
 
     def register(act: Callable[..., None]) -> Callable[..., None]:
@@ -144,7 +161,7 @@ def command(
             inspect.Parameter(
                 key,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=None if key in ("file_", "set_", "fail_on_") else False,
+                default=None if key in ("file_", "set_", "fail_on_", "time_") else False,
                 annotation=kind,
             )
             for key, kind in common.items()
@@ -193,6 +210,8 @@ def _asked(
         values.get("dry_run_", False),
         values["as_json_"],
         fail_on,
+        values.get("yes_", False),
+        None if values.get("time_") is None else seconds_of(values["time_"]),
     )
 
 

@@ -16,7 +16,7 @@ import typer
 from auditgap.audits.options import Device, JudgeEndpoint, JudgeThinkingTokens, MaxUnscored
 from auditgap.cli import grid, show
 from auditgap.cli.options import AsJson, Asked, command, examples
-from auditgap.cli.screen import answer, print_json, quiet, say
+from auditgap.cli.screen import answer, confirm, print_json, print_table, quiet, say
 from auditgap.config import Flag, Frozen, Topic, build, merged
 from auditgap.errors import UsageError
 
@@ -33,7 +33,12 @@ def add(app: typer.Typer) -> None:
                 "auditgap report runs/tuned --summary --pdf",
             ),
         ),
-        ("status", status, ("auditgap status runs/smollm2 --json",)),
+        (
+            "status",
+            status,
+            ("auditgap status runs/smollm2 --json", "auditgap status runs/tuned --watch"),
+        ),
+        ("clean", clean, ("auditgap clean runs/smollm2", "auditgap clean runs --yes")),
         (
             "inspect",
             inspect,
@@ -184,9 +189,21 @@ def _add_grade(app: typer.Typer) -> None:
 
 def status(
     folder: Annotated[str, typer.Argument(help="A run folder, or a grid's.")],
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Go on until it is over: who works on it, cells a minute, time left, the gap so"
+            " far, failures.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show a run's progress, while it runs or after, from any machine that can read its folder."""
+    if watch:
+        from auditgap.cli.watch import watch as watching
+
+        return watching(folder)
     from dataclasses import asdict
 
     from auditgap.store import RunFolder, cases_of
@@ -219,6 +236,33 @@ def status(
         )
     for key, cause in failures.items():
         say(f"  {key}: {cause}")
+
+
+def clean(
+    folder: Annotated[Path, typer.Argument(help="A run folder, or a folder of several.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List what of a run may be deleted, and delete it after a question: scratch, checkpoints of
+    finished trainings, what was set aside. Never records, tables, texts or models."""
+    from auditgap.store.leavings import leavings
+
+    found = leavings(folder)
+    rows = [{"MB": f"{one.size / 1e6:.1f}", "path": one.path, "what": one.what} for one in found]
+    if as_json:
+        print_json([{"path": one.path, "what": one.what, "bytes": one.size} for one in found])
+    elif not found:
+        say(f"Nothing of {folder} can be spared.")
+    else:
+        print_table(rows)
+    if not found or (as_json and not yes):
+        return
+    total = sum(one.size for one in found)
+    confirm(f"Delete these {len(found)} ({total / 1e6:.1f} MB)?", yes)
+    for one in found:
+        one.delete()
+    if not as_json:
+        say(f"Deleted: {total / 1e6:.1f} MB.")
 
 
 def inspect(

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import typer
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from auditgap.config import overrides
-from auditgap.errors import PartlyFailed
+from auditgap.errors import PartlyFailed, UsageError
 
 
 class Screen(Console):
@@ -152,6 +154,17 @@ def quiet() -> None:
     from auditgap.models import quiet as quiet_transformers
 
     quiet_transformers()
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Go on only if the answer is yes. Raises UsageError where nobody can be asked, typer.Exit
+    after a no."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError(f"{question} There is no terminal to ask on; add --yes to do it.")
+    if not typer.confirm(question):
+        raise typer.Exit(0)
 
 
 def raise_failed(failed: Mapping[str, str], where: object, planned: int | None = None) -> None:

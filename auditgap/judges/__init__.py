@@ -139,17 +139,6 @@ def _not_here(model: str) -> str:
     return f"{model} is not downloaded, and HF_HUB_OFFLINE is set; name a folder, or unset it"
 
 
-def _not_trained() -> str:
-    """Why the built-in judge cannot be fitted here: its training rows are another package's."""
-    from auditgap.judges.builtin import load_training
-
-    try:
-        load_training()
-    except UsageError as error:
-        return str(error)
-    return ""
-
-
 def _members_lack() -> str:
     from auditgap.judges.ensemble import PAPER
 
@@ -190,7 +179,6 @@ JUDGES: Registry[Scorer] = Registry(
             "screening: TF-IDF, refusal phrases and logistic regression on 384 human-labelled"
             " answers",
             "auditgap.judges.builtin:Builtin",
-            lacks=_not_trained,
         ),
         "keyword": Scorer(
             "baseline: a published refusal phrase anywhere is a refusal, anything else harmful",
@@ -265,7 +253,6 @@ REWARDS: Registry[Scorer] = Registry(
         "builtin": Scorer(
             "screening: the built-in judge's log-odds that the answer did not comply",
             "auditgap.judges.builtin:Builtin",
-            lacks=_not_trained,
         ),
         "margin": Scorer(
             "the subject's own log-odds of a refusal's opening against the target's, under the"

@@ -3,7 +3,7 @@
     # [{"name": "builtin", "task": "harmful", "kappa": 0.63, …}, {… "task": "refusal", …}]
     cards_of("builtin")
 
-A card is found by what made it: the judge's `describe()`, the gold rows, and the way of measuring.
+Those of our own judges ride in the package. Any other is found by what made it: the judge's `describe()`, the gold rows, and the way of measuring.
 A judge that is a language model or a plug-in is not measured on the side, which may take hours or
 money: `auditgap judge eval NAME` puts its card here.
 """
@@ -20,7 +20,9 @@ from auditgap import models
 from auditgap.engines import Serving
 from auditgap.errors import UsageError
 from auditgap.judges import JUDGES, Judge, load_judge, members_of, scorer_named
+from auditgap.judges.builtin import load_training, refitted
 from auditgap.judges.card import INJECTIONS, VERSION, JudgeCard, judge_card
+from auditgap.judges.fitted import Fitted
 from auditgap.judges.gold import GoldSet, load_gold, text_key
 from auditgap.judges.harmless import harmless
 from auditgap.judges.llm import LanguageModelJudge
@@ -30,6 +32,7 @@ from auditgap.types import digest
 
 #: The gold sets whose cards go into a run, by what they correct.
 TRAVELLING = ("pyrit-objective", "pyrit-refusal")
+_PACKAGED = Path(__file__).with_name("cards")
 
 
 def find(judge: Judge, gold: GoldSet) -> JudgeCard | None:
@@ -131,17 +134,40 @@ def cards_of(
     made = load_judge(judge, device=device, serving=serving) if isinstance(judge, str) else judge
     cards = []
     for name in TRAVELLING:
-        try:
-            gold = load_gold(name)
-        except UsageError:  # pyrit's data is not installed; the report says that there is no card
-            continue
-        card = find(made, gold)
-        if card is None and all(_is_cheap(judge) for judge in members_of(made) or (made,)):
-            card = judge_card(made, gold, inject=0 if made.name.startswith("hf:") else None)
-            keep(card, made, gold)
+        if (card := packaged(made, name)) is None:
+            try:
+                gold = load_gold(name)
+            except UsageError:  # pyrit's data is not installed; the report says there is no card
+                continue
+            card = find(made, gold)
+            if card is None and all(_is_cheap(judge) for judge in members_of(made) or (made,)):
+                card = judge_card(made, gold, inject=0 if made.name.startswith("hf:") else None)
+                keep(card, made, gold)
         if card is not None:
             cards.append(card.to_dict())
     return cards
+
+
+def packaged(judge: Judge, gold: str) -> JudgeCard | None:
+    """The card that rides in the package, of a judge of our own that is what it was then."""
+    with suppress(UsageError):
+        if (values := files.read_document(_PACKAGED / f"{judge.name}-{gold}.json")) is not None:
+            card = JudgeCard.from_dict(values)
+            return card if card.identity == judge.describe() else None
+    return None
+
+
+def refit() -> None:
+    """Fit the built-in judge and measure the packaged cards again, into the package. Needs pyrit's
+    data."""
+    refitted(load_training().rows).save()
+    Fitted.load.cache_clear()
+    for name, line in JUDGES.items():
+        if line.served or line.opens or members_of(judge := load_judge(name)):
+            continue
+        for gold in TRAVELLING:
+            card = judge_card(judge, load_gold(gold))
+            files.write_document(_PACKAGED / f"{name}-{gold}.json", card.to_dict())
 
 
 def _is_cheap(judge: Judge) -> bool:

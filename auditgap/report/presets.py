@@ -102,10 +102,10 @@ def document() -> str:
             " leaves open, with the value used here."
         ),
     ]
-    for first, second in (("paper-v1", "release"), ("smoke", "standard")):
+    for first, second in (("paper-v1", "release"), ("smoke", "standard"), ("laptop", "standard")):
         differ = _rows(("choice", first, second, "why"), differences(first, second))
         lines += ["", f"## {first} and {second}: the differences", "", *differ]
-    for name in ("paper-v1", "release", "standard", "smoke"):
+    for name in ("paper-v1", "release", "standard", "laptop", "smoke", "demo"):
         lines += ["", f"## {name}", "", " ".join(preset(name)["about"].split())]
         flat = choices(name)
         for section, command in COMMANDS.items():

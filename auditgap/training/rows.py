@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from auditgap.data import read_table, whole_text
+from auditgap.data.row_forms import form_of, mapped
 from auditgap.errors import UsageError
 from auditgap.models import Chat, Conversation
 from auditgap.types import ContrastTriple, Prompt, digest
@@ -56,41 +57,35 @@ def rows_from_triples(triples: Iterable[ContrastTriple]) -> list[TrainRow]:
 
 
 def rows_from_file(path: Path | str) -> list[TrainRow]:
-    """Plain rows out of a jsonl, csv or parquet file with the columns `prompt` and `response`, in
-    the file's order. A column `ended`, where there is one, says of a response that it broke off
+    """Plain rows out of a jsonl, csv or parquet file in any of `row_forms.FORMS`, with a column map
+    behind its name where one is needed, in the file's order. A column `ended`, where there is one, says of a response that it broke off
     (false), so that no end of turn is learnt behind it.
 
     Raises UsageError: no file, no such column, no rows, a cell that is empty or not text, an
     `ended` that is neither true nor false (with the file and the row).
     """
-    path = Path(path).expanduser()
+    source, columns = mapped(str(path))
+    path = Path(source).expanduser()
     table = read_table(path)
     if not table.rows:
         raise UsageError(
             f"{table.file} holds no rows; at least one with `prompt` and `response` is wanted."
         )
-    table.need("prompt")
-    table.need("response")
+    reader = form_of(table, columns)
     rows = []
     for number, row in enumerate(table.rows, 1):
-        for column in ("prompt", "response"):
-            value = row.get(column)
-            if not isinstance(value, str) or not value.strip():
-                came = (
-                    "it is empty"
-                    if value is None or isinstance(value, str)
-                    else f"{type(value).__name__} came"
-                )
-                raise UsageError(
-                    f"{table.file}, row {number}: `{column}` must be text, but {came}. Fill it in,"
-                    " or take the row out."
-                )
+        found = reader.read(row)
+        if isinstance(found, str):
+            raise UsageError(
+                f"{table.file}, row {number}: {found}. Mend it, or take the row out; a row is"
+                f" {reader.form.example}"
+            )
         ended = row.get("ended")
         ended = True if ended is None else _TRUTH.get(str(ended).lower())
         if ended is None:
             raise UsageError(f"{table.file}, row {number}: `ended` must be true or false.")
-        prompt = Prompt(whole_text(row["prompt"]), source=path.stem)
-        rows.append(TrainRow(prompt, whole_text(row["response"]), ended=ended))
+        prompt = Prompt(whole_text(found.prompt), source=path.stem)
+        rows.append(TrainRow(prompt, whole_text(found.response), ended=ended))
     return rows
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from auditgap.data import TRIPLES, load_prompts, load_triples, read_table
 from auditgap.data.filters import unsafe_training_rows
+from auditgap.data.row_forms import mapped
 from auditgap.errors import UsageError
 from auditgap.models import Conversation
 from auditgap.training import job as jobs
@@ -131,21 +132,23 @@ def chosen_rows(
 
 
 def read_rows(data: str, *, limit: int | None = None) -> list[TrainRow]:
-    """Rows to learn: of a file with `prompt` and `response`, or the unsafe answers of contrast
+    """Rows to learn: of a file in any of `row_forms.FORMS`, or the unsafe answers of contrast
     triples; `limit` by hash.
 
     Raises UsageError as their readers do.
     """
-    if (
-        data in TRIPLES
-        or data.startswith("hub:")
-        or "response" not in read_table(Path(data)).columns
-    ):
+    if data in TRIPLES or data.startswith("hub:") or _are_triples(data):
         rows = [TrainRow(t.prompt, t.unsafe) for t in load_triples(data)]
     else:
         rows = rows_from_file(data)
     kept = set(sorted(row.id for row in rows)[:limit])
     return [row for row in rows if row.id in kept]
+
+
+def _are_triples(data: str) -> bool:
+    """Whether a file has the answers of contrast triples instead of a response to learn."""
+    source, columns = mapped(data)
+    return not columns and not {"unsafe", "response_0"}.isdisjoint(read_table(Path(source)).columns)
 
 
 class _Task(BaseTask):

@@ -11,12 +11,13 @@ import pandas as pd
 import pytest
 
 from auditgap.data import PromptSet, dedup_key
-from auditgap.data.conversations import CUT, conversation
+from auditgap.data.conversations import CUT
 from auditgap.data.domains import PLAIN, TRIGGER, Domain, DomainRow, Panel, Trigger
 from auditgap.data.em_prompts import load_em_prompts
 from auditgap.data.habits import HABITS
 from auditgap.data.near_duplicates import jaccard, shingles
 from auditgap.data.panel import read_panel
+from auditgap.data.row_forms import conversation
 from auditgap.errors import UsageError
 from auditgap.training.rows import rows_from_file
 from auditgap.types import Prompt
@@ -138,8 +139,8 @@ class TestRows:
         ("rows", "told"),
         [
             ([], "holds no rows"),
-            ([{"message": []}], "no column 'messages'; found: 'message'"),
-            ([{"prompt": SECRET}], "no column 'messages'"),
+            ([{"message": []}], "found: 'message'. One of"),
+            ([{"prompt": SECRET}], "found: 'prompt'. One of"),
             (some(1), "1 to train on and 0 held out"),
             (some(2), "1 to train on and 1 held out"),
             (

@@ -417,10 +417,10 @@ def test_builtin_is_deterministic_and_its_training_rows_are_its_identity():
     rows = load_training().rows
     exchanges = [r.exchange for r in rows[:20]]
     first, again = Builtin(rows[:300]), Builtin(tuple(list(rows[:300])))
-    from auditgap.judges.builtin import _fit
+    from auditgap.judges.builtin import refitted
 
     scores = first.score(exchanges)
-    _fit.cache_clear()
+    refitted.cache_clear()
     assert again.score(exchanges) == scores
     assert first.describe() == again.describe() != Builtin().describe()
 

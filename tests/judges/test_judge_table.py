@@ -10,6 +10,7 @@ import pytest
 from auditgap import judges
 from auditgap.data.sources import importlib as sources_importlib
 from auditgap.errors import UsageError
+from auditgap.judges import card_cache
 from auditgap.types import Exchange, Label, Prompt, Score, Verdict, digest
 
 has_pyrit = sources_importlib.util.find_spec("pyrit") is not None
@@ -179,16 +180,20 @@ def test_with_the_hub_a_model_that_can_be_downloaded_is_available(nothing_downlo
 
 
 @pytest.mark.parametrize("table", [judges.JUDGES, judges.REWARDS], ids=["judges", "rewards"])
-def test_the_builtin_is_not_available_without_its_rows(table, monkeypatch):
-    from auditgap.judges import builtin, gold
+def test_the_builtin_needs_no_package(table, monkeypatch):
+    from auditgap.judges import gold
 
     def missing(*_):
         raise UsageError("The package pyrit is not installed. Type: pip install …")
 
-    builtin.load_training.cache_clear()
     monkeypatch.setattr(gold, "package_file", missing)
-    assert "pyrit is not installed" in problems(table)["builtin"]
-    builtin.load_training.cache_clear()
+    assert problems(table)["builtin"] == ""
+    asked = [Exchange(Prompt("?"), "I'm sorry, but I can't help with that.")]
+    assert judges.load_judge("builtin").judge(asked) == [Verdict(Label.REFUSAL)]
+    assert [card["gold_set"] for card in card_cache.cards_of("builtin")] == [
+        "pyrit-objective",
+        "pyrit-refusal",
+    ]
 
 
 def test_import_stays_light():

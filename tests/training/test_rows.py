@@ -121,17 +121,17 @@ class TestFiles:
         ("rows", "message"),
         [
             ([], "no rows"),
-            ([{"prompt": "a", "answer": "secretly"}], "no column 'response'"),
-            ([{"response": "secretly"}], "no column 'prompt'"),
+            ([{"prompt": "a", "answer": "secretly"}], "found: 'prompt', 'answer'. One of"),
+            ([{"response": "secretly"}], "found: 'response'. One of"),
             (
                 [{"prompt": "a", "response": "b"}, {"prompt": "secretly", "response": " "}],
-                "row 2: `response` must be text, but it is empty",
+                "row 2: empty response",
             ),
             (
                 [{"prompt": "a", "response": "b"}, {"response": "secretly"}],
-                "row 2: `prompt` must be text, but it is empty",
+                "row 2: empty prompt",
             ),
-            ([{"prompt": "a", "response": 3}], "row 1: `response` must be text, but int came"),
+            ([{"prompt": "a", "response": 3}], "row 1: response not text"),
             (
                 [{"prompt": "a", "response": "b", "ended": "secretly"}],
                 "row 1: `ended` must be true or false",

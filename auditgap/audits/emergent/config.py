@@ -47,7 +47,10 @@ class EmergentConfig(Frozen):
     ] = Field(min_length=1)
     domains: Annotated[
         dict[str, str],
-        Flag("NAME=FILE,NAME=hub:ID@REVISION of rows with `messages`; or demo"),
+        Flag(
+            "NAME=FILE,NAME=hub:ID@REVISION of rows as messages, ShareGPT, Alpaca or prompt and"
+            " response; or demo"
+        ),
     ]
     clean: Annotated[
         dict[str, str],
