@@ -129,7 +129,7 @@ def test_a_site_that_vllm_cannot_speak_at_fails_alone_and_nothing_is_left(
 
 def test_a_model_that_vllm_cannot_edit_is_known_before_it_is_attacked(home, tmp_path, monkeypatch):
     asked = {"do": "test", "layers": [99], "standing": []}
-    monkeypatch.setattr(VLLMEngine, "self_test", lambda self, sites: self._told(asked))
+    monkeypatch.setattr(VLLMEngine, "self_test", lambda self, sites, standing=(): self._told(asked))
     monkeypatch.setattr(site, "attack", lambda *_, **__: pytest.fail("attacked"))
     values = {
         **VALUES,

@@ -34,7 +34,8 @@ from pathlib import Path
 from auditgap.judges import load_judge
 
 class Moody:
-    """The keyword judge; while MOOD says so it hangs or dies when asked about an edit at a site."""
+    """The keyword judge; while MOOD says so it hangs when asked, or dies as soon as a run has so
+    many files of cells."""
     name = "moody"
     def __init__(self, *, engine, device):
         self.keyword = load_judge("keyword")
@@ -47,11 +48,11 @@ class Moody:
                 time.sleep(0.02)
     def describe(self): return {"judge": "moody", "version": 1}
     def judge(self, exchanges):
-        for e in exchanges:
-            site = str(e.edit.site) if e.edit is not None else "clean"
-            if (self.folder / f"die {site}").exists():
+        self.hang("asked")
+        if (poison := self.folder / "die").exists():
+            cells, most = poison.read_text().splitlines()
+            if len(list(Path(cells).glob("*.parquet"))) >= int(most):
                 os.kill(os.getpid(), signal.SIGKILL)
-            self.hang(site)
         return self.keyword.judge(exchanges)
 '''
 
@@ -133,7 +134,7 @@ def bench(tmp_path_factory):
 
 @pytest.fixture
 def mood(bench):
-    """`mood("hang clean")` until the test is over."""
+    """`mood("hang asked")` until the test is over."""
     yield lambda what: (bench.mood / what).touch()
     for path in bench.mood.iterdir():
         path.unlink()
@@ -173,7 +174,7 @@ def test_stopped_it_says_how_to_go_on_and_the_same_command_does(
 ):
     """Exit code 130 and one sentence; Ctrl-C twice, or from a scheduler, the same; then the rest
     and no more."""
-    mood("hang clean")
+    mood("hang asked")
     out = tmp_path / "run"
     child = bench.start(bench.command(out))
     children.until((bench.mood / "hangs").exists, child)
@@ -186,7 +187,7 @@ def test_stopped_it_says_how_to_go_on_and_the_same_command_does(
     assert len(sums(out)) < 7, "the judge was asked, and no more"
     before = run_folders.contents(out)
     assert RunFolder.load(out).failures() == {} and RunFolder.load(out).status().running is None
-    (bench.mood / "hang clean").unlink()
+    (bench.mood / "hang asked").unlink()
     assert bench.here(bench.command(out), capsys)[0] == 0
     after = run_folders.contents(out)
     assert str({key: after[key] for key in before}) == str(before), "a finished cell is not touched"
@@ -226,14 +227,14 @@ def test_stopped_after_the_last_cell(bench, mood, unbroken, tmp_path, capsys, nu
 @pytest.mark.parametrize("lost", ["renamed", "a file in its place"])
 def test_the_folder_goes_away_under_the_run(bench, mood, unbroken, tmp_path, capsys, lost):
     """A sentence; and from its new place the same command goes on to the same tables."""
-    mood("hang clean")
+    mood("hang asked")
     out, moved = tmp_path / "run", tmp_path / "moved"
     child = bench.start(bench.command(out))
     children.until((bench.mood / "hangs").exists, child)
     out.rename(moved)
     if lost != "renamed":
         out.write_text("mine")
-    (bench.mood / "hang clean").unlink()
+    (bench.mood / "hang asked").unlink()
     said, err = child.communicate(timeout=180)
     shown = " ".join(err.split())
     assert child.returncode == 2 and "Traceback" not in err, said + err
@@ -255,12 +256,14 @@ def test_poison_is_given_up_with_its_cause_and_the_rest_finishes(
     another.
     """
     pytest.importorskip("ray", reason="the Ray extra is not installed")
-    mood("die block2")
     out, home = tmp_path / "run", children.Home()
     shutil.copytree(unbroken, out)
     sites = {r["key"]: r["description"]["site"] for r in RunFolder.load(out).records()}
     lost = [next(key for key in sorted(sites) if sites[key] == site) for site in (1, 2)]
     run_folders.lose(out, *lost)
+    cells = out / "cells"
+    when = len(list(cells.glob("*.parquet"))) + 1  # block 1's is there again
+    (bench.mood / "die").write_text(f"{cells}\n{when}")
     try:
         child = bench.start(
             bench.command(out, "--executor=ray", "--workers=1"),
