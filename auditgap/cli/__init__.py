@@ -82,7 +82,8 @@ def main(args: Sequence[str] | None = None) -> None:
             code = app(args, prog_name="auditgap", standalone_mode=False) or 0
             if code == Interrupted.exit_code:  # typer's word for Ctrl-C, and for GOODBYES
                 raise Interrupted
-            sys.stdout.flush()  # a reader that has left is met here, not after the exit code
+            if sys.stdout is not None:  # as it is where a shell closed it: `>&-`
+                sys.stdout.flush()  # a reader that has left is met here, not after the exit code
             sys.exit(code)
     except AuditgapError as error:
         err.print(Text(inert_lines(str(error))), style="red" if err.is_terminal else None)
