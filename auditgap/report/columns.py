@@ -99,7 +99,7 @@ class DisplayTable:
         that name a row (all before the first of numbers) stand in each."""
         needs = self.needs
         first = self.numeric.index(True) if True in self.numeric else len(self.titles)
-        names = tuple(range(first)) or (0,)
+        names = tuple(range(len(self.titles)))[: first or 1]
         rest = [i for i in range(len(self.titles)) if i not in names]
         room = width - sum(needs[i] for i in names)
         if sum(needs[i] for i in rest) <= room or len(rest) < 2:
