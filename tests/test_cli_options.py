@@ -100,8 +100,8 @@ def test_no_option_is_lost():
     assert len(before) == 38 and not lost
 
 
-#: What shows nothing but a file's text, a schema or a job's log.
-WITHOUT_JSON = {"presets page", "schema", "submit"}
+#: What shows nothing but a file's text, a schema, a job's log or pip's.
+WITHOUT_JSON = {"init", "presets page", "schema", "setup", "submit"}
 
 
 def test_every_command_that_shows_something_can_show_json():
