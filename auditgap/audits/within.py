@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from auditgap.errors import UsageError
-from auditgap.store import files
 from auditgap.types import Document
 
 #: What an estimate leaves out, at the least: a model to load, answers to judge.
@@ -138,6 +137,8 @@ def _fewer(
 
 def kept(folder: Path, budget: float) -> Fit | None:
     """What was fitted before for this folder and this time."""
+    from auditgap.store import files  # with pandas, which `--help` does without
+
     told: Any = files.read_document(folder / FILE)
     if not isinstance(told, Mapping) or told.get("budget") != budget:
         return None
@@ -146,6 +147,8 @@ def kept(folder: Path, budget: float) -> Fit | None:
 
 def keep(folder: Path, budget: float, fit: Fit) -> None:
     """Remember it. Raises DiskError."""
+    from auditgap.store import files
+
     with files.disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     told = {"changes": fit.changes, "seconds": fit.seconds, "n": fit.n, "full": fit.full}
