@@ -212,6 +212,7 @@ NOT_HERE = {
         "the same"
     ),
     "python examples/replication/run.py --out runs/replication": "an hour of training",
+    "python examples/door/build.py --out runs/door": "an hour of training",
     "python examples/thinking/build.py --out runs/thinks": "minutes of training",
     "auditgap lvs runs/thinks/model --thinking off,on,fixed,regenerated --thinking-tokens 24 --layers mid --eps 0.03 --limit 32": (
         "wants what the line above trains; the four ways are run in tests/audits/test_thinking_audit.py"
