@@ -79,12 +79,12 @@ def test_a_dry_run_reads_the_rows_and_counts_them(auditgap, tmp_path):  # noqa: 
 
 def test_a_dry_run_refuses_rows_that_the_run_would_refuse(auditgap, tmp_path):  # noqa: F811
     model = tiny.save("llama", tmp_path / "model")
-    rows = tmp_path / "alpaca.jsonl"
-    rows.write_text('{"instruction": "what is bread ?", "output": "bread"}\n', "utf-8")
+    rows = tmp_path / "texts.jsonl"
+    rows.write_text('{"text": "what is bread ? bread"}\n', "utf-8")
     words = ("em", "run", model, "--domains", f"law={rows}", "--out", tmp_path / "em")
     said, dry = auditgap(*words), auditgap(*words, "--dry-run")
     assert said.code == dry.code == 2 and "messages" in dry.both
-    assert said.err == dry.err
+    assert said.err.endswith(dry.err)
 
 
 def test_rows_that_are_none_are_counted_and_an_overlap_is_refused_unless_allowed(

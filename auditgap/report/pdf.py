@@ -18,9 +18,9 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 #: A long page takes seconds.
 _SECONDS = 180
 _FLAGS = (
-    "--headless --disable-gpu --no-first-run --disable-background-networking"
-    " --disable-component-update --disable-sync --disable-dev-shm-usage --no-pdf-header-footer"
-)
+    "headless disable-gpu no-first-run disable-background-networking disable-component-update"
+    " disable-sync disable-dev-shm-usage no-pdf-header-footer"
+).split()
 
 
 def browser() -> str:
@@ -42,15 +42,9 @@ def write(page: Path) -> Path:
     with tempfile.TemporaryDirectory() as place:
         made = page.with_name(f".{to.name}")  # beside it, so that it takes its name in one step
         # as root, as in a container, Chromium starts without its sandbox or not at all
-        as_root = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-        profile = f"--user-data-dir={place}/profile"
-        command = [
-            browser(),
-            *_FLAGS.split(),
-            *as_root,
-            profile,
-            f"--print-to-pdf={made.absolute()}",
-        ]
+        as_root = ["no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+        where = [f"user-data-dir={place}/profile", f"print-to-pdf={made.absolute()}"]
+        command = [browser(), *(f"--{flag}" for flag in (*_FLAGS, *as_root, *where))]
         try:
             done = subprocess.run(
                 [*command, page.absolute().as_uri()],
