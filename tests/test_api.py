@@ -99,7 +99,18 @@ def test_a_whole_audit(world):
     )
     assert isinstance(found, auditgap.AuditResult) and found.failed == {}
     words = ["subject", "question", "answer", "figure", "reason"]
-    values = ["id", "value", "lo", "hi", "threshold", "cause", "n", "needs", "thinking", "criterion"]
+    values = [
+        "id",
+        "value",
+        "lo",
+        "hi",
+        "threshold",
+        "cause",
+        "n",
+        "needs",
+        "thinking",
+        "criterion",
+    ]
     assert list(found.verdicts.columns) == words + values
     assert set(found.parts) == {"evaluate", "lvs"} and len(found.table("lvs")) == len(
         found.parts["lvs"].table

@@ -205,6 +205,9 @@ def test_what_never_travels_with_a_job(tmp_path: Path) -> None:
         (tmp_path / "w" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "w" / name).write_text("CANARY")
     (tmp_path / "w" / "job.py").write_text("pass")
+    ours = tmp_path / "w" / "auditgap" / "judges" / "builtin.safetensors"
+    ours.parent.mkdir(parents=True)
+    ours.write_text("numbers")
     create_package(
         str(tmp_path / "w"),
         tmp_path / "w.zip",
@@ -212,4 +215,5 @@ def test_what_never_travels_with_a_job(tmp_path: Path) -> None:
         excludes=list(jobs.EXCLUDED),
     )
     with zipfile.ZipFile(tmp_path / "w.zip") as archive:
-        assert [name for name in archive.namelist() if not name.endswith("/")] == ["job.py"]
+        sent = {name for name in archive.namelist() if not name.endswith("/")}
+        assert sent == {"job.py", "auditgap/judges/builtin.safetensors"}

@@ -29,7 +29,8 @@ from auditgap.store import files
 from auditgap.store.remote import Place, read_output
 from auditgap.sweep.state import cause_of
 
-#: What never travels with a working folder: history, secrets, environments, results and weights.
+#: What never travels with a working folder: history, secrets, environments, results and weights
+#: (gitignore's patterns; a checkout's own package has a few small ones, which do).
 EXCLUDED = (
     ".git",
     ".env",
@@ -47,6 +48,7 @@ EXCLUDED = (
     "*.safetensors",
     "*.gguf",
     "*.bin",
+    "!auditgap/**/*.safetensors",
 )
 TABLES = ("lvs.parquet", "lvs.csv")
 _MARK = "auditgap-table "

@@ -153,7 +153,7 @@ def test_adapters_of_a_study_think_as_its_base_does(tmp_path):
 
 
 def _parts(study):
-    return {name: getattr(study, name) for name in ("base", "prompts", "config")}
+    return {name: getattr(study, name) for name in ("base", "prompts", "asked", "config")}
 
 
 def test_a_judges_chain_has_a_budget_of_its_own_and_is_no_part_of_its_verdict(home, tmp_path):
