@@ -6,7 +6,7 @@ import pytest
 
 from auditgap.data import SOURCES, TRIPLES, load_prompts, load_triples
 from auditgap.data.conversations import DOMAINS
-from auditgap.data.em_prompts import EM_PROMPTS, load_em_prompts
+from auditgap.data.em_prompts import EM_PROMPTS, EM_QUESTIONS, load_em_prompts
 from auditgap.data.habits import HABITS
 from auditgap.data.material import TEXTS, open_material
 from auditgap.data.panel import read_panel
@@ -52,12 +52,12 @@ def test_the_demonstration_panel_is_what_it_was():
 
 
 def test_every_text_is_read_by_a_name():
-    tables = (SOURCES, TRIPLES, EM_PROMPTS, DOMAINS)
+    tables = (SOURCES, TRIPLES, EM_PROMPTS, EM_QUESTIONS, DOMAINS)
     own = [source.read() for table in tables for source in table.values() if not source.package]
     read = {table.file for table in own}
     assert {"demo", "demo-benign", "everyday", "unrelated", "demo:colour_rule:clean"} <= read
     others = ["judge_harmless.jsonl"]  # what judges are tried on is no set to ask or train on
-    assert len(list(TEXTS.iterdir())) == 8 + len(others) and all(table.rows for table in own)
+    assert len(list(TEXTS.iterdir())) == 9 + len(others) and all(table.rows for table in own)
 
 
 def test_every_kind_of_set_is_opened_alike(tmp_path):
