@@ -32,10 +32,11 @@ PLUGIN = '''
 import os, signal, time
 from pathlib import Path
 from auditgap.judges import load_judge
+from auditgap.store import RunFolder
 
 class Moody:
-    """The keyword judge; while MOOD says so it hangs when asked, or dies as soon as a run has so
-    many files of cells."""
+    """The keyword judge; while MOOD says so it hangs when asked, or dies as soon as a run has a
+    cell."""
     name = "moody"
     def __init__(self, *, engine, device):
         self.keyword = load_judge("keyword")
@@ -50,8 +51,8 @@ class Moody:
     def judge(self, exchanges):
         self.hang("asked")
         if (poison := self.folder / "die").exists():
-            cells, most = poison.read_text().splitlines()
-            if len(list(Path(cells).glob("*.parquet"))) >= int(most):
+            run, key = poison.read_text().splitlines()
+            if RunFolder.load(run).is_finished(key):
                 os.kill(os.getpid(), signal.SIGKILL)
         return self.keyword.judge(exchanges)
 '''
@@ -261,9 +262,7 @@ def test_poison_is_given_up_with_its_cause_and_the_rest_finishes(
     sites = {r["key"]: r["description"]["site"] for r in RunFolder.load(out).records()}
     lost = [next(key for key in sorted(sites) if sites[key] == site) for site in (1, 2)]
     run_folders.lose(out, *lost)
-    cells = out / "cells"
-    when = len(list(cells.glob("*.parquet"))) + 1  # block 1's is there again
-    (bench.mood / "die").write_text(f"{cells}\n{when}")
+    (bench.mood / "die").write_text(f"{out}\n{lost[0]}")
     try:
         child = bench.start(
             bench.command(out, "--executor=ray", "--workers=1"),
