@@ -62,13 +62,15 @@ class _Cells:
     """The targeted attack's rows by (model, layer, unit), and cells of both attacks by (model,
     layer, unit, eps, attack)."""
 
+    every: looks.Looks
     cells: Mapping[tuple, pd.DataFrame]
     profiles: Mapping[tuple[str, int, str], pd.DataFrame]
     verdicts: Mapping[str, pd.Series]  #: with no edit, by model
 
     @classmethod
     def of(cls, rows: pd.DataFrame) -> _Cells:
-        edited = looks.edited_rows(rows)
+        every = looks.Looks(rows)
+        edited = every.edited
         cells = {
             (s, int(at), u, float(e), a): cell
             for (s, at, u, e, a), cell in groups_of(
@@ -82,6 +84,7 @@ class _Cells:
         }
         told = looks.clean_verdicts(rows)
         return cls(
+            every,
             cells,
             profiles,
             {name: told[name] for name in told.index.get_level_values("subject").unique()},
@@ -212,7 +215,7 @@ def _gaps(
                 else "too little was scored",
                 against=None
                 if model is base
-                else _paired_excess(rows, seen, model, base, unit, eps, seed)
+                else _paired_excess(seen, model, base, unit, eps, seed)
                 if measure is EXCESS
                 else _paired_gap(measure, seen, model, base, unit, eps, seed),
             )
@@ -228,12 +231,11 @@ def _paired_sites(
 
 
 def _paired_excess(
-    rows: pd.DataFrame, seen: _Cells, model: Model, base: Model, unit: str, eps: float, seed: int
+    seen: _Cells, model: Model, base: Model, unit: str, eps: float, seed: int
 ) -> Paired:
     """Over the sites where both ran this budget, and its matched control, and the prompts that both
     have: a flip counts less the share of the control's draws that flip the prompt at that site."""
-    all_looks = looks.Looks(rows)
-    known = [set(all_looks.part(m.name, unit, ATTACK)["prompt_id"]) for m in (model, base)]
+    known = [set(seen.every.part(m.name, unit, ATTACK)["prompt_id"]) for m in (model, base)]
     prompts = sorted(known[0] & known[1])
     given: list[list[np.ndarray]] = [[], []]
     for places in _paired_sites(seen, model, base, unit, eps):
@@ -243,7 +245,7 @@ def _paired_excess(
         budgets = [seen.budgets(m.name, at, unit) for m, at in sites]
         sizes = sorted(size for size in budgets[0] & budgets[1] if size <= eps)
         for found, (m, at) in zip(given, sites, strict=True):
-            found.append(_above_control(all_looks, m, at, unit, sizes, prompts))
+            found.append(_above_control(seen.every, m, at, unit, sizes, prompts))
     if not given[0]:
         return Paired()
     ours, others = (np.stack(found) for found in given)

@@ -35,7 +35,7 @@ from auditgap.models import Conversation
 from auditgap.stats.membership import min_k, min_k_pp, standardise, zlib_ratio
 from auditgap.sweep import Group
 from auditgap.training.objective import Head, base_lm
-from auditgap.types import Cell, Prompt, Subject, digest
+from auditgap.types import Cell, Document, Prompt, Subject, digest
 
 MEASURES = ("nll", "min_k", "min_k_pp", "zlib")
 #: Rows whose losses are remembered together: what a kill may cost.
@@ -57,20 +57,10 @@ class Put:
 def plan(study: Study, options: EmergentOptions) -> list[Group]:
     """A group an adapter, those of one (domain, arm) after each other: they share the base's
     losses."""
-    c, base = study.config, study.base
+    base = study.base
     groups = []
     for adapter in study.adapters:
-        rows = put(study, adapter)
-        about = {
-            **common(c, options, base),
-            "base": base.subject.fingerprint,
-            "domain": adapter.domain,
-            "arm": adapter.arm,
-            "rows": digest([[r.row_id, r.member, r.prompt] for r in rows]),
-            "n": len(rows),
-            "max_tokens": c.max_tokens,
-            "min_k": c.min_k,
-        }
+        about = {**about_rows(study, options, adapter), "base": base.subject.fingerprint}
         settings = {"name": adapter.name, "seed": adapter.seed, "about": about}
         cell = StageCell(
             Subject(adapter.name, adapter.fingerprint),
@@ -80,8 +70,22 @@ def plan(study: Study, options: EmergentOptions) -> list[Group]:
             about["rows"],
             settings,
         )
-        groups.append(Group(str(cell), (cell,), work=float(len(rows))))
+        groups.append(Group(str(cell), (cell,), work=float(about["n"])))
     return groups
+
+
+def about_rows(study: Study, options: EmergentOptions, adapter: Adapter) -> Document:
+    """Of a cell: the rows that are read for an adapter, and how."""
+    c, rows = study.config, put(study, adapter)
+    return {
+        **common(c, options, study.base),
+        "domain": adapter.domain,
+        "arm": adapter.arm,
+        "rows": digest([[r.row_id, r.member, r.prompt] for r in rows]),
+        "n": len(rows),
+        "max_tokens": c.max_tokens,
+        "min_k": c.min_k,
+    }
 
 
 def put(study: Study, adapter: Adapter) -> list[Put]:

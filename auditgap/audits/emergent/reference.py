@@ -19,9 +19,9 @@ from pathlib import Path
 
 from auditgap import models
 from auditgap.audits.emergent.config import AUTO, OWN_BASE, EmergentOptions
-from auditgap.audits.emergent.inside import common
 from auditgap.audits.emergent.membership import (
     MembershipWorker,
+    about_rows,
     names_of,
     numbers,
     problem_of,
@@ -32,7 +32,7 @@ from auditgap.audits.emergent.stage import StageCell, Study, StudyStage
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.sweep import Group
-from auditgap.types import Cell, digest
+from auditgap.types import Cell
 
 #: What instruction tuning adds to a model's name, and what a pretrained model has instead.
 _TUNED = re.compile(r"[-_.](instruct|chat|it|sft|dpo|rlhf)(?=[-_.@]|$)", re.IGNORECASE)
@@ -101,24 +101,15 @@ def plan(study: Study, options: EmergentOptions) -> list[Group]:
     c = study.config
     if c.reference in (AUTO, OWN_BASE):
         return []
-    base, other = study.base, models.outline(c.reference)
+    other = models.outline(c.reference)
     groups = {}
     for adapter in study.adapters:
         if (adapter.domain, adapter.arm) in groups:
             continue
-        rows = put(study, adapter)
-        about = {
-            **common(c, options, base),
-            "domain": adapter.domain,
-            "arm": adapter.arm,
-            "rows": digest([[r.row_id, r.member, r.prompt] for r in rows]),
-            "n": len(rows),
-            "max_tokens": c.max_tokens,
-            "min_k": c.min_k,
-        }
+        about = about_rows(study, options, adapter)
         settings = {"name": f"{adapter.domain}·{adapter.arm}", "about": about}
         cell = StageCell(other.subject, None, None, REFERENCE, about["rows"], settings)
-        groups[adapter.domain, adapter.arm] = Group(str(cell), (cell,), work=float(len(rows)))
+        groups[adapter.domain, adapter.arm] = Group(str(cell), (cell,), work=float(about["n"]))
     return list(groups.values())
 
 
