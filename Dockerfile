@@ -2,7 +2,7 @@
 #
 #     docker build -t auditgap .
 #     docker build -t auditgap:cuda --build-arg TORCH=cuda .
-#     docker run --rm -v "$PWD/runs:/work/runs" auditgap demo
+#     docker run --rm -v "$PWD/runs:/audits/runs" auditgap demo
 FROM python:3.12-slim
 
 # torch's wheels of PyPI bring CUDA; those of the CPU index are a tenth of the size
@@ -17,9 +17,9 @@ RUN if [ "$TORCH" = cpu ]; then index="--extra-index-url https://download.pytorc
     && auditgap setup --yes \
     && rm -rf /src/*
 
-RUN useradd --create-home auditor && mkdir /work && chown auditor /work
+RUN useradd --create-home auditor && mkdir /audits && chown auditor /audits
 USER auditor
-WORKDIR /work
+WORKDIR /audits
 ENV TOKENIZERS_PARALLELISM=false
 ENTRYPOINT ["auditgap"]
 CMD ["--help"]

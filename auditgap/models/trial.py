@@ -8,11 +8,9 @@ gigabytes, before they are used in this one.
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 
 from auditgap.errors import Refused, UsageError
 from auditgap.models.bounds import TRIAL_BYTES, TRIAL_LETTERS, TRIAL_SECONDS
+from auditgap.models.isolated import isolated
 
 _PROGRAM = Path(__file__).with_name("trial_child.py")
 #: What makes a pattern more than a name.
@@ -54,22 +53,9 @@ def try_patterns(patterns: Iterable[str], names: Sequence[str], path: Path) -> N
 
 def _try(question: dict[str, Any], path: str) -> None:
     child = subprocess.run(
-        # isolated and without site: no code of the user's start-up files
-        [
-            sys.executable,
-            "-I",
-            "-S",
-            str(_PROGRAM),
-            str(TRIAL_SECONDS),
-            str(TRIAL_BYTES),
-            *(entry or os.getcwd() for entry in sys.path),
-        ],
+        **isolated(_PROGRAM, str(TRIAL_SECONDS), str(TRIAL_BYTES), TOKENIZERS_PARALLELISM="false"),
         input=json.dumps(question).encode("ascii"),
         capture_output=True,
-        env={
-            "TOKENIZERS_PARALLELISM": "false",
-            **{k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"},
-        },
         check=False,
     )
     if child.returncode in (-signal.SIGXCPU, -signal.SIGKILL, -signal.SIGABRT, -signal.SIGSEGV):
