@@ -91,7 +91,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except typer.Abort:
         sys.exit(Interrupted.exit_code)  # a question was not answered
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:  # what it still holds is not to meet the pipe at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)  # as a shell says SIGPIPE, which is no verdict
     except Exception as error:
         if not callable(show := getattr(error, "show", None)):
