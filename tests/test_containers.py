@@ -68,3 +68,33 @@ def test_a_slurm_task_asks_for_its_own_model(tmp_path):
         [*script, "merge"], env=env, cwd=tmp_path, capture_output=True, text=True
     ).stdout.split()
     assert joined == ["merge", "runs/s/task0", "runs/s/task1", "--out", "runs/s/all"]
+
+
+def test_a_slurm_job_starts_the_training_on_each_of_its_nodes(tmp_path):
+    """The script with a shell, an `srun` that is one node's, and a `torchrun` that says what it was
+    told."""
+    for name, does in {
+        "scontrol": "printf 'node-a\\nnode-b\\n'",
+        "srun": 'shift; SLURM_NODEID=1 SLURM_GPUS_ON_NODE=4 "$@"',
+        "torchrun": "printf '%s\\n' \"$@\"",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "node-[a-b]"}
+    words = ["dissociate", "--config", "twin.yaml", "--out", "runs/the twin"]
+    said = subprocess.run(
+        ["bash", str(ROOT / "launchers/train.sbatch"), *words],
+        env={**env, "SLURM_NNODES": "2"},
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    told = dict(zip(said[:10:2], said[1:10:2], strict=True))
+    assert told == {
+        "--nnodes": "2",
+        "--node_rank": "1",
+        "--nproc_per_node": "4",
+        "--master_addr": "node-a",
+        "--master_port": "29500",
+    }
+    assert said[10:] == ["launchers/dissociate.py", *words[1:]]
+    assert (ROOT / said[10]).exists()

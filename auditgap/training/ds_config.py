@@ -25,6 +25,8 @@ DEFAULT: Document = {
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
     "bf16": {"enabled": "auto"},
+    "data_types": {"grad_accum_dtype": "auto"},
+    "communication_data_type": "auto",
     "zero_optimization": {"stage": 2, "contiguous_gradients": True, "overlap_comm": "auto"},
     "optimizer": {
         "type": "AdamW",
@@ -38,6 +40,7 @@ _RECIPES = (
     "train_batch_size",
     "gradient_clipping",
     "bf16.enabled",
+    "data_types.grad_accum_dtype",
     "optimizer.params.lr",
     "optimizer.params.weight_decay",
 )
@@ -60,7 +63,7 @@ def read_ds_config(file: Path | None) -> Document:
         raise UsageError(
             f"--deepspeed-config {file} must hold an object, as ds_configs/zero2.json does."
         )
-    for section in ("zero_optimization", "fp16", "bf16", "optimizer"):
+    for section in ("zero_optimization", "fp16", "bf16", "optimizer", "data_types"):
         if not isinstance(config.get(section, {}), dict):
             raise UsageError(
                 f"--deepspeed-config {file}: {section} must be an object, as in"
@@ -100,10 +103,12 @@ def filled(
     is known to fill it.
     """
     known = _known(config, options, width, dtype == "bfloat16", device.startswith("cuda"))
+    known["data_types.grad_accum_dtype"] = _summed_in(ds, known)
     # a size or the optimizer that is left out would be DeepSpeed's own, and not what the recipe
     # says
     default = {key: value for key, value in DEFAULT.items() if key != "zero_optimization"}
-    done = _filled({**default, **ds}, "", known)
+    types = {**DEFAULT["data_types"], **ds.get("data_types", {})}
+    done = _filled({**default, **ds, "data_types": types}, "", known)
     done.setdefault("steps_per_print", 1 << 30)
     if done.get("scheduler"):
         raise UsageError(
@@ -124,6 +129,7 @@ def _known(
         "train_batch_size": config.batch,
         "gradient_clipping": config.clip,
         "bf16.enabled": bf16,
+        "communication_data_type": "fp32",
         f"{params}.lr": config.lr,
         f"{params}.weight_decay": config.weight_decay,
         f"{params}.betas": [0.9, 0.999],
@@ -137,6 +143,24 @@ def _known(
         f"{zero}.offload_optimizer.pin_memory": on_gpu,
         f"{zero}.offload_param.pin_memory": on_gpu,
     }
+
+
+def _summed_in(ds: Mapping[str, Any], known: Document) -> str:
+    """The dtype in which gradients of micro-batches are summed. In fp32 the sum does not depend on
+    how many ranks share the micro-batches; in bf16, DeepSpeed's default, every further one rounds.
+
+    Raises UsageError where DeepSpeed could sum them in bf16 only.
+    """
+    if not known["bf16.enabled"] or stage_of(ds):
+        return "fp32"
+    if (n := known["gradient_accumulation_steps"]) > 1:
+        raise UsageError(
+            f"At ZeRO stage 0 DeepSpeed would add up the gradients of {n} micro-batches in bf16,"
+            " which loses what is small. Set zero_optimization.stage to 1, 2 or 3 in the DeepSpeed"
+            f" config, micro_batch to {n * known['train_micro_batch_size_per_gpu']}, or dtype to"
+            " float32."
+        )
+    return "bf16"  # one micro-batch: there is nothing to add up
 
 
 def _filled(value: Any, at: str, known: Document) -> Any:

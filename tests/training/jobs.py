@@ -112,7 +112,10 @@ class Job:
     """A job that runs. Its processes carry a mark in their environment, so that all of them are
     found and ended."""
 
-    def __init__(self, launcher: str, n: int, words: Sequence[Any], **more: str) -> None:
+    def __init__(
+        self, launcher: str | Sequence[str], n: int, words: Sequence[Any], **more: str
+    ) -> None:
+        """`launcher`: its name, or its words."""
         self.mark = uuid.uuid4().hex
         environment = {k: v for k, v in os.environ.items() if k not in _RANK}
         environment |= {
@@ -126,7 +129,7 @@ class Job:
         }
         self.began = time.monotonic()
         self.process = subprocess.Popen(
-            [*_words(launcher, n), *map(str, words)],
+            [*(_words(launcher, n) if isinstance(launcher, str) else launcher), *map(str, words)],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -166,6 +169,24 @@ class Job:
         for process in left:
             process.kill()
         return Done(rc, out, err, seconds, names, ended)
+
+
+def nodes(launcher: str, n: int, words: Sequence[Any], folder: Path) -> list[Done]:
+    """n nodes of one rank each, as if on a network: every node's launcher is started on its own, and
+    they meet at the first one's address."""
+    python, port = sys.executable, str(free_port())
+    meet = ["--master_addr", "127.0.0.1", "--master_port", port]
+    hosts = folder / "hostfile"
+    hosts.write_text("".join(f"node-{i} slots=1\n" for i in range(n)), encoding="utf-8")
+    each = {
+        "deepspeed": [str(Path(python).parent / "deepspeed"), "--hostfile", str(hosts), "--no_ssh"],
+        "torchrun": [
+            *(python, "-m", "torch.distributed.run"),
+            *("--nnodes", str(n), "--nproc_per_node", "1"),
+        ],
+    }[launcher]
+    started = [Job([*each, "--node_rank", str(i), *meet], 1, words) for i in range(n)]
+    return [job.end() for job in started]
 
 
 def run(launcher: str, n: int, words: Sequence[Any], *, limit: float = 480.0, **more: str) -> Done:

@@ -58,6 +58,8 @@ def ds_config(c: dict) -> dict:
         "train_batch_size": c["micro_batch"],
         "gradient_clipping": 1.0,
         "bf16": {"enabled": c["dtype"] == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_optimization": zero,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True}},
         "steps_per_print": 1 << 30,

@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+import jobs
 import pytest
 import yaml
 
@@ -185,7 +186,7 @@ def test_constructions_that_lack_something_are_refused():
 def fill(ds, *, device="cpu", dtype="float32", **changes):
     return filled(
         ds,
-        recipe(batch=8, lr=3e-5, clip=0.5, **changes),
+        recipe(**{"batch": 8, "lr": 3e-5, "clip": 0.5, **changes}),
         TrainOptions(),
         width=32,
         dtype=dtype,
@@ -281,3 +282,35 @@ def test_what_a_config_leaves_out_is_the_recipes():
     assert (ds["gradient_accumulation_steps"], ds["gradient_clipping"]) == (4, 0.5)
     assert (ds["optimizer"]["type"], ds["optimizer"]["params"]["lr"]) == ("AdamW", 3e-5)
     assert stage_of(fill({})) == 0
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_gradients_of_bf16_are_summed_in_fp32_whoever_has_the_micro_batches(world, n_ranks):
+    pytest.importorskip("deepspeed")
+    script = Path(__file__).with_name("accumulate.py")
+    done = jobs.run("torchrun", n_ranks, [script, world.model])
+    lines = [line for line in done.out.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.tail()
+    distances = json.loads(lines[0].removeprefix("RESULT "))
+    # bf16 sums of these eight are 0.004 away
+    assert set(distances) == {"1", "2", "3"} and max(distances.values()) < 1e-5, distances
+
+
+def test_a_bf16_sum_of_gradients_is_refused():
+    every = fill({}, dtype="bfloat16", batch=2)
+    assert every["data_types"]["grad_accum_dtype"] == "bf16"  # of one: nothing is summed
+    with pytest.raises(UsageError, match=r"ZeRO stage 0 .* 4 micro-batches in bf16.*micro_batch"):
+        fill({}, dtype="bfloat16")
+    with pytest.raises(UsageError, match="grad_accum_dtype = bf16, the recipe fp32"):
+        fill(
+            {
+                "zero_optimization": {"stage": 2},
+                "data_types": {"grad_accum_dtype": "bf16"},
+            },
+            dtype="bfloat16",
+        )
+    mine = {"zero_optimization": {"stage": 1}, "data_types": {"buffer_dtype": "fp32"}}
+    assert fill(mine, dtype="bfloat16")["data_types"] == {
+        "grad_accum_dtype": "fp32",
+        "buffer_dtype": "fp32",
+    }

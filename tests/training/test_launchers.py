@@ -46,6 +46,17 @@ def test_every_launcher_trains_the_same(world, plain, launcher):
     assert_same(plain, world.folder / launcher)
 
 
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_two_nodes_train_the_same(world, plain, tmp_path, launcher):
+    recipe = world.sft(f"nodes-{launcher}")
+    out = recipe.pop("out")
+    words = [jobs.LAUNCHERS / "sft.py", *jobs.sets(recipe), "--out", out]
+    for done in jobs.nodes(launcher, 2, words, tmp_path):
+        assert done.rc == 0, done.tail
+        assert not done.left
+    assert_same(plain, world.folder / f"nodes-{launcher}")
+
+
 def assert_same(one, other):
     assert len(jobs.curve(other)) == 6
     assert jobs.curve(other) == pytest.approx(jobs.curve(one), abs=1e-5)

@@ -111,7 +111,8 @@ def test_zero_divides_what_it_says_it_divides():
         estimate(**{**LLAMA_8B, "stage": stage, "world": 8}).parts for stage in (1, 2, 3)
     )
     assert one["optimizer"] == two["optimizer"] == three["optimizer"] == 12 * n // 8
-    assert one["gradients"] == w * n and two["gradients"] == three["gradients"] == w * n // 8
+    assert one["gradients"] == (w + 4) * n
+    assert two["gradients"] == three["gradients"] == 4 * n // 8  # sums, which are fp32
     assert one["weights"] == two["weights"] == w * n and three["weights"] == w * n // 8
     offloaded = estimate(**{**LLAMA_8B, "stage": 3, "world": 8, "offload": True})
     assert "optimizer" not in offloaded.parts and "weights" not in offloaded.parts

@@ -158,9 +158,11 @@ def _kept(p: MemoryInputs) -> tuple[dict[str, float], float]:
     # ZeRO keeps an fp32 master copy whatever the dtype; without ZeRO only weights that are not fp32
     # themselves have one
     master = 4 * p.n_trainable / p.shards if p.stage >= 1 or w == 2 else 0.0
-    gradients = w * p.n_trainable / (p.world if p.stage >= 2 else 1)
-    if p.stage == 0 and w == 2:
-        gradients += 4 * p.n_trainable  # DeepSpeed accumulates them in fp32 there
+    # micro-batches are summed in fp32; below stage 2, where each rank keeps the whole sum, what is
+    # added to it stands beside it in the weights' dtype
+    gradients = 4 * p.n_trainable / (p.world if p.stage >= 2 else 1)
+    if p.stage < 2 and w < 4:
+        gradients += w * p.n_trainable
     if p.offload and p.stage >= 1:
         host += states + master + 4 * p.n_trainable / p.shards
         states = master = 0.0
