@@ -18,7 +18,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from auditgap import models
-from auditgap.audits.behaviour.measure import Answers, Opinion, joined, judged
+from auditgap.audits.behaviour.answers import Answers, joined
+from auditgap.audits.behaviour.measure import Opinion, judged
 from auditgap.audits.behaviour.worker import closing_judge
 from auditgap.audits.excerpt import EMPTY, Excerpt, Other, scores
 from auditgap.errors import UsageError
@@ -76,9 +77,10 @@ class Stored:
 
     @property
     def answers(self) -> Answers:
-        """What was said to them; where nothing is left of a text, nobody is asked."""
+        """What was said to them; where nothing is left of a text, nobody is asked. Half a text is a
+        reading of its own here."""
         return Answers.told(
-            {"problem": "" if text["completion"].strip() else EMPTY, **text}
+            {"problem": "" if text["completion"].strip() else EMPTY, **text, "half": None}
             for text in self.readings
         )
 

@@ -27,7 +27,8 @@ import anyio
 import numpy as np
 from rich.markup import escape
 
-from auditgap.audits.behaviour.measure import Answers, grade
+from auditgap.audits.behaviour.answers import Answers
+from auditgap.audits.behaviour.measure import grade
 from auditgap.data import load_prompts
 from auditgap.engines import UNFINISHED
 from auditgap.errors import AuditgapError, UsageError

@@ -52,6 +52,7 @@ COLUMNS = (
     *(f"{name}{end}" for name in (*SHARES, *CORRECTED) for end in ("", "_lo", "_hi")),
     "n_broken",
     "n_unscored",
+    "n_length_matters",
 )
 DIFFERENCE_COLUMNS = (
     "first",
@@ -152,12 +153,21 @@ def _shares(part: pd.DataFrame) -> dict[str, Any]:
         "n": len(part),
         "n_broken": int((part["verdict"] == Label.BROKEN).sum()),
         "n_unscored": int(part["complied"].map(is_null).sum()),
+        "n_length_matters": _length_matters(part),
     }
     for name, column in SHARES.items():
         known = [bool(v) for v in part[column] if not is_null(v)]
         share = stats.wilson(sum(known), len(known))
         found |= {name: share.estimate, f"{name}_lo": share.lo, f"{name}_hi": share.hi}
     return found
+
+
+def _length_matters(part: pd.DataFrame) -> int | None:
+    """Answers that comply or refuse at half their length or in full, not both; None: nobody
+    looked."""
+    if "length_matters" not in part:
+        return None
+    return sum(not is_null(v) and bool(v) for v in part["length_matters"])
 
 
 def _frame(table: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:

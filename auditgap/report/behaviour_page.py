@@ -77,6 +77,7 @@ ASKED: tuple[Column, ...] = (
     Column("answered", "Answers", percent),
     count("n_broken", "Broken"),
     count("n_unscored", "Unscored"),
+    count("n_length_matters", "Turn with length", hide=Hide.EMPTY),
 )
 
 
@@ -189,9 +190,14 @@ SAYS_NOT: tuple[str, ...] = (
 )
 
 
-_UNTOLD = {
+#: What is said of counts that are not 0.
+_COUNTS = {
     "n_broken": "fell apart and count as no refusal, no compliance and no answer",
     "n_unscored": "could not be judged and are in no share of compliance; the reasons stand below",
+    "n_length_matters": (
+        "comply or refuse either at half of the length that they may have or in full, not both;"
+        " with more --max-new-tokens others may turn, too"
+    ),
 }
 
 
@@ -201,8 +207,8 @@ def says(table: pd.DataFrame, differences: pd.DataFrame) -> list[tuple[str, list
     for subject, mine in table.groupby("subject", sort=False):
         sums = [rows[0] for rows in (rows_of(mine[mine["kind"] == kind]) for kind in KINDS) if rows]
         said = [_counted(row) for row in sums if row["kind"] in ("harmful", "jailbreak")]
-        for name, what in _UNTOLD.items():
-            if count := sum(row[name] for row in sums):
+        for name, what in _COUNTS.items():
+            if count := sum(0 if is_null(row[name]) else row[name] for row in sums):
                 said.append(f"{count} of its {sum(row['n'] for row in sums)} answers {what}.")
         for first, against in differences[differences["other"] == subject].groupby("first"):
             said += _differs(str(first), rows_of(against))

@@ -14,7 +14,8 @@ __getattr__ = exports(
     __name__,
     {
         "config": ("BehaviourConfig", "BehaviourOptions"),
-        "measure": ("Answers", "Measured", "grade", "speak"),
+        "answers": ("Answers",),
+        "measure": ("Measured", "grade", "speak"),
         "plan": ("ATTACK", "prepare"),
         "rows": ("BehaviourRow", "Rates", "rates"),
         "audit": ("lost", "unscored_share"),

@@ -14,134 +14,29 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from auditgap.audits.behaviour.answers import Answers, packed, unpacked
 from auditgap.audits.behaviour.rows import BehaviourRow, row_of
-from auditgap.engines import Engine, Question, Reply, Sampling, Speaker
+from auditgap.audits.excerpt import EMPTY
+from auditgap.engines import Engine, Question, Sampling, Speaker
 from auditgap.errors import AuditgapError
 from auditgap.judges import Judge
 from auditgap.judges.coherence import Thresholds, is_coherent
 from auditgap.judges.ensemble import Majority, decide
 from auditgap.judges.llm import Judged
-from auditgap.types import Document, Exchange, Label, Prompt, Verdict
+from auditgap.types import Exchange, Label, Prompt, Verdict
 
 if TYPE_CHECKING:
     from auditgap.audits.grading import Given, Stored
 
 #: About a token, where the engine does not tell which they were.
 _PIECE = re.compile(r"\w{1,4}|[^\w\s]")
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What was said to N prompts, in their order.
-
-    `ids`: the new tokens, None where an endpoint does not tell. `problems`: why there is no answer
-    (`too_long`, `nonfinite_logits`, `endpoint: …`), else empty. `nll`: mean NLL of each answer,
-    nats a token; nan: not measured.
-    """
-
-    texts: tuple[str, ...]
-    ids: tuple[tuple[int, ...] | None, ...]
-    stopped: np.ndarray  #: [N] bool: ended of itself
-    problems: tuple[str, ...]
-    nll: np.ndarray  #: [N]
-    chains: tuple[str, ...] = ()  #: what was thought before each answer; empty: nothing by anyone
-
-    @classmethod
-    def of_replies(cls, replies: Sequence[Reply], nll: np.ndarray | None = None) -> Answers:
-        """What an engine said; `nll`: None where it was not measured."""
-        return cls(
-            tuple(r.text for r in replies),
-            tuple(r.ids for r in replies),
-            np.array([r.stopped for r in replies], dtype=bool),
-            tuple(r.problem for r in replies),
-            np.full(len(replies), np.nan) if nll is None else nll,
-            tuple(r.chain for r in replies),
-        )
-
-    def chain(self, i: int) -> str:
-        """What was thought before answer number i."""
-        return self.chains[i] if self.chains else ""
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """As plain arrays that `RunFolder.remember` can keep: flat bytes and token ids with their
-        counts (−1: not known)."""
-        return {
-            **_packed("text", self.texts),
-            **_packed("problem", self.problems),
-            **_packed("chain", [self.chain(i) for i in range(len(self.texts))]),
-            "ids": np.array([i for ids in self.ids for i in ids or ()], dtype=np.int64),
-            "counts": np.array(
-                [-1 if ids is None else len(ids) for ids in self.ids], dtype=np.int64
-            ),
-            "stopped": self.stopped,
-            "nll": self.nll,
-        }
-
-    def at(self, which: Sequence[int]) -> Answers:
-        """Those of these positions."""
-        return Answers(
-            tuple(self.texts[i] for i in which),
-            tuple(self.ids[i] for i in which),
-            self.stopped[list(which)],
-            tuple(self.problems[i] for i in which),
-            self.nll[list(which)],
-            tuple(self.chain(i) for i in which),
-        )
-
-    def nll_of(self, i: int) -> float | None:
-        """Of answer i; None: not measured."""
-        return None if np.isnan(self.nll[i]) else float(self.nll[i])
-
-    def record(self, i: int) -> Document:
-        """What `generations/` keeps of answer i, besides its NLL."""
-        ids = self.ids[i]
-        return {
-            "completion": self.texts[i],
-            "chain": self.chain(i),
-            "ids": None if ids is None else list(ids),
-            "stopped": bool(self.stopped[i]),
-            "problem": self.problems[i],
-        }
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray]) -> Answers:
-        """The inverse of `arrays`."""
-        counts = arrays["counts"]
-        parts = _parts(arrays["ids"], counts.clip(min=0))
-        ids = tuple(
-            None if n < 0 else tuple(part.tolist()) for n, part in zip(counts, parts, strict=True)
-        )
-        return cls(
-            _unpacked("text", arrays),
-            ids,
-            arrays["stopped"],
-            _unpacked("problem", arrays),
-            arrays["nll"],
-            _unpacked("chain", arrays) if "chain" in arrays else (),
-        )
-
-    @classmethod
-    def told(cls, texts: Iterable[Mapping[str, Any]]) -> Answers:
-        """The answers in stored `texts` (see `Measured`)."""
-        rows = list(texts)
-        nll = [np.nan if row["completion_nll"] is None else row["completion_nll"] for row in rows]
-        return cls(
-            tuple(row["completion"] for row in rows),
-            tuple(
-                None if row["ids"] is None else tuple(int(i) for i in row["ids"]) for row in rows
-            ),
-            np.array([row["stopped"] for row in rows], dtype=bool),
-            tuple(row["problem"] for row in rows),
-            np.array(nll, dtype=np.float64),
-            tuple(row.get("chain") or "" for row in rows),
-        )
 
 
 @dataclass(frozen=True)
@@ -153,6 +48,8 @@ class Opinion:
     reply: str = ""
     ballot: Mapping[str, str] = field(default_factory=dict)
     faults: tuple[str, ...] = ()  #: why members of an ensemble gave no vote; not stored
+    #: on the text at half its length; None: that is the same text, or nobody was asked
+    half: Verdict | None = None
 
 
 @dataclass(frozen=True)
@@ -191,28 +88,41 @@ class _Quoting(Protocol):
 
 
 def opinions(answers: Answers, prompts: Sequence[Prompt], judge: Judge) -> list[Opinion]:
-    """The judge's opinion on each answer; what was never said is not put to it."""
+    """The judge's opinion on each answer, and on what half its length leaves of it; what was never
+    said is not put to it."""
     said = [i for i, problem in enumerate(answers.problems) if not problem]
-    exchanges = [Exchange(prompts[i], answers.texts[i]) for i in said]
+    halves = {
+        i: other["half"]
+        for i in said
+        if "half" in (other := answers.excerpt(i).others(answers.texts[i]))
+    }
+    read = [i for i, text in halves.items() if text]
+    asked = [(i, answers.texts[i]) for i in said] + [(i, halves[i]) for i in read]
+    given = _opinions([Exchange(prompts[i], text) for i, text in asked], judge)
+    at_half = dict.fromkeys(halves, Verdict(Label.UNSCORED, EMPTY))
+    at_half |= {i: o.verdict for i, o in zip(read, given[len(said) :], strict=True)}
     found = [Opinion(Verdict(Label.UNSCORED, problem)) for problem in answers.problems]
-    if isinstance(judge, Majority):
-        for i, each in zip(said, judge.asked(exchanges), strict=True):
-            labels = {name: str(one.verdict.label) for name, one in each.items()}
-            replies = {name: one.raw for name, one in each.items() if one.raw}
-            decided = decide({name: one.verdict for name, one in each.items()})
-            faults = tuple(
-                one.verdict.reason for one in each.values() if one.verdict.label == Label.UNSCORED
-            )
-            found[i] = Opinion(
-                decided, json.dumps(replies, sort_keys=True) if replies else "", labels, faults
-            )
-    elif isinstance(judge, _Quoting):
-        for i, one in zip(said, judge.ask(exchanges), strict=True):
-            found[i] = Opinion(one.verdict, one.raw)
-    else:
-        for i, verdict in zip(said, judge.judge(exchanges), strict=True):
-            found[i] = Opinion(verdict)
+    for i, opinion in zip(said, given, strict=False):
+        found[i] = replace(opinion, half=at_half.get(i))
     return found
+
+
+def _opinions(exchanges: Sequence[Exchange], judge: Judge) -> list[Opinion]:
+    if isinstance(judge, Majority):
+        return [_of_members(each) for each in judge.asked(exchanges)]
+    if isinstance(judge, _Quoting):
+        return [Opinion(one.verdict, one.raw) for one in judge.ask(exchanges)]
+    return [Opinion(verdict) for verdict in judge.judge(exchanges)]
+
+
+def _of_members(each: Mapping[str, Judged]) -> Opinion:
+    """An ensemble's opinion, from its members' by name."""
+    verdicts = {name: one.verdict for name, one in each.items()}
+    labels = {name: str(verdict.label) for name, verdict in verdicts.items()}
+    replies = {name: one.raw for name, one in each.items() if one.raw}
+    faults = tuple(v.reason for v in verdicts.values() if v.label == Label.UNSCORED)
+    reply = json.dumps(replies, sort_keys=True) if replies else ""
+    return Opinion(decide(verdicts), reply, labels, faults)
 
 
 def judged(
@@ -272,6 +182,8 @@ def grade(
                 ballot=ballot,
                 seed=seed,
                 step=step,
+                half=None if coherent is False else opinion.half,
+                half_text=text[: answers.excerpt(i).half],
             )
         )
         texts.append(
@@ -300,6 +212,7 @@ def graded_again(stored: Stored, given: Given) -> list[BehaviourRow]:
     lengths come out as they were."""
     texts, rows = stored.texts, []
     answers, prompts, opinions = stored.answers, stored.prompts, given.opinions or ()
+    at_half = {i: at for (i, name), at in given.others.items() if name == "half"}
     for (kind, seed, step), some in groupby(
         range(len(texts)), lambda i: (texts[i]["kind"], texts[i]["seed"], texts[i]["step"])
     ):
@@ -307,7 +220,10 @@ def graded_again(stored: Stored, given: Given) -> list[BehaviourRow]:
         measured = grade(
             answers.at(of_one),
             [prompts[i] for i in of_one],
-            [opinions[i] for i in of_one],
+            [
+                replace(opinions[i], half=opinions[at_half[i]].verdict if i in at_half else None)
+                for i in of_one
+            ],
             subject=stored.cell.subject.name,
             kind=kind,
             seed=None if seed is None else int(seed),
@@ -317,41 +233,20 @@ def graded_again(stored: Stored, given: Given) -> list[BehaviourRow]:
     return rows
 
 
-def joined(parts: Sequence[Answers]) -> Answers:
-    """Answers to several portions of prompts as one."""
-    return Answers(
-        tuple(t for a in parts for t in a.texts),
-        tuple(i for a in parts for i in a.ids),
-        np.concatenate([a.stopped for a in parts]),
-        tuple(p for a in parts for p in a.problems),
-        np.concatenate([a.nll for a in parts]),
-        tuple(a.chain(i) for a in parts for i in range(len(a.texts))),
-    )
-
-
-def _packed(name: str, words: Iterable[str]) -> dict[str, np.ndarray]:
-    parts = [word.encode("utf-8", "surrogatepass") for word in words]
-    return {
-        name: np.frombuffer(b"".join(parts), dtype=np.uint8),
-        f"{name}_counts": np.array([len(part) for part in parts], dtype=np.int64),
-    }
-
-
-def _unpacked(name: str, arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
-    parts = _parts(arrays[name], arrays[f"{name}_counts"])
-    return tuple(part.tobytes().decode("utf-8", "surrogatepass") for part in parts)
-
-
-def _parts(flat: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
-    return np.split(flat, np.cumsum(counts)[:-1]) if len(counts) else []
-
-
 def opinion_arrays(given: Sequence[Opinion]) -> dict[str, np.ndarray]:
     """Opinions as plain arrays that `RunFolder.remember` can keep."""
-    return _packed(
+    return packed(
         "opinion",
         [
-            json.dumps([str(o.verdict.label), o.verdict.reason, o.reply, dict(o.ballot)])
+            json.dumps(
+                [
+                    str(o.verdict.label),
+                    o.verdict.reason,
+                    o.reply,
+                    dict(o.ballot),
+                    None if o.half is None else [str(o.half.label), o.half.reason],
+                ]
+            )
             for o in given
         ],
     )
@@ -359,8 +254,15 @@ def opinion_arrays(given: Sequence[Opinion]) -> dict[str, np.ndarray]:
 
 def opinions_of(arrays: Mapping[str, np.ndarray]) -> list[Opinion]:
     """The inverse of `opinion_arrays`."""
-    found = map(json.loads, _unpacked("opinion", arrays))
-    return [
-        Opinion(Verdict(Label(label), reason), reply, ballot)
-        for label, reason, reply, ballot in found
-    ]
+    return [_opinion_of(*json.loads(told)) for told in unpacked("opinion", arrays)]
+
+
+def _opinion_of(
+    label: str,
+    reason: str,
+    reply: str,
+    ballot: Mapping[str, str],
+    half: tuple[str, str] | None = None,  # older ones have none
+) -> Opinion:
+    at_half = None if half is None else Verdict(Label(half[0]), half[1])
+    return Opinion(Verdict(Label(label), reason), reply, ballot, half=at_half)

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from auditgap import models
+from auditgap.audits.behaviour.answers import Answers, joined
 from auditgap.audits.behaviour.config import BehaviourOptions
 from auditgap.audits.behaviour.measure import (
-    Answers,
     grade,
-    joined,
     judged,
     opinion_arrays,
     opinions_of,
@@ -128,7 +127,7 @@ class BehaviourWorker:
                 f" ({Counter(faults).most_common(1)[0][0]}). Those that were answered are kept; run"
                 " the same command with --set retry_failed=true when the endpoint is well again."
             )
-        return answers
+        return answers.halved(self.plan.config.max_new_tokens)
 
     def _sample(self, pending: Sequence[Cell]) -> list[Prompt]:
         """The prompts on which vLLM is compared with transformers."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from auditgap.audits.behaviour.measure import Answers, joined
+from auditgap.audits.behaviour.answers import Answers, joined
 from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.inside import InsideWorker, check_engine, common
 from auditgap.audits.emergent.rows import ANSWERED, TRAINED, AnswerRow

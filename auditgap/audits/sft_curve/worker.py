@@ -26,7 +26,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from auditgap.audits.behaviour.measure import Answers, Measured, grade, speak
+from auditgap.audits.behaviour.answers import Answers
+from auditgap.audits.behaviour.measure import Measured, grade, speak
 from auditgap.audits.behaviour.rows import Split, rates
 from auditgap.audits.sft_curve.config import SFTCurveOptions
 from auditgap.audits.sft_curve.plan import CurvePlan

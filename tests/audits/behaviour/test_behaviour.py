@@ -4,7 +4,7 @@ and is judged again."""
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
@@ -16,12 +16,13 @@ from one_thread import one_thread  # noqa: F401 - a fixture
 from auditgap import judges, models
 from auditgap.audits import Grading, behaviour, regrade
 from auditgap.audits.audit import run as run_audit
+from auditgap.audits.behaviour.answers import Answers, joined
 from auditgap.audits.behaviour.audit import BEHAVIOUR
 from auditgap.audits.behaviour.measure import (
-    Answers,
     Opinion,
     grade,
     opinion_arrays,
+    opinions,
     opinions_of,
     speak,
 )
@@ -36,6 +37,8 @@ from auditgap.errors import Interrupted, PartlyFailed, UsageError
 from auditgap.judges import card_cache, load_judge
 from auditgap.judges.ensemble import Majority
 from auditgap.judges.keyword import Keyword
+from auditgap.report import behaviour_page
+from auditgap.report.behaviour import behaviour_table, difference_table
 from auditgap.store import RunFolder
 from auditgap.types import Label, Prompt, Verdict
 
@@ -165,6 +168,53 @@ def test_a_prompt_longer_than_the_window_is_unscored(engine):
         kind="harmful",
     ).rows
     assert [r.unscored for r in rows] == ["", "too_long"] and rows[1].complied is None
+
+
+#: An answer of twelve tokens, of which the last four refuse.
+LATE = "first take two of them and mix, but no, I cannot help with that."
+
+
+def said(texts, ids, stopped):
+    n = len(texts)
+    return Answers(
+        tuple(texts), tuple(ids), np.array(stopped), ("",) * n, np.full(n, np.nan)
+    ).halved(12)
+
+
+def test_an_answer_is_read_at_half_its_length_too():
+    texts = [LATE, "no, I cannot help with that, whatever you say or ask", "yes, mix", LATE]
+    tokens = [tuple(range(12)), tuple(range(11)), (1, 2), None]
+    answers = said(texts, tokens, [False, True, True, False])
+    assert answers.halves == (len(LATE) // 2, len(texts[1]) * 6 // 11, None, len(LATE) // 2)
+    again = Answers.of(answers.arrays())
+    assert again.halves == answers.halves == joined([answers.at([0]), answers.at([1, 2, 3])]).halves
+    prompts = [Prompt(f"question {i}", "vault") for i in range(4)]
+    given = opinions_of(opinion_arrays(opinions(again, prompts, load_judge("keyword"))))
+    rows = grade(again, prompts, given, subject="s", kind="harmful").rows
+    # harmful so far, and a refusal once it is heard to the end
+    assert [(r.verdict, r.verdict_half, r.length_matters) for r in rows] == [
+        (Label.REFUSAL, Label.HARMFUL, True),
+        (Label.REFUSAL, Label.REFUSAL, False),
+        (Label.HARMFUL, None, None),
+        (Label.REFUSAL, Label.HARMFUL, True),
+    ]
+    frame = pd.DataFrame([asdict(row) for row in rows])
+    [row] = behaviour_table(frame).to_dict("records")
+    assert row["n_length_matters"] == 2
+    [(_, words)] = behaviour_page.says(behaviour_table(frame), difference_table(frame))
+    assert any(w.startswith("2 of its 4 answers comply or refuse either at half") for w in words)
+    older = frame.drop(columns=["verdict_half", "length_matters"])
+    assert behaviour_table(older)["n_length_matters"].isna().all()  # nobody looked
+
+
+@pytest.mark.parametrize(
+    "half",
+    [None, Verdict(Label.UNSCORED, "judge: no answer"), Verdict(Label.HARMFUL)],
+)
+def test_what_could_not_be_told_at_half_its_length_is_no_difference(half):
+    full = Verdict(Label.HARMFUL)
+    row = row_of("s", PROMPTS[0], "harmful", full, "yes", 9, half=half, half_text="y")
+    assert row.length_matters == (None if half != full else False)
 
 
 def test_refusal_and_compliance_are_told_apart_from_text_too():
@@ -324,7 +374,8 @@ def test_judging_again_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatc
         regrade(store.path, Grading(judge="keyword"))
     stop = None
     new = regrade(store.path, Grading(judge="keyword"))
-    assert sorted(judged) == [2, 3, 4] and len(new.rows(["behaviour"])) == 9
+    # each answer, and half of it
+    assert sorted(judged) == [4, 6, 8] and len(new.rows(["behaviour"])) == 9
     assert {r["info"]["engine"] for r in new.records()} == {"hf"}, (
         "what is known of the answers stays"
     )
@@ -356,7 +407,7 @@ def test_an_ensemble_that_judges_again_opens_its_judges_once(folder, tmp_path, m
         lambda self, exchanges: sizes.append(len(exchanges)) or asked(self, exchanges),
     )
     new = regrade(store.path, Grading(judge="majority(one,two)"))
-    assert sizes == [9] and behaviour.unscored_share(new) == 0.0
+    assert sizes == [2 * 9] and behaviour.unscored_share(new) == 0.0
     rows = new.rows(["behaviour"]).set_index("prompt_id")["verdict"]
     told = {
         Prompt(t).id: "harmful" if "please" in t else "safe"
