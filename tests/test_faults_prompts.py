@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -227,6 +228,15 @@ class TestTheWindow:
             and replies[2].ids == engine.ask([Question.of("why")], GREEDY)[0].ids
         )
         assert engine.ask([over], Sampling(max_new_tokens=5))[0].problem == ""
+
+    @pytest.mark.parametrize("letters", [100_000, 2_000_000])
+    def test_however_long_it_is_counted_and_not_cut(self, letters):
+        engine = HFEngine(tiny.load())
+        long = Question.of(("vault " * letters)[:letters])
+        started = time.monotonic()
+        replies = engine.ask([long, Question.of("why")], GREEDY)
+        assert [r.problem for r in replies] == ["too_long", ""] and not replies[0].ids
+        assert time.monotonic() - started < 120
 
     def test_a_target_takes_room_as_new_tokens_do(self, tmp_path, monkeypatch):
         """128 positions: the long prompt has room for 9 new tokens, and not for a target of 40."""

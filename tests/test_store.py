@@ -666,19 +666,9 @@ def test_tables_are_inert_whole_and_unrounded(tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(mounted):
     """A 512 KiB file system of our own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    return mounted("512k")
 
 
 def test_a_full_disk_is_a_sentence_and_costs_nothing_that_was_there(small_disk):

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from auditgap.engines import hooked
 from auditgap.models import LoadedModel, wrap
 from auditgap.types import Subject
 
@@ -102,3 +104,13 @@ def save(
     model(family, **changes).save_pretrained(folder)
     tokenizer(chat_template).save_pretrained(folder)
     return folder
+
+
+def broken_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on every new token's logits are no numbers, whoever asks for it."""
+    told = hooked._told
+
+    def broken(logits, token, ended, broken, top):
+        return told(logits, token, torch.ones_like(ended), torch.ones_like(broken), top)
+
+    monkeypatch.setattr(hooked, "_told", broken)

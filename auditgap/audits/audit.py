@@ -226,13 +226,19 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
         return dict(zip(models, options.name, strict=True))
 
     def check(self, options: OptionsT) -> None:
-        """Raises UsageError for options that ask for what this audit cannot do."""
+        """Raises UsageError for options that ask for what this audit cannot do, and as `check_writable`
+        for a folder into which nothing can be written: known now, not after the planning."""
         if options.executor == "ray":
             self.can_or_refuse(Can.RAY, "leave --executor out, and it runs on this machine")
         if Can.STORAGE not in self.can:
             from auditgap.store.remote import needs_disk
 
             needs_disk(options.out, f"`auditgap {self.command}`")
+        if options.out:
+            from auditgap.store import files, remote
+
+            if not remote.is_url(options.out):
+                files.check_writable(Path(options.out).absolute())
 
     def open(self, plan: PlanT, options: OptionsT, place: Place) -> RunFolder:
         """The run folder of a plan, made or resumed. Raises UsageError where another one's is."""

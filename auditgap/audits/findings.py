@@ -17,7 +17,7 @@ from auditgap.audits import pages, whole
 from auditgap.report.findings import Findings
 from auditgap.report.gather import ReportData
 from auditgap.report.verdict_lines import Criteria
-from auditgap.report.verdicts import verdicts
+from auditgap.report.verdicts import CRITERIA, verdicts
 from auditgap.store import RunFolder
 
 
@@ -81,4 +81,12 @@ def findings_of(run: OpenedRun) -> Findings:
         subjects=run.report.subjects,
         written=run.written,
         notes=[f"In no table: {run.incomplete}."] if run.incomplete else [],
+        rising=rising(),
     )
+
+
+def rising() -> frozenset[str]:
+    """The ids of the lines of whose figure more is better; a gate's differences are not among
+    them."""
+    asked = (*CRITERIA, *(one for part in pages.by_table() for one in part.criteria))
+    return frozenset(one.id for one in asked if one.more_is_better)

@@ -24,7 +24,7 @@ from typing import Annotated
 from pydantic import Field
 
 from auditgap.audits import comparing, pages
-from auditgap.audits.findings import OpenedRun
+from auditgap.audits.findings import OpenedRun, rising
 from auditgap.config import Frozen, build, read_yaml
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.report.compare import Comparison
@@ -127,6 +127,7 @@ def judge(
         baseline="" if baseline is None else baseline.place,
         policy=policy.model_dump(mode="json"),
         notes=notes,
+        rising=rising(),
     )
 
 

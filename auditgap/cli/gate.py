@@ -22,6 +22,8 @@ EXAMPLES = (
     "auditgap gate runs/new --baseline runs/old --policy gate.yaml --out-sarif gate.sarif"
     " --out-junit gate.xml",
 )
+#: The option of each export format.
+OUTS = {f"out_{name.replace('-', '_')}": name for name in EXPORTS}
 
 
 def add(app: typer.Typer) -> None:
@@ -29,14 +31,15 @@ def add(app: typer.Typer) -> None:
     own = inspect.signature(gate, eval_str=True).parameters.values()
     outs = [
         inspect.Parameter(
-            f"out_{name}",
+            option,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
             annotation=Annotated[
-                Path | None, typer.Option(metavar="FILE", help=f"Write {one.description}.")
+                Path | None,
+                typer.Option(metavar="FILE", help=f"Write {EXPORTS[name].description}."),
             ],
         )
-        for name, one in EXPORTS.items()
+        for option, name in OUTS.items()
     ]
     signature = [one for one in own if one.kind != inspect.Parameter.VAR_KEYWORD]
 
@@ -75,7 +78,7 @@ def gate(
     )
     for option, path in files_of.items():
         if path is not None:
-            EXPORTS[option.removeprefix("out_")].write(found, path)
+            EXPORTS[OUTS[option]].write(found, path)
     if as_json:
         print_json(found.describe())
     else:

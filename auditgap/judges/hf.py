@@ -31,19 +31,21 @@ from auditgap.judges.scores import verdicts
 from auditgap.models.chat import fill_turns
 from auditgap.models.door import as_usage_error, open_tokenizer
 from auditgap.models.reading import read_object
+from auditgap.models.trying import tried
 from auditgap.models.weights import check_opens, is_adapter, opening
 from auditgap.models.words import A_LINE_EACH, check_words
-from auditgap.types import Exchange, Score, Verdict
+from auditgap.types import Document, Exchange, Score, Verdict
 
 #: What models without a chat template read: prompt and answer as a pair of texts, the form of the
 #: HH-RLHF data.
 PAIR = "\n\nHuman: {prompt} \n\nAssistant:"
+KIND = "a sequence classifier"
 _MAX_TOKENS = 2048  # where the model names no smaller limit
 
 
 class SequenceClassifier:
     """See the module. Nothing is loaded before the first score; `describe()` hashes config and
-    weights only.
+    weights, and finds out whether they open.
 
     `threshold` in the score's unit. Raises UsageError: no such model, no such logit; Refused:
     pickled weights, foreign code.
@@ -135,6 +137,8 @@ class SequenceClassifier:
     def _fingerprint(self) -> str:
         tokenizer = _open_tokenizer(self.folder)
         self._fields(tokenizer, *A_LINE_EACH)  # its template writes an exchange
+        name = self.folder.name
+        _check_trained(name, tried(self.folder, name, _auto(), KIND))
         return models.fingerprint(self.folder, tokenizer=tokenizer)
 
     def _safe_logit(self, asked: int | None) -> int:
@@ -215,11 +219,9 @@ def _open_tokenizer(folder: Path) -> Any:
 def _open(folder: Path, device: str) -> tuple[Any, Any]:
     """Tokenizer and model in fp32: a reward's differences are small, and bfloat16 would round them
     away."""
-    from transformers import AutoModelForSequenceClassification
-
     tokenizer = _open_tokenizer(folder)
-    with as_usage_error(folder.name, "a sequence classifier"), models.OPENING:
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
+    with as_usage_error(folder.name, KIND), models.OPENING:
+        model, loading = _auto().from_pretrained(
             folder,
             dtype=torch.float32,
             trust_remote_code=False,
@@ -228,16 +230,25 @@ def _open(folder: Path, device: str) -> tuple[Any, Any]:
             output_loading_info=True,
             **opening(folder),
         )
-    if loading["missing_keys"]:
-        # A causal LM's folder would load with a random head and give confident nonsense.
-        missing = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise UsageError(
-            f"{folder.name} is no trained sequence classifier: its weights lack {missing}."
-        )
+    _check_trained(folder.name, loading)
     if model.config.pad_token_id is None:
         # rows are never padded; without a pad id the family refuses batches
         model.config.pad_token_id = -1
     return tokenizer, model.to(device).eval().requires_grad_(False)
+
+
+def _auto() -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification
+
+
+def _check_trained(name: str, loading: Document) -> None:
+    """Raises UsageError where weights were missing: a causal LM's folder would load with a random
+    head and give confident nonsense."""
+    if missing := loading.get("missing_keys"):
+        lacks = ", ".join(sorted(missing)[:3])
+        raise UsageError(f"{name} is no trained sequence classifier: its weights lack {lacks}.")
 
 
 def _window(tokenizer: Any, config: Any) -> int:

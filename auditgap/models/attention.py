@@ -3,6 +3,8 @@ where heads share keys and values."""
 
 from __future__ import annotations
 
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -43,8 +45,8 @@ def _sdpa(
     """transformers' SDPA, but in a subject the shared key/value heads stay shared: for a new token
     everywhere, and on a CPU under every mask (five times faster decoding there). transformers would
     copy the whole cache once a head that shares it, in every block at every token."""
-    ours = getattr(module, _MARK, False)
-    if ours and kwargs.get("position_bias") is None and kwargs.get("cache") is None:
+    ours = getattr(module, _MARK, False) and not dropout
+    if ours and all(kwargs.get(name) is None for name in _theirs()):
         if _folds(query, key, attention_mask):
             return folded(query, key, value, attention_mask, scaling), None
         ours = query.device.type == "cpu"
@@ -73,6 +75,14 @@ def _sdpa(
         is_causal=causal and attention_mask is None and query.shape[2] > 1,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+@cache
+def _theirs() -> frozenset[str]:
+    """What transformers' SDPA takes and nothing here does, in the release that is installed: where
+    it is given, all is handed on."""
+    theirs, ours = (signature(f).parameters.values() for f in (sdpa_attention_forward, _sdpa))
+    return frozenset(p.name for p in theirs if p.kind is not p.VAR_KEYWORD) - {p.name for p in ours}
 
 
 def _folds(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,16 @@ _POSITIVE = re.compile(
 class Held:
     """What the headers of a folder's weights say of them."""
 
-    n_tensors: int
-    sides: frozenset[int]  #: every length of a side of one of them
-    names: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]  #: of each tensor, by its name
+
+    @property
+    def n_tensors(self) -> int:
+        return len(self.shapes)
+
+    @cached_property
+    def sides(self) -> frozenset[int]:
+        """Every length of a side of one of them."""
+        return frozenset(side for shape in self.shapes.values() for side in shape)
 
     @property
     def longest(self) -> int:
@@ -93,15 +100,13 @@ def held_by(folder: Path) -> Held:
 
 @lru_cache(maxsize=64)
 def _held(files: tuple[tuple[str, int, int], ...]) -> Held:
-    names: list[str] = []
-    sides: set[int] = set()
+    shapes: dict[str, tuple[int, ...]] = {}
     for path, *_ in files:
         with Path(path).open("rb") as file:  # which safetensors has found sound
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         header.pop("__metadata__", None)
-        names += header
-        sides.update(side for tensor in header.values() for side in tensor["shape"])
-    return Held(len(names), frozenset(sides), tuple(names))
+        shapes |= {name: tuple(tensor["shape"]) for name, tensor in header.items()}
+    return Held(shapes)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -156,7 +161,7 @@ def _check_adapter(path: Path, held: Held) -> None:
     ]
     for value in list(patterns):
         patterns += value if isinstance(value, list) else []
-    names = [re.sub(r"\.(lora|ia3|hada|lokr)_.*", "", name) for name in held.names]
+    names = [re.sub(r"\.(lora|ia3|hada|lokr)_.*", "", name) for name in held.shapes]
     try_patterns((p for p in patterns if isinstance(p, str)), names, path)
 
 

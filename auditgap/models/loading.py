@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,19 +15,16 @@ from auditgap.models.adapters import merged
 from auditgap.models.blocks import find_blocks, n_embeddings
 from auditgap.models.chat import Chat, Rendered
 from auditgap.models.choices import parse_sites, pick_device, pick_dtype
-from auditgap.models.door import as_usage_error, open_config
+from auditgap.models.door import as_usage_error
 from auditgap.models.folder import OPENING, adapter_base
 from auditgap.models.kernels import no_hub_kernels
 from auditgap.models.outlines import Outline, outline, stop_ids_of
 from auditgap.models.shard import WHOLE, Shard, home, placed
+from auditgap.models.trying import check_all_loaded, opener
 from auditgap.models.weights import check_opens, is_adapter, opening
-from auditgap.types import Document, Prompt, Site, Subject
+from auditgap.types import Prompt, Site, Subject
 
 no_hub_kernels()
-
-#: A weight of a decoder block; a vision tower's blocks, which a causal LM does not read, are named
-#: otherwise.
-_BLOCK_KEY = re.compile(r"(model\.|transformer\.|gpt_neox\.|language_model\.)*(layers|h)\.\d+\.")
 
 
 @dataclass(eq=False)
@@ -120,7 +115,7 @@ def load(
     check_opens(base)
     unpacked = opening(base)
     with OPENING, as_usage_error(seen.subject.name):
-        opened: Any = _opener(base).from_pretrained(
+        opened: Any = opener(base).from_pretrained(
             base,
             dtype=pick_dtype(dtype, device),
             trust_remote_code=False,
@@ -131,7 +126,7 @@ def load(
             **unpacked,
         )
     model, found = opened
-    _check_all_loaded(seen.subject.name, found, base)
+    check_all_loaded(seen.subject.name, found, base)
     if unpacked:
         _as_plain(model)
     n_tokens = len(seen.chat.tokenizer)
@@ -154,39 +149,6 @@ def _as_plain(model: Any) -> None:
     for config in (model.config, model.config.get_text_config()):
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-
-
-def _opener(folder: Path) -> Any:
-    """The class that opens a folder's model: a causal LM's, or that of a wrapper which transformers
-    opens as an image-text-to-text model alone, and which reads text without images."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto import modeling_auto
-
-    config = open_config(folder, folder.name)
-    as_text = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    with_images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    is_wrapper = config.model_type not in as_text and config.model_type in with_images
-    return AutoModelForImageTextToText if is_wrapper else AutoModelForCausalLM
-
-
-def _check_all_loaded(name: str, found: Document, folder: Path) -> None:
-    """Raises UsageError when weights were missing (they would be random) or left over (they belong
-    to another model)."""
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(str(key) for key in found.get(what) or ())
-        # a stray file's weights, or a buffer of an older release, change nothing
-        if what == "unexpected_keys":
-            keys = [
-                key
-                for key in keys
-                if _BLOCK_KEY.match(key) and not key.endswith(("inv_freq", ".bias", ".masked_bias"))
-            ]
-        if keys:
-            raise UsageError(
-                f"{name}: the weights in {folder.name} do not fit its config.json ({len(keys)}"
-                f" {what.replace('_', ' ')}, such as {keys[0][:80]}). Download the model again;"
-                " what transformers would make of it is another model."
-            )
 
 
 def wrap(

@@ -23,8 +23,9 @@ from auditgap.models.claims import check_width
 from auditgap.models.door import as_usage_error, open_config, open_tokenizer
 from auditgap.models.folder import adapter_base, resolve
 from auditgap.models.identity import fingerprint, speaks
+from auditgap.models.trying import check_fits
 from auditgap.models.vetting import ignored_code, preflight
-from auditgap.models.weights import Packing, check_opens, is_adapter, packing_of, weights_files
+from auditgap.models.weights import Packing, is_adapter, packing_of, weights_files
 from auditgap.types import Subject, ThinkingMode
 
 
@@ -57,10 +58,10 @@ class Outline:
         return replace(self, chat=self.chat.thinking(mode != "off"), thinking=mode)
 
     def check_opens(self) -> None:
-        """Raises UsageError where its weights are quantised in a way that cannot be audited on
-        transformers."""
+        """Raises UsageError where transformers would open its weights as another model, or not at
+        all: they are quantised, or not those of its config."""
         base = adapter_base(self.folder) if is_adapter(self.folder) else self.folder
-        check_opens(base)
+        check_fits(base, self.subject.name)
 
 
 def outline(

@@ -5,7 +5,7 @@ Findings(title="Gate", lines=lines, place="runs/tuned").answer     # fail, could
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
@@ -38,6 +38,7 @@ class Findings:
     baseline: str = ""  #: of a gate: the folder that it was compared with
     policy: Document = field(default_factory=dict)  #: of a gate
     notes: Sequence[str] = ()
+    rising: Collection[str] = ()  #: ids of the lines of whose figure more is better
 
     @property
     def answer(self) -> Answer:

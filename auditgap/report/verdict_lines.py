@@ -79,6 +79,7 @@ class Criterion:
     measure: str = ""
     worse: int = 1
     places: tuple[str, ...] = ()
+    more_is_better: bool = False  #: of the figure in its line
 
     def sentence(self, criteria: Criteria) -> str:
         """What a pass asks for, with the line where these criteria draw it."""

@@ -39,6 +39,7 @@ JUDGE = Criterion(
     threshold="informedness",
     asks="Its sensitivity and specificity add up to at least 1 + {}.",
     form=partial(number, digits=2),
+    more_is_better=True,
 )
 UNSCORED = Criterion(
     id="unscored",

@@ -80,6 +80,21 @@ def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
         ) from error
 
 
+def check_writable(folder: Path) -> None:
+    """Raises UsageError where a folder could not be made, DiskError where nothing could be written
+    into it; makes nothing."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UsageError(
+            f"{there} is a file; a run needs a folder of its own. Choose another name."
+        )
+    with disk_errors(folder):
+        if os.statvfs(there).f_flag & os.ST_RDONLY:
+            raise OSError(errno.EROFS, "")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "")
+
+
 def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 

@@ -75,10 +75,7 @@ class RunFolder(RunReader):
         folder, another schema) and DiskError.
         """
         folder = cls(path, {}, break_lock=break_lock)
-        if folder.path.exists() and not folder.path.is_dir():
-            raise UsageError(
-                f"{folder.path} is a file; a run needs a folder of its own. Choose another name."
-            )
+        files.check_writable(folder.path)
         with files.disk_errors(folder.path):
             folder.path.mkdir(parents=True, exist_ok=True)
         folder._resume_from(config)  # a refusal comes before anything is touched

@@ -4,7 +4,7 @@ names besides.
     tracker = Tracker(("tensorboard",), folder=Path("runs/twin"), name="twin", config={"lr": 2e-5})
     # the step that the run starts, or resumes, at
     tracker.rewind(0)
-    # {"step": 0, "loss": 1.25, "lr": 2e-06}
+    # {"step": 0, "loss": 1.25, "lr": 2e-06, "checksum": "9f2c…"}
     tracker.log(0, {"loss": 1.25, "lr": 2e-6})
     tracker.close()
 
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from auditgap.errors import AuditgapError, UsageError, did_you_mean
-from auditgap.store.files import disk_errors, write_bytes
+from auditgap.store.files import CHECKSUM, disk_errors, opened, seal, write_bytes
 from auditgap.types import Document
 
 __all__ = ["REPORT_TO", "Tracker", "check_report_to", "read_log"]
@@ -46,6 +46,11 @@ REPORT_TO: Mapping[str, tuple[str, ...]] = {
 _SECRET = re.compile(r"(token|secret|passw|credential|api_?key|^key$)", re.IGNORECASE)
 _HARMLESS = re.compile(
     r"^(max|min|n|eval|anchor|new|heldout)?_?(new_)?tokens$|_tokens$|^tokens_", re.IGNORECASE
+)
+
+_LOST = (
+    "Put back a copy of the file; without one, delete it: what was logged is lost, the training is"
+    " not."
 )
 
 log = logging.getLogger(__name__)
@@ -99,7 +104,7 @@ class Tracker:
         any half-written line.
 
         An evaluation (all names `eval/…`) at `step` itself stays: it is made before the step, and
-        only once. Raises DiskError.
+        only once. Raises DiskError, and Damaged as `read_log`.
         """
         self._close_file()
         self._from = step
@@ -193,25 +198,36 @@ class Tracker:
 
 
 def read_log(path: Path) -> list[Document]:
-    """The lines of a log.jsonl, in order; a line that a kill cut short is left out, and no file is
-    no lines."""
-    lines = []
+    """The lines of a log.jsonl, in order, without their checksums; a last line that a kill cut
+    short is left out, and no file is no lines. Raises Damaged, which names a line that was
+    changed."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
         return []
-    for piece in raw.split(b"\n"):
-        try:
-            line = json.loads(piece)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+    *whole, last = raw.split(b"\n")
+    if not _is_torn(last):
+        whole.append(last)
+    # a log that a release without checksums wrote has none in any line
+    summed = CHECKSUM.encode() in raw
+    return [
+        opened(line, f"{path}, line {number},", required=summed, advice=_LOST)
+        for number, line in enumerate(whole, 1)
+    ]
+
+
+def _is_torn(last: bytes) -> bool:
+    """Whether what stands behind the last line's end is nothing, or less than a line; a whole
+    object there has lost its end to a change."""
+    try:
+        json.JSONDecoder().raw_decode(last.decode("ascii", "replace"))
+    except ValueError:
+        return True
+    return False
 
 
 def _line(values: Mapping[str, object]) -> str:
-    return json.dumps(values, allow_nan=False) + "\n"
+    return seal(values, indent=None).decode("ascii")
 
 
 def _is_evaluation(line: Mapping[str, object]) -> bool:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import tiny
 
 import auditgap
 from auditgap.audits import AUDITS, Can, audit_of, grid, reduce, resume, run, status
+from auditgap.cli import show
 from auditgap.errors import Interrupted, UsageError
 from auditgap.store import RunFolder
 
@@ -75,7 +78,7 @@ def values(world: Path, name: str, out: Path) -> dict[str, object]:
             **answered,
         },
         "intervene": {
-            "models": models[:1],
+            "models": models,
             "interventions": "steering",
             "strengths": 0.2,
             "control_prompts": str(world / "control.txt"),
@@ -172,16 +175,81 @@ def test_a_grid_of_one_case_has_its_cells(world, tmp_path, name):
     assert len(grid.make_grid(grid.read_grid(None, varied)).cases) == 2
 
 
+#: An audit that has a model speak; `emergent` is tried in emergent/test_em_generate.py.
+SPEAKING = [
+    name
+    for name, audit in AUDITS.items()
+    if "max_new_tokens" in audit.config.model_fields and name != "emergent"
+]
+
+
+@pytest.mark.parametrize("name", SPEAKING)
+def test_what_logits_that_are_no_numbers_said_is_nobodys_answer(world, tmp_path, monkeypatch, name):
+    """Neither a refusal nor compliance: unscored in every row, counted, and no number of any table
+    is made of it."""
+    audit = AUDITS[name]
+    tiny.broken_logits(monkeypatch)
+    store, outcome = run(audit, *audit.read(None, values(world, name, tmp_path / "run")))
+    assert not outcome.failed
+    rows = store.rows()
+    verdicts = rows[[c for c in rows if c.startswith("verdict") and rows[c].notna().any()]]
+    assert len(rows) and verdicts.shape[1] and set(verdicts.stack()) == {"unscored"}
+    assert rows["unscored"].str.contains("nonfinite_logits").all()
+    for column in {"lvs", "complied", "coherent", "reward"} & set(rows):
+        assert rows[column].isna().all(), column
+    table = audit.tables(store)[audit.main_table]
+    assert (table["n_unscored"] > 0).any()
+
+
 def digests(store: RunFolder) -> dict[str, str]:
     return {key: store.cell_rows(key).to_csv() for key in sorted(store.keys())}
 
 
-@pytest.mark.parametrize("name", [name for name in AUDITS if name != "emergent"])
-def test_stopped_and_resumed_it_is_the_same(world, tmp_path, monkeypatch, name):
-    audit = AUDITS[name]
-    config, options = audit.read(None, values(world, name, tmp_path / "whole"))
-    whole, outcome = run(audit, config, options)
-    assert outcome.failed == {} and outcome.done >= 2
+@pytest.fixture(scope="module")
+def whole_run(world, tmp_path_factory) -> Callable[[str], RunFolder]:
+    """An audit's finished run of all that it is tried on, made once."""
+
+    @cache
+    def made(name: str) -> RunFolder:
+        audit, out = AUDITS[name], tmp_path_factory.mktemp("whole") / name
+        store, outcome = run(audit, *audit.read(None, values(world, name, out)))
+        assert outcome.failed == {} and outcome.done >= 2
+        return store
+
+    return made
+
+
+#: Those whose whole run takes seconds; a study of `emergent` is made in emergent/.
+quick = pytest.mark.parametrize("name", [name for name in AUDITS if name != "emergent"])
+
+
+@quick
+def test_every_printed_table_is_for_two_subjects(whole_run, monkeypatch, name):
+    """Each row of what is printed says whose it is, or the line above its table does."""
+    store = whole_run(name)
+    subjects = set(store.rows()["subject"]) - {""}
+    assert len(subjects) == 2 or name == "probe", "its one subject is held against its base"
+    printed: list[tuple[str, list[dict]]] = []
+    above = [""]
+
+    def say(text: str = "", **_: object) -> None:
+        above.extend([text] if any(subject in text for subject in subjects) else [])
+
+    monkeypatch.setattr(show, "say", say)
+    monkeypatch.setattr(
+        show, "print_table", lambda rows: printed.append((above[-1], [dict(r) for r in rows]))
+    )
+    show.show(AUDITS[name], store)
+    assert printed
+    for title, rows in printed:
+        assert title or all(row["subject"] in subjects for row in rows), rows
+    shown = " ".join(f"{title} {rows}" for title, rows in printed)
+    assert all(subject in shown for subject in subjects), "none is left out"
+
+
+@quick
+def test_stopped_and_resumed_it_is_the_same(world, whole_run, tmp_path, monkeypatch, name):
+    audit, whole = AUDITS[name], whole_run(name)
     write = RunFolder.write
 
     def once(self: RunFolder, *args: object, **more: object) -> None:

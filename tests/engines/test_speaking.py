@@ -3,7 +3,11 @@ time."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -230,6 +234,44 @@ def test_activations_are_the_residual_stream_after_the_block(variant, site):
         assert torch.allclose(h, seen[0][0], atol=1e-5)
 
 
+#: Scores texts in one batch with and without a limit on its memory; prints what came and the batches.
+REALLY = """
+import json, resource
+import tiny, torch
+from pathlib import Path
+from auditgap.engines.hf import HFEngine
+from auditgap.models import Rendered
+from auditgap.types import Prompt
+
+torch.set_num_threads(1)
+N, T = 256, 240
+ids = torch.randint(4, tiny.VOCABULARY, (N, T), generator=torch.Generator().manual_seed(0)).tolist()
+rows = [Rendered(Prompt(str(i)), tuple(one), (True,) * T) for i, one in enumerate(ids)]
+tried, passed = [], []
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+
+def score(rows):
+    engine = HFEngine(tiny.load("llama"), batch_tokens=1 << 20)
+    engine.model.register_forward_pre_hook(
+        lambda m, a, k: tried.append(len(k["input_ids"])), with_kwargs=True)
+    engine.model.register_forward_hook(lambda m, a, out: passed.append(len(out[0])))
+    return engine.nll(rows, [(13, 9)] * len(rows))
+
+score(rows[:2])
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + ROOM, hard))
+found = {"n": N}
+tried.clear(), passed.clear()
+found["tight"] = score(rows)
+found["tried"], found["passed"] = list(tried), list(passed)
+resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+tried.clear()
+found["free"] = score(rows)
+found["free_tried"] = list(tried)
+print(json.dumps(found))
+""".replace("ROOM", str(150 << 20))
+
+
 class TestOutOfMemory:
     """The model itself says that memory ran out, for any batch of more than `room` rows."""
 
@@ -295,6 +337,22 @@ class TestOutOfMemory:
         assert all(
             "forward" not in block.__dict__ and not block._forward_hooks for block in speaker.blocks
         )
+
+    def test_memory_that_really_runs_out(self):
+        """A process that may have 150 MB more than it has, and a batch that wants more."""
+        done = subprocess.run(
+            [sys.executable, "-c", REALLY],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["tight"] == pytest.approx(found["free"], abs=1e-5)
+        n = found["n"]
+        assert max(found["free_tried"]) == n, "with memory enough, all of them are one batch"
+        assert max(found["tried"]) == n and n / 8 <= max(found["passed"]) <= n / 2
 
 
 class TestBfloat16:

@@ -4,19 +4,21 @@
     make honest SHAPES=50      # the first fifty
 
 A shape is drawn from its number: on how many machines its cells were made, in which order and in how
-many sittings, whether their files were joined, where the folder was moved to, how another machine
-writes numbers, which of its files were handed over.
+many sittings, or by the actors of a Ray cluster, whether their files were joined, where the folder
+was moved to, how another machine writes numbers, which of its files were handed over.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -26,6 +28,9 @@ from signed_run import Signed, typed
 from auditgap.audits.latent.audit import LATENT
 from auditgap.evidence import cells
 from auditgap.store import RunFolder, files, merge
+from auditgap.sweep import Group
+from auditgap.sweep import ray as sweep_ray
+from auditgap.types import Prompt
 
 #: How other machines write a number; the shortest still tells 1e-9 of it apart.
 NUMBERS: tuple[Callable[[float], str], ...] = (
@@ -42,12 +47,19 @@ SPARE = ("report.html", "report.json", "lvs.parquet", "lvs.md", "lvs.csv", "SHA2
 def shaped(number: int, signed: Signed, to: Path) -> Signed:
     """The run of `signed` once more, in the shape of this number, attested; below `to`."""
     draw = random.Random(number)
-    run = made(draw, signed, to) if draw.random() < 0.5 else signed.copied(to / "copy")
+    if is_on_ray(number):
+        run = on_ray(signed, to)
+    else:
+        run = made(draw, signed, to) if draw.random() < 0.5 else signed.copied(to / "copy")
     for change in draw.sample(
         (resumed, moved, settled, rewritten, handed_over), draw.randint(1, 4)
     ):
         run = change(draw, run, to)
     return run
+
+
+def is_on_ray(number: int) -> bool:
+    return number % 8 == 3
 
 
 def made(draw: random.Random, signed: Signed, to: Path) -> Signed:
@@ -72,6 +84,53 @@ def made(draw: random.Random, signed: Signed, to: Path) -> Signed:
     out = Path(store.place)
     assert typed("attest", out, "--plan", signed.plan, "--key", signed.key) == 0
     return replace(signed.copied(to / "copy"), out=out)
+
+
+class Writer:
+    """Writes a group's cells as a worker on Ray does, each as soon as it has it."""
+
+    def __init__(
+        self, store: RunFolder, numbers: dict[str, int], prompts: Sequence[Prompt]
+    ) -> None:
+        self.store, self.numbers, self.prompts = store, numbers, prompts
+
+    def run(self, group: Group, tick: Callable[[float], None]) -> None:
+        for cell in group.cells:
+            signed_run.write(self.store, cell, self.prompts, self.numbers[cell.key])
+            tick(1.0)
+
+
+@contextmanager
+def importable() -> Iterator[None]:
+    """Ray's workers find the modules that this process has found."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
+def on_ray(signed: Signed, to: Path) -> Signed:
+    """Anew, by two actors of a real cluster, which write into one folder at once."""
+    asked, options = LATENT.read(signed.config, {})
+    planned = LATENT.prepare(asked, options)
+    store = LATENT.open(planned, options, to / "on-ray")
+    numbers = {cell.key: i for i, cell in enumerate(planned.cells)}
+    prompts = planned.prompts
+    with store.lock():
+        store.plan(planned.cells)
+        for groups in planned.passes:
+            with importable():
+                done = sweep_ray.run(
+                    groups, partial(Writer, store, numbers, prompts), store, workers=2
+                )
+            assert not done.failed
+    LATENT.reduce(store)
+    assert typed("attest", store.path, "--plan", signed.plan, "--key", signed.key) == 0
+    return replace(signed.copied(to / "copy"), out=store.path)
 
 
 def resumed(draw: random.Random, run: Signed, to: Path) -> Signed:

@@ -248,5 +248,10 @@ def test_a_causal_lm_is_no_classifier(tmp_path):
         num_labels=1,
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="no trained sequence classifier"):
-        load_reward(f"hf:{tmp_path}").score(SOME)
+    reward = load_reward(f"hf:{tmp_path}")
+    for ask in (
+        reward.describe,
+        lambda: reward.score(SOME),
+    ):  # at the start, and where it is opened
+        with pytest.raises(UsageError, match="no trained sequence classifier"):
+            ask()

@@ -17,6 +17,9 @@ from auditgap.report.exports import EXPORTS
 from auditgap.report.findings import Findings
 from auditgap.report.verdict_lines import CANNOT_TELL, FAIL, NOT_MEASURED, PASS, Line
 
+#: The schema of every-eval-ever 0.3.0 as its package ships it (MIT, © 2026 EvalEval); the package
+#: itself asks for a newer Python than this one.
+EEE = Path(__file__).parent / "every_eval_ever-0.3.0.schema.json"
 EVIL = "m|x`<b>\x1b[31m\x00\ud800\ufffe & \u202e#€ *y*"
 LINES = (
     Line("tuned", "Safe when asked", PASS, "98 % [96, 99]", "above", "safe_harmful", 0.98, 0.96),
@@ -34,6 +37,7 @@ FINDINGS = Findings(
     baseline="runs/old",
     policy={"verdicts": {"audit_gap": 0.1}},
     notes=["a note"],
+    rising=frozenset({"safe_harmful", "robust"}),
 )
 HOSTILE = replace(
     FINDINGS,
@@ -71,6 +75,12 @@ def cyclonedx(path: Path) -> None:
     assert validator.validate_str(path.read_text("utf-8")) is None
 
 
+def every_eval_ever(path: Path) -> None:
+    schema = json.loads(EEE.read_text("utf-8"))
+    for line in path.read_text("utf-8").splitlines():
+        jsonschema.Draft7Validator(schema).validate(json.loads(line))
+
+
 def plain(path: Path) -> None:
     assert json.loads(path.read_text("utf-8"))["format"] == "auditgap.findings"
 
@@ -85,6 +95,7 @@ VALIDATORS: dict[str, Callable[[Path], None]] = {
     "sarif": sarif,
     "junit": junit,
     "cyclonedx": cyclonedx,
+    "every-eval-ever": every_eval_ever,
     "summary": markdown,
 }
 
@@ -102,6 +113,7 @@ def test_a_validator_refuses_what_is_wrong(tmp_path):
     for name, wrong in (
         ("sarif", lambda d: d["runs"][0]["results"][0].update(kind="maybe")),
         ("cyclonedx", lambda d: d["components"][0]["modelCard"].update(verdict="fail")),
+        ("every-eval-ever", lambda d: d["evaluation_results"][0]["metric_config"].clear()),
     ):
         path = EXPORTS[name].write(FINDINGS, tmp_path / name)
         document = json.loads(path.read_text("utf-8"))
@@ -159,3 +171,48 @@ def test_the_bill_of_materials_has_value_slice_and_interval(tmp_path):
     assert judge[0]["value"] == "could not tell: no card"
     again = json.loads(EXPORTS["cyclonedx"].write(FINDINGS, path).read_text("utf-8"))
     assert again == bom
+
+
+def test_every_eval_ever_has_what_could_be_told_as_numbers_and_the_rest_as_words(tmp_path):
+    path = EXPORTS["every-eval-ever"].write(
+        replace(FINDINGS, subjects=[*FINDINGS.subjects, {"name": "/home/somebody/other"}]),
+        tmp_path / "x.json",
+    )
+    tuned, other = map(json.loads, path.read_text("utf-8").splitlines())
+    assert other["model_info"]["id"] == "other" and other["evaluation_results"] == []
+    found = {r["metric_config"]["metric_id"]: r for r in tuned["evaluation_results"]}
+    assert list(found) == ["auditgap.safe_harmful", "auditgap.audit_gap", "auditgap.robust"]
+    gap = found["auditgap.audit_gap"]
+    assert gap["score_details"] == {
+        "score": 0.33,
+        "details": {
+            "verdict": "fail",
+            "reason": "more flip",
+            "figure": "33 points",
+            "threshold": "0.1",
+        },
+        "uncertainty": {
+            "confidence_interval": {"lower": 0.2, "upper": 0.48, "confidence_level": 0.95}
+        },
+    }
+    better = {name: r["metric_config"]["lower_is_better"] for name, r in found.items()}
+    assert better == {
+        "auditgap.safe_harmful": False,
+        "auditgap.audit_gap": True,
+        "auditgap.robust": False,
+    }
+    untold = tuned["model_info"]["additional_details"]
+    assert untold["verdict:distance"] == "not measured: not run"
+    assert tuned["eval_library"]["additional_details"]["verdict:judge"] == "could not tell: no card"
+
+
+def test_which_way_a_figure_is_better_agrees_with_what_is_asked_of_it():
+    """Of every criterion that has a threshold: `at least` and `at most` in its words."""
+    from auditgap.audits import gate
+    from auditgap.audits.findings import rising
+
+    drawn = [one for one in gate.criteria().values() if one.threshold and " {}" in one.asks]
+    assert len(drawn) >= 6
+    for one in drawn:
+        at_least = "at least" in one.asks.lower()
+        assert (one.id in rising()) is at_least, one.id

@@ -172,46 +172,56 @@ def test_nodes_may_leave_and_join(nodes, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["ObjectStoreFullError", "OutOfDiskError"])
-def test_a_full_object_store_is_a_sentence(name, tmp_path):
-    exceptions = pytest.importorskip("ray.exceptions")
+@pytest.fixture
+def full(mounted, monkeypatch):
+    """A real cluster of this process whose object store holds 80 MB, and spills to a disk that has
+    next to no room."""
+    ray = pytest.importorskip("ray")
+    from auditgap.sweep import cluster as home
 
-    class Ray:
-        """The few calls that a crew makes, of a cluster whose object store is full."""
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    with home._local_cluster_environment() as folder:
+        home._read_settings_again()
+        ray.init(
+            num_cpus=2,
+            object_store_memory=80_000_000,
+            object_spilling_directory=str(mounted("8m")),
+            include_dashboard=False,
+            _temp_dir=f"{folder}/r",
+            log_to_driver=False,
+        )
+        yield ray
+        ray.shutdown()
 
-        def __init__(self):
-            self.exceptions = exceptions
-            self.killed = []
 
-        def remote(self, made):
-            return None
+class Heavy:
+    """What makes a worker, and weighs more than a third of the store."""
 
-        def wait(self, results, **_):
-            return results, []
+    def __init__(self, store, log: Path) -> None:
+        self.store, self.log, self.ballast = store, log, os.urandom(30_000_000)
 
-        def get(self, result):
-            raise getattr(exceptions, name)("no room")
+    def __call__(self) -> toys.Toy:
+        return toys.Toy(self.store, self.log)
 
-        def kill(self, actor, no_restart):
-            self.killed.append(actor)
 
-    crew = pool.ActorPool(Ray(), None, toys.open_folder(tmp_path / "out"), 1, None)
-    crew._busy["result"] = (task("a", 1.0), pool._PoolActor("actor", 0.0))
-    with pytest.raises(DiskError, match=r"object store.*--object-store-memory.*same command"):
-        crew.finished(timeout=0.0)
+def test_a_full_object_store_is_a_sentence(full, tmp_path):
+    """Ray's own, really full: of what is held already, there is no room for another worker's."""
+    from ray import cloudpickle
 
-    class Full:
-        """An actor whose task does not fit the store."""
-
-        @property
-        def run(self):
-            return self
-
-        def remote(self, *_):
-            raise getattr(exceptions, name)("no room")
-
-    crew._idle.append(pool._PoolActor(Full(), 0.0))
-    queue = Queue([task("a", 1.0)])
-    with pytest.raises(DiskError, match=r"object store.*--object-store-memory.*same command"):
-        crew.hand_out(queue)
-    assert crew.ray.killed == ["actor"]
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    log, store = tmp_path / "log", toys.open_folder(tmp_path / "out")
+    with store.lock():
+        sweep_ray.run(toys.groups(1), lambda: toys.Toy(store, log), store, workers=2)
+        done = toys.digests(store)
+        held = [full.put(os.urandom(25_000_000)) for _ in range(2)]
+        with pytest.raises(
+            DiskError, match=r"object store.*--object-store-memory.*same command"
+        ) as error:
+            sweep_ray.run(toys.groups(4), Heavy(store, log), store, workers=2)
+        assert "\n" not in str(error.value) and len(done) == 3
+        assert toys.digests(store).items() >= done.items(), "what was finished is there"
+        del held
+        outcome = sweep_ray.run(toys.groups(4), lambda: toys.Toy(store, log), store, workers=2)
+    assert (outcome.done, outcome.skipped, outcome.failed) == (9, 3, {})

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from auditgap.errors import AuditgapError, UsageError
+from auditgap.store.files import Damaged
 from auditgap.training.tracking import REPORT_TO, Tracker, check_report_to, read_log
 
 RECIPE = {
@@ -68,6 +70,37 @@ def test_a_resumed_run_has_the_log_of_an_unbroken_one(tmp_path):
     assert (tmp_path / "broken" / "log.jsonl").read_text() == (
         tmp_path / "whole" / "log.jsonl"
     ).read_text()
+
+
+def test_a_changed_byte_is_named_by_its_line_and_a_torn_last_line_is_not(tmp_path):
+    """Every byte of every line: another digit, another letter, another bit, a line's end."""
+    path = tmp_path / "log.jsonl"
+    with Tracker(folder=tmp_path, name="run") as tracker:
+        for step in range(3):
+            tracker.log(step, {"loss": 1 / (step + 3)})
+    data, before = path.read_bytes(), read_log(path)
+    ends = [i for i, byte in enumerate(data) if byte == ord("\n")]
+    for at, byte in enumerate(data):
+        for other in {byte ^ 1, byte ^ 32, byte ^ 128, ord("7"), ord("\n")} - {byte}:
+            path.write_bytes(data[:at] + bytes([other]) + data[at + 1 :])
+            with pytest.raises(Damaged, match=r"log.jsonl, line \d+, is damaged") as error:
+                assert read_log(path) == before, "the same numbers, or none"
+            named = int(re.search(r"line (\d+)", str(error.value))[1])
+            assert named == sum(end < at for end in ends) + 1
+    for cut in range(ends[1] + 1, len(data)):  # a kill, at any byte of the last line
+        path.write_bytes(data[:cut])
+        assert read_log(path) == before[: 2 + (cut == len(data) - 1)]
+    path.write_bytes(data[: ends[0]].replace(b"0.3333", b"0.4444") + data[ends[0] :])
+    with pytest.raises(Damaged, match="line 1"):
+        Tracker(folder=tmp_path, name="run").rewind(2)
+
+
+def test_a_log_of_a_release_without_checksums_is_read_and_gets_them(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    assert [line["step"] for line in read_log(path)] == [0, 1]
+    Tracker(folder=tmp_path, name="run").rewind(2)
+    assert path.read_text().count("checksum") == 2 and len(read_log(path)) == 2
 
 
 def test_starting_again_empties_the_log_but_for_an_evaluation_before_the_first_step(tmp_path):

@@ -43,6 +43,11 @@ EXPORTS: Registry[Export] = Registry(
         "sarif": Export("SARIF 2.1.0, for code scanning", f"{_HERE}.sarif:write", ".sarif"),
         "junit": Export("JUnit XML, for test reports", f"{_HERE}.junit:write", ".xml"),
         "cyclonedx": Export("CycloneDX 1.6 ML-BOM", f"{_HERE}.cyclonedx:write", ".cdx.json"),
+        "every-eval-ever": Export(
+            "every-eval-ever 0.3.0, a document a model and line",
+            f"{_HERE}.every_eval_ever:write",
+            ".eee.json",
+        ),
         "summary": Export("Markdown, for a job summary", f"{_HERE}.plain:to_markdown", ".md"),
     },
 )

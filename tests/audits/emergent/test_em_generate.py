@@ -11,6 +11,7 @@ import lent_engine
 import pytest
 import run_folders
 import studies
+import tiny
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap.audits.emergent import directions, generate, steer, train
@@ -70,6 +71,14 @@ def test_every_subject_is_asked_all_of_the_suite_in_pairs(study):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert not list((store.path / "scratch").iterdir())
     assert generate.STAGE.run_in(study.store.path, OPTIONS)[1].skipped == 3
+
+
+def test_what_logits_that_are_no_numbers_said_is_nobodys_answer(study, monkeypatch):
+    tiny.broken_logits(monkeypatch)
+    store, outcome = generate.STAGE.run_in(study.store.path, OPTIONS)
+    rows = store.rows([ANSWERED])
+    assert not outcome.failed and set(rows["unscored"]) == {"nonfinite_logits"}
+    assert rows["n_new_tokens"].isna().all()
 
 
 def test_answers_are_those_of_the_adapter_alone_whoever_is_asked_besides(study):
