@@ -121,6 +121,7 @@ def write(
             f"{home} is a file; a report needs a folder, for report.html and figures/. Choose"
             " another name."
         )
+    files.make_folder(home)
     drawn = {name: f.data for name, f in figures_of(sections).items() if not f.missing}
     write_twins(drawn, home / "figures")
     write_twins({n: t for n, t in tables_of(sections).items() if len(t)}, home / "tables")

@@ -79,8 +79,7 @@ class RunFolder(RunReader):
             raise UsageError(
                 f"{folder.path} is a file; a run needs a folder of its own. Choose another name."
             )
-        with files.disk_errors(folder.path):
-            folder.path.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder.path)
         folder._resume_from(config)  # a refusal comes before anything is touched
         with folder.lock():
             old = folder._resume_from(config)
