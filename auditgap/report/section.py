@@ -250,8 +250,14 @@ def tables_of(sections: Sequence[Section]) -> dict[str, pd.DataFrame]:
     found: dict[str, pd.DataFrame] = {}
     for section in sections:
         found |= section.data
-        found |= {b.name: b.data for b in blocks_of(section) if isinstance(b, Table) and b.name}
+        found |= {table.name: table.data for table in tables_in([section])}
     return found
+
+
+def tables_in(sections: Iterable[Section]) -> list[Table]:
+    """The tables with a name that are on the page."""
+    blocks = (block for section in sections for block in blocks_of(section))
+    return [block for block in blocks if isinstance(block, Table) and block.name]
 
 
 def figures_of(sections: Sequence[Section]) -> dict[str, Figure]:
