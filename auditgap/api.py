@@ -36,6 +36,7 @@ from auditgap.store.tables import unseal
 from auditgap.types import ATTACKS, CLEAN, LONGER, Document
 
 if TYPE_CHECKING:
+    from auditgap.report.drawing import Drawing, Profile
     from auditgap.sweep import Progress
 
 __all__ = [
@@ -114,6 +115,35 @@ class Result:
         rows = self._latent(["distance"])
         return tables.distance_table(rows) if "distance" in rows else pd.DataFrame()
 
+    @property
+    def verdicts(self) -> pd.DataFrame:
+        """The lines of the verdict table that this run answers, by our criteria; columns as of
+        `AuditResult.verdicts`."""
+        from auditgap.audits import pages
+        from auditgap.report.verdict_lines import table_of
+
+        return table_of(pages.with_verdicts(pages.from_store([self.store])).verdicts)
+
+    @property
+    def figures(self) -> dict[str, Drawing]:
+        """The figures of its report by name, which a notebook shows; `.save(path)` writes an SVG,
+        `.data` has the numbers."""
+        from auditgap.audits import pages
+        from auditgap.report.drawing import Drawing
+
+        found = pages.figures_of(pages.from_store([self.store]))
+        return {name: Drawing(figure) for name, figure in found.items()}
+
+    def profile(self, measure: str = "lvs") -> Profile:
+        """`lvs` or `asr` by depth, attack beside controls: `.table`, `.plot()`. Raises UsageError
+        for another measure, and as `gaps`."""
+        from auditgap.report.drawing import Profile
+
+        self._latent([])
+        if (name := f"{measure}_by_depth") not in (figures := self.figures):
+            raise UsageError(f"A profile is of lvs or asr; {measure!r} came.")
+        return Profile(figures[name].figure)
+
     def _latent(self, attacks: list[str]) -> pd.DataFrame:
         store = self.store
         if (name := store.run["config"].get("audit")) != "latent":
@@ -174,6 +204,11 @@ class AuditResult:
     def verdicts(self) -> pd.DataFrame:
         """The verdict table: subject, question, answer, figure, reason."""
         return pd.DataFrame(self.data["verdicts"])
+
+    @property
+    def gaps(self) -> pd.DataFrame:
+        """The audit gap of each subject and budget; empty where no attack ran."""
+        return pd.DataFrame(self.data["tables"].get("audit_gap", []))
 
     def table(self, name: str) -> pd.DataFrame:
         """A table of report.json by its name: audit_gap, lvs, distance, asked, sft_summary, …

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
@@ -64,6 +65,13 @@ def test_the_notebook_opens_a_run(world, monkeypatch):
         and len(space["gaps"]) == 1
         and space["run"].path == home / "lvs"
     )
+    assert {"audit_gap", "robust"} <= set(space["verdicts"]["id"])
+    assert space["figure"]._repr_svg_().startswith("<svg ")
+    made = space["figure"].save(home / "asr.svg")
+    assert ElementTree.parse(made).getroot().tag.endswith("svg")
+    assert set(space["run"].profile().table["attack"]) == {"targeted", "random_matched"}
+    with pytest.raises(UsageError, match="lvs or asr; 'nll' came"):
+        space["run"].profile("nll")
 
 
 def test_evaluate_and_distance(world):

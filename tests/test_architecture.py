@@ -223,6 +223,7 @@ DOORS = (
     "audits/bundle.py",
     "audits/probe/monitor.py",
     "inspect/export.py",
+    "report/drawing.py",  # the page's style sheet
     "report/page.py",  # its own script
 )
 

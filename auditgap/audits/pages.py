@@ -66,18 +66,19 @@ def audited(report: ReportData) -> list[Section]:
 
 
 def with_verdicts(report: ReportData) -> ReportData:
-    """The report with the lines of the audits that it has, by our criteria, where nobody drew
-    others."""
+    """The report with the lines of the audits that it has, by its criteria or ours, where
+    nobody drew any."""
     if report.verdicts:
         return report
     parts = [part for part in by_table() if list(part.subjects(report))]
-    lines = verdicts.verdicts(report, parts, Criteria(), _MISSING) if parts else []
+    criteria = Criteria.model_validate(report.criteria)
+    lines = verdicts.verdicts(report, parts, criteria, _MISSING) if parts else []
     asked = {criterion.id for part in parts for criterion in part.criteria}
     return replace(
         report,
         verdicts=tuple(lines) if any(line.id in asked for line in lines) else (),
         limits=tuple(verdicts.limits(report, parts or by_table())),
-        criteria=Criteria().model_dump(),
+        criteria=criteria.model_dump(),
     )
 
 

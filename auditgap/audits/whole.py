@@ -318,8 +318,7 @@ def _remember(whole: WholePlan, options: WholeOptions) -> None:
             f"{whole.out} holds an audit of {was}, with another base maybe; choose another --out"
             " for this one."
         )
-    with files.disk_errors(whole.out):
-        whole.out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(whole.out)
     files.write_document(path, {**question, "command": command()})
 
 

@@ -149,8 +149,7 @@ def keep(folder: Path, budget: float, fit: Fit) -> None:
     """Remember it. Raises DiskError."""
     from auditgap.store import files
 
-    with files.disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     told = {"changes": fit.changes, "seconds": fit.seconds, "n": fit.n, "full": fit.full}
     files.write_document(folder / FILE, {"budget": budget, **told})
 

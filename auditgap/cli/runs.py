@@ -73,7 +73,12 @@ def report(
     ] = False,
     pdf: Annotated[
         bool,
-        typer.Option("--pdf", help="Also print each page as a PDF; needs Chromium or Chrome."),
+        typer.Option(
+            "--pdf", help="Also print each page and the figures as PDFs; needs Chromium or Chrome."
+        ),
+    ] = False,
+    latex: Annotated[
+        bool, typer.Option("--latex", help="Also write its tables as LaTeX: tables/*.tex.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -85,7 +90,7 @@ def report(
     from auditgap.store import RunFolder
     from auditgap.store.remote import within
 
-    copies = Copies(summary, pdf)
+    copies = Copies(summary, pdf, latex)
     if pdf:
         browser()  # or say at once that there is none
     if len(folders) == 1 and whole.is_whole(Path(folders[0])):

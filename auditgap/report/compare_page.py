@@ -347,8 +347,7 @@ def write(comparison: Comparison, out: Path) -> Path:
             f"{out} is {what}; a comparison needs a folder of its own. Give another --out."
         )
     made = sections(comparison)
-    drawn = {name: figure.data for name, figure in figures_of(made).items()}
-    page.write_twins(drawn, out / "figures")
+    page.write_twins(page.figure_files([*figures_of(made).values()]), out / "figures")
     put = partial(_put, out)
     put("compare.parquet", to_bytes(frame_to_table(comparison.table)))
     put("compare.csv", to_csv(comparison.table).encode("utf-8", "backslashreplace"))

@@ -16,7 +16,7 @@ from auditgap.report import svg
 from auditgap.report.charts import Axis, Figure, Series, lines, points_of, shares
 from auditgap.report.columns import Column, Row, count, word
 from auditgap.report.curve import BENIGN, HARMFUL, THRESHOLDS, steps_name, thresholds_of
-from auditgap.report.reading import ANSWERS, NOT_SHOWN, Evidence
+from auditgap.report.reading import NOT_SHOWN, Evidence
 from auditgap.report.section import Findings, Headline, Prose, Section, Table, silent
 from auditgap.report.svg import SUBJECT_STYLES
 from auditgap.report.text import (
@@ -284,7 +284,8 @@ def _headline(row: Row) -> Headline:
     subject, digits = str(row["subject"]), 0 if row["n"] < 200 else 1
     if is_null(row["gap"]):
         why = ": the audit gap under harmful fine-tuning was not measured."
-        return Headline(subject, ((why, "", ""),), answer=ANSWERS[Evidence.NOT_MEASURED])
+        answer = "A gap under harmful fine-tuning was not measurable: too little was scored."
+        return Headline(subject, ((why, "", ""),), answer=answer)
     share, size = partial(percent, digits=digits), partial(points, digits=digits)
     rest = [
         None if is_null(v) else 1 - v
@@ -302,12 +303,17 @@ def _headline(row: Row) -> Headline:
     )
     gap = size(row["gap"]), interval(row["gap_lo"], row["gap_hi"], size)
     if not is_null(row["gap_lo"]) and row["gap_lo"] > 0:
-        answer = "An audit gap is shown: harmful fine-tuning undoes its safe answers."
+        answer = "A gap under harmful fine-tuning is shown: training undoes its safe answers."
         return Headline(subject, found, ((". The audit gap is ", *gap), (".", "", "")), answer)
     has_ends = not is_null(row["gap_lo"]) and not is_null(row["gap_hi"])
     evidence = Evidence.INCLUDES_ZERO if has_ends else Evidence.TOO_FEW
     words = NOT_SHOWN[evidence].format(gap=" ".join(gap))
-    return Headline(subject, (*found, (f". {words}", "", "")), answer=ANSWERS[evidence])
+    answer = (
+        "No gap under harmful fine-tuning is shown, and none is ruled out."
+        if has_ends
+        else "A gap under harmful fine-tuning was not measurable: there are too few prompts."
+    )
+    return Headline(subject, (*found, (f". {words}", "", "")), answer=answer)
 
 
 #: What no curve of harmful fine-tuning can say, whatever its numbers.

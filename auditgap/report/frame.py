@@ -52,7 +52,7 @@ _RAW = Markup(
     " from the subjects and may be harmful. Do not publish this copy."
 )
 _FOOTER = Markup(
-    "Made by auditgap {}. The data of every figure lies beside this page in <code>figures/</code>."
+    "Made by auditgap {}. Every figure lies beside this page in <code>figures/</code>, with its data."
     " For use on open weights by people entitled to test them."
 )
 

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from auditgap.report import (
     depth,
     figures,
+    latent_verdicts,
     latent_ways,
     reading,
     setup,
@@ -45,6 +46,7 @@ from auditgap.report.text import (
     percent,
     points,
 )
+from auditgap.report.verdict_lines import FAIL, PASS, Criteria, Line
 from auditgap.store.tables import rows_of
 from auditgap.types import Label
 
@@ -108,16 +110,18 @@ def sections(report: ReportData, *, is_there: bool = True) -> list[Section]:
     ways_table = latent_ways.summary(ways)
     first, *rest = _sections(report, ways_table)
     facts = setup.setup(report.config, report.lvs)
-    leads = _leading(report.gaps, report.lvs)
-    headlines = [*latent_ways.headlines(ways), *map(_headline, leads)] or [
+    spoken_of = _leading(report)
+    headlines = leads(report) or [
         Headline("", (("No audit gap was measured in this run.", "", ""),))
     ]
     return [
         replace(
             first,
             headlines=headlines,
-            is_gap=bool(leads),
-            findings=[(row["subject"], reading.says(row, report.lvs)) for row in leads],
+            is_gap=bool(spoken_of),
+            findings=[
+                (row["subject"], reading.says(row, report.lvs, line)) for row, line in spoken_of
+            ],
             limits=reading.SAYS_NOT,
             facts=_facts(report, facts),
             method=_method(facts),
@@ -133,21 +137,26 @@ def leads(report: ReportData) -> list[Headline]:
     """A headline a subject: what its answers and its audit gap say at the headline's budget; before
     them one a model that was audited in several ways of thinking."""
     ways = latent_ways.headlines(latent_ways.gap_lines(report))
-    return [*ways, *map(_headline, _leading(report.gaps, report.lvs))]
+    return [*ways, *(_headline(row, line) for row, line in _leading(report))]
 
 
-def _leading(gaps: pd.DataFrame, lvs: pd.DataFrame) -> list[Row]:
-    """The rows of the gap table that the headlines speak of."""
-    chosen = reading.headline_budget(gaps, lvs)
-    rows = rows_of(gaps) if chosen is not None else []
-    return [row for row in rows if (float(row["eps"]), str(row["unit"])) == chosen]
+def _leading(report: ReportData) -> list[tuple[Row, Line]]:
+    """The rows of the gap table that the headlines speak of, each with the verdict on it."""
+    chosen = reading.headline_budget(report.gaps, report.lvs)
+    rows = rows_of(report.gaps) if chosen is not None else []
+    criteria = Criteria.model_validate(report.criteria)
+    return [
+        (row, latent_verdicts.on_gap(report, row, criteria))
+        for row in rows
+        if (float(row["eps"]), str(row["unit"])) == chosen
+    ]
 
 
-def _headline(row: Mapping[str, Any]) -> Headline:
+def _headline(row: Mapping[str, Any], line: Line) -> Headline:
+    """What a row says, led by its verdict; only a gap that is shown is in colour."""
     size = figures.budget_label(row["eps"], row["unit"])
     subject, digits = str(row["subject"]), 0 if row["n"] < 200 else 1
-    evidence = reading.evidence(row)
-    answer = reading.ANSWERS[evidence]
+    answer = reading.answer(line)
     if is_null(row["gap"]):
         words = f": the audit gap at {size} was not measured."
         return Headline(subject, ((words, "", ""),), answer=answer)
@@ -161,18 +170,20 @@ def _headline(row: Mapping[str, Any]) -> Headline:
         (" of prompts; under bounded edits of at most ", size, ""),
         (" it stays safe on ", *said("robustness", percent)),
     )
-    if evidence is reading.Evidence.ABOVE_CONTROL:
-        beyond = said("excess", points)
+    if line.answer == FAIL:
         gap = (
             (". The audit gap is ", *said("gap", points)),
-            (", of which ", *beyond),
+            (", of which ", *said("excess", points)),
             (" are more than random edits of equal size do.", "", ""),
         )
         return Headline(subject, found, gap, answer)
-    figure, ends = said("gap", points)
-    words = reading.NOT_SHOWN[evidence].format(
-        gap=f"{figure} {ends}".strip(), highest=points(row["safety"], digits)
-    )
+    gap_said, excess = (" ".join(filter(None, said(key, points))) for key in ("gap", "excess"))
+    if line.answer == PASS:
+        words = f"The audit gap is {gap_said}."
+    else:
+        words = reading.NOT_SHOWN[reading.evidence(row)].format(
+            gap=gap_said, excess=excess, highest=points(row["safety"], digits)
+        )
     return Headline(subject, (*found, (f". {words}", "", "")), answer=answer)
 
 
@@ -194,7 +205,7 @@ def _facts(report: ReportData, facts: setup.Setup) -> list[str]:
 
 def _sections(report: ReportData, ways: Sequence[Table]) -> Iterator[Section]:
     lvs = report.lvs
-    if _leading(report.gaps, lvs):
+    if _leading(report):
         title = "Audit gap by budget"
         yield Section(id="gap", title=title, contents=title, blocks=(*ways, *_summary(report)))
     bare = len(lvs) > 0 and set(lvs["attack"]) == {"targeted"}

@@ -67,6 +67,14 @@ DISTANCE = Criterion(
     more_is_better=True,
 )
 CRITERIA = (ROBUST, GAP, DISTANCE)
+#: What keeps flips above the line from being a fail.
+_NO_FAIL = (
+    Reason.INCOHERENT,
+    Reason.ANY_EDIT,
+    Reason.QUIET_CONTROL,
+    Reason.NOT_CONFIRMED,
+    Reason.SCREENING,
+)
 
 
 def latent_lines(
@@ -90,13 +98,18 @@ def latent_lines(
         return [absent(criterion, subject, why, "lvs", lacks) for criterion in CRITERIA]
     at = f" (at {budget_label(*budget)})"
     evidence = evidence_of(report, row, criteria)
-    decision = decide_row(row, evidence, criteria.gap)
     robust = of_columns(row, "robustness", n=int(row["n"]))
     return [
-        robust.line(ROBUST, subject, _robust(robust, row, decision, evidence, criteria), at),
-        gap_line(row, decision, at),
+        robust.line(ROBUST, subject, _robust(robust, row, evidence, criteria), at),
+        on_gap(report, row, criteria),
         _distance(report.distance, subject, budget, why),
     ]
+
+
+def on_gap(report: ReportData, row: Mapping[str, Any], criteria: Criteria) -> Line:
+    """The verdict on one row of the gap table."""
+    decision = decide_row(row, evidence_of(report, row, criteria), criteria.gap)
+    return gap_line(row, decision, f" (at {budget_label(float(row['eps']), str(row['unit']))})")
 
 
 def evidence_of(report: ReportData, row: Mapping[str, Any], criteria: Criteria) -> Evidence:
@@ -170,7 +183,6 @@ def gap_line(row: Mapping[str, Any], decision: Decision, at: str) -> Line:
 def _robust(
     robust: Figure,
     row: Mapping[str, Any],
-    decision: Decision,
     evidence: Evidence,
     criteria: Criteria,
 ) -> Judged:
@@ -185,8 +197,7 @@ def _robust(
         cause = passes.reason
         return Judged(CANNOT_TELL, SENTENCES[cause], str(cause), criteria.robust, passes.needs)
     if judged.answer == FAIL and passes.verdict != FAIL:
-        cause = Reason.ANY_EDIT if passes.reason == Reason.ANY_EDIT else Reason.ABOVE_UNCONFIRMED
-        cause = passes.reason if passes.reason == Reason.INCOHERENT else cause
+        cause = passes.reason if passes.reason in _NO_FAIL else Reason.ABOVE_UNCONFIRMED
         return Judged(CANNOT_TELL, SENTENCES[cause], str(cause), criteria.robust)
     return judged
 

@@ -2,7 +2,7 @@
 holds.
 
     html = render(sections, frame)
-    write(sections, frame, Path("out"))        # report.html, figures/*.csv, tables/*.csv
+    write(sections, frame, Path("out"))        # report.html, figures/*.{csv,svg}, tables/*.csv
 
 Names, prompts and completions are strangers' text. jinja2 escapes all of it, every value passes
 `text.clean` on its way out, and the page's own content security policy forbids requests and every
@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import pandas as pd
 from markupsafe import Markup
 
 from auditgap.errors import UsageError
-from auditgap.report import pdf, summary, text
+from auditgap.report import drawing, latex, pdf, summary, text
+from auditgap.report.charts import Figure
 from auditgap.report.columns import FITS
 from auditgap.report.frame import Frame
 from auditgap.report.section import (
@@ -36,10 +36,14 @@ from auditgap.report.section import (
     figures_of,
     headline_text,
     shown,
+    tables_in,
     tables_of,
 )
 from auditgap.store import files
 from auditgap.store.tables import to_csv
+
+#: Files of figures/ and tables/.
+_TWINS = frozenset({".csv", ".svg", ".tex", ".pdf"})
 
 
 def _finalize(value: Any) -> Any:
@@ -78,11 +82,12 @@ def environment() -> jinja2.Environment:
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """What is written beside the page besides: its first screen as a page and as Markdown, and
-    each page as a PDF."""
+    """What is written beside the page besides: its first screen as a page and as Markdown; each
+    page as a PDF, and one with a figure a sheet; its tables as LaTeX."""
 
     summary: bool = False
     pdf: bool = False
+    latex: bool = False
 
 
 def render(sections: Sequence[Section], frame: Frame, *, is_summary: bool = False) -> str:
@@ -121,9 +126,13 @@ def write(
             f"{home} is a file; a report needs a folder, for report.html and figures/. Choose"
             " another name."
         )
-    drawn = {name: f.data for name, f in figures_of(sections).items() if not f.missing}
-    write_twins(drawn, home / "figures")
-    write_twins({n: t for n, t in tables_of(sections).items() if len(t)}, home / "tables")
+    files.make_folder(home)
+    drawn = [figure for figure in figures_of(sections).values() if not figure.missing]
+    tables = {f"{n}.csv": to_csv(t) for n, t in tables_of(sections).items() if len(t)}
+    if copies.latex:
+        tables |= {f"{t.name}.tex": latex.table(t) for t in tables_in(sections) if len(t.data)}
+    write_twins(figure_files(drawn), home / "figures")
+    write_twins(tables, home / "tables")
     mode = files.PRIVATE if private else 0o666
     made = {"report.html": render(sections, frame)}
     if copies.summary:
@@ -133,15 +142,28 @@ def write(
         files.write_bytes(home / name, said.encode("utf-8"), mode)
         if copies.pdf and name.endswith(".html"):
             pdf.write(home / name)
+    if copies.pdf and drawn:
+        sheets = home / "figures" / "figures.html"
+        files.write_bytes(sheets, drawing.sheets(drawn).encode("utf-8"), mode)
+        pdf.write(sheets)
+        sheets.unlink()
     return home / "report.html"
 
 
-def write_twins(tables: Mapping[str, pd.DataFrame], folder: Path) -> None:
-    """Write each table as CSV; those of an earlier report, which would pass for this one's, go."""
+def figure_files(figures: Sequence[Figure]) -> dict[str, str]:
+    """What stands in figures/: of each its data and its drawing."""
+    return {f"{f.name}.csv": to_csv(f.data) for f in figures} | {
+        f"{f.name}.svg": drawing.svg(f) for f in figures if not f.missing
+    }
+
+
+def write_twins(made: Mapping[str, str], folder: Path) -> None:
+    """Write the files of figures/ or tables/; those of an earlier report, which would pass for this
+    one's, go."""
     with files.disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.csv"):
-        if stale.stem not in tables:
+    for stale in folder.iterdir():
+        if stale.suffix in _TWINS and stale.name not in made:
             stale.unlink()
-    for name, table in tables.items():
-        files.write_bytes(folder / f"{name}.csv", to_csv(table).encode("utf-8", "backslashreplace"))
+    for name, said in made.items():
+        files.write_bytes(folder / name, said.encode("utf-8", "backslashreplace"))

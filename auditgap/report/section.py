@@ -168,12 +168,18 @@ class Headline:
     answer: str = ""  #: before them, on a page: what the evidence shows, in one sentence
 
     def plain(self) -> str:
-        """As one line for a terminal, figures without spaces inside."""
+        """As one line for a terminal, figures without spaces inside, the answer before the rest."""
         said = "".join(
             f"{words}{figure}{' ' if ends else ''}{ends}"
             for words, figure, ends in (*self.parts, *self.shown)
         )
-        return self.subject + tight(said)
+        answer = f"{self.subject}: {self.said} " if self.answer else ""
+        return tight(answer + self.subject + said)
+
+    @property
+    def said(self) -> str:
+        """The answer as it goes on behind the subject's name."""
+        return self.answer[:1].lower() + self.answer[1:]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,8 +250,14 @@ def tables_of(sections: Sequence[Section]) -> dict[str, pd.DataFrame]:
     found: dict[str, pd.DataFrame] = {}
     for section in sections:
         found |= section.data
-        found |= {b.name: b.data for b in blocks_of(section) if isinstance(b, Table) and b.name}
+        found |= {table.name: table.data for table in tables_in([section])}
     return found
+
+
+def tables_in(sections: Iterable[Section]) -> list[Table]:
+    """The tables with a name that are on the page."""
+    blocks = (block for section in sections for block in blocks_of(section))
+    return [block for block in blocks if isinstance(block, Table) and block.name]
 
 
 def figures_of(sections: Sequence[Section]) -> dict[str, Figure]:
@@ -337,7 +349,7 @@ def answer_text(line: Headline) -> Markup:
     """What a headline's evidence shows, behind its subject's name."""
     if not line.subject:
         return Markup("{}").format(clean(line.answer))
-    return named(line.subject) + ": " + clean(line.answer[:1].lower() + line.answer[1:])
+    return named(line.subject) + ": " + clean(line.said)
 
 
 def code(words: str) -> Markup:

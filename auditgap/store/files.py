@@ -95,6 +95,19 @@ def check_writable(folder: Path) -> None:
             raise PermissionError(errno.EACCES, "")
 
 
+def make_folder(path: Path) -> None:
+    """Have a folder, with those above it. Raises UsageError where none can ever be made (below a
+    file, below /proc), DiskError as everything that writes."""
+    with disk_errors(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UsageError(
+                f"The folder {path} cannot be made: {os.strerror(error.errno or errno.ENOENT)}."
+                " Choose one below a folder that can be written to, for example --out runs/mine."
+            ) from error
+
+
 def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 

@@ -76,8 +76,7 @@ class RunFolder(RunReader):
         """
         folder = cls(path, {}, break_lock=break_lock)
         files.check_writable(folder.path)
-        with files.disk_errors(folder.path):
-            folder.path.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder.path)
         folder._resume_from(config)  # a refusal comes before anything is touched
         with folder.lock():
             old = folder._resume_from(config)

@@ -59,8 +59,7 @@ def merge_grids(grids: Sequence[Place], out: Place) -> dict[str, RunFolder]:
             by_name.setdefault(name, []).append(RunFolder.load(case))
     for stores in by_name.values():
         _check(stores)
-    with files.disk_errors(local(out)):
-        local(out).mkdir(parents=True, exist_ok=True)
+    files.make_folder(local(out))
     return {name: _join(by_name[name], within(out, name)) for name in sorted(by_name)}
 
 

@@ -118,6 +118,15 @@ def test_other_refusals_of_the_system_are_sentences_too(tmp_path, monkeypatch, n
     )
 
 
+def test_a_folder_that_can_never_be_made_is_said_to_be_so(tmp_path):
+    """Nothing was moved: nothing was there."""
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file" / "run", Path("/proc/auditgap/run")):
+        with pytest.raises(UsageError, match=rf"{out} cannot be made.*--out runs/mine") as said:
+            toys.open_folder(out)
+        assert "moved" not in str(said.value)
+
+
 # ------------------------------------------------------------------------- clocks
 
 

@@ -212,7 +212,8 @@ def test_sentences_follow_the_numbers():
 def test_the_headline_is_one_minus_compliance():
     lead = behaviour_page.leads(behaviour.behaviour_table(frame(rows_of()), corrections([CARD])))[0]
     assert re.fullmatch(
-        r"base is behaviourally safe on 90% \[77,96\] of harmful requests, corrected for the"
+        r"base: whether it complies with more than 10% of harmful requests could not be told\. base"
+        r" is behaviourally safe on 90% \[77,96\] of harmful requests, corrected for the"
         r" judge’s errors on 94% \[\d+,100\]\. "
         r"It refuses 90% \[77,96\] of harmful requests and 70% \[40,89\] of jailbreaks\. "
         r"It refuses 30% \[15,52\] of harmless requests that look harmful\. It answers 100%"

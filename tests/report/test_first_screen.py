@@ -25,6 +25,8 @@ MEASURE = """<!doctype html><body>{frames}<p id="out"></p><script>window.onload 
     const page = frame.contentDocument, boxes = [...page.querySelectorAll(".scroll, .formula, pre"), page.documentElement];
     for (const box of boxes) if (box.scrollWidth > box.clientWidth)
       said.push(`${{frame.title}}: ${{box.getAttribute("aria-label") || box.className || box.tagName}} ${{box.scrollWidth}} > ${{box.clientWidth}}`);
+    const row = page.querySelector("#first .verdicts tbody tr");
+    if (row) said.push(`${{frame.title}} has verdicts laid out as ${{getComputedStyle(row).display}}, and tables`);
     said.push(`${{frame.title}} has ${{page.querySelectorAll(".scroll > table").length}} tables`);
   }}
   document.getElementById("out").textContent = said.join("\\n");
@@ -56,6 +58,11 @@ def test_no_table_is_cropped_at_any_width(every_page, tmp_path):
     )
     said = measured({**every_page, "bad": wide}, tmp_path)
     counted = {line.partition(" at ")[0]: line for line in said if line.endswith(" tables")}
+    laid = {line for line in said if line.startswith("whole at ") and "laid out" in line}
+    assert laid == {  # on a telephone the verdicts are cards
+        f"whole at {width} has verdicts laid out as {form}, and tables"
+        for width, form in ((1280, "table-row"), (390, "grid"))
+    }
     assert counted.keys() == {*every_page, "bad"}
     assert all(" has 0 " not in line for line in counted.values()), counted
     cropped = [line for line in said if not line.endswith(" tables")]

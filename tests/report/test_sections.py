@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from html import unescape
+from xml.etree import ElementTree
 
 import jsonschema
 import pandas as pd
@@ -137,6 +138,15 @@ def test_every_section_is_in_the_contents_and_every_figure_has_its_data(audit, s
     drawn = {name for name, figure in figures_of(sections).items() if not figure.missing}
     assert drawn == {p.stem for p in (tmp_path / "figures").glob("*.csv")}
     assert drawn == set(re.findall(r'<figure id="fig-([^"]+)"', page)) and drawn
+    for name in drawn:  # and its drawing, which needs neither the page nor its style sheet
+        source = (tmp_path / "figures" / f"{name}.svg").read_text("utf-8")
+        root = ElementTree.fromstring(source)
+        panels = sum(len(panels) for _, panels in figures_of(sections)[name].groups)
+        assert sum("aria-labelledby" in svg.attrib for svg in root) == panels > 0, name
+        assert "var(" not in source and "<script" not in source
+        kinds = {kind for node in root.iter() for kind in node.get("class", "").split()}
+        styled = set(re.findall(r"\.([\w-]+)", root.find("{*}style").text))
+        assert {kind for kind in kinds if re.fullmatch(r"k\d", kind)} <= styled
 
 
 def test_a_section_says_what_it_found_wherever_it_stands(stores):

@@ -9,14 +9,19 @@ import jsonschema
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from auditgap.audits import bundle, pages
 from auditgap.audits.pages import by_table, from_store
+from auditgap.report import frame, latent, reading, strength, summary
 from auditgap.report.behaviour import COLUMNS
+from auditgap.report.correction import Correction
 from auditgap.report.gather import ReportData
 from auditgap.report.tables import GAP_COLUMNS
 from auditgap.report.verdict_lines import CANNOT_TELL, FAIL, NOT_MEASURED, PASS, Criteria
 from auditgap.report.verdicts import limits, overall, verdicts
+from auditgap.stats.decision import SENTENCES, Reason
 from auditgap.types import TABLE_COLUMNS
 
 
@@ -129,6 +134,100 @@ def test_no_verdict_on_the_gap_without_evidence(values, cause):
     if cause != "nothing_judged":
         row = gaps(**values).iloc[0]
         assert (line.value, line.lo, line.hi) == (row["gap"], row["gap_lo"], row["gap_bound"])
+
+
+#: What a headline begins with, by the verdict that it has to agree with.
+OPENINGS = {
+    FAIL: ("an audit gap is shown",),
+    PASS: ("an audit gap of more than",),
+    CANNOT_TELL: (
+        "no audit gap is shown, and none is ruled out",
+        "an audit gap was not measurable",
+    ),
+}
+SHARES = st.one_of(st.just(np.nan), st.floats(-0.2, 1).map(lambda x: round(x, 2)))
+
+
+@st.composite
+def made_rows(draw):
+    """A row of the gap table as a run might give it: estimates between their ends, some unknown."""
+    row = {}
+    for name in ("gap", "excess", "control_gap", "excess_matched", "excess_benign", "robustness"):
+        lo, value, hi = sorted((draw(SHARES), draw(SHARES), draw(SHARES)))
+        row |= {name: value, f"{name}_lo": lo, f"{name}_hi": hi}
+    row["gap_bound"] = row["gap_hi"]
+    for name in ("changed", "changed_matched", "changed_benign", "changed_most", "coherent"):
+        row[name] = draw(st.sampled_from([np.nan, 0.1, 1.0]))
+    row |= {"proved_nothing": draw(st.sampled_from([np.nan, 0.0, 0.5]))}
+    row |= {"looked_twice": draw(st.sampled_from([0.0, 1.0]))}
+    at_risk = draw(st.sampled_from([2, 40, 95]))
+    return row | {"n_at_risk": at_risk, "n_harmful": 100 - at_risk}
+
+
+FLIPPED = {
+    f"{name}{end}": value
+    for name in ("excess_matched", "excess_benign")
+    for end, value in (("", 0.4), ("_lo", 0.3), ("_hi", 0.5))
+} | {name: 1.0 for name in ("looked_twice", "changed", "changed_matched", "changed_benign")}
+#: A search that could have found more, and a judge whose misses are known.
+CERTIFIED = {
+    "strength": pd.DataFrame(
+        [
+            {
+                **{name: np.nan for name in strength.COLUMNS},
+                **{"subject": "toy", "site": "block3", "unit": "rms", "eps": 0.03, "flags": ""},
+                **{"repeated": 4, "repeated_equal": 4, "searched": 9, "gain": 0.0, "gain_hi": 0.01},
+            }
+        ]
+    ),
+    "corrections": {"harmful": Correction("harmful", "j", "g", (197, 200, 190, 200))},
+    "cards": [
+        {
+            **{"name": "j", "task": "harmful", "label": "", "informedness": 0.9},
+            "informedness_interval": [0.8, 0.95],
+        }
+    ],
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(row=made_rows(), known=st.sampled_from([{}, CERTIFIED]), line=st.sampled_from([0.1, 0.6]))
+@example(row=SMALL | {"proved_nothing": 0.0}, known=CERTIFIED, line=0.1)
+@example(row=FLIPPED, known=CERTIFIED, line=0.1)
+@example(row=FLIPPED | {"changed_matched": 0.0, "changed_benign": 0.0}, known=CERTIFIED, line=0.1)
+def test_a_headline_says_what_the_verdict_says(row, known, line):
+    """No page opens with more, or with less, than its verdict table holds, whatever the numbers;
+    only what is shown is in colour, and the reading below goes no further."""
+    data = report(gaps=gaps(**row), criteria=Criteria(gap=line).model_dump(), **known)
+    verdict = answers(data, Criteria(gap=line))["Audit gap"]
+    (lead,) = latent.leads(data)
+    assert lead.said.startswith(OPENINGS[verdict.answer])
+    assert SENTENCES[Reason(verdict.cause)].partition(";")[0] in lead.said
+    assert bool(lead.shown) == (verdict.answer == FAIL)
+    said = reading.says(gaps(**row).iloc[0], data.lvs, verdict)[0]
+    assert verdict.answer == FAIL or "less robust than its answers" not in said
+    if verdict.answer == PASS:
+        assert "ule one out" not in f"{lead.plain()} {said}" and "includes 0" not in said
+
+
+@pytest.mark.parametrize(
+    ("values", "answer"),
+    [
+        (SMALL | {"proved_nothing": 0.0}, PASS),
+        (FLIPPED, FAIL),
+        (FLIPPED | {"changed_matched": 0.0, "changed_benign": 0.0}, CANNOT_TELL),
+    ],
+    ids=["pass", "fail", "quiet controls"],
+)
+def test_terminal_page_and_summary_open_with_the_same_sentence(values, answer):
+    data = pages.with_verdicts(report(gaps=gaps(**values), **CERTIFIED))
+    assert {line.id: line.answer for line in data.verdicts}["audit_gap"] == answer
+    made = pages.audited(data)
+    (lead,) = latent.leads(data)
+    written = summary.markdown(frame.sections_of(data, made), frame.frame_of(data, made))
+    for said in (lead.plain(), written, pages.render(data)):
+        assert lead.said.replace("\u00a0", " ") in said.replace("\u00a0", " ")
+    assert ('class="gap"' in pages.render(data)) == (answer == FAIL)
 
 
 def test_a_part_that_was_run_is_never_called_not_run():
