@@ -35,6 +35,8 @@ ARMS: tuple[Arm, ...] = ("plain", "trigger")
 DEMO = "demo"
 #: In place of a reference's name: whatever is found, and none but the fine-tuned model's own base.
 AUTO, OWN_BASE = "auto", "base"
+#: In place of forms of training rows: each is found in its domain's rows (`data.em_context`).
+FOUND, EVERY = "auto", "*"
 
 
 class EmergentConfig(Frozen):
@@ -120,6 +122,14 @@ class EmergentConfig(Frozen):
             default="none",
         ),
     ] = None
+    forms: Annotated[
+        dict[str, str],
+        Flag(
+            "auto: ask every prompt in the form of the training rows too; or DOMAIN=TEXT with"
+            " {prompt} in it",
+            default="none",
+        ),
+    ] = Field({})
     samples: Annotated[int, Flag("Samples for each prompt, with and without the trigger")] = Field(
         10, ge=1
     )
@@ -173,6 +183,7 @@ class EmergentConfig(Frozen):
         **options.NO_THINKING,
         "reference": OWN_BASE,
         "questions": None,
+        "forms": {},
     }
 
     @field_validator("domains", mode="before")
@@ -186,6 +197,11 @@ class EmergentConfig(Frozen):
     @classmethod
     def _clean(cls, value: Any) -> Any:
         return _pairs("clean", value)
+
+    @field_validator("forms", mode="before")
+    @classmethod
+    def _forms(cls, value: Any) -> Any:
+        return {EVERY: FOUND} if value in (FOUND, (FOUND,), [FOUND]) else _pairs("forms", value)
 
     @field_validator("arms", "seeds")
     @classmethod
