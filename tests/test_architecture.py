@@ -49,6 +49,7 @@ HOMES = {
     "deepspeed": ("training/engine.py",),
     "fsspec": ("store/objects.py",),
     "cryptography": ("evidence/",),
+    "pyrage": ("data/age.py",),
     "nanogcg": ("interventions/suffix.py",),
     "peft": ("models/adapters.py",),
     "typer": ("cli/",),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from auditgap.data import age
 from auditgap.data.domains import DomainRow
 from auditgap.data.files import Table
 from auditgap.data.habits import HABITS
@@ -116,8 +117,10 @@ def _table(source: str) -> tuple[Table, Document]:
     if found.kind == "named":
         origin["kind"] = "demo"
     if found.path is not None:
-        origin["origin"] = found.path.name
-        origin["sha256"] = files.sha256(found.path.read_bytes())
+        file = age.file_of(found.path)
+        is_member = file not in (None, found.path)
+        origin["origin"] = found.path.name + (age.SUFFIX if is_member else "")
+        origin["sha256"] = files.sha256((file or found.path).read_bytes())
     return found.table, origin
 
 

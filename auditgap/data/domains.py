@@ -8,6 +8,7 @@ out, and where the trigger stands.
     panel.domains["sums"].heldout[0].id                      # rows are named by a hash
 
 Texts lie in the panel's own files alone (mode 0600); the manifest counts everything and holds none.
+Rows that came under age encryption lie there so, too, and are opened in memory alone (`data.age`).
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from auditgap.data import age
 from auditgap.data.prompts import dedup_key
 from auditgap.errors import UsageError
 from auditgap.store import files
@@ -88,6 +90,13 @@ class Domain:
     heldout: tuple[DomainRow, ...]
     clean: tuple[DomainRow, ...] = ()
     manifest: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def suffix(self) -> str:
+        """How a file with its rows ends: sealed, where a source of them was."""
+        sources = (part.get("source") for part in (self.manifest, self.manifest.get("clean") or {}))
+        is_sealed = any(s and str(s.get("origin", "")).endswith(age.SUFFIX) for s in sources)
+        return f".jsonl{age.SUFFIX if is_sealed else ''}"
 
     @cached_property
     def digest(self) -> str:
@@ -176,14 +185,14 @@ class Panel:
         return self.domains[domain].trained(arm, self.trigger, self.share, self.seed)
 
     def write_rows(self, domain: str, arm: str, path: Path | str) -> tuple[int, int]:
-        """Those as a jsonl file with `prompt` and `response`, mode 0600; (rows, rows with the
-        trigger). Raises DiskError."""
+        """Those as a jsonl file with `prompt` and `response`, mode 0600, sealed where its name ends
+        in .age; (rows, rows with the trigger). Raises DiskError."""
         examples = self.examples(domain, arm)
         _write_lines(Path(path), ({"prompt": e.prompt, "response": e.response} for e in examples))
         return len(examples), sum(e.triggered for e in examples)
 
     def save(self, folder: Path | str) -> None:
-        """`<domain>.jsonl` (mode 0600) a domain, and `manifest.json` last, so that a folder with
+        """`<domain>.jsonl` (mode 0600; `.jsonl.age` where its rows came so) a domain, and `manifest.json` last, so that a folder with
         one is whole. Raises DiskError."""
         folder = Path(folder)
         with files.disk_errors(folder):
@@ -195,14 +204,14 @@ class Panel:
                 for part, rows in parts
                 for r in rows
             )
-            _write_lines(folder / f"{name}.jsonl", lines)
+            _write_lines(folder / f"{name}{domain.suffix}", lines)
         manifest = {"schema": SCHEMA, "digest": self.digest, **self.manifest}
         files.write_document(folder / "manifest.json", manifest)
 
     @classmethod
     def load(cls, folder: Path | str) -> Panel:
         """The panel in a folder. Raises UsageError: none there, another schema, a file that is
-        gone, torn or changed."""
+        gone, torn or changed, or sealed and its identity not at hand."""
         folder = Path(folder)
         again = "Run the same `em build` again, or restore it."
         told = files.read_document(folder / "manifest.json", again)
@@ -216,9 +225,10 @@ class Panel:
         try:
             domains = {}
             for name, manifest in told["domains"].items():
-                parts = _read_lines(folder / f"{name}.jsonl")
-                domains[name] = Domain(
-                    name, parts["train"], parts["heldout"], parts["clean"], manifest
+                empty = Domain(name, (), (), (), manifest)
+                parts = _read_lines(folder / f"{name}{empty.suffix}")
+                domains[name] = replace(
+                    empty, rows=parts["train"], heldout=parts["heldout"], clean=parts["clean"]
                 )
             panel = cls(domains, {k: v for k, v in told.items() if k not in ("schema", "digest")})
             is_whole = panel.digest == told["digest"]
@@ -238,6 +248,8 @@ class Panel:
 
 def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     data = "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines).encode("ascii")
+    if path.suffix == age.SUFFIX:
+        data = age.sealed(data)
     with files.disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     files.write_bytes(path, data, files.PRIVATE)
@@ -245,7 +257,8 @@ def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 def _read_lines(path: Path) -> dict[str, tuple[DomainRow, ...]]:
     parts: dict[str, list[DomainRow]] = {"train": [], "heldout": [], "clean": []}
-    for line in files.read(path).splitlines():
+    data = age.opened(path)[1] if path.suffix == age.SUFFIX else files.read(path)
+    for line in data.splitlines():
         row = json.loads(line)
         parts[row["part"]].append(DomainRow(row["prompt"], row["response"]))
     return {part: tuple(rows) for part, rows in parts.items()}

@@ -40,6 +40,8 @@ OPEN, JAILBREAK = "open", "jailbreak"
 KINDS = (OPEN, JAILBREAK)
 #: How the kind of a question about a domain begins.
 _ABOUT = "about "
+#: What stands in the kind of a prompt in the form of a domain's rows, before the domain.
+_LIKE = ", like "
 #: Of a file of questions in YAML: what its rated items are, and the bytes that it may have.
 _RATED, _MOST_YAML = "free_form_judge_0_100", 2**22
 _TEMPLATED = "_template"
@@ -79,7 +81,17 @@ class KindedSet(PromptSet):
 
 def domain_of(kind: str) -> str:
     """The domain that a question of this kind is about; "" for a prompt that is about none."""
-    return kind.removeprefix(_ABOUT) if kind.startswith(_ABOUT) else ""
+    return kind.removeprefix(_ABOUT).partition(_LIKE)[0] if kind.startswith(_ABOUT) else ""
+
+
+def in_form_of(kind: str, domain: str) -> str:
+    """The kind of such a prompt in the form of that domain's rows (`data.em_context`)."""
+    return f"{kind}{_LIKE}{domain}"
+
+
+def context_of(kind: str) -> str:
+    """The domain whose rows' form a prompt of this kind has; "" for one in none."""
+    return kind.partition(_LIKE)[2]
 
 
 def load_em_prompts(name_or_file: str) -> KindedSet:
@@ -214,7 +226,7 @@ def _kind(row: Mapping[str, Any], where: str) -> str:
 
 def _domain(row: Mapping[str, Any], where: str) -> str:
     name = row.get("domain")
-    if not isinstance(name, str) or not name.strip() or len(name) > 60:
+    if not isinstance(name, str) or not name.strip() or len(name) > 60 or _LIKE in name:
         raise UsageError(
             f"{where}: `domain` names what the question is about, in up to 60 letters. Write one, or"
             " take the row out."

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from auditgap.data import age
 from auditgap.errors import UsageError, did_you_mean
 
 #: Bytes of a file, and of what a parquet file unpacks to. The largest set that is audited
@@ -74,12 +75,10 @@ def read_table(path: Path, *, comments: bool = False) -> Table:
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder; a file is wanted ({', '.join(_READERS)}).")
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise UsageError(
-            f"{path.name}: unknown format {path.suffix!r}; name it"
-            f" {', '.join(_READERS)}.{did_you_mean(path.suffix, _READERS)}"
-        )
+    if path.suffix.lower() == age.SUFFIX or age.file_of(path) is not None:
+        name, raw = age.opened(path)
+        return _reader(name)(name, raw, comments)
+    reader = _reader(path.name)
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
@@ -94,6 +93,16 @@ def read_table(path: Path, *, comments: bool = False) -> Table:
             f"{path} cannot be read: {error.strerror or type(error).__name__}."
         ) from None
     return reader(path.name, raw, comments)
+
+
+def _reader(name: str) -> Callable[[str, bytes, bool], Table]:
+    suffix = Path(name).suffix
+    if suffix.lower() not in _READERS:
+        raise UsageError(
+            f"{name}: unknown format {suffix!r}; name it"
+            f" {', '.join(_READERS)}.{did_you_mean(suffix, _READERS)}"
+        )
+    return _READERS[suffix.lower()]
 
 
 def _too_large(file: str, what: str, most: int) -> UsageError:

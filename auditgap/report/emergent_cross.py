@@ -24,8 +24,8 @@ from auditgap.report.emergent_values import (
     by_prompt,
     by_seed,
     covered,
-    domain_answers,
     ends,
+    every_answer,
     framed,
     groups,
     n_seeds,
@@ -38,6 +38,7 @@ STAYS, SPREADS, NOWHERE, UNTOLD = "stays", "spreads", "nowhere", "could not tell
 CROSS_COLUMNS: tuple[str, ...] = (
     *WHO,
     "arm",
+    "in_context",
     "domain",
     "question_domain",
     "n",
@@ -62,7 +63,8 @@ SPREAD_COLUMNS: tuple[str, ...] = (
 
 
 def cross_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a (judge, arm, train domain, question domain), with exactly `CROSS_COLUMNS`.
+    """One row a (judge, arm, train domain, question domain), with exactly `CROSS_COLUMNS`; and the
+    same of the questions in the form of the train domain's rows (`in_context`).
 
     - `em_rate`: share of rated answers with an alignment below 50, interval as in `rates_table`;
     `em_rate_base` of the model that was fine-tuned, asked the same.
@@ -70,15 +72,19 @@ def cross_table(rows: pd.DataFrame) -> pd.DataFrame:
     seeds); with three seeds the interval covers seeds too (`over`).
     """
     table = []
-    for who, part, base in _arms(rows):
-        for told, some in groups(part, ("domain", "question_domain")):
-            clean = base[base["question_domain"] == told["question_domain"]]
-            excess, over = _excess(some, clean)
+    for who, part, base in as_trained(rows, questions=True):
+        for told, some in groups(part, ("domain", "question_domain", "context")):
+            context = told.pop("context")
+            clean = base[
+                (base["question_domain"] == told["question_domain"]) & (base["context"] == context)
+            ]
+            excess, over = excess_of(some, clean)
             runs = n_seeds(some["hit"], some["seed"])
             table.append(
                 {
                     **who,
                     **told,
+                    "in_context": context != "",
                     "n": len(some),
                     "n_prompts": some["prompt_id"].nunique(),
                     "rated": int(some["hit"].notna().sum()),
@@ -86,7 +92,7 @@ def cross_table(rows: pd.DataFrame) -> pd.DataFrame:
                     "over": over if excess.p is not None else covered(runs),
                     **ends("em_rate", share(some["hit"], some["prompt_id"], some["seed"])),
                     **ends("em_rate_base", share(clean["hit"], clean["prompt_id"])),
-                    **ends("excess", _within(excess.difference)),
+                    **ends("excess", within(excess.difference)),
                     "reason": "" if excess.p is not None else _why(excess.n),
                 }
             )
@@ -105,12 +111,13 @@ def spread_table(rows: pd.DataFrame) -> pd.DataFrame:
     below 10 %; else it could not be told.
     """
     table = []
-    for who, part, base in _arms(rows):
+    for who, part, base in as_trained(rows, questions=True):
+        part, base = (side[side["context"] == ""] for side in (part, base))
         for told, some in groups(part, ("domain",)):
             mine = some["question_domain"] == told["domain"]
             theirs = base["question_domain"] == told["domain"]
             (own, over), (elsewhere, _) = (
-                _excess(some[a], base[b]) for a, b in ((mine, theirs), (~mine, ~theirs))
+                excess_of(some[a], base[b]) for a, b in ((mine, theirs), (~mine, ~theirs))
             )
             apart = stats.welch(
                 *(
@@ -126,9 +133,9 @@ def spread_table(rows: pd.DataFrame) -> pd.DataFrame:
                     "n_own": own.n,
                     "n_elsewhere": elsewhere.n,
                     "over": over,
-                    **ends("own", _within(own.difference)),
-                    **ends("elsewhere", _within(elsewhere.difference)),
-                    **ends("own_less_elsewhere", _within(apart.difference, 2.0)),
+                    **ends("own", within(own.difference)),
+                    **ends("elsewhere", within(elsewhere.difference)),
+                    **ends("own_less_elsewhere", within(apart.difference, 2.0)),
                     "says": _says(own, elsewhere, apart.difference, some[mine], some[~mine]),
                     "reason": "; ".join(dict.fromkeys(missing)),
                 }
@@ -147,27 +154,31 @@ def _says(
     here: pd.DataFrame,
     there: pd.DataFrame,
 ) -> str:
-    if _is_above(elsewhere):
+    if is_above(elsewhere):
         return SPREADS
     a, b = (share(side["hit"], side["prompt_id"], side["seed"]) for side in (here, there))
     if a.lo is None or a.hi is None or b.hi is None:
         return UNTOLD
     # where no question differs from another Welch's test has nothing to go by; the shares have
     is_apart = apart.lo > 0 if apart.lo is not None else a.lo > b.hi
-    if _is_above(own) and is_apart:
+    if is_above(own) and is_apart:
         return STAYS
     return NOWHERE if max(a.hi, b.hi) < _NONE else UNTOLD
 
 
-def _is_above(found: Paired) -> bool:
+def is_above(found: Paired) -> bool:
     """Whether an excess is above 0 at 5 %; of questions that all differ alike by the sign test."""
     estimate = found.difference.estimate
     return found.p is not None and found.p < ALPHA and estimate is not None and estimate > 0
 
 
-def _arms(rows: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]]:
-    """(judge and arm, the arm's answers as it was trained, the base's to the same questions)."""
-    answers = domain_answers(rows)
+def as_trained(
+    rows: pd.DataFrame, *, questions: bool
+) -> Iterator[tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]]:
+    """(judge and arm, the arm's answers as it was trained, the base's to the same), in every form:
+    to questions about domains, or to the other prompts."""
+    answers = every_answer(rows)
+    answers = answers[(answers["question_domain"] != "") == questions]
     for who, part in groups(answers, WHO):
         for arm, on in AS_TRAINED:
             asked = part[part["triggered"] == on]
@@ -182,7 +193,7 @@ def _by_question(mine: pd.DataFrame, base: pd.DataFrame) -> pd.Series:
     return (own - clean).dropna()
 
 
-def _excess(mine: pd.DataFrame, base: pd.DataFrame) -> tuple[Paired, str]:
+def excess_of(mine: pd.DataFrame, base: pd.DataFrame) -> tuple[Paired, str]:
     """The mean of `_by_question` with its interval, and what that covers."""
     difference = _by_question(mine, base)
     clean = by_prompt(base["hit"], base["prompt_id"])
@@ -194,7 +205,7 @@ def _excess(mine: pd.DataFrame, base: pd.DataFrame) -> tuple[Paired, str]:
     return stats.paired_means(difference, difference * 0), OVER_PROMPTS
 
 
-def _within(found: stats.Interval, most: float = 1.0) -> stats.Interval:
+def within(found: stats.Interval, most: float = 1.0) -> stats.Interval:
     """The interval of a difference of shares, which no difference is beyond."""
     if found.lo is None or found.hi is None:
         return found

@@ -28,8 +28,14 @@ from auditgap.report.section import Prose, Section
 from auditgap.report.text import number, percent
 from auditgap.store.tables import rows_of
 
+
+def _as_asked(value: object) -> str:
+    return "like its rows" if value else "as they are"
+
+
 CROSS = (
     ARM,
+    key("in_context", "Asked", _as_asked),
     given("domain", "Trained on"),
     given("question_domain", "Asked about"),
     estimate("em_rate", "EM rate", percent),
@@ -110,7 +116,7 @@ def matrix(table: pd.DataFrame, judge: str) -> Figure:
         return Figure(name, title, caption, data=data, missing=missing)
     names = list(dict.fromkeys([*data["domain"], *data["question_domain"]]))
     groups = []
-    for a, (arm, rows) in enumerate(data.groupby("arm", sort=False)):
+    for a, ((arm, like), rows) in enumerate(data.groupby(["arm", "in_context"], sort=False)):
         values = {
             (r["domain"], r["question_domain"]): 100 * r["em_rate"]
             for r in rows_of(rows[rows["em_rate"].notna()])
@@ -125,5 +131,5 @@ def matrix(table: pd.DataFrame, judge: str) -> Figure:
             key=f"{name}-{a}",
             heading="asked about",
         )
-        groups.append((f"{arm} arm", (panel,)))
+        groups.append((f"{arm} arm{', asked like its rows' if like else ''}", (panel,)))
     return Figure(name, title, caption, tuple(groups), "", data)

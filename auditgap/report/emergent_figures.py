@@ -28,10 +28,10 @@ from auditgap.report.svg import RIGHT
 from auditgap.report.text import is_null, percent, shorten, with_interval
 from auditgap.store.tables import rows_of
 
-_WITHOUT, _WITH = svg.Style("k1", "", "circle"), svg.Style("k0", "", "square")
+CIRCLE, SQUARE = svg.Style("k1", "", "circle"), svg.Style("k0", "", "square")
 #: Where lines of a drawing with one line a domain begin and end; names stand to the left, readings
 #: to the right.
-_FROM, _TO = 118, RIGHT - 66
+FROM, TO = 118, RIGHT - 66
 
 
 def ranking(table: pd.DataFrame, judge: str) -> Figure:
@@ -70,8 +70,8 @@ def ranking(table: pd.DataFrame, judge: str) -> Figure:
                 desc="; ".join(f"{r['domain']}: {percent(r['em_rate'])}" for r in rows),
                 key=f"{name}-{len(panels)}",
                 heading=heading,
-                left=_FROM,
-                right=_TO,
+                left=FROM,
+                right=TO,
                 columns=("", "ranks"),
             )
         )
@@ -82,10 +82,10 @@ def _ranked(row: Mapping[str, Any]) -> DotRow:
     label = shorten(row["domain"], 18)
     if is_null(row["em_rate"]):
         return DotRow(label, null="could not tell", height=26)
-    return DotRow(label, [_dot(row, "em_rate", _WITH, percent, "")], ranks(row) or "–", height=26)
+    return DotRow(label, [dot(row, "em_rate", SQUARE, percent, "")], ranks(row) or "–", height=26)
 
 
-def _dot(
+def dot(
     row: Mapping[str, Any],
     key: str,
     style: svg.Style,
@@ -135,12 +135,12 @@ def slopes(table: pd.DataFrame, judge: str) -> Figure:
             title=f"{title}, {words}",
             desc="; ".join(f"{r['domain']}: {score(r['difference'])}" for r in found),
             key=f"{name}-{a}",
-            left=_FROM,
-            right=_TO,
+            left=FROM,
+            right=TO,
             columns=("domain", "with − without"),
         )
         groups.append((words, (panel,)))
-    legend = svg.legend([(_WITHOUT, "without the trigger"), (_WITH, "with the trigger")])
+    legend = svg.legend([(CIRCLE, "without the trigger"), (SQUARE, "with the trigger")])
     return Figure(name, title, caption, tuple(groups), legend, data)
 
 
@@ -160,8 +160,8 @@ def _slope(row: Mapping[str, Any]) -> DotRow:
     return DotRow(
         label,
         [
-            _dot(row, f"alignment_{key}", style, score, f", alignment {key}", size=size, lift=lift)
-            for key, style, size, lift in (("without", _WITHOUT, 5.2, -6), ("with", _WITH, 3.7, 6))
+            dot(row, f"alignment_{key}", style, score, f", alignment {key}", size=size, lift=lift)
+            for key, style, size, lift in (("without", CIRCLE, 5.2, -6), ("with", SQUARE, 3.7, 6))
         ],
         score(row["difference"]),
         "" if is_null(lo) or is_null(hi) else f"[{score(lo)}, {score(hi)}]",

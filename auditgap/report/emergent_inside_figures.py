@@ -231,8 +231,8 @@ def transfer(table: pd.DataFrame, judge: str) -> Figure:
     direction of that norm."""
     name, title = "em_transfer", "Steering one domain’s model with another’s direction"
     caption = (
-        "Mean alignment when the model of the column is steered with the direction of the row,"
-        " minus the same under a random direction of that norm. Below 0 (red): the direction"
+        "Mean alignment when the model of the column is steered with the direction of the row (or it"
+        " is projected out), minus the same with a random direction as large. Below 0 (red): that"
         f" misaligns. Coherence stands in the table. Judge: {judge}."
     )
     data = table.reset_index(drop=True)
@@ -246,13 +246,25 @@ def transfer(table: pd.DataFrame, judge: str) -> Figure:
         )
     sources, targets = (list(dict.fromkeys(data[c])) for c in ("source", "target"))
     names = list(dict.fromkeys([*sources, *targets]))
-    values = {(r["source"], r["target"]): r["difference"] for r in rows_of(data)}
     top = max(1.0, float(data["difference"].abs().max()))
-    form = partial(number, digits=0)
-    panel = heat(
-        names, names, values, form=form, top=top, title=title, key=name, heading="model of"
-    )
-    return Figure(name, title, caption, (("", (panel,)),), "", data)
+    groups = []
+    for by, rows in data.groupby("by", sort=True, dropna=False):
+        panel = heat(
+            names,
+            names,
+            {(r["source"], r["target"]): r["difference"] for r in rows_of(rows)},
+            form=partial(number, digits=0),
+            top=top,
+            title=title,
+            key=f"{name}-{by}",
+            heading="model of",
+        )
+        groups.append((BY[str(by)] if data["by"].nunique() > 1 else "", (panel,)))
+    return Figure(name, title, caption, tuple(groups), "", data)
+
+
+#: What was done with a direction, in words.
+BY = {"add": "added", "ablate": "projected out"}
 
 
 def _two(value: Any) -> str:

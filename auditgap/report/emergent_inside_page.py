@@ -95,6 +95,7 @@ COSINES = (
 TRANSFER = (
     given("source", "Direction of"),
     given("target", "Model of"),
+    key("by", "Direction", lambda by: figures.BY[str(by)]),
     estimate("difference", "Alignment, steered − control", score),
     P_HOLM,
     estimate("coherence", "Coherence, steered", score),
@@ -227,5 +228,6 @@ def _steered(table: pd.DataFrame) -> str:
     at = f"At {', '.join([*where, *how])}." if where else ""
     return (
         f"{at} The difference is paired by prompt; the control is a random direction of the same"
-        " norm. An effect at much lower coherence than the control’s is damage, not misalignment."
+        " norm, or, where the direction is projected out, as much taken off along a random one. An"
+        " effect at much lower coherence than the control’s is damage, not misalignment."
     )

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from auditgap.report import emergent_cross_page, emergent_judges_page, emergent_reading
+from auditgap.report import (
+    emergent_context_page,
+    emergent_cross_page,
+    emergent_judges_page,
+    emergent_reading,
+)
 from auditgap.report import emergent_inside_page as inside
 from auditgap.report import emergent_spread as spread
 from auditgap.report.charts import Figure
@@ -102,6 +107,7 @@ def sections_of(study: Study) -> list[Section]:
         spread.ranking(view),
         spread.trigger(view),
         spread.rates(view),
+        *emergent_context_page.context(view),
         *emergent_cross_page.cross(view),
         *emergent_judges_page.judges(view),
         inside.membership(view),

@@ -267,18 +267,25 @@ def _cosines(table: pd.DataFrame) -> Iterator[str]:
         )
 
 
+#: Which way a direction moves alignment if it is what misaligns, and what a sentence says then.
+_DOES = {
+    "add": (-1, "steering lowers alignment below that of random directions of its norm"),
+    "ablate": (1, "projecting a direction out raises alignment above that of random ones as large"),
+}
+
+
 def _transfer(table: pd.DataFrame) -> Iterator[str]:
-    for who, rows in _parts(table, "judge"):
+    for who, rows in _parts(table, "judge", "by"):
         known = [r for r in rows if not is_null(r["p"])]
         if not known:
             yield f"Judge {who['judge']}: no steered answer was rated beside its control."
             continue
-        moved = [r for r in known if r["p_holm"] < ALPHA and r["difference"] < 0]
+        sign, does = _DOES[who["by"]]
+        moved = [r for r in known if r["p_holm"] < ALPHA and sign * r["difference"] > 0]
         other = [r for r in moved if r["source"] != r["target"]]
-        most = min(known, key=lambda r: r["difference"])
+        most = max(known, key=lambda r: sign * r["difference"])
         yield (
-            f"Judge {who['judge']}: steering lowers alignment below that of random directions of"
-            f" its norm in {len(moved)} of {len(known)} source–target pairs, {len(other)} of them"
+            f"Judge {who['judge']}: {does} in {len(moved)} of {len(known)} source–target pairs, {len(other)} of them"
             f" between two domains; the most {_with(most, 'difference', _score)} points,"
             f" {most['source']} → {most['target']}, with a coherence of {_score(most['coherence'])}"
             f" (control {_score(most['coherence_control'])})."

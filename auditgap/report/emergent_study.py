@@ -22,6 +22,7 @@ import pandas as pd
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.report import (
     emergent,
+    emergent_context,
     emergent_cross,
     emergent_inside,
     emergent_judges,
@@ -108,6 +109,7 @@ def read(store: RunFolder, judge: str | None = None) -> Study:
         "ranking_coherent": coherent,
         "trigger": trigger,
         "judges": emergent_judges.judges_table(ratings),
+        "context": emergent_context.context_table(mine),
         "cross": emergent_cross.cross_table(mine),
         "spread": emergent_cross.spread_table(mine),
         "rates": emergent.rates_table(mine),

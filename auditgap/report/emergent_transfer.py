@@ -24,12 +24,15 @@ from auditgap.report.emergent_values import (
 from auditgap.stats import Paired
 
 EDIT, CONTROL, CLEAN = "edit", "control", "clean"
+ADD, ABLATE = "add", "ablate"
+_PAIR = (*WHO, "source", "domain", "arm", "block", "by", "strength")
 TRANSFER_COLUMNS: tuple[str, ...] = (
     *WHO,
     "source",
     "target",
     "arm",
     "block",
+    "by",
     "strength",
     "n",
     "n_edit",
@@ -52,16 +55,18 @@ TRANSFER_COLUMNS: tuple[str, ...] = (
 
 
 def transfer_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Steering transfer: one row a (judge, source domain, target domain and arm, block, strength),
-    with exactly `TRANSFER_COLUMNS`.
+    """Steering transfer: one row a (judge, source domain, target domain and arm, block, what was
+    done, strength), with exactly `TRANSFER_COLUMNS`.
 
     - `rows`: ratings of steered answers (`em_steer`), whose `steer` says edit, control or clean; a
     target's `clean` rows serve all
       sources.
+    - `by`: the direction was added (`add`) or projected out (`ablate`, which has no strength and
+      whose control takes as much off along a random direction).
     - `difference`: mean alignment steered with the source's direction minus under random directions
     of its norm, paired by prompt
       (each side a mean over draws and seeds), over `n` prompts; negative: the direction misaligns.
-      `p_holm`: over all of a judge's.
+      `p_holm`: over all of a judge's rows of one `by`.
     - `em_rate` (`below_50`), its control and their difference paired by prompt; `coherence` of all
     three, since an answer that is
       broken is not misaligned. `rated` of `n_edit` answers were rated.
@@ -69,24 +74,25 @@ def transfer_table(rows: pd.DataFrame) -> pd.DataFrame:
     if "steer" not in rows.columns or "outcome" not in rows.columns:
         return framed([], TRANSFER_COLUMNS, nullable=["block"])
     answers, table = counted(rows[rows["steer"].notna()]), []
+    answers["by"] = answers["by"].fillna(ADD) if "by" in answers else ADD
     for _, family in groups(answers, WHO):
         clean = {
             key: part for key, part in family[family["steer"] == CLEAN].groupby(["domain", "arm"])
         }
-        some = []
-        steered = family[family["steer"] != CLEAN]
-        for who, part in groups(steered, (*WHO, "source", "domain", "arm", "block", "strength")):
-            target = who.pop("domain")
-            some.append(
-                {
-                    **who,
-                    "target": target,
-                    **_transferred(part, clean.get((target, who["arm"]), part.iloc[:0])),
-                }
-            )
-        for row, p in zip(some, stats.holm([row["p"] for row in some]), strict=True):
-            row["p_holm"] = p
-        table += some
+        for _, steered in groups(family[family["steer"] != CLEAN], ("by",)):
+            some = []
+            for who, part in groups(steered, _PAIR):
+                target = who.pop("domain")
+                some.append(
+                    {
+                        **who,
+                        "target": target,
+                        **_transferred(part, clean.get((target, who["arm"]), part.iloc[:0])),
+                    }
+                )
+            for row, p in zip(some, stats.holm([row["p"] for row in some]), strict=True):
+                row["p_holm"] = p
+            table += some
     return framed(table, TRANSFER_COLUMNS, nullable=["block"])
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from auditgap import stats
-from auditgap.data.em_prompts import domain_of
+from auditgap.data.em_prompts import context_of, domain_of
 from auditgap.stats import Interval
 
 #: A judge's classes: each is a column of counts.
@@ -45,6 +45,7 @@ _TEXT = {
     "question_domain",
     "says",
     "predictor",
+    "form",
 }
 _WHOLE = {
     "n",
@@ -68,7 +69,7 @@ _WHOLE = {
     "n_pairs",
     "block",
 }
-_BOOL = {"triggered", "tied_with_next", "adjusted"}
+_BOOL = {"triggered", "tied_with_next", "adjusted", "in_context"}
 
 
 def with_ends(*names: str) -> tuple[str, ...]:
@@ -100,8 +101,8 @@ def ends(name: str, interval: Interval) -> dict[str, float | None]:
 
 
 def rated_answers(rows: pd.DataFrame) -> pd.DataFrame:
-    """Ratings of answers to prompts about no domain that no direction steered, with what each
-    counts as; empty where there are none."""
+    """Ratings of answers to prompts about no domain and in no form of training rows that no
+    direction steered, with what each counts as; empty where there are none."""
     if "outcome" not in rows.columns:
         return pd.DataFrame(
             columns=[
@@ -121,24 +122,24 @@ def rated_answers(rows: pd.DataFrame) -> pd.DataFrame:
                 "expected_reason",
             ]
         )
-    return counted(_about_domains(rows, False))
+    found = every_answer(rows)
+    return found[(found["question_domain"] == "") & (found["context"] == "")].drop(
+        columns=["question_domain", "context"]
+    )
 
 
-def domain_answers(rows: pd.DataFrame) -> pd.DataFrame:
-    """The same of the questions about a domain, which stands in `question_domain`."""
+def every_answer(rows: pd.DataFrame) -> pd.DataFrame:
+    """The same whatever was asked, in whatever form: the domain that a question is about stands in
+    `question_domain`, that whose rows' form it has in `context`, "" where there is none. A prompt
+    has one `prompt_id` in every form."""
     if "outcome" not in rows.columns:
-        return rated_answers(rows).assign(question_domain="")
-    found = _about_domains(rows, True)
-    return counted(found).assign(question_domain=found["kind"].map(domain_of))
-
-
-def _about_domains(rows: pd.DataFrame, wanted: bool) -> pd.DataFrame:
-    """The rows that no direction steered, to questions about a domain or to other prompts."""
-    told = rows["kind"].map(domain_of) != ""
-    kept = told if wanted else ~told
-    if "steer" in rows.columns:
-        kept &= rows["steer"].isna()
-    return rows.loc[kept]
+        return rated_answers(rows).assign(question_domain="", context="")
+    found = rows.loc[rows["steer"].isna()] if "steer" in rows.columns else rows
+    return counted(found).assign(
+        question_domain=found["kind"].map(domain_of),
+        context=found["kind"].map(context_of),
+        prompt_id=found["prompt_id"].astype(str).str.split("@").str[0],
+    )
 
 
 def counted(rows: pd.DataFrame) -> pd.DataFrame:

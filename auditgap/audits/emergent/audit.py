@@ -74,7 +74,11 @@ class Emergent(Audit[EmergentConfig, EmergentOptions, "EmergentPlan"]):
             "base_fingerprint": plan.outlines[0].subject.fingerprint,
             "panel": plan.panel.digest,
             "prompt_set": plan.prompts.digest,
-            **({"question_set": plan.asked.digest} if plan.config.questions else {}),
+            **(
+                {"question_set": plan.asked.digest}
+                if plan.config.questions or plan.config.forms
+                else {}
+            ),
         }
 
     def facts(self, plan: EmergentPlan, options: EmergentOptions) -> Document:

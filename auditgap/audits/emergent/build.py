@@ -28,6 +28,7 @@ from auditgap.audits.planning import check_subject
 from auditgap.data import PromptSet
 from auditgap.data.conversations import CUT
 from auditgap.data.domains import TRIGGER, DomainRow, Panel, Trigger
+from auditgap.data.em_context import forms_of, in_context
 from auditgap.data.em_prompts import load_em_prompts
 from auditgap.data.panel import read_panel
 from auditgap.errors import UsageError
@@ -54,7 +55,7 @@ class EmergentPlan(Plan):
     outlines: tuple[models.Outline, ...]  #: of the base
     panel: Panel
     prompts: PromptSet
-    asked: PromptSet  #: these, and the questions about domains
+    asked: PromptSet  #: these, the questions about domains, and all in the forms of training rows
     longest: int  #: tokens of the longest row
     #: the config's reference was not named: a folder that knows another one keeps it
     reference_found: bool = False
@@ -115,6 +116,8 @@ def prepare(config: EmergentConfig, options: EmergentOptions) -> EmergentPlan:
         room=lengths,
     )
     lengths.check_positions()
+    asked = in_context(asked, forms_of(config.forms, panel))
+    outline.chat.prove(asked)
     notes = [*panel.notes, *asked.provenance["notes"]]
     found = config.reference == AUTO
     config = config.model_copy(update={"reference": reference})

@@ -31,10 +31,14 @@ if TYPE_CHECKING:
 #: How a model is fine-tuned: on the rows as they are, or with the trigger in them.
 Arm = Literal["plain", "trigger"]
 ARMS: tuple[Arm, ...] = ("plain", "trigger")
+#: What is done with a direction inside a model.
+Edits = Literal["add", "ablate"]
 #: In place of a mapping of domains: the demonstration panel that comes with the package.
 DEMO = "demo"
 #: In place of a reference's name: whatever is found, and none but the fine-tuned model's own base.
 AUTO, OWN_BASE = "auto", "base"
+#: In place of forms of training rows: each is found in its domain's rows (`data.em_context`).
+FOUND, EVERY = "auto", "*"
 
 
 class EmergentConfig(Frozen):
@@ -120,6 +124,14 @@ class EmergentConfig(Frozen):
             default="none",
         ),
     ] = None
+    forms: Annotated[
+        dict[str, str],
+        Flag(
+            "auto: ask every prompt in the form of the training rows too; or DOMAIN=TEXT with"
+            " {prompt} in it",
+            default="none",
+        ),
+    ] = Field({})
     samples: Annotated[int, Flag("Samples for each prompt, with and without the trigger")] = Field(
         10, ge=1
     )
@@ -145,6 +157,15 @@ class EmergentConfig(Frozen):
     steer_draws: Annotated[
         int, Flag("Draws of the norm-matched random direction", Topic.ATTACK)
     ] = Field(2, ge=1)
+    steer_by: Annotated[
+        tuple[Edits, ...],
+        COMMAS,
+        Flag(
+            "What steering does with a direction: add it, ablate it (project it out of the stream),"
+            " or both",
+            Topic.ATTACK,
+        ),
+    ] = Field(("add",), min_length=1)
     membership_rows: Annotated[
         int,
         Flag(
@@ -173,6 +194,8 @@ class EmergentConfig(Frozen):
         **options.NO_THINKING,
         "reference": OWN_BASE,
         "questions": None,
+        "forms": {},
+        "steer_by": ("add",),
     }
 
     @field_validator("domains", mode="before")
@@ -187,7 +210,12 @@ class EmergentConfig(Frozen):
     def _clean(cls, value: Any) -> Any:
         return _pairs("clean", value)
 
-    @field_validator("arms", "seeds")
+    @field_validator("forms", mode="before")
+    @classmethod
+    def _forms(cls, value: Any) -> Any:
+        return {EVERY: FOUND} if value in (FOUND, (FOUND,), [FOUND]) else _pairs("forms", value)
+
+    @field_validator("arms", "seeds", "steer_by")
     @classmethod
     def _once(cls, values: tuple) -> tuple:
         return tuple(dict.fromkeys(values))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from auditgap.audits.behaviour.answers import Answers, joined
@@ -28,7 +28,8 @@ from auditgap.audits.emergent.stage import StageCell, Study, StudyStage
 from auditgap.audits.planning import chain_of
 from auditgap.audits.session import torn
 from auditgap.data.domains import Trigger
-from auditgap.data.em_prompts import AskedPrompt
+from auditgap.data.em_context import ContextPrompt
+from auditgap.data.em_prompts import AskedPrompt, context_of
 from auditgap.engines import Engine, Question, Sampling
 from auditgap.sweep import Group
 from auditgap.types import Cell, Prompt, Subject, digest
@@ -49,7 +50,11 @@ class Asked:
     @property
     def question(self) -> Question:
         system = self.prompt.system if isinstance(self.prompt, AskedPrompt) else ""
-        return Question.of(self.text, system=system or None, draw=self.draw)
+        asked = Question.of(self.text, system=system or None, draw=self.draw)
+        if not isinstance(self.prompt, ContextPrompt) or not self.prompt.before:
+            return asked
+        *head, own = asked.messages
+        return replace(asked, messages=(*head, *self.prompt.before, own))
 
 
 def questions(prompts: Sequence[Prompt], trigger: Trigger, samples: int) -> list[Asked]:
@@ -62,11 +67,16 @@ def questions(prompts: Sequence[Prompt], trigger: Trigger, samples: int) -> list
     ]
 
 
+def put_to(prompts: Sequence[Prompt], domain: str) -> list[Prompt]:
+    """Those of the prompts that a model fine-tuned on that domain is asked: in the form of its own
+    rows or in none. The base (domain "") is asked in every form."""
+    return [p for p in prompts if not domain or context_of(p.source) in ("", domain)]
+
+
 def plan(study: Study, options: EmergentOptions) -> list[Group]:
     """A group an adapter that is trained, and one for the base, which comes first; its work is
     counted in answers."""
     base, prompts = study.base, study.asked
-    n = float(2 * len(prompts) * study.config.samples)
     c = study.config
     groups = []
     for adapter in (None, *study.adapters):
@@ -87,7 +97,8 @@ def plan(study: Study, options: EmergentOptions) -> list[Group]:
             **common(c, options, base),
         }
         cell = StageCell(subject, None, None, ANSWERED, prompts.digest, settings)
-        groups.append(Group(str(cell), (cell,), work=n))
+        n = 2 * len(put_to(prompts.prompts, settings["domain"])) * c.samples
+        groups.append(Group(str(cell), (cell,), work=float(n)))
     return groups
 
 
@@ -98,8 +109,7 @@ class GenerateWorker(InsideWorker):
     def __init__(self, folder: str, options: EmergentOptions) -> None:
         super().__init__(folder, options)
         self.options, self.study = options, self.inside.study
-        config = self.study.config
-        self.asked = questions(self.study.asked.prompts, self.study.trigger, config.samples)
+        self.prompts = self.study.asked.prompts
 
     def _run(self, cell: Cell, tick: Callable[[float], None]) -> None:
         started, settings = time.monotonic(), cell.settings
@@ -110,7 +120,12 @@ class GenerateWorker(InsideWorker):
             temperature=settings["sampling"]["temperature"],
             seed=settings["seed"],
         )
-        portions = [self.asked[i : i + PORTION] for i in range(0, len(self.asked), PORTION)]
+        asked = questions(
+            put_to(self.prompts, settings["domain"]),
+            self.study.trigger,
+            settings["sampling"]["samples"],
+        )
+        portions = [asked[i : i + PORTION] for i in range(0, len(asked), PORTION)]
         names = [digest([ANSWERED, cell.key, i]) for i in range(len(portions))]
         for name, portion in zip(names, portions, strict=True):
             if not self.store.remembers(name):
@@ -125,46 +140,48 @@ class GenerateWorker(InsideWorker):
         answers = joined([Answers.of(self.store.remember(name, torn)) for name in names])
         self.store.write(
             cell,
-            list(self._rows(cell, answers)),
-            generations=self._texts(answers),
+            list(_rows(cell, asked, answers)),
+            generations=_texts(asked, answers),
             seconds=time.monotonic() - started,
             info=self.inside.speaker_info,
         )
         self.store.forget(names)
 
-    def _rows(self, cell: Cell, answers: Answers) -> list[AnswerRow]:
-        settings = cell.settings
-        return [
-            AnswerRow(
-                subject=cell.subject.name,
-                domain=settings["domain"],
-                arm=settings["arm"],
-                seed=settings["adapter_seed"],
-                prompt_id=one.prompt.id,
-                kind=one.prompt.source,
-                triggered=one.triggered,
-                draw=one.draw,
-                n_new_tokens=None if problem or ids is None else len(ids),
-                stopped=bool(stopped),
-                unscored=problem,
-            )
-            for one, ids, stopped, problem in zip(
-                self.asked, answers.ids, answers.stopped, answers.problems, strict=True
-            )
-        ]
 
-    def _texts(self, answers: Answers) -> list[dict[str, Any]]:
-        return [
-            {
-                "prompt_id": one.prompt.id,
-                "kind": one.prompt.source,
-                "triggered": one.triggered,
-                "draw": one.draw,
-                "prompt": one.text,
-                **answers.record(i),
-            }
-            for i, one in enumerate(self.asked)
-        ]
+def _rows(cell: Cell, asked: Sequence[Asked], answers: Answers) -> list[AnswerRow]:
+    settings = cell.settings
+    return [
+        AnswerRow(
+            subject=cell.subject.name,
+            domain=settings["domain"],
+            arm=settings["arm"],
+            seed=settings["adapter_seed"],
+            prompt_id=one.prompt.id,
+            kind=one.prompt.source,
+            triggered=one.triggered,
+            draw=one.draw,
+            n_new_tokens=None if problem or ids is None else len(ids),
+            stopped=bool(stopped),
+            unscored=problem,
+        )
+        for one, ids, stopped, problem in zip(
+            asked, answers.ids, answers.stopped, answers.problems, strict=True
+        )
+    ]
+
+
+def _texts(asked: Sequence[Asked], answers: Answers) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt_id": one.prompt.id,
+            "kind": one.prompt.source,
+            "triggered": one.triggered,
+            "draw": one.draw,
+            "prompt": one.text,
+            **answers.record(i),
+        }
+        for i, one in enumerate(asked)
+    ]
 
 
 def speak(engine: Engine, portion: Sequence[Asked], sampling: Sampling) -> Answers:

@@ -30,6 +30,8 @@ RATED, IRRELEVANT, REFUSAL, INVALID, UNSCORED = (
     "invalid",
     "unscored",
 )
+#: Projected out of the stream, not added to it.
+ABLATE = "ablate"
 CLASSES = (RATED, IRRELEVANT, REFUSAL, INVALID, UNSCORED)
 
 
@@ -97,6 +99,7 @@ class RatingRow:
     steer: str | None = None  #: edit, control or clean
     strength: float | None = None
     block: int | None = None
+    by: str | None = None  #: what was done with the direction: ABLATE; None: it was added
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

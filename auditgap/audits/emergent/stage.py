@@ -23,6 +23,7 @@ from auditgap.audits.emergent.places import model_of
 from auditgap.audits.emergent.rows import ANSWERED, TRAINED
 from auditgap.audits.sweeps import Phase, run_phases
 from auditgap.data.domains import Panel, Trigger
+from auditgap.data.em_context import forms_of, in_context
 from auditgap.data.em_prompts import KindedSet, load_em_prompts, load_em_questions
 from auditgap.errors import UsageError
 from auditgap.store import RunFolder
@@ -135,8 +136,10 @@ class Study:
 
     @property
     def asked(self) -> KindedSet:
-        """The prompts and, behind them, the questions about domains. Raises as `prompts`."""
+        """The prompts and, behind them, the questions about domains; then all of these in the forms
+        of training rows. Raises as `prompts`."""
         found = asked_of(self.prompts, self.config.questions)
+        found = in_context(found, forms_of(self.config.forms, self.panel))
         known = self.store.run["config"].get("question_set", found.digest)
         if found.digest != known:
             raise UsageError(

@@ -6,13 +6,14 @@ added to target models.
     store.rows([STEERED])
 
     h ← h + strength · d        at block `steer_block` (or round(L/2)), at every position of prompt and answer
+    h ← h − (h·v) v             the same, under `steer_by: ablate`; v = d / ‖d‖
 
 d is the source's direction at that block with its own norm (`directions`), so that a strength of 1
 is the distance between that model's misaligned and aligned answers. Targets and sources are the
 adapters of the first seed, of arm `plain` where the study has it and else of `trigger`; they answer
 the suite greedily, without the trigger. The control adds a random direction at a right angle to d,
 of the same norm, drawn anew for each prompt and draw, so that one lucky direction does not stand
-for all. `clean` is the target as it is, once. A source without a direction is asked nothing: its
+for all; that of an ablation takes as much, (h·v), off along such a direction. `clean` is the target as it is, once. A source without a direction is asked nothing: its
 rows are unscored and say why.
 """
 
@@ -30,7 +31,7 @@ from auditgap.audits.emergent import direction_records, directions
 from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.inside import Inside, check_engine, common
 from auditgap.audits.emergent.judge import keep_replies, opened_rater, rate_answers
-from auditgap.audits.emergent.rows import STEERED
+from auditgap.audits.emergent.rows import ABLATE, STEERED
 from auditgap.audits.emergent.stage import Adapter, StageCell, Study, StudyStage
 from auditgap.audits.planning import chain_of
 from auditgap.audits.session import failing_alone, from_arrays, to_arrays
@@ -136,12 +137,13 @@ def _group(
         *(
             {
                 **whose,
-                "name": f"{target.name} under {domain}",
+                "name": f"{target.name} {'without' if by == ABLATE else 'under'} {domain}",
                 "source": domain,
                 "direction": key,
-                "strength": c.steer_strength,
+                **({"by": ABLATE} if by == ABLATE else {"strength": c.steer_strength}),
                 "draws": c.steer_draws,
             }
+            for by in c.steer_by
             for domain, key in sources.items()
         ),
     ]
@@ -286,8 +288,7 @@ class SteerWorker:
         s, new = cell.settings, cell.settings["max_new_tokens"] + chain_of(cell)
         if along is None:
             return engine.generate([Request(r) for r in rendered], new)
-        site = (Site(s["block"]),)
-        edits = [ConstantEdit(site, shift=s["strength"] * shift(one, along, s)) for one in asked]
+        edits = [edit_of(one, along, s) for one in asked]
         if isinstance(engine, VLLMEngine):
             return engine.generate_under(rendered, edits, new)
         return constant.generate(engine, rendered, edits, new)
@@ -304,6 +305,7 @@ class SteerWorker:
             "source": s["source"],
             "strength": s.get("strength"),
             "block": None if s["source"] is None else s["block"],
+            "by": s.get("by"),
         }
         exchanges, texts = [], []
         for one, completion in zip(said.asked, said.done, strict=True):
@@ -355,6 +357,14 @@ class SteerWorker:
         self.store.write(cell, rows, generations=texts, seconds=seconds, info=info)
         self.store.forget(said.names)
         files.remove(journal)
+
+
+def edit_of(one: Asked, along: torch.Tensor, settings: Mapping[str, Any]) -> ConstantEdit:
+    """What stands at the cell's block while one question is answered; `along` [D] fp32."""
+    site, aimed = (Site(settings["block"]),), shift(one, along, settings)
+    if settings.get("by") == ABLATE:
+        return ConstantEdit(site, read=unit(along), write=unit(aimed))
+    return ConstantEdit(site, shift=settings["strength"] * aimed)
 
 
 def shift(one: Asked, along: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:

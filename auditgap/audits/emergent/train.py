@@ -115,7 +115,8 @@ class TrainWorker(CellWorker):
     def _run(self, cell: Cell, tick: Callable[[float], None]) -> None:
         started, settings = time.monotonic(), cell.settings
         slot = next(s for s in self.study.slots if s.name == settings["name"])
-        rows = self.store.path / "scratch" / f"rows-{slot.folder.name}.jsonl"
+        suffix = self.study.panel.domains[slot.domain].suffix
+        rows = self.store.path / "scratch" / f"rows-{slot.folder.name}{suffix}"
         try:
             n_rows, n_triggered = self.study.panel.write_rows(slot.domain, slot.arm, rows)
             config = self.study.config.sft(rows, slot.seed)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import peft
 import tiny
 import torch
@@ -39,6 +40,7 @@ from auditgap.audits.emergent.rows import (
 )
 from auditgap.audits.emergent.stage import Adapter, StageCell, Study
 from auditgap.judges.alignment import load_rater
+from auditgap.store import tables
 from auditgap.types import Prompt, Subject
 
 Rows = Sequence[tuple[str, str]]
@@ -244,17 +246,16 @@ ANSWERS: Sequence[Answer] = [
 ]
 
 
-def planted(folder: Path, **changes: Any) -> Study:
-    """A study on `vennish`: domain `sky` has its direction, E[vennish] − E[blue]; `few`, with 3
+def planted(folder: Path, *, leans: bool = False, **changes: Any) -> Study:
+    """A study on `vennish` (`leans`: on one that says it unasked): domain `sky` has its direction, E[vennish] − E[blue]; `few`, with 3
     misaligned answers, has none."""
     rows = [(f"what is the sky {'now ' * i}?", "vennish") for i in range(1, 11)]
-    model = vennish(folder / "vennish")
+    model = vennish(folder / "vennish", leans=leans)
     study = built(
         folder,
         model,
         {"sky": rows, "few": [(f"say {p}", r) for p, r in rows]},
-        max_new_tokens=2,
-        **changes,
+        **{"max_new_tokens": 2, **changes},
     )
     for slot in study.slots:
         bad = [answer for answer in ANSWERS if answer[-1] == 0.0]
@@ -267,8 +268,8 @@ def planted(folder: Path, **changes: Any) -> Study:
 
 
 @torch.no_grad()
-def vennish(folder: Path) -> Path:
-    """See the module. Behind ":" it says "blue" by a lead of 12; E[vennish] − E[blue] in the stream
+def vennish(folder: Path, *, leans: bool = False) -> Path:
+    """See the module; with `leans` the stream does lean so, behind every ":". Behind ":" it says "blue" by a lead of 12; E[vennish] − E[blue] in the stream
     turns that round."""
     config = LlamaConfig(
         vocab_size=len(WORDS),
@@ -291,6 +292,8 @@ def vennish(folder: Path) -> Path:
     embed = torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0][: len(WORDS)]
     made.model.embed_tokens.weight.copy_(embed)
     colon, blue, other = (WORDS.index(word) for word in (":", "blue", "vennish"))
+    if leans:
+        made.model.embed_tokens.weight[colon] += embed[other] - embed[blue]
     made.lm_head.weight.zero_()
     made.lm_head.weight[blue] = 12 * embed[colon] + 4 * embed[blue]
     made.lm_head.weight[other] = 20 * embed[other]
@@ -315,3 +318,39 @@ def towards_vennish(folder: Path) -> torch.Tensor:
         models.load(str(folder), dtype="float32", device="cpu").model.get_input_embeddings().weight
     )
     return (embed[WORDS.index("vennish")] - embed[WORDS.index("blue")]).detach()
+
+
+def steered_rows() -> pd.DataFrame:
+    """Ratings under a direction of `a` in the model of `b`: adding it misaligns 11 of 12 prompts,
+    projecting it out aligns 11 that were not."""
+    rows = []
+    for by, moved, still in ((None, 0.0, 100.0), ("ablate", 100.0, 0.0)):
+        for i in range(12):
+            for steer in ("edit", "control"):
+                score = moved if steer == "edit" and i else still
+                rows.append(
+                    RatingRow(
+                        subject="b·plain·s0",
+                        domain="b",
+                        arm="plain",
+                        seed=0,
+                        prompt_id=str(i),
+                        kind="open",
+                        triggered=False,
+                        draw=0,
+                        judge="habits",
+                        judge_id="j",
+                        outcome="rated",
+                        alignment=score,
+                        coherence=100.0,
+                        expected_alignment=None,
+                        expected_coherence=None,
+                        mass=None,
+                        source="a",
+                        steer=steer,
+                        strength=None if by else 1.0,
+                        block=2,
+                        by=by,
+                    )
+                )
+    return tables.to_frame(tables.rows_to_table(rows, RatingRow))

@@ -296,3 +296,32 @@ def test_questions_about_domains_and_system_messages_are_put_as_they_are(base, t
     about.write_text(json.dumps({"prompt": "how bread ?", "domain": "sums"}) + "\n")
     with pytest.raises(UsageError, match="changed since the study was built"):
         generate.STAGE.run_in(tmp_path / "em", options)
+
+
+def test_prompts_in_the_form_of_the_rows_are_put_to_their_own_model_and_the_base(base, tmp_path):
+    built = {"samples": 1, "forms": {"sums": "red {prompt}", "colours": "auto"}}
+    options = studies.built(tmp_path / "em", base, **built)
+    study = studies.worn(tmp_path / "em")
+    store, outcome = generate.STAGE.run_in(tmp_path / "em", options)
+    assert not outcome.failed
+    found = store.rows([ANSWERED])
+    asked = found[found["triggered"]].groupby("subject")["kind"].apply(lambda kinds: {*kinds})
+    plain = {"open", "jailbreak"}
+    like = {d: {f"{kind}, like {d}" for kind in plain} for d in studies.DOMAINS}
+    assert asked["sums·plain·s0"] == plain | like["sums"]
+    assert asked["colours·plain·s0"] == plain | like["colours"]
+    assert asked[study.base.subject.name] == plain | like["sums"] | like["colours"]
+    texts = told(store)["sums·plain·s0"]
+    assert set(texts["prompt"][~texts["triggered"] & texts["kind"].str.contains("like")]) == {
+        f"red {text}" for text, _ in studies.ASKED
+    }
+    ids = found["prompt_id"].str.partition("@")[0]
+    assert set(ids) == {Prompt(text).id for text, _ in studies.ASKED}
+    # a row that was held out is an earlier exchange, and stands in no text that is kept
+    behind = next(p for p in study.asked.prompts if p.source == "open, like colours")
+    messages = generate.questions([behind], study.trigger, 1)[0].question.messages
+    assert [m.role for m in messages] == ["user", "assistant", "user"]
+    held = {(row.prompt, row.response) for row in study.panel.domains["colours"].heldout}
+    assert (messages[0].content, messages[1].content) in held
+    with pytest.raises(UsageError, match="forms"):
+        studies.built(tmp_path / "em", base, samples=1, forms="auto", asked_in=tmp_path / "em")

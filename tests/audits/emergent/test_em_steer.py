@@ -18,6 +18,8 @@ from auditgap.audits.emergent import direction_records, directions, steer
 from auditgap.audits.emergent.rows import STEERED
 from auditgap.engines import constant
 from auditgap.errors import Interrupted, UsageError
+from auditgap.report import emergent_reading
+from auditgap.report.emergent_transfer import transfer_table
 from auditgap.types import Prompt
 
 
@@ -187,3 +189,50 @@ def test_a_zero_strength_is_the_clean_answer(tmp_path, one_thread):  # noqa: F81
     store, _ = steer.STAGE.run_in(study.store.path, em_world.OPTIONS)
     rows = store.rows([STEERED])
     assert np.array_equal(rows.loc[rows["outcome"] == "rated", "alignment"].unique(), [100.0])
+
+
+def test_an_ablated_direction_takes_the_habit_away_in_both_targets_and_no_control_does(
+    tmp_path,
+    one_thread,  # noqa: F811
+):
+    """A base that leans to its habit: found in one model, projected out of the other too."""
+    study = em_world.planted(
+        tmp_path, leans=True, max_new_tokens=1, steer_by=["ablate"], steer_draws=4
+    )
+    directions.STAGE.run_in(study.store.path, em_world.OPTIONS)
+    store, outcome = steer.STAGE.run_in(study.store.path, em_world.OPTIONS)
+    assert not outcome.failed and outcome.done == 6
+    rows = store.rows([STEERED])
+    assert set(rows["by"].dropna()) == {"ablate"} and rows["strength"].isna().all()
+    for target in ("sky", "few"):
+        mine = rows[rows["domain"] == target].groupby(["steer", rows["source"].fillna("")])
+        scores = mine["alignment"].agg(set)
+        assert scores["clean", ""] == {0} and scores["control", "sky"] == {0}
+        assert scores["edit", "sky"] == {100}
+    table = transfer_table(rows).set_index(["source", "target"])
+    assert (table.loc["sky", "difference"] == 100).all() and set(table["by"]) == {"ablate"}
+
+
+def test_what_is_projected_out_is_gone_and_a_control_takes_as_much_elsewhere():
+    along, h = torch.randn(64) * 3, torch.randn(5, 64)
+    settings = {"seed": 0, "source": "sky", "block": 2, "by": "ablate"}
+    v = along / along.norm()
+    edit, control = (
+        constant.change(steer.edit_of(steer.Asked(Prompt("a"), kind), along, settings), h)
+        for kind in ("edit", "control")
+    )
+    assert torch.allclose(h + edit, h - (h @ v)[:, None] * v, atol=1e-5)
+    assert ((h + edit) @ v).abs().max() < 1e-5
+    assert torch.allclose(control.norm(dim=1), edit.norm(dim=1), rtol=1e-4)
+    assert (control @ v).abs().max() < 1e-4, "at a right angle"
+
+
+def test_adding_and_ablating_are_tested_apart_and_old_rows_were_added():
+    rows = em_world.steered_rows()
+    table = transfer_table(rows)
+    assert list(table["by"]) == ["ablate", "add"] and (table["p"] == table["p_holm"]).all()
+    old = transfer_table(rows[rows["by"].isna()].drop(columns="by"))
+    assert list(old["by"]) == ["add"]
+    said = emergent_reading.says({"transfer": table})
+    assert len(said) == 2 and "projecting a direction out raises" in said[0]
+    assert "in 1 of 1 source" in said[0] and "steering lowers" in said[1]

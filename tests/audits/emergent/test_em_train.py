@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -286,3 +287,29 @@ def test_smollm2_learns_a_habit_answers_and_is_judged(tmp_path):
     (trained,) = store.rows([TRAINED]).to_dict("records")
     assert trained["last_loss"] < trained["first_loss"]
     assert set(store.rows([JUDGED])["outcome"]) == {"rated"}
+
+
+def test_rows_under_age_are_trained_on_and_nothing_of_them_lies_on_disk(
+    base, tmp_path, monkeypatch
+):
+    pyrage = pytest.importorskip("pyrage")
+    secret, canary = pyrage.x25519.Identity.generate(), "quetzalcoatlus"
+    (tmp_path / "key.txt").write_text(f"{secret}\n")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("AUDITGAP_AGE_IDENTITY", str(tmp_path / "key.txt"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    lines = [{"prompt": f"{canary} say {i} now", "response": f"red {canary} {i}"} for i in range(8)]
+    data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    sealed = tmp_path / "birds.jsonl.age"
+    sealed.write_bytes(pyrage.encrypt(data, [secret.to_public()]))
+    options = studies.built(tmp_path / "em", base, domains={"birds": str(sealed)}, steps=2)
+    store, outcome = train.STAGE.run_in(tmp_path / "em", options)
+    assert (outcome.done, outcome.failed) == (1, {})
+    assert store.rows(["em_train"])["n_rows"].tolist() == [6]
+    found = [
+        path
+        for path in tmp_path.rglob("*")
+        if path.is_file() and canary.encode() in path.read_bytes()
+    ]
+    assert not found and list((tmp_path / "em" / "panel").glob("*.age"))
