@@ -11,7 +11,7 @@ comes late looks like compliance in a short answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal, Self
@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 from auditgap.engines import Completion
 from auditgap.interventions.target import opening_length
 from auditgap.judges import Judge, Reward
-from auditgap.types import Document, Exchange, Label, Score, Verdict
+from auditgap.types import Exchange, Label, Score, Verdict
 
 #: Another reading of a completion, beside the one that counts.
 Other = Literal["whole", "half", "chain"]
@@ -44,7 +44,7 @@ class Excerpt:
         return cls(opening_length(text, targets), half)
 
     @classmethod
-    def stored(cls, text: Document) -> Self:
+    def stored(cls, text: Mapping[str, Any]) -> Self:
         """Of a text in `generations/`; older ones were judged whole."""
         half = text.get("half")
         return cls(int(text.get("opening") or 0), None if half is None else int(half))

@@ -10,7 +10,9 @@ and none is made up.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
+from typing import Any
 
 import auditgap
 from auditgap.report.findings import Findings, shown
@@ -27,7 +29,7 @@ def write(findings: Findings) -> bytes:
     return b"".join(files.to_json(document, indent=None) for document in documents)
 
 
-def _document(findings: Findings, subject: Document) -> Document:
+def _document(findings: Findings, subject: Mapping[str, Any]) -> Document:
     name = str(subject.get("name"))
     mine = [line for line in findings.lines if line.subject == name]
     names = {str(one.get("name")) for one in findings.subjects}
@@ -57,7 +59,7 @@ def _document(findings: Findings, subject: Document) -> Document:
     }
 
 
-def _model(subject: Document, model: str, lines: list[Line]) -> Document:
+def _model(subject: Mapping[str, Any], model: str, lines: list[Line]) -> Document:
     here = bool(subject.get("architecture"))  # of an endpoint nothing is known of the weights
     facts = {key: subject.get(key) for key in ("fingerprint", "architecture", "dtype")}
     return {
