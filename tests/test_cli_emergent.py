@@ -16,8 +16,9 @@ from test_cli import auditgap  # noqa: F401 - a fixture
 sys.path.insert(0, str(Path(__file__).parent / "report"))
 from emergent_runs import JUDGE, write_study
 
-from auditgap.audits.emergent.config import EmergentConfig, read_options
+from auditgap.audits.emergent.config import EmergentConfig
 from auditgap.audits.emergent.rows import ANSWERED, JUDGED, TRAINED
+from auditgap.audits.emergent.sitting import read_options
 from auditgap.data.habits import HABITS
 from auditgap.errors import UsageError
 from auditgap.store import RunFolder

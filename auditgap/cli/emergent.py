@@ -230,7 +230,7 @@ def run(asked: Asked) -> None:
 
 
 def _options(folder: str, asked: Asked) -> EmergentOptions:
-    from auditgap.audits.emergent.config import read_options
+    from auditgap.audits.emergent.sitting import read_options
     from auditgap.store import RunFolder
 
     return read_options(asked.file, asked.flags, RunFolder.load(folder).run["config"])
