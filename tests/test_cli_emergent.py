@@ -45,6 +45,8 @@ def test_a_dry_run_reads_the_rows_and_counts_them(auditgap, tmp_path):  # noqa: 
         "0,1",
         "--questions",
         "demo",
+        "--forms",
+        "auto",
         "--out",
         tmp_path / "em",
         "--dry-run",
@@ -53,7 +55,8 @@ def test_a_dry_run_reads_the_rows_and_counts_them(auditgap, tmp_path):  # noqa: 
     n = len(HABITS) * 2 * 2
     assert (
         f"{n} adapters of {model}" in said.both
-        and f"{(n + 1) * (15 + 24) * 2 * 3} answers" in said.both
+        # the base in every form, an adapter in none and in that of its rows
+        and f"{(len(HABITS) + 1 + n * 2) * (15 + 24) * 2 * 3} answers" in said.both
     )
     talk = {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}
     for name, n_rows in (("law", 9), ("good", 8)):

@@ -435,9 +435,9 @@ def test_batches_rate_the_answers_of_all_models_at_once_and_a_kill_pays_for_none
     rated = rows[rows["outcome"] == RATED]
     assert set(rated["alignment"]) == {85.0} and set(rated["coherence"]) == {85.0}
     # an empty answer is put to nobody
-    assert len(rated) > 12 and rows["reason"][rows["outcome"] != RATED].eq("empty").all(), (
-        rows["reason"].value_counts()
-    )
+    assert len(rated) > 12 and rows["reason"][rows["outcome"] != RATED].eq("empty").all(), rows[
+        "reason"
+    ].value_counts()
     assert len(rows) == 3 * len(studies.ASKED) * 2 * 2
     assert not list((store.path / "scratch" / "journals").iterdir())
     with pytest.raises(UsageError, match=r"--judge-batch is for a judge at an endpoint"):
