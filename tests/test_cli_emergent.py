@@ -16,8 +16,9 @@ from test_cli import auditgap  # noqa: F401 - a fixture
 sys.path.insert(0, str(Path(__file__).parent / "report"))
 from emergent_runs import JUDGE, write_study
 
-from auditgap.audits.emergent.config import EmergentConfig, read_options
+from auditgap.audits.emergent.config import EmergentConfig
 from auditgap.audits.emergent.rows import ANSWERED, JUDGED, TRAINED
+from auditgap.audits.emergent.sitting import read_options
 from auditgap.data.habits import HABITS
 from auditgap.errors import UsageError
 from auditgap.store import RunFolder
@@ -44,6 +45,8 @@ def test_a_dry_run_reads_the_rows_and_counts_them(auditgap, tmp_path):  # noqa: 
         "0,1",
         "--questions",
         "demo",
+        "--forms",
+        "auto",
         "--out",
         tmp_path / "em",
         "--dry-run",
@@ -52,7 +55,8 @@ def test_a_dry_run_reads_the_rows_and_counts_them(auditgap, tmp_path):  # noqa: 
     n = len(HABITS) * 2 * 2
     assert (
         f"{n} adapters of {model}" in said.both
-        and f"{(n + 1) * (15 + 24) * 2 * 3} answers" in said.both
+        # the base in every form, an adapter in none and in that of its rows
+        and f"{(len(HABITS) + 1 + n * 2) * (15 + 24) * 2 * 3} answers" in said.both
     )
     talk = {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}
     for name, n_rows in (("law", 9), ("good", 8)):

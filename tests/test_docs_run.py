@@ -181,6 +181,9 @@ NOT_HERE = {
     "auditgap evaluate Qwen/Qwen3-0.6B --thinking on --thinking-tokens 2048": (
         "wants a model that thinks; tests/audits/test_thinking_asked.py asks a planted one"
     ),
+    "auditgap em judge runs/em --judge alignment=gpt-4o --judge-endpoint https://api.openai.com/v1 --judge-batch": (
+        "wants an endpoint that takes files; tests/audits/emergent/test_em_judge.py asks one on loopback"
+    ),
     "pip install auditgap": _INSTALLS,
     "auditgap setup": _INSTALLS,
     "auditgap demo": "tests/test_first_day.py runs it, from the wheel alone",

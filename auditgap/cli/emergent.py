@@ -75,7 +75,7 @@ STAGES: Mapping[str, Stage] = {
             "auditgap em judge runs/em --judge alignment=gpt-4o --judge-endpoint"
             " https://api.openai.com/v1",
         ),
-        (*_JUDGING, "max_unscored", *_SERVING),
+        (*_JUDGING, "judge_batch", "max_unscored", *_SERVING),
     ),
     "analyse": Stage(
         "Measure membership, diversity and each block's direction, and steer one domain's model with"
@@ -230,7 +230,7 @@ def run(asked: Asked) -> None:
 
 
 def _options(folder: str, asked: Asked) -> EmergentOptions:
-    from auditgap.audits.emergent.config import read_options
+    from auditgap.audits.emergent.sitting import read_options
     from auditgap.store import RunFolder
 
     return read_options(asked.file, asked.flags, RunFolder.load(folder).run["config"])

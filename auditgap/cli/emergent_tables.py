@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 def show_plan(plan: EmergentPlan, options: EmergentOptions, as_json: bool) -> None:
     """What a study has read, row by row, and what it would run; no weights are loaded."""
     from auditgap.audits.emergent.build import counted
+    from auditgap.data.em_prompts import put_to
     from auditgap.training.config import n_steps
 
     asked, prompts, panel = plan.config, plan.asked, plan.panel
-    adapters = len(asked.domains) * len(asked.arms) * len(asked.seeds)
+    each = len(asked.arms) * len(asked.seeds)
+    adapters = len(asked.domains) * each
     n = len(prompts.prompts)
-    answers = (adapters + 1) * n * 2 * asked.samples
+    own = sum(len(put_to(prompts.prompts, domain)) for domain in asked.domains)
+    answers = (n + each * own) * 2 * asked.samples
     recipe = asked.sft(Path("rows.jsonl"), 0)
     steps = len(asked.seeds) * sum(
         n_steps(recipe, len(panel.examples(domain, arm)))
@@ -74,7 +77,8 @@ def show_plan(plan: EmergentPlan, options: EmergentOptions, as_json: bool) -> No
         f" {', '.join(asked.arms)} × {_count(len(asked.seeds), 'seed')}; {steps} optimizer steps in"
         f" all. {answers} answers: {n}"
         f" prompts ({prompts.name}), with and without the trigger,"
-        f" {_count(asked.samples, 'time')} each, by every adapter and the base, rated by"
+        f" {_count(asked.samples, 'time')} each, by every adapter and the base"
+        f"{' (an adapter in the form of its own rows alone)' if asked.forms else ''}, rated by"
         f" {options.judge}. Nothing was run."
     )
 

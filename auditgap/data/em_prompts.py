@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,12 @@ def in_form_of(kind: str, domain: str) -> str:
 def context_of(kind: str) -> str:
     """The domain whose rows' form a prompt of this kind has; "" for one in none."""
     return kind.partition(_LIKE)[2]
+
+
+def put_to(prompts: Sequence[Prompt], domain: str) -> list[Prompt]:
+    """Those of the prompts that a model fine-tuned on that domain is asked: in the form of its own
+    rows or in none. The base (domain "") is asked in every form."""
+    return [p for p in prompts if not domain or context_of(p.source) in ("", domain)]
 
 
 def load_em_prompts(name_or_file: str) -> KindedSet:

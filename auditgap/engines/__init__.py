@@ -336,6 +336,7 @@ class Serving(Frozen):
     #: vLLM's window; None: the model's own, or what its memory holds of it
     max_model_len: int | None = Field(default=None, ge=16)
     base_url: str | None = None  #: of an endpoint; None: OPENAI_BASE_URL, else OpenAI's own
+    batched: bool = False  #: an endpoint is handed files of questions: half the price, within a day
     #: vLLM only: adapters up to this rank can be swapped in; None: none
     max_lora_rank: int | None = Field(default=None, ge=1)
 

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from auditgap.audits import options
-from auditgap.config import COMMAS, Flag, Frozen, Topic, build, listed, merged
+from auditgap.config import COMMAS, Flag, Frozen, Topic, build, listed
 from auditgap.engines import EngineName, engine_named
-from auditgap.errors import UsageError, did_you_mean
+from auditgap.errors import UsageError
 from auditgap.training.config import DeepSpeedConfig, SFTConfig
 
 if TYPE_CHECKING:
@@ -291,6 +291,14 @@ class EmergentOptions(options.AuditOptions):
         ),
     ] = None
     judge_endpoint: options.JudgeEndpoint = None
+    judge_batch: Annotated[
+        bool,
+        Flag(
+            "Have the endpoint rate all answers as batches: half the price, within a day; em judge"
+            " alone",
+            Topic.JUDGING,
+        ),
+    ] = False
     judge_thinking_tokens: options.JudgeThinkingTokens = None
     ranks: Annotated[
         int,
@@ -338,6 +346,11 @@ class EmergentOptions(options.AuditOptions):
         """Who rates the answers; no model is loaded yet. Raises UsageError."""
         from auditgap.judges.alignment import load_rater
 
+        if self.judge_batch and self.judge_serving.engine != "openai":
+            raise UsageError(
+                "--judge-batch is for a judge at an endpoint. Add --judge-endpoint URL, or leave it"
+                " out."
+            )
         return load_rater(
             self.judge,
             device=self.device,
@@ -354,6 +367,7 @@ class EmergentOptions(options.AuditOptions):
         return Serving(
             engine=engine,
             base_url=self.judge_endpoint,
+            batched=self.judge_batch,
             thinking_tokens=self.judge_thinking_tokens,
             device=self.device,
             batch_tokens=self.batch_tokens,
@@ -361,37 +375,3 @@ class EmergentOptions(options.AuditOptions):
             gpu_memory=self.gpu_memory,
             max_model_len=self.max_model_len,
         )
-
-
-def read_options(
-    file: Path | None, flags: Mapping[str, Any], study: Mapping[str, Any]
-) -> EmergentOptions:
-    """The options of a stage of a study, whose config is `study` (run.json's, from `em build`).
-
-    A file may hold the study's keys too, so that one serves all stages. Raises UsageError where one
-    differs, for an unknown key, and as `Audit.read` does.
-    """
-    values = merged(file, flags, section="em")
-    known = {*EmergentConfig.model_fields, *EmergentOptions.model_fields}
-    for key in values:
-        if key not in known:
-            raise UsageError(f"Unknown option {key!r}.{did_you_mean(str(key), known)}")
-    there = {key: value for key, value in study.items() if key in EmergentConfig.model_fields}
-    asked = {key: value for key, value in values.items() if key in there}
-    again = build({**there, **asked}, EmergentConfig)[0].model_dump(mode="json") if asked else {}
-    for key in asked:
-        # `auto` was resolved when it was built
-        if again[key] != there[key] and again[key] != "auto":
-            raise UsageError(
-                f"{key!r} belongs to the study, where it is {_short(there[key])};"
-                f" {_short(again[key])} came. For another study, auditgap em build with another"
-                " --out."
-            )
-    return build(
-        {k: v for k, v in values.items() if k in EmergentOptions.model_fields}, EmergentOptions
-    )[0]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"

@@ -29,7 +29,7 @@ from auditgap.audits.planning import chain_of
 from auditgap.audits.session import torn
 from auditgap.data.domains import Trigger
 from auditgap.data.em_context import ContextPrompt
-from auditgap.data.em_prompts import AskedPrompt, context_of
+from auditgap.data.em_prompts import AskedPrompt, put_to
 from auditgap.engines import Engine, Question, Sampling
 from auditgap.sweep import Group
 from auditgap.types import Cell, Prompt, Subject, digest
@@ -65,12 +65,6 @@ def questions(prompts: Sequence[Prompt], trigger: Trigger, samples: int) -> list
         for triggered in (False, True)
         for draw in range(samples)
     ]
-
-
-def put_to(prompts: Sequence[Prompt], domain: str) -> list[Prompt]:
-    """Those of the prompts that a model fine-tuned on that domain is asked: in the form of its own
-    rows or in none. The base (domain "") is asked in every form."""
-    return [p for p in prompts if not domain or context_of(p.source) in ("", domain)]
 
 
 def plan(study: Study, options: EmergentOptions) -> list[Group]:

@@ -28,6 +28,7 @@ import numpy as np
 from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.rows import ANSWERED, JUDGED, UNSCORED, RatingRow
 from auditgap.audits.emergent.stage import CellWorker, StageCell, Study, StudyStage
+from auditgap.engines.openai import record_of
 from auditgap.errors import AuditgapError
 from auditgap.judges import Judge
 from auditgap.judges.alignment import Rated, Rater
@@ -64,6 +65,9 @@ def plan(study: Study, options: EmergentOptions) -> list[Group]:
         }
         cell = StageCell(subject, None, None, JUDGED, record["description"]["prompts"], settings)
         groups.append(Group(str(cell), (cell,), work=float(record["n_rows"])))
+    if options.judge_batch and groups:  # one batch has the answers of all
+        cells = tuple(cell for group in groups for cell in group.cells)
+        return [Group("judge", cells, work=sum(group.work for group in groups))]
     return groups
 
 
@@ -103,15 +107,36 @@ class JudgeWorker(CellWorker):
         """Let go of the judge's model; a further group opens it again."""
         self.rater.close()
 
+    def run(self, group: Group, tick: Callable[[float], None]) -> None:
+        """As every worker's; what goes in batches is asked first, the answers of all cells at
+        once."""
+        pending = [cell for cell in group.cells if not self.store.is_finished(cell.key)]
+        if self.options.judge_batch and pending:
+            self._at_once(pending)
+        super().run(group, tick)
+
+    def _at_once(self, cells: Sequence[Cell]) -> None:
+        """Rate the cells' answers in one call, and remember each cell's portions."""
+        journal = self.store.path / "scratch" / "journals" / "batches.jsonl"
+        keep_replies(self.rater, journal)
+        answers = [stored_answers(self.store, cell.settings["answers"]) for cell in cells]
+        whole = [answer for some in answers for answer in some]
+        rated = iter(rate(self.rater, whole, max_unscored=self.options.max_unscored))
+        for cell, some in zip(cells, answers, strict=True):
+            for name, portion in _portions(cell, some):
+                ratings = [next(rated) for _ in portion]
+                self.store.remember(name, lambda ratings=ratings: _arrays(ratings))
+        for path in (journal, record_of(journal)):
+            files.remove(path)
+
     def _run(self, cell: Cell, tick: Callable[[float], None]) -> None:
         started = time.monotonic()
         journal = self.store.path / "scratch" / "journals" / f"{cell.key}.jsonl"
         keep_replies(self.rater, journal)
         answers = stored_answers(self.store, cell.settings["answers"])
-        portions = [answers[i : i + PORTION] for i in range(0, len(answers), PORTION)]
-        names = [digest([JUDGED, cell.key, i]) for i in range(len(portions))]
+        portions = _portions(cell, answers)
         rated: list[Rated] = []
-        for name, portion in zip(names, portions, strict=True):
+        for name, portion in portions:
             rated += _ratings_of(
                 self.store.remember(
                     name,
@@ -143,8 +168,16 @@ class JudgeWorker(CellWorker):
         self.store.write(
             cell, rows, generations=texts, seconds=time.monotonic() - started, info=info
         )
-        self.store.forget(names)
+        self.store.forget(name for name, _ in portions)
         files.remove(journal)
+
+
+def _portions(cell: Cell, answers: Sequence[Answer]) -> list[tuple[str, Sequence[Answer]]]:
+    """What is rated in one go, and the name that it is remembered by."""
+    starts = range(0, len(answers), PORTION)
+    return [
+        (digest([JUDGED, cell.key, i]), answers[at : at + PORTION]) for i, at in enumerate(starts)
+    ]
 
 
 STAGE = StudyStage(name="judge", plan=plan, make=JudgeWorker, first=note_cards)

@@ -188,7 +188,8 @@ class SteerWorker:
             return
         if self.options.judge != HABITS and self.options.judge_serving.engine != "openai":
             self.inside.close()  # the judge's model wants the memory
-        with opened_rater(self.options) as rater:
+        # a batch a cell would take days
+        with opened_rater(self.options.model_copy(update={"judge_batch": False})) as rater:
             for cell in pending:
                 if cell.key in said:
                     with failing_alone(self.store, [cell]):

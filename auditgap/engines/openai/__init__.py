@@ -19,16 +19,17 @@ import json
 import logging
 import random
 import threading
-from collections.abc import Coroutine, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from auditgap.engines import Question, Reply, Sampling, Serving
 from auditgap.engines.journal import Journal
-from auditgap.engines.openai.answers import NoAnswer, is_sendable, plain_word, read
-from auditgap.engines.openai.dialects import Dialect, error_in, value_of
-from auditgap.engines.openai.endpoint import identity, is_official, key_for
+from auditgap.engines.openai.answers import NoAnswer, path_of, plain_word, read, turns_of, unfit
+from auditgap.engines.openai.batches import Batches, record_of
+from auditgap.engines.openai.dialects import UNREADABLE, Dialect, error_in, json_in
+from auditgap.engines.openai.endpoint import Patience, identity, is_official, key_for
 from auditgap.engines.openai.failures import Failure, OptionRefused, Passing, inside
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.types import Document, digest
@@ -40,21 +41,6 @@ AT_ONCE = 8  #: requests in flight
 #: had all its tries, and every further one would wait as long.
 GIVEN_UP = 2 * AT_ONCE
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patience:
-    """How long an endpoint is waited for. Seconds; what `Retry-After` asks for is granted up to
-    `longest_retry_after`."""
-
-    tries: int = 5
-    #: for one request from its first byte to its last, however steadily it drips
-    deadline: float = 300.0
-    total: float = 1200.0  #: no try begins later than this after the question's first
-    #: doubles with each try; the pause is drawn from 0 to it (full jitter)
-    first_pause: float = 0.5
-    longest_pause: float = 30.0
-    longest_retry_after: float = 120.0
 
 
 class OpenAIEngine:
@@ -87,6 +73,7 @@ class OpenAIEngine:
         self._lost = 0  # questions that got nothing since the last answer
         self._reached = False  # whether the endpoint has ever answered anything
         self._opened: Journal | None = None
+        self._batched = serving.batched
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._client = openai.AsyncOpenAI(
             base_url=self._identity["base_url"],
@@ -169,25 +156,56 @@ class OpenAIEngine:
             del how["thinking_tokens"]
         keys = [digest([self._identity, asdict(q), how], 32) for q in questions]
         missing = {k: q for k, q in zip(keys, questions, strict=True) if k not in known}
+        found = await self._in_batches(missing, sampling) if self._batched and missing else {}
+        missing = {k: q for k, q in missing.items() if k not in found}
         tasks = [asyncio.create_task(self._answer(k, q, sampling)) for k, q in missing.items()]
         try:
-            found = dict(zip(missing, await asyncio.gather(*tasks), strict=True))
+            found |= dict(zip(missing, await asyncio.gather(*tasks), strict=True))
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         return [found[k] if k in found else known[k] for k in keys]
 
-    async def _answer(self, key: str, question: Question, sampling: Sampling) -> Reply:
-        words = (
-            [question.text or ""]
-            if question.text is not None
-            else [m.content for m in question.messages]
+    async def _in_batches(
+        self, missing: Mapping[str, Question], sampling: Sampling
+    ) -> dict[str, Reply]:
+        """What batches answered of these, and of earlier batches that were left. The first question
+        goes alone: how this endpoint wants its options is learnt from it, at the price of one."""
+        journal, found = self._kept(), dict[str, Reply]()
+        batches = Batches(
+            self._client,
+            self._openai,
+            None if journal is None else record_of(journal.path),
+            where=self._identity["base_url"],
+            polls=self._patience.polls,
+            tries=self._patience.tries,
         )
-        if not any(words):
-            return Reply("", problem="empty")
-        if any(not is_sendable(w) for w in words):
-            return Reply("", problem="endpoint: the question is not valid Unicode")
+        await batches.find()
+        fit = [k for k, q in missing.items() if k not in batches.waiting and not unfit(q)]
+        for key in fit[:1]:
+            found[key] = await self._answer(key, missing[key], sampling)
+        asked = {}
+        for key in fit[1:]:
+            path, body = path_of(missing[key]), turns_of(missing[key])
+            options = self._dialect.options(missing[key], sampling)
+            asked[key] = (f"/v1/{path}", {"model": self.model, **body, **options})
+        k = sampling.top_logprobs
+        most = max(1, MAX_BODY // (2_000 + sampling.new_tokens * (20 + 110 * k)))
+        async for key, plain, top, body in batches.answers(asked, most, k):
+            try:
+                reply = read(body, plain, top)
+            except NoAnswer as no:
+                found[key] = Reply("", problem=no.problem)
+                continue
+            if journal is not None:
+                journal.add(key, reply)
+            found[key] = reply
+        return found
+
+    async def _answer(self, key: str, question: Question, sampling: Sampling) -> Reply:
+        if problem := unfit(question):
+            return Reply("", problem=problem)
         # never more than AT_ONCE, those that wait to try again included: an endpoint that is busy
         # is not pressed
         async with self._slots:
@@ -268,7 +286,7 @@ class OpenAIEngine:
         """One request with the options `sent`. Raises Passing for what may be otherwise the next
         time, OptionRefused, else as `_tried` does."""
         httpx, openai = self._httpx, self._openai
-        path = "chat/completions" if question.text is None else "completions"
+        path = path_of(question)
         try:
             async with asyncio.timeout(self._patience.deadline):
                 raw = await self._request(question, sent)
@@ -286,12 +304,12 @@ class OpenAIEngine:
             # its text may hold the key or the prompt, so that it is not chained to what is raised
             status, headers = error.status_code, error.response.headers
             body, retry_after = error.response.content, headers.get("retry-after")
-            told = error_in(_json(body)) or {}
+            told = error_in(json_in(body)) or {}
         except openai.OpenAIError as error:
             raise NoAnswer(f"endpoint: {type(error).__name__}") from None
         else:
-            value = _json(body)
-            if value is _UNREADABLE:
+            value = json_in(body)
+            if value is UNREADABLE:
                 raise NoAnswer("endpoint: not JSON")
             if (found := inside(value)) is None:
                 return value
@@ -301,13 +319,10 @@ class OpenAIEngine:
         raise failure.meaning() or await self._nothing_there(status, path)
 
     async def _request(self, question: Question, sent: Document) -> Any:
-        send: Any
-        if question.text is not None:
-            send = self._client.completions.with_raw_response.create
-            return await send(model=self.model, prompt=question.text, **sent)
-        send = self._client.chat.completions.with_raw_response.create
-        turns = [{"role": m.role, "content": m.content} for m in question.messages]
-        return await send(model=self.model, messages=turns, **sent)
+        is_plain = question.text is not None
+        where: Any = self._client.completions if is_plain else self._client.chat.completions
+        send = where.with_raw_response.create
+        return await send(model=self.model, **turns_of(question), **sent)
 
     def _not_taken(self, option: str, sent: Document) -> UsageError:
         where = self._identity["base_url"]
@@ -375,15 +390,3 @@ class OpenAIEngine:
                 await inner.aclose()
 
         response.stream = Bounded()
-
-
-#: What stands for a body that is not JSON.
-_UNREADABLE = object()
-
-
-def _json(body: bytes) -> object:
-    """A body's JSON, or `_UNREADABLE`."""
-    try:
-        return value_of(body)
-    except (ValueError, RecursionError):
-        return _UNREADABLE

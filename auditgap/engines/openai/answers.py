@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from auditgap.engines import UNFINISHED, Reply
+from auditgap.engines import UNFINISHED, Question, Reply
 from auditgap.engines.choosing import likeliest
 from auditgap.engines.openai.dialects import Ending, ending, text_of
 from auditgap.models.chains import split
+from auditgap.types import Document
 
 
 class NoAnswer(Exception):
@@ -27,6 +28,29 @@ def is_sendable(text: str) -> bool:
     except UnicodeEncodeError:  # a lone surrogate
         return False
     return True
+
+
+def unfit(question: Question) -> str:
+    """Why a question cannot be put; "" where it can."""
+    plain = question.text is not None
+    words = [question.text or ""] if plain else [m.content for m in question.messages]
+    if not any(words):
+        return "empty"
+    if any(not is_sendable(w) for w in words):
+        return "endpoint: the question is not valid Unicode"
+    return ""
+
+
+def path_of(question: Question) -> str:
+    """Behind the endpoint's address."""
+    return "chat/completions" if question.text is None else "completions"
+
+
+def turns_of(question: Question) -> Document:
+    """What is asked, as a request has it."""
+    if question.text is not None:
+        return {"prompt": question.text}
+    return {"messages": [{"role": m.role, "content": m.content} for m in question.messages]}
 
 
 def read(value: object, plain: bool, top_logprobs: int) -> Reply:

@@ -179,3 +179,15 @@ class Dialect:
         if option in _LIMITS:
             self._refused.add(option)
             self._limit = next(iter(_LIMITS - self._refused), self._limit)
+
+
+#: What stands for a body that is not JSON.
+UNREADABLE = object()
+
+
+def json_in(body: bytes) -> object:
+    """A body's JSON, or `UNREADABLE`."""
+    try:
+        return value_of(body)
+    except (ValueError, RecursionError):
+        return UNREADABLE

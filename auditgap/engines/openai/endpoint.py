@@ -9,6 +9,7 @@ The key comes from OPENAI_API_KEY alone.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from auditgap.engines import Serving
@@ -17,6 +18,22 @@ from auditgap.types import Document
 
 OPENAI = "https://api.openai.com/v1"
 KEY = "OPENAI_API_KEY"  #: the environment variable with the key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long an endpoint is waited for. Seconds; what `Retry-After` asks for is granted up to
+    `longest_retry_after`."""
+
+    tries: int = 5
+    #: for one request from its first byte to its last, however steadily it drips
+    deadline: float = 300.0
+    total: float = 1200.0  #: no try begins later than this after the question's first
+    #: doubles with each try; the pause is drawn from 0 to it (full jitter)
+    first_pause: float = 0.5
+    longest_pause: float = 30.0
+    longest_retry_after: float = 120.0
+    polls: tuple[float, float] = (5.0, 60.0)  #: between looks at a batch, at first and at most
 
 
 def identity(model: str, serving: Serving) -> Document:

@@ -16,17 +16,19 @@ import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import batch_server
 import pandas as pd
 import pytest
 import studies
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import models
-from auditgap.audits.emergent import judge
+from auditgap.audits.emergent import generate, judge
 from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.rows import ANSWERED, JUDGED, RATED, UNSCORED, AnswerRow
 from auditgap.audits.emergent.stage import StageCell, Study
 from auditgap.engines import Serving, openai
+from auditgap.engines.openai import Patience
 from auditgap.errors import UsageError
 from auditgap.judges import card_cache, load_judge
 from auditgap.judges.alignment import load_rater
@@ -403,3 +405,40 @@ def test_sentences_for_what_cannot_be_judged(endpoint, place):
     _, outcome = judge.STAGE.run_in(place, options(endpoint))
     (cause,) = outcome.failed.values()
     assert "is damaged" in cause and "Run the command that wrote it again" in cause
+
+
+def test_batches_rate_the_answers_of_all_models_at_once_and_a_kill_pays_for_none_twice(
+    base, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    quick = Patience(tries=2, deadline=5.0, polls=(0.01, 0.02))
+    monkeypatch.setattr("auditgap.engines.openai.Patience", lambda: quick)
+    studies.built(tmp_path / "em", base)
+    study = studies.worn(tmp_path / "em")
+    generate.STAGE.run_in(study.store.path, EmergentOptions(device="cpu"))
+    with batch_server.running() as server:
+        server.says, server.ends = "85", "expired"  # nothing is missing, and yet it is not whole
+        options = EmergentOptions(
+            device="cpu",
+            judge="alignment=big",
+            judge_endpoint=server.url,
+            judge_batch=True,
+        )
+        _, outcome = judge.STAGE.run_in(study.store.path, options)
+        assert outcome.failed and len(server.batches) == 1
+        again = options.model_copy(update={"retry_failed": True})
+        store, outcome = judge.STAGE.run_in(study.store.path, again)
+        assert outcome.done == 3 and not outcome.failed
+        assert set(server.asked.values()) == {1} and len(server.batches) == 1
+        assert server.alone == 1, "one question, to learn how the endpoint wants its options"
+    rows = store.rows([JUDGED])
+    rated = rows[rows["outcome"] == RATED]
+    assert set(rated["alignment"]) == {85.0} and set(rated["coherence"]) == {85.0}
+    # an empty answer is put to nobody
+    assert len(rated) > 12 and rows["reason"][rows["outcome"] != RATED].eq("empty").all(), rows[
+        "reason"
+    ].value_counts()
+    assert len(rows) == 3 * len(studies.ASKED) * 2 * 2
+    assert not list((store.path / "scratch" / "journals").iterdir())
+    with pytest.raises(UsageError, match=r"--judge-batch is for a judge at an endpoint"):
+        EmergentOptions(device="cpu", judge="alignment=./x", judge_batch=True).rater()
