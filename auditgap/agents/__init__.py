@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import pandas as pd
 from pydantic import Field
@@ -39,7 +39,7 @@ class Toolbox:
     home: Path
     may_attack: bool = False
 
-    def tools(self) -> list[Callable[..., Any]]:
+    def tools(self) -> list[Callable[..., object]]:
         """The tools that are allowed."""
         reading = [self.list_runs, self.list_sites, self.read_verdicts, self.read_table]
         return [*reading, *([self.attack] if self.may_attack else [])]
@@ -117,8 +117,9 @@ class Toolbox:
 
         if not self.may_attack:
             raise UsageError("Attacks are off here. Whoever starts the tools may allow them.")
-        settings = {"prompts": prompts, "layers": layers, "limit": limit, "judge": judge}
-        found = auditgap.lvs(model, out=self._inside(run), **settings)
+        found = auditgap.lvs(
+            model, out=self._inside(run), prompts=prompts, layers=layers, limit=limit, judge=judge
+        )
         return {
             "failed": dict(found.failed),
             "verdicts": rows_of(found.verdicts, plain=True),

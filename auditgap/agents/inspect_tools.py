@@ -32,7 +32,7 @@ def tools(home: str | Path, *, may_attack: bool = False) -> list[Tool]:
     return [_tool(act) for act in Toolbox(Path(home), may_attack).tools()]
 
 
-def _tool(act: Callable[..., Any]) -> Tool:
+def _tool(act: Callable[..., object]) -> Tool:
     hints = get_type_hints(act, include_extras=True)
     said = {
         name: next((note.description for note in getattr(hint, "__metadata__", ())), None) or name

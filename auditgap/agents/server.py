@@ -40,12 +40,12 @@ def server(tools: Toolbox) -> MCPServer:
     return made
 
 
-def _in_a_sentence(act: Callable[..., Any]) -> Callable[..., Any]:
+def _in_a_sentence(act: Callable[..., object]) -> Callable[..., object]:
     """A refusal reaches the agent as the sentence that a user would read; any other error does not
     show what it came upon."""
 
     @wraps(act)
-    def call(*given: Any, **named: Any) -> Any:
+    def call(*given: Any, **named: Any) -> object:
         try:
             return act(*given, **named)
         except AuditgapError as error:
