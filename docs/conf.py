@@ -9,18 +9,21 @@ import auditgap
 project = "auditgap"
 author = "the auditgap authors"
 version = release = auditgap.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
 exclude_patterns: list[str] = []
 source_suffix = {".md": "markdown"}
 myst_heading_anchors = 3
 suppress_warnings = ["myst.xref_missing"]  # links to files of the repository that are no pages here
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
-html_theme = "alabaster"
+html_theme = "furo"  # light and dark, as the reader's system has it
+html_title = "auditgap"
 html_theme_options = {
-    "description": "Behavioural safety minus robustness under bounded edits.",
-    "fixed_sidebar": True,
+    "light_css_variables": {"color-brand-primary": "#c2410c", "color-brand-content": "#0b66a3"},
+    "dark_css_variables": {"color-brand-primary": "#ff8f5c", "color-brand-content": "#6fb7f0"},
 }
+html_static_path: list[str] = []
+copybutton_prompt_text = "$ "
 
 
 def setup(app) -> None:

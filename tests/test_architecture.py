@@ -35,6 +35,7 @@ STREET = (
     "evidence",
     "inspect",
     "api",
+    "agents",
     "cli",
 )
 #: A heavy or optional library and where alone it may be imported: a file, or a folder.
@@ -45,7 +46,8 @@ HOMES = {
         f"engines/vllm/{name}.py" for name in ("process", "worker", "editor", "self_test")
     ),
     "openai": ("engines/openai/",),
-    "inspect_ai": ("inspect/export.py", "inspect/tasks.py"),
+    "inspect_ai": ("inspect/export.py", "inspect/tasks.py", "agents/inspect_tools.py"),
+    "mcp": ("agents/server.py",),
     "deepspeed": ("training/engine.py",),
     "fsspec": ("store/objects.py",),
     "cryptography": ("evidence/",),
@@ -209,7 +211,7 @@ OPENS = {
     "load_file",
     "safe_open",
 }
-ROOMS_OF_RUNS = ("store", "report", "audits", "evidence", "inspect", "api", "cli")
+ROOMS_OF_RUNS = ("store", "report", "audits", "evidence", "inspect", "api", "agents", "cli")
 DOORS = (
     "store/files.py",
     "store/tables.py",

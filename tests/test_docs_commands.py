@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from cli_tree import faults
 from docs_pages import PAGES, ROOT
 
 
@@ -16,6 +17,18 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
         if "://" not in target and not target.startswith("mailto:"):
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+def test_commands_inside_sentences_are_there():
+    """Those in blocks of code are run; of those in a sentence or a table the command and its options
+    exist."""
+    wrong, seen = [], 0
+    for page in PAGES:
+        if page.name != "CHANGELOG.md":  # it names commands of releases that are gone
+            found = re.findall(r"`(auditgap [a-z][^`\n…|]*)`", page.read_text("utf-8"))
+            seen += len(found)
+            wrong += [f"{page.name}: {fault}" for line in found for fault in faults(line)]
+    assert seen > 100 and not wrong, "\n".join(wrong)
 
 
 def test_the_site_is_built_without_a_warning(tmp_path):

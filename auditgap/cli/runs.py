@@ -1,4 +1,4 @@
-"""`auditgap report`, `status`, `grade`, `inspect` and `export-edits`: what is done with a run folder
+"""`auditgap report`, `status`, `grade`, `inspect`, `mcp` and `export-edits`: what is done with a run folder
 afterwards, whichever audit made it.
 
     auditgap status runs/smollm2
@@ -44,6 +44,7 @@ def add(app: typer.Typer) -> None:
             inspect,
             ("auditgap inspect runs/behaviour --out behaviour.eval && inspect view --log-dir .",),
         ),
+        ("mcp", mcp, ("auditgap mcp runs", "auditgap mcp runs --allow-attacks")),
         (
             "export-edits",
             export_edits,
@@ -296,6 +297,24 @@ def inspect(
     write_log(store, to or store.path / name, subject=subject, allow_raw=allow_raw)
     store.publish()
     answer(as_json, f"Log: {to or store.at(name)}", log=str(to or store.at(name)))
+
+
+def mcp(
+    folder: Annotated[Path, typer.Argument(help="Folder of runs; nothing outside it is read.")],
+    allow_attacks: Annotated[
+        bool,
+        typer.Option("--allow-attacks", help="Also let agents attack models; writes into FOLDER."),
+    ] = False,
+) -> None:
+    """Serve runs to auditor agents over MCP, on stdin and stdout: they list sites, read verdicts
+    and tables. Read-only; prompts and completions are never shown."""
+    quiet()
+    from auditgap.agents import Toolbox
+    from auditgap.agents.server import serve
+
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder. For example: auditgap mcp runs")
+    serve(Toolbox(folder, allow_attacks))
 
 
 def export_edits(
