@@ -244,7 +244,7 @@ from auditgap.models import Rendered
 from auditgap.types import Prompt
 
 torch.set_num_threads(1)
-N, T = 96, 240
+N, T = 256, 240
 ids = torch.randint(4, tiny.VOCABULARY, (N, T), generator=torch.Generator().manual_seed(0)).tolist()
 rows = [Rendered(Prompt(str(i)), tuple(one), (True,) * T) for i, one in enumerate(ids)]
 tried, passed = [], []
@@ -269,7 +269,7 @@ tried.clear()
 found["free"] = score(rows)
 found["free_tried"] = list(tried)
 print(json.dumps(found))
-""".replace("ROOM", str(60 << 20))
+""".replace("ROOM", str(150 << 20))
 
 
 class TestOutOfMemory:
@@ -339,7 +339,7 @@ class TestOutOfMemory:
         )
 
     def test_memory_that_really_runs_out(self):
-        """A process that may have 60 MB more than it has, and a batch that wants more."""
+        """A process that may have 150 MB more than it has, and a batch that wants more."""
         done = subprocess.run(
             [sys.executable, "-c", REALLY],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
