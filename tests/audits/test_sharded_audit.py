@@ -226,6 +226,29 @@ class TestWhenARankFails:
             engine.activations([Rendered(Prompt("strange"), (5, 100_000), (True, True))], Site(0))
         assert "\n" not in str(caught.value) and engine.closed
 
+    def test_one_whose_memory_runs_out_has_all_agree_on_half(self, home):
+        """Rank 1 may have 30 MB more than it has, and the batch wants more: both are started again,
+        with batches of half as many tokens."""
+        outline = models.outline(str(home / "model"))
+        drawn = torch.randint(4, tiny.VOCABULARY, (512, 240), generator=torch.manual_seed(0))
+        rows = [
+            Rendered(Prompt(str(i)), tuple(ids), (True,) * 240)
+            for i, ids in enumerate(drawn.tolist())
+        ]
+        answers = [(13, 9)] * len(rows)
+        alone = HFEngine(models.load(outline, dtype="float32", device="cpu")).nll(rows, answers)
+        with RankedEngine(
+            outline, TWO, dtype="float32", device="cpu", batch_tokens=1 << 20
+        ) as engine:
+            engine.nll(rows[:2], answers[:2])
+            pids = engine.pids
+            short = psutil.Process(pids[1])
+            most = short.memory_info().vms + (30 << 20)
+            short.rlimit(psutil.RLIMIT_AS, (most, most))
+            assert engine.nll(rows, answers) == pytest.approx(alone, abs=1e-4)
+            assert set(engine.pids).isdisjoint(pids) and engine._most is not None
+            assert 512 * 240 / 32 < engine._most <= 512 * 242 / 2
+
     def test_interrupted(self, engine):
         goals = [Goal(r, TARGET, (0.1, 0.4)) for r in RENDERED]
         threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
