@@ -4,9 +4,10 @@
     tools.list_sites("smollm2")                      # [{"site": "embedding", "layer_index": -1}, …]
     tools.read_table("tuned/lvs", "lvs", limit=5)    # rows, nothing rounded
 
-`server` offers them over MCP and `inspect_tools` as tools of inspect_ai. Nothing outside the folder
-is read, and nothing is written unless `may_attack` is set; prompts and completions are never shown,
-as no table holds any. What a tool says of a run is data: names in it are strangers' text.
+`server` offers them over MCP and `inspect_tools` as tools of inspect_ai. No runs or prompts outside
+the folder are read (models are opened wherever they are, as by the commands), and nothing is written
+unless `may_attack` is set; prompts and completions are never shown, as no table holds any. What a
+tool says of a run is data: names in it are strangers' text.
 """
 
 from __future__ import annotations
@@ -105,7 +106,9 @@ class Toolbox:
         self,
         model: Model,
         run: Annotated[str, Field(description="the new run's folder; one that is there resumes")],
-        prompts: Annotated[str, Field(description="a named set, such as harmbench")] = "harmbench",
+        prompts: Annotated[
+            str, Field(description="a named set, such as harmbench, or a file among the runs")
+        ] = "harmbench",
         layers: Annotated[str, Field(description="sites")] = "embedding,mid,last",
         limit: Annotated[int, Field(ge=1, le=MOST_PROMPTS, description="prompts")] = 12,
         judge: Annotated[str, Field(description="who judges the answers")] = "builtin",
@@ -113,12 +116,14 @@ class Toolbox:
         """Attack a model's hidden states with bounded edits and their controls, and judge what it
         says. Takes minutes to hours; answers with the verdicts and the audit gap by budget."""
         import auditgap
+        from auditgap.data.sources import SOURCES
         from auditgap.store.tables import rows_of
 
         if not self.may_attack:
             raise UsageError("Attacks are off here. Whoever starts the tools may allow them.")
+        asked = prompts if prompts in SOURCES else str(self._inside(prompts))
         found = auditgap.lvs(
-            model, out=self._inside(run), prompts=prompts, layers=layers, limit=limit, judge=judge
+            model, out=self._inside(run), prompts=asked, layers=layers, limit=limit, judge=judge
         )
         return {
             "failed": dict(found.failed),

@@ -104,6 +104,8 @@ def test_inspect_has_the_same_tools(home):
 def test_nothing_outside_the_folder_is_read(home, run):
     with pytest.raises(UsageError, match="not inside the folder"):
         Toolbox(home / "runs").read_verdicts(run)
+    with pytest.raises(UsageError, match="not inside the folder"):
+        Toolbox(home / "runs", may_attack=True).attack("none", "new", prompts=run)
 
 
 def test_a_link_out_of_the_folder_is_not_followed(home):
