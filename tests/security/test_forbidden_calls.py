@@ -27,6 +27,10 @@ FILES = [
 #: (file, what) -> why it is safe there.
 ALLOWED = {
     ("auditgap/config.py", "yaml.load"): "with a loader that is a SafeLoader: see the test below",
+    **{
+        ("auditgap/data/age.py", module): "reads one member of the user's own file, in memory"
+        for module in ("zipfile", "tarfile")
+    },
 }
 
 
@@ -130,11 +134,8 @@ def test_it_stands_nowhere(rule):
 def test_every_exception_is_used():
     """A list that nobody needs any more is a door left open."""
     for (name, what), why in ALLOWED.items():
-        assert (
-            what
-            in [call for call, _ in calls(ast.parse((ROOT / name).read_text(encoding="utf-8")))]
-            and why
-        )
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        assert why and any(what in find(tree) for find, _ in RULES.values())
 
 
 def test_the_yaml_loader_makes_plain_values_only(tmp_path):

@@ -84,7 +84,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "a link": (linked, 4, "link out of its folder"),
     "an index outside": (outside, 4, "points at"),
     "a lying header": (lying, 2, "readable"),
-    "missing weights": (config(num_hidden_layers=6), 3, "do not fit"),
+    "missing weights": (config(num_hidden_layers=6), 2, "do not fit"),
     "a template that fills the memory": (template("{{ 'a' * 10**11 }}"), 4, "needs more than"),
     "a template that breaks out": (
         template("{{ ().__class__.__base__.__subclasses__() }}"),
