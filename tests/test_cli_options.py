@@ -101,7 +101,7 @@ def test_no_option_is_lost():
 
 
 #: What shows nothing but a file's text, a schema, a job's log or pip's.
-WITHOUT_JSON = {"init", "presets page", "schema", "setup", "submit"}
+WITHOUT_JSON = {"init", "mcp", "presets page", "schema", "setup", "submit"}
 
 
 def test_every_command_that_shows_something_can_show_json():

@@ -22,6 +22,7 @@ COMMAND = re.compile(r"(?:(?<=`)|(?<=: )|^)auditgap ([^`\n;]*)")
 OPTION = re.compile(r"(?<![\w/-])--[a-z][a-z0-9_-]*")
 #: Options of other programs that a message or a command line of ours names.
 THEIRS = {
+    "--k": "a property of the report's style sheet",
     "--no-deps": "pip",
     "--object-store-memory": "ray",
     "--input_folder": "DeepSpeed's converter",

@@ -277,7 +277,7 @@ def test_a_terminal_gets_a_bar_even_a_narrow_one(store, log, width):
         progress=progress,
     )
     last = stream.getvalue().split("\r")[-1]
-    assert "3/3 cells, took 0 s" in last and "━" in last
+    assert re.search(r"3/3 cells, took \d+ s", last) and "━" in last
     assert ("[red]odd[/name" in last) == (width == 120)
 
 
