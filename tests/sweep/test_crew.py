@@ -197,10 +197,10 @@ def full(mounted, monkeypatch):
 
 
 class Heavy:
-    """What makes a worker, and weighs more than a third of the store."""
+    """What makes a worker, and weighs more than half of the store."""
 
     def __init__(self, store, log: Path) -> None:
-        self.store, self.log, self.ballast = store, log, os.urandom(30_000_000)
+        self.store, self.log, self.ballast = store, log, os.urandom(60_000_000)
 
     def __call__(self) -> toys.Toy:
         return toys.Toy(self.store, self.log)
