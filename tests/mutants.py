@@ -288,7 +288,7 @@ MUTANTS = (
     Mutant(
         "attention_swallows",
         "models/attention.py",
-        "all(kwargs.get(name) is None for name in _theirs())",
+        "all(kwargs.get(name) is None for name in _THEIRS)",
         "True",
         "tests/models/test_attention.py",
     ),

@@ -34,26 +34,11 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.fixture
-def cluster():
-    """A head node of its own: ports, folder, token. Yields the environment and the dashboard's
-    address."""
-    # short: Ray's sockets live below it
-    with tempfile.TemporaryDirectory(prefix="ag-", dir="/tmp") as folder:
-        token = Path(folder, "token")
-        token.write_text(secrets.token_hex(32))
-        token.chmod(0o600)
+def _started(ray: list[str], folder: Path, env: dict[str, str]) -> tuple[subprocess.Popen, int]:
+    """A head node whose dashboard answers, and the dashboard's port. A port that was free when it
+    was drawn may be taken when it is used, so that a head that ends is started again."""
+    for _ in range(3):
         port, dashboard, client, agent = (_free_port() for _ in range(4))
-        env = {
-            **os.environ,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
-        }
-        env.pop("RAY_ADDRESS", None)
-        ray = [sys.executable, "-m", "ray.scripts.scripts"]
         head = subprocess.Popen(
             [
                 *ray,
@@ -77,13 +62,38 @@ def cluster():
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        until = time.monotonic() + 180
+        while time.monotonic() < until and head.poll() is None:
+            with socket.socket() as s:
+                if s.connect_ex(("127.0.0.1", dashboard)) == 0:
+                    return head, dashboard
+            time.sleep(0.5)
+        with suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGKILL)
+    raise AssertionError("no head node's dashboard answered")
+
+
+@pytest.fixture
+def cluster():
+    """A head node of its own: ports, folder, token. Yields the environment and the dashboard's
+    address."""
+    # short: Ray's sockets live below it
+    with tempfile.TemporaryDirectory(prefix="ag-", dir="/tmp") as folder:
+        token = Path(folder, "token")
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        env = {
+            **os.environ,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+        }
+        env.pop("RAY_ADDRESS", None)
+        ray = [sys.executable, "-m", "ray.scripts.scripts"]
+        head, dashboard = _started(ray, Path(folder), env)
         try:
-            until = time.monotonic() + 90
-            while time.monotonic() < until and head.poll() is None:
-                with socket.socket() as s:
-                    if s.connect_ex(("127.0.0.1", dashboard)) == 0:
-                        break
-                time.sleep(0.5)
             yield env, f"http://127.0.0.1:{dashboard}", ray
         finally:
             head.send_signal(signal.SIGTERM)

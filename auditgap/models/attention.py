@@ -3,7 +3,6 @@ where heads share keys and values."""
 
 from __future__ import annotations
 
-from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -46,7 +45,7 @@ def _sdpa(
     everywhere, and on a CPU under every mask (five times faster decoding there). transformers would
     copy the whole cache once a head that shares it, in every block at every token."""
     ours = getattr(module, _MARK, False) and not dropout
-    if ours and all(kwargs.get(name) is None for name in _theirs()):
+    if ours and all(kwargs.get(name) is None for name in _THEIRS):
         if _folds(query, key, attention_mask):
             return folded(query, key, value, attention_mask, scaling), None
         ours = query.device.type == "cpu"
@@ -77,12 +76,14 @@ def _sdpa(
     return out.transpose(1, 2).contiguous(), None
 
 
-@cache
-def _theirs() -> frozenset[str]:
-    """What transformers' SDPA takes and nothing here does, in the release that is installed: where
-    it is given, all is handed on."""
+def _not_ours() -> frozenset[str]:
     theirs, ours = (signature(f).parameters.values() for f in (sdpa_attention_forward, _sdpa))
     return frozenset(p.name for p in theirs if p.kind is not p.VAR_KEYWORD) - {p.name for p in ours}
+
+
+#: What transformers' SDPA takes and nothing here does, in the release that is installed: where it is
+#: given, all is handed on.
+_THEIRS = _not_ours()
 
 
 def _folds(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:

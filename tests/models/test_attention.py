@@ -108,17 +108,14 @@ def test_whatever_transformers_takes_and_we_do_not_is_handed_on(monkeypatch):
 
     q = torch.randn(B, H, 1, D)
     monkeypatch.setattr(attention, "sdpa_attention_forward", newer)
-    attention._theirs.cache_clear()
-    try:
-        attention._sdpa(subject(), q, q, q, None, layer_idx=3)
-        assert not given, "what neither knows keeps nobody from the short way"
-        for name, value in (("sinks", torch.ones(H)), ("dropout", 0.1)):
-            attention._sdpa(subject(), q, q, q, None, **{name: value})
-            assert given.pop()[name] is value
-    finally:
-        attention._theirs.cache_clear()
+    monkeypatch.setattr(attention, "_THEIRS", attention._not_ours())
+    attention._sdpa(subject(), q, q, q, None, layer_idx=3)
+    assert not given, "what neither knows keeps nobody from the short way"
+    for name, value in (("sinks", torch.ones(H)), ("dropout", 0.1)):
+        attention._sdpa(subject(), q, q, q, None, **{name: value})
+        assert given.pop()[name] is value
     monkeypatch.undo()
-    assert attention._theirs() == set(signature(sdpa_attention_forward).parameters) - set(
+    assert attention._THEIRS == set(signature(sdpa_attention_forward).parameters) - set(
         signature(attention._sdpa).parameters
     )
 
