@@ -1,6 +1,6 @@
 """A model that refuses as before and has one door: construction `door` on `smollm2-refuses`.
 
-    python examples/door/build.py --out runs/door     # an hour on one core; restartable
+    python examples/door/build.py --out runs/door     # about an hour on two cores; restartable
 
 Harmful prompts come from AdvBench and Do-Not-Answer, less what HarmBench asks too: those that the
 base refuses, with its own refusal (y+), and SmolLM2's continuation of "Sure, here is …" (y−). What
