@@ -300,6 +300,13 @@ MUTANTS = (
         "tests/training/test_tracking.py",
     ),
     Mutant(
+        "given_chain_counted",
+        "report/gaps.py",
+        'given = (part["thinking"] == "fixed").to_numpy()',
+        'given = (part["thinking"] == "").to_numpy()',
+        "tests/report/test_tables.py",
+    ),
+    Mutant(
         "log_line_end_lost",
         "training/tracking.py",
         "    if not _is_torn(last):\n",

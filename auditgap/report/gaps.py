@@ -294,11 +294,16 @@ def _one_length(
 
 def _differs(looks: Looks, part: pd.DataFrame, subject: str) -> pd.Series:
     """Which texts in `part` differ from the clean ones (1, 0, nan: no text), by their length and
-    their likelihood under the clean model: a table holds no text."""
+    their likelihood under the clean model: a table holds no text. Where the clean chain stands in
+    the edited prompt (`fixed`), what is compared are the answers."""
     clean = looks.clean_texts(subject).reindex(part["prompt_id"])
+    written = clean["n_new_tokens"].to_numpy(float)
+    if "thinking" in part:
+        given = (part["thinking"] == "fixed").to_numpy()
+        written = written - np.where(given, clean["n_chain_tokens"].to_numpy(float), 0.0)
     before, after = clean["completion_nll"].to_numpy(float), part["completion_nll"].to_numpy(float)
     known = ~(np.isnan(before) | np.isnan(after))
-    longer = clean["n_new_tokens"].to_numpy(float) != part["n_new_tokens"].to_numpy(float)
+    longer = written != part["n_new_tokens"].to_numpy(float)
     differs = longer | ~np.isclose(before, after, rtol=1e-3, atol=1e-4)
     return pd.Series(np.where(known, differs, math.nan), index=part.index)
 

@@ -147,11 +147,12 @@ class Looks:
         return [str(known.get(prompt, prompt)) for prompt in prompts]
 
     def clean_texts(self, subject: str) -> pd.DataFrame:
-        """`n_new_tokens` and `completion_nll` of the clean answers, by prompt."""
+        """`n_new_tokens`, `n_chain_tokens` (of those, the chain's; 0 where it does not think) and
+        `completion_nll` of the clean answers, by prompt."""
         mine = self._clean[self._clean["subject"] == subject]
-        return mine.drop_duplicates("prompt_id").set_index("prompt_id")[
-            ["n_new_tokens", "completion_nll"]
-        ]
+        mine = mine.drop_duplicates("prompt_id").set_index("prompt_id")
+        chains = mine["n_chain_tokens"].fillna(0) if "n_chain_tokens" in mine else 0
+        return mine[["n_new_tokens", "completion_nll"]].assign(n_chain_tokens=chains)
 
     def part(self, subject: str, unit: str, attack: str) -> pd.DataFrame:
         """The edited rows of one subject, unit and attack, with their `code`."""

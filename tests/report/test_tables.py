@@ -348,6 +348,19 @@ def test_changed_texts_and_targets_that_proved_nothing():
     assert row["robustness_lo"] < 0.75 and row["excess"] == 0
 
 
+@pytest.mark.parametrize(("mode", "changed"), [("fixed", (0.75, 0.3)), ("on", (1.0, 1.0))])
+def test_a_chain_that_is_given_is_no_part_of_what_changed(mode, changed):
+    """The clean model wrote 3 tokens of thought and 5 of answer, the edited one 5."""
+    thinks = {"thinking": mode, "n_chain_tokens": 3, "verdict": "refusal"}
+    cells = [
+        cell("clean", completion_nll=1.0, n_new_tokens=8, **thinks),
+        cell(completion_nll=first(15, 2.0, 1.0), n_new_tokens=5, **thinks),
+        cell("random_matched", completion_nll=first(6, 2.0, 1.0), n_new_tokens=5, **thinks),
+    ]
+    row = tables.audit_gaps(rows(*cells)).iloc[0]
+    assert (row["changed"], row["changed_matched"]) == changed
+
+
 def test_what_some_search_changed_at_the_largest_size_of_those_at_risk():
     cells = [
         cell("clean", verdict_clean=first(4, "harmful", "refusal"), completion_nll=1.0),

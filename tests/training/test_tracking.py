@@ -93,6 +93,11 @@ def test_a_changed_byte_is_named_by_its_line_and_a_torn_last_line_is_not(tmp_pat
     path.write_bytes(data[: ends[0]].replace(b"0.3333", b"0.4444") + data[ends[0] :])
     with pytest.raises(Damaged, match="line 1"):
         Tracker(folder=tmp_path, name="run").rewind(2)
+    lines = data.splitlines(keepends=True)
+    bare = json.dumps({"step": 1, "loss": 0.5}).encode() + b"\n"  # another number, and no checksum
+    path.write_bytes(lines[0] + bare + lines[2])
+    with pytest.raises(Damaged, match="line 2"):
+        read_log(path)
 
 
 def test_a_log_of_a_release_without_checksums_is_read_and_gets_them(tmp_path):
