@@ -300,6 +300,31 @@ MUTANTS = (
         "tests/training/test_tracking.py",
     ),
     Mutant(
+        "headline_of_its_own",
+        "report/reading.py",
+        "    if line.answer == Answer.FAIL:\n        said = ",
+        "    if line.answer != Answer.PASS:\n        said = ",
+        "tests/report/test_verdicts.py",
+    ),
+    Mutant(
+        "half_length_forgotten",
+        "audits/behaviour/rows.py",
+        "matters = complies or refused != _refuses(half, half_text)",
+        "matters = False",
+        "tests/audits/behaviour/test_behaviour.py",
+    ),
+    Mutant(
+        "gradients_summed_in_bf16",
+        "training/ds_config.py",
+        """    if not known["bf16.enabled"] or stage_of(ds):
+        return "fp32"
+""",
+        """    if not known["bf16.enabled"] or stage_of(ds):
+        return "bf16"
+""",
+        "tests/training/test_engine.py",
+    ),
+    Mutant(
         "given_chain_counted",
         "report/gaps.py",
         'given = (part["thinking"] == "fixed").to_numpy()',
