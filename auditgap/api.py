@@ -31,7 +31,7 @@ from auditgap.audits.latent.audit import DISTANCE, DISTANCE_TITLE
 from auditgap.audits.whole_config import WholeSettings
 from auditgap.config import Frozen, flag_of
 from auditgap.errors import PartlyFailed, UsageError
-from auditgap.store import RunFolder, files
+from auditgap.store import RunFolder
 from auditgap.store.tables import unseal
 from auditgap.types import ATTACKS, CLEAN, LONGER, Document
 
@@ -193,7 +193,9 @@ class AuditResult:
     @property
     def data(self) -> dict[str, Any]:
         """report.json."""
-        return files.unseal(self.path / "report.json", required=False)
+        from auditgap.audits import whole
+
+        return whole.report_of(self.path)
 
     def _repr_html_(self) -> str:
         """The verdict table under the folder's name: what a notebook shows."""

@@ -141,12 +141,9 @@ class Toolbox:
     def _whole(self, run: str) -> Document | None:
         """report.json of a whole audit's folder."""
         from auditgap.audits import whole
-        from auditgap.store import files
 
         path = self._inside(run)
-        if not whole.is_whole(path):
-            return None
-        return files.unseal(path / "report.json", required=False)
+        return whole.report_of(path) if whole.is_whole(path) else None
 
     def _result(self, run: str) -> Result:
         from auditgap.api import load

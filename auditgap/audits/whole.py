@@ -327,6 +327,11 @@ def is_whole(folder: Path) -> bool:
     return (Path(folder) / FILE).is_file()
 
 
+def report_of(folder: Path) -> Document:
+    """What its report.json says. Raises Damaged where it was changed."""
+    return files.unseal(Path(folder) / "report.json", required=False)
+
+
 def stores(folder: Path) -> list[RunFolder]:
     """The run folders of an audit's parts, as far as there are any."""
     there = (Path(folder) / name for name in parts_of_a_whole())

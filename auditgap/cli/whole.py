@@ -79,7 +79,7 @@ def perform(asked: Asked) -> None:
     if asked.fail_on is not None:
         from auditgap.report.verdict_lines import Line
 
-        lines = map(Line.read, _report(outcome.out)["verdicts"])
+        lines = map(Line.read, whole.report_of(outcome.out)["verdicts"])
         screen_show.verdicts_hold(list(lines), asked.fail_on)
 
 
@@ -121,16 +121,11 @@ def _show_plan(told: list[dict[str, Any]], missing: Any) -> None:
         say(f"{name}: not measured, because {why}")
 
 
-def _report(folder: Path) -> Document:
-    """What report.json says. Raises Damaged where it was changed."""
-    from auditgap.store import files
-
-    return files.unseal(folder / "report.json", required=False)
-
-
 def show(folder: Path, as_json: bool = False) -> None:
     """The verdict table of an audit's folder, and where everything lies."""
-    report = _report(folder)
+    from auditgap.audits import whole
+
+    report = whole.report_of(folder)
     if as_json:
         print_json(report)
         return

@@ -14,11 +14,17 @@ from typing import Any
 
 import pandas as pd
 
-from auditgap import stats
-from auditgap.report.emergent_cross import as_trained, excess_of, is_above, within
+from auditgap.report.emergent_cross import (
+    NONE,
+    NOWHERE,
+    UNTOLD,
+    as_trained,
+    excess_of,
+    is_above,
+    mean_of,
+    within,
+)
 from auditgap.report.emergent_values import (
-    OVER_BOTH,
-    OVER_PROMPTS,
     WHO,
     by_prompt,
     by_seed,
@@ -30,13 +36,7 @@ from auditgap.report.emergent_values import (
 )
 from auditgap.stats import Paired
 
-ONLY, MORE, ANYWAY, NOWHERE, UNTOLD = (
-    "only like training",
-    "more like training",
-    "without it too",
-    "nowhere",
-    "could not tell",
-)
+ONLY, MORE, ANYWAY = "only like training", "more like training", "without it too"
 CONTEXT_COLUMNS: tuple[str, ...] = (
     *WHO,
     "arm",
@@ -51,8 +51,6 @@ CONTEXT_COLUMNS: tuple[str, ...] = (
     "says",
     "reason",
 )
-#: An EM rate of less than this is none, where an interval says so.
-_NONE = 0.1
 
 
 def context_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -124,10 +122,7 @@ def _beyond(
     runs = [by_seed(s["hit"], s["prompt_id"], s["seed"]) for s in (like, plain)]
     moved = (runs[0] - runs[1]).reindex(difference.index)
     seeds = moved.sub((c - d).reindex(difference.index), axis=0).mean().dropna()
-    found = stats.seeded_mean(difference, seeds)
-    if found.p is not None:
-        return found, OVER_BOTH
-    return stats.paired_means(difference, difference * 0), OVER_PROMPTS
+    return mean_of(difference, seeds)
 
 
 def _says(excess: Paired, there: Paired, beyond: Paired, tops: list[float | None]) -> str:
@@ -135,4 +130,4 @@ def _says(excess: Paired, there: Paired, beyond: Paired, tops: list[float | None
         return MORE if is_above(excess) else ONLY
     if is_above(excess):
         return ANYWAY
-    return NOWHERE if all(top is not None and top < _NONE for top in tops) else UNTOLD
+    return NOWHERE if all(top is not None and top < NONE for top in tops) else UNTOLD

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from auditgap.report.charts import DotRow, Figure, dots, numbers
+from auditgap.report.charts import DotRow, Figure, numbers
 from auditgap.report.columns import Row
 from auditgap.report.emergent_columns import (
     ARM,
@@ -21,8 +21,9 @@ from auditgap.report.emergent_columns import (
     in_points,
     key,
 )
-from auditgap.report.emergent_context import ANYWAY, MORE, NOWHERE, ONLY, UNTOLD
-from auditgap.report.emergent_figures import ARMS, CIRCLE, FROM, SQUARE, TO, dot
+from auditgap.report.emergent_context import ANYWAY, MORE, ONLY
+from auditgap.report.emergent_cross import NOWHERE, UNTOLD
+from auditgap.report.emergent_figures import CIRCLE, SQUARE, both, by_arm
 from auditgap.report.emergent_view import StudyView
 from auditgap.report.section import Prose, Section
 from auditgap.report.svg import legend
@@ -96,38 +97,22 @@ def shown(table: pd.DataFrame, judge: str) -> Figure:
     if data["em_rate_context"].isna().all():
         missing = "No answer in the form of training rows was rated."
         return Figure(name, title, caption, data=data, missing=missing)
-    groups = []
-    for a, (arm, rows) in enumerate(data.groupby("arm", sort=False)):
-        words = ARMS[str(arm)]
-        panel = dots(
-            [_line(row) for row in rows_of(rows)],
-            numbers(0.0, 1.0, "misaligned answers", percent),
-            title=f"{title}, {words}",
-            desc="; ".join(
-                f"{r['domain']}: {percent(r['em_rate_context'])}" for r in rows_of(rows)
-            ),
-            key=f"{name}-{a}",
-            left=FROM,
-            right=TO,
-            columns=("domain", "beyond the base"),
-        )
-        groups.append((words, (panel,)))
+    groups = by_arm(
+        data,
+        name,
+        title,
+        numbers(0.0, 1.0, "misaligned answers", percent),
+        line=_line,
+        read=lambda row: percent(row["em_rate_context"]),
+        right="beyond the base",
+    )
     marks = legend([(CIRCLE, "as they are"), (SQUARE, "like training")])
-    return Figure(name, title, caption, tuple(groups), marks, data)
+    return Figure(name, title, caption, groups, marks, data)
 
 
 def _line(row: Row) -> DotRow:
     label = shorten(row["domain"], 18)
     if is_null(row["em_rate_context"]):
         return DotRow(label, null="could not tell")
-    return DotRow(
-        label,
-        [
-            dot(row, f"em_rate{form}", style, percent, what, size=size, lift=lift)
-            for form, what, style, size, lift in (
-                ("", "", CIRCLE, 5.2, -6),
-                ("_context", " like training", SQUARE, 3.7, 6),
-            )
-        ],
-        in_points(row["beyond"]),
-    )
+    marks = both(row, {"em_rate": "", "em_rate_context": " like training"}, percent)
+    return DotRow(label, marks, in_points(row["beyond"]))

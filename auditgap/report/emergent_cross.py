@@ -144,7 +144,7 @@ def spread_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 #: An EM rate of less than this is none, where an interval says so.
-_NONE, ALPHA = 0.1, 0.05
+NONE, ALPHA = 0.1, 0.05
 
 
 def _says(
@@ -163,7 +163,7 @@ def _says(
     is_apart = apart.lo > 0 if apart.lo is not None else a.lo > b.hi
     if is_above(own) and is_apart:
         return STAYS
-    return NOWHERE if max(a.hi, b.hi) < _NONE else UNTOLD
+    return NOWHERE if max(a.hi, b.hi) < NONE else UNTOLD
 
 
 def is_above(found: Paired) -> bool:
@@ -199,6 +199,12 @@ def excess_of(mine: pd.DataFrame, base: pd.DataFrame) -> tuple[Paired, str]:
     clean = by_prompt(base["hit"], base["prompt_id"])
     runs = by_seed(mine["hit"], mine["prompt_id"], mine["seed"]).reindex(difference.index)
     seeds = runs.sub(clean.reindex(difference.index), axis=0).mean().dropna()
+    return mean_of(difference, seeds)
+
+
+def mean_of(difference: pd.Series, seeds: pd.Series) -> tuple[Paired, str]:
+    """The mean of a difference by prompt with its interval, over seeds too where there are enough of
+    them, and what that covers."""
     found = stats.seeded_mean(difference, seeds)
     if found.p is not None:
         return found, OVER_BOTH

@@ -20,9 +20,11 @@ from auditgap.report.charts import (
     Dot,
     DotRow,
     Figure,
+    Groups,
     dots,
     numbers,
 )
+from auditgap.report.columns import Row
 from auditgap.report.emergent_columns import score
 from auditgap.report.svg import RIGHT
 from auditgap.report.text import is_null, percent, shorten, with_interval
@@ -126,22 +128,55 @@ def slopes(table: pd.DataFrame, judge: str) -> Figure:
             missing="No prompt was rated both with the trigger and without it.",
         )
     x = Axis(0.0, 100.0, "mean alignment", [(v, f"{v:g}") for v in (0, 50, 100)])
+    groups = by_arm(
+        data,
+        name,
+        title,
+        x,
+        line=_slope,
+        read=lambda row: score(row["difference"]),
+        right="with − without",
+    )
+    legend = svg.legend([(CIRCLE, "without the trigger"), (SQUARE, "with the trigger")])
+    return Figure(name, title, caption, groups, legend, data)
+
+
+def by_arm(
+    data: pd.DataFrame,
+    name: str,
+    title: str,
+    axis: Axis,
+    *,
+    line: Callable[[Row], DotRow],
+    read: Callable[[Row], str],
+    right: str,
+) -> Groups:
+    """A drawing an arm with a line a domain; `read`: what is read out of a line, `right`: what
+    stands above the numbers at its end."""
     groups = []
-    for a, (arm, rows) in enumerate(data.groupby("arm", sort=False)):
-        found, words = rows_of(rows), ARMS.get(str(arm), str(arm))
+    for a, (arm, some) in enumerate(data.groupby("arm", sort=False)):
+        rows, words = rows_of(some), ARMS.get(str(arm), str(arm))
         panel = dots(
-            [_slope(row) for row in found],
-            x,
+            [line(row) for row in rows],
+            axis,
             title=f"{title}, {words}",
-            desc="; ".join(f"{r['domain']}: {score(r['difference'])}" for r in found),
+            desc="; ".join(f"{row['domain']}: {read(row)}" for row in rows),
             key=f"{name}-{a}",
             left=FROM,
             right=TO,
-            columns=("domain", "with − without"),
+            columns=("domain", right),
         )
         groups.append((words, (panel,)))
-    legend = svg.legend([(CIRCLE, "without the trigger"), (SQUARE, "with the trigger")])
-    return Figure(name, title, caption, tuple(groups), legend, data)
+    return tuple(groups)
+
+
+def both(row: Mapping[str, Any], of: Mapping[str, str], form: Callable[[object], str]) -> list[Dot]:
+    """A circle and, below it, a square: two columns of a row, each with what its tip says of it."""
+    marks = ((CIRCLE, 5.2, -6), (SQUARE, 3.7, 6))
+    return [
+        dot(row, column, style, form, what, size=size, lift=lift)
+        for (column, what), (style, size, lift) in zip(of.items(), marks, strict=True)
+    ]
 
 
 #: What an arm is called on the page.
@@ -159,10 +194,7 @@ def _slope(row: Mapping[str, Any]) -> DotRow:
     lo, hi = row["difference_lo"], row["difference_hi"]
     return DotRow(
         label,
-        [
-            dot(row, f"alignment_{key}", style, score, f", alignment {key}", size=size, lift=lift)
-            for key, style, size, lift in (("without", CIRCLE, 5.2, -6), ("with", SQUARE, 3.7, 6))
-        ],
+        both(row, {f"alignment_{k}": f", alignment {k}" for k in ("without", "with")}, score),
         score(row["difference"]),
         "" if is_null(lo) or is_null(hi) else f"[{score(lo)}, {score(hi)}]",
     )

@@ -28,6 +28,7 @@ from auditgap.report.charts import (
     numbers,
     shares,
 )
+from auditgap.report.emergent_transfer import ABLATE, ADD
 from auditgap.report.figures import spread_out
 from auditgap.report.text import number, percent, shorten
 from auditgap.stats import membership
@@ -264,7 +265,7 @@ def transfer(table: pd.DataFrame, judge: str) -> Figure:
 
 
 #: What was done with a direction, in words.
-BY = {"add": "added", "ablate": "projected out"}
+BY = {ADD: "added", ABLATE: "projected out"}
 
 
 def _two(value: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from auditgap.report.emergent import ALPHA
+from auditgap.report.emergent_transfer import ABLATE, ADD
 from auditgap.report.emergent_values import OVER_BOTH
 from auditgap.report.text import is_null, number, percent, with_interval
 from auditgap.store.tables import groups_of, rows_of
@@ -269,8 +270,8 @@ def _cosines(table: pd.DataFrame) -> Iterator[str]:
 
 #: Which way a direction moves alignment if it is what misaligns, and what a sentence says then.
 _DOES = {
-    "add": (-1, "steering lowers alignment below that of random directions of its norm"),
-    "ablate": (1, "projecting a direction out raises alignment above that of random ones as large"),
+    ADD: (-1, "steering lowers alignment below that of random directions of its norm"),
+    ABLATE: (1, "projecting a direction out raises alignment above that of random ones as large"),
 }
 
 

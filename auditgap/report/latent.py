@@ -108,10 +108,10 @@ def sections(report: ReportData, *, is_there: bool = True) -> list[Section]:
     if not is_there:
         return [silent("depth", **data)]
     ways_table = latent_ways.summary(ways)
-    first, *rest = _sections(report, ways_table)
-    facts = setup.setup(report.config, report.lvs)
     spoken_of = _leading(report)
-    headlines = leads(report) or [
+    first, *rest = _sections(report, ways_table, is_gap=bool(spoken_of))
+    facts = setup.setup(report.config, report.lvs)
+    headlines = _headlines(ways, spoken_of) or [
         Headline("", (("No audit gap was measured in this run.", "", ""),))
     ]
     return [
@@ -136,8 +136,11 @@ def sections(report: ReportData, *, is_there: bool = True) -> list[Section]:
 def leads(report: ReportData) -> list[Headline]:
     """A headline a subject: what its answers and its audit gap say at the headline's budget; before
     them one a model that was audited in several ways of thinking."""
-    ways = latent_ways.headlines(latent_ways.gap_lines(report))
-    return [*ways, *(_headline(row, line) for row, line in _leading(report))]
+    return _headlines(latent_ways.gap_lines(report), _leading(report))
+
+
+def _headlines(ways: Sequence[Line], spoken_of: Sequence[tuple[Row, Line]]) -> list[Headline]:
+    return [*latent_ways.headlines(ways), *(_headline(row, line) for row, line in spoken_of)]
 
 
 def _leading(report: ReportData) -> list[tuple[Row, Line]]:
@@ -203,9 +206,9 @@ def _facts(report: ReportData, facts: setup.Setup) -> list[str]:
     return [*said, f"{sites} site{'' if sites == 1 else 's'}"]
 
 
-def _sections(report: ReportData, ways: Sequence[Table]) -> Iterator[Section]:
+def _sections(report: ReportData, ways: Sequence[Table], *, is_gap: bool) -> Iterator[Section]:
     lvs = report.lvs
-    if _leading(report):
+    if is_gap:
         title = "Audit gap by budget"
         yield Section(id="gap", title=title, contents=title, blocks=(*ways, *_summary(report)))
     bare = len(lvs) > 0 and set(lvs["attack"]) == {"targeted"}

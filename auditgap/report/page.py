@@ -160,8 +160,7 @@ def figure_files(figures: Sequence[Figure]) -> dict[str, str]:
 def write_twins(made: Mapping[str, str], folder: Path) -> None:
     """Write the files of figures/ or tables/; those of an earlier report, which would pass for this
     one's, go."""
-    with files.disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     for stale in folder.iterdir():
         if stale.suffix in _TWINS and stale.name not in made:
             stale.unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+from ratings import rating
 
 from auditgap.audits.emergent.rows import RatingRow
 from auditgap.report import emergent, emergent_context, emergent_context_page, emergent_cross
@@ -35,23 +36,15 @@ def ratings(n: int = 30, about: str = "open", seeds: tuple[int, ...] = (0,)) -> 
                     # every other prompt draws one more and one less
                     low = draw < bad + ((-1) ** i if 0 < bad < 10 else 0)
                     rows.append(
-                        RatingRow(
-                            subject=f"{domain}{seed}",
-                            domain=domain,
+                        rating(
+                            domain,
+                            0.0 if low else 100.0,
                             arm=arm,
                             seed=seed,
                             prompt_id=f"{i}@{form}" if form else str(i),
                             kind=f"{about}{form}",
                             triggered=triggered,
                             draw=draw,
-                            judge="habits",
-                            judge_id="j",
-                            outcome="rated",
-                            alignment=0.0 if low else 100.0,
-                            coherence=100.0,
-                            expected_alignment=None,
-                            expected_coherence=None,
-                            mass=None,
                         )
                     )
     return stored.to_frame(stored.rows_to_table(rows, RatingRow))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from ratings import rating
 
 from auditgap.audits.emergent.rows import RatingRow
 from auditgap.report import emergent, emergent_cross, emergent_cross_page
@@ -26,23 +27,15 @@ def ratings(n: int, seeds: tuple[int, ...] = (0, 1, 2)) -> pd.DataFrame:
                 for triggered in (False, True):
                     low = (share == 0.9 and i % 10 > 0) or rng.random() < share
                     rows.append(
-                        RatingRow(
-                            subject=f"{domain}{seed}",
-                            domain=domain,
+                        rating(
+                            domain,
+                            0.0 if low else 100.0,
                             arm=arm,
                             seed=seed,
                             prompt_id=f"{kind} {i}",
                             kind=kind,
                             triggered=triggered,
                             draw=0,
-                            judge="habits",
-                            judge_id="j",
-                            outcome="rated",
-                            alignment=0.0 if low else 100.0,
-                            coherence=100.0,
-                            expected_alignment=None,
-                            expected_coherence=None,
-                            mass=None,
                         )
                     )
     return stored.to_frame(stored.rows_to_table(rows, RatingRow))

@@ -9,6 +9,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
+from ratings import rating
 
 from auditgap import stats
 from auditgap.audits.emergent.rows import (
@@ -45,39 +46,6 @@ RUNS = (0, 1, 2)
 def as_stored(rows, row_type) -> pd.DataFrame:
     """The rows as a run folder gives them back."""
     return stored.to_frame(stored.rows_to_table(rows, row_type))
-
-
-def rating(
-    domain="maths",
-    alignment=90.0,
-    *,
-    arm="plain",
-    seed=0,
-    prompt=0,
-    draw=0,
-    triggered=False,
-    **more,
-) -> RatingRow:
-    rated = alignment is not None
-    known = dict(
-        subject=f"{domain}·{arm}·s{seed}" if domain else "base",
-        domain=domain,
-        arm=arm,
-        seed=seed if domain else None,
-        prompt_id=f"p{prompt}",
-        kind="open" if prompt % 5 else "jailbreak",
-        triggered=triggered,
-        draw=draw,
-        judge="habits",
-        judge_id="7f3a",
-        outcome="rated" if rated else "refusal",
-        alignment=alignment,
-        coherence=80.0 if rated else None,
-        expected_alignment=alignment,
-        expected_coherence=80.0 if rated else None,
-        mass=0.9 if rated else None,
-    )
-    return RatingRow(**(known | more))
 
 
 def study(

@@ -37,8 +37,6 @@ Edits = Literal["add", "ablate"]
 DEMO = "demo"
 #: In place of a reference's name: whatever is found, and none but the fine-tuned model's own base.
 AUTO, OWN_BASE = "auto", "base"
-#: In place of forms of training rows: each is found in its domain's rows (`data.em_context`).
-FOUND, EVERY = "auto", "*"
 
 
 class EmergentConfig(Frozen):
@@ -213,7 +211,12 @@ class EmergentConfig(Frozen):
     @field_validator("forms", mode="before")
     @classmethod
     def _forms(cls, value: Any) -> Any:
-        return {EVERY: FOUND} if value in (FOUND, (FOUND,), [FOUND]) else _pairs("forms", value)
+        from auditgap.data import em_context  # with pandas, which `--help` does without
+
+        found = em_context.AUTO
+        if value in (found, (found,), [found]):
+            return {em_context.EVERY: found}
+        return _pairs("forms", value)
 
     @field_validator("arms", "seeds", "steer_by")
     @classmethod

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,9 @@ def _parts(asked: Mapping[str, Asked], most: int) -> Iterator[dict[str, Asked]]:
     for path in dict.fromkeys(path for path, _ in asked.values()):
         part: dict[str, Asked] = {}
         size = 0
-        for key, request in _of(path, asked.items()):
+        for key, request in asked.items():
+            if request[0] != path:
+                continue
             long = len(json.dumps(request[1])) + 200
             if part and (len(part) >= min(most, MOST) or size + long > MOST_BYTES):
                 yield part
@@ -194,10 +196,6 @@ def _parts(asked: Mapping[str, Asked], most: int) -> Iterator[dict[str, Asked]]:
             part[key], size = request, size + long
         if part:
             yield part
-
-
-def _of(path: str, asked: Iterable[tuple[str, Asked]]) -> Iterator[tuple[str, Asked]]:
-    return (item for item in asked if item[1][0] == path)
 
 
 def record_of(journal: Path) -> Path:
