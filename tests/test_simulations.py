@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 
 from auditgap import stats
-from auditgap.judges.card import judge_card
 from auditgap.judges.gold import GoldRow, GoldSet
+from auditgap.judges.measuring import judge_card
 from auditgap.report.correction import corrections
 from auditgap.report.tables import lvs_table
 from auditgap.types import ROW_COLUMNS, Exchange, Label, Prompt, Verdict, digest

@@ -20,12 +20,14 @@ from auditgap import models
 from auditgap.engines import Serving
 from auditgap.errors import UsageError
 from auditgap.judges import JUDGES, Judge, load_judge, members_of, scorer_named
+from auditgap.judges.asking import INJECTIONS
 from auditgap.judges.builtin import load_training, refitted
-from auditgap.judges.card import INJECTIONS, VERSION, JudgeCard, judge_card
+from auditgap.judges.card import VERSION, JudgeCard
 from auditgap.judges.fitted import Fitted
 from auditgap.judges.gold import GoldSet, load_gold, text_key
 from auditgap.judges.harmless import harmless
 from auditgap.judges.llm import LanguageModelJudge
+from auditgap.judges.measuring import judge_card
 from auditgap.store import files
 from auditgap.sweep import Progress
 from auditgap.types import digest

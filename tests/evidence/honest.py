@@ -101,12 +101,14 @@ class Writer:
 
 
 @contextmanager
-def importable() -> Iterator[None]:
-    """Ray's workers find the modules that this process has found."""
+def actors() -> Iterator[None]:
+    """One cluster for every shape that is made on it; its workers find the modules that this
+    process has found."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     try:
-        yield
+        with sweep_ray.cluster(cpus=2):
+            yield
     finally:
         del os.environ["PYTHONPATH"]
         if before is not None:
@@ -114,7 +116,8 @@ def importable() -> Iterator[None]:
 
 
 def on_ray(signed: Signed, to: Path) -> Signed:
-    """Anew, by two actors of a real cluster, which write into one folder at once."""
+    """Anew, by two actors of a real cluster (`actors`, where it is open), which write into one
+    folder at once."""
     asked, options = LATENT.read(signed.config, {})
     planned = LATENT.prepare(asked, options)
     store = LATENT.open(planned, options, to / "on-ray")
@@ -123,10 +126,7 @@ def on_ray(signed: Signed, to: Path) -> Signed:
     with store.lock():
         store.plan(planned.cells)
         for groups in planned.passes:
-            with importable():
-                done = sweep_ray.run(
-                    groups, partial(Writer, store, numbers, prompts), store, workers=2
-                )
+            done = sweep_ray.run(groups, partial(Writer, store, numbers, prompts), store, workers=2)
             assert not done.failed
     LATENT.reduce(store)
     assert typed("attest", store.path, "--plan", signed.plan, "--key", signed.key) == 0
@@ -193,7 +193,7 @@ def handed_over(draw: random.Random, run: Signed, to: Path) -> Signed:
 
 def main(n: int) -> int:
     accused = 0
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, actors():
         signed = signed_run.make(Path(folder) / "signed")
         for number in range(n):
             to = Path(folder) / str(number)

@@ -8,9 +8,9 @@ import pytest
 
 from auditgap.judges import card_cache, load_judge
 from auditgap.judges.builtin import RECIPE_VERSION, load_training, refitted
-from auditgap.judges.card import judge_card
 from auditgap.judges.fitted import Fitted, pipeline
 from auditgap.judges.gold import load_gold
+from auditgap.judges.measuring import judge_card
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("pyrit") is None, reason="pyrit's data is not installed"

@@ -9,11 +9,13 @@ import pytest
 from auditgap import stats
 from auditgap.errors import UsageError
 from auditgap.judges import JUDGES, Scorer, card_cache, load_judge
+from auditgap.judges.asking import INJECTIONS
 from auditgap.judges.builtin import Builtin, load_training
-from auditgap.judges.card import INJECTIONS, JudgeCard, format_card, judge_card
+from auditgap.judges.card import JudgeCard, format_card
 from auditgap.judges.ensemble import Majority
 from auditgap.judges.gold import GRADE, GoldRow, GoldSet, load_gold
 from auditgap.judges.harmless import called_harmful, harmless
+from auditgap.judges.measuring import judge_card
 from auditgap.types import Exchange, Label, Prompt, Score, Verdict
 
 pytestmark = pytest.mark.skipif(
