@@ -35,12 +35,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from auditgap.rows import Row
 from auditgap.store import RunFolder, files, merge, tables
 from auditgap.store.cellfile import StoredCell
 from auditgap.store.cells import CellFiles
 from auditgap.sweep import Group, ray
 from auditgap.sweep.state import SweepState
-from auditgap.types import Budget, Cell, Row, Site, Subject
+from auditgap.types import Budget, Cell, Site, Subject
 
 #: As long as those of a real cell.
 SETTINGS = {

@@ -26,9 +26,10 @@ import numpy as np
 from grid_scaling import no_fsync
 
 from auditgap.audits import pages
+from auditgap.rows import Row
 from auditgap.store import RunFolder
 from auditgap.sweep import Group
-from auditgap.types import CLEAN, Budget, Cell, Row, Site, Subject
+from auditgap.types import CLEAN, Budget, Cell, Site, Subject
 
 ATTACKS = ("targeted", "untargeted", "random_matched", "benign")
 SIZES = (0.01, 0.03, 0.1)

@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "auditgap"
 STREET = (
     "errors",
     "types",
+    "rows",
     "config",
     "registry",
     "store",
@@ -59,7 +60,7 @@ HOMES = {
     "jinja2": ("report/page.py", "models/template_child.py"),
 }
 #: Places that may not pull torch in: they are read on machines that hold results only.
-WITHOUT_TORCH = ("errors", "types", "config", "registry", "store", "stats", "data", "report")
+WITHOUT_TORCH = ("errors", "types", "rows", "config", "registry", "store", "stats", "data", "report")
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

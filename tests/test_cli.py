@@ -26,8 +26,9 @@ from auditgap import __version__
 from auditgap.audits import pages
 from auditgap.cli import main
 from auditgap.report import latent
+from auditgap.rows import ROW_COLUMNS, TABLE_COLUMNS
 from auditgap.store import RunFolder
-from auditgap.types import ATTACKS, ROW_COLUMNS, TABLE_COLUMNS
+from auditgap.types import ATTACKS
 
 pytestmark = pytest.mark.minutes
 

@@ -18,7 +18,8 @@ from auditgap.judges.gold import GoldRow, GoldSet
 from auditgap.judges.measuring import judge_card
 from auditgap.report.correction import corrections
 from auditgap.report.tables import lvs_table
-from auditgap.types import ROW_COLUMNS, Exchange, Label, Prompt, Verdict, digest
+from auditgap.rows import ROW_COLUMNS
+from auditgap.types import Exchange, Label, Prompt, Verdict, digest
 
 RUNS, RESAMPLES = 1000, 1000
 

@@ -19,7 +19,8 @@ from auditgap.data.refusals import has_refusal
 from auditgap.engines import Request
 from auditgap.engines.hf import HFEngine
 from auditgap.interventions.pgd import PGD, Ball, Goal, attack
-from auditgap.types import ROW_COLUMNS, TABLE_COLUMNS, Budget, Edit, Site
+from auditgap.rows import ROW_COLUMNS, TABLE_COLUMNS
+from auditgap.types import Budget, Edit, Site
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from plain import plain_attack, plain_generate

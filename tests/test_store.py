@@ -26,8 +26,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from auditgap.errors import UsageError
+from auditgap.rows import ROW_COLUMNS, Row
 from auditgap.store import DiskError, RunFolder, schema_of
-from auditgap.types import ROW_COLUMNS, Budget, Cell, Label, Row, Site, Subject
+from auditgap.types import Budget, Cell, Label, Site, Subject
 
 CONFIG = {"steps": 10, "attack": {"eps": [0.01, 0.03], "unit": "rms"}}
 INFO = {

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from auditgap.rows import DistanceRow, Row
 from auditgap.store import RunFolder
-from auditgap.types import CLEAN, Budget, Cell, DistanceRow, Prompt, Row, Site, Subject
+from auditgap.types import CLEAN, Budget, Cell, Prompt, Site, Subject
 
 ATTACKS = ("targeted", "random_matched", "random")
 EPS = (0.01, 0.03, 0.1)

@@ -26,7 +26,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from auditgap.engines import Completion, Request, check_length, completion_of
+from auditgap.engines import Completion, Request
+from auditgap.engines.answers import check_length, completion_of
 from auditgap.engines.child import Child, Failed
 from auditgap.engines.fitting import OutOfMemory
 from auditgap.errors import AuditgapError, UsageError

@@ -21,7 +21,8 @@ import torch
 from auditgap.audits.excerpt import WHOLE, Excerpt, Other, of_each, reads_text, scores, verdicts
 from auditgap.audits.scored import ScoredCompletion, Unjudged
 from auditgap.audits.stage import Stage
-from auditgap.engines import Completion, Reply, Request, completion_of
+from auditgap.engines import Completion, Reply, Request
+from auditgap.engines.answers import completion_of
 from auditgap.engines.parity import parity, sample
 from auditgap.errors import AuditgapError, Interrupted
 from auditgap.judges import Judge, Reward, close_judge, rest_judge

@@ -19,7 +19,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from auditgap.engines import Completion, completion_of
+from auditgap.engines import Completion
+from auditgap.engines.answers import completion_of
 from auditgap.engines.batching import left_pad
 from auditgap.engines.choosing import Greedy
 from auditgap.engines.hf import HFEngine

@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from transformers import DynamicCache
 
 from auditgap.engines import (
     Completion,
@@ -26,19 +24,17 @@ from auditgap.engines import (
     Reply,
     Request,
     Sampling,
-    check_length,
-    completion_of,
-    reply_of,
     self_test,
-    to_ask,
     weights_identity,
 )
+from auditgap.engines.answers import check_length, completion_of, reply_of, to_ask
 from auditgap.engines.batching import Packing, in_packs, left_pad, right_pad
-from auditgap.engines.caches import TextCache, WholeText, is_filled, select
+from auditgap.engines.caches import TextCache, WholeText, select
 from auditgap.engines.choosing import Greedy, Sampler, likeliest
 from auditgap.engines.fitting import Fitting, meter_of
 from auditgap.engines.hooked import HookedModel
-from auditgap.engines.tensors import add, stack, token_nll
+from auditgap.engines.prefill import delta_of, finite, prefill
+from auditgap.engines.tensors import add, token_nll
 from auditgap.models import LoadedModel, Rendered
 from auditgap.types import Document, Edit, Prompt, Site
 
@@ -62,8 +58,6 @@ class HFEngine(HookedModel):
         self._packing = Packing.on(loaded.device.type, batch_tokens, pad_tolerance)
         #: how much of a pack runs at once, learned as it runs
         self.fitting = fitting or Fitting(meter_of(loaded.model))
-        pad = loaded.tokenizer.pad_token_id
-        self.pad_id = pad if pad is not None and pad < loaded.n_embeddings else 0
         self._tested: set[Site] = set()
         self._checked = False
 
@@ -237,7 +231,7 @@ class HFEngine(HookedModel):
         self, requests: Sequence[Request], site: Site | None, max_new_tokens: int
     ) -> list[Completion]:
         ids, mask = left_pad([r.rendered.ids for r in requests], self.pad_id, self.device)
-        cache, logits, effective = self.prefill(requests, site, ids, mask)
+        cache, logits, effective = prefill(self, requests, site, ids, mask)
         target_nll: list[float | None] = [None] * len(requests)
         with self._going_on(requests, site, cache) as stay:
             if any(r.target for r in requests):
@@ -260,7 +254,7 @@ class HFEngine(HookedModel):
         if site is None or not any(_goes_on(r.edit) for r in requests):
             yield None
             return
-        shift = torch.stack([_delta(r.edit)[-1:] * _goes_on(r.edit) for r in requests])
+        shift = torch.stack([delta_of(r.edit)[-1:] * _goes_on(r.edit) for r in requests])
         shift = shift.to(self.device)
         if isinstance(cache, WholeText):
             cache.behind = shift
@@ -284,42 +278,6 @@ class HFEngine(HookedModel):
             from auditgap.engines import constant
 
             constant.self_test(self, (site,))
-
-    def prefill(
-        self, requests: Sequence[Request], site: Site | None, ids: torch.Tensor, mask: torch.Tensor
-    ) -> tuple[TextCache, torch.Tensor, list[tuple[float | None, float | None]]]:
-        """KV cache and last logits of all rows; with an edit, the trunk runs once a prompt and the
-        rest once a row."""
-        cache = self.new_cache()
-        if site is None:
-            return (
-                cache,
-                self.forward(ids, mask, keep=1, cache=cache).logits,
-                [(None, None)] * len(requests),
-            )
-        first: dict[tuple[int, ...], int] = {}
-        source = torch.tensor(
-            [first.setdefault(r.rendered.ids, len(first)) for r in requests], device=self.device
-        )
-        unique_ids, unique_mask = left_pad(list(first), self.pad_id, self.device)
-        trunk = DynamicCache(config=self.model.config) if self.cached else None
-        h = self.capture(site, unique_ids, unique_mask, cache=trunk)[source]
-        edited = add(h, stack([_delta(r.edit) for r in requests], h.shape[1], self.device))
-        change = (edited.float() - h.float()).flatten(1)
-        norms = zip(change.norm(dim=1).tolist(), change.abs().amax(1).tolist(), strict=True)
-        effective = [(_finite(l2), _finite(linf)) for l2, linf in norms]
-        if isinstance(cache, WholeText):
-            cache.site, cache.hidden = site, edited
-            return cache, self.forward(ids, mask, keep=1, cache=cache).logits, effective
-        with self.edited(site, lambda _: edited, skip_trunk=True):
-            logits = self.forward(ids, mask, keep=1, cache=cache).logits
-        # else the whole model ran, and filled the cache
-        if trunk is not None and self.short.get(site, True):
-            select(trunk, source)
-            for index, layer in enumerate(trunk.layers):  # a block may fill two of them, or none
-                if is_filled(layer):
-                    cache.layers[index] = layer
-        return cache, logits, effective
 
     def close(self) -> None:
         """Let go of the model; its memory goes when nobody else holds it."""
@@ -398,7 +356,7 @@ class HFEngine(HookedModel):
             mask = unique_mask[source]
         else:
             ids, mask = left_pad([r.rendered.ids for r in requests], self.pad_id, self.device)
-            cache, logits, _ = self.prefill(requests, site, ids, mask)
+            cache, logits, _ = prefill(self, requests, site, ids, mask)
         with self._going_on(requests, site, cache):
             return self._answer_nll(cache, logits, mask, answers)
 
@@ -417,7 +375,7 @@ class HFEngine(HookedModel):
             whole = torch.cat([mask, real[:, :-1]], 1)
             parts = self.answer_logits(cache, tokens[:, :-1], whole)
             nll = torch.cat([nll, *(token_nll(part, tokens[:, at:]) for at, part in parts)], 1)
-        return [_finite(v) for v in ((nll * real).sum(1) / real.sum(1)).tolist()]
+        return [finite(v) for v in ((nll * real).sum(1) / real.sum(1)).tolist()]
 
 
 def _site(edit: Edit | None) -> Site | None:
@@ -426,14 +384,3 @@ def _site(edit: Edit | None) -> Site | None:
 
 def _goes_on(edit: Edit | None) -> bool:
     return edit is not None and edit.goes_on
-
-
-def _delta(edit: Edit | None) -> torch.Tensor:
-    """Of an edit that is asked for with its site, so that there is one."""
-    if edit is None:
-        raise ValueError("Requests at a site each need an edit.")
-    return edit.delta
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

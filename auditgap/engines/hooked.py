@@ -64,6 +64,8 @@ class HookedModel:
         self.loaded = loaded
         self.model = loaded.model
         self.blocks = loaded.blocks
+        pad = loaded.tokenizer.pad_token_id
+        self.pad_id = pad if pad is not None and pad < loaded.n_embeddings else 0
         #: what is decided by numbers, as all ranks of a sharded model decide it
         self.agreed = agreed
         #: torch.compile for PGD's blocks: half a minute at first, then a tenth less time

@@ -20,6 +20,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from auditgap.engines import Request
 from auditgap.engines.caches import select
+from auditgap.engines.prefill import prefill
 from auditgap.errors import AuditgapError
 from auditgap.models import Rendered
 from auditgap.types import Edit, Prompt, Site
@@ -301,7 +302,7 @@ def _prefills(engine: HFEngine, site: Site) -> str:
         ids, delta, whole, prompts = ids[:1], delta[:1], whole[:1], prompts[:1]
     requests = [Request(r, Edit(site, d.float())) for r, d in zip(prompts, delta, strict=True)]
     mask = torch.ones_like(ids)
-    cache, logits, _ = engine.prefill(requests, site, ids, mask)
+    cache, logits, _ = prefill(engine, requests, site, ids, mask)
     if _differ(engine, logits, whole):
         return "a prefill that shares the trunk gives other logits than the whole model"
     more = torch.cat([ids, ids[:, :1]], 1)

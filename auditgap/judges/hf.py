@@ -28,10 +28,10 @@ from auditgap.data.refusals import PHRASES_HASH
 from auditgap.errors import UsageError
 from auditgap.judges.prompt_injection import FENCE_VERSION, disarm, special_tokens
 from auditgap.judges.scores import verdicts
-from auditgap.models.chat import fill_turns
 from auditgap.models.door import as_usage_error, open_tokenizer
 from auditgap.models.reading import read_object
 from auditgap.models.trying import tried
+from auditgap.models.turns import fill_turns
 from auditgap.models.weights import check_opens, is_adapter, opening
 from auditgap.models.words import A_LINE_EACH, check_words
 from auditgap.types import Document, Exchange, Score, Verdict

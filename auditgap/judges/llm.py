@@ -42,9 +42,9 @@ from auditgap.judges.prompt_injection import (
 )
 from auditgap.judges.scores import harmless
 from auditgap.models import door
-from auditgap.models.chat import read_template
 from auditgap.models.folder import adapter_base
 from auditgap.models.identity import speaks
+from auditgap.models.turns import read_template
 from auditgap.models.weights import is_adapter
 from auditgap.models.words import A_LINE_EACH
 from auditgap.types import Exchange, Label, Message, Score, Verdict, digest

@@ -18,12 +18,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from auditgap.errors import UsageError
 from auditgap.models.adapters import check_kind
 from auditgap.models.blocks import count_blocks
-from auditgap.models.chat import Chat, read_template
+from auditgap.models.chat import Chat
 from auditgap.models.claims import check_width
 from auditgap.models.door import as_usage_error, open_config, open_tokenizer
 from auditgap.models.folder import adapter_base, resolve
 from auditgap.models.identity import fingerprint, speaks
 from auditgap.models.trying import check_fits
+from auditgap.models.turns import read_template
 from auditgap.models.vetting import ignored_code, preflight
 from auditgap.models.weights import Packing, is_adapter, packing_of, weights_files
 from auditgap.types import Subject, ThinkingMode

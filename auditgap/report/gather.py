@@ -34,9 +34,9 @@ from auditgap.report.left_out import Counted
 from auditgap.report.left_out import table as left_out_table
 from auditgap.report.setup import find
 from auditgap.report.text import is_null, short_names, shorten
+from auditgap.rows import TABLE_COLUMNS
 from auditgap.store import RunFolder
 from auditgap.store.tables import rows_of
-from auditgap.types import TABLE_COLUMNS
 
 #: A page with more raw exchanges than this is no page; all of them are in the run folder.
 MOST_EXCHANGES = 400

@@ -38,11 +38,12 @@ from auditgap.report.gaps import audit_gaps as audit_gaps
 from auditgap.report.looks import CELL, Looks, clean_verdicts, ends, grid, order
 from auditgap.report.samples import MEASURES, Key, Sample, Samples
 from auditgap.report.text import clean, is_null
+from auditgap.rows import TABLE_COLUMNS
 from auditgap.stats import Interval, Paired, risk
 from auditgap.stats.excess import mcnemar
 from auditgap.stats.intervals import Array
 from auditgap.store.tables import groups_of, rows_of
-from auditgap.types import TABLE_COLUMNS, Label
+from auditgap.types import Label
 
 MATCHED = "random_matched"
 LARGE, FEW, FEW_ABOVE, MANY = 0.5, 50, 10, 0.1

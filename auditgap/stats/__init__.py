@@ -22,15 +22,13 @@ from auditgap.stats.classification import (
     platt,
     separation,
 )
+from auditgap.stats.crossing import Crossing, area_under, steps_to
 from auditgap.stats.curves import (
     FEWEST_SEEDS,
-    Crossing,
     CurveDifference,
     CurveEstimate,
-    area_under,
     curve,
     curve_difference,
-    steps_to,
 )
 from auditgap.stats.diversity import one_minus_cosine, vendi
 from auditgap.stats.gap import GapEstimate, GoldCounts, audit_gap

@@ -1,12 +1,6 @@
 """Rates that move with training: steps to a threshold, area under the curve, and intervals over
 seeds and prompts.
 
-    >>> steps_to([0, 10, 20], [0.1, 0.3, 0.7], 0.5)
-    Crossing(step=15.0, lo=None, hi=None, censored_at=None)
-    # never: a lower bound, not a number
-    >>> steps_to([0, 10, 20], [0.1, 0.1, 0.2], 0.5)
-    Crossing(step=None, lo=None, hi=None, censored_at=20.0)
-
 Outcomes are [S, K, N]: S seeds, K evaluated steps, N prompts; 1 (it happened), 0 (it did not) or
 nan (unscored). The same prompts are asked at every step and of every seed, so seeds and prompts are
 crossed, and are resampled independently.
@@ -22,6 +16,16 @@ import numpy as np
 from scipy import stats as sps
 
 from auditgap.errors import UsageError
+from auditgap.stats.crossing import (
+    Crossing,
+    area_under,
+    areas_under,
+    at_least,
+    first_steps,
+    or_nan,
+    rising,
+    steps_to,
+)
 from auditgap.stats.intervals import (
     N_RESAMPLES,
     Array,
@@ -37,26 +41,6 @@ from auditgap.stats.intervals import (
 #: says so.
 FEWEST_SEEDS = 3
 THRESHOLDS = (0.5, 0.8)
-
-
-@dataclass(frozen=True, slots=True)
-class Crossing:
-    """The first step at which a rate reached a threshold, or that it never did.
-
-    Reached: `step`, and `censored_at` None. Never reached: `step` None and `censored_at` the last
-    measured step; the true value is larger than that (right-censored). Nothing measured: both None.
-    `hi` None beside a `lo`: the interval is open towards later steps, which were not measured; both
-    None: no interval.
-    """
-
-    step: float | None = None
-    lo: float | None = None
-    hi: float | None = None
-    censored_at: float | None = None
-
-    @property
-    def reached(self) -> bool:
-        return self.step is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,38 +72,6 @@ class CurveDifference:
     n_seeds: int
     n_prompts: int
     over: str
-
-
-def steps_to(steps: Values, rates: Values, threshold: float) -> Crossing:
-    """First step at which `rates` [K] is at least `threshold`, interpolated linearly from the
-    measured step before.
-
-    `steps` [K] rise; nan rates were not measured and are passed over. Reached at the first measured
-    step: that step. Raises UsageError for steps that do not rise, or a threshold outside (0, 1].
-    """
-    x, y = _curve(steps, rates)
-    if not 0 < threshold <= 1:
-        raise UsageError(
-            f"A threshold is a share above 0, at most 1; {threshold!r} came. For example: 0.5"
-        )
-    if not x.size:
-        return Crossing()
-    step = float(_first(x, y[None], threshold)[0])
-    return Crossing(step) if math.isfinite(step) else Crossing(censored_at=float(x[-1]))
-
-
-def area_under(steps: Values, rates: Values) -> float | None:
-    """Area under `rates` [K] over `steps` [K] by the trapezoidal rule, divided by the steps' span:
-    a mean rate, in [0, 1].
-
-    nan inside is bridged by a straight line. None when the first or the last step, or all but one,
-    was not measured: an area over a shorter span would pass for one over the whole.
-    """
-    asked, given = as_floats(steps, "steps"), as_floats(rates, "rates")
-    x, y = _curve(asked, given)
-    if x.size < 2 or np.isnan(given[0]) or np.isnan(given[-1]):
-        return None
-    return float(np.trapezoid(y, x) / (x[-1] - x[0]))
 
 
 def curve(
@@ -165,11 +117,11 @@ def curve(
         )
         for k in range(x.size)
     )
-    lows, highs = (np.array([_nan(getattr(r, end)) for r in rates]) for end in ("lo", "hi"))
-    area = _nan(area_under(x, observed))
-    within = draws.interval(area, _areas(x, drawn), 0.0, 1.0)
+    lows, highs = (np.array([or_nan(getattr(r, end)) for r in rates]) for end in ("lo", "hi"))
+    area = or_nan(area_under(x, observed))
+    within = draws.interval(area, areas_under(x, drawn), 0.0, 1.0)
     if within.estimate is not None and within.lo == within.hi:
-        within = bounded(area, _nan(area_under(x, lows)), _nan(area_under(x, highs)), 0.0, 1.0)
+        within = bounded(area, or_nan(area_under(x, lows)), or_nan(area_under(x, highs)), 0.0, 1.0)
     crossings = {}
     for threshold in thresholds:
         found = steps_to(x, observed, threshold)
@@ -215,7 +167,7 @@ def curve_difference(
         )
     draws = _Draws(first.shape[0], first.shape[2], confidence, n_resamples, seed)
     curves, drawn = (_mean_curve(first), _mean_curve(second)), (draws.of(first), draws.of(second))
-    area = _nan(area_under(x, curves[0])) - _nan(area_under(x, curves[1]))
+    area = or_nan(area_under(x, curves[0])) - or_nan(area_under(x, curves[1]))
     alone = [
         curve(
             steps,
@@ -227,15 +179,15 @@ def curve_difference(
         )
         for o in (first, second)
     ]
-    areas = draws.interval(area, _areas(x, drawn[0]) - _areas(x, drawn[1]), -1.0, 1.0)
+    areas = draws.interval(area, areas_under(x, drawn[0]) - areas_under(x, drawn[1]), -1.0, 1.0)
     if areas.estimate is not None and areas.lo == areas.hi:
         areas = _apart(area, alone[0].area, alone[1].area, -1.0, 1.0)
     crossings = {}
     for threshold in thresholds:
-        ours, theirs = (_first(x, d, threshold) for d in drawn)
+        ours, theirs = (first_steps(x, d, threshold) for d in drawn)
         ends = []
         # smallest, largest difference
-        for a, b in ((_at_least(ours, x[-1]), theirs), (ours, _at_least(theirs, x[-1]))):
+        for a, b in ((at_least(ours, x[-1]), theirs), (ours, at_least(theirs, x[-1]))):
             with np.errstate(invalid="ignore"):
                 ends.append(np.where(np.isnan(ours) | np.isnan(theirs), np.nan, a - b))
         pair = [steps_to(x, c, threshold).step for c in curves]
@@ -323,37 +275,6 @@ def _mean_curve(outcomes: Array) -> Array:
         return np.nansum(rates, axis=0) / (~np.isnan(rates)).sum(axis=0)
 
 
-def _first(x: Array, curves: Array, threshold: float) -> Array:
-    """[R]: the interpolated first step at which each of `curves` [R, K] reaches the threshold; inf:
-    never; nan: no data."""
-    found = np.full(len(curves), np.inf)
-    found[np.isnan(curves).all(axis=1)] = np.nan
-    for r in np.flatnonzero((curves >= threshold).any(axis=1)):
-        known = ~np.isnan(curves[r])
-        at, y = x[known], curves[r][known]
-        k = int(np.argmax(y >= threshold))
-        found[r] = (
-            at[k]
-            if k == 0
-            else at[k - 1] + (at[k] - at[k - 1]) * (threshold - y[k - 1]) / (y[k] - y[k - 1])
-        )
-    return found
-
-
-def _areas(x: Array, curves: Array) -> Array:
-    """[R]: the normalised area under each of `curves` [R, K]."""
-    if len(x) < 2:
-        return np.full(len(curves), np.nan)
-    if not np.isnan(curves).any():
-        return np.trapezoid(curves, x, axis=1) / (x[-1] - x[0])
-    return np.array([_nan(area_under(x, c)) for c in curves])
-
-
-def _at_least(found: Array, last: float) -> Array:
-    """A crossing that was never reached, as the least it can be."""
-    return np.where(np.isinf(found), last, found)
-
-
 # -------------------------------------------------------------------------------------------------------------
 # intervals
 
@@ -422,30 +343,8 @@ def _wilson_counts(outcomes: Array, observed: Array) -> tuple[Array, Array]:
 # input
 
 
-def _nan(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _rising(steps: Values) -> Array:
-    x = as_floats(steps, "steps")
-    if not np.isfinite(x).all() or (np.diff(x) <= 0).any():
-        raise UsageError(
-            f"steps must be finite and rise from one to the next; {np.array2string(x, threshold=8)}"
-            " came."
-        )
-    return x
-
-
-def _curve(steps: Values, rates: Values) -> tuple[Array, Array]:
-    """The measured points of a curve."""
-    x, y = _rising(steps), as_floats(rates, "rates")
-    if x.shape != y.shape:
-        raise UsageError(f"A curve has one rate a step; {y.size} rates and {x.size} steps came.")
-    return x[~np.isnan(y)], y[~np.isnan(y)]
-
-
 def _outcomes(steps: Values, outcomes: Values) -> tuple[Array, Array]:
-    x, array = _rising(steps), as_floats(outcomes, "outcomes", ndim=3)
+    x, array = rising(steps), as_floats(outcomes, "outcomes", ndim=3)
     if not x.size or not array.size or array.shape[1] != x.size:
         raise UsageError(
             f"outcomes must be [seeds, {x.size} steps, prompts], none of them empty; {array.shape}"

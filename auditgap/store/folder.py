@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from auditgap.errors import UsageError
+from auditgap.rows import Row
 from auditgap.store import files, plan, tables
 from auditgap.store.cellfile import StoredCell
 from auditgap.store.cells import CellFiles
@@ -24,7 +25,7 @@ from auditgap.store.session import (
     new_session,
     read_run,
 )
-from auditgap.types import Cell, Document, Row
+from auditgap.types import Cell, Document
 
 
 class RunFolder(RunReader):

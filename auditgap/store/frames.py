@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import pandas as pd
 import pyarrow as pa
 
+from auditgap.rows import Row
 from auditgap.store import tables
 from auditgap.store.cellfile import KEY
-from auditgap.types import Row
 
 _TOGETHER = 128  # small tables that are joined at a time
 _SORT = ("subject", "layer_index", "unit", "eps", "attack", "draw", "prompt_id")

@@ -9,7 +9,8 @@ import pytest
 import tiny
 import torch
 
-from auditgap.engines import Engine, Question, Sampling, Serving, Speaker, tokens_of
+from auditgap.engines import Engine, Question, Sampling, Serving, Speaker
+from auditgap.engines.answers import tokens_of
 from auditgap.engines.choosing import Sampler, likeliest
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import UsageError

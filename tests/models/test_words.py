@@ -14,7 +14,7 @@ from auditgap import models
 from auditgap.errors import UsageError
 from auditgap.judges import load_judge
 from auditgap.models import Chat
-from auditgap.models.chat import fill_turns
+from auditgap.models.turns import fill_turns
 from auditgap.types import Exchange, Message, Prompt
 
 HEAD = "{% for m in messages %}{{ '<s> ' + m['role'] + ' : ' }}"
@@ -83,14 +83,14 @@ def test_a_system_message_that_is_dropped_is_a_sentence():
 
 
 def test_a_template_is_asked_once(monkeypatch):
-    from auditgap.models import chat as home
+    from auditgap.models import turns as home
 
     asked: list[str] = []
     fill = home.fill
     monkeypatch.setattr(home, "fill", lambda t, v, n: asked.append(n) or fill(t, v, n))
     tokenizer = tiny.tokenizer(PARTS["loop"] + " ")
-    turns = [{"role": "user", "content": ASKED}]
-    texts = {fill_turns(tokenizer, turns, "once") for _ in range(3)}
+    asked_of = [{"role": "user", "content": ASKED}]
+    texts = {fill_turns(tokenizer, asked_of, "once") for _ in range(3)}
     assert len(texts) == 1 and ASKED in texts.pop()
     assert len(asked) == 2 + 3  # as a string, as parts; then the three
 

@@ -36,8 +36,9 @@ from auditgap.report.compare_measures import (
 from auditgap.report.compare_models import Sides
 from auditgap.report.compare_page import markdown, method, render, to_json, write
 from auditgap.report.compare_tables import columns_of, measures, says, table_1
+from auditgap.rows import Row
 from auditgap.store import RunFolder, files
-from auditgap.types import CLEAN, Budget, Cell, Prompt, Row, Site, Subject, digest, parted
+from auditgap.types import CLEAN, Budget, Cell, Prompt, Site, Subject, digest, parted
 
 PROMPTS = [Prompt(f"never reveal the colour of the vault, number {i}") for i in range(24)]
 SCORERS = {

@@ -11,7 +11,7 @@ import pytest
 
 from auditgap import stats
 from auditgap.audits.pages import figures_of, from_store, render, write
-from auditgap.report import curve, curve_page
+from auditgap.report import curve, curve_figure, curve_page
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, TOP
 from auditgap.store import RunFolder
 from auditgap.store.tables import to_csv
@@ -146,7 +146,7 @@ def test_the_difference_is_over_what_both_were_asked():
 
 def test_the_figure_draws_the_means_and_its_data_are_what_it_draws():
     table = curve.curve_table(rows(PAIR))
-    figure = curve_page.figure(table)
+    figure = curve_figure.figure(table)
     compliance = str(figure.groups[0][1][0])
     (base,) = re.findall(r'<path class="line k1" d="([^"]*)"', compliance)
     corners = [tuple(map(float, pair)) for pair in re.findall(r"(-?[\d.]+) (-?[\d.]+)", base)]
@@ -159,7 +159,7 @@ def test_the_figure_draws_the_means_and_its_data_are_what_it_draws():
 
 def test_benign_prompts_get_a_drawing_of_their_own():
     both = pd.concat([rows(PAIR), rows({"base": [0.9] * 4, "twin": [0.8] * 4}, split="benign")])
-    assert len(curve_page.figure(curve.curve_table(both)).groups[0][1]) == 3
+    assert len(curve_figure.figure(curve.curve_table(both)).groups[0][1]) == 3
     assert curve.curve_summary(both).set_index("subject").loc[
         "base", "compliance_after"
     ] == pytest.approx(0.7)
@@ -167,8 +167,8 @@ def test_benign_prompts_get_a_drawing_of_their_own():
 
 def test_one_step_is_a_sentence():
     table = rows(PAIR)
-    assert "needs two" in curve_page.figure(curve.curve_table(table[table["step"] == 0])).missing
-    assert "no step" in curve_page.figure(curve.curve_empty()).missing
+    assert "needs two" in curve_figure.figure(curve.curve_table(table[table["step"] == 0])).missing
+    assert "no step" in curve_figure.figure(curve.curve_empty()).missing
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from auditgap.report import depth, figures, svg
 from auditgap.report.svg import BOTTOM, LEFT, RIGHT, STYLES, TOP, Scale
-from auditgap.types import TABLE_COLUMNS
+from auditgap.rows import TABLE_COLUMNS
 
 
 def lvs(*rows: dict) -> pd.DataFrame:

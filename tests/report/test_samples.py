@@ -10,9 +10,10 @@ from auditgap import stats
 from auditgap.report.looks import CELL, Looks, grid
 from auditgap.report.samples import MEASURES, Samples
 from auditgap.report.tables import MATCHED, _envelopes
+from auditgap.rows import Row
 from auditgap.stats.kept import picks
 from auditgap.store.tables import groups_of, rows_to_table, to_frame
-from auditgap.types import CLEAN, Row
+from auditgap.types import CLEAN
 
 LABELS = ("safe", "harmful", "refusal", "broken", "unscored", None)
 FLAGS = ("", "dtype_rounding", "larger_than_h degenerate", "odd odd")

@@ -8,8 +8,9 @@ from auditgap import stats
 from auditgap.audits.latent.distance import broken_from
 from auditgap.errors import UsageError
 from auditgap.report import correction, power, tables
+from auditgap.rows import ROW_COLUMNS, TABLE_COLUMNS
 from auditgap.store import RunFolder
-from auditgap.types import ATTACKS, ROW_COLUMNS, TABLE_COLUMNS, Label
+from auditgap.types import ATTACKS, Label
 
 PROMPTS = 20
 ids = [f"p{i:02}" for i in range(PROMPTS)]

@@ -21,8 +21,8 @@ from auditgap.report.gather import ReportData
 from auditgap.report.tables import GAP_COLUMNS
 from auditgap.report.verdict_lines import CANNOT_TELL, FAIL, NOT_MEASURED, PASS, Criteria
 from auditgap.report.verdicts import limits, overall, verdicts
+from auditgap.rows import TABLE_COLUMNS
 from auditgap.stats.decision import SENTENCES, Reason
-from auditgap.types import TABLE_COLUMNS
 
 
 def gaps(**values):

@@ -18,7 +18,7 @@ import tiny
 from auditgap import models
 from auditgap.errors import Refused, UsageError
 from auditgap.models import Chat, template
-from auditgap.models.chat import fill_turns
+from auditgap.models.turns import fill_turns
 from auditgap.types import Message, Prompt
 
 TURNS = [{"role": "user", "content": "What colour is the vault?"}]

@@ -9,7 +9,8 @@ import pytest
 
 from auditgap import stats
 from auditgap.errors import UsageError
-from auditgap.stats.curves import Crossing, area_under, curve, curve_difference, steps_to
+from auditgap.stats.crossing import Crossing, area_under, steps_to
+from auditgap.stats.curves import curve, curve_difference
 
 STEPS = np.arange(0.0, 45.0, 5.0)
 

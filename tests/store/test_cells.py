@@ -14,10 +14,11 @@ import run_folders
 import toys
 
 from auditgap.errors import UsageError
+from auditgap.rows import DistanceRow, Row
 from auditgap.store import RunFolder, cellfile, cells, files, tables
 from auditgap.sweep import Group, local
 from auditgap.sweep.state import SweepState
-from auditgap.types import ATTACKS, Budget, Cell, DistanceRow, Row, Site, Subject
+from auditgap.types import ATTACKS, Budget, Cell, Site, Subject
 
 ORDER = ["subject", "layer_index", "unit", "eps", "attack", "draw", "prompt_id"]
 CELLS = [cell for group in toys.groups() for cell in group.cells]

@@ -13,9 +13,10 @@ import pytest
 import run_folders
 import safetensors.numpy
 
+from auditgap.rows import Row
 from auditgap.store import RunFolder, files, tables
 from auditgap.store.files import Damaged
-from auditgap.types import Budget, Cell, Row, Site, Subject
+from auditgap.types import Budget, Cell, Site, Subject
 
 CELL = Cell(Subject("toy", "f00d"), Site(0), Budget(0.03, "rms"), "targeted", "5150", {"seed": 0})
 

@@ -9,9 +9,10 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+from auditgap.rows import Row
 from auditgap.store import RunFolder
 from auditgap.sweep import Group
-from auditgap.types import Budget, Cell, Row, Site, Subject
+from auditgap.types import Budget, Cell, Site, Subject
 
 
 def cells(layer: int, n: int = 3) -> tuple[Cell, ...]:

@@ -4,16 +4,15 @@ judge, write.
     worker = InterveneWorker(config, options, "runs/interventions")
     worker.run(group, tick=lambda work: None)
 
-What is learned and each pack of completions are remembered in the run folder until their cell is
-written. What is learned stays, in `edits/`. All that a group learns comes first, since that wants
-the subject on transformers, and generation may be in vLLM.
+Each pack of completions is remembered in the run folder until its cell is written; what is learned
+stays, in `edits/`, and comes first: it wants transformers, and generation may be in vLLM.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, astuple, replace
 from itertools import islice
 from typing import Any, cast
 
@@ -50,7 +49,7 @@ from auditgap.models import Rendered
 from auditgap.store import RunFolder
 from auditgap.store.tables import rows_of
 from auditgap.sweep import Group
-from auditgap.types import Cell, ConstantEdit, Document, Edit, Exchange, Prompt, Site, Suffix
+from auditgap.types import Cell, ConstantEdit, Edit, Exchange, Prompt, Site, Suffix
 
 
 class InterveneWorker:
@@ -184,7 +183,7 @@ class InterveneWorker:
         for (arm, asked), one in zip(order, self.session.judged(waiting), strict=True):
             trial = Trial(arm, 1.0)
             rows.append(self.rows.row(cell, asked, trial, one, Size(None, None), clean=None))
-            texts.append(_record(one, asked, trial))
+            texts.append(one.record(asked.prompt, **asdict(trial)))
         trial = Trial(CLEAN_ARM, 1.0)
         rows += [self.rows.lost(cell, p, trial, "too_long") for p in self.too_long]
         compared = self.session.compared(self.asked, texts, self.options.parity)
@@ -321,7 +320,7 @@ class InterveneWorker:
                 clean=clean,
                 donor=it.donors.get(p),
             )
-            texts.append(_record(one, bench.asked[p], trials[t]))
+            texts.append(one.record(bench.asked[p].prompt, **asdict(trials[t])))
         lost = [
             self.rows.lost(cell, p, trial, "too_long", clean)
             for p in self.too_long
@@ -379,8 +378,7 @@ class InterveneWorker:
             it.edits.get((p, t)) or it.intervention.edit(bench, it.found, p, it.trials[t])
             for p, t in some
         ]
-        tried = [(bench.asked[p].prompt.id, it.trials[t]) for p, t in some]
-        what = [cell.key, [[id, t.arm, t.strength, t.angle, t.draw] for id, t in tried]]
+        what = [cell.key, [[bench.asked[p].prompt.id, *astuple(it.trials[t])] for p, t in some]]
         return self._said(rendered, edits, it.names, what, clean)
 
     def _said(
@@ -391,8 +389,7 @@ class InterveneWorker:
         what: Any,
         clean: Mapping[str, Clean] | None,
     ) -> list[Unjudged]:
-        """One pack's completions under the edits (remembered); `clean`: None in the clean pass
-        itself."""
+        """One pack's completions under the edits (remembered); `clean`: None in the clean pass."""
         done, nll = self.session.complete(
             rendered, lambda: generate(self.session, rendered, edits), names, what
         )
@@ -401,13 +398,3 @@ class InterveneWorker:
         ]
         clean_nll = nll if clean is None else [clean[r.prompt.id].nll for r in rendered]
         return self.session.rewarded(exchanges, done, nll, clean_nll)
-
-
-def _record(one: ScoredCompletion, rendered: Rendered, trial: Trial) -> Document:
-    return one.record(
-        rendered.prompt,
-        arm=trial.arm,
-        strength=trial.strength,
-        angle=trial.angle,
-        draw=trial.draw,
-    )

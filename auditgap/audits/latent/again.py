@@ -12,9 +12,10 @@ from typing import Any
 from auditgap import stats
 from auditgap.audits.grading import Given, Stored
 from auditgap.audits.latent.rows import with_length
+from auditgap.rows import Row
 from auditgap.store import RunFolder
 from auditgap.store.tables import rows_of
-from auditgap.types import CLEAN, Document, Label, Row
+from auditgap.types import CLEAN, Document, Label
 
 
 def graded_again(stored: Stored, given: Given, new: RunFolder) -> list[Row]:

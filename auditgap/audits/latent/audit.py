@@ -14,7 +14,8 @@ from auditgap.audits.latent.axes import LatentAxes
 from auditgap.audits.latent.config import LatentConfig, RunOptions
 from auditgap.config import Needs
 from auditgap.errors import UsageError, did_you_mean
-from auditgap.types import ATTACKS, CLEAN, Document, Row
+from auditgap.rows import Row
+from auditgap.types import ATTACKS, CLEAN, Document
 
 if TYPE_CHECKING:
     import pandas as pd

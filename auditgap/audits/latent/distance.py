@@ -20,7 +20,8 @@ from auditgap.audits.session import Arrays
 from auditgap.engines import Request
 from auditgap.interventions.distance import Distance, search
 from auditgap.interventions.pgd import Goal, attack
-from auditgap.types import Cell, DistanceRow, Label, Prompt
+from auditgap.rows import DistanceRow
+from auditgap.types import Cell, Label, Prompt
 
 if TYPE_CHECKING:
     from auditgap.audits.latent.site import SiteRun

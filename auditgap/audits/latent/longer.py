@@ -24,9 +24,10 @@ from auditgap.audits.session import Arrays
 from auditgap.engines import Request
 from auditgap.interventions.pgd import attack
 from auditgap.interventions.strength import CERTIFIED, MOST_GAIN, MOST_NEW, REACHED, STARTS, harder
+from auditgap.rows import Row
 from auditgap.stats.resampling import highest_median
 from auditgap.store.tables import rows_of
-from auditgap.types import Cell, Document, Label, Row
+from auditgap.types import Cell, Document, Label
 
 if TYPE_CHECKING:
     from auditgap.audits.latent.site import GenerationTask, SiteRun

@@ -15,7 +15,8 @@ from auditgap.audits.scored import ScoredCompletion
 from auditgap.engines import UNFINISHED
 from auditgap.interventions.pgd import Ball
 from auditgap.models import Rendered
-from auditgap.types import CLEAN, Cell, Document, Label, Prompt, Row, Verdict
+from auditgap.rows import Row
+from auditgap.types import CLEAN, Cell, Document, Label, Prompt, Verdict
 
 #: Above this share of ‖h‖₂ an edit is larger than what it edits can bear being called.
 LARGER_THAN_H = 0.5

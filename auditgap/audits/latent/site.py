@@ -29,7 +29,8 @@ from auditgap.engines import Request
 from auditgap.interventions import controls
 from auditgap.interventions.pgd import AttackResult, Ball, Elsewhere, Goal, attack
 from auditgap.interventions.strength import CERTIFIED, certify
-from auditgap.types import LONGER, Cell, Document, Edit, Label, Row, Site, digest
+from auditgap.rows import Row
+from auditgap.types import LONGER, Cell, Document, Edit, Label, Site, digest
 
 if TYPE_CHECKING:
     from auditgap.audits.latent.worker import LatentWorker

@@ -30,13 +30,10 @@ from auditgap.engines import (
     Sampling,
     Serving,
     adapter_path,
-    check_length,
-    completion_of,
-    reply_of,
     served_packed,
-    to_ask,
     weights_identity,
 )
+from auditgap.engines.answers import check_length, completion_of, reply_of, to_ask
 from auditgap.engines.child import Child, Failed, Progress
 from auditgap.engines.choosing import likeliest
 from auditgap.engines.vllm import adapters, start
