@@ -60,7 +60,17 @@ HOMES = {
     "jinja2": ("report/page.py", "models/template_child.py"),
 }
 #: Places that may not pull torch in: they are read on machines that hold results only.
-WITHOUT_TORCH = ("errors", "types", "rows", "config", "registry", "store", "stats", "data", "report")
+WITHOUT_TORCH = (
+    "errors",
+    "types",
+    "rows",
+    "config",
+    "registry",
+    "store",
+    "stats",
+    "data",
+    "report",
+)
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

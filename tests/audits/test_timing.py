@@ -10,7 +10,7 @@ import tiny
 
 from auditgap.audits.latent.audit import LATENT
 from auditgap.audits.latent.plan import prepare
-from auditgap.audits.latent.timing import H200, completions, decoding, phases
+from auditgap.audits.latent.timing import H200, completions, decoding, estimate, phases
 
 NEW = 128
 
@@ -76,6 +76,25 @@ def test_the_8b_audit_of_all_layers_on_one_h200(planned, monkeypatch):
     assert sum(minutes.values()) < 40, minutes
     eight = planned(engine="vllm", executor="ray", workers=8)
     assert len(eight.passes[1]) == min(8, len(eight.groups))
+
+
+def test_targeted_beside_its_control_in_less_than_half_an_hour(planned, monkeypatch):
+    """What an auditor asks of an 8B model on one card: all sites, three budgets, 200 prompts."""
+    monkeypatch.setattr("auditgap.audits.latent.timing.mean_tokens", lambda *_: 65.0)
+    plan = as_8b(planned(attacks="targeted,random_matched"))
+    minutes = {name: s / 60 for name, s in phases(plan, H200).items()}
+    assert 10 < sum(minutes.values()) < 25, minutes
+    certified = as_8b(planned(attacks="targeted,random_matched", longer=True))
+    longer = phases(certified, H200)["search"] / 60 - minutes["search"]
+    assert 10 < longer < 30, "16 times the work, on 30 of the prompts"
+
+
+def test_edits_that_are_kept_take_a_byte_a_value_where_their_values_are_few(planned):
+    few, many, drawn = (
+        estimate(as_8b(planned(**asked)), "cpu").disk_bytes
+        for asked in ({"steps": 10}, {"steps": 20}, {"steps": 10, "restarts": 2})
+    )
+    assert many == drawn > few
 
 
 def test_a_step_takes_as_long_with_few_rows_as_with_many(planned):

@@ -16,7 +16,6 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from auditgap.audits.edits import keep_edits
 from auditgap.audits.latent.plan import DISTANCE
@@ -27,6 +26,7 @@ from auditgap.audits.scored import ScoredCompletion
 from auditgap.audits.session import Arrays, RepeatCheck
 from auditgap.engines import Request
 from auditgap.interventions import controls
+from auditgap.interventions.coded import Coded
 from auditgap.interventions.pgd import AttackResult, Ball, Elsewhere, Goal, attack
 from auditgap.interventions.strength import CERTIFIED, certify
 from auditgap.rows import Row
@@ -92,7 +92,7 @@ class SiteRun:
         self.names: list[str] = []  #: of what is remembered until the cells are written
         self.donors = controls.donors([len(r.ids) for r in self.rendered])
         # attack -> [prompt][budget] -> δ [T, D]
-        self.found: dict[str, list[list[torch.Tensor]]] = {}
+        self.found: dict[str, list[list[Coded]]] = {}
         self.broken_gradient: dict[str, set[tuple[int, int]]] = {kind: set() for kind in SEARCHED}
         self._searched: set[str] = set()
         #: targeted: [prompt][budget] -> NLL at every iterate
@@ -203,7 +203,7 @@ class SiteRun:
         if cell.attack in self.found:
             e = self.config.budgets.index(cell.budget)
             deltas = zip(self.rendered, self.found[cell.attack], strict=True)
-            arrays = {r.prompt.id: found[e].numpy() for r, found in deltas}
+            arrays = {r.prompt.id: found[e].rows().numpy() for r, found in deltas}
             keep_edits(self.worker.store, cell, arrays)
 
     def _packs(self, cells: Sequence[Cell]) -> list[list[GenerationTask]]:
@@ -225,7 +225,7 @@ class SiteRun:
         """PGD for all prompts and budgets, pack by pack, unless it is remembered; fills
         `found[kind]`."""
         goals = [self.goal(p, kind) for p in range(len(self.rendered))]
-        deltas: list[list[torch.Tensor]] = [[] for _ in goals]
+        deltas: list[list[Coded]] = [[] for _ in goals]
         curves: list[list[tuple[float, ...]]] = [[] for _ in goals]
         lengths = [len(g.rendered.ids) + len(g.target) for g in goals]
         for pack in self.stage.packing.packs(
@@ -244,9 +244,10 @@ class SiteRun:
                     score=False,
                 )
                 arrays = {
-                    f"{i}.{e}": f.delta.numpy()
+                    name: array
                     for i, row in zip(pack, results, strict=True)
                     for e, f in enumerate(row)
+                    for name, array in Coded.of(f.delta).arrays(f"{i}.{e}").items()
                 }
                 return {
                     **arrays,
@@ -259,9 +260,7 @@ class SiteRun:
                 self.tick(kind, len(pack))
             for i, finite, way in zip(pack, arrays["finite"], arrays["curves"], strict=True):
                 curves[i] = [tuple(curve) for curve in way.tolist()]
-                deltas[i] = [
-                    torch.from_numpy(arrays[f"{i}.{e}"]) for e in range(len(self.config.eps))
-                ]
+                deltas[i] = [Coded.read(arrays, f"{i}.{e}") for e in range(len(self.config.eps))]
                 self.broken_gradient[kind] |= {(i, e) for e, ok in enumerate(finite) if not ok}
         self.found[kind] = deltas
         if kind == "targeted":
@@ -285,7 +284,7 @@ class SiteRun:
         def compute() -> Arrays:
             found = [
                 [
-                    AttackResult(delta, curve[0], None, True, curve)
+                    AttackResult(delta.rows(), curve[0], None, True, curve)
                     for delta, curve in zip(self.found["targeted"][p], self.curves[p], strict=True)
                 ]
                 for p in at_risk
@@ -331,10 +330,11 @@ class SiteRun:
     def _edit(self, task: GenerationTask) -> Edit:
         rendered, kind, radius = self.rendered[task.p], task.cell.attack, self.radii[task.p][task.e]
         if kind in self.found:
-            return self.thinker.edit(self.site, self.found[kind][task.p][task.e])
+            return self.thinker.edit(self.site, self.found[kind][task.p][task.e].rows())
         if kind == "shuffled":  # scaled to this prompt's radius
             donor = self.donors[task.p]
-            theirs, their_radius = self.found["targeted"][donor][task.e], self.radii[donor][task.e]
+            theirs = self.found["targeted"][donor][task.e].rows()
+            their_radius = self.radii[donor][task.e]
             start, end = self.thinker.span(self.rendered[donor])
             mine = self.thinker.span(rendered)
             theirs = controls.borrowed(theirs[start:end], mine[1] - mine[0], donor == task.p)
@@ -355,7 +355,7 @@ class SiteRun:
             drawn = controls.uniform(end - start, self.worker.outline.width, radius, rng)
             return self.thinker.edit(self.site, self.thinker.placed(drawn, rendered))
         return self.thinker.edit(
-            self.site, controls.matched(self.found["targeted"][task.p][task.e], rng)
+            self.site, controls.matched(self.found["targeted"][task.p][task.e].rows(), rng)
         )
 
     def _requests(self, tasks: Sequence[GenerationTask]) -> list[Request]:
