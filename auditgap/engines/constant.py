@@ -119,7 +119,7 @@ def _generate(
 ) -> list[Completion]:
     ids, mask = left_pad([rendered[i].ids for i in some], engine.pad_id, engine.device)
     cache = engine.new_cache()
-    with Rows([edits[i] for i in some], engine.loaded.width, engine.device).on(engine) as rows:
+    with Rows([edits[i] for i in some], engine.width, engine.device).on(engine) as rows:
         logits = engine.forward(ids, mask, keep=1, cache=cache).logits
         written = engine.decode(cache, logits, mask, max_new_tokens, Greedy(), stayed=rows.stay)
     chat = engine.loaded.chat
@@ -161,7 +161,7 @@ def problem(engine: HFEngine, sites: tuple[Site, ...]) -> str:
         engine.device
     )
     mask = torch.ones_like(ids)
-    width, device = engine.loaded.width, engine.device
+    width, device = engine.width, engine.device
     u = torch.randn(width, generator=generator)
     u = u / u.norm()
     clean = engine.forward(ids, mask, keep=1).logits

@@ -87,6 +87,11 @@ class HookedModel:
     def device(self) -> torch.device:
         return self.loaded.device
 
+    @property
+    def width(self) -> int:
+        """D of every h [B, T, D]: of several residual streams their joint width."""
+        return self.loaded.width * self.layout.n_streams
+
     def _all_logits(self, ids: torch.Tensor, mask: torch.Tensor, first: int) -> torch.Tensor:
         place = positions(mask) + first
         return self.forward(ids, mask, keep=ids.shape[1], place=place).logits

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from auditgap.errors import UsageError
+
 #: Rows and positions of the question: numbers that are unlikely to be another axis's size.
 _ROWS, _POSITIONS = 5, 7
 
@@ -27,6 +29,7 @@ class Layout:
     returns_tuples: bool = False  #: blocks return (h, …) instead of h
     #: of several residual streams: the order of axes that makes [B, T, S, D] of h; None: one stream
     streams: tuple[int, ...] | None = None
+    n_streams: int = 1
 
     @classmethod
     def of(cls, model: PreTrainedModel, block: nn.Module, device: torch.device) -> Layout:
@@ -48,7 +51,8 @@ class Layout:
                 handle.remove()
         if len(seen) < 2:
             return cls()
-        return cls(isinstance(seen[1], (tuple, list)), _axes(seen[0].shape))
+        axes, shape = _axes(seen[0].shape), seen[0].shape
+        return cls(isinstance(seen[1], (tuple, list)), axes, shape[axes[2]] if axes else 1)
 
     def flat(self, h: torch.Tensor) -> torch.Tensor:
         """[B, T, D]; several streams as one of their joint width, [B, T, S·D]."""
@@ -61,6 +65,19 @@ class Layout:
         sizes = [like.shape[axis] for axis in self.streams[2:]]
         back = [self.streams.index(axis) for axis in range(4)]
         return flat.view(*flat.shape[:2], *sizes).permute(back)
+
+
+def one_stream(output: Any) -> torch.Tensor:
+    """What a block hands on, [B, T, D], for what reads or trains a single stream. Raises UsageError
+    where a family has several."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    if hidden.ndim != 3:
+        raise UsageError(
+            f"A block of this model hands on several residual streams at once, {list(hidden.shape)};"
+            " probes, directions and constructions read one. Use `auditgap lvs`, `intervene` or"
+            " `evaluate`, which take them as one of their joint width."
+        )
+    return hidden
 
 
 def _axes(shape: torch.Size) -> tuple[int, ...] | None:

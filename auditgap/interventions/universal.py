@@ -137,7 +137,7 @@ def search(
                 nll += own / max(1, len(rendered))
         return nll, slope
 
-    zero = torch.zeros(1, engine.loaded.width, device=device)
+    zero = torch.zeros(1, engine.width, device=device)
     at_zero = gradient(zero)
     found = []
     for radius in radii:

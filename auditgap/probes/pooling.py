@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from auditgap.engines.layout import one_stream
 from auditgap.errors import AuditgapError
 
 
@@ -84,7 +85,7 @@ def pooled(blocks: nn.ModuleList, mask: torch.Tensor) -> Iterator[Pool]:
 
     def hook(index: int) -> Any:
         def after(_module: nn.Module, _args: tuple, output: Any) -> None:
-            pool.take(index, output[0] if isinstance(output, tuple) else output)
+            pool.take(index, one_stream(output))
 
         return after
 

@@ -115,20 +115,23 @@ class SiteRun:
 
         def compute() -> Arrays:
             self.stage.engine.self_test(self.site)
-            activations = zip(
-                self.stage.engine.activations(self.rendered, self.site), self.rendered, strict=True
-            )
+            activations = self.stage.engine.activations(self.rendered, self.site)
+            balls = [
+                astuple(self.thinker.ball(h, r))
+                for h, r in zip(activations, self.rendered, strict=True)
+            ]
             return {
-                "balls": (
-                    np.array([astuple(self.thinker.ball(h, r)) for h, r in activations]).reshape(
-                        -1, 3
-                    )
-                )
+                "balls": np.array(balls).reshape(-1, 3),
+                "width": np.array([h.shape[1] for h in activations[:1]]),
             }
 
         what = [*self.key, "balls", self.config.dtype, [r.prompt.id for r in self.rendered]]
         found = self.session.remembered(self.names, what, compute)
         self.balls = [Ball(*numbers) for numbers in found["balls"].tolist()]
+        #: of an edit at the site; what an interrupted run of before remembers has none
+        self.width = next(
+            iter(found.get("width", np.array([])).tolist()), self.worker.outline.width
+        )
         # no radius where the activations are not numbers: such a prompt runs along with an edit of
         # 0, and is unscored
         self.radii = [
@@ -352,7 +355,7 @@ class SiteRun:
         )
         if kind == "random":
             start, end = self.thinker.span(rendered)
-            drawn = controls.uniform(end - start, self.worker.outline.width, radius, rng)
+            drawn = controls.uniform(end - start, self.width, radius, rng)
             return self.thinker.edit(self.site, self.thinker.placed(drawn, rendered))
         return self.thinker.edit(
             self.site, controls.matched(self.found["targeted"][task.p][task.e].rows(), rng)

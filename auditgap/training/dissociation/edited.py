@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from auditgap.engines.layout import one_stream
 from auditgap.engines.tensors import add
 from auditgap.models import parse_sites
 
@@ -28,8 +29,7 @@ def edited(block: nn.Module, where: Tensor, edit: Tensor) -> Iterator[None]:
     `where` [B, T]."""
 
     def after(_module: nn.Module, _args: tuple, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        changed = add(hidden, where[..., None] * edit)
+        changed = add(one_stream(output), where[..., None] * edit)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     handle = block.register_forward_hook(after)

@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from auditgap.engines.layout import one_stream
 from auditgap.errors import UsageError
 from auditgap.interventions.controls import generator
 from auditgap.models import Conversation, LoadedModel
@@ -117,8 +118,9 @@ def _opening_nll(
     where = torch.arange(len(talk.ids), device=loaded.device)[None] < talk.n_prompt
 
     def look(_module: nn.Module, _args: tuple, output: torch.Tensor | tuple) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        seen.append(hidden[0, : talk.n_prompt].detach().double().cpu()[torch.tensor(own)])
+        seen.append(
+            one_stream(output)[0, : talk.n_prompt].detach().double().cpu()[torch.tensor(own)]
+        )
 
     handle = block.register_forward_hook(look)
     try:
