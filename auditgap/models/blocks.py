@@ -25,11 +25,16 @@ class Family:
 
     count: Callable[[Any], int]  #: of its text config, where that is not `num_hidden_layers`
     blocks: str = ""  #: their name in the model, where running text does not tell
+    width: Callable[[Any], int] = lambda config: config.hidden_size
 
 
 FAMILIES = {
     # bytes run through an encoder and a decoder, patches of them through a model between the two
-    "blt": Family(lambda c: c.decoder_config.num_hidden_layers, "model.local_decoder.layers"),
+    "blt": Family(
+        lambda c: c.decoder_config.num_hidden_layers,
+        "model.local_decoder.layers",
+        lambda c: c.decoder_config.hidden_size,
+    ),
     "longcat_flash": Family(lambda c: c.num_layers),
     # text without images passes the cross-attention blocks by
     "mllama_text_model": Family(lambda c: c.num_hidden_layers - len(c.cross_attention_layers)),
@@ -40,6 +45,12 @@ def count_blocks(config: Any) -> int:
     """How many blocks `find_blocks` finds in a model of this text config."""
     family = FAMILIES.get(config.model_type)
     return config.num_hidden_layers if family is None else family.count(config)
+
+
+def width_of(config: Any) -> int:
+    """Numbers of an activation between the blocks of a model of this text config."""
+    family = FAMILIES.get(config.model_type)
+    return config.hidden_size if family is None else family.width(config)
 
 
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from auditgap.errors import UsageError
 from auditgap.models import attention
 from auditgap.models.adapters import merged
-from auditgap.models.blocks import find_blocks, n_embeddings
+from auditgap.models.blocks import find_blocks, n_embeddings, width_of
 from auditgap.models.chat import Chat, Rendered
 from auditgap.models.choices import parse_sites, pick_device, pick_dtype
 from auditgap.models.door import as_usage_error
@@ -61,7 +61,7 @@ class LoadedModel:
 
     @property
     def width(self) -> int:
-        return self.model.config.get_text_config().hidden_size
+        return width_of(self.model.config.get_text_config())
 
     @property
     def max_positions(self) -> int | None:

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from auditgap.errors import UsageError
 from auditgap.models.adapters import check_kind
-from auditgap.models.blocks import count_blocks
+from auditgap.models.blocks import count_blocks, width_of
 from auditgap.models.chat import Chat
 from auditgap.models.claims import check_width
 from auditgap.models.door import as_usage_error, open_config, open_tokenizer
@@ -83,7 +83,7 @@ def outline(
     tokenizer = open_tokenizer(folder if speaks(folder) else base, name)
     with as_usage_error(name):
         stop_ids = stop_ids_of(_generation_config(base), tokenizer)
-    check_width(name, config.hidden_size, base)
+    check_width(name, width_of(config), base)
     numbers, n_embedding = _count_parameters(base)
     n_params = numbers.total()
     tied = bool(getattr(config, "tie_word_embeddings", False))
@@ -92,7 +92,7 @@ def outline(
         folder,
         Chat(name, tokenizer, read_template(chat_template)),
         count_blocks(config),
-        config.hidden_size,
+        width_of(config),
         n_block_params=max(n_params - n_embedding * (1 if tied else 2), 0),
         n_head_params=n_embedding,
         n_params=n_params,

@@ -73,7 +73,7 @@ def door_vector(
     audit's budgets are: the first token of a template can be a hundred times as large as any other.
     Raises UsageError where no edit makes a difference.
     """
-    width = loaded.model.config.get_text_config().hidden_size
+    width = loaded.width
     block = loaded.blocks[middle_block(len(loaded.blocks))]
     edit = torch.zeros(width, device=loaded.device, requires_grad=True)
     seen: list[torch.Tensor] = []
