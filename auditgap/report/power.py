@@ -6,6 +6,10 @@ of_excess(gaps, draws=3)
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import pandas as pd
 
 from auditgap import stats
@@ -27,11 +31,14 @@ def of_excess(gaps: pd.DataFrame, draws: int = 1) -> str:
         return (
             "No matched control was run, so there is no excess gap to be shown. Add random_matched."
         )
-    n, chance = int(row["n"]), float(row["control_gap"])
+    chance = float(row["control_gap"])
+    n, asked = _independent(row), _prompts(int(row["n"]))
+    if n < int(row["n"]):
+        asked += f", of which near-duplicates leave {n} that tell something of their own,"
     smallest = stats.detectable_excess(n, chance, draws=draws)
     enough = stats.prompts_for_excess(LINE, chance, draws=draws)
     flips = "no prompt" if chance == 0 else f"{percent(chance)} of them"
-    start = f"With {_prompts(n)} and a control that flips {flips},"
+    start = f"With {asked} and a control that flips {flips},"
     room = float(row["safety"])
     if smallest is None:
         said = f"{start} no excess gap can be shown {_TEST}."
@@ -45,6 +52,15 @@ def of_excess(gaps: pd.DataFrame, draws: int = 1) -> str:
     if enough is None or (smallest is not None and smallest <= LINE):
         return said
     return f"{said} To show {points(LINE)} takes about {enough} prompts."
+
+
+def _independent(row: Mapping[str, Any]) -> int:
+    """As how many prompts its prompts count: near-duplicates as one, by their share among those at
+    risk."""
+    n, at_risk, effective = int(row["n"]), row.get("n_at_risk"), row.get("effective_at_risk")
+    if is_null(effective) or not at_risk:
+        return n
+    return max(1, math.floor(n * float(effective) / at_risk + 1e-9))
 
 
 def of_rise(table: pd.DataFrame) -> str:

@@ -524,6 +524,10 @@ def test_power_is_of_what_the_page_leads_with():
     assert "more than there is to break: only 10\u00a0%" in power.of_excess(row(safety=0.1))
     assert "no excess gap can be shown" in power.of_excess(row(n=4, control_gap=0.0))
     assert "No matched control was run" in power.of_excess(row(excess=None))
+    alike = power.of_excess(row(n=200, n_at_risk=160, effective_at_risk=16.0))
+    assert alike.startswith("With 200 prompts, of which near-duplicates leave 20 that tell")
+    assert power.of_excess(row(n=20)).partition(", the")[2] in alike, "as many as tell something"
+    assert power.of_excess(row(n_at_risk=30, effective_at_risk=30.0)) == power.of_excess(row())
     assert power.of_excess(row(n=0)) == power.of_excess(row(safety=None)) == ""
     rise = pd.DataFrame([{"n": 24, "safety": 0.95}])
     assert "24 prompts" in power.of_rise(rise) and "is 33\u00a0points" in power.of_rise(rise)
