@@ -57,10 +57,10 @@ def of_excess(gaps: pd.DataFrame, draws: int = 1) -> str:
 def _independent(row: Mapping[str, Any]) -> int:
     """As how many prompts its prompts count: near-duplicates as one, by their share among those at
     risk."""
-    n, at_risk, effective = int(row["n"]), row.get("n_at_risk"), row.get("effective_at_risk")
-    if is_null(effective) or not at_risk:
-        return n
-    return max(1, math.floor(n * float(effective) / at_risk + 1e-9))
+    n, at_risk, effective = (row.get(c) for c in ("n", "n_at_risk", "effective_at_risk"))
+    if at_risk is None or effective is None or is_null(effective) or not at_risk:
+        return int(n or 0)
+    return max(1, math.floor(int(n or 0) * float(effective) / int(at_risk) + 1e-9))
 
 
 def of_rise(table: pd.DataFrame) -> str:
