@@ -52,12 +52,17 @@ def tried(
     folder: Path, name: str, auto: Any, what: str = "a causal LM with a tokenizer"
 ) -> Document:
     """What transformers says of loading the folder as `auto` does (`missing_keys` and the like);
-    nothing of packed weights, whose names are other ones until they are unpacked. Raises
-    UsageError where it does not open it at all."""
+    nothing of packed weights, whose names are other ones until they are unpacked, and of a family
+    that cannot be laid out without numbers. Raises UsageError where it does not open it at all."""
     if packing_of(folder) is not None:
         return {}
     with OPENING, as_usage_error(name, what):
-        return _tried(auto, open_config(folder, name), tuple(held_by(folder).shapes.items()))
+        try:
+            return _tried(auto, open_config(folder, name), tuple(held_by(folder).shapes.items()))
+        except NotImplementedError as error:
+            if "meta tensor" not in str(error):
+                raise
+            return {}  # whoever loads it finds out
 
 
 def _tried(auto: Any, config: Any, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Document:

@@ -9,9 +9,10 @@ import random
 import pytest
 from docs_pages import ROOT
 
+from auditgap import models
 from auditgap.cli.lists import list_
 from auditgap.engines.families import table
-from auditgap.engines.families.building import CAUSAL, WRAPPERS
+from auditgap.engines.families.building import CAUSAL, WRAPPERS, build, tokenizer
 from auditgap.engines.families.proof import prove
 from auditgap.errors import UsageError
 
@@ -58,6 +59,22 @@ def test_a_type_is_what_the_table_says(model_type):
     again = prove(model_type, wrapper=said.wrapper)
     assert again.answer == said.answer, again.why
     assert (again.streams, bool(again.why)) == (said.streams, bool(said.why))
+
+
+@pytest.mark.parametrize("model_type", ["blt", "qwen4_exp_text", "hy_v4", "glm5_next", *SAMPLE])
+def test_what_is_proven_opens_from_its_folder(model_type, tmp_path):
+    """The proof holds of a model in memory; an audit begins with what its files say."""
+    said = ANSWERS[model_type]
+    if said.answer == "refused":
+        pytest.skip(said.why)
+    words = tokenizer()
+    words.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    build(model_type, wrapper=said.wrapper).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    outline = models.outline(str(tmp_path))
+    outline.check_opens()
+    loaded = models.load(outline, dtype="float32")
+    assert (loaded.n_blocks, loaded.width) == (outline.n_blocks, outline.width)
 
 
 def test_ls_families_shows_the_table(capsys):
