@@ -14,7 +14,7 @@ from auditgap.audits.latent.axes import LatentAxes
 from auditgap.audits.latent.config import LatentConfig, RunOptions
 from auditgap.config import Needs
 from auditgap.errors import UsageError, did_you_mean
-from auditgap.types import ATTACKS, CLEAN, Document, Row
+from auditgap.types import ATTACKS, CLEAN, LONGER, Document, Row
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +34,13 @@ DISTANCE_TITLE = (
     "Find the minimum distance to collapse: the smallest eps at which each completion turns"
     " harmful, by layer."
 )
+
+#: What of its table a tracker is told, by the name that it has there.
+_TRACKED = {"asr": "asr", "flip_rate": "flip_rate", "lvs": "lvs_mean"}
+
+
+def _size(row: Document) -> str:
+    return f"{row['unit']}_{row['eps']:g}"
 
 
 class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
@@ -155,6 +162,26 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
         rows = store.rows([*ATTACKS, CLEAN])
         correct = correction.of_runs([store])["harmful"]
         return {"lvs": tables.lvs_table(rows, correction=correct)}
+
+    def numbers(self, store: RunFolder) -> dict[str, float]:
+        """LVS, ASR and flip rate of each site, attack and budget; the audit gap of each budget."""
+        from auditgap.report import tables
+        from auditgap.report.text import short_names
+        from auditgap.store.tables import rows_of
+
+        rows = store.rows([*ATTACKS, LONGER, CLEAN])
+        if not len(rows):
+            return {}
+        shown = {subject: str(store.shown(subject)) for subject in rows["subject"].unique()}
+        called = short_names(shown.values())
+        found: dict[str, float] = {}
+        for row in rows_of(tables.lvs_table(rows)):
+            where = (called[shown[row["subject"]]], row["site"], row["attack"], _size(row))
+            found |= {"/".join((name, *where)): row[key] for name, key in _TRACKED.items()}
+        for row in rows_of(tables.audit_gaps(rows)):
+            where = (called[shown[row["subject"]]], _size(row))
+            found |= {"/".join((name, *where)): row[name] for name in ("gap", "excess")}
+        return found
 
     def reading(self, store: RunFolder) -> tuple[dict[str, pd.DataFrame], dict[str, PartData]]:
         from auditgap.report import correction
