@@ -17,12 +17,11 @@ from auditgap import sweep
 from auditgap.audits.options import AuditOptions
 from auditgap.store import RunFolder
 from auditgap.sweep import Group, Outcome, Progress, Worker
-from auditgap.sweep.state import Follower
 from auditgap.types import Cell
 
 if TYPE_CHECKING:
     from auditgap.audits.audit import Audit, Plan
-    from auditgap.audits.tracked import SeveralFolders
+    from auditgap.audits.following import SeveralFolders
 
 OptionsT = TypeVar("OptionsT", bound=AuditOptions)
 PlanT = TypeVar("PlanT", bound="Plan")
@@ -63,12 +62,9 @@ def _sweep(
     options: AuditOptions,
     progress: Callable[[], Progress] | None,
 ) -> Outcome:
-    shown: Progress | None = None if progress is None else progress()
-    follower: Follower | None = shown
-    if options.trackers:
-        from auditgap.audits.tracked import tracked
+    from auditgap.audits.following import followed
 
-        follower = tracked(shown, store, options.trackers)
+    follower = followed(None if progress is None else progress(), store, options)
     if options.executor == "local":
         return sweep.local.run(
             groups, make_worker, store, progress=follower, retry_failed=options.retry_failed

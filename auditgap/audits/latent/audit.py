@@ -107,17 +107,21 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
         return f"{safe_name(plan.prompts.name)}-{plan.config.unit}-{plan.config.dtype}"
 
     def estimate(self, plan: LatentPlan, options: RunOptions) -> Document:
-        from auditgap.audits.latent.timing import estimate
+        from auditgap.audits.latent.timing import completions, estimate
+        from auditgap.audits.timing import Time, judging, starting
+        from auditgap.judges import load_judge
         from auditgap.models import pick_device
 
-        expected = estimate(plan, pick_device(options.device), options)
+        device = pick_device(options.device)
+        expected = estimate(plan, device, options)
+        judge = load_judge(plan.config.judge, device=device, serving=options.judge_serving)
+        said = completions(plan.config, plan.cells, len(plan.prompts))
+        time = Time(starting(plan.outlines), expected.seconds, judging(judge, said, device))
         return {
             "prompts": len(plan.prompts),
             **super().estimate(plan, options),
-            **{
-                name: getattr(expected, name)
-                for name in ("flops", "seconds", "memory_bytes", "disk_bytes")
-            },
+            **{name: getattr(expected, name) for name in ("flops", "memory_bytes", "disk_bytes")},
+            **time.document(),
         }
 
     def worker(

@@ -1,16 +1,17 @@
-"""`--report-to`: a run in the trackers while it goes on, resumed without doubles, and nothing of it on
-stdout."""
+"""A run that is followed: in the trackers of `--report-to` while it goes on, resumed without doubles,
+nothing of it on stdout; and its report, written while it runs."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from auditgap.audits import AUDITS, run
+from auditgap.audits import AUDITS, following, run
 from auditgap.errors import Interrupted, UsageError
 from auditgap.store.tables import rows_of, unseal
 from auditgap.sweep import Progress
@@ -76,6 +77,35 @@ def test_a_run_is_told_as_it_goes_on_and_goes_on_where_it_was_stopped(tmp_path):
 def test_nothing_is_logged_where_nobody_asked(tmp_path):
     store, _ = lvs(tmp_path / "run")
     assert not (store.path / "log.jsonl").exists()
+
+
+def test_the_report_is_there_before_the_run_is_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(following, "REPORT_EVERY", 0.0)
+    monkeypatch.setattr(following, "PATIENCE", 0)
+    with pytest.raises(Interrupted):
+        lvs(tmp_path / "run", Stopped)
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert re.search(r"[2-4] missing", page)
+    _, outcome = lvs(tmp_path / "run")
+    assert outcome.failed == {}
+
+
+def test_a_report_that_cannot_be_made_meanwhile_ends_no_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(following, "REPORT_EVERY", 0.0)
+    monkeypatch.setattr(following, "PATIENCE", 0)
+    reduce, made = AUDITS["latent"].reduce, []
+
+    def odd(store, **named):
+        made.append(store.status().missing)
+        if store.status().missing:
+            raise ZeroDivisionError("of a table")
+        reduce(store, **named)
+
+    monkeypatch.setattr(AUDITS["latent"], "reduce", odd)
+    store, outcome = lvs(tmp_path / "run")
+    assert outcome.failed == {} and made[-1] == 0 and max(made) > 0
+    assert "no report meanwhile (ZeroDivisionError: of a table)" in caplog.text
+    assert (store.path / "report.html").is_file()
 
 
 def test_a_tracker_that_cannot_serve_is_refused_before_the_run(tmp_path):
