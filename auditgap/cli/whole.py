@@ -14,7 +14,7 @@ from auditgap.audits.whole_config import WholeSettings
 from auditgap.cli import audits
 from auditgap.cli import show as screen_show
 from auditgap.cli.options import Asked, command
-from auditgap.cli.screen import err, note, print_json, print_table, quiet, say
+from auditgap.cli.screen import err, inert, note, print_json, print_table, quiet, say
 from auditgap.errors import PartlyFailed
 from auditgap.types import Document, in_mode, parted
 
@@ -132,9 +132,8 @@ def show(folder: Path, as_json: bool = False) -> None:
     if as_json:
         print_json(report)
         return
-    for subject in dict.fromkeys(line["subject"] for line in report["verdicts"] if line["subject"]):
-        say(subject)
-        break
+    for answer in report.get("answers") or [report["title"]]:
+        say(inert(answer))
     print_table(
         [
             {
