@@ -58,7 +58,7 @@ def show_plan(
     for line in plan.warnings:
         note(f"Note: {line}")
     say(
-        f"{adapters} adapters of {asked.model}: {len(asked.domains)} domains ×"
+        f"{adapters} adapters of {asked.model}: {_count(len(asked.domains), 'domain')} ×"
         f" {', '.join(asked.arms)} × {_count(len(asked.seeds), 'seed')};"
         f" {expected['steps']} optimizer steps in all. {expected['answers']} answers:"
         f" {expected['prompts']}"

@@ -314,7 +314,7 @@ def show_status(folder: str, cases: Mapping[str, Any], as_json: bool) -> None:
                 "cells": s.planned,
                 "done": s.finished,
                 "failed": s.failed,
-                "torn": s.corrupt,
+                "damaged": s.corrupt,
             }
             for name, s in each.items()
         ]
