@@ -1,7 +1,9 @@
 """What pyproject.toml cannot say: the folders that it names under `[tool.auditgap] shipped` go into
 the wheel, so that an installed package has the examples that its documentation names
-(`auditgap examples`)."""
+(`auditgap examples`); and the package's description is README.md without the pictures and links
+into the checkout, which lead nowhere on a package index."""
 
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -27,4 +29,13 @@ class WithExamples(build_py):
             )
 
 
-setup(cmdclass={"build_py": WithExamples})
+#: A picture (with the line's end) or a link whose target is a file of the checkout.
+PICTURE = re.compile(r"!\[[^]]*]\((?!https?:)[^)]*\)\n*")
+LINK = re.compile(r"\[([^]]*)]\((?!https?:|#)[^)]*\)")
+
+readme = (HERE / "README.md").read_text(encoding="utf-8")
+setup(
+    cmdclass={"build_py": WithExamples},
+    long_description=LINK.sub(r"\1", PICTURE.sub("", readme)),
+    long_description_content_type="text/markdown",
+)

@@ -24,7 +24,7 @@ import torch
 from plain import peer_attack, plain_attack, plain_generate
 
 from auditgap import models
-from auditgap.audits.latent.timing import matmul_rate
+from auditgap.audits.timing import matmul_rate
 from auditgap.engines import Request
 from auditgap.engines.hf import HFEngine
 from auditgap.interventions.pgd import PGD, Ball, Goal, attack

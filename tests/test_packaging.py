@@ -3,7 +3,11 @@ wheel only those that pyproject.toml names."""
 
 from __future__ import annotations
 
+import re
 import tomllib
+from distutils.core import run_setup
+from email import message_from_string
+from io import StringIO
 from itertools import chain
 from pathlib import Path
 
@@ -19,9 +23,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def distribution(monkeypatch) -> Distribution:
-    """The package as setuptools reads it from pyproject.toml."""
+    """The package as setuptools reads it from setup.py and pyproject.toml."""
     monkeypatch.chdir(ROOT)
-    read = Distribution({"script_name": "setup.py"})
+    read = run_setup("setup.py", stop_after="init")
     read.parse_config_files()
     return read
 
@@ -36,6 +40,19 @@ def test_every_file_of_the_package_is_in_the_wheel(distribution):
         if file.is_file() and "__pycache__" not in file.parts
     }
     assert packed == there and len(there) > 200
+
+
+def test_the_description_of_the_package_leads_nowhere_that_an_index_has_not(distribution):
+    """In a wheel's METADATA no picture and no link is relative to the checkout; the words stay."""
+    written = StringIO()
+    distribution.metadata.write_pkg_file(written)
+    told = message_from_string(written.getvalue())
+    text = told.get_payload()
+    assert isinstance(text, str) and told["Description-Content-Type"] == "text/markdown"
+    targets = re.findall(r"]\(([^)]*)\)", text)
+    assert [target for target in targets if not target.startswith("https://")] == []
+    assert "which command do I want?" in text and "pip install auditgap" in text
+    assert "![" in (ROOT / "README.md").read_text("utf-8") and "![" not in text
 
 
 def test_weights_in_the_package_are_few_and_small():

@@ -157,6 +157,11 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
 
         return [WholePlan(self, plan)]
 
+    def numbers(self, store: RunFolder) -> Mapping[str, float]:
+        """What the finished cells come to so far, for a tracker (`--report-to`), by names such as
+        "asr/MODEL/SITE". NaN: not known yet."""
+        return {}
+
     @abstractmethod
     def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
         """The finished cells' rows as tables, by the name of their files. Deterministic, and safe
@@ -234,6 +239,12 @@ class Audit(ABC, Generic[ConfigT, OptionsT, PlanT]):
             from auditgap.store.remote import needs_disk
 
             needs_disk(options.out, f"`auditgap {self.command}`")
+        if options.trackers:
+            from auditgap.store.remote import needs_disk
+            from auditgap.training.tracking import check_report_to
+
+            check_report_to(options.report_to)
+            needs_disk(options.out, "--report-to")
         if options.out:
             from auditgap.store import files, remote
 

@@ -25,7 +25,7 @@ from auditgap.audits import pages
 from auditgap.report import frame, page
 from auditgap.report.gather import ReportData
 from auditgap.report.page import Copies
-from auditgap.report.section import Section, tables_of
+from auditgap.report.section import Section, answers, tables_of
 from auditgap.report.text import clean, is_null, without_secrets
 from auditgap.report.verdict_lines import Criteria, Line, table_of
 from auditgap.report.verdicts import limits, overall, verdicts
@@ -121,6 +121,7 @@ def machine(report: ReportData, sections: Sequence[Section]) -> Document:
             "auditgap": auditgap.__version__,
             "title": report.title,
             "subjects": [without_secrets(subject) for subject in report.subjects],
+            "answers": answers(sections),
             "overall": overall(lines),
             "verdicts": [line.describe() for line in lines],
             "criteria": dict(report.criteria),

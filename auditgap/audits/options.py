@@ -22,6 +22,7 @@ from pydantic import Field
 from auditgap.config import COMMAS, Flag, Frozen, Topic
 from auditgap.engines import EngineName
 from auditgap.errors import UsageError
+from auditgap.training.config import ReportTo
 
 if TYPE_CHECKING:
     from auditgap.engines import Serving
@@ -183,6 +184,12 @@ class AuditOptions(Frozen):
         bool, Flag("Take over the folder of a process that is no longer running", Topic.OUTPUT)
     ] = False
     retry_failed: RetryFailed = False
+    report_to: ReportTo = ("none",)
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Those of `report_to`."""
+        return tuple(name for name in self.report_to if name != "none")
 
     def gpus_of(self, model: str, device: str) -> float:
         """GPUs that a Ray worker needs for this model."""

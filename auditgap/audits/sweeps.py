@@ -17,11 +17,11 @@ from auditgap import sweep
 from auditgap.audits.options import AuditOptions
 from auditgap.store import RunFolder
 from auditgap.sweep import Group, Outcome, Progress, Worker
-from auditgap.sweep.state import Cells
 from auditgap.types import Cell
 
 if TYPE_CHECKING:
     from auditgap.audits.audit import Audit, Plan
+    from auditgap.audits.following import SeveralFolders
 
 OptionsT = TypeVar("OptionsT", bound=AuditOptions)
 PlanT = TypeVar("PlanT", bound="Plan")
@@ -30,7 +30,7 @@ PlanT = TypeVar("PlanT", bound="Plan")
 def run_passes(
     passes: Sequence[Sequence[Group]],
     make_worker: Callable[[], Worker],
-    store: Cells,
+    store: RunFolder | SeveralFolders,
     options: AuditOptions,
     progress: Callable[[], Progress] | None = None,
     after_pass: Callable[[], None] | None = None,
@@ -58,14 +58,16 @@ def run_passes(
 def _sweep(
     groups: Sequence[Group],
     make_worker: Callable[[], Worker],
-    store: Cells,
+    store: RunFolder | SeveralFolders,
     options: AuditOptions,
     progress: Callable[[], Progress] | None,
 ) -> Outcome:
-    shown = None if progress is None else progress()
+    from auditgap.audits.following import followed
+
+    follower = followed(None if progress is None else progress(), store, options)
     if options.executor == "local":
         return sweep.local.run(
-            groups, make_worker, store, progress=shown, retry_failed=options.retry_failed
+            groups, make_worker, store, progress=follower, retry_failed=options.retry_failed
         )
     return sweep.ray.run(
         _with_gpus(groups, options),
@@ -73,7 +75,7 @@ def _sweep(
         store,
         workers=options.workers,
         address=options.address,
-        progress=shown,
+        progress=follower,
         retry_failed=options.retry_failed,
     )
 

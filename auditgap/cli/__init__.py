@@ -10,7 +10,9 @@ stand there. Building the app imports no torch. Exit codes: 0 done, 1 a verdict 
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -60,6 +62,19 @@ app.add_typer(training.app, name="train", rich_help_panel=training.PANEL)
 app.add_typer(data.app, name="data", rich_help_panel=lists.PANEL)
 app.add_typer(judges.app, name="judge", rich_help_panel=lists.PANEL)
 app.add_typer(compare.presets, name="presets", rich_help_panel=lists.PANEL)
+
+
+def _without_line_breaks(commands: typer.Typer) -> None:
+    """Has the help of every command break where the terminal ends, and not where its source does."""
+    for one in commands.registered_commands:
+        told = inspect.getdoc(one.callback) if one.callback else None
+        one.help = re.sub(r"(?<!\n)\n(?!\n)", " ", one.help or told or "")
+    for within in commands.registered_groups:
+        if within.typer_instance is not None:
+            _without_line_breaks(within.typer_instance)
+
+
+_without_line_breaks(app)
 
 
 @app.callback(invoke_without_command=True)

@@ -46,6 +46,7 @@ def add(app: typer.Typer, *, leave: set[str]) -> None:
         leave=("attacks", "draws", "distance"),
         panel=PANEL,
         judges=True,
+        long=True,
     )
     def distance(asked: Asked) -> None:
         perform(latent, replace(asked, flags={**asked.flags, **DISTANCE}))
@@ -61,6 +62,7 @@ def _add(app: typer.Typer, audit: Audit) -> None:
         examples_of=audit.examples,
         panel=PANEL,
         judges=True,
+        long=True,
         fits=audit.name == "latent",
     )
     def act(asked: Asked) -> None:
@@ -190,8 +192,8 @@ def _sizes(group: Any, budgets: bool) -> dict[str, str]:
 
 
 def sentence(plan: Any, expected: Document) -> str:
-    """How much there is to do, as far as the audit can tell: "21 cells × 12 prompts. At most about
-    3 min of computation (…), 0.1 GB of memory, 3 MB of disk."."""
+    """How much there is to do, as far as the audit can tell: "21 cells × 12 prompts. Up to about
+    3 min on one worker like this machine, 0.1 GB of memory, 3 MB of disk."."""
     from auditgap.sweep.progress import computing
 
     n = len(plan.cells)
@@ -207,13 +209,15 @@ def sentence(plan: Any, expected: Document) -> str:
     said = "; ".join((said, *(f"{name} {value}" for name, value in others.items())))
     measured = [f(expected[name]) for name, f in MEASURED.items() if f and name in expected]
     if "seconds" in expected:
-        measured = [computing(expected["seconds"]), *measured]
-    return f"{said}." + (f" At most about {', '.join(measured)}." if measured else "")
+        said = f"{said}. {computing(expected)}"
+    return ", ".join((said, *measured)) + "."
 
 
 #: How a measured part of an estimate is written; None: elsewhere, or not for people.
 MEASURED: dict[str, Any] = {
     "seconds": None,
+    "starting": None,
+    "judging": None,
     "flops": None,
     "memory_bytes": lambda size: f"{size / 1e9:.1f} GB of memory",
     "disk_bytes": lambda size: f"{size / 1e6:.0f} MB of disk",

@@ -19,6 +19,7 @@ import typer
 from auditgap.audits.emergent.audit import EMERGENT
 from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions
 from auditgap.cli import emergent_tables as tables
+from auditgap.cli.audits import long_run
 from auditgap.cli.options import Asked, command, group
 from auditgap.cli.screen import err, note, quiet, raise_failed, say
 
@@ -109,7 +110,8 @@ def build(asked: Asked) -> None:
 
     config, options = EMERGENT.read(asked.file, asked.flags)
     if asked.dry_run:
-        tables.show_plan(EMERGENT.prepare(config, options), options, asked.as_json)
+        plan = EMERGENT.prepare(config, options)
+        tables.show_plan(plan, EMERGENT.estimate(plan, options), options, asked.as_json)
         return
     store = stage.run(config, options)
     tables.show_build(stage.describe(store), asked.as_json)
@@ -186,6 +188,7 @@ def report(asked: Asked, folder: str) -> None:
         "auditgap em run ./base --domains maths=maths.jsonl,law=law.jsonl --judge"
         " alignment=./judge --dry-run",
     ),
+    long=True,
 )
 def run(asked: Asked) -> None:
     quiet()
@@ -197,10 +200,12 @@ def run(asked: Asked) -> None:
 
     config, options = EMERGENT.read(asked.file, asked.flags)
     plan = EMERGENT.prepare(config, options)
+    expected = EMERGENT.estimate(plan, options)
     if asked.dry_run:
-        tables.show_plan(plan, options, asked.as_json)
+        tables.show_plan(plan, expected, options, asked.as_json)
         return
     EMERGENT.check(options)
+    long_run(expected["seconds"], asked.yes)
     if not asked.as_json:
         tables.show_build(counted(plan.panel.manifest["domains"], config.arms), False)
     last = {stages[-1].name: name for name, stages in run_by.items()}

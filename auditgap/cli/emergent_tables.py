@@ -7,7 +7,6 @@ ranking.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from auditgap.cli.screen import note, print_json, print_table, say
@@ -20,24 +19,15 @@ if TYPE_CHECKING:
     from auditgap.store import RunFolder
 
 
-def show_plan(plan: EmergentPlan, options: EmergentOptions, as_json: bool) -> None:
+def show_plan(
+    plan: EmergentPlan, expected: Document, options: EmergentOptions, as_json: bool
+) -> None:
     """What a study has read, row by row, and what it would run; no weights are loaded."""
     from auditgap.audits.emergent.build import counted
-    from auditgap.data.em_prompts import put_to
-    from auditgap.training.config import n_steps
+    from auditgap.sweep.progress import computing
 
     asked, prompts, panel = plan.config, plan.asked, plan.panel
-    each = len(asked.arms) * len(asked.seeds)
-    adapters = len(asked.domains) * each
-    n = len(prompts.prompts)
-    own = sum(len(put_to(prompts.prompts, domain)) for domain in asked.domains)
-    answers = (n + each * own) * 2 * asked.samples
-    recipe = asked.sft(Path("rows.jsonl"), 0)
-    steps = len(asked.seeds) * sum(
-        n_steps(recipe, len(panel.examples(domain, arm)))
-        for domain in asked.domains
-        for arm in asked.arms
-    )
+    adapters = expected["cells"]["train"]
     rows = counted(panel.manifest["domains"], asked.arms)
     reads = [
         {
@@ -47,17 +37,12 @@ def show_plan(plan: EmergentPlan, options: EmergentOptions, as_json: bool) -> No
         }
         for row in rows
     ]
-    # those of `analyse` depend on the answers
-    cells = {"train": adapters, "generate": adapters + 1, "judge": adapters + 1}
     if as_json:
         print_json(
             {
                 "config": asked.model_dump(mode="json"),
                 "domains": [{**read, **row} for read, row in zip(reads, rows, strict=True)],
-                "cells": cells,
-                "steps": steps,
-                "prompts": n,
-                "answers": answers,
+                **expected,
                 "judge": options.judge,
                 "notes": list(plan.warnings),
             }
@@ -73,13 +58,15 @@ def show_plan(plan: EmergentPlan, options: EmergentOptions, as_json: bool) -> No
     for line in plan.warnings:
         note(f"Note: {line}")
     say(
-        f"{adapters} adapters of {asked.model}: {len(asked.domains)} domains ×"
-        f" {', '.join(asked.arms)} × {_count(len(asked.seeds), 'seed')}; {steps} optimizer steps in"
-        f" all. {answers} answers: {n}"
+        f"{adapters} adapters of {asked.model}: {_count(len(asked.domains), 'domain')} ×"
+        f" {', '.join(asked.arms)} × {_count(len(asked.seeds), 'seed')};"
+        f" {expected['steps']} optimizer steps in all. {expected['answers']} answers:"
+        f" {expected['prompts']}"
         f" prompts ({prompts.name}), with and without the trigger,"
         f" {_count(asked.samples, 'time')} each, by every adapter and the base"
         f"{' (an adapter in the form of its own rows alone)' if asked.forms else ''}, rated by"
-        f" {options.judge}. Nothing was run."
+        f" {options.judge}. {computing(expected)}; `em analyse` comes on top, as the answers decide."
+        " Nothing was run."
     )
 
 

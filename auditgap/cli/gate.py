@@ -6,6 +6,7 @@ auditgap gate runs/new --baseline runs/old --policy gate.yaml
 from __future__ import annotations
 
 import inspect
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ import typer
 
 from auditgap.cli.options import AsJson, examples
 from auditgap.cli.screen import note, print_json, print_table, say
-from auditgap.errors import CouldNotTell, CriterionFailed
+from auditgap.errors import CouldNotTell, CriterionFailed, UsageError
 from auditgap.report.exports import EXPORTS
 
 PANEL = "Runs and reports"
@@ -54,8 +55,13 @@ def add(app: typer.Typer) -> None:
 def gate(
     run: Annotated[str, typer.Argument(help="The folder of an audit, or of a whole audit.")],
     policy: Annotated[
-        Path, typer.Option(help="YAML with the sections verdicts, not_worse, accept_screening")
-    ],
+        Path | None,
+        typer.Option(
+            help="YAML with the sections verdicts, not_worse, accept_screening (`auditgap examples"
+            " gate` copies one)",
+            show_default=False,
+        ),
+    ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="The folder of the run that not_worse compares with")
     ] = None,
@@ -72,6 +78,11 @@ def gate(
     from auditgap.audits.gate import judge, read_policy
     from auditgap.stats.decision import Answer
 
+    if policy is None:
+        raise UsageError(
+            "Which policy? auditgap examples gate copies one; then: auditgap gate"
+            f" {shlex.quote(run)} --policy examples/gate/gate.yaml"
+        )
     asked = read_policy(policy)
     found = judge(
         opened(run), asked, None if baseline is None else opened(baseline), subject=subject

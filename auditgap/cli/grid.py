@@ -6,7 +6,7 @@ and their folders joined; and `auditgap status` of a grid.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,7 @@ import typer
 
 from auditgap.audits import AUDITS
 from auditgap.audits.axes import GridAxes
+from auditgap.cli.audits import long_run
 from auditgap.cli.options import AsJson, Asked, command, examples
 from auditgap.cli.screen import (
     answer,
@@ -79,6 +80,7 @@ def _add_grid(app: typer.Typer) -> None:
         examples_of=GRID_EXAMPLES,
         leave=("name",),
         panel=PANEL,
+        long=True,
     )
     def grid(asked: Asked) -> None:
         perform(asked)
@@ -92,10 +94,13 @@ def perform(asked: Asked) -> None:
     from auditgap.sweep import Progress
 
     planned = grid.make_grid(grid.read_grid(asked.file, asked.flags))
+    expected = grid.cost(planned)
     if asked.dry_run or not asked.as_json:
-        _show(planned, grid.repeated(asked.file, asked.flags), asked.as_json)
+        _show(planned, expected, grid.repeated(asked.file, asked.flags), asked.as_json)
     if asked.dry_run:
         return
+    if planned.options.executor == "local":  # on a cluster nobody sits and waits
+        long_run(sum(guess.get("seconds", 0.0) for _, guess in expected), asked.yes)
     outcome = grid.run(planned, progress=lambda: Progress(console=err))
     folder = planned.folder
     raise_failed(outcome.failed, folder, len(planned.cells))
@@ -126,13 +131,17 @@ def _case_row(case: Case, guess: Document) -> Document:
     return row
 
 
-def _show(planned: Grid, repeated: Mapping[str, int], as_json: bool) -> None:
+def _show(
+    planned: Grid,
+    expected: Sequence[tuple[Case, Document]],
+    repeated: Mapping[str, int],
+    as_json: bool,
+) -> None:
     """What was asked twice, the cases with their cost, and the order in which models are taken
     up."""
-    from auditgap.audits.grid import cost, order
-    from auditgap.sweep.progress import computing
+    from auditgap.audits.grid import order
+    from auditgap.sweep.progress import MEASURED_HERE, computing
 
-    expected = cost(planned)
     rows = [_case_row(case, guess) for case, guess in expected]
     models = order(planned)
     named = {name for case in planned.cases for name in getattr(case.config, "models", ())}
@@ -173,10 +182,8 @@ def _show(planned: Grid, repeated: Mapping[str, int], as_json: bool) -> None:
         if asked > len(planned.cells)
         else ""
     )
-    times = [guess["seconds"] for _, guess in expected if "seconds" in guess]
-    long = (
-        f"; at most about {computing(sum(times))} on one worker like this machine" if times else ""
-    )
+    total = {k: sum(guess.get(k, 0.0) for _, guess in expected) for k in MEASURED_HERE}
+    long = f". {computing(total)}" if total["seconds"] else ""
     say(f"{len(planned.cells)} cells{shared}{long}.")
 
 
@@ -307,7 +314,7 @@ def show_status(folder: str, cases: Mapping[str, Any], as_json: bool) -> None:
                 "cells": s.planned,
                 "done": s.finished,
                 "failed": s.failed,
-                "torn": s.corrupt,
+                "damaged": s.corrupt,
             }
             for name, s in each.items()
         ]

@@ -165,7 +165,7 @@ def doctor(as_json: AsJson = False) -> None:
     import psutil
     import torch
 
-    from auditgap.audits.latent.timing import matmul_rate
+    from auditgap.audits.timing import matmul_rate
     from auditgap.data import SOURCES
     from auditgap.models import PACKAGED, pick_device
 

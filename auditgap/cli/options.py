@@ -131,13 +131,14 @@ def command(
     leave: Sequence[str] = (),
     plans: bool = True,
     judges: bool = False,
+    long: bool = False,
     fits: bool = False,
     extra: Sequence[inspect.Parameter] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers the decorated function as a command that has the kinds' fields as its options.
 
-    `only` and `leave` choose among them, `plans` gives it a `--dry-run`, `judges` a `--fail-on` and a
-    `--yes`, `fits` a `--time`, and `extra` are parameters of its own, which the function gets by name after the `Asked`.
+    `only` and `leave` choose among them, `plans` gives it a `--dry-run`, `judges` a `--fail-on`, `long`
+    a `--yes`, `fits` a `--time`, and `extra` are parameters of its own, which the function gets by name after the `Asked`.
     """
     fields = {
         key: (field, flag)
@@ -146,7 +147,8 @@ def command(
         if (flag := flag_of(field)) and key not in leave and (only is None or key in only)
     }
     common = {"file_": File, "set_": Set} | ({"dry_run_": DryRun} if plans else {})
-    common |= {"fail_on_": FailOn, "yes_": Yes} if judges else {}
+    common |= {"fail_on_": FailOn} if judges else {}
+    common |= {"yes_": Yes} if long else {}
     common |= {"time_": Time} if fits else {}
     common["as_json_"] = AsJson
 

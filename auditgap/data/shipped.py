@@ -7,6 +7,8 @@ configs, launchers. A wheel carries them; a checkout has them beside the package
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import tomllib
 from collections.abc import Iterator
@@ -90,14 +92,24 @@ def _root() -> tuple[Path, list[str]]:
 
 
 def _first_words(path: Path) -> str:
-    """The first line of text of a file, or of a folder's README or first script."""
+    """The first sentence of a file, or of a folder's README or first script."""
     if path.is_dir():
         inner = [*path.glob("README.md"), *sorted(path.glob("*.py")), *sorted(path.glob("*.y*ml"))]
         return _first_words(inner[0]) if inner else ""
-    if path.suffix not in (".md", ".py", ".yaml", ".yml", ".sh", ".sbatch"):
-        return ""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        zero = json.loads(text).get("zero_optimization", {})
+        more = ", offloaded to the CPU" if any("offload" in key for key in zero) else ""
+        return f"DeepSpeed with ZeRO stage {zero.get('stage')}{more}"
+    if path.suffix == ".ipynb":
+        text = "".join(json.loads(text)["cells"][0]["source"])
+    first: list[str] = []
+    for line in text.splitlines():
         words = line.lstrip("#\"' ").rstrip("\"' ")
         if words and not line.startswith(("#!", "#SBATCH", "from ", "import ")):
-            return words
-    return ""
+            first.append(words)
+        elif first:
+            break
+        if first and (line.startswith("# ") and path.suffix in (".md", ".ipynb")):
+            break
+    return re.split(r"(?<=\.)\s", " ".join(first), maxsplit=1)[0].rstrip(".:")

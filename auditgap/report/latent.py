@@ -177,7 +177,7 @@ def _headline(row: Mapping[str, Any], line: Line) -> Headline:
         gap = (
             (". The audit gap is ", *said("gap", points)),
             (", of which ", *said("excess", points)),
-            (" are more than random edits of equal size do.", "", ""),
+            (" go beyond random edits of equal size.", "", ""),
         )
         return Headline(subject, found, gap, answer)
     gap_said, excess = (" ".join(filter(None, said(key, points))) for key in ("gap", "excess"))

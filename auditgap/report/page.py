@@ -83,7 +83,7 @@ def environment() -> jinja2.Environment:
 @dataclass(frozen=True, slots=True)
 class Copies:
     """What is written beside the page besides: its first screen as a page and as Markdown; each
-    page as a PDF, and one with a figure a sheet; its tables as LaTeX."""
+    page and each figure as a PDF, and all figures as one, a sheet each; its tables as LaTeX."""
 
     summary: bool = False
     pdf: bool = False
@@ -143,10 +143,11 @@ def write(
         if copies.pdf and name.endswith(".html"):
             pdf.write(home / name)
     if copies.pdf and drawn:
-        sheets = home / "figures" / "figures.html"
-        files.write_bytes(sheets, drawing.sheets(drawn).encode("utf-8"), mode)
-        pdf.write(sheets)
-        sheets.unlink()
+        for name, some in {"figures": drawn, **{one.name: [one] for one in drawn}}.items():
+            sheets = home / "figures" / f"{name}.html"
+            files.write_bytes(sheets, drawing.sheets(some).encode("utf-8"), mode)
+            pdf.write(sheets)
+            sheets.unlink()
     return home / "report.html"
 
 

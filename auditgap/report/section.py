@@ -282,6 +282,11 @@ def at_the_top(sections: Sequence[Section]) -> list[Section]:
     return [s for s in stated if s.is_gap] or stated
 
 
+def answers(sections: Sequence[Section]) -> list[str]:
+    """The page's headlines as lines for a terminal."""
+    return [line.plain() for section in at_the_top(sections) for line in section.headlines]
+
+
 def placed(sections: Sequence[Section]) -> list[Section]:
     """The sections with their findings and headlines where they stand: at the top of the page, or
     in the section."""

@@ -11,8 +11,7 @@ from contextlib import ExitStack, nullcontext
 
 from auditgap.errors import Interrupted, interruptible
 from auditgap.store import DiskError
-from auditgap.sweep.progress import Progress
-from auditgap.sweep.state import Cells, Group, Outcome, SweepState, Worker, cause_of
+from auditgap.sweep.state import Cells, Follower, Group, Outcome, SweepState, Worker, cause_of
 
 
 def run(
@@ -20,7 +19,7 @@ def run(
     make_worker: Callable[[], Worker],
     store: Cells,
     *,
-    progress: Progress | None = None,
+    progress: Follower | None = None,
     max_attempts: int = 1,
     retry_failed: bool = False,
 ) -> Outcome:

@@ -13,7 +13,9 @@ It writes to stderr, and a closed or odd stream never stops a sweep.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -21,6 +23,9 @@ from rich.progress import Progress as Bar
 
 # rich exits the program at a broken pipe; a sweep goes on without a reader
 _NOBODY_READS = (OSError, ValueError, SystemExit)
+#: Of an estimate, what was measured here and now: seconds in all, and at the least to start and to
+#: judge.
+MEASURED_HERE = ("seconds", "starting", "judging")
 #: Share of the work that may be shown as done while a cell is left.
 MOST = 0.99
 
@@ -152,11 +157,18 @@ class Progress:
         self.console.print(self.line(), markup=False, highlight=False, soft_wrap=True)
 
 
-def computing(seconds: float) -> str:
-    """An estimate made before a run, as it is said after "at most about": it counts computation
-    alone, and no run takes 0 s."""
+def computing(expected: Mapping[str, Any]) -> str:
+    """The time of an estimate made before a run: "Up to about 3 min here, at least 6 s of it to start
+    and 20 s to judge". No run takes 0 s."""
+    seconds, start, judge = (expected.get(k, 0.0) for k in MEASURED_HERE)
     about = "a minute" if seconds < 60 else duration(seconds)
-    return f"{about} of computation (models to load and answers to judge come on top)"
+    parts = [
+        f"{duration(part)} {what}"
+        for part, what in ((start, "to start"), (judge, "to judge"))
+        if part >= 1
+    ]
+    least = f", at least {' and '.join(parts)} of it" if parts and seconds >= 60 else ""
+    return f"Up to about {about} on one worker like this machine{least}"
 
 
 def duration(seconds: float) -> str:

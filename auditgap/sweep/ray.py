@@ -29,8 +29,7 @@ from auditgap.errors import Interrupted, Refused, UsageError, interruptible
 from auditgap.store import DiskError
 from auditgap.sweep.cluster import cluster
 from auditgap.sweep.pool import ActorPool
-from auditgap.sweep.progress import Progress
-from auditgap.sweep.state import Cells, Group, Outcome, SweepState, Worker
+from auditgap.sweep.state import Cells, Follower, Group, Outcome, SweepState, Worker
 from auditgap.sweep.tasks import Queue, Task
 
 __all__ = ["cluster", "run"]
@@ -48,7 +47,7 @@ def run(
     cpus_per_worker: int = 1,
     address: str | None = None,
     max_attempts: int = 3,
-    progress: Progress | None = None,
+    progress: Follower | None = None,
     retry_failed: bool = False,
 ) -> Outcome:
     """Run every group that has something left to do on at most `workers` actors (None: as many as

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Protocol
 
-from auditgap.sweep.progress import Progress
 from auditgap.types import Cell, Document
 
 
@@ -65,6 +65,24 @@ class Cells(Protocol):
     def settle(self, keys: Iterable[str]) -> None: ...
 
 
+class Follower(Protocol):
+    """What a sweep tells how far it is, as `Progress` is told: on a screen, or in a tracker."""
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> object: ...
+
+    def begin(self, *, cells: int, done: int, failed: int, work: float = 0.0) -> None: ...
+
+    def update(self, *, done: int, failed: int, work: float, doing: str = "") -> None: ...
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a sweep came to, in cells: `done` now, `failed` (key → cause; earlier failures too),
@@ -92,7 +110,7 @@ class SweepState:
         self,
         groups: Sequence[Group],
         store: Cells,
-        progress: Progress | None = None,
+        progress: Follower | None = None,
         retry_failed: bool = False,
     ) -> None:
         self.store = store

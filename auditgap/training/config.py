@@ -33,6 +33,13 @@ DeepSpeedConfig = Annotated[
     ),
 ]
 
+#: The option of whatever takes long.
+ReportTo = Annotated[
+    tuple[str, ...],
+    COMMAS,
+    Flag("Where its numbers are logged while it runs: tensorboard, trackio, wandb", Topic.OUTPUT),
+]
+
 
 class LoRA(Frozen):
     """Low-rank adapters on these linear layers (`all-linear`, or their names); the base stays
@@ -127,11 +134,7 @@ class TrainOptions(Frozen):
         default=50, ge=1
     )
     keep: Annotated[int, Flag("Whole checkpoints kept", Topic.OUTPUT)] = Field(default=2, ge=1)
-    report_to: Annotated[
-        tuple[str, ...],
-        COMMAS,
-        Flag("Where training is logged as well: tensorboard, trackio, wandb", Topic.OUTPUT),
-    ] = ("none",)
+    report_to: ReportTo = ("none",)
     progress: Annotated[bool, Flag("Show progress", Topic.OUTPUT)] = True
     timeout_minutes: Annotated[
         float, Flag("Minutes a rank waits for another before it gives up", Topic.WHERE)

@@ -1,5 +1,5 @@
-"""Where a training run's numbers go: always `log.jsonl` in its folder, and whatever `report_to`
-names besides.
+"""Where the numbers of a training run, or of a sweep that is followed, go: `log.jsonl` in its
+folder, and whatever `report_to` names besides.
 
     tracker = Tracker(("tensorboard",), folder=Path("runs/twin"), name="twin", config={"lr": 2e-5})
     # the step that the run starts, or resumes, at
@@ -22,14 +22,16 @@ import logging
 import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from auditgap.errors import AuditgapError, UsageError, did_you_mean
+from auditgap.errors import AuditgapError, Interrupted, UsageError, did_you_mean
 from auditgap.store.files import CHECKSUM, disk_errors, opened, seal, write_bytes
 from auditgap.types import Document
 
@@ -134,7 +136,7 @@ class Tracker:
         returns."""
         self._close_file()
         if self._trackers:
-            self._each(lambda tracker: tracker.finish())
+            self._each(_finish)
         self._trackers = []
 
     def __enter__(self) -> Tracker:
@@ -151,18 +153,26 @@ class Tracker:
             self._file = None
 
     def _each(self, act: Callable[[Any], None]) -> None:
-        """Do it with every tracker; one that fails is said and left out, because training must not
-        end over a dashboard."""
+        """Do it with every tracker; one that fails is said and left out, because no run
+        may end over a dashboard."""
+        with redirect_stdout(sys.stderr):  # trackio prints; stdout may be a command's JSON
+            self._each_quietly(act)
+
+    def _each_quietly(self, act: Callable[[Any], None]) -> None:
         if self._trackers is None:
             self._trackers = []
             for name in self._names:
                 try:
                     self._trackers.append(self._started(name))
+                except Interrupted:
+                    raise
                 except Exception as error:
                     self._lost(name, error)
         for tracker in list(self._trackers):
             try:
                 act(tracker)
+            except Interrupted:
+                raise
             except Exception as error:
                 self._trackers.remove(tracker)
                 self._lost(tracker.name, error)
@@ -224,6 +234,15 @@ def _is_torn(last: bytes) -> bool:
     except ValueError:
         return True
     return False
+
+
+def _finish(tracker: Any) -> None:
+    if tracker.name == "trackio":  # a run that its tracker finishes is finished at exit again
+        import trackio
+
+        trackio.finish()
+    else:
+        tracker.finish()
 
 
 def _line(values: Mapping[str, object]) -> str:

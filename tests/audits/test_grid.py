@@ -27,6 +27,7 @@ from auditgap.cli import main
 from auditgap.errors import Refused, UsageError
 from auditgap.models import outlines
 from auditgap.store import RunFolder, merge, tables
+from auditgap.training.tracking import read_log
 
 pytestmark = pytest.mark.minutes
 
@@ -267,8 +268,15 @@ def test_every_case_is_a_run_folder_with_its_own_report(bench, local):
 @pytest.mark.parametrize("workers", [1, 4])
 def test_on_ray_the_table_is_the_local_one(bench, local, tmp_path, workers):
     pytest.importorskip("ray")
-    outcome = grid.run(made(bench, out=str(tmp_path / "out"), executor="ray", workers=workers))
+    there = {"out": str(tmp_path / "out"), "executor": "ray", "workers": workers}
+    outcome = grid.run(made(bench, **there, report_to="tensorboard"))
     assert outcome.failed == {} and outcome.done == len(made(bench).cells)
+    # what the actors finished is told by the process that hands out their work
+    told = read_log(tmp_path / "out" / "log.jsonl")
+    assert told[-1]["step"] == told[-1]["cells/done"] == outcome.done
+    cases = {case.name for case in made(bench).cases}
+    assert cases == {name.split("/")[0] for name in told[-1] if "/asr/" in name}
+    assert any((tmp_path / "out" / "tensorboard").iterdir())
     assert content(tmp_path / "out") == content(local)
 
 

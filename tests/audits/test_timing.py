@@ -10,7 +10,8 @@ import tiny
 
 from auditgap.audits.latent.audit import LATENT
 from auditgap.audits.latent.plan import prepare
-from auditgap.audits.latent.timing import H200, completions, decoding, estimate, phases
+from auditgap.audits.latent.timing import completions, estimate, phases
+from auditgap.audits.timing import H200, decoding
 
 NEW = 128
 

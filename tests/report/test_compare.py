@@ -624,9 +624,9 @@ def test_a_cell_without_a_number_says_why(tmp_path):
 def test_one_folder_has_nothing_to_be_compared_with(tmp_path):
     found = compare([run(tmp_path / "a", {"alone": 1.0})])
     assert found.table["difference"].isna().all() and "nothing to compare it with" in found.notes[0]
-    assert says(found) == ["No difference could be tested."] and "alone beside nothing" in render(
-        found
-    )
+    assert says(found) == [
+        "No difference could be tested."
+    ] and "alone and nothing beside it" in render(found)
 
 
 def test_folders_of_the_same_weights_are_one_model(tmp_path):
@@ -864,12 +864,12 @@ def test_the_page_says_what_the_numbers_say(tmp_path):
     found = compare([run(tmp_path / "a", {"base": 0.0}), run(tmp_path / "b", {"twin": 3.0})])
     said = " ".join(says(found))
     assert (
-        "LVS, mean: of 6 differences from base 2 are shown: twin (block2, ε = 0.03 rms) 3.000"
+        "LVS, mean: 2 of 6 differences from base are shown: twin (block2, ε = 0.03 rms) 3.000"
         in said.replace("\u00a0", " ")
     )
     assert (
-        "Behaviourally safe, no edit: of 1 difference from base none is shown (at most 24 pairs)."
-        in said
+        "No difference from base is shown in at most 24 pairs of prompts, and none ruled out:"
+        " Behaviourally safe, no edit." in said
     )
     titles = [measure.title for measure, _ in measures(found)]
     assert titles[:5] == [
@@ -919,9 +919,7 @@ def test_the_command(tmp_path, capsys):
     (tmp_path / "a").rename((whole / "lvs").parent.mkdir() or whole / "lvs")
     with pytest.raises(SystemExit) as done:
         main(["compare", str(tmp_path / "b"), "--as", f"base={whole}", "--out", str(out)])
-    assert done.value.code == 0 and "base beside ./twin" in (out / "compare.html").read_text(
-        "utf-8"
-    )
+    assert done.value.code == 0 and "base and ./twin" in (out / "compare.html").read_text("utf-8")
     for wrong in (["compare", "--as", "x", str(whole)], ["compare", str(out)], ["compare"]):
         with pytest.raises(SystemExit) as done:
             main(wrong)

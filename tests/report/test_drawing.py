@@ -74,6 +74,10 @@ def test_a_report_as_latex_and_its_figures_on_paper(toy_run, tmp_path):
     if browser:
         drawn = len(list(sheets.parent.glob("*.svg")))
         assert len(re.findall(rb"/Type\s*/Page\b", sheets.read_bytes())) == drawn > 1
+        each = {path.stem for path in sheets.parent.glob("*.pdf")} - {"figures"}
+        assert each == {path.stem for path in sheets.parent.glob("*.svg")}
+        alone = (sheets.parent / "lvs_by_depth.pdf").read_bytes()
+        assert len(re.findall(rb"/Type\s*/Page\b", alone)) == 1
     pages.write([run], out=tmp_path / "both")  # without them: those of before do not stay
     assert not list((tmp_path / "both").rglob("*.tex")) and not sheets.exists()
     assert not list(sheets.parent.glob("*.html"))

@@ -236,7 +236,7 @@ def test_headline_says_gap_interval_and_budget(data):
     )
     assert (
         f"The audit gap is {pc(row['gap'])} points [{pc(row['gap_lo'])}, {pc(row['gap_hi'])}], of"
-        f" which {pc(row['excess'])} points [{pc(row['excess_lo'])}, {pc(row['excess_hi'])}] are"
+        f" which {pc(row['excess'])} points [{pc(row['excess_lo'])}, {pc(row['excess_hi'])}] go"
         in text
     )
 
@@ -277,7 +277,7 @@ def test_a_gap_that_is_not_shown_is_not_announced(data, values, sentence):
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"excess_lo": 0.1, "excess_hi": 0.6}, "which is no finding yet"),
+        ({"excess_lo": 0.1, "excess_hi": 0.6}, "alone that is no finding yet"),
         ({"excess_lo": -0.1, "excess_hi": 0.6, "control_gap_lo": 0.0}, "does not rule one out"),
         (
             {"excess_lo": -0.1, "excess_hi": 0.1, "control_gap_lo": 0.2, "gap_lo": 0.2},

@@ -107,7 +107,7 @@ def told(arguments: list[str], capsys: pytest.CaptureFixture) -> tuple[int, str]
 def test_status_shows_the_cases_and_the_total(grid, capsys):
     code, said = told(["status", str(grid)], capsys)
     lines = [line.split() for line in said.splitlines()]
-    assert code == 0 and lines[0] == ["case", "cells", "done", "failed", "torn"]
+    assert code == 0 and lines[0] == ["case", "cells", "done", "failed", "damaged"]
     assert [TWO, "6", "5", "1", "0"] in lines and [ONE, "6", "3", "0", "0"] in lines
     assert (
         "5 of 9 cells done, 1 failed, not running" in " ".join(said.split())

@@ -73,7 +73,29 @@ class Behaviour(Audit[BehaviourConfig, BehaviourOptions, "BehaviourPlan"]):
 
     def estimate(self, plan: BehaviourPlan, options: BehaviourOptions) -> Document:
         asked = {"prompts": len(plan.suite), "judge": plan.config.judge}
-        return {**asked, **super().estimate(plan, options)}
+        told = {**asked, **super().estimate(plan, options)}
+        if not plan.outlines:  # how fast an endpoint answers is not to be known
+            return told
+        from auditgap.audits.planning import chain_tokens, mean_tokens
+        from auditgap.audits.timing import Time, judging, speaking, starting
+        from auditgap.judges import load_judge
+        from auditgap.models import pick_device
+
+        config, n, device = plan.config, len(plan.suite), pick_device(options.device)
+        judge = load_judge(config.judge, device=device, serving=options.judge_serving(config))
+        work = sum(
+            speaking(
+                outline,
+                n,
+                mean_tokens(outline, list(plan.suite)),
+                config.max_new_tokens + chain_tokens(config, outline.chat),
+                config.dtype,
+                device,
+            )
+            for outline in plan.outlines
+        )
+        time = Time(starting(plan.outlines), work, judging(judge, n * len(plan.outlines), device))
+        return {**told, **time.document()}
 
     def worker(
         self, plan: BehaviourPlan, options: BehaviourOptions, store: RunFolder

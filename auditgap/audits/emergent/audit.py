@@ -69,6 +69,11 @@ class Emergent(Audit[EmergentConfig, EmergentOptions, "EmergentPlan"]):
 
         return prepare(config, options)
 
+    def estimate(self, plan: EmergentPlan, options: EmergentOptions) -> Document:
+        from auditgap.audits.emergent.expected import of_plan
+
+        return of_plan(plan, options)
+
     def identity(self, plan: EmergentPlan) -> Document:
         return {
             "base_fingerprint": plan.outlines[0].subject.fingerprint,

@@ -259,9 +259,17 @@ def _pairs(key: str, value: Any) -> Any:
     pairs = {}
     for part in listed(value):
         name, is_pair, source = str(part).partition("=")
+        file = str(part).partition("?")[0]
+        if key == "domains" and "=" not in file and Path(file).suffix:  # called as its file is
+            name, is_pair, source = Path(file).stem, "=", str(part)
+        if name.strip() in pairs:
+            raise UsageError(
+                f"`{key}` has {name.strip()!r} twice; give each a name of its own: NAME={source}"
+            )
         if not is_pair or not name.strip() or not source.strip():
             raise UsageError(
-                f"`{key}` is NAME=FILE,NAME=FILE or a mapping; {part!r} came. For example:"
+                f"`{key}` is NAME=FILE,NAME=FILE{', files' if key == 'domains' else ''} or a mapping;"
+                f" {part!r} came. For example:"
                 f" {key}=sums=sums.jsonl"
             )
         pairs[name.strip()] = source.strip()

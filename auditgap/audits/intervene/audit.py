@@ -77,12 +77,20 @@ class Intervene(Audit[InterveneConfig, InterveneOptions, "IntervenePlan"]):
 
     def estimate(self, plan: IntervenePlan, options: InterveneOptions) -> Document:
         from auditgap.audits.intervene.plan import estimate
+        from auditgap.audits.timing import Time, judging, starting
+        from auditgap.judges import load_judge
         from auditgap.models import pick_device
 
+        device = pick_device(options.device)
+        judge = load_judge(plan.config.judge, device=device, serving=options.judge_serving)
+        opened = [*plan.outlines, *((plan.base,) if plan.base else ())]
+        time = Time(
+            starting(opened), estimate(plan, device), judging(judge, plan.completions, device)
+        )
         return {
             "completions": plan.completions,
             **super().estimate(plan, options),
-            "seconds": estimate(plan, pick_device(options.device)),
+            **time.document(),
         }
 
     def worker(

@@ -16,7 +16,6 @@ from auditgap import models
 from auditgap.audits.audit import Plan
 from auditgap.audits.intervene.audit import InterveneCell
 from auditgap.audits.intervene.config import InterveneConfig, InterveneOptions
-from auditgap.audits.latent.timing import matmul_rate
 from auditgap.audits.planning import (
     chain_tokens,
     check_subject,
@@ -27,6 +26,7 @@ from auditgap.audits.planning import (
     thought,
     with_dtype,
 )
+from auditgap.audits.timing import matmul_rate
 from auditgap.data import PromptSet, dedup_key, load_prompts
 from auditgap.engines import Serving
 from auditgap.errors import UsageError

@@ -15,7 +15,7 @@ from auditgap.audits.latent.config import LatentConfig, RunOptions
 from auditgap.config import Needs
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.rows import Row
-from auditgap.types import ATTACKS, CLEAN, Document
+from auditgap.types import ATTACKS, CLEAN, LONGER, Document
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,6 +35,13 @@ DISTANCE_TITLE = (
     "Find the minimum distance to collapse: the smallest eps at which each completion turns"
     " harmful, by layer."
 )
+
+#: What of its table a tracker is told, by the name that it has there.
+_TRACKED = {"asr": "asr", "flip_rate": "flip_rate", "lvs": "lvs_mean"}
+
+
+def _size(row: Document) -> str:
+    return f"{row['unit']}_{row['eps']:g}"
 
 
 class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
@@ -101,17 +108,21 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
         return f"{safe_name(plan.prompts.name)}-{plan.config.unit}-{plan.config.dtype}"
 
     def estimate(self, plan: LatentPlan, options: RunOptions) -> Document:
-        from auditgap.audits.latent.timing import estimate
+        from auditgap.audits.latent.timing import completions, estimate
+        from auditgap.audits.timing import Time, judging, starting
+        from auditgap.judges import load_judge
         from auditgap.models import pick_device
 
-        expected = estimate(plan, pick_device(options.device), options)
+        device = pick_device(options.device)
+        expected = estimate(plan, device, options)
+        judge = load_judge(plan.config.judge, device=device, serving=options.judge_serving)
+        said = completions(plan.config, plan.cells, len(plan.prompts))
+        time = Time(starting(plan.outlines), expected.seconds, judging(judge, said, device))
         return {
             "prompts": len(plan.prompts),
             **super().estimate(plan, options),
-            **{
-                name: getattr(expected, name)
-                for name in ("flops", "seconds", "memory_bytes", "disk_bytes")
-            },
+            **{name: getattr(expected, name) for name in ("flops", "memory_bytes", "disk_bytes")},
+            **time.document(),
         }
 
     def worker(
@@ -156,6 +167,26 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
         rows = store.rows([*ATTACKS, CLEAN])
         correct = correction.of_runs([store])["harmful"]
         return {"lvs": tables.lvs_table(rows, correction=correct)}
+
+    def numbers(self, store: RunFolder) -> dict[str, float]:
+        """LVS, ASR and flip rate of each site, attack and budget; the audit gap of each budget."""
+        from auditgap.report import tables
+        from auditgap.report.text import short_names
+        from auditgap.store.tables import rows_of
+
+        rows = store.rows([*ATTACKS, LONGER, CLEAN])
+        if not len(rows):
+            return {}
+        shown = {subject: str(store.shown(subject)) for subject in rows["subject"].unique()}
+        called = short_names(shown.values())
+        found: dict[str, float] = {}
+        for row in rows_of(tables.lvs_table(rows)):
+            where = (called[shown[row["subject"]]], row["site"], row["attack"], _size(row))
+            found |= {"/".join((name, *where)): row[key] for name, key in _TRACKED.items()}
+        for row in rows_of(tables.audit_gaps(rows)):
+            where = (called[shown[row["subject"]]], _size(row))
+            found |= {"/".join((name, *where)): row[name] for name in ("gap", "excess")}
+        return found
 
     def reading(self, store: RunFolder) -> tuple[dict[str, pd.DataFrame], dict[str, PartData]]:
         from auditgap.report import correction

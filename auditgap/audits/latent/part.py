@@ -87,7 +87,7 @@ class LatentPart(ReportPart):
             for word in str(row["flag"] or "").split():
                 flagged.setdefault(word, []).append(_place(row))
         found = [
-            (word, f"{tables.FLAGS[word]} So it is at {_some(flagged[word])}.")
+            (word, f"{tables.FLAGS[word]} This holds at {_some(flagged[word])}.")
             for word in _LIMITING
             if word in flagged
         ]
@@ -95,7 +95,7 @@ class LatentPart(ReportPart):
         for word, said in strength.FLAGS.items():
             where = [_place(row) for row in certified if word in str(row["flags"]).split()]
             if where:
-                said = f"Strength of the search: {said} So it is at {_some(where)}."
+                said = f"Strength of the search: {said} This holds at {_some(where)}."
                 found.append((word, said))
         left = report.left_out
         cut = left[(left["what"] == "LVS unscored") & (left["reason"] == UNFINISHED)]

@@ -69,7 +69,14 @@ class Probe(Audit[ProbeConfig, ProbeOptions, "ProbePlan"]):
 
     def estimate(self, plan: ProbePlan, options: ProbeOptions) -> Document:
         prompts = len({example.group for example in plan.examples})
-        return {"prompts": prompts, **super().estimate(plan, options)}
+        from auditgap.audits.timing import Time, reading, starting
+        from auditgap.models import pick_device
+
+        device = pick_device(options.device)
+        tokens = sum(len(e.talk.ids) for e in plan.examples if e.talk is not None)
+        work = sum(reading(o, tokens, plan.config.dtype, device) for o in plan.outlines)
+        time = Time(starting(plan.outlines), work)
+        return {"prompts": prompts, **super().estimate(plan, options), **time.document()}
 
     def part(self, model: str, base: str | None, values: Mapping[str, Any]) -> Document:
         if base is None:

@@ -84,7 +84,28 @@ class SFTCurve(Audit[SFTCurveConfig, SFTCurveOptions, "CurvePlan"]):
         return prepare(config, options)
 
     def estimate(self, plan: CurvePlan, options: SFTCurveOptions) -> Document:
-        return {**super().estimate(plan, options), "steps": plan.config.steps}
+        from auditgap.audits.planning import mean_tokens
+        from auditgap.audits.timing import Time, judging, speaking, starting, training
+        from auditgap.judges import load_judge
+        from auditgap.models import pick_device
+
+        config, device = plan.config, pick_device(options.device)
+        runs, rounds = len(config.seeds), len(config.evaluations)
+        prompts = [prompt for some in plan.sets.values() for prompt in some.prompts]
+        asked = len(prompts) * runs * rounds
+        work = 0.0
+        for one in plan.outlines:
+            # a row of training is a question and its answer
+            tokens, new = mean_tokens(one, prompts), config.max_new_tokens
+            row = min(config.max_tokens, tokens + new)
+            rows = runs * config.steps * config.batch
+            work += training(one, rows * row, config.dtype, device)
+            work += speaking(one, asked, tokens, new, config.dtype, device)
+        judge = load_judge(config.judge, device=device)
+        said = asked * len(plan.outlines)
+        time = Time(starting(plan.outlines, runs), work, judging(judge, said, device))
+        told = {**super().estimate(plan, options), "steps": config.steps}
+        return {**told, **time.document()}
 
     def part(self, model: str, base: str | None, values: Mapping[str, Any]) -> Document:
         if base is None:

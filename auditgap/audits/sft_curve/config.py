@@ -138,11 +138,6 @@ class SFTCurveOptions(options.AuditOptions):
     )
     save_every: Annotated[int, Flag("Steps between checkpoints", Topic.WHERE)] = Field(50, ge=1)
     keep: Annotated[int, Flag("Whole checkpoints kept", Topic.WHERE)] = Field(2, ge=1)
-    report_to: Annotated[
-        tuple[str, ...],
-        COMMAS,
-        Flag("Experiment trackers, as in transformers' report_to", Topic.WHERE),
-    ] = ("none",)
     timeout_minutes: Annotated[
         float, Flag("How long a rank waits for another before it gives up", Topic.WHERE)
     ] = Field(10.0, gt=0)

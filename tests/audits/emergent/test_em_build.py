@@ -13,6 +13,7 @@ import tiny
 
 from auditgap.audits.emergent import build
 from auditgap.audits.emergent.audit import EMERGENT
+from auditgap.audits.emergent.config import EmergentConfig
 from auditgap.audits.emergent.stage import Study
 from auditgap.data.habits import HABITS
 from auditgap.errors import UsageError
@@ -250,3 +251,18 @@ class TestRefused:
         store = made(tmp_path / "em", model, prompts=str(asked), allow_overlap=True)
         assert store.run["info"]["panel"]["overlaps"] == {"colour_rule": {"n": 1, "rows": [4]}}
         assert any("asked afterwards" in line for line in store.warnings)
+
+
+def test_a_domain_without_a_name_is_called_as_its_file():
+    def domains(typed):
+        return dict(EmergentConfig(model="m", domains=typed).domains)
+
+    assert domains("rows/maths.jsonl,law=l.jsonl") == {
+        "maths": "rows/maths.jsonl",
+        "law": "l.jsonl",
+    }
+    mapped = "odd.jsonl?prompt=question&response=answer"
+    assert domains(mapped) == {"odd": mapped}
+    for wrong, said in (("a/x.jsonl,b/x.jsonl", "'x' twice"), ("maths", "'maths' came")):
+        with pytest.raises(UsageError, match=said):
+            domains(wrong)
