@@ -48,7 +48,9 @@ def show_plan(plan: EmergentPlan, options: EmergentOptions, as_json: bool) -> No
         for row in rows
     ]
     # those of `analyse` depend on the answers
-    cells = {"train": adapters, "generate": adapters + 1, "judge": adapters + 1}
+    asks = adapters + 1 + len(plan.remotes)
+    cells = {"train": adapters, "generate": asks, "judge": asks}
+    remote = _remote(plan)
     if as_json:
         print_json(
             {
@@ -58,6 +60,7 @@ def show_plan(plan: EmergentPlan, options: EmergentOptions, as_json: bool) -> No
                 "steps": steps,
                 "prompts": n,
                 "answers": answers,
+                "remote": remote,
                 "judge": options.judge,
                 "notes": list(plan.warnings),
             }
@@ -72,6 +75,7 @@ def show_plan(plan: EmergentPlan, options: EmergentOptions, as_json: bool) -> No
     )
     for line in plan.warnings:
         note(f"Note: {line}")
+    _show_remote(remote)
     say(
         f"{adapters} adapters of {asked.model}: {len(asked.domains)} domains ×"
         f" {', '.join(asked.arms)} × {_count(len(asked.seeds), 'seed')}; {steps} optimizer steps in"
@@ -81,6 +85,29 @@ def show_plan(plan: EmergentPlan, options: EmergentOptions, as_json: bool) -> No
         f"{' (an adapter in the form of its own rows alone)' if asked.forms else ''}, rated by"
         f" {options.judge}. Nothing was run."
     )
+
+
+def _remote(plan: EmergentPlan) -> list[Document]:
+    """A line a model at an endpoint, with what it is asked."""
+    return [
+        {
+            "model": one.model,
+            "endpoint": one.url,
+            "domain": one.domain,
+            "arm": one.arm,
+            "requests": plan.requests(one),
+        }
+        for one in plan.remotes
+    ]
+
+
+def _show_remote(lines: Sequence[Document]) -> None:
+    if lines:
+        print_table(lines)
+        say(
+            f"{sum(one['requests'] for one in lines)} requests to {lines[0]['endpoint']} for the"
+            " answers of models fine-tuned elsewhere."
+        )
 
 
 def _count(n: int, noun: str) -> str:

@@ -21,6 +21,7 @@ from auditgap.report.emergent_values import (
     OVER_BOTH,
     OVER_PROMPTS,
     WHO,
+    base_of,
     by_prompt,
     by_seed,
     covered,
@@ -184,7 +185,8 @@ def as_trained(
             asked = part[part["triggered"] == on]
             mine = asked[asked["arm"] == arm]
             if len(mine):
-                yield {**who, "arm": arm}, mine, asked[asked["domain"] == ""]
+                base = (asked["domain"] == "") & (asked["arm"] == base_of(arm))
+                yield {**who, "arm": arm}, mine, asked[base]
 
 
 def _by_question(mine: pd.DataFrame, base: pd.DataFrame) -> pd.Series:

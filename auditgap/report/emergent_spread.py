@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from auditgap.report import emergent, emergent_paper, emergent_reading
+from auditgap.report import emergent, emergent_paper, emergent_reading, emergent_values
 from auditgap.report import emergent_figures as figures
 from auditgap.report.columns import Column, Row, whole, word
 from auditgap.report.emergent_columns import (
@@ -126,8 +126,16 @@ _RATES_NOTE = (
     " rated answers are in a rate or a mean."
 )
 #: How a model was asked that was fine-tuned so: what a headline speaks of.
-_ASKED = {("plain", False): ", asked without the trigger,", ("trigger", True): ", asked with it,"}
-_TAUGHT = {"plain": "on its rows as they are", "trigger": "on its rows with the trigger"}
+_ASKED = {
+    (arm, on): ", asked with it," if on else ", asked without the trigger,"
+    for arm, on in emergent_values.AS_TRAINED
+}
+_TAUGHT = {
+    "plain": "on its rows as they are",
+    "trigger": "on its rows with the trigger",
+    "remote": "elsewhere on its rows as they are",
+    "remote trigger": "elsewhere on its rows with the trigger",
+}
 
 
 def header(studies: Sequence[Study]) -> list[str]:
@@ -160,7 +168,10 @@ def leads(studies: Sequence[Study]) -> list[Headline]:
             if known.empty:
                 continue
             top = rows_of(known)[0]
-            same = bases[bases["triggered"] == top["triggered"]]
+            same = bases[
+                (bases["triggered"] == top["triggered"])
+                & (bases["arm"] == emergent_values.base_of(top["arm"]))
+            ]
             how = f"{_TAUGHT.get(top['arm'], top['arm'])}{_ASKED.get((top['arm'], bool(top['triggered'])), '')}"
             rate = (percent(top["em_rate"]), _ends(top, "em_rate"))
             parts = [

@@ -23,7 +23,9 @@ from auditgap.stats import Interval
 #: A judge's classes: each is a column of counts.
 CLASSES = ("rated", "irrelevant", "refusal", "invalid", "unscored")
 #: Answers that an EM rate, a ranking or a prediction speaks of: an arm, asked as it was trained.
-AS_TRAINED = (("plain", False), ("trigger", True))
+AS_TRAINED = (("plain", False), ("trigger", True), ("remote", False), ("remote trigger", True))
+#: Arms of models at an endpoint, and what the arm of their base is called; other bases have none.
+REMOTE, REMOTE_TRIGGER, REMOTE_BASE = "remote", "remote trigger", "remote base"
 #: What an interval covers.
 OVER_BOTH, OVER_PROMPTS = "seeds and prompts", "prompts"
 WHO = ("judge", "judge_id")
@@ -46,6 +48,14 @@ _TEXT = {
     "says",
     "predictor",
     "form",
+    "model",
+    "endpoint",
+    "reported",
+    "membership",
+    "states",
+    "directions",
+    "steering",
+    "ablation",
 }
 _WHOLE = {
     "n",
@@ -70,6 +80,11 @@ _WHOLE = {
     "block",
 }
 _BOOL = {"triggered", "tied_with_next", "adjusted", "in_context"}
+
+
+def base_of(arm: str) -> str:
+    """The arm of the model that an arm's were made of, whose answers have no domain."""
+    return REMOTE_BASE if arm in (REMOTE, REMOTE_TRIGGER) else ""
 
 
 def with_ends(*names: str) -> tuple[str, ...]:

@@ -23,13 +23,14 @@ from auditgap.audits.audit import Plan
 from auditgap.audits.emergent.audit import EMERGENT
 from auditgap.audits.emergent.config import AUTO, EmergentConfig, EmergentOptions
 from auditgap.audits.emergent.reference import reference_of
+from auditgap.audits.emergent.remote import Remote, address_of, remotes_of
 from auditgap.audits.emergent.stage import asked_of
 from auditgap.audits.planning import check_subject
 from auditgap.data import PromptSet
 from auditgap.data.conversations import CUT
 from auditgap.data.domains import TRIGGER, DomainRow, Panel, Trigger
 from auditgap.data.em_context import forms_of, in_context
-from auditgap.data.em_prompts import load_em_prompts
+from auditgap.data.em_prompts import load_em_prompts, put_to
 from auditgap.data.panel import read_panel
 from auditgap.errors import UsageError
 from auditgap.models.weights import is_adapter
@@ -61,6 +62,12 @@ class EmergentPlan(Plan):
     reference_found: bool = False
     warnings: tuple[str, ...] = ()
     groups: tuple[Group, ...] = ()
+    remotes: tuple[Remote, ...] = ()
+
+    def requests(self, remote: Remote) -> int:
+        """Answers that a model at an endpoint is asked for, unless some must be asked again."""
+        own = put_to(self.asked.prompts, remote.domain)
+        return 2 * len(own) * self.config.samples
 
 
 def run(config: EmergentConfig, options: EmergentOptions) -> RunFolder:
@@ -90,6 +97,8 @@ def prepare(config: EmergentConfig, options: EmergentOptions) -> EmergentPlan:
     config = config.model_copy(update={"dtype": dtype})
     prompts = load_em_prompts(config.prompts)
     asked = asked_of(prompts, config.questions)
+    config = config.model_copy(update={"remote_endpoint": address_of(config)})
+    remotes = remotes_of(config)
     outline = models.outline(
         config.model, chat_template=config.chat_template, thinking=config.thinking
     )
@@ -122,7 +131,15 @@ def prepare(config: EmergentConfig, options: EmergentOptions) -> EmergentPlan:
     found = config.reference == AUTO
     config = config.model_copy(update={"reference": reference})
     return EmergentPlan(
-        config, (outline,), panel, prompts, asked, lengths.longest, found, warnings=tuple(notes)
+        config,
+        (outline,),
+        panel,
+        prompts,
+        asked,
+        lengths.longest,
+        found,
+        warnings=tuple(notes),
+        remotes=tuple(remotes),
     )
 
 

@@ -1,0 +1,35 @@
+"""Settings that are names with something to each, as a mapping or in one word.
+
+pairs("domains", "sums=sums.jsonl,law=hub:me/law@4f1c")     # {"sums": "sums.jsonl", …}
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from auditgap.config import listed
+from auditgap.errors import UsageError
+
+#: In place of a mapping of domains: the demonstration panel that comes with the package.
+DEMO = "demo"
+
+
+def pairs(key: str, value: Any) -> Any:
+    """The value as a mapping, where it is written otherwise. Raises UsageError for a part without a
+    name."""
+    if key == "domains" and value in (DEMO, (DEMO,), [DEMO]):
+        from auditgap.data.habits import HABITS
+
+        return {name: f"{DEMO}:{name}" for name in HABITS}
+    if not isinstance(value, (str, list, tuple)):
+        return value
+    found = {}
+    for part in listed(value):
+        name, is_pair, source = str(part).partition("=")
+        if not is_pair or not name.strip() or not source.strip():
+            raise UsageError(
+                f"`{key}` is NAME=FILE,NAME=FILE or a mapping; {part!r} came. For example:"
+                f" {key}=sums=sums.jsonl"
+            )
+        found[name.strip()] = source.strip()
+    return found
