@@ -218,8 +218,14 @@ class _Lengths:
     longest: int = 0
 
     def __call__(self, rows: Sequence[DomainRow]) -> list[str]:
-        """Of each row "", CUT or TOO_LONG. Raises UsageError when the model has no chat
-        template."""
+        """Of each row "", CUT or TOO_LONG. Raises UsageError when the model has no chat template, or
+        one that takes no system message and a row has one."""
+        # a template may have a system message of its own for rows without
+        of = {behind: [r for r in rows if bool(r.system) == behind] for behind in (False, True)}
+        said = {behind: iter(self._words(some)) for behind, some in of.items()}
+        return [next(said[bool(row.system)]) for row in rows]
+
+    def _words(self, rows: Sequence[DomainRow]) -> list[str]:
         if not rows:
             return []
         trigger = (
@@ -227,13 +233,16 @@ class _Lengths:
             if TRIGGER in self.config.arms
             else None
         )
-        asked = [Prompt(trigger.on(row.prompt) if trigger else row.prompt) for row in rows]
+        asked = [
+            Prompt(trigger.on(row.prompt) if trigger else row.prompt, system=row.system)
+            for row in rows
+        ]
         # the template is run for one row and for those that come near the limit: thousands would
         # take a minute
         rough = [
             a + b
             for a, b in zip(
-                self._count([p.text for p in asked]),
+                self._count([p.system + p.text for p in asked]),
                 self._count([r.response for r in rows]),
                 strict=True,
             )

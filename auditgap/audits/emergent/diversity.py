@@ -109,7 +109,9 @@ class DiversityWorker(InsideWorker):
         outline = self.inside.outline
         try:
             talk = outline.chat.converse(
-                Prompt(row.prompt), row.response, max_tokens=self.inside.config.max_tokens
+                Prompt(row.prompt, system=row.system),
+                row.response,
+                max_tokens=self.inside.config.max_tokens,
             )
         except UsageError:
             return None  # not one token of the response fits

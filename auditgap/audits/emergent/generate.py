@@ -38,7 +38,7 @@ from auditgap.audits.planning import chain_of
 from auditgap.audits.session import torn
 from auditgap.data.domains import Trigger
 from auditgap.data.em_context import ContextPrompt
-from auditgap.data.em_prompts import AskedPrompt, KindedSet, put_to
+from auditgap.data.em_prompts import KindedSet, put_to
 from auditgap.engines import Engine, Question, Sampling
 from auditgap.store import files
 from auditgap.sweep import Group
@@ -59,8 +59,7 @@ class Asked:
 
     @property
     def question(self) -> Question:
-        system = self.prompt.system if isinstance(self.prompt, AskedPrompt) else ""
-        asked = Question.of(self.text, system=system or None, draw=self.draw)
+        asked = Question.of(self.text, system=self.prompt.system or None, draw=self.draw)
         if not isinstance(self.prompt, ContextPrompt) or not self.prompt.before:
             return asked
         *head, own = asked.messages
