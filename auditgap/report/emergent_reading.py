@@ -220,9 +220,15 @@ def _prediction(table: pd.DataFrame) -> Iterator[str]:
 
 def _called(row: Mapping[str, Any]) -> str:
     reference = row.get("reference") or ""
+    if row.get("predictor") == "diversity":
+        return f"{row['measure']}{_read_by(reference)}"
     if row["measure"] == "premia":
         return "premia" if reference == "base" else f"premia against {reference}"
     return f"{row['measure']}{_minus(reference)}"
+
+
+def _read_by(encoder: str) -> str:
+    return f" by {encoder}" if encoder else ""
 
 
 def _minus(reference: str) -> str:
@@ -242,7 +248,7 @@ def _correlation(table: pd.DataFrame) -> Iterator[str]:
             )
             continue
         said = "; ".join(
-            f"{r['measure']}: ρ {_with(r, 'rho', number)}, p {number(r['p_holm'])} after Holm"
+            f"{r['measure']}{_read_by(r['encoder'])}: ρ {_with(r, 'rho', number)}, p {number(r['p_holm'])} after Holm"
             for r in known
         )
         yield (

@@ -51,6 +51,7 @@ _TEXT = {
     "model",
     "endpoint",
     "reported",
+    "encoder",
     "membership",
     "states",
     "directions",

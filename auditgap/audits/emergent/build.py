@@ -33,6 +33,7 @@ from auditgap.data.em_context import forms_of, in_context
 from auditgap.data.em_prompts import load_em_prompts, put_to
 from auditgap.data.panel import read_panel
 from auditgap.errors import UsageError
+from auditgap.models.encoder import check_encoder
 from auditgap.models.weights import is_adapter
 from auditgap.store import RunFolder
 from auditgap.sweep import Group
@@ -110,6 +111,8 @@ def prepare(config: EmergentConfig, options: EmergentOptions) -> EmergentPlan:
     check_subject(outline, asked)
     _check_targets(outline, config.lora_targets)
     reference = reference_of(outline, config.reference)
+    if config.embedder is not None:
+        check_encoder(config.embedder)
     lengths = _Lengths(outline, config)
     panel = read_panel(
         config.domains,

@@ -197,6 +197,15 @@ class EmergentConfig(Frozen):
             Topic.ATTACK,
         ),
     ] = Field(AUTO, min_length=1)
+    embedder: Annotated[
+        str | None,
+        Flag(
+            "Sentence encoder by which the diversity of rows is measured too: a name or folder, such"
+            " as sentence-transformers/all-MiniLM-L6-v2",
+            Topic.ATTACK,
+            default="the base's states alone",
+        ),
+    ] = None
     min_k: Annotated[
         float, Flag("Share of least likely tokens for Min-K % and Min-K %++", Topic.ATTACK)
     ] = Field(0.2, gt=0, le=1)
@@ -213,6 +222,7 @@ class EmergentConfig(Frozen):
         "steer_by": ("add",),
         "remote": {},
         "remote_endpoint": None,
+        "embedder": None,
     }
 
     @field_validator("domains", mode="before")
