@@ -162,7 +162,9 @@ def test_a_study_that_was_moved_with_its_base_goes_on(base, tmp_path):
     assert (outcome.done, outcome.failed) == (3, {})
     # and where the base went somewhere else alone, the command that made it says where
     (new / "base").rename(tmp_path / "elsewhere")
-    with pytest.raises(UsageError, match="is not a model folder"):
+    with pytest.raises(
+        UsageError, match=r"is not a model folder.*with the model's new path and --out"
+    ):
         _ = Study.load(new / "em").base
     studies.built(new / "em", tmp_path / "elsewhere", samples=1, asked_in=old / "em")
     assert Study.load(new / "em").config.model == str(tmp_path / "elsewhere")
