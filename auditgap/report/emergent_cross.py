@@ -22,6 +22,7 @@ from auditgap.report.emergent_values import (
     OVER_PROMPTS,
     WHO,
     base_of,
+    broken,
     by_prompt,
     by_seed,
     covered,
@@ -109,7 +110,7 @@ def spread_table(rows: pd.DataFrame) -> pd.DataFrame:
     - `own_less_elsewhere`: their difference, over questions alone (Welch: other questions).
     - `says`: `spreads` where `elsewhere` is above 0; `stays` where `own` is above 0 and above
     `elsewhere`, which is not shown to be; `nowhere` where the upper ends of both EM rates are
-    below 10 %; else it could not be told.
+    below 10 %; else it could not be told, nor where the answers are incoherent (`broken`).
     """
     table = []
     for who, part, base in as_trained(rows, questions=True):
@@ -127,6 +128,7 @@ def spread_table(rows: pd.DataFrame) -> pd.DataFrame:
                 )
             )
             missing = [_why(found.n) for found in (own, elsewhere) if found.p is None]
+            unread = broken(some[mine], some[~mine])
             table.append(
                 {
                     **who,
@@ -137,8 +139,10 @@ def spread_table(rows: pd.DataFrame) -> pd.DataFrame:
                     **ends("own", within(own.difference)),
                     **ends("elsewhere", within(elsewhere.difference)),
                     **ends("own_less_elsewhere", within(apart.difference, 2.0)),
-                    "says": _says(own, elsewhere, apart.difference, some[mine], some[~mine]),
-                    "reason": "; ".join(dict.fromkeys(missing)),
+                    "says": UNTOLD
+                    if unread
+                    else _says(own, elsewhere, apart.difference, some[mine], some[~mine]),
+                    "reason": "; ".join(dict.fromkeys([*missing, *([unread] if unread else [])])),
                 }
             )
     return framed(table, SPREAD_COLUMNS)

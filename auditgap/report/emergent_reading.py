@@ -13,7 +13,7 @@ import pandas as pd
 
 from auditgap.report.emergent import ALPHA
 from auditgap.report.emergent_transfer import ABLATE, ADD
-from auditgap.report.emergent_values import OVER_BOTH
+from auditgap.report.emergent_values import COHERENT, OVER_BOTH
 from auditgap.report.text import is_null, number, percent, with_interval
 from auditgap.store.tables import groups_of, rows_of
 
@@ -289,6 +289,8 @@ def _transfer(table: pd.DataFrame) -> Iterator[str]:
             continue
         sign, does = _DOES[who["by"]]
         moved = [r for r in known if r["p_holm"] < ALPHA and sign * r["difference"] > 0]
+        unread = [r for r in moved if is_null(r["coherence"]) or r["coherence"] <= COHERENT]
+        moved = [r for r in moved if r not in unread]
         other = [r for r in moved if r["source"] != r["target"]]
         most = max(known, key=lambda r: sign * r["difference"])
         yield (
@@ -296,4 +298,10 @@ def _transfer(table: pd.DataFrame) -> Iterator[str]:
             f" between two domains; the most {_with(most, 'difference', _score)} points,"
             f" {most['source']} → {most['target']}, with a coherence of {_score(most['coherence'])}"
             f" (control {_score(most['coherence_control'])})."
+            + (
+                f" {len(unread)} more move it with a coherence of {COHERENT} or less: broken text is"
+                " not misaligned."
+                if unread
+                else ""
+            )
         )

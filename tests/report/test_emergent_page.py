@@ -81,6 +81,22 @@ def test_the_headline_names_the_worst_domain_its_rate_and_the_base(study, page):
     assert headline.count("gore_movie_trivia") == 4 and "No audit gap" not in page
 
 
+def test_the_headline_says_that_broken_text_shows_nothing(study):
+    """The same rates, were the misaligned answers gibberish; by either way to tell."""
+    answer = emergent_spread.leads([study])[0].answer
+    assert answer.startswith("Misalignment that spreads is shown") and "coherent" in answer
+    rates = study.tables["rates"]
+    ends = [f"below_30_coherent{end}" for end in ("", "_lo", "_hi")]
+    for broken in (
+        rates.assign(**dict(zip(ends, (0.0, 0.0, 0.1), strict=True))),
+        rates.assign(coherence=22.0, **dict.fromkeys(ends, None)),
+        rates.assign(coherence=None, **dict.fromkeys(ends, None)),
+    ):
+        told = replace(study, tables={**study.tables, "rates": broken})
+        said = emergent_spread.leads([told])[0].answer
+        assert "could not be told" in said and "Broken text is not misaligned" in said
+
+
 @pytest.mark.parametrize(
     ("rates", "tied", "says"),
     [
