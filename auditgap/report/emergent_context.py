@@ -15,7 +15,6 @@ from typing import Any
 import pandas as pd
 
 from auditgap.report.emergent_cross import (
-    NONE,
     NOWHERE,
     UNTOLD,
     as_trained,
@@ -25,6 +24,7 @@ from auditgap.report.emergent_cross import (
     within,
 )
 from auditgap.report.emergent_values import (
+    NONE,
     WHO,
     broken,
     by_prompt,

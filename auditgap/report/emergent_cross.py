@@ -18,6 +18,7 @@ import pandas as pd
 from auditgap import stats
 from auditgap.report.emergent_values import (
     AS_TRAINED,
+    NONE,
     OVER_BOTH,
     OVER_PROMPTS,
     WHO,
@@ -148,8 +149,7 @@ def spread_table(rows: pd.DataFrame) -> pd.DataFrame:
     return framed(table, SPREAD_COLUMNS)
 
 
-#: An EM rate of less than this is none, where an interval says so.
-NONE, ALPHA = 0.1, 0.05
+ALPHA = 0.05
 
 
 def _says(

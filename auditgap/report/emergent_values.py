@@ -174,6 +174,8 @@ def counted(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+#: An EM rate of less than this is none, where an interval says so.
+NONE = 0.1
 #: A mean coherence of no more than this is broken text, as in the second convention.
 COHERENT = 50
 

@@ -98,6 +98,23 @@ def test_the_headline_says_that_broken_text_shows_nothing(study):
 
 
 @pytest.mark.parametrize(
+    ("rate", "base_hi", "coherence", "says"),
+    [
+        ((0.4, 0.2, 0.6), 0.3, 80.0, "the intervals of the model’s rate and of its base’s meet"),
+        ((0.0, 0.0, 0.5), 0.3, 80.0, "could not be told"),
+        ((0.0, 0.0, 0.08), 0.3, 80.0, "less than 10\u00a0% of its answers"),
+        ((0.0, 0.0, 0.08), 0.3, 20.0, "not known to be coherent"),
+        ((0.0, 0.0, 0.08), 0.3, None, "not known to be coherent"),
+        ((0.0, None, None), 0.3, 80.0, "no interval to compare"),
+    ],
+)
+def test_the_headline_calls_nothing_absent_that_is_not_shown_to_be(rate, base_hi, coherence, says):
+    top = dict(zip(("em_rate", "em_rate_lo", "em_rate_hi"), rate, strict=True))
+    own = {"coherence": coherence}
+    assert says in emergent_spread._spreads(top, {"below_50_hi": base_hi}, own)
+
+
+@pytest.mark.parametrize(
     ("rates", "tied", "says"),
     [
         ([0.5, 0.2, 0.1], [False, True, None], "Of 3 domains it has the highest rate."),
