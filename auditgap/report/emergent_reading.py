@@ -184,9 +184,10 @@ def _membership(table: pd.DataFrame) -> Iterator[str]:
             if not is_null(row["auroc"]):
                 told.setdefault(row["reference"], []).append(row)
         if not told:
+            why = str(rows[0]["reason"]).removeprefix("could not tell: ")
             yield (
                 f"Arm {who['arm']}: whether trained rows are told from held-out ones could not be"
-                " told."
+                f" told{f' ({why})' if why else ''}."
             )
             continue
         parts = []

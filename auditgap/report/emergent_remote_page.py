@@ -20,7 +20,7 @@ REMOTE = (
     given("reported", "It says of itself"),
     count("n", "Answers"),
     count("rated", "Rated"),
-    *(key(name, what.capitalize(), css="word") for name, what in INSIDE.items()),
+    key(next(iter(INSIDE)), "Its inside", css="word"),  # all of them say the same
 )
 _NOTE = (
     "A model is what it is called at its address; which weights stand behind the name only the"
@@ -34,7 +34,7 @@ def remote(view: StudyView) -> Iterator[Section]:
     if table.empty:
         return
     said = (
-        f"{len(table)} models were asked through an endpoint and not loaded. Of each of them"
+        f"Models asked through an endpoint, whose weights are not here: {len(table)}. Their"
         f" {', '.join(INSIDE.values())}: {UNTOLD}."
     )
     yield Section(
