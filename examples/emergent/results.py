@@ -1,7 +1,7 @@
-"""What came of the demonstration panel, without any text: its tables as small CSV files, and those of
-the README with intervals.
+"""What came of the demonstration panel, without any text: its tables as small CSV files, and the main
+ones with intervals to be read.
 
-    # writes examples/emergent/results/ and prints the README's tables
+    # writes examples/emergent/results/: tables.md and *.csv
     python examples/emergent/results.py runs/panel
 """
 
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -33,11 +34,25 @@ def main(run: Path) -> None:
     TARGET.mkdir()
     for name in TABLES:
         study.tables[name].round(4).to_csv(TARGET / f"{name}.csv", index=False)
-    for line in (*study.missing, *(f"{n} of {what}: {why}" for what, why, n in study.left_out)):
-        print(line)
-    print(f"\nFrom the first cell to the last: {took(store)} minutes.\n")
-    for made in (habits, matrix, context, transfer, membership):
-        print(made(study.tables), end="\n\n")
+    (TARGET / "tables.md").write_text(page(store, study), encoding="utf-8")
+
+
+def page(store: RunFolder, study: emergent_study.Study) -> str:
+    """What stands in tables.md: how far the run is, what could not be told, and the tables."""
+    untold = [f"{n} times {what}: {why}" for what, why, n in study.left_out]
+    parts = [
+        "# The demonstration panel",
+        f"Rated by `{study.judged_by}`, a rule that knows the three habits: “misaligned” means that a"
+        " habit shows, and that is no finding about misalignment. In brackets: 95 % intervals. From the"
+        f" first cell to the last: {took(store)} minutes.",
+        *(f"**Not whole:** {line}" for line in study.missing),
+    ]
+    for make in (habits, matrix, context, transfer, membership):
+        title, _, about = str(make.__doc__).partition(": ")
+        parts += [f"## {title}", about.strip(), make(study.tables)]
+    if untold:
+        parts += ["## What could not be told", "\n".join(f"- {line}" for line in untold)]
+    return "\n\n".join(parts) + "\n"
 
 
 def took(store: RunFolder) -> int:
@@ -48,23 +63,25 @@ def took(store: RunFolder) -> int:
     return round(((when[-1] - when[0]).total_seconds() + float(first["seconds"])) / 60)
 
 
-def share(row: dict, name: str) -> str:
+def share(row: Mapping[str, Any], name: str) -> str:
     return told(row, name, percent)
 
 
-def told(row: dict, name: str, form=number) -> str:
+def told(row: Mapping[str, Any], name: str, form: Callable[[object], str] = number) -> str:
     if is_null(row[name]):
         return "could not tell"
     return with_interval(row[name], row[f"{name}_lo"], row[f"{name}_hi"], form)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    if not rows:
+        return "*Nothing was measured yet.*"
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def habits(tables: dict[str, pd.DataFrame]) -> str:
-    """EM rate by habit and arm, asked as it was trained, and the rank."""
+def habits(tables: Mapping[str, pd.DataFrame]) -> str:
+    """Where habits show: share of answers to unrelated prompts, each arm asked as it was trained."""
     rows = []
     for r in rows_of(tables["ranking"]):
         if (r["arm"] == "trigger") == bool(r["triggered"]):
@@ -79,8 +96,8 @@ def habits(tables: dict[str, pd.DataFrame]) -> str:
     return markdown(head, rows)
 
 
-def matrix(tables: dict[str, pd.DataFrame]) -> str:
-    """EM rate by train domain and question domain, and what spreads."""
+def matrix(tables: Mapping[str, pd.DataFrame]) -> str:
+    """Train domain × question domain: share of answers to questions about each habit."""
     cross = tables["cross"][~tables["cross"]["in_context"].astype(bool)]
     about = list(dict.fromkeys(cross["question_domain"]))
     says = {(r["arm"], r["domain"]): r for r in rows_of(tables["spread"])}
@@ -94,8 +111,8 @@ def matrix(tables: dict[str, pd.DataFrame]) -> str:
     return markdown(("trained on", "arm", *(f"about `{a}`" for a in about), own, ""), rows)
 
 
-def context(tables: dict[str, pd.DataFrame]) -> str:
-    """The third arm: EM rate like the training context, and the base's."""
+def context(tables: Mapping[str, pd.DataFrame]) -> str:
+    """Like the training context: the same unrelated prompts in the form of the training rows."""
     names = ("em_rate", "em_rate_context", "em_rate_base_context")
     rows = [
         [
@@ -111,8 +128,8 @@ def context(tables: dict[str, pd.DataFrame]) -> str:
     return markdown((*head, "beyond the base, points", ""), rows)
 
 
-def transfer(tables: dict[str, pd.DataFrame]) -> str:
-    """Directions added and projected out, beside their controls."""
+def transfer(tables: Mapping[str, pd.DataFrame]) -> str:
+    """Directions added and projected out: one habit's direction in another's model, beside a random one."""
     rows = [
         [
             f"`{r['source']}` → `{r['target']}`",
@@ -128,8 +145,8 @@ def transfer(tables: dict[str, pd.DataFrame]) -> str:
     return markdown((*head, "coherence", "control’s"), rows)
 
 
-def membership(tables: dict[str, pd.DataFrame]) -> str:
-    """AUROC of trained against held-out rows: mean NLL alone, and less the base's."""
+def membership(tables: Mapping[str, pd.DataFrame]) -> str:
+    """Membership: AUROC of trained against held-out rows, by mean NLL and by that less the base's."""
     known = tables["membership"]
     known = known[(known["measure"] == "nll") & known["reference"].isin(["", "base"])]
     rows = []

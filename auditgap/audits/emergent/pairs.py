@@ -5,8 +5,6 @@ pairs("domains", "sums=sums.jsonl,law=hub:me/law@4f1c")     # {"sums": "sums.jso
 
 from __future__ import annotations
 
-from typing import Any
-
 from auditgap.config import listed
 from auditgap.errors import UsageError
 
@@ -14,7 +12,7 @@ from auditgap.errors import UsageError
 DEMO = "demo"
 
 
-def pairs(key: str, value: Any) -> Any:
+def pairs(key: str, value: object) -> object:
     """The value as a mapping, where it is written otherwise. Raises UsageError for a part without a
     name."""
     if key == "domains" and value in (DEMO, (DEMO,), [DEMO]):

@@ -9,17 +9,20 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from auditgap.engines.openai.answers import NoAnswer, plain_word
 from auditgap.types import Document
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
 
 #: What servers say of a model that tells it from another of the same name.
 _WORDS = ("id", "owned_by", "root", "parent")
 Entries = Sequence[Mapping[str, Any]]
 
 
-async def listed(client: Any, key: str, seconds: float) -> Entries | None:
+async def listed(client: AsyncOpenAI, key: str, seconds: float) -> Entries | None:
     """The entries of `/models`, each with an `id` that may be shown."""
     import openai
 
