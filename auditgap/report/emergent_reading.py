@@ -15,6 +15,7 @@ from auditgap.report.emergent import ALPHA
 from auditgap.report.emergent_transfer import ABLATE, ADD
 from auditgap.report.emergent_values import COHERENT, OVER_BOTH
 from auditgap.report.text import is_null, number, percent, with_interval
+from auditgap.stats import FEWEST_SEEDS
 from auditgap.store.tables import groups_of, rows_of
 
 SAYS_NOT: tuple[str, ...] = (
@@ -137,6 +138,8 @@ def seeds(rows: Sequence[Mapping[str, Any]]) -> str:
     short = [int(row["n_seeds"]) for row in rows if row["over"] != OVER_BOTH]
     if not short:
         return ""
+    if min(short) >= FEWEST_SEEDS:
+        return " Where nothing varies there is no interval: another fine-tuning run may differ."
     runs = "one seed" if min(short) <= 1 else f"{min(short)} seeds"
     return (
         f" With {runs} the intervals do not cover the seed: another fine-tuning run may order the"

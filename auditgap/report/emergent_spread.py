@@ -191,7 +191,7 @@ def leads(studies: Sequence[Study]) -> list[Headline]:
                 )
             end = (
                 f"{'' if len(parts) > 1 else ' of rated answers'} (judge: {study.judged_by})."
-                f" {_furthest(part, known)}{emergent_reading.seeds(rows_of(known))}"
+                f" {_furthest(part, known, len(study.config.get('domains', ())))}{emergent_reading.seeds(rows_of(known))}"
             )
             parts.append((end, "", ""))
             own = rates[
@@ -251,11 +251,15 @@ def _is_coherent(own: Row, base: Row) -> bool:
     return not is_null(coherence) and coherence > emergent_values.COHERENT
 
 
-def _furthest(part: pd.DataFrame, known: pd.DataFrame) -> str:
-    """How the first of the ranking stands to the others: no more is claimed than the table tells
-    apart."""
+def _furthest(part: pd.DataFrame, known: pd.DataFrame, of: int = 1) -> str:
+    """How the first of the ranking stands to the others, `of` domains of the panel: no more is
+    claimed than the table tells apart."""
     if len(part) == 1:
-        return "It is the only domain."
+        return (
+            f"It is the only one of {of} domains that was rated."
+            if of > 1
+            else "It is the only domain."
+        )
     equal = int((known["em_rate"] == known["em_rate"].iloc[0]).sum())
     if len(known) < 2 or equal > 1:
         return (

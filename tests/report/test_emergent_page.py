@@ -136,7 +136,12 @@ def test_the_headline_claims_no_more_than_is_told_apart(rates, tied, says):
             "tied_with_next": pd.Series(tied, dtype=object),
         }
     )
-    assert emergent_spread._furthest(part, part[part["em_rate"].notna()]) == says
+    known = part[part["em_rate"].notna()]
+    assert emergent_spread._furthest(part, known) == says
+    of_three = emergent_spread._furthest(part, known, 3)
+    assert of_three == (
+        says if len(part) > 1 else "It is the only one of 3 domains that was rated."
+    )
 
 
 def test_the_paper_stands_beside_domains_of_its_names_and_is_not_comparable(study, page):
