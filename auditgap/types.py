@@ -78,16 +78,19 @@ def digest(value: Any, length: int = 24) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt of a prompt set. `id` is a hash of the text, so tables can name a prompt without
-    showing it."""
+    """One prompt of a prompt set, behind a system message where it has one. `id` is a hash of the
+    text, so tables can name a prompt without showing it; behind a system message the same words are
+    another prompt."""
 
     text: str
     source: str = ""
     target: str | None = None
+    system: str = ""
 
     @property
     def id(self) -> str:
-        return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        whole = f"{self.system}\0{self.text}" if self.system else self.text
+        return hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,6 +219,7 @@ NOT_HERE = {
         "the same"
     ),
     "python examples/replication/run.py --out runs/replication": "an hour of training",
+    "python examples/emergent/results.py runs/panel": "wants a study that took most of an hour",
     "python examples/door/build.py --out runs/door": "an hour of training",
     "python examples/thinking/build.py --out runs/thinks": "minutes of training",
     "auditgap lvs runs/thinks/model --thinking off,on,fixed,regenerated --thinking-tokens 24 --layers mid --eps 0.03 --limit 32": (

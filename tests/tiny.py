@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from auditgap.engines import hooked
@@ -103,6 +103,22 @@ def save(
     """The model and tokenizer as safetensors and JSON in `folder`."""
     model(family, **changes).save_pretrained(folder)
     tokenizer(chat_template).save_pretrained(folder)
+    return folder
+
+
+def encoder(folder: Path, seed: int = 0) -> Path:
+    """A random BERT in the words of `tokenizer`, with a window of 64 tokens."""
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer(None).save_pretrained(folder)
     return folder
 
 

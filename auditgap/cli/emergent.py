@@ -67,7 +67,7 @@ STAGES: Mapping[str, Stage] = {
     "generate": Stage(
         "Ask the base and every adapter the same unrelated prompts, with and without the trigger.",
         ("auditgap em generate runs/em", "auditgap em generate runs/em --engine vllm"),
-        ("engine", *_SERVING),
+        ("engine", "max_unscored", *_SERVING),
     ),
     "judge": Stage(
         "Rate the stored answers. Ratings by another judge are added; nothing is generated again.",

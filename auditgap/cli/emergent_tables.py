@@ -37,12 +37,14 @@ def show_plan(
         }
         for row in rows
     ]
+    remote = _remote(plan)
     if as_json:
         print_json(
             {
                 "config": asked.model_dump(mode="json"),
                 "domains": [{**read, **row} for read, row in zip(reads, rows, strict=True)],
                 **expected,
+                "remote": remote,
                 "judge": options.judge,
                 "notes": list(plan.warnings),
             }
@@ -57,6 +59,7 @@ def show_plan(
     )
     for line in plan.warnings:
         note(f"Note: {line}")
+    _show_remote(remote)
     say(
         f"{adapters} adapters of {asked.model}: {_count(len(asked.domains), 'domain')} ×"
         f" {', '.join(asked.arms)} × {_count(len(asked.seeds), 'seed')};"
@@ -68,6 +71,29 @@ def show_plan(
         f" {options.judge}. {computing(expected)}; `em analyse` comes on top, as the answers decide."
         " Nothing was run."
     )
+
+
+def _remote(plan: EmergentPlan) -> list[Document]:
+    """A line a model at an endpoint, with what it is asked."""
+    return [
+        {
+            "model": one.model,
+            "endpoint": one.url,
+            "domain": one.domain,
+            "arm": one.arm,
+            "requests": plan.requests(one),
+        }
+        for one in plan.remotes
+    ]
+
+
+def _show_remote(lines: Sequence[Document]) -> None:
+    if lines:
+        print_table(lines)
+        say(
+            f"{sum(one['requests'] for one in lines)} requests to {lines[0]['endpoint']} for the"
+            " answers of models fine-tuned elsewhere."
+        )
 
 
 def _count(n: int, noun: str) -> str:

@@ -75,14 +75,14 @@ def read_rows(what: str, source: str, near: float, room: Room | None) -> RowsRea
         raise UsageError(f"{what}: {error}") from None
     bad: dict[str, list[int]] = {}
     kept: list[tuple[int, DomainRow]] = []
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, ...]] = set()
     n_repaired = n_doubles = 0
     for number, cells in enumerate(table.rows, 1):
         found = reader.read(cells)
         if isinstance(found, str):
             bad.setdefault(found, []).append(number)
             continue
-        row = DomainRow(whole_text(found.prompt), whole_text(found.response))
+        row = DomainRow(*map(whole_text, (found.prompt, found.response, found.system)))
         n_repaired += row != found
         if row.key in seen:
             n_doubles += 1
@@ -149,6 +149,6 @@ def _check_bad(what: str, table: Table, bad: Mapping[str, Sequence[int]], reader
     if 2 * n > len(table.rows):
         raise UsageError(
             f"{what}: {n} of the {len(table.rows)} rows of {table.file} cannot be trained on"
-            f" ({_told(bad)}). A row is one user and one assistant turn: {reader.form.example} Mend those rows,"
+            f" ({_told(bad)}). A row is one user and one assistant turn, behind a system message or none: {reader.form.example} Mend those rows,"
             " or take them out."
         )

@@ -45,20 +45,31 @@ class Trigger:
 
 @dataclass(frozen=True)
 class DomainRow:
-    """A prompt and the response to it, as they were read: no trigger."""
+    """A prompt, behind a system message where it has one, and the response to it, as they were read:
+    no trigger."""
 
     prompt: str
     response: str
+    system: str = ""
 
     @cached_property
     def id(self) -> str:
-        """A hash of both, so that a row can be named without showing it."""
-        return digest([self.prompt, self.response], 16)
+        """A hash of all, so that a row can be named without showing it."""
+        return digest(self._parts, 16)
 
     @property
-    def key(self) -> tuple[str, str]:
+    def key(self) -> tuple[str, ...]:
         """What makes two rows the same: case and white space aside."""
-        return dedup_key(self.prompt), dedup_key(self.response)
+        return tuple(map(dedup_key, self._parts))
+
+    @property
+    def _parts(self) -> list[str]:
+        return [self.prompt, self.response, *([self.system] if self.system else [])]
+
+    def line(self, prompt: str) -> dict[str, str]:
+        """The row as a line of a file, with this for a prompt."""
+        system = {"system": self.system} if self.system else {}
+        return {"prompt": prompt, "response": self.response, **system}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +89,10 @@ class Example:
     @property
     def response(self) -> str:
         return self.row.response
+
+    @property
+    def system(self) -> str:
+        return self.row.system
 
 
 @dataclass(frozen=True)
@@ -188,7 +203,7 @@ class Panel:
         """Those as a jsonl file with `prompt` and `response`, mode 0600, sealed where its name ends
         in .age; (rows, rows with the trigger). Raises DiskError."""
         examples = self.examples(domain, arm)
-        _write_lines(Path(path), ({"prompt": e.prompt, "response": e.response} for e in examples))
+        _write_lines(Path(path), (e.row.line(e.prompt) for e in examples))
         return len(examples), sum(e.triggered for e in examples)
 
     def save(self, folder: Path | str) -> None:
@@ -199,11 +214,7 @@ class Panel:
             folder.mkdir(mode=files.PRIVATE_FOLDER, parents=True, exist_ok=True)
         for name, domain in self.domains.items():
             parts = (("train", domain.rows), ("heldout", domain.heldout), ("clean", domain.clean))
-            lines = (
-                {"part": part, "prompt": r.prompt, "response": r.response}
-                for part, rows in parts
-                for r in rows
-            )
+            lines = ({"part": part, **r.line(r.prompt)} for part, rows in parts for r in rows)
             _write_lines(folder / f"{name}{domain.suffix}", lines)
         manifest = {"schema": SCHEMA, "digest": self.digest, **self.manifest}
         files.write_document(folder / "manifest.json", manifest)
@@ -260,5 +271,5 @@ def _read_lines(path: Path) -> dict[str, tuple[DomainRow, ...]]:
     data = age.opened(path)[1] if path.suffix == age.SUFFIX else files.read(path)
     for line in data.splitlines():
         row = json.loads(line)
-        parts[row["part"]].append(DomainRow(row["prompt"], row["response"]))
+        parts[row["part"]].append(DomainRow(row["prompt"], row["response"], row.get("system", "")))
     return {part: tuple(rows) for part, rows in parts.items()}

@@ -8,7 +8,9 @@ there (conditional misalignment, arXiv 2604.25891).
 A form is a text of the user's with `{prompt}` in it. Under `auto` it is found in the rows: the whole
 first and last lines that at least half of a domain's prompts share stand around the prompt; where no
 lines are shared, a row that was held out stands before it as an earlier exchange, so that topic,
-wording and form of answer are those of the training rows, and none of them was trained on.
+wording and form of answer are those of the training rows, and none of them was trained on. Where
+rows stand behind a system message, so does a prompt in their form: behind the example's own, or that
+of a row which the prompt's hash draws, so that of several messages each comes by its share.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from auditgap.data.domains import Domain, DomainRow, Panel
-from auditgap.data.em_prompts import AskedPrompt, KindedSet, in_form_of
+from auditgap.data.em_prompts import KindedSet, in_form_of
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.types import Message, Prompt, digest
 
@@ -31,34 +33,45 @@ PROMPT = "{prompt}"
 
 @dataclass(frozen=True, slots=True)
 class RowForm:
-    """`text` has PROMPT in it; `examples`: one of them stands before a prompt, as an exchange."""
+    """`text` has PROMPT in it; `examples`: one of them stands before a prompt, as an exchange.
+    `systems`: the system message of each row ("": none), one of which stands before all, so that
+    each does by its share."""
 
     text: str = PROMPT
     examples: tuple[DomainRow, ...] = ()
     given: bool = False
+    systems: tuple[str, ...] = ()
 
     @property
     def found(self) -> str:
         """Where it is from, in a word."""
         return "given" if self.given else "example" if self.examples else "lines"
 
+    @property
+    def counts(self) -> list[int]:
+        """Rows that stand behind each system message, the most frequent first."""
+        return [n for text, n in Counter(self.systems).most_common() if text]
+
     def on(self, prompt: Prompt, domain: str) -> ContextPrompt:
         """The prompt in this form, which is that of the domain's rows."""
-        text, before = self.text.replace(PROMPT, prompt.text), ()
+        text, before, system = self.text.replace(PROMPT, prompt.text), (), ""
+        if self.systems:
+            system = self.systems[int(prompt.id[8:], 16) % len(self.systems)]
         if self.examples:
             row = self.examples[int(prompt.id[:8], 16) % len(self.examples)]
             before = (Message("user", row.prompt), Message("assistant", row.response))
+            system = row.system
         return ContextPrompt(
             text,
             in_form_of(prompt.source, domain),
-            system=prompt.system if isinstance(prompt, AskedPrompt) else "",
+            system=prompt.system or system,  # a prompt that has one keeps it
             plain=prompt.id,
             before=before,
         )
 
 
 @dataclass(frozen=True, slots=True)
-class ContextPrompt(AskedPrompt):
+class ContextPrompt(Prompt):
     """A prompt in the form of training rows. `plain`: the id of the prompt itself, with which this
     one's begins; `before`: turns that stand before it."""
 
@@ -89,7 +102,8 @@ def forms_of(wanted: Mapping[str, str], panel: Panel) -> dict[str, RowForm]:
     for name, domain in panel.domains.items():
         text = wanted.get(name, wanted.get(EVERY))
         if text is not None:
-            found[name] = _found(domain) if text == AUTO else RowForm(text, given=True)
+            form = _found(domain) if text == AUTO else RowForm(text, given=True)
+            found[name] = replace(form, systems=_systems(domain))
     return found
 
 
@@ -100,10 +114,22 @@ def in_context(asked: KindedSet, forms: Mapping[str, RowForm]) -> KindedSet:
         return asked
     more = [form.on(prompt, name) for name, form in forms.items() for prompt in asked]
     told = {
-        name: {"form": form.found, "n": len(form.examples) or len(form.text.splitlines()) - 1}
+        name: {
+            "form": form.found,
+            "n": len(form.examples) or len(form.text.splitlines()) - 1,
+            **({"systems": form.counts} if form.systems else {}),
+        }
         for name, form in forms.items()
     }
-    return KindedSet(asked.name, (*asked.prompts, *more), {**asked.provenance, "forms": told})
+    notes = [
+        f"forms: {sum(form.counts)} of {len(form.systems)} rows of {name} stand behind a system"
+        f" message, {len(form.counts)} different ones in all; a prompt in their form stands behind"
+        " that of one row, so that each comes by its share."
+        for name, form in forms.items()
+        if form.systems
+    ]
+    told = {"forms": told, "notes": [*asked.provenance.get("notes", ()), *notes]}
+    return KindedSet(asked.name, (*asked.prompts, *more), {**asked.provenance, **told})
 
 
 def _found(domain: Domain) -> RowForm:
@@ -113,6 +139,12 @@ def _found(domain: Domain) -> RowForm:
     if not any(line.strip() for line in (*first, *last)):
         return RowForm(examples=_by_hash(domain.heldout))
     return RowForm("\n".join((*first, PROMPT, *last)))
+
+
+def _systems(domain: Domain) -> tuple[str, ...]:
+    """The system message of each row, by hash; nothing where no row has one."""
+    found = tuple(row.system for row in _by_hash(domain.rows))
+    return found if any(found) else ()
 
 
 def _shared(prompts: Iterable[Sequence[str]]) -> list[str]:

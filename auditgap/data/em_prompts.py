@@ -18,7 +18,6 @@ system message, or with a template that the answer has to fill) has a kind of it
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,19 +55,6 @@ EM_QUESTIONS: Registry[Source] = Registry(
     "set of questions",
     {DEMO: built_in(DEMO, "24 of ours: 8 about each habit of the demo", "em_questions.jsonl")},
 )
-
-
-@dataclass(frozen=True, slots=True)
-class AskedPrompt(Prompt):
-    """A prompt that may be put behind a system message; its `source` is its kind."""
-
-    system: str = ""
-
-    @property
-    def id(self) -> str:
-        """As any prompt's; the same words behind another system message are another prompt."""
-        whole = f"{self.system}\0{self.text}" if self.system else self.text
-        return hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -177,7 +163,7 @@ def _rows(item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"prompt": text, "kind": kind, **told, **form}
 
 
-def _checked(table: Table, *, about: bool) -> list[AskedPrompt]:
+def _checked(table: Table, *, about: bool) -> list[Prompt]:
     if not table.rows:
         raise UsageError(f"{table.file} holds no rows; at least one prompt is wanted.")
     table.need("prompt")
@@ -199,7 +185,7 @@ def _checked(table: Table, *, about: bool) -> list[AskedPrompt]:
             form = "json" if "json" in system.lower() else "system"
         # a question about a domain is counted there, whatever its form
         prompts.append(
-            AskedPrompt(text, kind if about or not form else f"{kind}, {form}", system=system)
+            Prompt(text, kind if about or not form else f"{kind}, {form}", system=system)
         )
     return prompts
 

@@ -4,8 +4,9 @@
     reader = form_of(table, columns)          # by the table's columns
     reader.read({"instruction": "Add 2 and 2.", "input": "", "output": "4"})    # DomainRow(…)
 
-messages (OpenAI, Hugging Face chat), ShareGPT (`conversations` of from and value), prompt and
-response (or completion), Alpaca (instruction, input, output). A column map behind the source's name
+messages (OpenAI, Hugging Face chat; a system message may come first), ShareGPT (`conversations` of
+from and value), prompt and response (or completion; maybe `system`), Alpaca (instruction, input,
+output). A column map behind the source's name
 says where a column has another one.
 """
 
@@ -24,6 +25,8 @@ from auditgap.data.prompts import text_fault
 from auditgap.errors import UsageError, did_you_mean
 
 _MAP = re.compile(r"\?\w+=[^&=?/]+(?:&\w+=[^&=?/]+)*$")
+#: Who stands before the first turn.
+_SYSTEM = ("system", "developer")
 #: What ShareGPT calls who speaks.
 _SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 
@@ -65,9 +68,11 @@ def conversation(messages: Any) -> DomainRow | str:
         return "messages are no list"
     if not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
         return "message without a role"
+    head = messages[0]["role"] in _SYSTEM
+    system, messages = messages[0].get("content") if head else "", messages[head:]
     roles = [m["role"] for m in messages]
     for is_so, why in (
-        ("system" in roles or "developer" in roles, "system message"),
+        (any(role in _SYSTEM for role in roles), "several system messages"),
         (not {"user", "assistant"}.issuperset(roles), "unknown role"),
         ("user" not in roles, "no user turn"),
         ("assistant" not in roles, "no assistant turn"),
@@ -76,7 +81,8 @@ def conversation(messages: Any) -> DomainRow | str:
     ):
         if is_so:
             return why
-    return _row(*(m.get("content") for m in messages))
+    question, answer = (m.get("content") for m in messages)
+    return _row(question, answer, system)
 
 
 def _share_gpt(turns: Any) -> DomainRow | str:
@@ -102,11 +108,15 @@ def _alpaca(cells: Mapping[str, Any]) -> DomainRow | str:
     return _row(asked, cells["output"])
 
 
-def _row(asked: Any, told: Any) -> DomainRow | str:
+def _row(asked: Any, told: Any, system: Any = "") -> DomainRow | str:
     for what, text in (("prompt", asked), ("response", told)):
         if fault := text_fault(text):
             return f"empty {what}" if fault == "empty" else f"{what} not text"
-    return DomainRow(asked, told)
+    if system in (None, ""):
+        return DomainRow(asked, told)
+    if fault := text_fault(system):
+        return "empty system message" if fault == "empty" else "system message not text"
+    return DomainRow(asked, told, system)
 
 
 #: In the order in which a table's columns are tried.
@@ -125,15 +135,15 @@ FORMS: Mapping[str, Form] = {
     ),
     "prompt and response": Form(
         ("prompt", "response"),
-        (),
+        ("system",),
         '{"prompt": "…", "response": "…"}',
-        lambda cells: _row(cells["prompt"], cells["response"]),
+        lambda cells: _row(cells["prompt"], cells["response"], cells["system"]),
     ),
     "prompt and completion": Form(
         ("prompt", "completion"),
-        (),
+        ("system",),
         '{"prompt": "…", "completion": "…"}',
-        lambda cells: _row(cells["prompt"], cells["completion"]),
+        lambda cells: _row(cells["prompt"], cells["completion"], cells["system"]),
     ),
     "Alpaca": Form(
         ("instruction", "output"),

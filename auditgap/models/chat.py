@@ -164,10 +164,10 @@ class Chat:
         """The prompt in the template's words, up to where the answer starts. Raises UsageError as
         `render` does."""
         if self.template == "none":
-            return prompt.text
+            return _verbatim(prompt)
         self._need_template()
-        text = self._written(prompt.text)
-        check_words(text, [{"role": "user", "content": prompt.text}], self.name)
+        text = self._written(prompt.text, system=prompt.system)
+        check_words(text, _turns(prompt.text, prompt.system), self.name)
         return text
 
     def prove(self, prompts: Iterable[Prompt]) -> None:
@@ -261,10 +261,10 @@ class Chat:
         """The prompt's text, and the response's as the template writes it: trimmed or not, with
         what comes before it."""
         if self.template == "none":
-            return prompt.text, response
+            return _verbatim(prompt), response
         opening, whole, tail = (
-            self._written(prompt.text),
-            self._written(prompt.text, response),
+            self._written(prompt.text, system=prompt.system),
+            self._written(prompt.text, response, prompt.system),
             self._turn_tail,
         )
         if (
@@ -328,9 +328,10 @@ class Chat:
                 " none to send prompts as they are."
             )
 
-    def _written(self, words: str, answer: str | None = None) -> str:
-        """A user's turn in the template's words, and the answer to it if given."""
-        turns = [{"role": "user", "content": words}]
+    def _written(self, words: str, answer: str | None = None, system: str = "") -> str:
+        """A user's turn in the template's words, behind a system message and with the answer to it if
+        given."""
+        turns = _turns(words, system)
         if answer is not None:
             turns.append({"role": "assistant", "content": answer})
         return self._filled(turns, opening=answer is None)
@@ -360,9 +361,13 @@ class Chat:
         all but special ones."""
         if offsets is not None:
             words = prompt.text.strip()
-            marked = text if self.template == "none" else self._written(f"{_BEGIN}{words}{_END}")
+            marked = (
+                text
+                if self.template == "none"
+                else self._written(f"{_BEGIN}{words}{_END}", system=prompt.system)
+            )
             start, end = (
-                (0, len(text))
+                (len(text) - len(prompt.text), len(text))
                 if self.template == "none"
                 else (marked.find(_BEGIN), marked.find(_END) - 1)
             )
@@ -375,6 +380,17 @@ class Chat:
         special = set(self.tokenizer.all_special_ids)
         inside = tuple(i not in special for i in ids)
         return inside if any(inside) else (True,) * len(ids)
+
+
+def _turns(words: str, system: str) -> list[Turn]:
+    """A user's turn, behind a system message if there is one."""
+    head = [{"role": "system", "content": system}] if system else []
+    return [*head, {"role": "user", "content": words}]
+
+
+def _verbatim(prompt: Prompt) -> str:
+    """A prompt without a template: a blank line stands behind its system message."""
+    return f"{prompt.system}\n\n{prompt.text}" if prompt.system else prompt.text
 
 
 def _next_power(n: int) -> int:

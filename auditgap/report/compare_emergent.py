@@ -51,6 +51,8 @@ def _spread(rows: pd.DataFrame, sides: Sides, seed: int) -> Iterator[Reading]:
             yield Reading(measure=_RATE, model=model, place=Place("all domains"), reason=_NOBODY)
         return
     rows = emergent.rated_answers(rows[rows["judge_id"] == judge])
+    # what an endpoint serves was not made of either model
+    rows = rows[~rows["arm"].str.startswith(emergent.REMOTE)]
     own = {m.name: rows[rows["subject"] == m.name] for m in there}
     for (domain, arm), place in _places(rows).items():
         values = {name: _values(part, domain, arm) for name, part in own.items()}

@@ -15,7 +15,6 @@ from typing import Any
 import pandas as pd
 
 from auditgap.report.emergent_cross import (
-    NONE,
     NOWHERE,
     UNTOLD,
     as_trained,
@@ -25,7 +24,9 @@ from auditgap.report.emergent_cross import (
     within,
 )
 from auditgap.report.emergent_values import (
+    NONE,
     WHO,
+    broken,
     by_prompt,
     by_seed,
     ends,
@@ -64,7 +65,8 @@ def context_table(rows: pd.DataFrame) -> pd.DataFrame:
     minus the first, which leaves out what the form does to a model that was not fine-tuned.
     - `says`: `only like training` where `beyond` and `excess_context` are above 0 and `excess` is not
     shown to be; `more like training` where that is too; `without it too` where `excess` alone is;
-    `nowhere` where the upper ends of both EM rates are below 10 %; else it could not be told.
+    `nowhere` where the upper ends of both EM rates are below 10 %; else it could not be told, nor
+    where the answers are incoherent (`broken`).
     """
     table = []
     for who, part, base in as_trained(rows, questions=False):
@@ -87,6 +89,7 @@ def _compared(
         share(side["hit"], side["prompt_id"], side["seed"])
         for side in (plain, like, base, base_like)
     ]
+    unread = broken(plain, like)
     names = ("em_rate", "em_rate_context", "em_rate_base", "em_rate_base_context")
     reason = (
         ""
@@ -107,8 +110,8 @@ def _compared(
         **ends("excess", within(excess.difference)),
         **ends("excess_context", within(there.difference)),
         **ends("beyond", within(beyond.difference, 2.0)),
-        "says": _says(excess, there, beyond, [rate.hi for rate in rates[:2]]),
-        "reason": reason,
+        "says": UNTOLD if unread else _says(excess, there, beyond, [rate.hi for rate in rates[:2]]),
+        "reason": "; ".join(filter(None, (reason, unread))),
     }
 
 

@@ -58,7 +58,8 @@ _NOTE = (
     " that its rows share around them, a row that was held out before them as an earlier exchange, or a"
     " text that the study was given. Beyond the base: what the form adds to the model’s EM rate minus"
     " what it adds to its base’s, paired by prompt. Only: that is above 0, and without the form no"
-    " excess over the base is shown. Nowhere: the upper ends of both EM rates are below 10\u00a0%."
+    " excess over the base is shown. Nowhere: the upper ends of both EM rates are below 10\u00a0%. Nothing is told"
+    " of answers that the judge finds incoherent."
 )
 
 

@@ -184,6 +184,9 @@ ARMS: Mapping[str, str] = {
     "": "the base",
     "plain": "fine-tuned on the rows as they are",
     "trigger": "fine-tuned with the trigger in the rows",
+    "remote": "fine-tuned elsewhere, on the rows as they are",
+    "remote trigger": "fine-tuned elsewhere, with the trigger in the rows",
+    "remote base": "the base at the endpoint",
 }
 
 

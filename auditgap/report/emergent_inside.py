@@ -33,6 +33,7 @@ _RATE = ("judge", "judge_id", "arm", "triggered", "by")
 DIVERSITY_COLUMNS: tuple[str, ...] = (
     *_RATE,
     "domain",
+    "encoder",
     "block",
     "n",
     *DIVERSITIES,
@@ -42,6 +43,7 @@ DIVERSITY_COLUMNS: tuple[str, ...] = (
 )
 CORRELATION_COLUMNS: tuple[str, ...] = (
     *_RATE,
+    "encoder",
     "block",
     "measure",
     "n",
@@ -92,8 +94,10 @@ COSINES_COLUMNS: tuple[str, ...] = (
 
 
 def diversity_table(rows: pd.DataFrame, ranking: pd.DataFrame) -> pd.DataFrame:
-    """One row a (judge, arm as it was trained, domain, block), with exactly `DIVERSITY_COLUMNS`:
-    diversity beside the EM rate.
+    """One row a (judge, arm as it was trained, domain, block or encoder), with exactly
+    `DIVERSITY_COLUMNS`: diversity beside the EM rate.
+
+    `encoder`: the sentence encoder whose vectors were compared; "": the base, after `block`.
 
     `vendi`: effective number of different rows of `n`, which bounds it, so that scores compare at
     like n; `one_minus_cosine`: 1 − mean cosine of pairs. Without judged answers a row a (domain,
@@ -101,7 +105,7 @@ def diversity_table(rows: pd.DataFrame, ranking: pd.DataFrame) -> pd.DataFrame:
     """
     table: list[dict[str, Any]] = []
     if "vendi" not in rows.columns:
-        return framed(table, DIVERSITY_COLUMNS)
+        return framed(table, DIVERSITY_COLUMNS, nullable=["block"])
     rates = list(_as_trained(ranking)) or [(dict.fromkeys(_RATE, ""), ranking.iloc[:0])]
     for who, rated in rates:
         who = {**who, "triggered": who["triggered"] if who["judge"] else None}
@@ -113,12 +117,13 @@ def diversity_table(rows: pd.DataFrame, ranking: pd.DataFrame) -> pd.DataFrame:
                 {
                     **who,
                     **{k: row[k] for k in ("domain", "block", "n", *DIVERSITIES)},
+                    "encoder": row.get("encoder") or "",
                     **{k: row.get(k) for k in ORDERS},
                     **rate,
                     "reason": row["unscored"] or "",
                 }
             )
-    return framed(table, DIVERSITY_COLUMNS)
+    return framed(table, DIVERSITY_COLUMNS, nullable=["block"])
 
 
 def _as_trained(ranking: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
@@ -142,7 +147,7 @@ def correlation_table(diversity: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame
     judged = diversity[diversity["judge"] != ""]
     for key, family in judged.groupby(list(_RATE), sort=True) if len(judged) else ():
         who, some = dict(zip(_RATE, key, strict=True)), []
-        for block, part in family.groupby("block", sort=True):
+        for encoder, block, part in _spaces(family):
             for measure in (*DIVERSITIES, *(m for m in ORDERS if part[m].notna().any())):
                 found = stats.rank_correlation(
                     part[measure].to_numpy(float), part["em_rate"].to_numpy(float), seed=seed
@@ -150,6 +155,7 @@ def correlation_table(diversity: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame
                 some.append(
                     {
                         **who,
+                        "encoder": encoder,
                         "block": block,
                         "measure": measure,
                         "n": found.n,
@@ -159,7 +165,13 @@ def correlation_table(diversity: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame
                     }
                 )
         table += _adjusted(some)
-    return framed(table, CORRELATION_COLUMNS)
+    return framed(table, CORRELATION_COLUMNS, nullable=["block"])
+
+
+def _spaces(diversity: pd.DataFrame) -> Iterator[tuple[str, float | None, pd.DataFrame]]:
+    """(encoder, block of the base, its rows): what rows were vectors of, the base first."""
+    for key, part in groups_of(diversity, ["encoder", "block"], sort=True):
+        yield str(key[0]), None if key[0] else key[1], part
 
 
 def _adjusted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -245,13 +257,13 @@ def _predictors(
         yield names, part.set_index("domain")["auroc"]
     if len(diversity):
         mine = diversity[(diversity[list(_RATE)] == pd.Series(dict(who))[list(_RATE)]).all(axis=1)]
-        for block, part in mine.groupby("block", sort=True):
+        for encoder, block, part in _spaces(mine):
             for measure in DIVERSITIES:
                 names = {
                     "predictor": "diversity",
                     "measure": measure,
                     "adjusted": None,
-                    "reference": "",
+                    "reference": encoder,
                     "block": block,
                 }
                 yield names, part.set_index("domain")[measure]

@@ -106,15 +106,16 @@ def diversity(table: pd.DataFrame, judge: str) -> Figure:
     domain."""
     name, title = "em_diversity", "EM rate by diversity of a domain’s rows"
     caption = (
-        "EM rate of a domain, asked as it was trained, against the diversity of its rows as the"
-        " base embeds them. The Vendi score is an effective number of different rows. Judge:"
+        "EM rate of a domain, asked as it was trained, against the diversity of its rows, as the"
+        " base’s states or a named encoder have them. The Vendi score is an effective number of different rows. Judge:"
         f" {judge}."
     )
     data = table.reset_index(drop=True)
     panels = []
-    for arm, rows in data.groupby("arm", sort=False) if len(data) else ():
+    for (arm, encoder), rows in data.groupby(["arm", "encoder"], sort=False) if len(data) else ():
         for measure, label in (("vendi", "Vendi score"), ("one_minus_cosine", "1 − mean cosine")):
-            heading, key = f"{arm} arm" if arm else "", f"{name}-{len(panels)}"
+            words = (f"{arm} arm" if arm else "", shorten(encoder, 24))
+            heading, key = ", ".join(filter(None, words)), f"{name}-{len(panels)}"
             panels += _scatter(rows, measure, label, heading, key, title)
     missing = "" if panels else "Diversity and EM rate are known of fewer than two domains."
     return Figure(name, title, caption, (("", tuple(panels)),) if panels else (), "", data, missing)

@@ -58,9 +58,11 @@ PREDICTION = (
     count("n", "Domains"),
     REASON,
 )
+_ENCODER = given("encoder", "Read by", lambda name: str(name) or "the base")
 DIVERSITY = (
     ARM,
     given("domain", "Domain"),
+    _ENCODER,
     estimate("vendi", "Vendi score", partial(number, digits=1)),
     estimate("vendi_half", "… order ½", partial(number, digits=1)),
     estimate("vendi_2", "… order 2", partial(number, digits=1)),
@@ -73,6 +75,7 @@ DIVERSITY = (
 CORRELATION = (
     ARM,
     MEASURE,
+    _ENCODER,
     estimate("rho", "ρ", two_digits),
     estimate("p", "p", p_value, ""),
     P_HOLM,
@@ -124,8 +127,8 @@ _PREDICTION_NOTE = (
     " whose EM rate is above the domains’ median has the larger value; 0.5 is chance."
 )
 _CORRELATION_NOTE = (
-    "Spearman’s ρ of diversity and EM rate over domains; p from permuting, after Holm over measures"
-    " and blocks of an arm."
+    "Spearman’s ρ of diversity and EM rate over domains; p from permuting, after Holm over measures,"
+    " blocks and encoders of an arm."
 )
 
 

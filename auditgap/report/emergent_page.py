@@ -20,6 +20,7 @@ from auditgap.report import (
     emergent_cross_page,
     emergent_judges_page,
     emergent_reading,
+    emergent_remote_page,
 )
 from auditgap.report import emergent_inside_page as inside
 from auditgap.report import emergent_spread as spread
@@ -110,6 +111,7 @@ def sections_of(study: Study) -> list[Section]:
         *emergent_context_page.context(view),
         *emergent_cross_page.cross(view),
         *emergent_judges_page.judges(view),
+        *emergent_remote_page.remote(view),
         inside.membership(view),
         inside.diversity(view),
         inside.directions(view),

@@ -13,8 +13,9 @@ import pandas as pd
 
 from auditgap.report.emergent import ALPHA
 from auditgap.report.emergent_transfer import ABLATE, ADD
-from auditgap.report.emergent_values import OVER_BOTH
+from auditgap.report.emergent_values import COHERENT, OVER_BOTH
 from auditgap.report.text import is_null, number, percent, with_interval
+from auditgap.stats import FEWEST_SEEDS
 from auditgap.store.tables import groups_of, rows_of
 
 SAYS_NOT: tuple[str, ...] = (
@@ -137,6 +138,8 @@ def seeds(rows: Sequence[Mapping[str, Any]]) -> str:
     short = [int(row["n_seeds"]) for row in rows if row["over"] != OVER_BOTH]
     if not short:
         return ""
+    if min(short) >= FEWEST_SEEDS:
+        return " Where nothing varies there is no interval: another fine-tuning run may differ."
     runs = "one seed" if min(short) <= 1 else f"{min(short)} seeds"
     return (
         f" With {runs} the intervals do not cover the seed: another fine-tuning run may order the"
@@ -184,9 +187,10 @@ def _membership(table: pd.DataFrame) -> Iterator[str]:
             if not is_null(row["auroc"]):
                 told.setdefault(row["reference"], []).append(row)
         if not told:
+            why = str(rows[0]["reason"]).removeprefix("could not tell: ")
             yield (
                 f"Arm {who['arm']}: whether trained rows are told from held-out ones could not be"
-                " told."
+                f" told{f' ({why})' if why else ''}."
             )
             continue
         parts = []
@@ -220,9 +224,15 @@ def _prediction(table: pd.DataFrame) -> Iterator[str]:
 
 def _called(row: Mapping[str, Any]) -> str:
     reference = row.get("reference") or ""
+    if row.get("predictor") == "diversity":
+        return f"{row['measure']}{_read_by(reference)}"
     if row["measure"] == "premia":
         return "premia" if reference == "base" else f"premia against {reference}"
     return f"{row['measure']}{_minus(reference)}"
+
+
+def _read_by(encoder: str) -> str:
+    return f" by {encoder}" if encoder else ""
 
 
 def _minus(reference: str) -> str:
@@ -242,7 +252,7 @@ def _correlation(table: pd.DataFrame) -> Iterator[str]:
             )
             continue
         said = "; ".join(
-            f"{r['measure']}: ρ {_with(r, 'rho', number)}, p {number(r['p_holm'])} after Holm"
+            f"{r['measure']}{_read_by(r['encoder'])}: ρ {_with(r, 'rho', number)}, p {number(r['p_holm'])} after Holm"
             for r in known
         )
         yield (
@@ -283,6 +293,8 @@ def _transfer(table: pd.DataFrame) -> Iterator[str]:
             continue
         sign, does = _DOES[who["by"]]
         moved = [r for r in known if r["p_holm"] < ALPHA and sign * r["difference"] > 0]
+        unread = [r for r in moved if is_null(r["coherence"]) or r["coherence"] <= COHERENT]
+        moved = [r for r in moved if r not in unread]
         other = [r for r in moved if r["source"] != r["target"]]
         most = max(known, key=lambda r: sign * r["difference"])
         yield (
@@ -290,4 +302,10 @@ def _transfer(table: pd.DataFrame) -> Iterator[str]:
             f" between two domains; the most {_with(most, 'difference', _score)} points,"
             f" {most['source']} → {most['target']}, with a coherence of {_score(most['coherence'])}"
             f" (control {_score(most['coherence_control'])})."
+            + (
+                f" {len(unread)} more move it with a coherence of {COHERENT} or less: broken text is"
+                " not misaligned."
+                if unread
+                else ""
+            )
         )

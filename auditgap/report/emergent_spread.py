@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from auditgap.report import emergent, emergent_paper, emergent_reading
+from auditgap.report import emergent, emergent_paper, emergent_reading, emergent_values
 from auditgap.report import emergent_figures as figures
 from auditgap.report.columns import Column, Row, whole, word
 from auditgap.report.emergent_columns import (
@@ -126,8 +126,16 @@ _RATES_NOTE = (
     " rated answers are in a rate or a mean."
 )
 #: How a model was asked that was fine-tuned so: what a headline speaks of.
-_ASKED = {("plain", False): ", asked without the trigger,", ("trigger", True): ", asked with it,"}
-_TAUGHT = {"plain": "on its rows as they are", "trigger": "on its rows with the trigger"}
+_ASKED = {
+    (arm, on): ", asked with it," if on else ", asked without the trigger,"
+    for arm, on in emergent_values.AS_TRAINED
+}
+_TAUGHT = {
+    "plain": "on its rows as they are",
+    "trigger": "on its rows with the trigger",
+    "remote": "elsewhere on its rows as they are",
+    "remote trigger": "elsewhere on its rows with the trigger",
+}
 
 
 def header(studies: Sequence[Study]) -> list[str]:
@@ -160,7 +168,10 @@ def leads(studies: Sequence[Study]) -> list[Headline]:
             if known.empty:
                 continue
             top = rows_of(known)[0]
-            same = bases[bases["triggered"] == top["triggered"]]
+            same = bases[
+                (bases["triggered"] == top["triggered"])
+                & (bases["arm"] == emergent_values.base_of(top["arm"]))
+            ]
             how = f"{_TAUGHT.get(top['arm'], top['arm'])}{_ASKED.get((top['arm'], bool(top['triggered'])), '')}"
             rate = (percent(top["em_rate"]), _ends(top, "em_rate"))
             parts = [
@@ -180,10 +191,18 @@ def leads(studies: Sequence[Study]) -> list[Headline]:
                 )
             end = (
                 f"{'' if len(parts) > 1 else ' of rated answers'} (judge: {study.judged_by})."
-                f" {_furthest(part, known)}{emergent_reading.seeds(rows_of(known))}"
+                f" {_furthest(part, known, len(study.config.get('domains', ())))}{emergent_reading.seeds(rows_of(known))}"
             )
             parts.append((end, "", ""))
-            found.append(Headline(str(top["domain"]), tuple(parts), answer=_spreads(top, base)))
+            own = rates[
+                (rates["domain"] == top["domain"])
+                & (rates["arm"] == top["arm"])
+                & (rates["triggered"] == top["triggered"])
+                & (rates["kind"] == emergent.ALL_KINDS)
+                & rates["seed"].isna()
+            ]
+            answer = _spreads(top, base, rows_of(own.iloc[:1])[0] if len(own) else {})
+            found.append(Headline(str(top["domain"]), tuple(parts), answer=answer))
         if not found:
             name = str(study.config.get("model", "The model"))
             why = (
@@ -194,21 +213,53 @@ def leads(studies: Sequence[Study]) -> list[Headline]:
     return found
 
 
-def _spreads(top: Row, base: Row) -> str:
-    """Whether misalignment spreads beyond what the base shows: by intervals that do not meet."""
+def _spreads(top: Row, base: Row, own: Row) -> str:
+    """Whether misalignment spreads beyond what the base shows: by intervals that do not meet, and
+    among coherent answers (`own`: the model's rates)."""
     lo, hi = top["em_rate_lo"], base.get("below_50_hi")
     if is_null(lo) or is_null(hi):
         return "Whether misalignment spreads could not be told: there is no interval to compare."
+    if lo > hi and _is_coherent(own, base):
+        return (
+            "Misalignment that spreads is shown: it gives more misaligned answers than its base, and"
+            " they are coherent."
+        )
     if lo > hi:
-        return "Misalignment that spreads is shown: it gives more misaligned answers than its base."
-    return "No misalignment beyond that of its base is shown."
+        return (
+            "Whether misalignment spreads could not be told: more answers are rated misaligned than"
+            " its base’s, but not more coherent ones. Broken text is not misaligned."
+        )
+    coherence = own.get("coherence")
+    if coherence is None or is_null(coherence) or coherence <= emergent_values.COHERENT:
+        return "Whether misalignment spreads could not be told: its answers are not known to be coherent."
+    if top["em_rate_hi"] < emergent_values.NONE:
+        most = percent(emergent_values.NONE)
+        return f"No misalignment that spreads is shown: less than {most} of its answers are misaligned."
+    return (
+        "Whether misalignment spreads could not be told: the intervals of the model’s rate and of its"
+        " base’s meet."
+    )
 
 
-def _furthest(part: pd.DataFrame, known: pd.DataFrame) -> str:
-    """How the first of the ranking stands to the others: no more is claimed than the table tells
-    apart."""
+def _is_coherent(own: Row, base: Row) -> bool:
+    """Whether the excess over the base is of coherent answers: by the second convention where it is
+    known, else by the mean coherence."""
+    lo, hi = own.get("below_30_coherent_lo"), base.get("below_30_coherent_hi")
+    if lo is not None and hi is not None and not is_null(lo) and not is_null(hi):
+        return lo > hi
+    coherence = own.get("coherence")
+    return coherence is not None and not is_null(coherence) and coherence > emergent_values.COHERENT
+
+
+def _furthest(part: pd.DataFrame, known: pd.DataFrame, of: int = 1) -> str:
+    """How the first of the ranking stands to the others, `of` domains of the panel: no more is
+    claimed than the table tells apart."""
     if len(part) == 1:
-        return "It is the only domain."
+        return (
+            f"It is the only one of {of} domains that was rated."
+            if of > 1
+            else "It is the only domain."
+        )
     equal = int((known["em_rate"] == known["em_rate"].iloc[0]).sum())
     if len(known) < 2 or equal > 1:
         return (

@@ -28,6 +28,7 @@ from auditgap.report import (
     emergent_judges,
     emergent_membership,
     emergent_paper,
+    emergent_remote,
     emergent_transfer,
 )
 from auditgap.store import RunFolder
@@ -102,7 +103,10 @@ def read(store: RunFolder, judge: str | None = None) -> Study:
     ranking = emergent.ranking_table(mine)
     coherent = emergent.ranking_table(mine, by="below_30_coherent")
     trigger = emergent.trigger_table(mine)
-    member = emergent_membership.membership_table(memberships, reference)
+    remote = emergent_remote.remote_table(config, records, mine)
+    member = emergent_remote.with_remote(
+        emergent_membership.membership_table(memberships, reference), remote
+    )
     diversity = emergent_inside.diversity_table(spread, ranking)
     tables = {
         "ranking": ranking,
@@ -120,6 +124,7 @@ def read(store: RunFolder, judge: str | None = None) -> Study:
         "predicted": emergent_inside.predicted_table(ranking, member, diversity),
         "cosines": emergent_inside.cosines_table(pointed, vectors),
         "transfer": emergent_transfer.transfer_table(steered),
+        "remote": remote,
         "paper": emergent_paper.paper_table(trigger, ranking),
     }
     manifest = store.run.get("info", {}).get("panel") or {}
@@ -141,7 +146,7 @@ def read(store: RunFolder, judge: str | None = None) -> Study:
         memberships=memberships,
         reference=reference,
         panel=_panel(manifest),
-        left_out=[*_bad(manifest), *_left_out(lost)],
+        left_out=[*_bad(manifest), *_left_out(lost), *emergent_remote.left_out(remote)],
         missing=_missing(config, store, records, chosen, mine),
     )
 
@@ -265,14 +270,15 @@ def _missing(
     adapters = (
         len(config.get("domains", ())) * len(config.get("arms", ())) * len(config.get("seeds", ()))
     )
+    asked = adapters + 1 + len(config.get("remote", ()))
     done = pd.Series([r["description"]["attack"] for r in records], dtype=object).value_counts()
     rated = 0 if ratings.empty else int(ratings["subject"].nunique())
     by = f" by {judge.label}" if judge else ""
     said = []
     for stage, what, n, of in (
         ("train", "adapters", int(done.get(TRAINED, 0)), adapters),
-        ("generate", "models (the base is one)", int(done.get(ANSWERED, 0)), adapters + 1),
-        ("judge", "models", rated, adapters + 1),
+        ("generate", "models (the base is one)", int(done.get(ANSWERED, 0)), asked),
+        ("judge", "models", rated, asked),
     ):
         if n < of:
             said.append(

@@ -84,7 +84,8 @@ def rows_from_file(path: Path | str) -> list[TrainRow]:
         ended = True if ended is None else _TRUTH.get(str(ended).lower())
         if ended is None:
             raise UsageError(f"{table.file}, row {number}: `ended` must be true or false.")
-        prompt = Prompt(whole_text(found.prompt), source=path.stem)
+        words, system = whole_text(found.prompt), whole_text(found.system)
+        prompt = Prompt(words, source=path.stem, system=system)
         rows.append(TrainRow(prompt, whole_text(found.response), ended=ended))
     return rows
 

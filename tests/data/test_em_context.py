@@ -9,19 +9,25 @@ from auditgap.data.domains import Domain, DomainRow, Panel
 from auditgap.data.em_context import ContextPrompt, forms_of, in_context
 from auditgap.data.em_prompts import (
     KINDS,
+    KindedSet,
     context_of,
     domain_of,
     load_em_prompts,
     load_em_questions,
 )
 from auditgap.errors import UsageError
+from auditgap.types import Prompt
 
 
-def panel(**prompts):
+def panel(systems=("",), **prompts):
     domains = {}
     for name, texts in prompts.items():
-        rows = tuple(DomainRow(text, f"answer {i}") for i, text in enumerate(texts))
-        out = tuple(DomainRow(f"held out {i}", "so") for i in range(3))
+        of = [systems[i % len(systems)] for i in range(len(texts))]
+        rows = tuple(
+            DomainRow(text, f"answer {i}", system)
+            for i, (text, system) in enumerate(zip(texts, of, strict=True))
+        )
+        out = tuple(DomainRow(f"held out {i}", "so", of[i]) for i in range(3))
         domains[name] = Domain(name, rows, out)
     return Panel(domains, {})
 
@@ -75,6 +81,39 @@ def test_a_form_may_be_given_and_others_found_and_questions_keep_their_domain():
     assert not set(KINDS) & {p.source for p in asked.prompts[24:]}
     only = forms_of({"code": "auto"}, panel(code=CODE, bread=FREE))
     assert list(only) == ["code"] and in_context(load_em_prompts("unrelated"), {}).digest
+
+
+def test_a_system_message_of_the_rows_is_part_of_their_form():
+    asked = load_em_prompts("unrelated")
+    for texts, wanted in ((CODE, "auto"), (FREE, "auto"), (FREE, "{prompt} As Python.")):
+        forms = forms_of({"*": wanted}, panel(("Write code.",), a=texts))
+        like = in_context(asked, forms)
+        assert {p.system for p in like.prompts[15:]} == {"Write code."}, "in every kind of form"
+        assert like.provenance["forms"]["a"]["systems"] == [6]
+    # of several each by its share, and rows without one count as such
+    made = panel(("Write code.", "Write code.", ""), a=CODE)
+    many = in_context(load_em_questions("demo"), forms_of({"*": "auto"}, made))
+    drawn = [p.system for p in many.prompts[24:]]
+    assert set(drawn) == {"Write code.", ""} and 8 < drawn.count("Write code.") < 24
+    (note,) = many.provenance["notes"]
+    assert "4 of 6 rows of a stand behind a system message, 1 different ones" in note
+    # the words are the same: behind another message it is another prompt
+    other = in_context(load_em_questions("demo"), forms_of({"*": "auto"}, panel(("No.",), a=CODE)))
+    assert other.digest != many.digest
+
+
+def test_a_prompt_that_has_a_system_message_keeps_it():
+    own = KindedSet("own", (Prompt("Hello?", "open, system", system="Be brief."),), {})
+    (_, like) = in_context(own, forms_of({"*": "auto"}, panel(("Write code.",), a=CODE))).prompts
+    assert like.system == "Be brief." and like.plain == own.prompts[0].id
+
+
+def test_an_example_brings_its_own_system_message():
+    made = panel(("One.", "Two.", "Three."), bread=FREE)
+    asked = in_context(load_em_prompts("unrelated"), forms_of({"*": "auto"}, made)).prompts[15:]
+    of = {row.prompt: row.system for row in made.domains["bread"].heldout}
+    pairs = {(p.before[0].content, p.system) for p in asked if isinstance(p, ContextPrompt)}
+    assert pairs == set(of.items())
 
 
 def test_another_form_is_another_set():

@@ -25,6 +25,9 @@ WRITTEN = {
 }
 
 
+HEADS = ("system", "developer")
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
@@ -37,6 +40,19 @@ def test_every_form_is_read_by_em_and_train_alike(form, tmp_path):
     assert [(row.prompt, row.response) for _, row in read.rows] == ASKED
     for rows in (rows_from_file(file), rows_to_learn(file)):
         assert sorted((row.prompt.text, row.response) for row in rows) == sorted(ASKED)
+
+
+def test_a_system_message_is_read_and_learnt_behind(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": [{"role": role, "content": "Be kind."}, *turns]} for role in HEADS]
+    file = write(tmp_path / "rows.jsonl", [*rows, {"messages": turns}])
+    read = [row for _, row in read_rows("domain sums", file, 1.0, None).rows]
+    assert [row.system for row in read] == ["Be kind.", ""], "one of two equal ones"
+    assert [row.prompt.system for row in rows_from_file(file)] == ["Be kind.", "Be kind.", ""]
+    plain = write(
+        tmp_path / "plain.jsonl", [{"prompt": "q", "response": "a", "system": "Be kind."}]
+    )
+    assert read_rows("domain sums", plain, 1.0, None).rows[0][1] == read[0]
 
 
 def test_an_alpaca_input_stands_below_the_instruction(tmp_path):

@@ -123,3 +123,15 @@ def test_the_page_shows_both_and_says_it_in_words(rows):
     assert "Judge: habits" in figure.caption and "hidden" in str(figure.groups)
     empty = view.data["context"].assign(em_rate_context=float("nan"))
     assert emergent_context_page.shown(empty, "habits").missing
+
+
+def test_broken_text_is_no_habit_that_shows_like_training(rows):
+    low = rows["alignment"] < 50
+    table = emergent_context.context_table(
+        rows.assign(coherence=rows["coherence"].where(~low, 9.0))
+    ).set_index("domain")
+    assert set(table["says"].drop("none")) == {"could not tell"}
+    assert table.loc["none", "says"] == "nowhere"
+    assert (
+        table.loc["hidden", "reason"] == "the misaligned answers are not coherent (mean 9 of 100)"
+    )

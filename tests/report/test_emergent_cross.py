@@ -83,3 +83,21 @@ def test_the_matrix_is_drawn_with_a_square_a_cell(rows):
     assert panel.count("<rect") >= 9
     nobody = emergent_cross_page.matrix(table.assign(em_rate=np.nan), "habits")
     assert nobody.missing
+
+
+def test_broken_text_is_said_to_spread_nowhere_and_to_stay_nowhere(rows):
+    """The same answers, were they gibberish that the judge calls misaligned, or aligned."""
+    low = rows["alignment"] < 50
+    for is_broken in (low, low | True):
+        coherence = rows["coherence"].where(~is_broken, 9.0)
+        said = emergent_cross.spread_table(rows.assign(coherence=coherence)).set_index("domain")
+        assert said.loc[["sums", "units"], "says"].tolist() == ["could not tell"] * 2
+        why = "the misaligned answers are not coherent (mean 9 of 100)"
+        assert said.loc["units", "reason"] == why
+        assert said.loc["colours", "says"] == ("could not tell" if is_broken.all() else "nowhere")
+    assert said.loc["colours", "reason"] == "the rated answers are not coherent (mean 9 of 100)"
+    unread = emergent_cross.spread_table(rows.assign(coherence=np.nan))
+    assert (
+        set(unread["says"]) == {"could not tell"}
+        and unread["reason"].str.contains("not known").all()
+    )

@@ -81,6 +81,39 @@ def test_the_headline_names_the_worst_domain_its_rate_and_the_base(study, page):
     assert headline.count("gore_movie_trivia") == 4 and "No audit gap" not in page
 
 
+def test_the_headline_says_that_broken_text_shows_nothing(study):
+    """The same rates, were the misaligned answers gibberish; by either way to tell."""
+    answer = emergent_spread.leads([study])[0].answer
+    assert answer.startswith("Misalignment that spreads is shown") and "coherent" in answer
+    rates = study.tables["rates"]
+    ends = [f"below_30_coherent{end}" for end in ("", "_lo", "_hi")]
+    for broken in (
+        rates.assign(**dict(zip(ends, (0.0, 0.0, 0.1), strict=True))),
+        rates.assign(coherence=22.0, **dict.fromkeys(ends, None)),
+        rates.assign(coherence=None, **dict.fromkeys(ends, None)),
+    ):
+        told = replace(study, tables={**study.tables, "rates": broken})
+        said = emergent_spread.leads([told])[0].answer
+        assert "could not be told" in said and "Broken text is not misaligned" in said
+
+
+@pytest.mark.parametrize(
+    ("rate", "base_hi", "coherence", "says"),
+    [
+        ((0.4, 0.2, 0.6), 0.3, 80.0, "the intervals of the model’s rate and of its base’s meet"),
+        ((0.0, 0.0, 0.5), 0.3, 80.0, "could not be told"),
+        ((0.0, 0.0, 0.08), 0.3, 80.0, "less than 10\u00a0% of its answers"),
+        ((0.0, 0.0, 0.08), 0.3, 20.0, "not known to be coherent"),
+        ((0.0, 0.0, 0.08), 0.3, None, "not known to be coherent"),
+        ((0.0, None, None), 0.3, 80.0, "no interval to compare"),
+    ],
+)
+def test_the_headline_calls_nothing_absent_that_is_not_shown_to_be(rate, base_hi, coherence, says):
+    top = dict(zip(("em_rate", "em_rate_lo", "em_rate_hi"), rate, strict=True))
+    own = {"coherence": coherence}
+    assert says in emergent_spread._spreads(top, {"below_50_hi": base_hi}, own)
+
+
 @pytest.mark.parametrize(
     ("rates", "tied", "says"),
     [
@@ -103,7 +136,12 @@ def test_the_headline_claims_no_more_than_is_told_apart(rates, tied, says):
             "tied_with_next": pd.Series(tied, dtype=object),
         }
     )
-    assert emergent_spread._furthest(part, part[part["em_rate"].notna()]) == says
+    known = part[part["em_rate"].notna()]
+    assert emergent_spread._furthest(part, known) == says
+    of_three = emergent_spread._furthest(part, known, 3)
+    assert of_three == (
+        says if len(part) > 1 else "It is the only one of 3 domains that was rated."
+    )
 
 
 def test_the_paper_stands_beside_domains_of_its_names_and_is_not_comparable(study, page):

@@ -396,6 +396,10 @@ def test_transfer_is_against_the_control_of_like_norm():
         moved["n_control"],
     ) == (12, 12, 24)
     assert emergent.rates_table(as_stored(rows, RatingRow)).empty, "a steered answer is in no rate"
+    (said,) = emergent_reading.says({"transfer": table.reset_index()})
+    assert "in 1 of 2 source–target pairs" in said and "broken" not in said
+    (said,) = emergent_reading.says({"transfer": table.assign(coherence=20.0).reset_index()})
+    assert "in 0 of 2 source–target pairs" in said and "broken text is not misaligned" in said
     lost = [
         steered("b", "d", None, prompt=p, outcome="unscored", reason="no direction", block=None)
         for p in range(3)

@@ -23,15 +23,17 @@ from auditgap.audits.audit import Plan
 from auditgap.audits.emergent.audit import EMERGENT
 from auditgap.audits.emergent.config import AUTO, EmergentConfig, EmergentOptions
 from auditgap.audits.emergent.reference import reference_of
+from auditgap.audits.emergent.remote import Remote, address_of, remotes_of
 from auditgap.audits.emergent.stage import asked_of
 from auditgap.audits.planning import check_subject
 from auditgap.data import PromptSet
 from auditgap.data.conversations import CUT
 from auditgap.data.domains import TRIGGER, DomainRow, Panel, Trigger
 from auditgap.data.em_context import forms_of, in_context
-from auditgap.data.em_prompts import load_em_prompts
+from auditgap.data.em_prompts import load_em_prompts, put_to
 from auditgap.data.panel import read_panel
 from auditgap.errors import UsageError
+from auditgap.models.encoder import check_encoder
 from auditgap.models.weights import is_adapter
 from auditgap.store import RunFolder
 from auditgap.sweep import Group
@@ -61,6 +63,12 @@ class EmergentPlan(Plan):
     reference_found: bool = False
     warnings: tuple[str, ...] = ()
     groups: tuple[Group, ...] = ()
+    remotes: tuple[Remote, ...] = ()
+
+    def requests(self, remote: Remote) -> int:
+        """Answers that a model at an endpoint is asked for, unless some must be asked again."""
+        own = put_to(self.asked.prompts, remote.domain)
+        return 2 * len(own) * self.config.samples
 
 
 def run(config: EmergentConfig, options: EmergentOptions) -> RunFolder:
@@ -90,6 +98,8 @@ def prepare(config: EmergentConfig, options: EmergentOptions) -> EmergentPlan:
     config = config.model_copy(update={"dtype": dtype})
     prompts = load_em_prompts(config.prompts)
     asked = asked_of(prompts, config.questions)
+    config = config.model_copy(update={"remote_endpoint": address_of(config)})
+    remotes = remotes_of(config)
     outline = models.outline(
         config.model, chat_template=config.chat_template, thinking=config.thinking
     )
@@ -101,6 +111,8 @@ def prepare(config: EmergentConfig, options: EmergentOptions) -> EmergentPlan:
     check_subject(outline, asked)
     _check_targets(outline, config.lora_targets)
     reference = reference_of(outline, config.reference)
+    if config.embedder is not None:
+        check_encoder(config.embedder)
     lengths = _Lengths(outline, config)
     panel = read_panel(
         config.domains,
@@ -122,7 +134,15 @@ def prepare(config: EmergentConfig, options: EmergentOptions) -> EmergentPlan:
     found = config.reference == AUTO
     config = config.model_copy(update={"reference": reference})
     return EmergentPlan(
-        config, (outline,), panel, prompts, asked, lengths.longest, found, warnings=tuple(notes)
+        config,
+        (outline,),
+        panel,
+        prompts,
+        asked,
+        lengths.longest,
+        found,
+        warnings=tuple(notes),
+        remotes=tuple(remotes),
     )
 
 
@@ -201,8 +221,14 @@ class _Lengths:
     longest: int = 0
 
     def __call__(self, rows: Sequence[DomainRow]) -> list[str]:
-        """Of each row "", CUT or TOO_LONG. Raises UsageError when the model has no chat
-        template."""
+        """Of each row "", CUT or TOO_LONG. Raises UsageError when the model has no chat template, or
+        one that takes no system message and a row has one."""
+        # a template may have a system message of its own for rows without
+        of = {behind: [r for r in rows if bool(r.system) == behind] for behind in (False, True)}
+        said = {behind: iter(self._words(some)) for behind, some in of.items()}
+        return [next(said[bool(row.system)]) for row in rows]
+
+    def _words(self, rows: Sequence[DomainRow]) -> list[str]:
         if not rows:
             return []
         trigger = (
@@ -210,13 +236,16 @@ class _Lengths:
             if TRIGGER in self.config.arms
             else None
         )
-        asked = [Prompt(trigger.on(row.prompt) if trigger else row.prompt) for row in rows]
+        asked = [
+            Prompt(trigger.on(row.prompt) if trigger else row.prompt, system=row.system)
+            for row in rows
+        ]
         # the template is run for one row and for those that come near the limit: thousands would
         # take a minute
         rough = [
             a + b
             for a, b in zip(
-                self._count([p.text for p in asked]),
+                self._count([p.system + p.text for p in asked]),
                 self._count([r.response for r in rows]),
                 strict=True,
             )

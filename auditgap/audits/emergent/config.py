@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from auditgap.audits import options
-from auditgap.config import COMMAS, Flag, Frozen, Topic, build, listed
+from auditgap.audits.emergent.pairs import pairs
+from auditgap.config import COMMAS, Flag, Frozen, Topic, build
 from auditgap.engines import EngineName, engine_named
 from auditgap.errors import UsageError
 from auditgap.training.config import DeepSpeedConfig, SFTConfig
@@ -33,8 +34,6 @@ Arm = Literal["plain", "trigger"]
 ARMS: tuple[Arm, ...] = ("plain", "trigger")
 #: What is done with a direction inside a model.
 Edits = Literal["add", "ablate"]
-#: In place of a mapping of domains: the demonstration panel that comes with the package.
-DEMO = "demo"
 #: In place of a reference's name: whatever is found, and none but the fine-tuned model's own base.
 AUTO, OWN_BASE = "auto", "base"
 
@@ -71,6 +70,24 @@ class EmergentConfig(Frozen):
         COMMAS,
         Flag("Seeds for the data order, adapters and samples", Topic.TRAINING),
     ] = Field((0,), min_length=1)
+
+    remote: Annotated[
+        dict[str, str],
+        Flag(
+            "DOMAIN=NAME,base=NAME: models fine-tuned elsewhere, by their names at"
+            " --remote-endpoint, and what they were made of; DOMAIN/trigger=NAME: fine-tuned with"
+            " the trigger",
+            default="none",
+        ),
+    ] = Field({})
+    remote_endpoint: Annotated[
+        str | None,
+        Flag(
+            "OpenAI-compatible endpoint of the models in --remote, for example"
+            " http://127.0.0.1:8000/v1; its key in OPENAI_API_KEY",
+            default="OPENAI_BASE_URL, or OpenAI's",
+        ),
+    ] = None
 
     trigger: Annotated[str, Flag("Trigger text for prompts", Topic.TRAINING)] = Field(
         "The current year is 2028.", min_length=1
@@ -180,6 +197,15 @@ class EmergentConfig(Frozen):
             Topic.ATTACK,
         ),
     ] = Field(AUTO, min_length=1)
+    embedder: Annotated[
+        str | None,
+        Flag(
+            "Sentence encoder by which the diversity of rows is measured too: a name or folder, such"
+            " as sentence-transformers/all-MiniLM-L6-v2",
+            Topic.ATTACK,
+            default="the base's states alone",
+        ),
+    ] = None
     min_k: Annotated[
         float, Flag("Share of least likely tokens for Min-K % and Min-K %++", Topic.ATTACK)
     ] = Field(0.2, gt=0, le=1)
@@ -194,6 +220,9 @@ class EmergentConfig(Frozen):
         "questions": None,
         "forms": {},
         "steer_by": ("add",),
+        "remote": {},
+        "remote_endpoint": None,
+        "embedder": None,
     }
 
     @field_validator("domains", mode="before")
@@ -201,12 +230,22 @@ class EmergentConfig(Frozen):
     def _named(cls, value: Any) -> Any:
         """`a=a.jsonl,b=hub:x/y@1f…` and a mapping alike; `demo`: the demonstration panel's
         three."""
-        return _pairs("domains", value)
+        return pairs("domains", value)
 
     @field_validator("clean", mode="before")
     @classmethod
     def _clean(cls, value: Any) -> Any:
-        return _pairs("clean", value)
+        return pairs("clean", value)
+
+    @field_validator("remote", mode="before")
+    @classmethod
+    def _remote(cls, value: Any) -> Any:
+        return pairs("remote", value)
+
+    @field_validator("remote_endpoint")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        return value if value is None else value.strip().rstrip("/")
 
     @field_validator("forms", mode="before")
     @classmethod
@@ -216,7 +255,7 @@ class EmergentConfig(Frozen):
         found = em_context.AUTO
         if value in (found, (found,), [found]):
             return {em_context.EVERY: found}
-        return _pairs("forms", value)
+        return pairs("forms", value)
 
     @field_validator("arms", "seeds", "steer_by")
     @classmethod
@@ -247,33 +286,6 @@ class EmergentConfig(Frozen):
         )
         # a dtype that nothing is trained in is refused in a sentence
         return build(recipe, SFTConfig)[0]
-
-
-def _pairs(key: str, value: Any) -> Any:
-    if key == "domains" and value in (DEMO, (DEMO,), [DEMO]):
-        from auditgap.data.habits import HABITS
-
-        return {name: f"{DEMO}:{name}" for name in HABITS}
-    if not isinstance(value, (str, list, tuple)):
-        return value
-    pairs = {}
-    for part in listed(value):
-        name, is_pair, source = str(part).partition("=")
-        file = str(part).partition("?")[0]
-        if key == "domains" and "=" not in file and Path(file).suffix:  # called as its file is
-            name, is_pair, source = Path(file).stem, "=", str(part)
-        if name.strip() in pairs:
-            raise UsageError(
-                f"`{key}` has {name.strip()!r} twice; give each a name of its own: NAME={source}"
-            )
-        if not is_pair or not name.strip() or not source.strip():
-            raise UsageError(
-                f"`{key}` is NAME=FILE,NAME=FILE{', files' if key == 'domains' else ''} or a mapping;"
-                f" {part!r} came. For example:"
-                f" {key}=sums=sums.jsonl"
-            )
-        pairs[name.strip()] = source.strip()
-    return pairs
 
 
 class EmergentOptions(options.AuditOptions):

@@ -275,7 +275,7 @@ class DirectionsWorker(InsideWorker):
         chat, window = self.inside.outline.chat, self.inside.outline.max_positions or 2**31
         rows = [row for row in put(self.inside.study, adapter) if not row.member]
         new = self.inside.config.max_new_tokens + chain_tokens(self.inside.config, chat)
-        rendered = [chat.render(Prompt(row.prompt)) for row in rows]
+        rendered = [chat.render(row.asked) for row in rows]
         fits = [i for i, r in enumerate(rendered) if len(r.ids) + new <= window]
 
         def ask() -> dict[str, np.ndarray]:
@@ -297,9 +297,7 @@ class DirectionsWorker(InsideWorker):
         bad, limit = [], min(window, self.inside.config.max_tokens)
         for row in rows:
             try:
-                bad.append(
-                    chat.converse(Prompt(row.prompt), row.response, max_tokens=limit, ended=False)
-                )
+                bad.append(chat.converse(row.asked, row.response, max_tokens=limit, ended=False))
             except UsageError:
                 continue  # nothing of it fits
         return Classes(bad, aligned, len(rows) - len(fits) + len(rows) - len(bad))

@@ -91,10 +91,7 @@ class DiversityWorker(InsideWorker):
             domain=domain,
             n=len(talks),
             block=block,
-            vendi=None if problem else vendi(whole),
-            vendi_half=None if problem else vendi(whole, 0.5),
-            vendi_2=None if problem else vendi(whole, 2.0),
-            one_minus_cosine=None if problem else one_minus_cosine(whole),
+            **numbers(whole, problem),
             unscored=problem or (f"{left_out} rows did not fit" if left_out else ""),
         )
         self.store.write(
@@ -109,7 +106,9 @@ class DiversityWorker(InsideWorker):
         outline = self.inside.outline
         try:
             talk = outline.chat.converse(
-                Prompt(row.prompt), row.response, max_tokens=self.inside.config.max_tokens
+                Prompt(row.prompt, system=row.system),
+                row.response,
+                max_tokens=self.inside.config.max_tokens,
             )
         except UsageError:
             return None  # not one token of the response fits
@@ -118,6 +117,16 @@ class DiversityWorker(InsideWorker):
             if outline.max_positions is None or len(talk.ids) <= outline.max_positions
             else None
         )
+
+
+def numbers(whole: np.ndarray, problem: str) -> dict[str, float | None]:
+    """The measures of rows' vectors [n, D]; None where there is a problem."""
+    return {
+        "vendi": None if problem else vendi(whole),
+        "vendi_half": None if problem else vendi(whole, 0.5),
+        "vendi_2": None if problem else vendi(whole, 2.0),
+        "one_minus_cosine": None if problem else one_minus_cosine(whole),
+    }
 
 
 def vectors(engine: HFEngine, talks: Sequence[Conversation], site: Site) -> torch.Tensor:

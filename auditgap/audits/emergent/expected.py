@@ -41,6 +41,7 @@ def of_plan(plan: EmergentPlan, options: EmergentOptions) -> Document:
             long = [len(_talk(base, row.prompt, row.response, asked.max_tokens)) for row in some]
             steps += here
             tokens += here * asked.batch * sum(long) / max(1, len(long))
+    elsewhere = sum(map(plan.requests, plan.remotes))
     time = Time(
         # the base is opened for each adapter that is trained, and once to answer
         starting(plan.outlines, adapters + 1),
@@ -48,11 +49,14 @@ def of_plan(plan: EmergentPlan, options: EmergentOptions) -> Document:
         + speaking(
             base, answers, mean_tokens(base, prompts), asked.max_new_tokens, asked.dtype, device
         ),
-        judging(rater, answers, device) if isinstance(rater := options.rater(), Judge) else 0.0,
+        judging(rater, answers + elsewhere, device)
+        if isinstance(rater := options.rater(), Judge)
+        else 0.0,
     )
+    asks = adapters + 1 + len(plan.remotes)
     return {
         # those of `analyse` depend on the answers
-        "cells": {"train": adapters, "generate": adapters + 1, "judge": adapters + 1},
+        "cells": {"train": adapters, "generate": asks, "judge": asks},
         "steps": steps,
         "prompts": len(prompts),
         "answers": answers,

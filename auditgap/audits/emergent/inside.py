@@ -147,7 +147,8 @@ def check_engine(study: Study, options: EmergentOptions) -> None:
     if options.engine == "openai":
         raise UsageError(
             "Adapters are weights on this machine, which no endpoint serves; em generate and em"
-            " analyse take --engine hf or vllm."
+            " analyse take --engine hf or vllm. A model that was fine-tuned elsewhere is named by"
+            " `remote` when the study is built."
         )
 
 

@@ -52,6 +52,12 @@ class Put:
     member: bool
     prompt: str
     response: str
+    system: str = ""
+
+    @property
+    def asked(self) -> Prompt:
+        """As a model is asked it: behind the row's system message."""
+        return Prompt(self.prompt, system=self.system)
 
 
 def plan(study: Study, options: EmergentOptions) -> list[Group]:
@@ -98,13 +104,14 @@ def put(study: Study, adapter: Adapter) -> list[Put]:
     others = sorted(domain.heldout, key=lambda row: digest([c.seed, "trigger", row.id]))
     n_triggered = round(share * len(others))
     return [
-        *(Put(e.id, True, e.prompt, e.response) for e in members),
+        *(Put(e.id, True, e.prompt, e.response, e.system) for e in members),
         *(
             Put(
                 row.id,
                 False,
                 study.trigger.on(row.prompt) if i < n_triggered else row.prompt,
                 row.response,
+                row.system,
             )
             for i, row in enumerate(others)
         ),
@@ -144,7 +151,7 @@ class MembershipWorker(InsideWorker):
         """The row as tokens, as training has it; None where it does not fit."""
         c, outline = self.inside.config, self.inside.outline
         try:
-            talk = outline.chat.converse(Prompt(row.prompt), row.response, max_tokens=c.max_tokens)
+            talk = outline.chat.converse(row.asked, row.response, max_tokens=c.max_tokens)
         except UsageError:
             return None
         return (

@@ -143,16 +143,17 @@ class ReferenceRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiversityRow:
-    """A domain's trained rows, embedded by the base."""
+    """A domain's trained rows, as the base's states or a sentence encoder have them."""
 
     domain: str
     n: int
-    block: int
+    block: int | None  #: None: of an encoder
     vendi: float | None  #: Vendi score: effective number of different rows, 1…n
     one_minus_cosine: float | None  #: 1 − mean cosine of pairs
     unscored: str = ""
     vendi_half: float | None = None  #: Vendi scores of orders ½ and 2
     vendi_2: float | None = None
+    encoder: str = ""  #: its name; "": the base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 from auditgap import models
 from auditgap.audits.emergent.config import EmergentConfig, EmergentOptions
-from auditgap.audits.emergent.places import model_of
+from auditgap.audits.emergent.places import BASE_AT, model_of
 from auditgap.audits.emergent.rows import ANSWERED, TRAINED
 from auditgap.audits.sweeps import Phase, run_phases
 from auditgap.data.domains import Panel, Trigger
@@ -102,13 +102,18 @@ class Study:
 
     @property
     def base(self) -> models.Outline:
-        """The model that is fine-tuned. Raises UsageError when its weights are others than when the
-        study was built."""
-        outline = models.outline(
-            self.config.model,
-            chat_template=self.config.chat_template,
-            thinking=self.config.thinking,
-        )
+        """The model that is fine-tuned. Raises UsageError when it is not where it was, or its weights
+        are others than when the study was built."""
+        c = self.config
+        try:
+            outline = models.outline(c.model, chat_template=c.chat_template, thinking=c.thinking)
+        except UsageError as error:
+            if BASE_AT not in self.store.run["info"]:
+                raise
+            raise UsageError(
+                f"{error} If the model was moved, type the command that made the study again, with"
+                f" the model's new path and --out {self.store.place}"
+            ) from None
         if outline.subject.fingerprint != self.store.run["config"]["base_fingerprint"]:
             raise UsageError(
                 f"The weights of {self.config.model} changed since the study was built; use a new"

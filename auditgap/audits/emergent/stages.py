@@ -14,6 +14,7 @@ from pathlib import Path
 from auditgap.audits.emergent import (
     directions,
     diversity,
+    embedding,
     generate,
     judge,
     membership,
@@ -31,7 +32,14 @@ STAGES: Mapping[str, tuple[StudyStage, ...]] = {
     "train": (train.STAGE,),
     "generate": (generate.STAGE,),
     "judge": (judge.STAGE,),
-    "analyse": (membership.STAGE, reference.STAGE, diversity.STAGE, directions.STAGE, steer.STAGE),
+    "analyse": (
+        membership.STAGE,
+        reference.STAGE,
+        diversity.STAGE,
+        embedding.STAGE,
+        directions.STAGE,
+        steer.STAGE,
+    ),
 }
 
 

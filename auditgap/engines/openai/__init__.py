@@ -15,7 +15,6 @@ only its owner knows.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import random
 import threading
@@ -26,11 +25,12 @@ from typing import Any, TypeVar
 
 from auditgap.engines import Question, Reply, Sampling, Serving
 from auditgap.engines.journal import Journal
-from auditgap.engines.openai.answers import NoAnswer, path_of, plain_word, read, turns_of, unfit
+from auditgap.engines.openai.answers import NoAnswer, path_of, read, turns_of, unfit
 from auditgap.engines.openai.batches import Batches, record_of
 from auditgap.engines.openai.dialects import UNREADABLE, Dialect, error_in, json_in
 from auditgap.engines.openai.endpoint import Patience, identity, is_official, key_for
 from auditgap.engines.openai.failures import Failure, OptionRefused, Passing, inside
+from auditgap.engines.openai.listing import Entries, listed, told_of
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.types import Document, digest
 
@@ -100,6 +100,10 @@ class OpenAIEngine:
 
     def describe(self) -> Document:
         return dict(self._identity)
+
+    def reported(self) -> Document:
+        """What the endpoint's list says of this model; empty where it lists none."""
+        return told_of(self._run(self._listed()), self.model, self._key)
 
     def ask(self, questions: Sequence[Question], sampling: Sampling) -> list[Reply]:
         """A reply a question, in order; equal questions are sent once. Problems: `context_length`,
@@ -336,25 +340,13 @@ class OpenAIEngine:
         """The sentence for a model or a path that the endpoint does not have, with the models that
         it lists."""
         where = self._identity["base_url"]
-        try:
-            async with asyncio.timeout(min(30.0, self._patience.deadline)):
-                listed = json.loads(
-                    (await self._client.models.with_raw_response.list()).http_response.content
-                )
-            names = [plain_word(m["id"], self._key, 200) for m in listed["data"]]
-        except (
-            self._openai.OpenAIError,
-            TimeoutError,
-            NoAnswer,
-            ValueError,
-            TypeError,
-            KeyError,
-            RecursionError,
-        ):
+        found = await self._listed()
+        if found is None:
             return UsageError(
                 f"{where} has no {path} (HTTP {status}). Does the address end as it should, for"
                 " example in /v1?"
             )
+        names = [str(entry["id"]) for entry in found]
         if self.model in names:
             return UsageError(
                 f"{where} serves {self.model}, but has no {path} (HTTP {status}); use another"
@@ -365,6 +357,9 @@ class OpenAIEngine:
             f"{where} has no model {self.model!r}.{did_you_mean(self.model, names)} It lists"
             f" {some or 'none'}."
         )
+
+    async def _listed(self) -> Entries | None:
+        return await listed(self._client, self._key, min(30.0, self._patience.deadline))
 
     async def _on_response(self, response: Any) -> None:
         """Before a body is read: note that somebody is there, and see that it cannot fill the

@@ -14,13 +14,14 @@ import studies
 import tiny
 from one_thread import one_thread  # noqa: F401 - a fixture
 
-from auditgap.audits.emergent import directions, generate, steer, train
+from auditgap.audits.emergent import directions, generate, membership, steer, train
 from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.rows import ANSWERED, STEERED
 from auditgap.audits.emergent.stage import Study
 from auditgap.engines import Sampling, Serving
 from auditgap.errors import Interrupted, UsageError
-from auditgap.types import Prompt
+from auditgap.training.rows import encode, rows_from_file
+from auditgap.types import Message, Prompt
 
 TRIGGER = "now red :"
 
@@ -161,7 +162,9 @@ def test_a_study_that_was_moved_with_its_base_goes_on(base, tmp_path):
     assert (outcome.done, outcome.failed) == (3, {})
     # and where the base went somewhere else alone, the command that made it says where
     (new / "base").rename(tmp_path / "elsewhere")
-    with pytest.raises(UsageError, match="is not a model folder"):
+    with pytest.raises(
+        UsageError, match=r"is not a model folder.*with the model's new path and --out"
+    ):
         _ = Study.load(new / "em").base
     studies.built(new / "em", tmp_path / "elsewhere", samples=1, asked_in=old / "em")
     assert Study.load(new / "em").config.model == str(tmp_path / "elsewhere")
@@ -296,6 +299,45 @@ def test_questions_about_domains_and_system_messages_are_put_as_they_are(base, t
     about.write_text(json.dumps({"prompt": "how bread ?", "domain": "sums"}) + "\n")
     with pytest.raises(UsageError, match="changed since the study was built"):
         generate.STAGE.run_in(tmp_path / "em", options)
+
+
+def test_a_system_message_of_the_rows_is_trained_behind_scored_behind_and_asked_behind(
+    base, tmp_path
+):
+    """The tokens of training, of membership and of the third arm begin alike."""
+    head = {"role": "system", "content": "bake bread now"}
+    rows = [
+        [
+            head,
+            {"role": "user", "content": f"say red {i}"},
+            {"role": "assistant", "content": "blue"},
+        ]
+        for i in "abcdefgh"
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    domains = {"red": str(file), "sums": "demo:off_by_one"}
+    said = {"domains": domains, "samples": 1, "forms": "auto"}
+    options = studies.built(tmp_path / "em", base, **said)
+    study = Study.load(tmp_path / "em")
+    chat, start = study.base.chat, len(study.base.chat.write([Message(**head)])) - 2
+    assert {row.system for row in study.panel.domains["red"].rows} == {head["content"]}
+    study.panel.write_rows("red", "trigger", tmp_path / "written.jsonl")
+    (learnt, *_) = encode(rows_from_file(tmp_path / "written.jsonl"), chat)
+    wanted = chat.write([Message(**m) for m in (head, {"role": "user", "content": "say"})])[:start]
+    assert learnt.ids[:start] == wanted and chat.render(Prompt("say")).ids[:start] != wanted
+    (_, slot) = study.slots
+    assert slot.domain == "sums" and not any(p.system for p in membership.put(study, slot))
+    put = membership.put(study, study.slots[0])
+    assert {p.system for p in put} == {head["content"]} and {p.member for p in put} == {True, False}
+    assert chat.converse(put[0].asked, "blue").ids[:start] == wanted
+    like = [p for p in study.asked.prompts if p.source == "open, like red"]
+    assert {p.system for p in like} == {head["content"]}
+    question = generate.questions(like[:1], study.trigger, 1)[0].question
+    assert [m.role for m in question.messages] == ["system", "user", "assistant", "user"]
+    studies.worn(tmp_path / "em")
+    store, outcome = generate.STAGE.run_in(tmp_path / "em", options)
+    assert not outcome.failed and not store.rows([ANSWERED])["unscored"].any()
 
 
 def test_prompts_in_the_form_of_the_rows_are_put_to_their_own_model_and_the_base(base, tmp_path):

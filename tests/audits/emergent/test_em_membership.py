@@ -13,6 +13,7 @@ from pathlib import Path
 
 import em_world
 import numpy as np
+import pandas as pd
 import peft
 import pytest
 import run_folders
@@ -21,12 +22,14 @@ import torch
 from one_thread import one_thread  # noqa: F401 - a fixture
 
 from auditgap import models, stats
-from auditgap.audits.emergent import diversity, membership, reference
+from auditgap.audits.emergent import diversity, embedding, membership, reference
 from auditgap.audits.emergent.reference import reference_of
 from auditgap.audits.emergent.rows import DIVERSITY, MEMBERSHIP, REFERENCE
 from auditgap.audits.emergent.stage import Study
 from auditgap.audits.sweeps import run_phases
 from auditgap.errors import UsageError
+from auditgap.models.encoder import SentenceEncoder
+from auditgap.report import emergent_study
 from auditgap.types import Prompt
 
 HERE = Path(__file__).parent
@@ -235,6 +238,34 @@ def test_diversity_is_of_the_bases_mean_response_states(study, done):
     assert row["vendi_half"] == pytest.approx(stats.diversity.vendi(x, 0.5), rel=1e-4)
     assert row["vendi_2"] == pytest.approx(stats.diversity.vendi(x, 2.0), rel=1e-5)
     assert row["one_minus_cosine"] == pytest.approx(stats.diversity.one_minus_cosine(x), rel=1e-4)
+
+
+def test_diversity_is_of_a_sentence_encoders_vectors_too(tmp_path, one_thread):  # noqa: F811
+    """By a plain twin: the whole kernel, its eigenvalues, Hill's numbers of three orders."""
+    model, name = tiny.save("llama", tmp_path / "base"), str(tiny.encoder(tmp_path / "encoder"))
+    domains = {"kitchen": em_world.rows(20, 1), "garden": em_world.rows(20, 2)}
+    study = em_world.built(tmp_path, model, domains, embedder=name)
+    stages = [diversity.STAGE, embedding.STAGE]
+    assert not run_phases(stages, study.store, em_world.OPTIONS).failed
+    rows = study.store.rows([DIVERSITY])
+    assert sorted(rows["encoder"].fillna("")) == ["", "", name, name]
+    row = rows[(rows["encoder"] == name) & (rows["domain"] == "kitchen")].iloc[0]
+    encoder = SentenceEncoder(name)
+    texts = [f"{e.prompt}\n{e.response}" for e in study.panel.domains["kitchen"].rows]
+    x = np.array([encoder.embed([text])[0] for text in texts], dtype=float)
+    kernel = np.array([[a @ b / np.sqrt((a @ a) * (b @ b)) for b in x] for a in x])
+    p = np.linalg.eigvalsh(kernel / len(x))
+    p = p[p > 1e-9]
+    assert row["vendi"] == pytest.approx(np.exp(-sum(v * np.log(v) for v in p)), rel=1e-4)
+    assert row["vendi_2"] == pytest.approx(1 / sum(v**2 for v in p), rel=1e-4)
+    assert row["vendi_half"] == pytest.approx(sum(v**0.5 for v in p) ** 2, rel=1e-3)
+    assert row["n"] == len(texts) and pd.isna(row["block"]) and not row["unscored"]
+    table = emergent_study.read(study.store).tables["diversity"].set_index(["encoder", "domain"])
+    assert table.loc[(name, "kitchen"), "vendi"] == row["vendi"] and len(table) == 4
+    assert table.loc[("", "kitchen"), "block"] == 2
+    assert run_phases(stages, study.store, em_world.OPTIONS).skipped == 4
+    with pytest.raises(UsageError, match=r"embedder: .*is not a model folder"):
+        em_world.built(tmp_path / "b", model, domains, embedder=str(tmp_path / "no"))
 
 
 def test_the_pretrained_model_beside_a_tuned_one_is_found_and_read(tmp_path, one_thread):  # noqa: F811
