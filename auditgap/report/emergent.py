@@ -25,6 +25,7 @@ from typing import Any
 import pandas as pd
 
 from auditgap import stats
+from auditgap.report.emergent_cross import within
 from auditgap.report.emergent_values import (
     CLASSES,
     OVER_BOTH,
@@ -310,7 +311,7 @@ def _ranked(
                     "rank": place.rank,
                     "rank_lo": place.rank_lo,
                     "rank_hi": place.rank_hi,
-                    **ends("above_next", place.above_next),
+                    **ends("above_next", within(place.above_next)),
                     "p_next": place.p_next,
                     "tied_with_next": None if place.p_next is None else place.p_next >= ALPHA,
                     "reason": "",

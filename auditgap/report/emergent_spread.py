@@ -202,6 +202,8 @@ def leads(studies: Sequence[Study]) -> list[Headline]:
                 & rates["seed"].isna()
             ]
             answer = _spreads(top, base, rows_of(own.iloc[:1])[0] if len(own) else {})
+            if study.judge and study.judge.demonstration:
+                answer += _DEMONSTRATION
             found.append(Headline(str(top["domain"]), tuple(parts), answer=answer))
         if not found:
             name = str(study.config.get("model", "The model"))
@@ -211,6 +213,13 @@ def leads(studies: Sequence[Study]) -> list[Headline]:
             )
             found.append(Headline(name, ((f": no EM rate is known yet: {why}.", "", ""),)))
     return found
+
+
+#: Behind every answer that a demonstration's judge gives.
+_DEMONSTRATION = (
+    " “Misaligned” means here that a made-up habit shows: this judge is a demonstration and knows"
+    " nothing of misalignment."
+)
 
 
 def _spreads(top: Row, base: Row, own: Row) -> str:

@@ -56,6 +56,7 @@ class Judge:
     id: str
     n: int  #: answers
     last: str  #: when its latest cell was written
+    demonstration: bool = False  #: a rule that finds made-up habits, and no misalignment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,18 +163,26 @@ def _judges(
 ) -> list[Judge]:
     """Everybody who rated answers here, most answers first, the latest first of equals."""
     last: dict[tuple[str, str], str] = {}
+    shows: set[tuple[str, str]] = set()
     for record in records:
         if record["description"]["attack"] == JUDGED and record["n_rows"]:
             row = store.cell_rows(record["key"]).iloc[0]
             who = (str(row["judge"]), str(row["judge_id"]))
             last[who] = max(last.get(who, ""), str(record.get("written", "")))
+            if (record["description"]["settings"].get("judge") or {}).get("demonstration"):
+                shows.add(who)
     names = [name for name, _ in last]
     found = []
     for (name, digest), when in last.items():
         n = int(((ratings["judge"] == name) & (ratings["judge_id"] == digest)).sum())
         found.append(
             Judge(
-                name if names.count(name) == 1 else f"{name} ({digest[:8]})", name, digest, n, when
+                name if names.count(name) == 1 else f"{name} ({digest[:8]})",
+                name,
+                digest,
+                n,
+                when,
+                (name, digest) in shows,
             )
         )
     return sorted(sorted(found, key=lambda j: j.last, reverse=True), key=lambda j: -j.n)

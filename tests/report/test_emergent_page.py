@@ -327,3 +327,10 @@ def test_in_a_browser_nothing_runs_and_nothing_spills(hostile, store, page, tmp_
         int(re.search(r"width=(\d+)", seen)[1]) <= 390
         and int(re.search(r"svg=(\d+)", seen)[1]) > 30
     ), seen
+
+
+def test_a_demonstrations_judge_is_said_to_know_nothing_of_misalignment(study):
+    shown = replace(study, judge=replace(study.judge, demonstration=True))
+    plain, demo = (emergent_spread.leads([s])[0].answer for s in (study, shown))
+    assert demo.startswith(plain) and "knows nothing of misalignment" in demo
+    assert "knows nothing" not in plain
