@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,11 +88,12 @@ class DiversityWorker(InsideWorker):
             if len(talks) > 1
             else f"{len(talks)} of {len(rows)} rows fit; diversity needs 2"
         )
+        measured: Any = numbers(whole, problem)
         row = DiversityRow(
             domain=domain,
             n=len(talks),
             block=block,
-            **numbers(whole, problem),
+            **measured,
             unscored=problem or (f"{left_out} rows did not fit" if left_out else ""),
         )
         self.store.write(
