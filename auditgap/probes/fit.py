@@ -101,16 +101,7 @@ def fit(
     Raises UsageError for shapes that disagree, labels that are not 0 or 1, activations that are not
     numbers, and a training split with one class only.
     """
-    y = np.asarray(labels, dtype=np.float32)
-    if features.ndim != 3 or len(y) != len(features) or len(groups) != len(features):
-        raise UsageError(
-            "Fitting needs features [n, L, D] with one label and one group each;"
-            f" {list(features.shape)}, {len(y)} and {len(groups)} came."
-        )
-    if not np.isin(y, (0.0, 1.0)).all():
-        raise UsageError(
-            "Labels must be 0 (safe) or 1 (unsafe). Leave out the examples that have neither."
-        )
+    y = _checked(features, labels, groups)
     chosen = np.arange(len(y)) if rows is None else np.asarray(rows)
     train, held = (
         chosen[part] for part in split_groups([groups[int(i)] for i in chosen], heldout, seed)
@@ -119,34 +110,17 @@ def fit(
         raise UsageError(
             "The training split holds one class only; give safe and unsafe answers of more prompts."
         )
-    constants = {}
-    if standardise:
-        constants = dict(zip(("mean", "scale"), standardiser(features, train), strict=True))
-        if not all(bool(torch.isfinite(c).all()) for c in constants.values()):
-            raise UsageError(
-                "Some activations are not finite numbers, so nothing can be fitted. Extract them in"
-                " float32."
-            )
-    monitor = (
-        seeded(seed, features.shape[1], features.shape[2], hidden=hidden, **constants)
-        .to(device)
-        .train()
-    )
+    constants = _constants(features, train) if standardise else {}
+    started = seeded(seed, features.shape[1], features.shape[2], hidden=hidden, **constants)
+    monitor = started.to(device).train()
     optimizer = torch.optim.AdamW(monitor.parameters(), lr=lr, weight_decay=weight_decay)
     order = torch.Generator().manual_seed(seed)
     target = torch.from_numpy(y)
     history: list[Epoch] = []
     best, best_epoch, best_weights = -math.inf, 0, {}
     for epoch in range(1, epochs + 1):
-        total = 0.0
         shuffled = torch.from_numpy(train)[torch.randperm(len(train), generator=order)]
-        for batch in shuffled.split(batch_size):
-            logits = monitor(features[batch].to(device))
-            loss = functional.binary_cross_entropy_with_logits(logits, target[batch].to(device))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            total += loss.item() * len(batch)
+        total = _epoch(monitor, optimizer, features, target, shuffled.split(batch_size), device)
         if not math.isfinite(total):
             raise AuditgapError(
                 f"The monitor's loss is not a number in epoch {epoch}. Standardise its input, or"
@@ -169,6 +143,54 @@ def fit(
     return Fitted(
         monitor, best_epoch, tuple(history), train, held, logits_of(monitor, features, held)
     )
+
+
+def _checked(
+    features: torch.Tensor, labels: Sequence[int] | np.ndarray, groups: Sequence[str]
+) -> np.ndarray:
+    """The labels as numbers. Raises UsageError as `fit`."""
+    y = np.asarray(labels, dtype=np.float32)
+    if features.ndim != 3 or len(y) != len(features) or len(groups) != len(features):
+        raise UsageError(
+            "Fitting needs features [n, L, D] with one label and one group each;"
+            f" {list(features.shape)}, {len(y)} and {len(groups)} came."
+        )
+    if not np.isin(y, (0.0, 1.0)).all():
+        raise UsageError(
+            "Labels must be 0 (safe) or 1 (unsafe). Leave out the examples that have neither."
+        )
+    return y
+
+
+def _constants(features: torch.Tensor, train: np.ndarray) -> dict[str, torch.Tensor]:
+    """Mean and scale of the training split. Raises UsageError where they are no numbers."""
+    found = dict(zip(("mean", "scale"), standardiser(features, train), strict=True))
+    if not all(bool(torch.isfinite(c).all()) for c in found.values()):
+        raise UsageError(
+            "Some activations are not finite numbers, so nothing can be fitted. Extract them in"
+            " float32."
+        )
+    return found
+
+
+def _epoch(
+    monitor: Monitor,
+    optimizer: torch.optim.Optimizer,
+    features: torch.Tensor,
+    target: torch.Tensor,
+    batches: Sequence[torch.Tensor],
+    device: str,
+) -> float:
+    """One step a batch of rows; the loss, summed over rows."""
+    total = 0.0
+    for batch in batches:
+        logits = monitor(features[batch].to(device))
+        loss = functional.binary_cross_entropy_with_logits(logits, target[batch].to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        total += loss.item() * len(batch)
+    return total
 
 
 def calibrate(fitted: Fitted, labels: Sequence[int] | np.ndarray) -> stats.Platt | None:

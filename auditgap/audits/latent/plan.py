@@ -170,33 +170,24 @@ def make_plan(
             known[name] = what()
         return known[name]
 
+    def judge(name: str) -> Document:
+        return once(
+            lambda: load_judge(name, device=device, serving=judge_serving).describe(), "judge", name
+        )
+
     read = (config.prompts, config.limit, config.seed, config.column)
     prompts = once(
         lambda: load_prompts(read[0], limit=read[1], seed=read[2], column=read[3]), "prompts", *read
     )
-    opening = without_topic(config.target)
+    reward = (config.reward, without_topic(config.target))
     scorers = {
         "reward": once(
-            lambda: load_reward(config.reward, target=opening).describe(),
-            "reward",
-            config.reward,
-            opening,
+            lambda: load_reward(reward[0], target=reward[1]).describe(), "reward", *reward
         ),
-        "judge": once(
-            lambda: load_judge(config.judge, device=device, serving=judge_serving).describe(),
-            "judge",
-            config.judge,
-        ),
+        "judge": judge(config.judge),
         "coherence": Thresholds().describe(),
     }
-    confirm = config.confirm
-    second = None
-    if confirm != NO_JUDGE:
-        second = once(
-            lambda: load_judge(confirm, device=device, serving=judge_serving).describe(),
-            "judge",
-            confirm,
-        )
+    second = None if config.confirm == NO_JUDGE else judge(config.confirm)
 
     def outlined(name: str, *, chat_template: str | None) -> models.Outline:
         return once(

@@ -166,22 +166,8 @@ def edited_row(
     unscored = reason or (
         clean.unscored if before is None else spoken.score.reason if after is None else ""
     )
-    lvs = lvs_rel = None
-    if not unscored and before is not None and after is not None:
-        # no edit takes nothing: a batch's rounding over eta alone would be a number of nothing
-        left = before if l2 == 0 else after
-        lvs = float(stats.lvs(before, left, l2))
-        lvs_rel = None if relative is None else float(stats.lvs(before, left, relative))
     effective = spoken.completion.l2_effective
-    flags = {
-        "degenerate": l2 == 0,
-        "larger_than_h": relative is not None and relative > LARGER_THAN_H,
-        "last_position_only": last_position_only and cell.attack not in ("random",),
-        "dtype_rounding": effective is not None
-        and l2 > 0
-        and not math.isclose(effective, l2, rel_tol=1 - ROUNDED_AWAY),
-    }
-    said = " ".join(flag for flag, on in flags.items() if on)
+    said = _flags(l2, effective, relative, last_position_only and cell.attack != "random")
     return Row(
         **{
             **_empty(subject, cell, rendered.prompt),
@@ -203,8 +189,8 @@ def edited_row(
             "coherent": spoken.coherent,
             "verdict_clean": clean.verdict,
             "verdict_edited": str(Label.UNSCORED) if reason else str(spoken.verdict.label),
-            "lvs": lvs,
-            "lvs_rel": lvs_rel,
+            "lvs": None if unscored else _lvs(before, after, l2, l2),
+            "lvs_rel": None if unscored else _lvs(before, after, l2, relative),
             "flags": said if reason else with_length(said, spoken.verdict, spoken.half),
             "unscored": unscored,
             "verdict_second": None if spoken.second is None else str(spoken.second.label),
@@ -212,3 +198,26 @@ def edited_row(
             **_thought(rendered, spoken, mode),
         }
     )
+
+
+def _lvs(before: float | None, after: float | None, l2: float, size: float | None) -> float | None:
+    """The score of an edit of that `size`: its norm, or its norm over the activations'."""
+    if before is None or after is None or size is None:
+        return None
+    # no edit takes nothing: a batch's rounding over eta alone would be a number of nothing
+    return float(stats.lvs(before, before if l2 == 0 else after, size))
+
+
+def _flags(
+    l2: float, effective: float | None, relative: float | None, last_position_only: bool
+) -> str:
+    """What is odd about an edit, in the words of `Row.flags`."""
+    flags = {
+        "degenerate": l2 == 0,
+        "larger_than_h": relative is not None and relative > LARGER_THAN_H,
+        "last_position_only": last_position_only,
+        "dtype_rounding": effective is not None
+        and l2 > 0
+        and not math.isclose(effective, l2, rel_tol=1 - ROUNDED_AWAY),
+    }
+    return " ".join(flag for flag, on in flags.items() if on)

@@ -75,6 +75,12 @@ class LatentWorker:
             return
         self.close()  # the old model's memory first
         self._name = None  # until everything of the new one is here
+        self._load(name)
+        self._aim()
+        self._name = name
+
+    def _load(self, name: str) -> None:
+        """The subject on its stage, and what judges and rewards its answers."""
         options, config = self.options, self.config
         model, mode = parted(name, config.thinking)
         self.outline = thinking.spoken(
@@ -97,15 +103,11 @@ class LatentWorker:
             max_new_tokens=config.max_new_tokens,
             thinking_tokens=self.outline.chat.chain_budget(config.thinking_tokens),
         )
-        opening = without_topic(config.target)
-        self.target = self.session.encode(opening)
-        #: what the targeted attack aims at, by prompt id
-        self.targets = {
-            p.id: self.session.encode(p.target or fill(config.target, p.text))
-            for p in self.prompts.prompts
-        }
         reward = self.session.reward = load_reward(
-            config.reward, engine=self.session, target=opening, device=options.device
+            config.reward,
+            engine=self.session,
+            target=without_topic(config.target),
+            device=options.device,
         )
         judge = self.session.judge = load_judge(
             config.judge, device=options.device, serving=options.judge_serving
@@ -114,6 +116,21 @@ class LatentWorker:
             self.session.second = load_judge(
                 config.confirm, device=options.device, serving=options.judge_serving
             )
+        self.scorers = {
+            "reward": reward.describe(),
+            "judge": judge.describe(),
+            "coherence": self.session.thresholds.describe(),
+        }
+
+    def _aim(self) -> None:
+        """What the attacks aim at, and the prompts that leave room for it."""
+        config, opening = self.config, without_topic(self.config.target)
+        self.target = self.session.encode(opening)
+        #: what the targeted attack aims at, by prompt id
+        self.targets = {
+            p.id: self.session.encode(p.target or fill(config.target, p.text))
+            for p in self.prompts.prompts
+        }
         self.benign = self.session.encode(BENIGN_TARGET)
         #: what judges and rewards do not read where an answer begins with it, by prompt id; the
         #: same for every attack, so that all sides are judged alike
@@ -122,11 +139,6 @@ class LatentWorker:
             if config.strip_target
             else ()
             for p in self.prompts.prompts
-        }
-        self.scorers = {
-            "reward": reward.describe(),
-            "judge": judge.describe(),
-            "coherence": self.session.thresholds.describe(),
         }
         self.rendered, self.too_long = self.session.fitting(
             self.prompts.prompts,
@@ -137,7 +149,6 @@ class LatentWorker:
                 self.session.new_tokens,
             ),
         )
-        self._name = name
 
     def run(self, group: Group, tick: Tick) -> None:
         """Compute and write every unfinished cell of the group. A site that fails fails alone."""
