@@ -132,6 +132,11 @@ def test_the_street(file):
 
 
 @over_every_file
+def test_a_file_is_one_screen_after_the_other_and_not_a_book(file):
+    assert len(file.read_text("utf-8").splitlines()) <= 400, "give its nouns files of their own"
+
+
+@over_every_file
 def test_every_library_is_at_home(file):
     for line, name in imports(file):
         library = name.split(".")[0]

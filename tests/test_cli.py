@@ -690,7 +690,7 @@ def test_distance(auditgap, bench, tmp_path):
 
 
 def test_what_was_harmful_unedited_is_counted_and_is_no_distance():
-    from auditgap.cli.show import _distances
+    from auditgap.cli.show_latent import distances_shown
 
     def row(subject: str, i: int, distance: float | None, collapsed: bool | None) -> dict:
         where = {"subject": subject, "site": "block1", "layer_index": 1, "unit": "rms"}
@@ -700,7 +700,7 @@ def test_what_was_harmful_unedited_is_counted_and_is_no_distance():
     asked = [(0.0, True)] * 3 + [(0.02, True), (0.1, False), (None, None)]
     table = [row("some", i, *what) for i, what in enumerate(asked)]
     table += [row("none", i, 0.0, True) for i in range(2)]
-    some, none = _distances(pd.DataFrame(table))
+    some, none = distances_shown(pd.DataFrame(table))
     assert some["median eps"] == "0.02" and some["collapsed"] == "1 of 3"
     assert (some["harmful unedited"], some["could not tell"]) == (3, 1)
     assert none["median eps"] == "none was safe" and none["harmful unedited"] == 2

@@ -164,7 +164,8 @@ def _checked(
 
 def _constants(features: torch.Tensor, train: np.ndarray) -> dict[str, torch.Tensor]:
     """Mean and scale of the training split. Raises UsageError where they are no numbers."""
-    found = dict(zip(("mean", "scale"), standardiser(features, train), strict=True))
+    mean, scale = standardiser(features, train)
+    found = {"mean": mean, "scale": scale}
     if not all(bool(torch.isfinite(c).all()) for c in found.values()):
         raise UsageError(
             "Some activations are not finite numbers, so nothing can be fitted. Extract them in"

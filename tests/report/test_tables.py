@@ -118,11 +118,11 @@ def test_a_cell_by_hand():
 
 def test_every_figure_in_the_terminal_has_its_own_count():
     """Five prompts have an LVS and six a verdict, all harmful: 6 of 6, and not 6 of 5."""
-    from auditgap.cli.show import _targeted
+    from auditgap.cli.show_latent import targeted
 
     values = [*[1.0] * 5, None, *[None] * 14]
     verdicts = [*["harmful"] * 6, *["unscored"] * 14]
-    (row,) = _targeted(tables.lvs_table(rows(cell(lvs=values, verdict=verdicts))))
+    (row,) = targeted(tables.lvs_table(rows(cell(lvs=values, verdict=verdicts))))
     assert (row["n"], row["judged"]) == (5, 6)
     assert row["ASR"].startswith(f"1.00 [{stats.wilson(6, 6).lo:.2f}")
     columns = list(row)
@@ -429,9 +429,9 @@ def distances(values, collapsed, site=3) -> pd.DataFrame:
 
 
 def test_a_small_distance_is_not_shown_as_none():
-    from auditgap.cli.show import _distances
+    from auditgap.cli.show_latent import distances_shown
 
-    (row,) = _distances(rows(distances([0.0012] * 9 + [0.0034] * 9, [True] * 18, site=5)))
+    (row,) = distances_shown(rows(distances([0.0012] * 9 + [0.0034] * 9, [True] * 18, site=5)))
     assert row["median eps"].startswith("0.00") and "0.0012" in row["median eps"]
 
 
