@@ -131,7 +131,10 @@ def test_it_plans_and_a_dry_run_says_what_there_is_to_do(world, tmp_path, name):
     config, options = audit.read(None, values(world, name, tmp_path / "run"))
     plan = audit.prepare(config, options)
     told = json.loads(json.dumps(audit.estimate(plan, options)))
-    assert told["cells"] == len(plan.cells)
+    if plan.cells:
+        assert told["cells"] == len(plan.cells)
+    else:  # a study, whose stages are planned one after another
+        assert min(told["cells"].values()) > 0
     assert plan.config.dtype == "float32" and not (tmp_path / "run").exists()
     assert {cell.audit for cell in plan.cells} <= {name}
     keys = [cell.key for cell in plan.cells]
