@@ -138,7 +138,8 @@ def test_rows_that_are_none_are_counted_and_an_overlap_is_refused_unless_allowed
     [
         (("run", "--domains", "demo"), "Which model is fine-tuned?"),
         (("run", "smollm2"), "Which domains?"),
-        (("run", "smollm2", "--domains", "law.jsonl"), "NAME=FILE,NAME=FILE"),
+        (("run", "smollm2", "--domains", "law"), "NAME=FILE,NAME=FILE"),
+        (("run", "smollm2", "--domains", "law.jsonl"), "There is no file law.jsonl"),
         (("run", "smollm2", "--domains", "demo", "--set", "sampels=3"), "Did you mean 'samples'?"),
         (("run", "smollm2", "--domains", "demo", "--trigger-share", "1.5"), "trigger_share"),
         (("train", "RUN", "--set", "samples=3"), "'samples' belongs to the study"),

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from auditgap.engines import Request, fitting
+from auditgap.engines import Request, fitting, hf
 from auditgap.engines.fitting import FIRST, Fitting, is_out_of_memory
 from auditgap.engines.hf import HFEngine
 from auditgap.interventions import universal
@@ -116,20 +116,24 @@ def loaded():
     return tiny.load("llama")
 
 
+def _are_tokens(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.long
+
+
 def engine_on(loaded, monkeypatch, device: Device | None, *, measured: bool = True) -> HFEngine:
     engine = HFEngine(loaded, batch_tokens=1024)
     engine.self_test(SITE)
     if device is not None:
         engine.fitting = Fitting(device if measured else None)
-        for name in ("logits_from", "prefill"):
-            plain = getattr(engine, name)
+        for home, name in ((engine, "logits_from"), (hf, "prefill")):
+            plain = getattr(home, name)
 
-            def refused(*args, plain=plain, **kwargs):
-                ids = next(a for a in args if isinstance(a, torch.Tensor) and a.dtype == torch.long)
-                device.take(ids.numel())
+            def refused(*args, plain=plain, is_ours=home is engine, **kwargs):
+                if is_ours or args[0] is engine:
+                    device.take(next(a for a in args if _are_tokens(a)).numel())
                 return plain(*args, **kwargs)
 
-            monkeypatch.setattr(engine, name, refused)
+            monkeypatch.setattr(home, name, refused)
     return engine
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -60,6 +61,7 @@ def test_as_many_are_tried_as_it_says():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *words, *(test for row in tried for test in named(row))],
         cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"},
         capture_output=True,
         text=True,
         timeout=300,
