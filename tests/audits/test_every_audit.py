@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import tiny
 
 import auditgap
 from auditgap.audits import AUDITS, Can, audit_of, grid, reduce, resume, run, status
-from auditgap.cli import show
+from auditgap.cli import show, show_latent
 from auditgap.errors import Interrupted, UsageError
 from auditgap.store import RunFolder
 
@@ -238,10 +238,12 @@ def test_every_printed_table_is_for_two_subjects(whole_run, monkeypatch, name):
     def say(text: str = "", **_: object) -> None:
         above.extend([text] if any(subject in text for subject in subjects) else [])
 
-    monkeypatch.setattr(show, "say", say)
-    monkeypatch.setattr(
-        show, "print_table", lambda rows: printed.append((above[-1], [dict(r) for r in rows]))
-    )
+    def print_table(rows: Iterable[dict]) -> None:
+        printed.append((above[-1], [dict(row) for row in rows]))
+
+    for home in (show, show_latent):
+        monkeypatch.setattr(home, "say", say)
+        monkeypatch.setattr(home, "print_table", print_table)
     show.show(AUDITS[name], store)
     assert printed
     for title, rows in printed:
