@@ -21,3 +21,8 @@ def test_its_guard_is_found_once_and_its_tests_are_there(mutant: Mutant) -> None
 
 def test_names_are_unique() -> None:
     assert len({m.name for m in MUTANTS}) == len(MUTANTS)
+
+
+def test_as_many_stand_in_the_security_page() -> None:
+    page = (ROOT / "SECURITY.md").read_text("utf-8")
+    assert f"| {len(MUTANTS)} guards |" in page
