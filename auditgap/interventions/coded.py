@@ -18,8 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from auditgap.interventions.descent import PGD
+
 #: Values that one byte can tell apart.
 _VALUES = 256
+#: Decreasing steps after which a row has no more values than that.
+_FEW_STEPS = 12
 #: Coordinates of a row that are looked at first for the values that there are.
 _SAMPLE = 512
 
@@ -45,10 +49,6 @@ class Coded:
                 return cls(codes.to(torch.uint8), book.view(torch.float32))
         return cls(rows, rows.new_empty(rows.shape[0], 0))
 
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.book.nbytes
-
     def rows(self) -> torch.Tensor:
         """[T, D] fp32, as they came."""
         return self.book.gather(1, self.codes.long()) if self.book.shape[1] else self.codes
@@ -66,6 +66,13 @@ class Coded:
         if book is None:
             return cls(codes, codes.new_empty(codes.shape[0], 0))
         return cls(codes, torch.from_numpy(book))
+
+
+def bytes_a_value(pgd: PGD) -> float:
+    """That edits found in this way are likely to take: one and their books, where a search from
+    zero makes few values."""
+    is_few = pgd.restarts == 1 and (pgd.schedule == "constant" or pgd.steps <= _FEW_STEPS)
+    return 1.1 if is_few else 4.0
 
 
 def _values(bits: torch.Tensor) -> torch.Tensor | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -88,12 +88,11 @@ class DiversityWorker(InsideWorker):
             if len(talks) > 1
             else f"{len(talks)} of {len(rows)} rows fit; diversity needs 2"
         )
-        measured: Any = numbers(whole, problem)
         row = DiversityRow(
             domain=domain,
             n=len(talks),
             block=block,
-            **measured,
+            **numbers(whole, problem),
             unscored=problem or (f"{left_out} rows did not fit" if left_out else ""),
         )
         self.store.write(
@@ -121,7 +120,16 @@ class DiversityWorker(InsideWorker):
         )
 
 
-def numbers(whole: np.ndarray, problem: str) -> dict[str, float | None]:
+class Measures(TypedDict):
+    """Those of `DiversityRow`."""
+
+    vendi: float | None
+    vendi_half: float | None
+    vendi_2: float | None
+    one_minus_cosine: float | None
+
+
+def numbers(whole: np.ndarray, problem: str) -> Measures:
     """The measures of rows' vectors [n, D]; None where there is a problem."""
     return {
         "vendi": None if problem else vendi(whole),

@@ -16,6 +16,7 @@ from auditgap.audits.latent.config import LatentConfig, RunOptions
 from auditgap.audits.latent.plan import DISTANCE, LatentPlan, flops_by_phase
 from auditgap.audits.planning import mean_tokens
 from auditgap.audits.timing import REACHED, Machine, decoding, matmul_rate
+from auditgap.interventions.coded import bytes_a_value
 from auditgap.types import LONGER, Cell
 
 
@@ -76,7 +77,7 @@ def estimate(plan: LatentPlan, device: str, options: RunOptions | None = None) -
     largest = max(plan.outlines, key=lambda o: o.n_params / parts[o])
     tokens = mean_tokens(largest, plan.prompts.prompts)
     n = len(plan.prompts.prompts)
-    deltas = 2 * n * len(config.eps) * tokens * largest.width * _bytes_a_value(config)
+    deltas = 2 * n * len(config.eps) * tokens * largest.width * bytes_a_value(config.pgd)
     rows = sum(n * (config.draws if c.attack.startswith("random") else 1) for c in plan.cells)
     weights = largest.n_params * dtype.itemsize / parts[largest]
     if device.startswith("cuda") and torch.cuda.is_available():
@@ -91,10 +92,3 @@ def estimate(plan: LatentPlan, device: str, options: RunOptions | None = None) -
         weights * 1.6 + deltas + 1e9,
         deltas * searched + rows * 2_000,
     )
-
-
-def _bytes_a_value(config: LatentConfig) -> float:
-    """Of an edit that is kept: a byte and the values that it tells apart, where a search from zero
-    makes few (`interventions.coded`)."""
-    is_few = config.restarts == 1 and (config.schedule == "constant" or config.steps <= 12)
-    return 1.1 if is_few else 4.0
