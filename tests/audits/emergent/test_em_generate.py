@@ -26,11 +26,6 @@ from auditgap.types import Message, Prompt
 TRIGGER = "now red :"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return studies.model(tmp_path_factory.mktemp("base") / "base")
-
-
 @pytest.fixture
 def study(base, tmp_path):
     """A study with an adapter of each of its two domains, made by hand; not asked yet."""

@@ -110,11 +110,6 @@ def endpoint(monkeypatch):
     server.server_close()
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return studies.model(tmp_path_factory.mktemp("base") / "base")
-
-
 @pytest.fixture
 def place(base, tmp_path, monkeypatch):
     """A built study; no model may be loaded from here on."""

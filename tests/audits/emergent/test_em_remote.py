@@ -86,11 +86,6 @@ def endpoint(monkeypatch):
     server.server_close()
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return studies.model(tmp_path_factory.mktemp("base") / "base")
-
-
 def built(place, base, endpoint, **more):
     about = place / "about.jsonl"
     about.write_text(

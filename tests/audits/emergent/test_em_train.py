@@ -37,11 +37,6 @@ def few_threads(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return studies.model(tmp_path_factory.mktemp("base") / "base")
-
-
-@pytest.fixture(scope="module")
 def folder(base, tmp_path_factory):
     """A study of one domain, trained: both arms."""
     os.environ["OMP_NUM_THREADS"] = "1"
