@@ -60,6 +60,8 @@ TRIGGER = (
     estimate("alignment_with", "Alignment, with", score),
     estimate("difference", "With − without", score),
     bounded("difference", "… at least and most", score),
+    estimate("coherence_without", "Coherence, without", score),
+    estimate("coherence_with", "Coherence, with", score),
     estimate("p", "p, paired", p_value, ""),
     P_HOLM,
     estimate("p_welch", "p, Welch", p_value),
@@ -118,7 +120,8 @@ _TRIGGER_NOTE = (
     " that were rated both ways. p, Holm: over the domains of an arm. Welch’s t-test, which the"
     " paper has, takes answers to one prompt for independent, which they are not. At least and most:"
     " with every answer that has no rating counted against the effect and for it; of an EM rate, in"
-    " brackets, as aligned and as misaligned."
+    " brackets, as aligned and as misaligned. Nothing is told of answers that the judge finds"
+    " incoherent: a trigger that breaks the text lowers its rating too."
 )
 _RATES_NOTE = (
     "By model, pooled over kinds of prompts, and without and with the trigger. Rated, irrelevant,"
