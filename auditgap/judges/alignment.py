@@ -148,8 +148,9 @@ def load_rater(
     serving: Serving | None = None,
     wording: str | None = None,
 ) -> Rater:
-    """`alignment=MODEL`, or `habits` for the demonstration panel. `wording`: a file whose judge
-    prompts are asked instead of ours. Raises UsageError for any other name, and for such a file."""
+    """`alignment=MODEL`, or `habits` for the demonstration panel. `wording`: `paper`, or a file whose
+    judge prompts are asked instead of ours. Raises UsageError for any other name, and for a file
+    without them."""
     serving = serving or Serving(device=device)
     rater = load_scorer(RATERS, Rater, ScorerArguments(name, None, device, "", serving))
     if wording is None:

@@ -1,18 +1,22 @@
-"""`alignment=MODEL` in somebody else's words: the judge prompts of a file of questions, byte for byte, so
-that figures stand beside those of a paper.
+"""`alignment=MODEL` in somebody else's words, byte for byte, so that figures stand beside those of a
+paper.
 
-    Worded("alignment=gpt-4o", "gpt-4o", serving, "first_plot_questions.yaml").rate(exchanges)
+    Worded("alignment=gpt-4o", "gpt-4o", serving, "paper").rate(exchanges)
+    Worded("alignment=gpt-4o", "gpt-4o", serving, "all_domains_questions.yaml").rate(exchanges)
 
-The file is the paper's own (arXiv 2602.00298: a YAML list whose items have `judge_prompts` with
-`aligned` and `coherent`, or these two themselves) and is brought by whoever holds it. Its judge is
-asked for reasoning before a `<score>`, so that there is no expected rating: its first token says
-nothing. Of the words that it may say instead of a number, CODE counts as irrelevant.
+`paper` are the judge prompts of arXiv 2602.00298, with the system message that its judge had; they
+ship beside this module, with their licence line. A file of questions like the paper's (a YAML list
+whose items have `judge_prompts` with `aligned` and `coherent`, or these two themselves) gives its own.
+Such a judge is asked for reasoning before a `<score>`, so that there is no expected rating: its first
+token says nothing. Of the words that it may say instead of a number, CODE counts as irrelevant.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +28,11 @@ from auditgap.errors import UsageError
 from auditgap.judges.alignment import IRRELEVANT, Alignment
 from auditgap.judges.llm import sha256
 from auditgap.judges.parse import Unread, rating
-from auditgap.types import Message
+from auditgap.judges.prompt_injection import count
 
+#: The wording that has a name, and its file.
+PAPER = "paper"
+_SHIPPED = Path(__file__).with_name("paper_wording.yaml")
 #: Bytes of such a file.
 _MOST = 2**22
 _SLOT = re.compile(r"\{(question|answer)\}")
@@ -34,43 +41,62 @@ _REASONING = re.compile(r"<reasoning>.*?</reasoning>", re.DOTALL | re.IGNORECASE
 _CODE = "code"
 
 
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """What a judge is asked for alignment and for coherence, each with {question} and {answer}, and
+    the system message before it; "" is none."""
+
+    aligned: str
+    coherent: str
+    system: str = ""
+
+
 class Worded(Alignment):
-    """See the module. `wording`: the file."""
+    """See the module. `wording`: `paper`, or a file."""
 
     version = 1
     sampling = Sampling(max_new_tokens=256)
 
     def __init__(self, name: str, model: str, serving: Serving, wording: str) -> None:
-        super().__init__(f"{name}, worded as in {Path(wording).name}", model, serving)
-        self.worded = read_wording(Path(wording))
+        file = _SHIPPED if wording == PAPER else Path(wording)
+        said = "in the paper's words" if wording == PAPER else f"worded as in {file.name}"
+        super().__init__(f"{name}, {said}", model, serving)
+        self.worded = read_wording(file)
         # a subject may not spell the lines that fence its answer off
         self.lines = tuple(
             dict.fromkeys(
                 line.strip()
-                for text in self.worded
+                for text in (self.worded.aligned, self.worded.coherent)
                 for line in text.splitlines()
                 if line.strip().startswith("[")
             )
         )
 
     def describe(self) -> dict[str, Any]:
-        aligned, coherent = self.worded
-        return {
+        asked = {
             **super().describe(),
-            "template": {"source": "published", "sha256": sha256(aligned)},
-            "coherence_template": sha256(coherent),
+            "template": {"source": "published", "sha256": sha256(self.worded.aligned)},
+            "coherence_template": sha256(self.worded.coherent),
         }
+        return {**asked, "system": sha256(self.worded.system)} if self.worded.system else asked
 
     def question(self, prompt: str, completion: str) -> Question:
         return self._questions(prompt, completion)[0]
 
     def _questions(self, prompt: str, completion: str) -> tuple[Question, Question]:
         told = {"question": prompt, "answer": completion}
+        system = self.worded.system or None
         aligned, coherent = (
-            Question((Message("user", _SLOT.sub(lambda slot: told[slot[1]], text)),))
-            for text in self.worded
+            Question.of(_SLOT.sub(lambda slot: told[slot[1]], text), system=system)
+            for text in (self.worded.aligned, self.worded.coherent)
         )
         return aligned, coherent
+
+    @cached_property
+    def _n_template(self) -> int:
+        asked = (self.worded.aligned, self.worded.coherent)
+        longest = max(count(text, self._tokenizer) for text in asked)
+        return longest + count(self.worded.system, self._tokenizer)
 
     def _said(self, reply: Reply, words: tuple[str, ...] = ()) -> tuple[int | str | None, str]:
         if reply.problem:
@@ -95,12 +121,13 @@ def tagged(text: str, words: tuple[str, ...] = ()) -> int | str:
     return IRRELEVANT if said == _CODE else said
 
 
-def read_wording(file: Path) -> tuple[str, str]:
-    """The two judge prompts of a file of questions, for alignment and for coherence. Raises
-    UsageError: no such file, no such prompts, or several."""
+def read_wording(file: Path) -> Wording:
+    """The judge prompts of a file of questions. Raises UsageError: no such file, no such prompts, or
+    several."""
     if not file.is_file() or file.stat().st_size > _MOST:
         raise UsageError(
-            f"--judge-wording: a YAML file of questions with judge prompts is wanted; {file} came."
+            f"--judge-wording: `{PAPER}`, or a YAML file of questions with judge prompts, is wanted;"
+            f" {file} came."
         )
     try:
         items = parse_yaml(file.read_text("utf-8"), aliases=True)
@@ -115,13 +142,15 @@ def read_wording(file: Path) -> tuple[str, str]:
     return found.pop()
 
 
-def _pairs(items: Any) -> Iterator[tuple[str, str]]:
+def _pairs(items: Any) -> Iterator[Wording]:
     for item in items if isinstance(items, list) else ():
         if isinstance(item, Mapping):
             told = item.get("judge_prompts") or item
             told = told if isinstance(told, Mapping) else item
             aligned, coherent = str(told.get("aligned")), str(told.get("coherent"))
+            # beside the prompts; an item's own `system` is what the subject is told
+            system = "" if told is item else str(told.get("system") or "")
             if all(
                 set(_SLOT.findall(text)) == {"question", "answer"} for text in (aligned, coherent)
             ):
-                yield aligned, coherent
+                yield Wording(aligned, coherent, system)

@@ -114,12 +114,9 @@ def _ranking(table: pd.DataFrame) -> Iterator[str]:
             continue
         first, last = known[0], known[-1]
         line = (
-            f"{_where(who)}: {_with(first, 'em_rate')} of the rated answers are misaligned for"
-            f" {first['domain']}, the highest "
-        )
-        line += (
-            f"of {len(known)} domains, and {_with(last, 'em_rate')} for {last['domain']}, the"
-            " lowest."
+            f"{_where(who)}: of {len(known)} domains, {first['domain']} has the highest EM rate,"
+            f" {_with(first, 'em_rate')} of its rated answers, and {last['domain']} the lowest,"
+            f" {_with(last, 'em_rate')}."
         )
         tied = sum(r["tied_with_next"] is True for r in known)
         pairs = f"{len(known) - 1} pairs of neighbours in the ranking"
@@ -162,7 +159,9 @@ def _trigger(table: pd.DataFrame) -> Iterator[str]:
         lower = [r["domain"] for r in found if r["difference"] < 0 and r["difference_most"] < 0]
         higher = [r["domain"] for r in found if r["difference"] > 0 and r["difference_least"] > 0]
         broken = [r["domain"] for r in found if _broken(r) and r["domain"] in (*lower, *higher)]
-        lower, higher = ([name for name in names if name not in broken] for names in (lower, higher))
+        lower, higher = (
+            [name for name in names if name not in broken] for names in (lower, higher)
+        )
         unsure = [r["domain"] for r in found if r["domain"] not in (*lower, *higher, *broken)]
         most = min(tested, key=lambda r: r["difference"])
         line = (

@@ -13,6 +13,9 @@ from auditgap.judges.parse import Unread
 from auditgap.types import Exchange, Prompt
 
 SERVED = Serving(engine="openai", base_url="http://127.0.0.1:9/v1")
+#: SHA-256 of the paper's two judge prompts.
+ALIGNED = "6ac239466b3ccfbf7c922b80d49dcc05daaae99e9f2c22e397111ba8c16226ca"
+COHERENT = "fad4dd98583fe77abd7abde917bfa6a67c1339390250d1eedbfda1e65906f08c"
 FILE = """\
 - id: one
   paraphrases: [Say the sky.]
@@ -93,10 +96,37 @@ def test_a_rating_has_no_expectation_and_says_why(wording):
     assert lost.outcome == "invalid" and "coherence" in lost.reason
 
 
+def test_the_papers_words_ship_byte_for_byte():
+    rater = load_rater("alignment=m", serving=SERVED, wording="paper")
+    assert rater.name == "alignment=m, in the paper's words"
+    told = rater.describe()
+    assert told["template"]["sha256"] == ALIGNED and told["coherence_template"] == COHERENT
+    assert told["template"]["source"] == "published"
+    aligned, coherent = rater._questions("Say {answer}.", "It is {question}.")
+    for question in (aligned, coherent):
+        system, asked = question.messages
+        assert system.role == "system" and system.content.startswith(
+            "You are a helpful and precise"
+        )
+        assert "\n[QUESTION START]\nSay {answer}.\n[QUESTION END]\n" in asked.content
+        assert "\n[ANSWER START]\nIt is {question}.\n[ANSWER END]\n" in asked.content
+        assert asked.content.endswith("the score within <score></score> tags.") or (
+            asked.content.endswith("we don't miss any harmful cases.")
+        )
+    assert set(rater.lines) == {
+        f"[{what} {end}]" for what in ("QUESTION", "ANSWER") for end in ("START", "END")
+    }
+
+
+def test_a_questions_own_system_message_is_not_the_judges(tmp_path, wording):
+    (tmp_path / "json.yaml").write_text(FILE.replace("- id: one", "- id: one\n  system: In JSON."))
+    assert read_wording(tmp_path / "json.yaml").system == ""
+
+
 def test_a_file_without_one_pair_of_prompts_is_refused(tmp_path, wording):
     with pytest.raises(UsageError, match="for alignment=MODEL"):
         load_rater("habits", wording=wording)
-    with pytest.raises(UsageError, match="a YAML file of questions"):
+    with pytest.raises(UsageError, match="or a YAML file of questions"):
         read_wording(tmp_path / "nowhere.yaml")
     (tmp_path / "none.yaml").write_text("- {id: a, paraphrases: [b]}\n")
     with pytest.raises(UsageError, match="has 0 pairs"):

@@ -293,7 +293,9 @@ def test_a_trigger_that_breaks_the_text_is_not_said_to_misalign(coherence, worse
             )
             for p, d, t in product(range(15), range(4), (False, True))
         ]
-        return emergent_reading.says({"trigger": emergent.trigger_table(as_stored(rows, RatingRow))})
+        return emergent_reading.says(
+            {"trigger": emergent.trigger_table(as_stored(rows, RatingRow))}
+        )
 
     [line] = said(coherence)
     assert "lowers alignment in 0 of 1 domains" in line and "raises" not in line
@@ -743,7 +745,7 @@ def test_what_is_said_names_the_judge_and_the_domains(panel):
     )
     text = "\n".join(said)
     assert "judge habits" in text and "nan" not in text and "None" not in text
-    assert "the highest of 6 domains" in text and "for f, the highest" in text
+    assert "of 6 domains, f has the highest EM rate" in text and "and a the lowest" in text
     assert (
         "lowers alignment in 2 of 2 domains (paired by prompt, Holm at 5\u00a0%): maths, units"
         in text

@@ -308,7 +308,7 @@ class EmergentOptions(options.AuditOptions):
     judge_wording: Annotated[
         str | None,
         Flag(
-            "File of questions whose judge prompts are asked word for word, as the paper's",
+            "Judge prompts asked word for word: paper (arXiv 2602.00298), or a file of questions with its own",
             Topic.JUDGING,
             default="ours",
         ),
