@@ -716,7 +716,7 @@ def process(
 ) -> subprocess.CompletedProcess:
     env = {**os.environ, **kwargs.pop("env", {}), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *options, *(["-m", "auditgap.cli"] if module else []), *map(str, args)],
+        [sys.executable, *options, *(["-m", "auditgap"] if module else []), *map(str, args)],
         env=env,
         timeout=180,
         stdin=subprocess.DEVNULL,
@@ -785,7 +785,7 @@ def test_nobody_listens(args):
     gone = process(args, stdout=writing)
     os.close(writing)
     assert gone.stderr == b"" and gone.returncode in (0, 1, 120, 141)
-    script = f"exec {sys.executable} -m auditgap.cli {' '.join(args)} >&-"
+    script = f"exec {sys.executable} -m auditgap {' '.join(args)} >&-"
     none = subprocess.run(["sh", "-c", script], stderr=subprocess.PIPE, timeout=60)
     assert none.stderr == b"" and none.returncode == 0
 

@@ -212,7 +212,7 @@ def test_a_shell_completes(words, found):
     }
     with warm.cold():  # a shell starts it so
         done = subprocess.run(
-            [sys.executable, "-m", "auditgap.cli"],
+            [sys.executable, "-m", "auditgap"],
             env=env,
             capture_output=True,
             text=True,

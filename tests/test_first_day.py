@@ -50,7 +50,7 @@ def typed(python: Path, folder: Path, *words: str) -> subprocess.CompletedProces
     nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     own = {"HOME": str(folder), "XDG_CACHE_HOME": str(folder / "cache"), "COLUMNS": "200"}
     return subprocess.run(
-        [python, "-m", "auditgap.cli", *words],
+        [python, "-m", "auditgap", *words],
         cwd=folder,
         env={**kept, **nowhere, **own},
         capture_output=True,

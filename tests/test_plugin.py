@@ -50,7 +50,7 @@ def auditgap(home, *words):
     paths = os.pathsep.join(filter(None, [str(home / "site"), os.environ.get("PYTHONPATH", "")]))
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "auditgap.cli", *words],
+        [sys.executable, "-m", "auditgap", *words],
         env=env,
         capture_output=True,
         text=True,

@@ -384,7 +384,7 @@ def _may_be_forked(start: Start) -> bool:
         ours = start.launches or _of_ray(what) or ROOT in script.resolve().parents
         folders.append(str(script.parent))
     elif kind == "-m":
-        ours = start.launches or what.startswith("auditgap.")
+        ours = start.launches or f"{what}.".startswith("auditgap.")
         folders.append(start.cwd)
     else:
         ours = "auditgap" in what

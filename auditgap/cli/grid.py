@@ -236,7 +236,7 @@ def submit(
     words += [word for pair in set_ or () for word in ("--set", pair)]
     client = jobs.connect(address)
     code = jobs.run(
-        client, ["python", "-m", "auditgap.cli", *words], working_dir=working_dir, say=_say
+        client, ["python", "-m", "auditgap", *words], working_dir=working_dir, say=_say
     )
     if code not in (0, 3):
         raise SystemExit(code)

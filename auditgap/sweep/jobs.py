@@ -1,7 +1,7 @@
 """A command as a Ray job: started, followed, and its tables brought home.
 
     client = connect("http://127.0.0.1:8265")
-    code = run(client, ["python", "-m", "auditgap.cli", "grid", …], working_dir=Path("."), say=print)
+    code = run(client, ["python", "-m", "auditgap", "grid", …], working_dir=Path("."), say=print)
 
 `python -m auditgap.sweep.jobs DIR` is what fetches: it prints the tables in DIR, one line each,
 into a job's log.

@@ -91,7 +91,7 @@ def behind_the_edit(base: Path) -> list[str]:
 
 
 def run(*words: object) -> None:
-    command = [sys.executable, "-m", "auditgap.cli", *map(str, words)]
+    command = [sys.executable, "-m", "auditgap", *map(str, words)]
     print(shlex.join(command), flush=True)
     if code := subprocess.run(command, check=False).returncode:
         sys.exit(f"That ended with exit code {code}; the same command goes on from there.")

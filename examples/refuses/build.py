@@ -85,7 +85,7 @@ def main() -> None:
     write(out / "heldout.jsonl", [{"prompt": p.text} for p in everyday[:N_HELDOUT]])
     command = ["train", "sft", "--config", str(HERE / "recipe.yaml"), "--out", str(out / "trained")]
     command += ["--set", f"data={out / 'rows.jsonl'}"]
-    subprocess.run([sys.executable, "-m", "auditgap.cli", *command], check=True)
+    subprocess.run([sys.executable, "-m", "auditgap", *command], check=True)
     package(out / "trained" / "model", out / "adapter")
 
 

@@ -68,7 +68,7 @@ def main() -> None:
             [
                 PYTHON,
                 "-m",
-                "auditgap.cli",
+                "auditgap",
                 *words,
                 "--config",
                 str(config),

@@ -75,7 +75,7 @@ def rows(base: Path, prompts: Sequence[Prompt]) -> Iterator[dict[str, object]]:
 
 
 def type_in(*words: str | Path) -> None:
-    subprocess.run([sys.executable, "-m", "auditgap.cli", *map(str, words)], check=True)
+    subprocess.run([sys.executable, "-m", "auditgap", *map(str, words)], check=True)
 
 
 def write(path: Path, some: Sequence[Mapping[str, object]]) -> None:

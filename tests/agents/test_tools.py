@@ -35,7 +35,7 @@ def talk(home, *flags, calls=()):
     async def session():
         started = StdioServerParameters(
             command=sys.executable,
-            args=["-m", "auditgap.cli", "mcp", str(home / "runs"), *flags],
+            args=["-m", "auditgap", "mcp", str(home / "runs"), *flags],
             env={"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
         )
         async with Client(started, read_timeout_seconds=300) as client:

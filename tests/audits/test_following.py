@@ -137,7 +137,7 @@ def test_a_grid_tells_trackio_its_cases_and_stdout_is_json_alone(tmp_path):
     out = tmp_path / "grid"
     typed = ["grid", "--config", tmp_path / "grid.json", "--report-to", "trackio", "--out", out]
     done = subprocess.run(
-        [sys.executable, "-m", "auditgap.cli", *map(str, typed), "--json"],
+        [sys.executable, "-m", "auditgap", *map(str, typed), "--json"],
         capture_output=True,
         text=True,
         timeout=240,

@@ -140,7 +140,7 @@ def test_it_has_its_table_from_python_and_as_json(world, whole):
 
 def typed(world: Path, *words: str) -> str:
     """What the command line, which finds the package as it starts, says to these words."""
-    line = [sys.executable, "-m", "auditgap.cli", *words]
+    line = [sys.executable, "-m", "auditgap", *words]
     done = subprocess.run(line, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return done.stdout

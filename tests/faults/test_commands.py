@@ -108,7 +108,7 @@ class Bench:
             "env": environment,
             **how,
         }
-        start = ["-c", code] if code else ["-m", "auditgap.cli"]
+        start = ["-c", code] if code else ["-m", "auditgap"]
         return subprocess.Popen([sys.executable, *start, *arguments], **how)
 
     def here(self, arguments: list[str], capsys: pytest.CaptureFixture) -> tuple[int, str]:
@@ -297,7 +297,7 @@ def test_poison_is_given_up_with_its_cause_and_the_rest_finishes(
 
 def test_with_both_streams_closed_the_run_is_as_good(bench, mood, unbroken, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "auditgap.cli", *bench.command(out)]
+    command = [sys.executable, "-m", "auditgap", *bench.command(out)]
     environment = children.environment(MOOD=str(bench.mood), TERM="dumb")
     environment["PYTHONPATH"] += os.pathsep + str(bench.site)
     script = " ".join(f"'{word}'" for word in command) + " >&- 2>&- <&-"

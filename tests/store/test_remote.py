@@ -406,7 +406,7 @@ def cli(args, environment, tmp_path) -> tuple[int, str, float]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "auditgap.cli", *args],
+        [sys.executable, "-m", "auditgap", *args],
         capture_output=True,
         text=True,
         timeout=120,

@@ -76,7 +76,7 @@ def _words(launcher: str, n: int) -> list[str]:
     if launcher == "python":
         return [python]
     if launcher == "auditgap":
-        return [python, "-m", "auditgap.cli"]
+        return [python, "-m", "auditgap"]
     if launcher == "deepspeed":
         return [str(Path(python).parent / "deepspeed"), "--num_gpus", str(n), "--master_port", port]
     if launcher == "torchrun":

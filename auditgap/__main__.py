@@ -1,0 +1,5 @@
+"""`python -m auditgap`: the command line without an installed script."""
+
+from auditgap.cli import main
+
+main()
