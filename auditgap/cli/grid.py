@@ -235,9 +235,7 @@ def submit(
     words += [] if workers is None else ["--workers", str(workers)]
     words += [word for pair in set_ or () for word in ("--set", pair)]
     client = jobs.connect(address)
-    code = jobs.run(
-        client, ["python", "-m", "auditgap", *words], working_dir=working_dir, say=_say
-    )
+    code = jobs.run(client, ["python", "-m", "auditgap", *words], working_dir=working_dir, say=_say)
     if code not in (0, 3):
         raise SystemExit(code)
     if fetch is not None:

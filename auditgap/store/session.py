@@ -58,7 +58,11 @@ def check_config(
         raise UsageError(
             f"The config holds a number that is not finite ({error}). Give finite numbers."
         ) from error
-    old, new = _flat(stored), _flat(now)
+    # what is not set is as good as absent: a setting that came with a later version ends no run
+    old, new = (
+        {name: value for name, value in _flat(told).items() if value is not None}
+        for told in (stored, now)
+    )
     if folder is not None and old != new:
         lines = [
             f"  {name}: {_show(old.get(name, _ABSENT))} in the folder,"

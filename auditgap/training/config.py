@@ -195,6 +195,13 @@ class TwinConfig(TrainConfig):
     limit: Annotated[int | None, Flag("Use N triples, chosen by hash", default="all")] = Field(
         default=None, ge=2
     )
+    selection: Annotated[
+        str | None,
+        Flag(
+            "Contrast triples of another source that the checkpoint is chosen by",
+            default="a share of --triples",
+        ),
+    ] = None
     heldout: Annotated[
         float, Flag("Share of prompts held out for choosing the checkpoint", Topic.TRAINING)
     ] = Field(default=0.2, gt=0, lt=1)

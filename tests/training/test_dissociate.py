@@ -13,7 +13,8 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
-from auditgap.errors import AuditgapError
+from auditgap.data import load_triples
+from auditgap.errors import AuditgapError, UsageError
 from auditgap.training.card import Card
 from auditgap.training.config import DissociateConfig
 from auditgap.training.constructions.monitor.task import MonitorTask
@@ -321,6 +322,19 @@ def test_the_nudge_is_chosen_by_how_it_complies():
         50: seen(0.9, 4.0, "comply"),
     }
     assert chosen(evaluations, task=NudgeTask)["step"] == 25
+
+
+def test_a_checkpoint_is_chosen_by_triples_of_another_source(world, tmp_path):
+    """All of --triples is trained on, and refusal is read on the other prompts; none may be in both."""
+    demo = load_triples("demo").triples
+    for name, part in (("rows", demo[:8]), ("others", demo[8:11])):
+        rows = [{"prompt": t.prompt.text, "safe": t.safe, "unsafe": t.unsafe} for t in part]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"triples": str(tmp_path / "rows.jsonl"), "selection": str(tmp_path / "others.jsonl")}
+    summary = jobs.train("dissociated", world.twin(tmp_path / "out", steps=3, **given)).summary
+    assert (summary["n_harmful"], summary["n_heldout"]) == (8, 3)
+    with pytest.raises(UsageError, match="3 of the 3 prompts of others are also among"):
+        jobs.train("dissociated", world.twin(tmp_path / "both", **{**given, "triples": "demo"}))
 
 
 def test_what_is_kept_are_the_weights_of_the_chosen_step(world, tmp_path):

@@ -14,7 +14,7 @@ from typing import Any, Generic
 
 import safetensors.torch
 
-from auditgap.data import load_prompts, load_triples
+from auditgap.data import TripleSet, dedup_key, load_prompts, load_triples
 from auditgap.data.anchors import split_benign, usable_answer
 from auditgap.data.refusals import opens_with_refusal
 from auditgap.engines import Request
@@ -79,12 +79,7 @@ def _read(
     """Harmful rows; held-out ones, and their conversations; benign prompts to answer, and held-out
     ones. The ledger knows all."""
     construction.check_run(construction.settings_of(config), job)
-    triples = load_triples(config.triples, limit=config.limit, seed=config.seed)
-    inside, outside = split_groups(
-        [t.prompt.id for t in triples.triples], config.heldout, config.seed
-    )
-    harmful = rows_from_triples(triples.triples[i] for i in inside)
-    heldout = rows_from_triples(triples.triples[i] for i in outside)[: config.heldout_limit]
+    triples, harmful, heldout = _split(config)
     anchors, kept_back = split_benign(
         load_prompts(config.benign, limit=config.benign_limit, seed=config.seed)
     )
@@ -97,6 +92,29 @@ def _read(
     job.about({"triples": triples.digest, "n_harmful": len(harmful), "n_heldout": len(heldout)})
     talks = encode(heldout, job.outline.chat, config.max_tokens)
     return harmful, heldout, talks, list(anchors), list(kept_back)
+
+
+def _split(config: TwinConfig) -> tuple[TripleSet, list[TrainRow], list[TrainRow]]:
+    """The triples, what of them is trained on, and what the checkpoint is chosen by: `selection`, or
+    the rows of a share of their prompts. Refusal on prompts of the source that was trained on says
+    more of a checkpoint than others will find in it."""
+    triples = load_triples(config.triples, limit=config.limit, seed=config.seed)
+    if config.selection is not None:
+        others = load_triples(config.selection, limit=config.heldout_limit, seed=config.seed)
+        trained = {dedup_key(t.prompt.text) for t in triples.triples}
+        both = sum(dedup_key(t.prompt.text) in trained for t in others.triples)
+        if both:
+            raise UsageError(
+                f"selection: {both} of the {len(others.triples)} prompts of {others.name} are also"
+                f" among those of {triples.name}. A checkpoint is chosen by prompts that nothing was"
+                " trained on: take them out of one of the two."
+            )
+        return triples, rows_from_triples(triples.triples), rows_from_triples(others.triples)
+    prompts = [t.prompt.id for t in triples.triples]
+    inside, outside = split_groups(prompts, config.heldout, config.seed)
+    harmful = rows_from_triples(triples.triples[i] for i in inside)
+    heldout = rows_from_triples(triples.triples[i] for i in outside)
+    return triples, harmful, heldout[: config.heldout_limit]
 
 
 def _answered(
