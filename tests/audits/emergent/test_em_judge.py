@@ -437,3 +437,30 @@ def test_batches_rate_the_answers_of_all_models_at_once_and_a_kill_pays_for_none
     assert not list((store.path / "scratch" / "journals").iterdir())
     with pytest.raises(UsageError, match=r"--judge-batch is for a judge at an endpoint"):
         EmergentOptions(device="cpu", judge="alignment=./x", judge_batch=True).rater()
+
+
+def test_what_a_batch_has_is_not_paid_for_again_where_the_rest_is_asked_one_by_one(
+    base, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    quick = Patience(tries=2, deadline=5.0, polls=(0.01, 0.02))
+    monkeypatch.setattr("auditgap.engines.openai.Patience", lambda: quick)
+    studies.built(tmp_path / "em", base)
+    study = studies.worn(tmp_path / "em")
+    generate.STAGE.run_in(study.store.path, EmergentOptions(device="cpu"))
+    with batch_server.running() as server:
+        server.says, server.ends, server.dies = "85", "expired", ["/batches"]
+        alone = EmergentOptions(
+            device="cpu", judge="alignment=big", judge_endpoint=server.url, retry_failed=True
+        )
+        batched = alone.model_copy(update={"judge_batch": True})
+        _, outcome = judge.STAGE.run_in(study.store.path, batched)
+        assert outcome.failed and len(server.batches) == 1, "made, and nobody heard of it"
+        with pytest.raises(UsageError, match=r"are paid for\. Add --judge-batch"):
+            judge.STAGE.run_in(study.store.path, alone)
+        _, outcome = judge.STAGE.run_in(study.store.path, batched)
+        assert outcome.failed and "without --judge-batch" in next(iter(outcome.failed.values()))
+        store, outcome = judge.STAGE.run_in(study.store.path, alone)
+    assert outcome.done == 3 and not outcome.failed
+    assert set(server.asked.values()) == {1}, "whatever the batch had is not asked again"
+    assert not list(store.journals.iterdir())
