@@ -1,6 +1,6 @@
 """A chat endpoint on loopback, a real server, for tests that say what it answers.
 
-with serving(lambda body: "complied") as endpoint:
+with Endpoint(lambda body: "complied").running() as endpoint:
     endpoint.url, endpoint.asked["judge"], endpoint.seen[0]["messages"]
 """
 
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Self
 
 #: Of a request's body: the answer's text, or the fields of its choice; None: it fails (HTTP 500).
 Answer = Callable[[dict[str, Any]], str | dict[str, Any] | None]
@@ -34,6 +34,23 @@ class Endpoint(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/v1"
+
+    @property
+    def answered(self) -> Counter[str]:
+        """Requests that were answered, by model."""
+        return Counter(body["model"] for body in self.seen)
+
+    @contextmanager
+    def running(self) -> Iterator[Self]:
+        """Until the block ends."""
+        thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield self
+        finally:
+            self.shutdown()
+            thread.join()
+            self.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -66,17 +83,3 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
-
-
-@contextmanager
-def serving(answer: Answer) -> Iterator[Endpoint]:
-    """It runs until the block ends."""
-    server = Endpoint(answer)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

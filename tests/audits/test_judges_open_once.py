@@ -124,7 +124,7 @@ def test_a_reply_that_was_paid_for_is_not_asked_for_again(world, monkeypatch, wh
             raise DiskError("the disk is full")
         kept.append(add(*told))
 
-    with chat_endpoint.serving(answer) as endpoint:
+    with chat_endpoint.Endpoint(answer).running() as endpoint:
         how = {"judge": "refusal=judge", "judge_endpoint": endpoint.url, "max_new_tokens": 8}
         monkeypatch.setattr(Journal, "add", until_the_disk_is_full)
         monkeypatch.setenv("OPENAI_API_KEY", "first")
