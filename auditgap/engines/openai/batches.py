@@ -53,7 +53,7 @@ class Batches:
     ) -> None:
         self._client, self._openai, self._record = client, openai, record
         self._where, self._polls, self._tries = where, polls, tries
-        self._known = {} if record is None else _handed_in(record)
+        self._known: dict[str, Document] = {} if record is None else _handed_in(record)
 
     @property
     def waiting(self) -> set[str]:
