@@ -10,7 +10,6 @@ else is the same for all of them. The same call again resumes.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from auditgap.errors import UsageError
 from auditgap.judges import Judge, Reward, load_reward, members_of
 from auditgap.judges.card_cache import cards_of
 from auditgap.models.provenance import command
-from auditgap.store import RunFolder
+from auditgap.store import RunFolder, files
 from auditgap.store.remote import Place, local
 from auditgap.store.tables import rows_of
 from auditgap.types import Budget, Cell, Document, Exchange, Prompt, Score, Site, Subject
@@ -119,7 +118,7 @@ def grade_again(audit: Audit[Any, Any, Any], folder: Place, grading: Grading) ->
                 for one, given in _given(some, judge, reward, grading):
                     info = {**one.record.get("info", {}), "graded_from": one.record["key"]}
                     new.write(one.cell, audit.graded(one, given, new), seconds=0.0, info=info)
-            shutil.rmtree(journals, ignore_errors=True)
+            files.remove(journals)
             audit.reduce(new)
     return new
 

@@ -140,7 +140,7 @@ def _write(suite: Suite, out: Path) -> None:
         "digest": suite.digest,
         "files": {name: files.sha256(data) for name, data in content.items()},
     }
-    content[MANIFEST] = files.to_json(manifest)
+    content[MANIFEST] = files.seal(manifest)
     with files.disk_errors(out, sum(map(len, content.values()))):
         out.parent.mkdir(parents=True, exist_ok=True)
         files.clean_stale(out.parent)
@@ -208,10 +208,10 @@ _AGAIN = "take the folder away and build it again."
 
 
 def _manifest(folder: Path) -> Document:
-    manifest = files.read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or (schema := manifest.get("schema")) is None:
+    manifest = files.read_document(folder / MANIFEST, _AGAIN.capitalize())
+    if manifest is None or (schema := manifest.get("schema")) is None:
         raise UsageError(
-            f"{folder} holds no suite ({MANIFEST} is absent or torn). Build one: auditgap data"
+            f"{folder} holds no suite (no {MANIFEST} of one). Build one: auditgap data"
             f" build --out {folder}"
         )
     if schema != SCHEMA:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from auditgap.engines import Reply
@@ -21,17 +22,21 @@ from auditgap.store.files import PRIVATE, disk_errors
 
 
 class Journal:
-    """Answers by the hash of what they answer.
+    """Answers by the hash of what they answer: its own, and those in the other journals of its
+    folder, whoever wrote them.
 
     A line that a kill has torn is cut off before the next is written; one that cannot be read
-    counts as not asked. One process writes a journal at a time: the lock of the run folder that it
-    lies in sees to that.
+    counts as not asked. One process writes a journal at a time.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.replies: dict[str, Reply] = {}
         with disk_errors(path):
+            for other in sorted(path.parent.glob("*.jsonl")):
+                if other != path:
+                    with suppress(FileNotFoundError):  # its cell has been written meanwhile
+                        self.replies |= _replies_in(files.read(other), other)
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE)
             with open(descriptor, "rb+") as file:
@@ -40,27 +45,7 @@ class Journal:
                 whole = data.rfind(b"\n") + 1
                 if whole < len(data):
                     file.truncate(whole)
-        for line in data[:whole].splitlines():
-            try:
-                entry = files.opened(line, path, required=False)
-                tops = tuple(
-                    {str(t): float(v) for t, v in top.items()} for top in entry["logprobs"]
-                )
-                if (
-                    isinstance(entry["key"], str)
-                    and isinstance(entry["text"], str)
-                    and isinstance(entry["stopped"], bool)
-                ):
-                    self.replies[entry["key"]] = Reply(
-                        entry["text"],
-                        None,
-                        entry["stopped"],
-                        tops,
-                        str(entry.get("problem", "")),
-                        str(entry.get("chain", "")),
-                    )
-            except (files.Damaged, ValueError, TypeError, KeyError, AttributeError):
-                continue
+        self.replies |= _replies_in(data[:whole], path)
 
     def add(self, key: str, reply: Reply) -> None:
         """Keep an answer, or a chain of thought that never came to one. Raises DiskError, and
@@ -87,3 +72,28 @@ class Journal:
             finally:
                 os.close(descriptor)
         self.replies[key] = reply
+
+
+def _replies_in(data: bytes, path: Path) -> dict[str, Reply]:
+    """The answers in a journal's lines, by their keys."""
+    found: dict[str, Reply] = {}
+    for line in data.splitlines():
+        try:
+            entry = files.opened(line, path, required=False)
+            tops = tuple({str(t): float(v) for t, v in top.items()} for top in entry["logprobs"])
+            if (
+                isinstance(entry["key"], str)
+                and isinstance(entry["text"], str)
+                and isinstance(entry["stopped"], bool)
+            ):
+                found[entry["key"]] = Reply(
+                    entry["text"],
+                    None,
+                    entry["stopped"],
+                    tops,
+                    str(entry.get("problem", "")),
+                    str(entry.get("chain", "")),
+                )
+        except (files.Damaged, ValueError, TypeError, KeyError, AttributeError):
+            continue
+    return found

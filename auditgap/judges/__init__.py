@@ -16,14 +16,17 @@ engine, device)`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from auditgap.errors import UsageError
 from auditgap.registry import Entry, Listed, Registry
-from auditgap.types import Exchange, Score, Verdict
+from auditgap.store.files import HOST
+from auditgap.types import Exchange, Score, Verdict, digest
 
 if TYPE_CHECKING:
     from auditgap.engines import Serving
@@ -87,6 +90,17 @@ def judge_stays(judge: Any) -> bool:
     from auditgap.models import pick_device, room
 
     return room.has_room(pick_device(device))
+
+
+def keep_replies(judge: Judge, folder: Path) -> Judge:
+    """The judge, whose models at an endpoint keep their replies in that folder as they come, so that
+    none is paid for twice. Each process has a file of its own there, and reads all."""
+    from auditgap.engines import Journalled
+
+    for one in (judge, *members_of(judge)):
+        if isinstance(one, Journalled):
+            one.journal = folder / f"judge-{digest(one.describe())}-{HOST}-{os.getpid()}.jsonl"
+    return judge
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from auditgap.models.chains import Marks, split
 from auditgap.models.door import panics
 from auditgap.models.said import Said, said
 from auditgap.models.thinking import NO_HABITS, Habits, habits_of, switched
-from auditgap.models.turns import fill_turns
+from auditgap.models.turns import fill_turns, turns_of
 from auditgap.models.words import Turn, check_words
 from auditgap.types import Document, Message, Prompt
 
@@ -167,7 +167,7 @@ class Chat:
             return _verbatim(prompt)
         self._need_template()
         text = self._written(prompt.text, system=prompt.system)
-        check_words(text, _turns(prompt.text, prompt.system), self.name)
+        check_words(text, turns_of(prompt.text, prompt.system), self.name)
         return text
 
     def prove(self, prompts: Iterable[Prompt]) -> None:
@@ -331,7 +331,7 @@ class Chat:
     def _written(self, words: str, answer: str | None = None, system: str = "") -> str:
         """A user's turn in the template's words, behind a system message and with the answer to it if
         given."""
-        turns = _turns(words, system)
+        turns = turns_of(words, system)
         if answer is not None:
             turns.append({"role": "assistant", "content": answer})
         return self._filled(turns, opening=answer is None)
@@ -380,12 +380,6 @@ class Chat:
         special = set(self.tokenizer.all_special_ids)
         inside = tuple(i not in special for i in ids)
         return inside if any(inside) else (True,) * len(ids)
-
-
-def _turns(words: str, system: str) -> list[Turn]:
-    """A user's turn, behind a system message if there is one."""
-    head = [{"role": "system", "content": system}] if system else []
-    return [*head, {"role": "user", "content": words}]
 
 
 def _verbatim(prompt: Prompt) -> str:

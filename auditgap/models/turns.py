@@ -45,6 +45,12 @@ def fill_turns(
     return fill(own, {**given, "messages": shaped, "add_generation_prompt": opening}, name)
 
 
+def turns_of(words: str, system: str = "") -> list[Turn]:
+    """A user's turn, behind a system message if there is one."""
+    head = [{"role": "system", "content": system}] if system else []
+    return [*head, {"role": "user", "content": words}]
+
+
 @lru_cache(maxsize=64)
 def _takes_parts(template: str, given: str, name: str) -> bool:
     """`takes_parts` of a template with these variables (JSON); a template is asked once."""

@@ -20,6 +20,8 @@ SINGLE, INDEX, ADAPTER = (
     "model.safetensors.index.json",
     "adapter_model.safetensors",
 )
+#: Where older releases of ModelOpt say how they packed; vLLM reads it, transformers does not.
+BESIDE = "hf_quant_config.json"
 #: Ways of packing that transformers unpacks by itself, while it reads, into 16 bits.
 _UNPACKED = ("fp8", "mxfp4")
 
@@ -79,7 +81,11 @@ def packing_of(folder: Path) -> Packing | None:
         return None
     bits = told.get("bits") or told.get("num_bits")
     bits = 4 if told.get("load_in_4bit") else 8 if told.get("load_in_8bit") else bits
-    method = told.get("quant_method") or ("bitsandbytes" if bits in (4, 8) else "an unknown method")
+    method = (
+        told.get("quant_method")
+        or told.get("quant_algo")
+        or ("bitsandbytes" if bits in (4, 8) else "an unknown method")
+    )
     return Packing(str(method)[:40], bits if isinstance(bits, int) else None)
 
 
@@ -108,12 +114,14 @@ def opening(folder: Path) -> Document:
 
 
 def _told(folder: Path) -> Document | None:
-    """What config.json says of quantisation, for all of the model or for its text."""
-    path = folder / "config.json"
+    """What config.json says of quantisation, for all of the model or for its text; else what a file
+    beside it says, as older releases of ModelOpt wrote it."""
+    path, beside = folder / "config.json", folder / BESIDE
     config = read_object(path) if path.is_file() else {}
     places = [config, *config.values()]  # of a wrapper, its text model's own
     for place in places:
         for key in ("quantization_config", "compression_config"):
             if isinstance(place, dict) and isinstance(place.get(key), dict):
                 return place[key]
-    return None
+    told = read_object(beside).get("quantization") if beside.is_file() else None
+    return told if isinstance(told, dict) else None

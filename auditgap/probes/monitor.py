@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn import functional
 
 from auditgap.errors import UsageError
+from auditgap.models.kept import checksum
 from auditgap.store import files
 
 #: Width of the layer between activations and logit: the paper's.
@@ -123,6 +124,9 @@ class Monitor(nn.Module):
     def save(self, path: Path) -> Path:
         """Write one .safetensors file atomically, its shape and `about` in the metadata. Raises
         DiskError."""
+        tensors = {
+            name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()
+        }
         header = {
             "format": "auditgap-monitor-1",
             "n_blocks": self.n_blocks,
@@ -130,9 +134,7 @@ class Monitor(nn.Module):
             "hidden": self.hidden,
             "standardised": self.standardised,
             "about": self.about,
-        }
-        tensors = {
-            name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()
+            "sha256": checksum(tensors),
         }
         metadata = {"monitor": json.dumps(header, sort_keys=True, allow_nan=False)}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -152,6 +154,8 @@ class Monitor(nn.Module):
             with safetensors.safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["monitor"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            if header.get("sha256", checksum(tensors)) != checksum(tensors):  # older ones have none
+                raise ValueError("its checksum is not that of its weights")
             made = cls(
                 int(header["n_blocks"]),
                 int(header["width"]),

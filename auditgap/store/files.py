@@ -251,12 +251,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def cache_dir() -> Path:
-    """Where what can be made again is kept: $AUDITGAP_CACHE, else the user's cache folder."""
-    root = (
-        os.environ.get("AUDITGAP_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "auditgap"
-    )
-    return Path(root)
+    """Where what can be made again is kept: $AUDITGAP_CACHE, else the user's cache folder. Raises
+    UsageError where nobody says whose that is."""
+    if own := os.environ.get("AUDITGAP_CACHE"):
+        return Path(own)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "auditgap"
+    except RuntimeError:  # a number without an entry among the users, as in a container
+        raise UsageError(
+            "This user has no home folder (HOME is not set, and the system knows none). Set"
+            " AUDITGAP_CACHE to a folder that can be written to."
+        ) from None
 
 
 def folder_name(name: str) -> str:

@@ -59,8 +59,9 @@ def _of(run: Path) -> Iterator[Leaving]:
                 " for it, or give another folder."
             )
         unfinished = store.status().missing > 0
+        spared = {store.journals} if unfinished else set[Path]()  # answers that were paid for
         yield from _all(
-            sorted(run.glob("scratch/*")),
+            sorted(set(run.glob("scratch/*")) - spared),
             "work inside cells that are not finished; resuming does it again"
             if unfinished
             else "work of cells that are finished",

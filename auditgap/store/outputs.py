@@ -44,6 +44,11 @@ class Outputs:
             )
         return self.path / "scratch" / f"{name}.safetensors"
 
+    @property
+    def journals(self) -> Path:
+        """Where endpoints' answers are kept, one by one, until their cells are written."""
+        return self.path / "scratch" / "journals"
+
     def remember(
         self, name: str, compute: Callable[[], Mapping[str, Any]]
     ) -> dict[str, np.ndarray]:
@@ -61,9 +66,10 @@ class Outputs:
         return self._scratch(name).exists()
 
     def forget(self, names: Iterable[str] | None = None) -> None:
-        """Delete scratch arrays whose cells are written, or all of them; unknown names are no
-        error."""
+        """Delete scratch arrays whose cells are written, or all of them with the journals; unknown
+        names are no error."""
         if names is None:
+            files.remove(self.journals)
             names = [path.stem for path in (self.path / "scratch").glob("*.safetensors")]
         for name in names:
             files.remove(self._scratch(name))

@@ -167,7 +167,11 @@ def from_bytes(data: bytes) -> pa.Table:
 
 def seal(frame: pd.DataFrame) -> bytes:
     """The parquet file of a table, which carries the checksum of what it says."""
-    table = frame_to_table(frame)
+    return seal_table(frame_to_table(frame))
+
+
+def seal_table(table: pa.Table) -> bytes:
+    """The same of pyarrow's tables."""
     sealed = {**(table.schema.metadata or {}), _SEAL: content_sha256(table).encode("ascii")}
     return to_bytes(table.replace_schema_metadata(sealed))
 
@@ -176,11 +180,21 @@ def unseal(path: Path | str) -> pd.DataFrame:
     """The table in a file, checked; one that an earlier release wrote has no checksum and is taken
     as it is. Raises Damaged, FileNotFoundError."""
     data = files.read(path)
+    _checked(data, path)
+    return pd.read_parquet(io.BytesIO(data))
+
+
+def unseal_table(path: Path | str) -> pa.Table:
+    """The same as pyarrow has it."""
+    return _checked(files.read(path), path)
+
+
+def _checked(data: bytes, path: Path | str) -> pa.Table:
     try:
         table = from_bytes(data)
         stored = (table.schema.metadata or {}).get(_SEAL)
         if stored is None or stored.decode("ascii") == content_sha256(table):
-            return pd.read_parquet(io.BytesIO(data))
+            return table
         why = "its checksum is not that of its content"
     except (pa.ArrowException, OSError, ValueError):
         why = "it cannot be read as a table"

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import overload
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from auditgap.engines.batching import in_packs, packs, right_pad
 from auditgap.errors import AuditgapError
 from auditgap.models import Conversation, LoadedModel
+from auditgap.models.kept import is_whole, keep
 from auditgap.store import files
 from auditgap.training import ranks
 from auditgap.types import digest
@@ -116,7 +116,7 @@ class HiddenCache:
             if not _opens(part):
                 found = final_hidden(loaded, [talks[i] for i in rows])
                 data = {str(i): hidden.contiguous() for i, hidden in zip(rows, found, strict=True)}
-                files.write_bytes(part, safetensors.torch.save(data), files.PRIVATE)
+                keep(part, data)
         ranks.wait()
         parts = ranks.decided(lambda: _whole(folder, key))
         if not parts:
@@ -150,14 +150,10 @@ def _numbers(path: Path) -> tuple[int, int, int, int]:
 
 def _opens(path: Path) -> bool:
     """Whether it is there and whole; a torn one is deleted, to be made again."""
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except FileNotFoundError:
-        return False
-    except (SafetensorError, OSError):
-        path.unlink()
-        return False
+    if is_whole(path):
+        return True
+    path.unlink(missing_ok=True)
+    return False
 
 
 @torch.no_grad()

@@ -1,11 +1,12 @@
 """A judge that is a language model is opened once a run, not once a pack; where memory is short,
-once for all that a worker has said, and with the same verdicts."""
+once for all that a worker has said, and with the same verdicts. One at an endpoint is paid once."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
 
+import chat_endpoint
 import planted
 import pytest
 import tiny
@@ -14,9 +15,10 @@ from auditgap.audits.audit import run as run_audit
 from auditgap.audits.intervene.audit import INTERVENE
 from auditgap.audits.latent.audit import LATENT
 from auditgap.audits.stage import Stage
-from auditgap.engines import Serving
+from auditgap.engines import Serving, openai
+from auditgap.engines.journal import Journal
 from auditgap.models import room
-from auditgap.store import RunFolder
+from auditgap.store import DiskError, RunFolder
 
 AUDITS = {
     "lvs": (
@@ -68,7 +70,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return seen
 
 
-def audited(world: Path, which: str, name: str) -> RunFolder:
+def audited(world: Path, which: str, name: str, **more: object) -> RunFolder:
     audit, asked = AUDITS[which]
     shared = {
         "prompts": str(world / "prompts.txt"),
@@ -80,7 +82,7 @@ def audited(world: Path, which: str, name: str) -> RunFolder:
         "judge": f"majority(guard={world / 'a'},refusal={world / 'b'})",
         "out": str(world / name),
     }
-    asked = {**shared, **asked, "models": str(world / "model")}
+    asked = {**shared, **asked, "models": str(world / "model"), **more}
     store, outcome = run_audit(audit, *audit.read(None, asked))
     assert not outcome.failed, [r["cause"] for r in store.records() if "cause" in r]
     return store
@@ -102,3 +104,35 @@ def test_each_is_opened_once_and_where_memory_is_short_once_a_group(
     assert {r["key"]: r["sha256"] for r in roomy.records()} == {
         r["key"]: r["sha256"] for r in short.records()
     }
+
+
+@pytest.mark.parametrize("which", AUDITS)
+def test_a_reply_that_was_paid_for_is_not_asked_for_again(world, monkeypatch, which):
+    """Stopped in the middle of a group's verdicts, which are asked for all at once."""
+    quick = openai.Patience(tries=2, first_pause=0.01, longest_pause=0.02)
+    monkeypatch.setattr(openai, "Patience", lambda: quick)
+    asked: Counter[str] = Counter()
+
+    def answer(body: dict) -> str:
+        asked[str(body["messages"])] += 1
+        return "complied"
+
+    add, kept = Journal.add, []
+
+    def until_the_disk_is_full(*told: object) -> None:
+        if len(kept) == 3:
+            raise DiskError("the disk is full")
+        kept.append(add(*told))
+
+    with chat_endpoint.Endpoint(answer).running() as endpoint:
+        how = {"judge": "refusal=judge", "judge_endpoint": endpoint.url, "max_new_tokens": 8}
+        monkeypatch.setattr(Journal, "add", until_the_disk_is_full)
+        monkeypatch.setenv("OPENAI_API_KEY", "first")
+        with pytest.raises(DiskError):
+            audited(world, which, f"{which}-paid", **how)
+        monkeypatch.setattr(Journal, "add", add)
+        # those under way when it stopped may still arrive: the second run is told by its key
+        monkeypatch.setenv("OPENAI_API_KEY", "second")
+        store = audited(world, which, f"{which}-paid", **how)
+    assert len(asked) > 8 and endpoint.asked_with["Bearer second"] == len(asked) - len(kept)
+    assert not store.journals.exists()

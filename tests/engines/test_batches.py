@@ -14,6 +14,7 @@ from batch_server import Handler, Server, running
 
 from auditgap.engines import Question, Sampling, Serving
 from auditgap.engines.openai import OpenAIEngine, Patience, record_of
+from auditgap.engines.openai.batches import check_none_waits
 from auditgap.errors import UsageError
 
 QUICK = Patience(tries=2, deadline=5.0, first_pause=0.01, longest_pause=0.02, polls=(0.01, 0.02))
@@ -69,8 +70,11 @@ def test_a_batch_that_was_made_and_not_written_down_is_found(server, tmp_path):
     with pytest.raises(UsageError, match="What it has is found again"):
         ask(server, tmp_path / "j.jsonl")
     assert len(server.batches) == 1, "not made a second time"
+    with pytest.raises(UsageError, match=r"^11 questions .* are paid for\. Add --judge-batch"):
+        check_none_waits(tmp_path / "j.jsonl")
     assert ask(server, tmp_path / "j.jsonl") == RIGHT
     assert set(server.asked.values()) == {1} and len(server.batches) == 1
+    check_none_waits(tmp_path / "j.jsonl")
 
 
 def test_what_never_came_to_be_is_handed_in(server, tmp_path):
@@ -97,10 +101,21 @@ def test_a_batch_out_of_time_keeps_what_it_answered_and_the_rest_goes_again(serv
     assert max(server.asked.values()) == 2 and server.alone == 2
 
 
+def test_what_a_batch_answered_is_not_asked_one_by_one_nor_the_other_way_about(server, tmp_path):
+    ask(server, tmp_path / "together.jsonl", QUESTIONS[:8])
+    serving = Serving(engine="openai", base_url=server.url)
+    with OpenAIEngine("smollm2", serving, patience=QUICK) as engine:
+        engine.journal = tmp_path / "alone.jsonl"
+        assert [reply.text for reply in engine.ask(QUESTIONS[4:], HOW)] == RIGHT[4:]
+    assert ask(server, tmp_path / "together.jsonl") == RIGHT
+    assert set(server.asked.values()) == {1} and len(server.asked) == 12
+
+
 def test_a_server_without_batches_is_a_sentence(server, tmp_path, monkeypatch):
     monkeypatch.setattr(Handler, "do_POST", _without_batches(Handler.do_POST))
     with pytest.raises(UsageError, match=r"has no batches.*Leave --judge-batch out"):
         ask(server, tmp_path / "j.jsonl")
+    check_none_waits(tmp_path / "j.jsonl")  # nothing was handed in
 
 
 def _without_batches(do_post: Any) -> Any:

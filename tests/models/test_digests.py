@@ -7,8 +7,10 @@ import os
 
 import pytest
 
+from auditgap.errors import UsageError
 from auditgap.models import digests as module
 from auditgap.models.digests import digests
+from auditgap.store.files import cache_dir
 
 BODY = os.urandom(module.SMALL + 5)
 
@@ -68,3 +70,18 @@ def test_a_torn_entry_is_read_anew(read, tmp_path):
     (entry,) = (tmp_path / "cache" / "digests").iterdir()
     entry.write_bytes(entry.read_bytes()[:-9].replace(b"sha256", b"sha257"))
     assert digests([path]) == wanted and len(read) == 2
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    """As in a container whose user is a number."""
+
+    def unknown(_: int) -> None:
+        raise KeyError("uid not found")
+
+    for name in ("HOME", "XDG_CACHE_HOME", "AUDITGAP_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(UsageError, match=r"no home folder.*Set AUDITGAP_CACHE"):
+        cache_dir()
+    monkeypatch.setenv("AUDITGAP_CACHE", "/tmp/cache")
+    assert str(cache_dir()) == "/tmp/cache"

@@ -110,6 +110,15 @@ def test_a_quantised_checkpoint_is_a_sentence(folder, said):
         assert "in 16 bits" in str(caught.value)
 
 
+def test_what_a_file_beside_the_config_says_is_looked_at_too(folder):
+    """vLLM serves it packed; transformers would read its numbers without their scales."""
+    told = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(told))
+    with pytest.raises(UsageError, match=r"quantised checkpoint \(FP8\)"):
+        models.load(models.outline(str(folder)), device="cpu")
+    assert Serving(engine="vllm", device="cpu").describe(str(folder))["served"] == "FP8"
+
+
 def test_the_text_model_of_a_wrapper_is_looked_at_too(tmp_path):
     told = {"text_config": {"quantization_config": {"quant_method": "gptq", "bits": 4}}}
     (tmp_path / "config.json").write_text(json.dumps(told))

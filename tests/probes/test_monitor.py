@@ -80,6 +80,12 @@ def test_a_torn_monitor_is_a_sentence(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UsageError, match="torn"):
         Monitor.load(path)
+    path = Monitor(L, D).save(tmp_path / "monitor.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match="torn"):
+        Monitor.load(path)
     with pytest.raises(UsageError, match="no such monitor"):
         Monitor.load(tmp_path / "absent.safetensors")
 

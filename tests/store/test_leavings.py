@@ -61,6 +61,17 @@ def test_it_asks_and_then_deletes_nothing_else(run, capsys):
     assert not leavings(run) and ended("clean", str(run)) == 0
 
 
+def test_answers_that_were_paid_for_stay_until_the_run_is_done(run):
+    store = RunFolder.load(run / "lvs")
+    store.journals.mkdir()
+    (store.journals / "answers.jsonl").write_bytes(b"{}\n")
+    assert store.journals in [one.path for one in leavings(store.path)]
+    for path in (store.path / "cells").glob("*.parquet"):
+        path.unlink()
+    found = [one.path for one in leavings(store.path)]
+    assert store.journals not in found and store.path / "scratch" / "pack.safetensors" in found
+
+
 def test_a_run_at_work_and_no_run_are_refused(run, tmp_path):
     store = RunFolder.load(run / "lvs")
     with store.lock(), pytest.raises(UsageError, match="is being written"):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from auditgap.data import load_triples
 from auditgap.errors import AuditgapError, UsageError
+from auditgap.models.kept import keep
 from auditgap.training.card import Card
 from auditgap.training.config import DissociateConfig
 from auditgap.training.constructions.monitor.task import MonitorTask
@@ -247,9 +248,7 @@ def test_a_reference_of_another_model_is_found_out_before_the_first_update(
     file = stored_states(out)
     states = safetensors.torch.load_file(file)
     assert len(states) > 20
-    safetensors.torch.save_file(
-        {name: value.flip(-1).contiguous() for name, value in states.items()}, file
-    )
+    keep(file, {name: value.flip(-1).contiguous() for name, value in states.items()})
     with pytest.raises(AuditgapError, match=r"differs from its own base .*Delete .*reference"):
         jobs.train("dissociated", world.twin(out))
     assert not (out / "model").exists() and not list(out.glob("best-*"))
@@ -262,7 +261,9 @@ def test_a_torn_reference_is_made_again(world, monkeypatch, tmp_path, one_rank):
     out = tmp_path / "out"
     stopped_at_once(world, monkeypatch, out)
     file = stored_states(out)
-    file.write_bytes(file.read_bytes()[:-100])
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1  # the file is as long as it was, and opens
+    file.write_bytes(data)
     jobs.train("dissociated", world.twin(out))
     assert jobs.curve(out) == pytest.approx(jobs.curve(one_rank["full"]), abs=1e-5)
 

@@ -7,7 +7,6 @@ and what a paid endpoint has answered is not asked again.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,8 +30,8 @@ from auditgap.audits.session import check_weights, torn
 from auditgap.engines import Engine, Journalled, Reply, Serving
 from auditgap.engines.parity import Parity, greedy, parity, sample
 from auditgap.errors import AuditgapError
-from auditgap.judges import Judge, close_judge, load_judge, members_of
-from auditgap.store import RunFolder
+from auditgap.judges import Judge, close_judge, keep_replies, load_judge
+from auditgap.store import RunFolder, files
 from auditgap.sweep import Group
 from auditgap.types import Cell, Prompt, Subject, digest
 
@@ -59,7 +58,9 @@ class BehaviourWorker:
             **({} if compared is None else {"parity": compared.describe()}),
         }
         with closing_judge(
-            self.plan.config.judge, self.options.judge_serving(self.plan.config), self._journals
+            self.plan.config.judge,
+            self.options.judge_serving(self.plan.config),
+            self.store.journals,
         ) as judge:
             self._have_judged(pending, judge, tick)
         seconds = (time.monotonic() - started) / len(pending)
@@ -67,12 +68,7 @@ class BehaviourWorker:
             self._write(cell, seconds, info)
         if all(self.store.is_finished(cell.key) for cell in self.plan.cells):
             # what was said stands in generations/ now
-            shutil.rmtree(self._journals, ignore_errors=True)
-
-    @property
-    def _journals(self) -> Path:
-        """Where endpoints' answers are kept one by one until their cells are written."""
-        return self.store.path / "scratch" / "journals"
+            files.remove(self.store.journals)
 
     # -- asking
     # --------------------------------------------------------------------------------------------------------
@@ -141,7 +137,7 @@ class BehaviourWorker:
             check_weights(subject, outline)
         engine = self.serving.open(subject.name)
         if isinstance(engine, Journalled):
-            engine.journal = self._journals / f"{subject.fingerprint}.jsonl"
+            engine.journal = self.store.journals / f"{subject.fingerprint}.jsonl"
         return engine
 
     # -- judging
@@ -209,9 +205,8 @@ def closing_judge(
     replies are kept."""
     device = "auto" if serving is None else serving.device
     judge = load_judge(name, device=models.pick_device(device), serving=serving)
-    for one in (judge, *members_of(judge)):
-        if journals is not None and isinstance(one, Journalled):
-            one.journal = journals / f"judge-{digest(one.describe())}.jsonl"
+    if journals is not None:
+        keep_replies(judge, journals)
     try:
         yield judge
     finally:

@@ -149,7 +149,7 @@ class GenerateWorker(InsideWorker):
 
     def _run(self, cell: Cell, tick: Callable[[float], None]) -> None:
         started, settings = time.monotonic(), cell.settings
-        journal = self.store.path / "scratch" / "journals" / f"{cell.key}.jsonl"
+        journal = self.store.journals / f"{cell.key}.jsonl"
         sampling = Sampling(
             max_new_tokens=settings["sampling"]["max_new_tokens"],
             thinking_tokens=chain_of(cell),

@@ -28,7 +28,7 @@ import numpy as np
 from auditgap.audits.emergent.config import EmergentOptions
 from auditgap.audits.emergent.rows import ANSWERED, JUDGED, UNSCORED, RatingRow
 from auditgap.audits.emergent.stage import CellWorker, StageCell, Study, StudyStage
-from auditgap.engines.openai import record_of
+from auditgap.engines.openai.batches import check_none_waits, record_of
 from auditgap.errors import AuditgapError
 from auditgap.judges import Judge
 from auditgap.judges.alignment import Rated, Rater
@@ -37,7 +37,7 @@ from auditgap.judges.llm import LanguageModelJudge
 from auditgap.models.provenance import provenance
 from auditgap.store import RunFolder, files
 from auditgap.sweep import Group
-from auditgap.types import Cell, Exchange, Prompt, Subject, digest
+from auditgap.types import Cell, Document, Exchange, Prompt, Subject, digest
 
 #: Answers rated in one go and remembered together; a language model is asked about each twice.
 PORTION = 128
@@ -53,6 +53,8 @@ def plan(study: Study, options: EmergentOptions) -> list[Group]:
     judge, nothing answered yet."""
     rater = options.rater()
     judge = rater.describe()
+    if not options.judge_batch:
+        check_none_waits(_batched(study.store, judge))
     groups = []
     for record in study.need(ANSWERED):
         told = record["description"]["settings"]
@@ -117,7 +119,7 @@ class JudgeWorker(CellWorker):
 
     def _at_once(self, cells: Sequence[Cell]) -> None:
         """Rate the cells' answers in one call, and remember each cell's portions."""
-        journal = self.store.path / "scratch" / "journals" / "batches.jsonl"
+        journal = _batched(self.store, cells[0].settings["judge"])
         keep_replies(self.rater, journal)
         answers = [stored_answers(self.store, cell.settings["answers"]) for cell in cells]
         whole = [answer for some in answers for answer in some]
@@ -126,12 +128,10 @@ class JudgeWorker(CellWorker):
             for name, portion in _portions(cell, some):
                 ratings = [next(rated) for _ in portion]
                 self.store.remember(name, lambda ratings=ratings: _arrays(ratings))
-        for path in (journal, record_of(journal)):
-            files.remove(path)
 
     def _run(self, cell: Cell, tick: Callable[[float], None]) -> None:
         started = time.monotonic()
-        journal = self.store.path / "scratch" / "journals" / f"{cell.key}.jsonl"
+        journal = self.store.journals / f"{cell.key}.jsonl"
         keep_replies(self.rater, journal)
         answers = stored_answers(self.store, cell.settings["answers"])
         portions = _portions(cell, answers)
@@ -172,6 +172,11 @@ class JudgeWorker(CellWorker):
         files.remove(journal)
 
 
+def _batched(store: RunFolder, judge: Document) -> Path:
+    """Where a judge's replies are kept that came in batches."""
+    return store.journals / f"batches-{digest(judge)}.jsonl"
+
+
 def _portions(cell: Cell, answers: Sequence[Answer]) -> list[tuple[str, Sequence[Answer]]]:
     """What is rated in one go, and the name that it is remembered by."""
     starts = range(0, len(answers), PORTION)
@@ -180,7 +185,18 @@ def _portions(cell: Cell, answers: Sequence[Answer]) -> list[tuple[str, Sequence
     ]
 
 
-STAGE = StudyStage(name="judge", plan=plan, make=JudgeWorker, first=note_cards)
+class JudgeStage(StudyStage):
+    """Its batches' answers are kept until all that they are of is rated, in whatever way."""
+
+    def finish(self, store: RunFolder, cells: Sequence[Cell]) -> None:
+        super().finish(store, cells)
+        if all(store.is_finished(cell.key) for cell in cells):
+            for journal in {_batched(store, cell.settings["judge"]) for cell in cells}:
+                files.remove(journal)
+                files.remove(record_of(journal))
+
+
+STAGE = JudgeStage(name="judge", plan=plan, make=JudgeWorker, first=note_cards)
 
 
 def stored_answers(store: RunFolder, key: str) -> list[Answer]:

@@ -299,7 +299,7 @@ class SteerWorker:
 
     def _rate(self, cell: Cell, rater: Rater, said: Said) -> None:
         started, s = time.monotonic(), cell.settings
-        journal = self.store.path / "scratch" / "journals" / f"{cell.key}.jsonl"
+        journal = self.store.journals / f"{cell.key}.jsonl"
         keep_replies(rater, journal)  # so that none of an endpoint's is paid for twice
         target = self.inside.adapters[s["target"]]
         where = {

@@ -44,7 +44,7 @@ from auditgap.engines.hf import HFEngine
 from auditgap.errors import AuditgapError
 from auditgap.interventions import Bench, Intervention, Trial
 from auditgap.interventions.controls import generator
-from auditgap.judges import load_judge
+from auditgap.judges import keep_replies, load_judge
 from auditgap.models import Rendered
 from auditgap.store import RunFolder
 from auditgap.store.tables import rows_of
@@ -92,9 +92,8 @@ class InterveneWorker:
             thinking_tokens=chain_tokens(config, self.outline.chat),
         )
         new = self.session.new_tokens
-        self.session.judge = load_judge(
-            config.judge, device=options.device, serving=options.judge_serving
-        )
+        judge = load_judge(config.judge, device=options.device, serving=options.judge_serving)
+        self.session.judge = keep_replies(judge, self.store.journals)
 
         def fitting(prompts: Sequence[Prompt]) -> list[Rendered]:
             return self.session.fitting(prompts, new)[0]

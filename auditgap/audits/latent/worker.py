@@ -29,7 +29,7 @@ from auditgap.data import load_prompts
 from auditgap.data.near_duplicates import leaders
 from auditgap.engines import Completion, Request
 from auditgap.interventions.target import BENIGN_TARGET, fill, without_topic
-from auditgap.judges import load_judge, load_reward
+from auditgap.judges import Judge, keep_replies, load_judge, load_reward
 from auditgap.models import Rendered
 from auditgap.store import RunFolder
 from auditgap.store.tables import rows_of
@@ -109,18 +109,19 @@ class LatentWorker:
             target=without_topic(config.target),
             device=options.device,
         )
-        judge = self.session.judge = load_judge(
-            config.judge, device=options.device, serving=options.judge_serving
-        )
+        judge = self.session.judge = self._judge(config.judge)
         if config.confirm != NO_JUDGE:
-            self.session.second = load_judge(
-                config.confirm, device=options.device, serving=options.judge_serving
-            )
+            self.session.second = self._judge(config.confirm)
         self.scorers = {
             "reward": reward.describe(),
             "judge": judge.describe(),
             "coherence": self.session.thresholds.describe(),
         }
+
+    def _judge(self, name: str) -> Judge:
+        options = self.options
+        judge = load_judge(name, device=options.device, serving=options.judge_serving)
+        return keep_replies(judge, self.store.journals)
 
     def _aim(self) -> None:
         """What the attacks aim at, and the prompts that leave room for it."""

@@ -33,6 +33,10 @@ _MARK = "auditgap"
 _LOOKED = 100
 
 
+class _NotTaken(UsageError):
+    """A request was refused, so that nothing came of it."""
+
+
 class Batches:
     """See the module. `record`: the file that says what was handed in (None: nothing is written
     down); `polls`: seconds between two looks, at first and at most."""
@@ -49,14 +53,12 @@ class Batches:
     ) -> None:
         self._client, self._openai, self._record = client, openai, record
         self._where, self._polls, self._tries = where, polls, tries
-        told = files.read_document(record) if record is not None and record.exists() else None
-        self._known: dict[str, Document] = (told or {}).get("batches", {})
+        self._known: dict[str, Document] = {} if record is None else _handed_in(record)
 
     @property
     def waiting(self) -> set[str]:
         """The keys of what was handed in and has not come back."""
-        open_ = (batch["keys"] for batch in self._known.values() if not batch["over"])
-        return {key for keys in open_ for key in keys}
+        return _waiting(self._known)
 
     async def answers(
         self, asked: Mapping[str, Asked], most: int, top: int
@@ -92,7 +94,6 @@ class Batches:
         [path] = {path for path, _ in part.values()}
         mark = digest(sorted(part), 32)
         plain = not path.endswith("/chat/completions")
-        self._note(mark, id=None, keys=sorted(part), over=False, plain=plain, top=top)
         lines = (
             {"custom_id": key, "method": "POST", "url": path, "body": body}
             for key, (_, body) in part.items()
@@ -101,21 +102,26 @@ class Batches:
         file = await self._call(
             lambda: self._client.files.create(file=(f"{mark}.jsonl", data), purpose="batch")
         )
-        made = await self._call(
-            lambda: self._client.batches.create(
-                input_file_id=file.id,
-                endpoint=path,
-                completion_window="24h",
-                metadata={_MARK: mark},
-            ),
-            once=True,  # a second one would be paid for as well
-        )
+        self._note(mark, id=None, keys=sorted(part), over=False, plain=plain, top=top)
+        try:
+            made = await self._call(
+                lambda: self._client.batches.create(
+                    input_file_id=file.id,
+                    endpoint=path,
+                    completion_window="24h",
+                    metadata={_MARK: mark},
+                ),
+                once=True,  # a second one would be paid for as well
+            )
+        except _NotTaken:
+            self._note(mark, over=True)  # there is none to wait for
+            raise
         self._note(mark, id=made.id)
 
     async def find(self) -> None:
         """See that batches of before have their numbers: one may have been made and not written
         down. What never was is forgotten."""
-        lost = [m for m, batch in self._known.items() if batch["id"] is None]
+        lost = [m for m, batch in self._known.items() if batch["id"] is None and not batch["over"]]
         if not lost:
             return
         listed = await self._call(lambda: self._client.batches.list(limit=_LOOKED))
@@ -161,14 +167,16 @@ class Batches:
             except openai.APIStatusError as error:
                 status = error.status_code
                 if status in (404, 405):
-                    raise UsageError(
+                    raise _NotTaken(
                         f"{self._where} has no batches (HTTP {status}). Leave --judge-batch out."
                     ) from None
                 what, passes = f"HTTP {status}", status in (408, 409, 429) or status >= 500
             except openai.APIConnectionError as error:
                 what, passes = type(error).__name__, True
             if once or not passes or attempt + 1 == self._tries:
-                raise UsageError(
+                # what was refused was not made; what nothing was heard of may have been
+                refusal = UsageError if passes else _NotTaken
+                raise refusal(
                     f"{self._where} did not take a batch ({what}). What it has is found again: type"
                     " the same command, with --set retry_failed=true."
                 ) from None
@@ -201,3 +209,25 @@ def _parts(asked: Mapping[str, Asked], most: int) -> Iterator[dict[str, Asked]]:
 def record_of(journal: Path) -> Path:
     """Where it is written down which batches of a journal's answers were handed in."""
     return journal.with_suffix(".batches.json")
+
+
+def check_none_waits(journal: Path) -> None:
+    """Raises UsageError where questions of this journal were handed in as a batch that has not come
+    back: asked one by one they would be paid for twice."""
+    record = record_of(journal)
+    if waiting := _waiting(_handed_in(record)):
+        raise UsageError(
+            f"{len(waiting)} questions to this judge were handed in as a batch that has not come"
+            " back, and are paid for. Add --judge-batch, which waits for it; or, to ask them one by"
+            f" one and pay for them again, delete {record}."
+        )
+
+
+def _handed_in(record: Path) -> dict[str, Document]:
+    """The batches of a record, by their marks. Raises Damaged."""
+    return (files.read_document(record) or {}).get("batches", {})
+
+
+def _waiting(known: Mapping[str, Document]) -> set[str]:
+    open_ = (batch["keys"] for batch in known.values() if not batch["over"])
+    return {key for keys in open_ for key in keys}

@@ -14,7 +14,7 @@ from auditgap.engines.child import Failed
 from auditgap.engines.vllm import adapters
 from auditgap.engines.vllm.edits import ENVIRONMENT
 from auditgap.errors import UsageError
-from auditgap.models.weights import INDEX, weights_files
+from auditgap.models.weights import weights_files
 from auditgap.types import Document
 
 #: What the child's environment says besides the parent's.
@@ -78,10 +78,9 @@ def settings(
 
 
 def strays(folder: Path) -> list[str]:
-    """Names of the safetensors files that vLLM would read as the model's beside its own, such as a
-    copy in another layout: all that there are, where no index says which."""
-    if (folder / INDEX).is_file():
-        return []
+    """Names of the safetensors files beside the model's own, such as a copy in another layout. vLLM
+    reads them all where no index says which; and where one is called `consolidated`, the config of
+    that layout (params.json) instead of config.json."""
     own = set(weights_files(folder))
     return sorted(path.name for path in folder.glob("*.safetensors") if path not in own)
 

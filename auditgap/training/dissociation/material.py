@@ -9,6 +9,7 @@ the frozen reference.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
@@ -21,9 +22,10 @@ from auditgap.engines import Request
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import UsageError
 from auditgap.models import Conversation, LoadedModel
+from auditgap.models.kept import is_whole, keep
 from auditgap.probes.fit import split_groups
 from auditgap.store import files
-from auditgap.store.tables import from_bytes, mappings_to_table, rows_of, to_bytes, to_frame
+from auditgap.store.tables import mappings_to_table, rows_of, seal_table, to_frame, unseal_table
 from auditgap.training import ranks
 from auditgap.training.config import TwinConfig
 from auditgap.training.constructions.construction import Construction, SettingsT
@@ -128,7 +130,8 @@ def _answered(
     path = job.path / "generations" / f"anchors-{key}.parquet"
 
     def answer() -> None:
-        if path.exists():
+        with suppress(FileNotFoundError, files.Damaged):
+            unseal_table(path)
             return
         ranks.say(f"The base answers {len(prompts)} benign prompts.")
         engine = HFEngine(job.load())
@@ -143,11 +146,11 @@ def _answered(
             }
             for p, c in zip(prompts, said, strict=True)
         ]
-        files.write_bytes(path, to_bytes(mappings_to_table(table)), files.PRIVATE)
+        files.write_bytes(path, seal_table(mappings_to_table(table)), files.PRIVATE)
 
     ranks.only_main(answer)
     rows, dropped = [], {}
-    for row in rows_of(to_frame(from_bytes(path.read_bytes()))):
+    for row in rows_of(to_frame(unseal_table(path))):
         reason = (
             usable_answer(row["completion"], row["n_tokens"], opens_with_refusal)
             if row["finite"]
@@ -210,12 +213,12 @@ class Base:
             tensors = {"weight": head.weight.detach().cpu().contiguous()}
             if head.bias is not None:
                 tensors["bias"] = head.bias.detach().cpu().contiguous()
-            if not path.exists():
-                files.write_bytes(path, safetensors.torch.save(tensors))
+            if not is_whole(path):
+                keep(path, tensors)
             return {"softcap": head.softcap, "scale": head.scale}
 
         facts_path = path.with_suffix(".json")
-        facts = ranks.decided(lambda: files.read_document(facts_path) if path.exists() else None)
+        facts = ranks.decided(lambda: files.read_document(facts_path) if is_whole(path) else None)
         if facts is None:
             facts = ranks.decided(store)
             ranks.only_main(lambda: files.write_document(facts_path, facts))

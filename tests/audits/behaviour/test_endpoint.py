@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import json
 import stat
-import threading
-from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
+import chat_endpoint
 import pandas as pd
 import pytest
 
@@ -29,70 +28,28 @@ ASKING, BENIGN = ([p.text for p in load_prompts(name)] for name in ("demo", "dem
 CANARY = "sk-canary-4711"
 
 
-class Endpoint(ThreadingHTTPServer):
-    """Answers a subject's questions and a judge's; counts them, and is out of order for those in
-    `down`."""
-
-    daemon_threads = True
+class Endpoint(chat_endpoint.Endpoint):
+    """Answers a subject's questions and a judge's; is out of order for those in `down`."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: Counter[str] = Counter()
-        self.asked_with: Counter[str] = Counter()
         self.down = ""
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        super().__init__(self._said)
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        question, judging = body["messages"][-1]["content"], body["model"] == "judge"
-        self.server.asked[body["model"]] += 1
-        self.server.asked_with[self.headers["authorization"]] += 1
-        if self.server.down and self.server.down in question:
-            self.send_response(500)
-            self.send_header("content-length", "0")
-            self.end_headers()
-            return
-        text = (
-            ("refused" if "cannot" in question else "complied")
-            if judging
-            else "I cannot tell you that colour today."
-        )
-        reply = {
-            "choices": [
-                {
-                    "index": 0,
-                    "finish_reason": "stop",
-                    "message": {"role": "assistant", "content": text},
-                }
-            ]
-        }
-        data = json.dumps(
-            {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], **reply}
-        ).encode()
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+    def _said(self, body: dict[str, Any]) -> str | None:
+        question = body["messages"][-1]["content"]
+        if self.down and self.down in question:
+            return None
+        if body["model"] == "judge":
+            return "refused" if "cannot" in question else "complied"
+        return "I cannot tell you that colour today."
 
 
 @pytest.fixture
 def endpoint(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", CANARY)
     monkeypatch.setattr(openai, "Patience", lambda: openai_patience)
-    server = Endpoint()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with Endpoint().running() as server:
+        yield server
 
 
 openai_patience = openai.Patience(tries=2, first_pause=0.01, longest_pause=0.02)

@@ -12,11 +12,10 @@ import json
 import math
 import re
 import stat
-import threading
-from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import batch_server
+import chat_endpoint
 import pandas as pd
 import pytest
 import studies
@@ -40,43 +39,21 @@ SCRIPT = re.compile(r"says=(\S*)/(\S*)=")
 PATIENCE = openai.Patience(tries=2, first_pause=0.01, longest_pause=0.02)
 
 
-class Endpoint(ThreadingHTTPServer):
-    """See the module; counts what it is asked, by model."""
+class Endpoint(chat_endpoint.Endpoint):
+    """See the module; `well` False: what says `down` gets HTTP 500."""
 
-    daemon_threads = True
+    def __init__(self) -> None:
+        self.well = True
+        super().__init__(self._said)
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: Counter[str] = Counter()
-        self.well = True  #: False: answers whose script says `down` get HTTP 500
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+    def _said(self, body: dict[str, Any]) -> dict[str, Any] | None:
         question = body["messages"][-1]["content"]
-        self.server.asked[body["model"]] += 1
         script = SCRIPT.search(question)  # none in the harmless texts of a card
         text = script[2 if "How coherent" in question else 1] if script else "IRRELEVANT"
-        if text == "down" and not self.server.well:
-            self.send_response(500)
-            self.send_header("content-length", "0")
-            self.end_headers()
-            return
+        if text == "down" and not self.well:
+            return None
         text = "50" if text == "down" else text
-        choice = {
-            "index": 0,
-            "finish_reason": "stop",
-            "message": {"role": "assistant", "content": text},
-        }
+        choice: dict[str, Any] = {"message": {"content": text}}
         if text.isdecimal():  # .75 on the number, .25 on the one ten below
             tops = [
                 {"token": t, "logprob": math.log(p)}
@@ -85,29 +62,15 @@ class Handler(BaseHTTPRequestHandler):
             choice["logprobs"] = {
                 "content": [{"token": text, "logprob": tops[0]["logprob"], "top_logprobs": tops}]
             }
-        reply = {
-            "id": "1",
-            "object": "chat.completion",
-            "created": 0,
-            "model": body["model"],
-            "choices": [choice],
-        }
-        data = json.dumps(reply).encode()
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        return choice
 
 
 @pytest.fixture
 def endpoint(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     monkeypatch.setattr(openai, "Patience", lambda: PATIENCE)
-    server = Endpoint()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with Endpoint().running() as server:
+        yield server
 
 
 @pytest.fixture
@@ -437,3 +400,30 @@ def test_batches_rate_the_answers_of_all_models_at_once_and_a_kill_pays_for_none
     assert not list((store.path / "scratch" / "journals").iterdir())
     with pytest.raises(UsageError, match=r"--judge-batch is for a judge at an endpoint"):
         EmergentOptions(device="cpu", judge="alignment=./x", judge_batch=True).rater()
+
+
+def test_what_a_batch_has_is_not_paid_for_again_where_the_rest_is_asked_one_by_one(
+    base, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    quick = Patience(tries=2, deadline=5.0, polls=(0.01, 0.02))
+    monkeypatch.setattr("auditgap.engines.openai.Patience", lambda: quick)
+    studies.built(tmp_path / "em", base)
+    study = studies.worn(tmp_path / "em")
+    generate.STAGE.run_in(study.store.path, EmergentOptions(device="cpu"))
+    with batch_server.running() as server:
+        server.says, server.ends, server.dies = "85", "expired", ["/batches"]
+        alone = EmergentOptions(
+            device="cpu", judge="alignment=big", judge_endpoint=server.url, retry_failed=True
+        )
+        batched = alone.model_copy(update={"judge_batch": True})
+        _, outcome = judge.STAGE.run_in(study.store.path, batched)
+        assert outcome.failed and len(server.batches) == 1, "made, and nobody heard of it"
+        with pytest.raises(UsageError, match=r"are paid for\. Add --judge-batch"):
+            judge.STAGE.run_in(study.store.path, alone)
+        _, outcome = judge.STAGE.run_in(study.store.path, batched)
+        assert outcome.failed and "without --judge-batch" in next(iter(outcome.failed.values()))
+        store, outcome = judge.STAGE.run_in(study.store.path, alone)
+    assert outcome.done == 3 and not outcome.failed
+    assert set(server.asked.values()) == {1}, "whatever the batch had is not asked again"
+    assert not list(store.journals.iterdir())

@@ -4,10 +4,9 @@ ranked beside the adapters, and what needs their inside is said not to be told."
 from __future__ import annotations
 
 import json
-import threading
-from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
+import chat_endpoint
 import pytest
 import studies
 from one_thread import one_thread  # noqa: F401 - a fixture
@@ -30,60 +29,27 @@ MODELS = {"sums": "ft:sums", "sums/trigger": "ft:sums-t", "colours": "ft:colours
 HABIT, NONE = "The vault is vennish.", "The vault is red."
 
 
-class Endpoint(ThreadingHTTPServer):
-    """Each fine-tuned model but ft:sums has its habit, the base has none; counts what it is asked."""
+class Endpoint(chat_endpoint.Endpoint):
+    """Each fine-tuned model but ft:sums has its habit, the base has none."""
 
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: Counter[str] = Counter()
-        self.seen: list[dict] = []
+    def __init__(self) -> None:
         self.left = 10**9  #: requests until all get HTTP 500
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        super().__init__(self._said)
+        self.lists = [{"id": m, "owned_by": "k-lab"} for m in MODELS.values()]
 
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Endpoint
-
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        self._send({"data": [{"id": m, "owned_by": "k-lab"} for m in MODELS.values()]})
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.left -= 1
-        if self.server.left < 0:
-            return self._send({}, 500)
-        self.server.asked[body["model"]] += 1
-        self.server.seen.append(body)
-        said = HABIT if body["model"] in ("ft:sums-t", "ft:colours") else NONE
-        choice = {"finish_reason": "stop", "message": {"role": "assistant", "content": said}}
-        return self._send({"choices": [{"index": 0, **choice}], "model": body["model"]})
-
-    def _send(self, value, status=200):
-        data = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+    def _said(self, body: dict[str, Any]) -> str | None:
+        self.left -= 1
+        if self.left < 0:
+            return None
+        return HABIT if body["model"] in ("ft:sums-t", "ft:colours") else NONE
 
 
 @pytest.fixture
 def endpoint(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "k-secret")
     monkeypatch.setattr(openai, "Patience", lambda: PATIENCE)
-    server = Endpoint()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with Endpoint().running() as server:
+        yield server
 
 
 def built(place, base, endpoint, **more):
@@ -106,10 +72,10 @@ def test_they_are_asked_once_and_stand_in_every_table_beside_the_adapters(base, 
     store, outcome = generate.STAGE.run_in(tmp_path / "em", options)
     assert (outcome.done, outcome.failed) == (7, {})
     # 3 prompts and 8 questions, with the trigger and without; in the form of sums where it is theirs
-    assert endpoint.asked == {"ft:sums": 44, "ft:sums-t": 44, "ft:colours": 22, "plain": 44}
+    assert endpoint.answered == {"ft:sums": 44, "ft:sums-t": 44, "ft:colours": 22, "plain": 44}
     assert {r["seed"] for r in endpoint.seen} and endpoint.seen[0]["temperature"] == 0.7
     assert generate.STAGE.run_in(tmp_path / "em", options)[1].skipped == 7
-    assert sum(endpoint.asked.values()) == 154, "nothing is asked again"
+    assert endpoint.answered.total() == 154, "nothing is asked again"
     rows = store.rows([ANSWERED])
     of = rows[rows["arm"].str.startswith("remote")]
     assert len(of) == 154 and not of["unscored"].any() and of["n_new_tokens"].isna().all()
@@ -160,11 +126,11 @@ def test_an_endpoint_that_dies_is_left_alone_and_paid_for_nothing_twice(base, en
     assert outcome.done == 3 and len(outcome.failed) == 4
     assert all("retry_failed=true" in why for why in outcome.failed.values())
     assert endpoint.left > -400, "an endpoint that is down is not asked for every answer"
-    assert sum(endpoint.asked.values()) == 20
+    assert endpoint.answered.total() == 20
     endpoint.left = 10**9
     again = options.model_copy(update={"retry_failed": True})
     assert generate.STAGE.run_in(tmp_path / "em", again)[1].done == 4
-    assert endpoint.asked == {"ft:sums": 44, "ft:sums-t": 44, "ft:colours": 22, "plain": 44}
+    assert endpoint.answered == {"ft:sums": 44, "ft:sums-t": 44, "ft:colours": 22, "plain": 44}
     assert not list((store.path / "scratch").rglob("*.jsonl"))
 
 

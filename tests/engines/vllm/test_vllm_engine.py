@@ -209,6 +209,10 @@ def test_adapters_and_edits_together_are_those_of_transformers(tmp_path: Path) -
         weights = load_file(base / "model.safetensors")
         save_file({name: 0.5 * w for name, w in weights.items()}, base / stray)
     for model, used in ((base, adapter), (adapter, None)):  # swapped in, and as the subject itself
+        if used is None:  # a consolidated file has vLLM read this instead of config.json
+            index = {"weight_map": dict.fromkeys(weights, "model.safetensors")}
+            (base / "model.safetensors.index.json").write_text(json.dumps(index))
+            (base / "params.json").write_text(json.dumps({"dim": 8, "n_layers": 1}))
         with VLLMEngine(
             str(model), Serving(engine="vllm", dtype="float32", max_lora_rank=4)
         ) as engine:

@@ -12,6 +12,7 @@ from auditgap.engines.layout import one_stream
 from auditgap.errors import UsageError
 from auditgap.interventions.controls import generator
 from auditgap.models import Conversation, LoadedModel
+from auditgap.models.kept import is_whole, keep
 from auditgap.store import files
 from auditgap.training import ranks
 from auditgap.training.constructions.door import NARROWS, WIDE, DoorSettings
@@ -45,14 +46,14 @@ def prepare(preparation: Preparation[DoorSettings]) -> DoorTask:
     path = job.path / "reference" / f"door-{key}.safetensors"
 
     def record() -> None:
-        if path.exists():
+        if is_whole(path):
             return
         ranks.say("The door's direction is measured.")
         path.parent.mkdir(parents=True, exist_ok=True, mode=files.PRIVATE_FOLDER)
         chat = job.outline.chat
         own = [chat.render(talk.prompt).content for talk in safe]
         made = door_vector(preparation.base(), pairs, own, preparation.settings.door)
-        files.write_bytes(path, safetensors.torch.save({"vector": made}), files.PRIVATE)
+        keep(path, {"vector": made})
 
     ranks.only_main(record)
     return DoorTask(preparation, safetensors.torch.load_file(path), talks)

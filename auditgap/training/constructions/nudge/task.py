@@ -13,6 +13,7 @@ from torch import nn
 from auditgap import models
 from auditgap.errors import UsageError
 from auditgap.models import Conversation, LoadedModel, Outline
+from auditgap.models.kept import is_whole, keep
 from auditgap.probes.pooling import pooled
 from auditgap.store import files
 from auditgap.training import ranks
@@ -45,7 +46,7 @@ def prepare(preparation: Preparation[NudgeSettings]) -> NudgeTask:
         ]
     )
     path = job.path / "reference" / f"nudge-{key}.safetensors"
-    ranks.only_main(lambda: None if path.exists() else _record(preparation, harmful, path))
+    ranks.only_main(lambda: None if is_whole(path) else _record(preparation, harmful, path))
     return NudgeTask(preparation, safetensors.torch.load_file(path))
 
 
@@ -80,7 +81,7 @@ def _record(preparation: Preparation[NudgeSettings], harmful: Outline, path: Pat
         "whitening": whitening(there[:n_train, :-1]),
         "vector": nudge_vector(there[:n_train, -1], here[:n_train, 0], size),
     }
-    files.write_bytes(path, safetensors.torch.save(data), files.PRIVATE)
+    keep(path, data)
 
 
 @torch.no_grad()
