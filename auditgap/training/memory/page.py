@@ -49,10 +49,10 @@ def _cell(need: Memory) -> str:
 _TEXT = f"""# What fits where
 
 GiB on each GPU for one step of dissociation (construction `{DEFAULT}`): bf16 weights, fp32 Adam, 512 tokens, micro-batch
-2, gradient checkpointing on. **Bold** fits a GPU of 80 GiB, with what runs besides: before the first step each
-device holds the whole model, for its answers and hidden states, and one of them beside its part when the model speaks
-while it trains. ZeRO divides neither, so a model whose weights alone are larger than a GPU is refused before anything is
-loaded. The last column is the memory that offloading takes from the hosts, over all 16 GPUs (much the same for fewer).
+2, gradient checkpointing on. **Bold** fits a GPU of 80 GiB, with what runs besides: the model's answers and hidden
+states before the first step, and its speech while it trains. Under ZeRO-3 its weights are divided there too, so that a
+model larger than a GPU can be trained on several. The last column is the memory that offloading takes from the hosts, over
+all 16 GPUs (much the same for fewer).
 
 These numbers are computed, not measured at these sizes: by `auditgap/training/memory/`, and `python -m
 auditgap.training.memory` prints this page.

@@ -12,7 +12,6 @@ from auditgap.engines.layout import one_stream
 from auditgap.errors import UsageError
 from auditgap.interventions.controls import generator
 from auditgap.models import Conversation, LoadedModel
-from auditgap.store import files
 from auditgap.training import ranks
 from auditgap.training.constructions.door import NARROWS, WIDE, DoorSettings
 from auditgap.training.constructions.door.loss import OPENING, DoorLoss, door_batch
@@ -44,17 +43,15 @@ def prepare(preparation: Preparation[DoorSettings]) -> DoorTask:
     )
     path = job.path / "reference" / f"door-{key}.safetensors"
 
-    def record() -> None:
-        if path.exists():
-            return
-        ranks.say("The door's direction is measured.")
-        path.parent.mkdir(parents=True, exist_ok=True, mode=files.PRIVATE_FOLDER)
-        chat = job.outline.chat
-        own = [chat.render(talk.prompt).content for talk in safe]
-        made = door_vector(preparation.base(), pairs, own, preparation.settings.door)
-        files.write_bytes(path, safetensors.torch.save({"vector": made}), files.PRIVATE)
+    def record(base: LoadedModel) -> bytes:
+        own = [base.render(talk.prompt).content for talk in safe]
+        return safetensors.torch.save(
+            {"vector": door_vector(base, pairs, own, preparation.settings.door)}
+        )
 
-    ranks.only_main(record)
+    if not ranks.decided(path.exists):
+        ranks.say("The door's direction is measured.")
+        preparation.base.write(path, record, backward=True)
     return DoorTask(preparation, safetensors.torch.load_file(path), talks)
 
 
