@@ -156,7 +156,7 @@ def _beside(p: MemoryInputs, always: Mapping[str, float]) -> dict[str, int]:
 def _running(p: MemoryInputs) -> float:
     """A pack of hidden states in one block, and at stage 3 the largest layers: the head whole, the
     embedding or a block's, and what comes next."""
-    pack = _RUNNING_TOKENS * (p.element * (3 * p.mlp + 4 * p.width) + 8 * p.width)
+    pack = _RUNNING_TOKENS * p.element * (3 * p.mlp + 2 * p.width)
     if p.stage < 3:
         return pack
     layer, bucket = p.width * p.mlp, p.bucket or p.width**2
