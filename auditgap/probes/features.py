@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import safetensors
@@ -112,11 +113,13 @@ def cached_features(
     batch_tokens: int | None = None,
     tick: Callable[[int], None] | None = None,
     patience: float = 3600.0,
+    running: AbstractContextManager[None] | None = None,
 ) -> torch.Tensor:
     """All conversations' features [n, L, D] in `dtype` (float32 or bfloat16), from `folder` where
     they are, else extracted.
 
-    With `shard` (rank, world) each rank extracts its own rows into its own file, then reads
+    `running` is open while the model runs (where ranks have a part of it each). With `shard` (rank,
+    world) each rank extracts its own rows into its own file, then reads
     everybody's; the ranks need one folder that all of them see. A whole set that another number of
     ranks left serves too. A file that is truncated or does not have its checksum is set aside as
     *.corrupt and made again. One rank alone gets its file memory-mapped. Raises AuditgapError when
@@ -135,18 +138,19 @@ def cached_features(
             tick(len(shard_rows(n, shard)))
         return whole
     mine = _path(folder, key, shard)
-    if _read(mine, (len(shard_rows(n, shard)), *shape), STORED[dtype]) is None:
-        if mine.exists():
-            files.set_aside(mine)
-        found = extract(
-            loaded, conversations, batch_tokens=batch_tokens, shard=shard, tick=tick
-        ).to(STORED[dtype])
-        # activations say what was read: as private as the text
-        files.write_bytes(
-            mine,
-            safetensors.torch.save({"features": found}, {"sha256": _checksum(found)}),
-            files.PRIVATE,
-        )
+    with running or nullcontext():
+        if _read(mine, (len(shard_rows(n, shard)), *shape), STORED[dtype]) is None:
+            if mine.exists():
+                files.set_aside(mine)
+            found = extract(
+                loaded, conversations, batch_tokens=batch_tokens, shard=shard, tick=tick
+            ).to(STORED[dtype])
+            # activations say what was read: as private as the text
+            files.write_bytes(
+                mine,
+                safetensors.torch.save({"features": found}, {"sha256": _checksum(found)}),
+                files.PRIVATE,
+            )
     # Files are waited for and not a barrier: a collective would time out where one rank had its
     # file and another had not.
     deadline = time.monotonic() + patience

@@ -33,9 +33,9 @@ def run(config: TwinConfig, options: TrainOptions) -> Trained:
     with jobs.opened(config, options, kind="dissociated") as job:
         if job.is_done:
             return job.trained()
-        material = gather(config, construction, job)
-        job.same_rows([row.id for row in [*material.rows, *material.heldout]])
         base = Base(job)
+        material = gather(config, construction, job, base)
+        job.same_rows([row.id for row in [*material.rows, *material.heldout]])
         task = construction.prepare(Preparation(config, settings, job, material, base))
         base.forget()
         with job.engine(lambda loaded, model: task.construct(model)) as engine:

@@ -118,6 +118,13 @@ def filled(
     return done
 
 
+def to_run(ds: Document) -> Document:
+    """Of a filled config of ZeRO-3, what a model is divided by that runs and is not trained."""
+    zero = {k: v for k, v in ds["zero_optimization"].items() if k != "offload_optimizer"}
+    kept = {k: v for k, v in ds.items() if k in ("bf16", "steps_per_print")}
+    return {**kept, "train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+
+
 def _known(
     config: TrainConfig, options: TrainOptions, width: int, bf16: bool, on_gpu: bool
 ) -> Document:

@@ -6,8 +6,9 @@ job.
         losses = engine.accumulate(batch)           # forward, backward
     engine.step(lr)                                 # reduce, clip, update: once a step
 
-The weights are whole again in `write` (a folder that transformers or PEFT loads)
-and in `speaking` (to generate between steps).
+The weights are whole again in `write` (a folder that transformers or PEFT loads). Between steps the
+model is `asked`, where its weights are; `Divided` is a model that only runs, divided as
+ZeRO-3 divides the one in training.
 """
 
 from __future__ import annotations
@@ -22,18 +23,94 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from auditgap import models
 from auditgap.errors import AuditgapError, UsageError
 from auditgap.models import LoadedModel
 from auditgap.training import export, ranks
-from auditgap.training.ds_config import stage_of
+from auditgap.training.ds_config import stage_of, to_run
+from auditgap.training.lending import on_main
 from auditgap.training.losses import Batch, LossModule
+from auditgap.training.objective import Head
 from auditgap.types import Document
+
+T = TypeVar("T")
+#: Where DeepSpeed numbers modules from 0: none of them.
+_OURS = -1
+
+
+def _library(device: str) -> Any:
+    """DeepSpeed, set up for this device. Raises UsageError where it is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UsageError(
+            "Training runs on DeepSpeed, which is not installed; type: pip install"
+            " 'auditgap[train]'"
+        )
+    # read when it is first imported
+    os.environ["DS_ACCELERATOR"] = "cuda" if device.startswith("cuda") else "cpu"
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    # compiled at a first start, for inference alone; a kill while it is being compiled would
+    # lock every later job out
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class Divided:
+    """A model that runs and is not trained, its weights divided over the ranks as ZeRO-3 divides
+    those of the model in training. All ranks open and close it, and run it by `lending`."""
+
+    def __init__(self, load: Callable[[], LoadedModel], ds: Document, *, device: str) -> None:
+        deepspeed = _library(device)
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+        config = to_run(ds)
+        partitioning = HfDeepSpeedConfig(config)  # while it lives, weights are divided as they come
+        self.loaded = load()
+        del partitioning
+        self._engine: Any
+        self._engine, *_ = deepspeed.initialize(model=self.loaded.model, config=config)
+        _restore_rotary(self.loaded.model)
+
+    def release(self) -> None:
+        """Let go of layers that are still gathered: what was gathered where no gradient can be taken
+        serves no gradient."""
+        self._engine.empty_partition_cache()
+
+    def close(self) -> None:
+        """Let go of this rank's part. DeepSpeed keeps the modules for as long as the process
+        lives, so that the weights have to be taken out of them."""
+        self.release()
+        self._engine.destroy()
+        for parameter in self.loaded.model.parameters():
+            part: Any = getattr(parameter, "ds_tensor", None)
+            if part is not None:
+                part.data = part.new_empty(0)
+
+
+@contextmanager
+def whole_head(model: nn.Module) -> Iterator[Head]:
+    """The model's output head, whole on every rank while this is open, whatever runs meanwhile; for
+    all ranks at once."""
+    head = Head.of(model)
+    parts: list[Any] = [p for p in (head.weight, head.bias) if hasattr(p, "ds_tensor")]
+    if not parts:
+        yield head
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parts):
+        for part in parts:  # as if a module were using it: those that do would let go of it
+            part.ds_active_sub_modules.add(_OURS)
+        try:
+            yield head
+        finally:
+            for part in parts:
+                part.ds_active_sub_modules.discard(_OURS)
 
 
 class DeepSpeedEngine:
@@ -49,20 +126,9 @@ class DeepSpeedEngine:
     ) -> None:
         """`build` loads the model (partitioned as it comes, under ZeRO-3) and returns (the loss
         module around it, the model)."""
-        if importlib.util.find_spec("deepspeed") is None:
-            raise UsageError(
-                "Training runs on DeepSpeed, which is not installed; type: pip install"
-                " 'auditgap[train]'"
-            )
-        # read when it is first imported
-        os.environ["DS_ACCELERATOR"] = "cuda" if device.startswith("cuda") else "cpu"
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        import deepspeed
+        deepspeed = _library(device)
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-        # compiled at a first start, for inference alone; a kill while it is being compiled would
-        # lock every later job out
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.ds = ds
         self.stage = stage_of(ds)
         self.micro_batches = micro_batches
@@ -174,22 +240,32 @@ class DeepSpeedEngine:
                     state[name] = parameter.detach().cpu().clone()
         return state if ranks.is_main() else None
 
-    @contextmanager
-    def speaking(self, scratch: Path) -> Iterator[LoadedModel | None]:
-        """The model, ready to generate, on rank 0 (None elsewhere, where this waits). No weight
-        changes.
-
-        Up to ZeRO-2 it is the model in place; partitioned weights are gathered into a copy, through
-        `scratch`.
-        """
+    def asked(self, act: Callable[[LoadedModel], T]) -> T:
+        """What `act(model)` gives on rank 0, on every rank; it may generate with the model as it is
+        now, by whole forwards, and change no weight. Weights that are divided stay so
+        (`lending`)."""
+        self.module.eval()
         if self.stage == 3:
-            with self._copied(scratch) as loaded:
-                yield loaded
+            found = self._asked_in_parts(act)
         else:
-            self.module.eval()
-            yield self.loaded if ranks.is_main() else None
-            self.module.train()
-        ranks.wait()
+            found = ranks.decided(lambda: act(self.loaded))
+        self.module.train()
+        return found
+
+    def _asked_in_parts(self, act: Callable[[LoadedModel], T]) -> T:
+        from transformers.integrations.deepspeed import (
+            set_hf_deepspeed_config,
+            unset_hf_deepspeed_config,
+        )
+
+        unset_hf_deepspeed_config()  # a judge that is opened meanwhile is not to be divided
+        try:
+            with whole_head(self.loaded.model):
+                return on_main(self.loaded.model, lambda: act(self.loaded))
+        finally:
+            set_hf_deepspeed_config(self._partitioned)
+            # what was gathered where no gradient can be taken is not for the next step
+            self._engine.empty_partition_cache()
 
     @contextmanager
     def written(self, folder: Path) -> Iterator[Path | None]:
@@ -203,28 +279,6 @@ class DeepSpeedEngine:
             if ranks.is_main():
                 shutil.rmtree(folder, ignore_errors=True)
         ranks.wait()
-
-    @contextmanager
-    def _copied(self, scratch: Path) -> Iterator[LoadedModel | None]:
-        from transformers.integrations.deepspeed import (
-            set_hf_deepspeed_config,
-            unset_hf_deepspeed_config,
-        )
-
-        self.write(scratch)
-        if not ranks.is_main():
-            yield None
-            return
-        unset_hf_deepspeed_config()
-        try:
-            yield models.load(
-                str(scratch),
-                dtype=str(self.loaded.dtype).removeprefix("torch."),
-                device=str(self.device),
-            )
-        finally:
-            set_hf_deepspeed_config(self._partitioned)
-            shutil.rmtree(scratch, ignore_errors=True)
 
     def close(self) -> None:
         self._engine.destroy()

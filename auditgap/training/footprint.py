@@ -20,8 +20,8 @@ class Footprint:
     chunk_buffers: int = 4
     #: whether the base's output head is kept as well, where the model's own is trained
     reference_head: bool = True
-    #: whether the model runs whole on a device besides: for its answers and hidden states before
-    #: the first step, and to speak while it is trained; ZeRO divides none of it
-    runs_whole: bool = True
+    #: whether the model runs besides: for its answers and hidden states before the first step, and
+    #: to speak while it is trained
+    speaks: bool = True
     #: (blocks, width) -> bytes of what is trained alongside the model, by name
     alongside: Callable[[int, int], Mapping[str, float]] = nothing

@@ -21,7 +21,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from torch import nn
 
@@ -42,8 +41,6 @@ from auditgap.training.footprint import Footprint
 from auditgap.training.losses import LossModule
 from auditgap.training.tracking import Tracker, check_report_to
 from auditgap.types import Document, digest
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -144,8 +141,9 @@ class Job:
 
     # -- the steps
 
-    def load(self) -> LoadedModel:
-        return models.load(self.outline, dtype=self.dtype, device=self.device)
+    def load(self, outline: Outline | None = None) -> LoadedModel:
+        """The model to be trained, or another one, as it came."""
+        return models.load(outline or self.outline, dtype=self.dtype, device=self.device)
 
     @contextmanager
     def engine(
@@ -286,11 +284,6 @@ class Job:
         return Trained(
             self.path, self.path / "model", files.read_document(self.path / "train.json") or {}
         )
-
-
-def on_main_with(model: T | None, act: Callable[[T], Document]) -> Document:
-    """`act(model)` on rank 0, the only one that has it; its numbers on every rank."""
-    return ranks.decided(lambda: dict(act(model)) if model is not None else {})
 
 
 @contextmanager

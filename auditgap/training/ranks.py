@@ -31,6 +31,8 @@ _T = TypeVar("_T")
 #: While rank 0 speaks or judges, the others wait in a group of their own, for hours if need be.
 _PATIENCE = timedelta(hours=12)
 _patient: Any = None
+#: What gloo says when another rank is not there any more; NCCL has exceptions of its own.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 
 
 def rank() -> int:
@@ -180,12 +182,30 @@ def lowest(value: float) -> float:
     return min(gathered(value))
 
 
+def highest(value: int) -> int:
+    """The highest of every rank's, which are waited for however long they take."""
+    if world() == 1 or not dist.is_initialized():
+        return value
+    one = torch.tensor(value)
+    dist.all_reduce(one, op=dist.ReduceOp.MAX, group=_patient)
+    return int(one)
+
+
 def of_main(values: torch.Tensor) -> torch.Tensor:
     """Rank 0's tensor, on every rank; shapes and dtypes agree."""
     if world() > 1:
         values = values.contiguous()
         dist.broadcast(values, src=0)
     return values
+
+
+def has_lost_one(error: BaseException) -> bool:
+    """Whether an error is that of a rank whose company ended: a connection that another one's end
+    closed, or a collective that it did not come to."""
+    lost = (dist.DistBackendError, dist.DistNetworkError)
+    return isinstance(error, lost) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST)
+    )
 
 
 def say(line: str) -> None:

@@ -26,10 +26,13 @@ from auditgap.models import Conversation, LoadedModel
 from auditgap.models.kept import is_whole, keep
 from auditgap.store import files
 from auditgap.training import ranks
+from auditgap.training.lending import together
 from auditgap.types import digest
 
 #: Of a file; at 512 tokens of an 8B model about a gigabyte.
 _ROWS_A_PART = 256
+#: Tokens that run together, of the hidden states here and of what a monitor is fitted on.
+BATCH_TOKENS = 4096
 
 
 class HiddenCache:
@@ -107,16 +110,14 @@ class HiddenCache:
         portions = [mine[at : at + _ROWS_A_PART] for at in range(0, len(mine), _ROWS_A_PART)] or [
             []
         ]
+        of = f"{len(portions)}-{ranks.rank()}-of-{ranks.world()}"
         # part by part, so that neither memory nor a kill takes more than one
-        for number, rows in enumerate(portions):
-            part = (
-                folder
-                / f"{key}-{number}-of-{len(portions)}-{ranks.rank()}-of-{ranks.world()}.safetensors"
-            )
-            if not _opens(part):
-                found = final_hidden(loaded, [talks[i] for i in rows])
-                data = {str(i): hidden.contiguous() for i, hidden in zip(rows, found, strict=True)}
-                keep(part, data)
+        with together(loaded.model):
+            for number, rows in enumerate(portions):
+                part = folder / f"{key}-{number}-of-{of}.safetensors"
+                if not _opens(part):
+                    found = final_hidden(loaded, [talks[i] for i in rows])
+                    keep(part, {str(i): h.contiguous() for i, h in zip(rows, found, strict=True)})
         ranks.wait()
         parts = ranks.decided(lambda: _whole(folder, key))
         if not parts:
@@ -158,7 +159,7 @@ def _opens(path: Path) -> bool:
 
 @torch.no_grad()
 def final_hidden(
-    loaded: LoadedModel, talks: Sequence[Conversation], *, batch_tokens: int = 4096
+    loaded: LoadedModel, talks: Sequence[Conversation], *, batch_tokens: int = BATCH_TOKENS
 ) -> list[torch.Tensor]:
     """Each row's final (normed) hidden states [T, D] on the CPU, in the model's dtype."""
     decoder = loaded.model.get_decoder()

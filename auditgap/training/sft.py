@@ -51,7 +51,7 @@ Evaluate = Callable[[int, Any], Document | None]
 
 
 #: NLL alone, and no reference.
-FOOTPRINT = Footprint(chunk_buffers=3, reference_head=False, runs_whole=False)
+FOOTPRINT = Footprint(chunk_buffers=3, reference_head=False, speaks=False)
 
 
 class SFTLoss(LossModule):
@@ -94,7 +94,7 @@ def run(
         job.about(facts)
         job.check(
             lengths=[len(t.ids) for t in talks],
-            footprint=replace(FOOTPRINT, runs_whole=evaluate is not None),
+            footprint=replace(FOOTPRINT, speaks=evaluate is not None),
         )
         with job.engine(lambda loaded, model: SFTLoss(model)) as engine:
             job.train(engine, _Task(rows, talks, job, evaluate, in_place), n_rows=len(rows))
@@ -180,7 +180,7 @@ class _Task(BaseTask):
         evaluate = self._evaluate
         if evaluate is None:
             return {}
-        scratch = Path(self.job.path) / "scratch" / "speaking"
-        model = engine.speaking(scratch) if self.in_place else engine.written(scratch)
-        with model as there:
-            return jobs.on_main_with(there, lambda model: evaluate(step, model) or {})
+        if self.in_place:
+            return engine.asked(lambda model: evaluate(step, model) or {})
+        with engine.written(self.job.path / "scratch" / "speaking") as adapter:
+            return ranks.decided(lambda: evaluate(step, adapter) or {})

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from auditgap.config import Flag, Frozen, Topic
 from auditgap.errors import UsageError
-from auditgap.probes.features import cached_features
 from auditgap.probes.pooling import pooled
-from auditgap.training import ranks
 from auditgap.training.constructions import Construction
 from auditgap.training.dissociation.material import Preparation
 from auditgap.training.dissociation.task import DissociationTask
@@ -68,12 +66,7 @@ class BlendTask(DissociationTask[BlendSettings]):
         super().__init__(preparation)
         rows, talks = self.material.rows, self.material.talks
         benign = [talk for row, talk in zip(rows, talks, strict=True) if not row.harmful]
-        features = cached_features(
-            preparation.base(),
-            benign,
-            folder=self.job.path / "reference" / "benign",
-            shard=(ranks.rank(), ranks.world()),
-        )
+        features = preparation.base.features(benign)
         self.centre: torch.Tensor = features.mean(0)
 
     def construct(self, model: nn.Module) -> BlendLoss:

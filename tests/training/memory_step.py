@@ -2,6 +2,9 @@
 peak memory as JSON.
 
     python tests/training/memory_step.py '{"width": 512, "mlp_width": 1536, "n_blocks": 8, …, "stage": 2}'
+
+With "beside", what runs beside the step instead, on as many ranks as started it: the hidden states of
+a pack, from a model that is divided over them.
 """
 
 from __future__ import annotations
@@ -16,26 +19,28 @@ import sys
 from pathlib import Path
 
 os.environ |= {
-    "RANK": "0",
-    "WORLD_SIZE": "1",
-    "LOCAL_RANK": "0",
-    "DS_ACCELERATOR": "cpu",
-    "OMP_NUM_THREADS": "1",
+    **{"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+    **os.environ,
+    **{"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
 }
 
 import deepspeed
 import psutil
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from auditgap import models
+from auditgap.models import Conversation, LoadedModel
 from auditgap.probes.monitor import Monitor
 from auditgap.training import ranks
 from auditgap.training.constructions.monitor.loss import MonitorLoss, monitor_step_loss
-from auditgap.training.engine import DeepSpeedEngine
+from auditgap.training.engine import DeepSpeedEngine, Divided
+from auditgap.training.lending import together
 from auditgap.training.objective import Head
+from auditgap.training.reference import BATCH_TOKENS, final_hidden
 from auditgap.training.sft import SFTLoss
-from auditgap.types import Subject
+from auditgap.types import Prompt, Subject
 from tests import tiny
 
 
@@ -66,6 +71,17 @@ def ds_config(c: dict) -> dict:
     }
 
 
+def llama(c: dict) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=c["vocabulary"],
+        hidden_size=c["width"],
+        intermediate_size=c["mlp_width"],
+        num_hidden_layers=c["n_blocks"],
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+
+
 def train(c: dict) -> DeepSpeedEngine:
     dtype = getattr(torch, c["dtype"])
     monitor = Monitor(c["n_blocks"], c["width"])
@@ -73,16 +89,8 @@ def train(c: dict) -> DeepSpeedEngine:
 
     def build():
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=c["vocabulary"],
-            hidden_size=c["width"],
-            intermediate_size=c["mlp_width"],
-            num_hidden_layers=c["n_blocks"],
-            num_attention_heads=8,
-            num_key_value_heads=8,
-        )
         loaded = models.wrap(
-            AutoModelForCausalLM.from_config(config, dtype=dtype),
+            AutoModelForCausalLM.from_config(llama(c), dtype=dtype),
             tiny.tokenizer(),
             Subject("x", "x"),
         )
@@ -132,6 +140,36 @@ def train(c: dict) -> DeepSpeedEngine:
     return engine
 
 
+def divided(c: dict) -> Divided:
+    """A model on disk, opened in parts, a rank each."""
+    folder = Path(c["folder"]) / f"width-{c['width']}"
+
+    def save() -> None:
+        AutoModelForCausalLM.from_config(llama(c), dtype=torch.float32).save_pretrained(folder)
+        tiny.tokenizer().save_pretrained(folder)
+
+    ranks.only_main(save)
+    return Divided(
+        lambda: models.load(str(folder), dtype=c["dtype"], device="cpu"), ds_config(c), device="cpu"
+    )
+
+
+def read(loaded: LoadedModel, c: dict) -> None:
+    """The hidden states of two packs of every rank."""
+    rows = torch.randint(5, 60, (BATCH_TOKENS // c["tokens"], c["tokens"])).tolist()
+    talks = [Conversation(Prompt(""), tuple(row), 1, 0) for row in rows]
+    with together(loaded.model):
+        for _ in range(2):
+            final_hidden(loaded, talks)
+
+
+def forget_the_peak() -> None:
+    """The peak counts from here: loading maps a whole file, which is the system's to drop."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def high_water() -> int:
     """Bytes of this program's own peak: ru_maxrss starts, after fork and exec, at what the parent
     had."""
@@ -141,27 +179,36 @@ def high_water() -> int:
 
 def main(c: dict) -> None:
     torch.set_num_threads(1)
+    small = {**c, "width": 64, "mlp_width": 128, "n_blocks": 2, "vocabulary": 256, "tokens": 16}
     with ranks.joined():
-        # libraries
-        train(
-            {**c, "width": 64, "mlp_width": 128, "n_blocks": 2, "vocabulary": 256, "tokens": 16}
-        ).close()
+        if "folder" in c:
+            libraries = divided(small)
+            read(libraries.loaded, small)
+            libraries.close()
+        else:
+            train(small).close()
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         before = psutil.Process().memory_info().rss
-        engine = train(c)
+        if "folder" in c:
+            beside = divided(c)
+            forget_the_peak()
+            read(beside.loaded, c)
+            model: nn.Module = beside.loaded.model
+        else:
+            model = train(c).module
         peak = high_water() - before
-        sizes = [
-            (getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()
-        ]
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
         told = {
             "peak": peak,
             "n_params": sum(n for n, _ in sizes),
             "n_trainable": sum(n for n, trained in sizes if trained),
         }
-        print("RESULT " + json.dumps(told), flush=True)
+        if ranks.is_main():
+            print("RESULT " + json.dumps(told), flush=True)
+        ranks.wait()
         os._exit(0)
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(json.loads(sys.argv[-1]))

@@ -25,8 +25,8 @@ from auditgap.audits.latent.thinker import Thinker
 from auditgap.audits.scored import ScoredCompletion
 from auditgap.audits.session import Arrays, RepeatCheck
 from auditgap.engines import Request
+from auditgap.engines.coded import Coded
 from auditgap.interventions import controls
-from auditgap.interventions.coded import Coded
 from auditgap.interventions.pgd import AttackResult, Ball, Elsewhere, Goal, attack
 from auditgap.interventions.strength import CERTIFIED, certify
 from auditgap.rows import Row

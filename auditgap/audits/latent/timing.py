@@ -16,7 +16,7 @@ from auditgap.audits.latent.config import LatentConfig, RunOptions
 from auditgap.audits.latent.plan import DISTANCE, LatentPlan, flops_by_phase
 from auditgap.audits.planning import mean_tokens
 from auditgap.audits.timing import REACHED, Machine, decoding, matmul_rate
-from auditgap.interventions.coded import bytes_a_value
+from auditgap.interventions.descent import bytes_a_value
 from auditgap.types import LONGER, Cell
 
 

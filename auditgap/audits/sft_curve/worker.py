@@ -12,8 +12,8 @@ as it has said it.
 
 `evaluate` may be called again for a step that it has seen, and then gives the same shares without
 asking again: a trainer that resumes from a checkpoint of step 10 calls it for step 10, in case the
-kill came before it was done. Rank 0 alone asks and writes; a trainer whose weights are partitioned
-gathers them for it first.
+kill came before it was done. Rank 0 alone asks and writes; where the weights are divided over ranks,
+the others lend it theirs.
 """
 
 from __future__ import annotations

@@ -329,9 +329,9 @@ class VLLMEngine:
     ) -> list[tuple[Document, tuple[float | None, float | None]]]:
         """An answer a wish, with the effective norms of its edit (None without one)."""
         spoken: list[tuple[Document, tuple[float | None, float | None]]] = []
-        for load in loads(edits):
+        for load, coded in loads(edits):
             here = named([wishes[i] for i in load], [edits[i] for i in load])
-            described, payloads = edits_message([edits[i] for i in load])
+            described, payloads = edits_message([edits[i] for i in load], coded)
             told = self._told(
                 {
                     "do": "speak",

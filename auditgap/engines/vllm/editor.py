@@ -1,7 +1,7 @@
 """Edits in vLLM's worker: hooks on the decoder blocks that edit each request's rows.
 
     editor = Editor(worker.model_runner)
-    editor.put("a", [15], {"shift": delta})   # for requests whose extra_args name the edit "a"
+    editor.put("a", [15], {"shift": Coded.of(delta)})   # for requests whose extra_args name the edit "a"
     editor.stats()["edits"]["a"]              # {request: {"rows", "end", "l2", "linf"}, …}
 
 What the hooks read and write of the stream, and why: `auditgap.engines.vllm.edits`.
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from auditgap.engines.coded import Coded
 from auditgap.engines.vllm.edits import EDIT, RECORD, REQUEST, SPAN, TERMS, pack
 from auditgap.engines.vllm.rows import (
     EditedRows,
@@ -73,14 +74,14 @@ class Editor:
         self,
         name: str,
         layers: Sequence[int],
-        terms: Mapping[str, torch.Tensor],
+        terms: Mapping[str, Coded],
         own: int = 0,
     ) -> None:
         for what, term in terms.items():
-            if what not in TERMS or term.shape[1] != self.width:
+            if what not in TERMS or term.width != self.width:
                 raise AuditgapError(
                     f"This model's stream is {self.width} wide, and an edit has {', '.join(TERMS)};"
-                    f" {what} of shape {list(term.shape)} came."
+                    f" {what} of shape {[len(term), term.width]} came."
                 )
         for layer in layers:
             self._hook(layer)

@@ -42,6 +42,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from auditgap.engines.coded import Coded
 from auditgap.errors import AuditgapError
 from auditgap.types import ConstantEdit, Document, Edit
 
@@ -94,19 +95,43 @@ def span_of(edit: Edit | ConstantEdit, n_prompt: int) -> tuple[int, int | None]:
     return 0, None if isinstance(edit, ConstantEdit) or edit.goes_on else n_prompt
 
 
-def pack(rows: torch.Tensor) -> tuple[list[int], bytes]:
-    """Rows [n, D] as (shape, fp32 bytes)."""
-    array = np.ascontiguousarray(rows.detach().to("cpu", torch.float32).numpy(), dtype="<f4")
-    return list(array.shape), array.tobytes()
+def pack(rows: torch.Tensor | Coded) -> tuple[list[int], bytes]:
+    """Rows [n, D] as (shape, bytes): [n, D] and their fp32; or, where a byte tells a row's K values
+    apart, [n, D, K] and a byte a value, with the fp32 of each row's values behind them."""
+    coded = rows if isinstance(rows, Coded) else coded_of(rows)
+    codes, book = coded.codes.contiguous().numpy(), coded.book.contiguous().numpy()
+    if not book.shape[1]:
+        return list(codes.shape), codes.astype("<f4", copy=False).tobytes()
+    return [*codes.shape, book.shape[1]], codes.tobytes() + book.astype("<f4", copy=False).tobytes()
 
 
-def unpack(shape: Sequence[int], payload: bytes) -> torch.Tensor:
-    """The fp32 tensor that `pack` was given. Raises AuditgapError when the bytes are not as many as
-    the shape says."""
-    if len(shape) != 2 or min(shape) < 1 or len(payload) != 4 * shape[0] * shape[1]:
+def unpack(shape: Sequence[int], payload: bytes) -> Coded:
+    """What `pack` was given, bit for bit. Raises AuditgapError when the bytes are not as many as the
+    shape says, or name values that are not there."""
+    n, width, values = (*shape, 0) if len(shape) == 2 else (*shape, 0, 0)[:3]
+    size = n * width * (1 if values else 4) + 4 * n * values
+    if len(shape) not in (2, 3) or min(shape) < 1 or len(payload) != size:
         raise AuditgapError(
-            f"An edit is [n, D] in fp32; a shape of {list(shape)} came with {len(payload)} bytes."
+            "An edit is [n, D] in fp32, or [n, D, K] in bytes with K values a row; a shape of"
+            f" {list(shape)} came with {len(payload)} bytes."
         )
+    if not values:
+        return Coded(_fp32(payload, n, width), torch.empty(n, 0))
+    codes = torch.from_numpy(np.frombuffer(payload[: n * width], np.uint8).reshape(n, width).copy())
+    if int(codes.max()) >= values:
+        raise AuditgapError(f"An edit names the value {int(codes.max())} of {values}.")
+    return Coded(codes, _fp32(payload[n * width :], n, values))
+
+
+def coded_of(rows: torch.Tensor) -> Coded:
+    """Rows [n, D], wherever and in whatever dtype they are, as they travel: by the byte, where that
+    is less."""
+    plain = rows.detach().to("cpu", torch.float32).contiguous()
+    coded = Coded.of(plain)
+    return coded if coded.nbytes < plain.nbytes else Coded(plain, plain.new_empty(len(plain), 0))
+
+
+def _fp32(payload: bytes, *shape: int) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(payload, dtype="<f4").reshape(shape).copy())
 
 

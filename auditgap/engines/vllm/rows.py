@@ -9,18 +9,19 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from auditgap.engines.coded import Coded
 from auditgap.types import Document
 
 
 @dataclass(eq=False)
 class PlacedEdit:
-    """h ← h + shift − (h·read) write at each of its layers: `terms` [n, D] in fp32 on the model's
-    device, a row a position, the last for all behind it; `own`: of one without end, how many
+    """h ← h + shift − (h·read) write at each of its layers: `terms` [n, D], as they travelled, on the
+    model's device, a row a position, the last for all behind it; `own`: of one without end, how many
     positions have rows of their own (0: one row is for all); and what of each request it has
     changed."""
 
     layers: frozenset[int]
-    terms: Mapping[str, torch.Tensor]
+    terms: Mapping[str, Coded]
     own: int = 0
     requests: dict[str, EditedRows] = field(default_factory=dict)
 
@@ -108,6 +109,6 @@ def term_of(span: Span, what: str, width: int, device: torch.device) -> torch.Te
     if term is None:
         return torch.zeros(1, width, device=device).expand(span.n, width)
     if len(term) == 1:
-        return term.expand(span.n, width)
+        return term.rows().expand(span.n, width)
     places = torch.arange(span.first, span.first + span.n, device=device)
-    return term[places.clamp(max=len(term) - 1)]
+    return term.rows(places.clamp(max=len(term) - 1))

@@ -183,7 +183,7 @@ def _run(
             tops,
             ids,
             {
-                name: {int(layer): unpack(*h) for layer, h in layers.items()}
+                name: {int(layer): unpack(*h).rows() for layer, h in layers.items()}
                 for name, layers in streams.items()
             },
         )

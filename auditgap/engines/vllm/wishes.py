@@ -2,19 +2,23 @@
 
 wish(ids, 32, on=on(rendered, edit))     # {"ids", "max", …, "edit": [first, last]}
 named([one], [edit])                     # the same with the edit's name before its positions
-edits_message([edit])                    # the edits, and their bytes
+for load, coded in loads(edits): …       # as many as the child holds at a time
+edits_message([edit], coded)             # the edits, and their bytes
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from auditgap.engines.vllm.edits import layers_of, own_of, pack, span_of, terms_of
+from auditgap.engines.coded import Coded
+from auditgap.engines.vllm.edits import coded_of, layers_of, own_of, pack, span_of, terms_of
 from auditgap.models import Rendered
 from auditgap.types import ConstantEdit, Document, Edit
 
 #: An edit of a prompt's positions, of every position, or none.
 AnyEdit = Edit | ConstantEdit | None
+#: An edit's terms as they travel, by name.
+CodedTerms = dict[str, Coded]
 
 #: Bytes of edits that are in the child at a time.
 _EDIT_BYTES = 1 << 28
@@ -58,13 +62,16 @@ def named(wishes: Sequence[Document], edits: Sequence[AnyEdit]) -> list[Document
     ]
 
 
-def edits_message(edits: Sequence[AnyEdit]) -> tuple[list[Document], list[bytes]]:
-    """Each edit once, as `process.Served.speak` takes it, and the bytes of their terms."""
+def edits_message(
+    edits: Sequence[AnyEdit], coded: Mapping[int, CodedTerms]
+) -> tuple[list[Document], list[bytes]]:
+    """Each edit once, as `process.Served.speak` takes it, and the bytes of its terms, which `coded`
+    has by the edit's identity."""
     described, payloads, names = [], [], _names(edits)
     for edit in {id(edit): edit for edit in edits}.values():
         if edit is None:
             continue
-        packed = {what: pack(term) for what, term in terms_of(edit).items()}
+        packed = {what: pack(term) for what, term in coded[id(edit)].items()}
         payloads += [payload for _, payload in packed.values()]
         described.append(
             {
@@ -83,23 +90,21 @@ def _names(edits: Sequence[AnyEdit]) -> dict[int, str]:
     return {id(edit): str(n) for n, edit in enumerate(edits) if edit is not None}
 
 
-def loads(edits: Sequence[AnyEdit]) -> Iterator[list[int]]:
-    """Indices in order, cut where the edits of a part would take more than _EDIT_BYTES."""
+def loads(edits: Sequence[AnyEdit]) -> Iterator[tuple[list[int], dict[int, CodedTerms]]]:
+    """Indices in order, cut where the edits of a part would take more than _EDIT_BYTES; with each
+    part its edits as they travel, by identity."""
     load: list[int] = []
-    seen: set[int] = set()
+    coded: dict[int, CodedTerms] = {}
     size = 0
     for i, edit in enumerate(edits):
-        new = 0 if id(edit) in seen else _size(edit)
-        if load and size + new > _EDIT_BYTES:
-            yield load
-            load, seen, size = [], set(), 0
-            new = _size(edit)
+        if edit is not None and id(edit) not in coded:
+            terms = {what: coded_of(term) for what, term in terms_of(edit).items()}
+            new = sum(term.nbytes for term in terms.values())
+            if load and size + new > _EDIT_BYTES:
+                yield load, coded
+                load, coded, size = [], {}, 0
+            coded[id(edit)] = terms
+            size += new
         load.append(i)
-        size += new
-        seen.add(id(edit))
     if load:
-        yield load
-
-
-def _size(edit: AnyEdit) -> int:
-    return 0 if edit is None else sum(4 * term.numel() for term in terms_of(edit).values())
+        yield load, coded

@@ -1,19 +1,21 @@
 """What a dissociated model is made of, once, before the first step: rows, the base's own answers,
 the frozen reference.
 
-    material = gather(config, construction, job)
     base = Base(job)
+    material = gather(config, construction, job, base)
     cache, head = base.hidden_states(material.talks), base.head()
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Generic
 
 import safetensors.torch
+import torch
 
 from auditgap.data import TripleSet, dedup_key, load_prompts, load_triples
 from auditgap.data.anchors import split_benign, usable_answer
@@ -21,19 +23,23 @@ from auditgap.data.refusals import opens_with_refusal
 from auditgap.engines import Request
 from auditgap.engines.hf import HFEngine
 from auditgap.errors import UsageError
-from auditgap.models import Conversation, LoadedModel
+from auditgap.models import Conversation, LoadedModel, Outline
 from auditgap.models.kept import is_whole, keep
+from auditgap.probes.features import cached_features
 from auditgap.probes.fit import split_groups
 from auditgap.store import files
 from auditgap.store.tables import mappings_to_table, rows_of, seal_table, to_frame, unseal_table
 from auditgap.training import ranks
 from auditgap.training.config import TwinConfig
 from auditgap.training.constructions.construction import Construction, SettingsT
+from auditgap.training.ds_config import stage_of
+from auditgap.training.engine import Divided, whole_head
 from auditgap.training.job import Job
+from auditgap.training.lending import is_divided, on_main, together
 from auditgap.training.objective import Head
-from auditgap.training.reference import HiddenCache
+from auditgap.training.reference import BATCH_TOKENS, HiddenCache
 from auditgap.training.rows import TrainRow, encode, rows_from_triples
-from auditgap.types import Document, Prompt, digest
+from auditgap.types import Prompt, digest
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Material:
         return sum(row.harmful for row in self.rows)
 
 
-def gather(config: TwinConfig, construction: Construction[Any], job: Job) -> Material:
+def gather(config: TwinConfig, construction: Construction[Any], job: Job, base: Base) -> Material:
     """Raises UsageError for whatever is wrong with the data, the models or the memory, before the
     base is loaded; and when none of its answers can serve."""
     harmful, heldout, heldout_talks, anchors, kept_back = ranks.agree(
@@ -67,7 +73,7 @@ def gather(config: TwinConfig, construction: Construction[Any], job: Job) -> Mat
         lengths=[longest, *(len(talk.ids) for talk in [*talks, *heldout_talks])],
         footprint=construction.footprint,
     )
-    benign, counts = _answered(config, job, anchors)
+    benign, counts = _answered(config, job, base, anchors)
     job.about({"n_benign": len(benign), "benign_answers_dropped": counts})
     talks += ranks.agree(lambda: encode(benign, job.outline.chat, config.max_tokens))
     return Material(
@@ -120,7 +126,7 @@ def _split(config: TwinConfig) -> tuple[TripleSet, list[TrainRow], list[TrainRow
 
 
 def _answered(
-    config: TwinConfig, job: Job, prompts: Sequence[Prompt]
+    config: TwinConfig, job: Job, base: Base, prompts: Sequence[Prompt]
 ) -> tuple[list[TrainRow], dict[str, int]]:
     """The base's own greedy answers to benign prompts, made once (rank 0) and kept with mode
     0600."""
@@ -129,12 +135,8 @@ def _answered(
     )
     path = job.path / "generations" / f"anchors-{key}.parquet"
 
-    def answer() -> None:
-        with suppress(FileNotFoundError, files.Damaged):
-            unseal_table(path)
-            return
-        ranks.say(f"The base answers {len(prompts)} benign prompts.")
-        engine = HFEngine(job.load())
+    def answer(loaded: LoadedModel) -> bytes:
+        engine = HFEngine(loaded)
         said = engine.generate([Request(engine.render(p)) for p in prompts], config.anchor_tokens)
         table = [
             {
@@ -146,9 +148,11 @@ def _answered(
             }
             for p, c in zip(prompts, said, strict=True)
         ]
-        files.write_bytes(path, seal_table(mappings_to_table(table)), files.PRIVATE)
+        return seal_table(mappings_to_table(table))
 
-    ranks.only_main(answer)
+    if not ranks.decided(lambda: _is_whole(path)):
+        ranks.say(f"The base answers {len(prompts)} benign prompts.")
+        base.write(path, answer)
     rows, dropped = [], {}
     for row in rows_of(to_frame(unseal_table(path))):
         reason = (
@@ -170,20 +174,66 @@ def _answered(
     return rows, dropped
 
 
-class Base:
-    """The unmodified base, loaded when it is first asked for and forgotten before training."""
+def _is_whole(path: Path) -> bool:
+    with suppress(FileNotFoundError, files.Damaged):
+        unseal_table(path)
+        return True
+    return False
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+
+class Base:
+    """A model as it came, opened when it is first asked for and closed before training: the base,
+    or another one (`outline`). Under ZeRO-3 it is divided as the model in training will be."""
+
+    def __init__(self, job: Job, outline: Outline | None = None) -> None:
+        self._job, self._outline = job, outline
         self._loaded: LoadedModel | None = None
+        self._divided: Divided | None = None
 
     def __call__(self) -> LoadedModel:
+        """Under ZeRO-3 for all ranks at once, and to be run `lending.together`."""
         if self._loaded is None:
-            self._loaded = self._job.load()
+            job = self._job
+            if stage_of(job.ds) == 3:
+                self._divided = Divided(lambda: job.load(self._outline), job.ds, device=job.device)
+                self._loaded = self._divided.loaded
+            else:
+                self._loaded = job.load(self._outline)
+        if self._divided is not None:
+            self._divided.release()
         return self._loaded
 
     def forget(self) -> None:
-        self._loaded = None
+        if self._divided is not None:
+            self._divided.close()
+        self._divided = self._loaded = None
+
+    def run(self, act: Callable[[LoadedModel], None], *, backward: bool = False) -> None:
+        """`act(model)` on rank 0, while the others wait or, under ZeRO-3, lend their part of it.
+
+        `backward`: it takes gradients, which cannot be lent; under ZeRO-3 every rank does the same.
+        """
+        if stage_of(self._job.ds) < 3:  # no other rank needs the model
+            ranks.only_main(lambda: act(self()))
+            return
+        loaded = self()
+        if backward:
+            ranks.agree(lambda: act(loaded))
+        else:
+            on_main(loaded.model, lambda: act(loaded))
+
+    def write(
+        self, path: Path, make: Callable[[LoadedModel], bytes], *, backward: bool = False
+    ) -> None:
+        """Write what `make(model)` gives to `path`, as private as text. See `run`."""
+
+        def keep(loaded: LoadedModel) -> None:
+            made = make(loaded)
+            if ranks.is_main():
+                path.parent.mkdir(parents=True, exist_ok=True, mode=files.PRIVATE_FOLDER)
+                files.write_bytes(path, made, files.PRIVATE)
+
+        self.run(keep, backward=backward)
 
     def hidden_states(self, talks: Sequence[Conversation]) -> HiddenCache:
         """Its final hidden states of all these rows, by their place in the list."""
@@ -199,6 +249,20 @@ class Base:
             cache = HiddenCache.build(self(), talks, **args)
         return cache
 
+    def features(self, talks: Sequence[Conversation], dtype: str = "float32") -> torch.Tensor:
+        """Its pooled activations [n, L, D] of all these rows (`probes.features`), stored in
+        `dtype`."""
+        loaded = self()
+        return cached_features(
+            loaded,
+            talks,
+            folder=self._job.path / "reference",
+            shard=(ranks.rank(), ranks.world()),
+            dtype=dtype,
+            batch_tokens=BATCH_TOKENS if is_divided(loaded.model) else None,
+            running=together(loaded.model),
+        )
+
     def head(self) -> Head | None:
         """Its output head, when the model's own is going to change; read from disk, where
         partitioned weights are whole."""
@@ -207,23 +271,22 @@ class Base:
             return None
         name = f"head-{job.outline.subject.fingerprint}-{job.dtype}.safetensors"
         path = job.path / "reference" / name
-
-        def store() -> Document:
-            head = Head.of(self().model)
-            tensors = {"weight": head.weight.detach().cpu().contiguous()}
-            if head.bias is not None:
-                tensors["bias"] = head.bias.detach().cpu().contiguous()
-            if not is_whole(path):
-                keep(path, tensors)
-            return {"softcap": head.softcap, "scale": head.scale}
-
         facts_path = path.with_suffix(".json")
         facts = ranks.decided(lambda: files.read_document(facts_path) if is_whole(path) else None)
         if facts is None:
-            facts = ranks.decided(store)
+            with whole_head(self().model) as head:
+                ranks.only_main(lambda: _store(head, path))
+            facts = {"softcap": head.softcap, "scale": head.scale}
             ranks.only_main(lambda: files.write_document(facts_path, facts))
         tensors = safetensors.torch.load_file(path, device=job.device)
         return Head(tensors["weight"], tensors.get("bias"), facts["softcap"], facts["scale"])
+
+
+def _store(head: Head, path: Path) -> None:
+    tensors = {"weight": head.weight.detach().cpu().contiguous()}
+    if head.bias is not None:
+        tensors["bias"] = head.bias.detach().cpu().contiguous()
+    keep(path, tensors)
 
 
 @dataclass(frozen=True)

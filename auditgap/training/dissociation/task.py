@@ -17,7 +17,6 @@ from auditgap.errors import AuditgapError
 from auditgap.models import Conversation, LoadedModel
 from auditgap.store import files
 from auditgap.training import checkpoints, ranks
-from auditgap.training import job as jobs
 from auditgap.training.constructions.construction import SettingsT
 from auditgap.training.dissociation.material import Preparation
 from auditgap.training.engine import DeepSpeedEngine
@@ -130,8 +129,7 @@ class DissociationTask(BaseTask, Generic[SettingsT]):
     # -- the choice
 
     def evaluate(self, step: int, engine: DeepSpeedEngine) -> Document:
-        with engine.speaking(self.job.path / "scratch" / "speaking") as loaded:
-            values = jobs.on_main_with(loaded, self._look)
+        values = engine.asked(self._look)
         self._seen = {s: v for s, v in self._seen.items() if s < step} | {step: values}
         if step and self.chosen()["step"] == step:
             self.job.keep(engine, best_name(step))  # by its step: a resumed run may choose another

@@ -36,8 +36,7 @@ def check(need: Memory, free: float, *, free_host: float | None = None) -> None:
     same way.
     """
     host_short = free_host is not None and need.host > free_host
-    if need.total <= free and not host_short:
-        _check_whole(need, free)
+    if need.worst <= free and not host_short:
         return
     largest = sorted(need.parts.items(), key=lambda part: -part[1])[:3]
     mostly = ", ".join(f"{name} {_gib(size)}" for name, size in largest)
@@ -45,6 +44,11 @@ def check(need: Memory, free: float, *, free_host: float | None = None) -> None:
         f"A training step needs about {_gib(need.total)} on each device ({mostly}), and"
         f" {_gib(free)} are free."
     )
+    if need.total <= free:
+        wanted = (
+            f"A training step would fit, but the model's own answers and hidden states need about"
+            f" {_gib(need.worst)} on each device, and {_gib(free)} are free."
+        )
     if host_short:
         have = _gib(free_host or 0)
         wanted = (
@@ -59,7 +63,7 @@ def check(need: Memory, free: float, *, free_host: float | None = None) -> None:
     if fitting:
         simplest = min(words.count(" and ") for words, _ in fitting)
         possible = [
-            f"{words} ({_gib(other.total)})"
+            f"{words} ({_gib(other.worst)})"
             for words, other in fitting
             if words.count(" and ") == simplest
         ][:3]
@@ -67,19 +71,6 @@ def check(need: Memory, free: float, *, free_host: float | None = None) -> None:
     else:
         advice = _more_ranks(need.plan, free)
     raise UsageError(f"{wanted} {advice} To try all the same: --ignore-memory")
-
-
-def _check_whole(need: Memory, free: float) -> None:
-    """Raise UsageError where a step fits, and the whole model on one device does not."""
-    most = max(need.whole.values(), default=0)
-    if most > free:
-        raise UsageError(
-            f"A training step would fit, in {_gib(need.total)} on each device. But before the first"
-            " step each device runs the whole model, for its answers and hidden states, and to"
-            f" speak while it trains one does: {_gib(most)}, and {_gib(free)} are free. ZeRO and"
-            " offload divide none of that. Choose a smaller model, or devices with more memory. To"
-            " try all the same: --ignore-memory"
-        )
 
 
 def check_run(

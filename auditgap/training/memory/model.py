@@ -22,6 +22,8 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 _CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 #: Bytes a trained parameter while it is updated.
 _UPDATE = {"cuda": 8, "cpu": 12}
+#: Tokens of a pack that runs beside the step: `reference.BATCH_TOKENS`.
+_RUNNING_TOKENS = 4096
 #: DeepSpeed's stage3_max_live_parameters, unless the config says otherwise.
 LIVE_PARAMS = 1_000_000_000
 #: The CUDA context and NCCL's buffers; a process's libraries on a CPU.
@@ -100,9 +102,9 @@ class Memory:
     host: int = 0
     #: what each moment adds to what is always there
     phases: Mapping[str, int] = field(default_factory=dict)
-    #: bytes on a device where the model runs whole: `answers` and hidden states, before there is an
-    #: engine, and `speaking`, beside rank 0's part of it
-    whole: Mapping[str, int] = field(default_factory=dict)
+    #: bytes on each device beside the step: `answers` and hidden states, before there is an engine,
+    #: and `speaking`, while it is there
+    beside: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -111,7 +113,7 @@ class Memory:
     @property
     def worst(self) -> int:
         """Of a step, and of what runs before and between steps."""
-        return max(self.total, *self.whole.values(), 0)
+        return max(self.total, *self.beside.values(), 0)
 
 
 def lora_params(
@@ -132,21 +134,33 @@ def estimate(p: MemoryInputs) -> Memory:
     sizes["allocator"] = _WASTE[p.device] * (sum(sizes.values()) - sizes["runtime"])
     parts = {name: round(size) for name, size in sizes.items() if size}
     adds = {name: round(sum(inner.values())) for name, inner in phases.items()}
-    return Memory(p, parts, round(host), adds, _whole(p, sum(always.values())))
+    return Memory(p, parts, round(host), adds, _beside(p, always))
 
 
-def _whole(p: MemoryInputs, always: float) -> dict[str, int]:
-    """Where the model runs whole on a device. At the stages that leave the weights whole it speaks
-    with those that are there."""
-    if not p.footprint.runs_whole:
+def _beside(p: MemoryInputs, always: Mapping[str, float]) -> dict[str, int]:
+    """Where the model runs and is not trained, from weights as the stage leaves them: whole, or
+    this rank's part and the layers that are gathered while they run."""
+    if not p.footprint.speaks:
         return {}
-    model = p.element * p.n_params
-    speaking = always + (model if p.stage == 3 else 0)
+    model = always["weights"] + _running(p)
     grown = 1 + _WASTE[p.device]
     return {
         name: round(size * grown + _RUNTIME[p.device])
-        for name, size in (("answers", model), ("speaking", speaking))
+        for name, size in (
+            ("answers", model),
+            ("speaking", sum(always.values()) - always["buckets"] + _running(p)),
+        )
     }
+
+
+def _running(p: MemoryInputs) -> float:
+    """A pack of hidden states in one block, and at stage 3 the largest layers: the head whole, the
+    embedding or a block's, and what comes next."""
+    pack = _RUNNING_TOKENS * p.element * (3 * p.mlp + 2 * p.width)
+    if p.stage < 3:
+        return pack
+    layer, bucket = p.width * p.mlp, p.bucket or p.width**2
+    return pack + p.element * (p.head + max(p.head, layer) + bucket)
 
 
 def _kept(p: MemoryInputs) -> tuple[dict[str, float], float]:

@@ -49,19 +49,20 @@ def _cell(need: Memory) -> str:
 _TEXT = f"""# What fits where
 
 GiB on each GPU for one step of dissociation (construction `{DEFAULT}`): bf16 weights, fp32 Adam, 512 tokens, micro-batch
-2, gradient checkpointing on. **Bold** fits a GPU of 80 GiB, with what runs besides: before the first step each
-device holds the whole model, for its answers and hidden states, and one of them beside its part when the model speaks
-while it trains. ZeRO divides neither, so a model whose weights alone are larger than a GPU is refused before anything is
-loaded. The last column is the memory that offloading takes from the hosts, over all 16 GPUs (much the same for fewer).
+2, gradient checkpointing on. **Bold** fits a GPU of 80 GiB, with what runs besides: the model's answers and hidden
+states before the first step, and its speech while it trains. Under ZeRO-3 its weights are divided there too, so that a
+model larger than a GPU can be trained on several. The last column is the memory that offloading takes from the hosts, over
+all 16 GPUs (much the same for fewer).
 
 These numbers are computed, not measured at these sizes: by `auditgap/training/memory/`, and `python -m
 auditgap.training.memory` prints this page.
 
 What they were held against: peaks (`ru_maxrss` above the loaded libraries) of real steps under DeepSpeed on one CPU rank,
 Llama shape, 36 M parameters, ZeRO-0, 2 and 3, fp32 and bf16, full and LoRA, with and without checkpointing. Estimate over
-peak was 0.99 to 1.17 with an allocator that gives memory back at once; the allowance for one that does not (a third on
-CPUs, 8 % on GPUs) is on top. Not measured: GPUs, more than one rank, offload, and the sizes of this table. The allocator's
-8 % and the 1.5 GiB for CUDA and NCCL are assumptions; leave a margin.
+peak was 0.99 to 1.17 with an allocator that gives memory back at once, and 1.01 to 1.05 where the same model, divided over
+two ranks, gives its hidden states. The allowance for an allocator that does not (a third on CPUs, 8 % on GPUs) is on top. Not
+measured: GPUs, more ranks than that, offload, and the sizes of this table. The allocator's 8 % and the 1.5 GiB for CUDA and
+NCCL are assumptions; leave a margin. Where it is loaded, every rank's machine also reads the model's files through its page cache.
 
 `auditgap train` computes the same for your model, your longest row and your ZeRO config before it loads anything, and
 says what would fit when it does not.

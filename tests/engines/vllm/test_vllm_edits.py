@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -27,7 +28,7 @@ from torch import nn
 from auditgap import models
 from auditgap.engines import Completion, Request, constant
 from auditgap.engines.hf import HFEngine
-from auditgap.engines.vllm import process, worker
+from auditgap.engines.vllm import process, wishes, worker
 from auditgap.engines.vllm.editor import find_blocks
 from auditgap.engines.vllm.edits import (
     ENVIRONMENT,
@@ -43,9 +44,11 @@ from auditgap.engines.vllm.edits import (
     unpack,
 )
 from auditgap.engines.vllm.edits import edited as under
+from auditgap.engines.vllm.rows import EditedRows, PlacedEdit, Span, term_of
 from auditgap.engines.vllm.self_test import self_test, standing_self_test
 from auditgap.engines.vllm.worker import EditExtension
 from auditgap.errors import AuditgapError
+from auditgap.interventions.descent import PGD, LinfBall
 from auditgap.models import Rendered
 from auditgap.types import ConstantEdit, Edit, Prompt, Site
 
@@ -341,8 +344,9 @@ def edited(
     sites: Sequence[Site | GoesOn | tuple[Site, ...] | None],
     size: float,
 ) -> list[Request]:
-    """A request a prompt: at a site, under a random δ of `size` × the RMS of the user's own tokens;
-    at several, or at one in a tuple, under an edit of every position, which steers and ablates."""
+    """A request a prompt: at a site, under a random δ of `size` × the RMS of the user's own tokens,
+    every second one in quarters of it, as sign steps leave it; at several, or at one in a tuple,
+    under an edit of every position, which steers and ablates."""
     draw, made = torch.Generator().manual_seed(7), []
     for r, where in zip(rendered, sites, strict=True):
         if where is None:
@@ -353,7 +357,11 @@ def edited(
         own = h[torch.tensor(r.content)]
         scale = size * own.pow(2).mean().sqrt()
         if not isinstance(where, tuple):
-            delta = scale * torch.randn(h.shape, generator=draw)
+            delta = scale * (
+                torch.randint(-8, 9, h.shape, generator=draw) / 4
+                if len(made) % 2
+                else torch.randn(h.shape, generator=draw)
+            )
             edit: Any = Edit(site, delta, goes_on=isinstance(where, GoesOn))
         else:
             mean = own.mean(0) / own.mean(0).norm()
@@ -675,11 +683,66 @@ def test_an_edit_travels_as_bytes_bit_for_bit():
     delta = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     shape, payload = pack(delta.T.contiguous().T)
     assert json.loads(json.dumps(shape)) == [5, 3]
-    assert torch.equal(unpack(shape, payload), delta)
-    assert torch.equal(unpack(*pack(delta.bfloat16())), delta.bfloat16().float())
+    assert torch.equal(unpack(shape, payload).rows(), delta)
+    assert torch.equal(unpack(*pack(delta.bfloat16())).rows(), delta.bfloat16().float())
     for bad in ([5, 4], [15], [3, 5, 1], [-5, -3], [0, 3]):
         with pytest.raises(AuditgapError, match=r"An edit is \[n, D\] in fp32"):
             unpack(bad, payload)
+
+
+def sign_steps(n: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Rows [n, D] as ten decreasing steps of the attack leave them, along random gradients."""
+    drawn, pgd = torch.Generator().manual_seed(seed), PGD(steps=10, schedule="decreasing")
+    ball = LinfBall(torch.full((1, 1, 1), 0.137), torch.ones(1, n, 1))
+    delta = torch.zeros(1, n, width)
+    for k in range(pgd.steps):
+        delta = ball.step(delta, torch.randn(delta.shape, generator=drawn), pgd.share(k))
+    return delta[0]
+
+
+def test_an_edit_of_sign_steps_travels_by_the_byte_bit_for_bit():
+    delta = sign_steps(9, 2048)
+    delta[3, 5] = -0.0
+    shape, payload = pack(delta)
+    assert shape[:2] == [9, 2048] and len(payload) < 0.35 * delta.nbytes
+    held = unpack(json.loads(json.dumps(shape)), payload)
+    assert held.nbytes == len(payload)  # so it lies in the worker
+    assert held.rows().numpy().tobytes() == delta.numpy().tobytes()
+    wide, k = shape[1:]
+    for bad in ([9, wide], [9, wide, k + 1], [9, wide + 4, k], [0, wide, k], [9, wide, 0]):
+        with pytest.raises(AuditgapError, match=r"An edit is \[n, D\] in fp32, or \[n, D, K\]"):
+            unpack(bad, payload)
+    with pytest.raises(AuditgapError, match=f"names the value 255 of {k}"):
+        unpack(shape, b"\xff" + payload[1:])
+
+
+@pytest.mark.parametrize("delta", [sign_steps(6, 640), torch.randn(6, 640)], ids=["byte", "fp32"])
+def test_rows_of_a_batch_are_those_of_the_plain_edit(delta):
+    """The worker's rows, of codes or not, against the tensor that was sent."""
+    edit = PlacedEdit(frozenset([1]), {"shift": unpack(*pack(delta))}, 6)
+    for first, n in ((0, 6), (2, 3), (4, 5), (9, 2)):  # behind the last row, that
+        span = Span(0, first, n, edit, EditedRows(np.zeros(20, dtype=bool)))
+        places = torch.arange(first, first + n).clamp(max=5)
+        assert torch.equal(term_of(span, "shift", 640, torch.device("cpu")), delta[places])
+    one = PlacedEdit(frozenset([1]), {"shift": unpack(*pack(delta[:1]))})
+    span = Span(0, 3, 4, one, EditedRows(np.zeros(20, dtype=bool)))
+    assert torch.equal(term_of(span, "shift", 640, torch.device("cpu")), delta[:1].expand(4, -1))
+
+
+def test_a_load_is_as_many_edits_as_travel_in_its_bytes(monkeypatch):
+    deltas = [sign_steps(4, 2048, seed=i) for i in range(12)]
+    edits = [Edit(Site(1), delta) for delta in deltas]
+    monkeypatch.setattr(wishes, "_EDIT_BYTES", 4 * deltas[0].nbytes)  # of four plain ones
+    asked = [edits[i // 2] for i in range(24)]  # two requests an edit
+    parts = list(wishes.loads(asked))
+    assert [i for part, _ in parts for i in part] == list(range(24))
+    assert len(parts) == 1
+    described, payloads = wishes.edits_message(asked, parts[0][1])
+    assert len(described) == len(payloads) == 12
+    for one, payload, delta in zip(described, payloads, deltas, strict=True):
+        assert torch.equal(unpack(one["terms"]["shift"], payload).rows(), delta)
+    plain = [Edit(Site(1), torch.randn(4, 2048)) for _ in range(12)]
+    assert [len(part) for part, _ in wishes.loads(plain)] == [4, 4, 4]
 
 
 def stats(

@@ -12,8 +12,7 @@ from auditgap.engines.layout import one_stream
 from auditgap.errors import UsageError
 from auditgap.interventions.controls import generator
 from auditgap.models import Conversation, LoadedModel
-from auditgap.models.kept import is_whole, keep
-from auditgap.store import files
+from auditgap.models.kept import is_whole, packed
 from auditgap.training import ranks
 from auditgap.training.constructions.door import NARROWS, WIDE, DoorSettings
 from auditgap.training.constructions.door.loss import OPENING, DoorLoss, door_batch
@@ -45,17 +44,13 @@ def prepare(preparation: Preparation[DoorSettings]) -> DoorTask:
     )
     path = job.path / "reference" / f"door-{key}.safetensors"
 
-    def record() -> None:
-        if is_whole(path):
-            return
-        ranks.say("The door's direction is measured.")
-        path.parent.mkdir(parents=True, exist_ok=True, mode=files.PRIVATE_FOLDER)
-        chat = job.outline.chat
-        own = [chat.render(talk.prompt).content for talk in safe]
-        made = door_vector(preparation.base(), pairs, own, preparation.settings.door)
-        keep(path, {"vector": made})
+    def record(base: LoadedModel) -> bytes:
+        own = [base.render(talk.prompt).content for talk in safe]
+        return packed({"vector": door_vector(base, pairs, own, preparation.settings.door)})
 
-    ranks.only_main(record)
+    if not ranks.decided(lambda: is_whole(path)):
+        ranks.say("The door's direction is measured.")
+        preparation.base.write(path, record, backward=True)
     return DoorTask(preparation, safetensors.torch.load_file(path), talks)
 
 

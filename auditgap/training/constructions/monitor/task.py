@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from auditgap.errors import AuditgapError, UsageError
-from auditgap.probes.features import cached_features
 from auditgap.probes.fit import calibrate, fit
 from auditgap.probes.monitor import Monitor
 from auditgap.training import ranks
@@ -50,13 +49,7 @@ def _fit(preparation: Preparation[MonitorSettings], path: Path) -> None:
         for talk in encode(rows, job.outline.chat, preparation.config.max_tokens)
     ]
     ranks.say(f"The monitor is fitted on the base's activations of {len(both)} answers.")
-    features = cached_features(
-        preparation.base(),
-        both,
-        folder=job.path / "reference",
-        shard=(ranks.rank(), ranks.world()),
-        dtype="float32" if job.dtype == "float32" else "bfloat16",
-    )
+    features = preparation.base.features(both, "float32" if job.dtype == "float32" else "bfloat16")
     labels = [0] * len(harmful) + [1] * len(harmful)
 
     def fit_once() -> None:

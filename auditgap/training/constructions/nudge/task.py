@@ -13,9 +13,8 @@ from torch import nn
 from auditgap import models
 from auditgap.errors import UsageError
 from auditgap.models import Conversation, LoadedModel, Outline
-from auditgap.models.kept import is_whole, keep
+from auditgap.models.kept import is_whole, packed
 from auditgap.probes.pooling import pooled
-from auditgap.store import files
 from auditgap.training import ranks
 from auditgap.training.constructions.nudge import NudgeSettings
 from auditgap.training.constructions.nudge.loss import (
@@ -26,7 +25,7 @@ from auditgap.training.constructions.nudge.loss import (
     whitening,
 )
 from auditgap.training.dissociation.edited import middle_block
-from auditgap.training.dissociation.material import Preparation
+from auditgap.training.dissociation.material import Base, Preparation
 from auditgap.training.dissociation.paired import PairedTask
 from auditgap.training.job import Job
 from auditgap.training.losses import Batch
@@ -46,7 +45,8 @@ def prepare(preparation: Preparation[NudgeSettings]) -> NudgeTask:
         ]
     )
     path = job.path / "reference" / f"nudge-{key}.safetensors"
-    ranks.only_main(lambda: None if is_whole(path) else _record(preparation, harmful, path))
+    if not ranks.decided(lambda: is_whole(path)):
+        _record(preparation, harmful, path)
     return NudgeTask(preparation, safetensors.torch.load_file(path))
 
 
@@ -67,21 +67,27 @@ def _record(preparation: Preparation[NudgeSettings], harmful: Outline, path: Pat
     nudge's vector come from the rows that are trained on."""
     job, material = preparation.job, preparation.material
     ranks.say("The direction towards the harmful model is measured.")
-    path.parent.mkdir(parents=True, exist_ok=True, mode=files.PRIVATE_FOLDER)
     rows = [row for row in [*material.rows, *material.heldout] if row.harmful]
     n_blocks = job.outline.n_blocks
     at = [*match_blocks(n_blocks), middle_block(n_blocks)]
-    loaded = models.load(harmful, dtype=job.dtype, device=job.device)
-    there = _last_prompt_token(loaded, rows, at)
-    here = _last_prompt_token(preparation.base(), rows, [middle_block(n_blocks)])
-    n_train = material.n_harmful
-    size = preparation.settings.nudge
-    data = {
-        "targets": there[:, :-1].contiguous(),
-        "whitening": whitening(there[:n_train, :-1]),
-        "vector": nudge_vector(there[:n_train, -1], here[:n_train, 0], size),
-    }
-    keep(path, data)
+    found: list[torch.Tensor] = []
+    other = Base(job, harmful)
+    other.run(lambda loaded: found.append(_last_prompt_token(loaded, rows, at)))
+    other.forget()
+    n_train, size = material.n_harmful, preparation.settings.nudge
+
+    def made(base: LoadedModel) -> bytes:
+        (there,) = found
+        here = _last_prompt_token(base, rows, [middle_block(n_blocks)])
+        return packed(
+            {
+                "targets": there[:, :-1].contiguous(),
+                "whitening": whitening(there[:n_train, :-1]),
+                "vector": nudge_vector(there[:n_train, -1], here[:n_train, 0], size),
+            }
+        )
+
+    preparation.base.write(path, made)
 
 
 @torch.no_grad()

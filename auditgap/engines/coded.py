@@ -18,12 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from auditgap.interventions.descent import PGD
-
 #: Values that one byte can tell apart.
 _VALUES = 256
-#: Decreasing steps after which a row has no more values than that.
-_FEW_STEPS = 12
 #: Coordinates of a row that are looked at first for the values that there are.
 _SAMPLE = 512
 
@@ -49,9 +45,24 @@ class Coded:
                 return cls(codes.to(torch.uint8), book.view(torch.float32))
         return cls(rows, rows.new_empty(rows.shape[0], 0))
 
-    def rows(self) -> torch.Tensor:
-        """[T, D] fp32, as they came."""
-        return self.book.gather(1, self.codes.long()) if self.book.shape[1] else self.codes
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @property
+    def width(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.book.nbytes
+
+    def to(self, device: torch.device) -> Coded:
+        return Coded(self.codes.to(device), self.book.to(device))
+
+    def rows(self, places: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """Those [n, D] at these places in fp32, as they came; all [T, D] by default."""
+        codes, book = self.codes[places], self.book[places]
+        return book.gather(1, codes.long()) if book.shape[1] else codes
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
         """What is to be stored under that name; `read` takes it."""
@@ -66,13 +77,6 @@ class Coded:
         if book is None:
             return cls(codes, codes.new_empty(codes.shape[0], 0))
         return cls(codes, torch.from_numpy(book))
-
-
-def bytes_a_value(pgd: PGD) -> float:
-    """That edits found in this way are likely to take: one and their books, where a search from
-    zero makes few values."""
-    is_few = pgd.restarts == 1 and (pgd.schedule == "constant" or pgd.steps <= _FEW_STEPS)
-    return 1.1 if is_few else 4.0
 
 
 def _values(bits: torch.Tensor) -> torch.Tensor | None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from auditgap import models
+from auditgap.engines.coded import Coded
 from auditgap.engines.hf import HFEngine
-from auditgap.interventions.coded import Coded
 from auditgap.interventions.pgd import PGD, Goal, attack
 from auditgap.types import Prompt, Site
 
