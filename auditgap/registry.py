@@ -30,12 +30,14 @@ from auditgap.errors import AuditgapError, UsageError, did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A line of `auditgap ls …`. `problem` says why the thing cannot be used here, or is empty."""
+    """A line of `auditgap ls …`. `problem` says why the thing cannot be used here, or is empty;
+    `needs` what has to be done or named first."""
 
     name: str
     description: str
     problem: str = ""
     licence: str = ""
+    needs: str = ""
 
     @property
     def available(self) -> bool:
@@ -43,7 +45,7 @@ class Listed:
 
     def row(self) -> dict[str, str]:
         licence = {"licence": self.licence} if self.licence else {}
-        available = self.problem or "yes"
+        available = self.problem or (f"with {self.needs}" if self.needs else "yes")
         return {"name": self.name, "what": self.description, **licence, "available": available}
 
 

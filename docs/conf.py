@@ -1,5 +1,7 @@
 """The documentation as a site: pip install -e '.[docs]' && sphinx-build -W docs build/docs"""
 
+import re
+
 import typer
 from typer.cli import get_docs_for_click
 from typer.main import get_command
@@ -18,6 +20,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 html_theme = "furo"  # light and dark, as the reader's system has it
 html_title = "auditgap"
+html_show_copyright = False
+smartquotes = False  # they would make a dash of an option's two hyphens
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#c2410c", "color-brand-content": "#0b66a3"},
     "dark_css_variables": {"color-brand-primary": "#ff8f5c", "color-brand-content": "#6fb7f0"},
@@ -27,9 +31,17 @@ copybutton_prompt_text = "$ "
 
 
 def setup(app) -> None:
-    def plain(_app, _what, _name, _object, _options, lines) -> None:
-        # |h| is a norm in our docstrings, a substitution to docutils
-        lines[:] = [line.replace("|", "\\|") for line in lines]
+    def plain(_app, _what, name, _object, _options, lines) -> None:
+        # |h| is a norm in our docstrings, a substitution to docutils; FILE:KIND and id@revision links
+        lines[:] = [re.sub(r"[|@]|(?<=[A-Z]):(?=[A-Z])", r"\\\g<0>", line) for line in lines]
+        if name.startswith("auditgap.api."):  # a verb's settings, one a line
+            lines[:] = [re.sub(r"^    (\w+): ", r"- ``\1``: ", line) for line in lines]
+
+    def in_full(group) -> None:
+        # a list of commands would cut their descriptions short
+        for command in getattr(group, "commands", {}).values():
+            command.short_help = (command.help or "").partition("\n\n")[0]
+            in_full(command)
 
     def commands(_app, name, source) -> None:
         # the reference of the commands is what the commands say of themselves
@@ -37,9 +49,12 @@ def setup(app) -> None:
             from auditgap.cli import app as cli
 
             command = get_command(cli)
+            in_full(command)
             context = typer.Context(command, info_name="auditgap")
             listed = get_docs_for_click(obj=command, ctx=context, name="auditgap")
-            source[0] += listed.replace("# `auditgap`", "", 1)
+            listed = listed.replace("# `auditgap`", "", 1)
+            examples = re.compile(r"(?:^auditgap .*\n\n?)+", re.MULTILINE)
+            source[0] += examples.sub(lambda found: f"```console\n{found[0]}```\n\n", listed)
 
     app.connect("autodoc-process-docstring", plain)
     app.connect("source-read", commands)

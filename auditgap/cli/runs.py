@@ -104,7 +104,9 @@ def report(
             out=path,
             copies=copies,
         )
-        answer(as_json, f"Report: {path / 'report.html'}", report=str(path / "report.html"))
+        answer(
+            as_json, _written(path / "report.html", copies.beside), report=str(path / "report.html")
+        )
         show.complete(parts, whole.not_begun(Path(folders[0])))
         return
     if public:
@@ -117,8 +119,13 @@ def report(
         pages.write(stores, allow_raw=allow_raw, out=to, copies=copies)
     where = within(to or stores[0].place, "report.html")
     missing = sum(store.status().missing for store in stores)
-    answer(as_json, f"Report: {where}", report=str(where), missing=missing)
+    answer(as_json, _written(where, copies.beside), report=str(where), missing=missing)
     show.complete(stores)
+
+
+def _written(page: Path | str, beside: list[str]) -> str:
+    """Where the report is, and what lies beside it."""
+    return f"Report: {page}" + (f"\nBeside it: {', '.join(beside)}" if beside else "")
 
 
 class Regrading(Frozen):

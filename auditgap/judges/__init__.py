@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+from auditgap.data.hub_models import Reach, reach
 from auditgap.errors import UsageError
 from auditgap.registry import Entry, Listed, Registry
 from auditgap.store.files import HOST
@@ -127,10 +128,16 @@ class Scorer(Entry):
     argument: str = ""  #: how that argument is shown
     model: str = ""  #: of a language model: the one that is taken when none is named
     served: bool = False  #: a language model, which runs where `serving` says
-    lacks: Callable[[], str] = str  #: what keeps it from being used here; empty: nothing
+    lacks: Callable[[], Reach] | None = None  #: what it needs, where that is more than a model
 
-    def problem(self) -> str:
-        return self.lacks() or (_not_here(self.model) if self.model else "")
+    def reach(self) -> Reach:
+        """What keeps it from being used here, and what it needs first."""
+        if self.lacks is not None:
+            return self.lacks()
+        if self.model:
+            return reach(self.model)
+        named = self.argument.rstrip(")")
+        return Reach(needs=f"the {named} that you name") if named else Reach()
 
     def form(self, name: str) -> str:
         asked = self.opens + self.argument
@@ -138,25 +145,20 @@ class Scorer(Entry):
 
     def listed(self, name: str) -> Listed:
         default = f" ({self.model})" if self.model else ""
-        return Listed(self.form(name), self.description + default, self.problem())
+        found = self.reach()
+        return Listed(self.form(name), self.description + default, found.problem, needs=found.needs)
 
 
-def _not_here(model: str) -> str:
-    """Why a model of the hub cannot be opened here: it is not on the disk, and the hub is out of
-    reach."""
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    if not constants.HF_HUB_OFFLINE or isinstance(
-        try_to_load_from_cache(model, "config.json"), str
-    ):
-        return ""
-    return f"{model} is not downloaded, and HF_HUB_OFFLINE is set; name a folder, or unset it"
+#: The judges of arXiv 2606.08044: Llama Guard 3 8B, Gemma 3 12B-it, Qwen 2.5 7B-it.
+PAPER = ("llama-guard-3", "gemma-3", "qwen-2.5")
 
 
-def _members_lack() -> str:
-    from auditgap.judges.ensemble import PAPER
-
-    return next(filter(None, (JUDGES[name].problem() for name in PAPER)), "")
+def _members() -> Reach:
+    """Of the paper's judges together."""
+    found = {name: JUDGES[name].reach() for name in PAPER}
+    problem = next((f"{name}: {one.problem}" for name, one in found.items() if one.problem), "")
+    needs = [f"{one.needs} ({name})" for name, one in found.items() if one.needs]
+    return Reach(problem, ", ".join(needs))
 
 
 def _language_model(description: str, home: str, model: str = "") -> Scorer:
@@ -248,7 +250,7 @@ JUDGES: Registry[Scorer] = Registry(
             " label is kept",
             "auditgap.judges.ensemble:ensemble",
             _of_judges,
-            lacks=_members_lack,
+            lacks=_members,
         ),
         "majority": Scorer(
             "what most of these judges say, for example majority(builtin,guard=smollm2); each label"

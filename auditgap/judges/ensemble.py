@@ -28,12 +28,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from auditgap.errors import UsageError
-from auditgap.judges import Judge, close_judge, rest_judge
+from auditgap.judges import PAPER, Judge, close_judge, rest_judge
 from auditgap.judges.llm import Judged
 from auditgap.types import Exchange, Label, Verdict
 
-#: arXiv 2606.08044: Llama Guard 3 8B, Gemma 3 12B-it, Qwen 2.5 7B-it.
-PAPER = ("llama-guard-3", "gemma-3", "qwen-2.5")
 _UNTOLD = (Label.UNSCORED, Label.BROKEN)
 
 

@@ -18,25 +18,13 @@ from typing import Any
 
 import torch
 
+from auditgap.data.hub_models import UNWANTED, WANTED
 from auditgap.data.packages import BRINGING
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.models.reading import read_object
 from auditgap.models.vetting import preflight
 from auditgap.models.weights import is_adapter
 from auditgap.store.files import cache_dir
-
-#: What is downloaded of a hub's model.
-_DOWNLOADED = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.json",
-    "tokenizer*",
-    "*.model",
-    "*.txt",
-    "*.jinja",
-]
-#: Second copies of the weights in another layout, and what lies in folders of its own.
-_NOT_DOWNLOADED = ["consolidated*.safetensors", "*/*"]
 
 #: Held while transformers opens weights: it switches weight tying off for *every* model by patching
 #: a class, and of two
@@ -121,8 +109,8 @@ def _download(name: str) -> Path:
             snapshot_download(
                 repo,
                 revision=revision or None,
-                allow_patterns=_DOWNLOADED,
-                ignore_patterns=_NOT_DOWNLOADED,
+                allow_patterns=WANTED,
+                ignore_patterns=UNWANTED,
             )
         )
     except GatedRepoError:

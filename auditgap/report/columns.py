@@ -35,10 +35,10 @@ class Hide(Enum):
     ALIKE = "where all rows have the same: something else names it"
 
 
-#: Widths that a table is said to need, in rem: at the narrower ones its rows are set as cards.
-FITS = tuple(range(12, 100, 4))
 #: What a wide window shows beside each other, in rem.
 PAGE = 66
+#: Widths that a table is said to need, in rem: at the narrower ones its rows are set as cards.
+FITS = tuple(sorted({*range(12, 100, 4), PAGE}))
 #: How wide a character of a table is, one of its titles, and the space between columns, in rem.
 _CHARACTER, _BOLD, _BETWEEN = 0.46, 0.5, 0.75
 #: A cell of words is not broken into shorter lines than these, where it is longer.
@@ -54,8 +54,9 @@ class TableCell:
 
     @property
     def breakable(self) -> str:
-        """The text with a space at which an interval may go below its estimate."""
-        return self.text.replace("\u00a0[", " [")
+        """The text with a space at which an interval may go below its estimate, and none at which
+        `< 1` may part."""
+        return self.text.replace("\u00a0[", " [").replace("\u2009", "\u202f")
 
     @property
     def width(self) -> float:

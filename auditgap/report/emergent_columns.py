@@ -90,13 +90,13 @@ OVER = key("over", "Intervals cover", css="word", null="")
 
 
 def least_most(row: Row, name: str, form: Form) -> str | None:
-    """The bounds of an estimate for what has no rating; `name` itself before them where it is not
-    shown elsewhere."""
+    """The bounds of an estimate for what has no rating, once where they meet; `name` itself before
+    them where it is not shown elsewhere."""
     least, most = row[f"{name}_least"], row[f"{name}_most"]
     if is_null(least) or is_null(most):
         return None
-    ends = f"{form(least)} to {form(most)}"
-    if f"{name}_lo" in row:
+    ends = form(least) if least == most else f"{form(least)} to {form(most)}"
+    if f"{name}_lo" in row or least == row[name] == most:
         return ends
     return f"{CANNOT_TELL if is_null(row[name]) else form(row[name])} ({ends})"
 

@@ -27,7 +27,7 @@ from markupsafe import Markup
 from auditgap.errors import UsageError
 from auditgap.report import drawing, latex, pdf, summary, text
 from auditgap.report.charts import Figure
-from auditgap.report.columns import FITS
+from auditgap.report.columns import FITS, PAGE
 from auditgap.report.frame import Frame
 from auditgap.report.section import (
     Section,
@@ -89,6 +89,14 @@ class Copies:
     pdf: bool = False
     latex: bool = False
 
+    @property
+    def beside(self) -> list[str]:
+        """The files that a reader looks for beside report.html."""
+        texts = ["summary.html", "summary.md"] if self.summary else []
+        pages = ["report.html", *texts[:1]] if self.pdf else []
+        tables = ["tables/*.tex"] if self.latex else []
+        return texts + [name.replace(".html", ".pdf") for name in pages] + tables
+
 
 def render(sections: Sequence[Section], frame: Frame, *, is_summary: bool = False) -> str:
     """The page; of a summary the first screen alone."""
@@ -102,6 +110,7 @@ def render(sections: Sequence[Section], frame: Frame, *, is_summary: bool = Fals
             top=at_the_top(sections),
             script=_script(),
             fits=FITS,
+            page=PAGE,
             script_hash=f"sha256-{base64.b64encode(digest).decode('ascii')}",
         )
     )

@@ -155,10 +155,14 @@ def with_interval(
 
 
 def interval(lo: object, hi: object, form: Any = number) -> str:
-    """`[lo, hi]` without the unit that `form` puts after a number."""
+    """`[lo, hi]` without the unit that `form` puts after a number; `?` for an end that could not be
+    told."""
     if is_null(lo) and is_null(hi):
         return "[no interval]"
-    ends = (form(end).removesuffix("\u00a0%").removesuffix("\u00a0points") for end in (lo, hi))
+    ends = (
+        "?" if is_null(end) else form(end).removesuffix("\u00a0%").removesuffix("\u00a0points")
+        for end in (lo, hi)
+    )
     return "[{},\u00a0{}]".format(*ends)
 
 

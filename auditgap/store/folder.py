@@ -112,10 +112,7 @@ class RunFolder(RunReader):
         if folder.mirror is not None:
             folder.mirror.pull_file("run.json")
         if not (folder.path / "run.json").is_file():
-            raise UsageError(
-                f"{path} is no run folder (it has no run.json). Give the folder that an audit"
-                " wrote."
-            )
+            raise UsageError(f"{path} is no run folder ({_instead(folder.path)}.")
         folder.run = read_run(folder.path / "run.json", folder.place)
         return folder
 
@@ -304,3 +301,13 @@ class RunFolder(RunReader):
 def _one_line(cause: str) -> str:
     line = next((part.strip() for part in cause.splitlines() if part.strip()), "no cause given")
     return "".join(c if c.isprintable() else "?" for c in line)[:300]
+
+
+def _instead(folder: Path) -> str:
+    """Why a folder is no run's, and what to give in its place."""
+    if not folder.exists():
+        return "nothing is there, or not yet). Give the folder that an audit wrote"
+    runs = sorted(str(run.parent) for run in folder.glob("*/run.json"))
+    if runs:
+        return f"it has no run.json), but holds some. Give one of them: {', '.join(runs[:5])}"
+    return "it has no run.json). Give the folder that an audit wrote"

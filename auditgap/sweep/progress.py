@@ -158,7 +158,7 @@ class Progress:
 
 
 def computing(expected: Mapping[str, Any]) -> str:
-    """The time of an estimate made before a run: "Up to about 3 min here, at least 6 s of it to start
+    """The time of an estimate made before a run: "Up to about 3 min …, of which at least 6 s to start
     and 20 s to judge". No run takes 0 s."""
     seconds, start, judge = (expected.get(k, 0.0) for k in MEASURED_HERE)
     about = "a minute" if seconds < 60 else duration(seconds)
@@ -167,7 +167,7 @@ def computing(expected: Mapping[str, Any]) -> str:
         for part, what in ((start, "to start"), (judge, "to judge"))
         if part >= 1
     ]
-    least = f", at least {' and '.join(parts)} of it" if parts and seconds >= 60 else ""
+    least = f", of which at least {' and '.join(parts)}" if parts and seconds >= 60 else ""
     return f"Up to about {about} on one worker like this machine{least}"
 
 

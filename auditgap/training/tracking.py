@@ -198,8 +198,10 @@ class Tracker:
             tracker = tracking.TrackioTracker("auditgap", name=self.name, resume="allow")
         else:
             more = {} if os.environ.get("WANDB_MODE") else {"mode": "offline"}
+            # it would take a copy of what the terminal shows, which is text
+            settings = {"console": "off", "quiet": True}
             tracker = tracking.WandBTracker(
-                "auditgap", name=self.name, dir=str(self.path.parent), **more
+                "auditgap", name=self.name, dir=str(self.path.parent), settings=settings, **more
             )
         tracker.main_process_only = False  # it is: only rank 0 has one
         tracker.start()

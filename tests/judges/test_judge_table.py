@@ -4,10 +4,14 @@ light import."""
 import json
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 
 from auditgap import judges
+from auditgap.data import hub_models
 from auditgap.data.sources import importlib as sources_importlib
 from auditgap.errors import UsageError
 from auditgap.judges import card_cache
@@ -144,39 +148,96 @@ def nothing_downloaded(tmp_path, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    return tmp_path
+    yield tmp_path
+    hub_models._reach.cache_clear()
+    hub_models._SILENT.clear()
 
 
-def problems(table):
-    return {line.name.partition("[")[0]: line.problem for line in table.listed()}
+def available(table):
+    return {line.name.partition("[")[0]: line.row()["available"] for line in table.listed()}
 
 
 def test_a_model_out_of_reach_is_not_called_available(nothing_downloaded):
-    """Whatever is listed as available can be opened: a model of the hub is on the disk, or the hub
-    can be asked."""
-    found = problems(judges.JUDGES)
+    """What is listed as available can be opened here and now, or says what it needs first."""
+    found = available(judges.JUDGES)
     for name, line in judges.JUDGES.items():
         if line.model:
-            assert "HF_HUB_OFFLINE" in found[name] and line.model in found[name]
-    assert "Llama-Guard-3-8B" in found["ensemble"], "a majority of what is not here"
-    assert found["keyword"] == found["guard=MODEL"] == ""
+            assert found[name].startswith("not downloaded, and HF_HUB_OFFLINE is set")
+    assert found["ensemble"].startswith("llama-guard-3: not downloaded")
+    assert found["builtin"] == found["keyword"] == "yes"
+    assert found["guard=MODEL"] == "with the MODEL that you name"
+    assert found["majority(A,B,…)"] == "with the A,B,… that you name"
 
 
 def test_a_downloaded_model_is_available_without_the_hub(nothing_downloaded):
     folder = nothing_downloaded / "models--meta-llama--Llama-Guard-3-8B"
-    for path, text in (("refs/main", "a" * 40), (f"snapshots/{'a' * 40}/config.json", "{}")):
-        (folder / path).parent.mkdir(parents=True)
-        (folder / path).write_text(text)
-    found = problems(judges.JUDGES)
-    assert found["llama-guard-3"] == "" and found["gemma-3"] != ""
-    assert "gemma" in found["ensemble"]
+    snapshot = folder / "snapshots" / ("a" * 40)
+    (folder / "refs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (folder / "refs" / "main").write_text("a" * 40)
+    (snapshot / "config.json").write_text("{}")
+    assert available(judges.JUDGES)["llama-guard-3"] != "yes", "it has no weights"
+    hub_models._reach.cache_clear()
+    (snapshot / "model.safetensors").write_bytes(b"")
+    found = available(judges.JUDGES)
+    assert found["llama-guard-3"] == "yes" and found["gemma-3"] != "yes"
+    assert found["ensemble"].startswith("gemma-3: ")
 
 
-def test_with_the_hub_a_model_that_can_be_downloaded_is_available(nothing_downloaded, monkeypatch):
+class Hub(BaseHTTPRequestHandler):
+    """The hub's answers about three models: one open, one gated, and one that it has not."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        gated = "Llama" in self.path
+        if "gemma" in self.path:
+            self.answer(404, {}, "RepoNotFound")
+        elif "auth-check" in self.path:
+            self.answer(403, {}, "GatedRepo")
+        else:
+            files = [
+                ("model-00001-of-00002.safetensors", 9e9),
+                ("model-00002-of-00002.safetensors", 6.2e9),
+                ("config.json", 1000),
+                ("original/consolidated.00.pth", 15e9),
+            ]
+            told = [{"rfilename": name, "size": int(size)} for name, size in files]
+            self.answer(200, {"id": "a/b", "gated": gated and "manual", "siblings": told})
+
+    def answer(self, status: int, told: dict[str, object], error: str = "") -> None:
+        body = json.dumps(told).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        if error:
+            self.send_header("X-Error-Code", error)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+def test_with_the_hub_it_is_said_what_a_model_needs(nothing_downloaded, monkeypatch):
     from huggingface_hub import constants
 
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert problems(judges.JUDGES)["llama-guard-3"] == problems(judges.JUDGES)["ensemble"] == ""
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    Hub.asked.clear()
+    found = available(judges.JUDGES)
+    server.shutdown()
+    server.server_close()
+    assert found["qwen-2.5"] == "with a download of 15.2 GB"
+    assert found["llama-guard-3"].startswith("gated: accept its licence at https://huggingface.co/")
+    assert found["gemma-3"].startswith("the hub has no such model, or it is private")
+    assert found["ensemble"] == f"llama-guard-3: {found['llama-guard-3']}"
+    assert len(Hub.asked) == len(set(Hub.asked)), "each is asked about once"
+    hub_models._reach.cache_clear()
+    assert available(judges.JUDGES)["qwen-2.5"].startswith("not downloaded; not known whether")
 
 
 @pytest.mark.parametrize("table", [judges.JUDGES, judges.REWARDS], ids=["judges", "rewards"])
@@ -187,7 +248,7 @@ def test_the_builtin_needs_no_package(table, monkeypatch):
         raise UsageError("The package pyrit is not installed. Type: pip install …")
 
     monkeypatch.setattr(gold, "package_file", missing)
-    assert problems(table)["builtin"] == ""
+    assert available(table)["builtin"] == "yes"
     asked = [Exchange(Prompt("?"), "I'm sorry, but I can't help with that.")]
     assert judges.load_judge("builtin").judge(asked) == [Verdict(Label.REFUSAL)]
     assert [card["gold_set"] for card in card_cache.cards_of("builtin")] == [

@@ -18,13 +18,22 @@ from auditgap.report.text import short_names
 from auditgap.store import RunFolder
 
 WIDTHS = (1280, 390)
-#: Says of every frame which boxes hold more than they show, and of how many tables it looked at.
+#: Says of every frame which boxes hold more than they show, which words of a table's cells are broken
+#: over two lines, and of how many tables it looked at.
 MEASURE = """<!doctype html><body>{frames}<p id="out"></p><script>window.onload = () => {{
   const said = [];
   for (const frame of document.querySelectorAll("iframe")) {{
     const page = frame.contentDocument, boxes = [...page.querySelectorAll(".scroll, .formula, pre"), page.documentElement];
     for (const box of boxes) if (box.scrollWidth > box.clientWidth)
       said.push(`${{frame.title}}: ${{box.getAttribute("aria-label") || box.className || box.tagName}} ${{box.scrollWidth}} > ${{box.clientWidth}}`);
+    for (const cell of page.querySelectorAll("td.word")) if (getComputedStyle(cell).display === "table-cell") {{
+      const texts = page.createTreeWalker(cell, NodeFilter.SHOW_TEXT), range = page.createRange();
+      while (texts.nextNode()) for (const word of texts.currentNode.data.matchAll(/[\\p{{L}}\\p{{N}}_]{{2,30}}/gu)) {{
+        range.setStart(texts.currentNode, word.index);
+        range.setEnd(texts.currentNode, word.index + word[0].length);
+        if (new Set([...range.getClientRects()].map(box => box.top)).size > 1) said.push(`${{frame.title}}: ${{word[0]}} is broken`);
+      }}
+    }}
     const row = page.querySelector("#first .verdicts tbody tr");
     if (row) said.push(`${{frame.title}} has verdicts laid out as ${{getComputedStyle(row).display}}, and tables`);
     said.push(`${{frame.title}} has ${{page.querySelectorAll(".scroll > table").length}} tables`);
@@ -54,7 +63,10 @@ def measured(pages, tmp_path) -> list[str]:
 def test_no_table_is_cropped_at_any_width(every_page, tmp_path):
     wide = tmp_path / "wide.html"  # the harness notices a table that is
     wide.write_text(
-        '<!doctype html><div class="scroll" style="overflow:auto"><table><td>' + "x" * 400, "utf-8"
+        '<!doctype html><div class="scroll" style="overflow:auto"><table><td>'
+        f'{"x" * 400}</table></div><table><td class="word" style="max-width:3rem;word-break:break-all">'
+        "a_long_word",
+        "utf-8",
     )
     said = measured({**every_page, "bad": wide}, tmp_path)
     counted = {line.partition(" at ")[0]: line for line in said if line.endswith(" tables")}
@@ -67,7 +79,9 @@ def test_no_table_is_cropped_at_any_width(every_page, tmp_path):
     assert all(" has 0 " not in line for line in counted.values()), counted
     cropped = [line for line in said if not line.endswith(" tables")]
     assert [line for line in cropped if not line.startswith("bad")] == []
-    assert sum(line.startswith("bad at") for line in cropped) == len(WIDTHS), cropped
+    bad = [line for line in cropped if line.startswith("bad at")]
+    assert sum(line.endswith("a_long_word is broken") for line in bad) == len(WIDTHS), bad
+    assert len(bad) == 2 * len(WIDTHS), bad
 
 
 def test_every_page_opens_with_whom_when_and_what(every_page):
@@ -96,6 +110,17 @@ def test_the_summary_is_the_first_screen_alone(every_page, tmp_path):
     for heading in ("## tuned", "## What limits this most", "## What to do next"):
         assert heading in said
     assert not (tmp_path / "report.pdf").exists()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine, which prints the page")
+def test_the_summary_of_a_whole_audit_is_one_sheet(every_page, tmp_path):
+    """All lines of the verdict table, the limits and what to do next, on paper of either size."""
+    source = every_page["whole"].read_text("utf-8")
+    for size in ("A4", "letter"):
+        page = tmp_path / f"{size}.html"
+        only = re.sub(r"<nav.*</nav>|<section.*</section>", "", source, flags=re.DOTALL)
+        page.write_text(only.replace("@page {", f"@page {{ size: {size};"), "utf-8")
+        assert len(re.findall(rb"/Type /Page\b", pdf.write(page).read_bytes())) == 1, size
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine, which prints the page")

@@ -220,6 +220,39 @@ def test_trackio_gets_them_on_this_machine(tmp_path):
     )
 
 
+WANDB = """
+import sys, pathlib
+from auditgap.training.tracking import Tracker
+with Tracker(("wandb",), folder=pathlib.Path(sys.argv[1]), name="twin", config={"lr": 2e-5, "hub_token": "hf_secret"}) as tracker:
+    tracker.rewind(0)
+    print("the colour of the vault")
+    for step in range(3):
+        tracker.log(step, {"loss": 3.0 - step})
+"""
+
+
+def test_wandb_gets_them_offline_and_nothing_that_the_terminal_shows(tmp_path):
+    pytest.importorskip("wandb")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    env = {**kept, "HOME": str(tmp_path / "home")}
+
+    done = subprocess.run(
+        [sys.executable, "-c", WANDB, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=env,
+    )
+    assert done.returncode == 0 and "failed" not in done.stderr, done.stderr[-2000:]
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    # in its protocol a key is followed by its value as JSON: each step's, and the last one's again
+    seen = re.findall(rb"\x12\x04loss\x82\x01.([0-9.]+)", file.read_bytes())
+    assert list(dict.fromkeys(map(float, seen))) == [3.0, 2.0, 1.0]
+    everything = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    assert b"hf_secret" not in everything and b"colour of the vault" not in everything
+    assert b"auditgap" in everything
+
+
 def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, caplog):
     pytest.importorskip("tensorboard")
     (tmp_path / "tensorboard").write_text("a file where a folder is wanted")
