@@ -19,8 +19,12 @@ from auditgap.store import files
 def keep(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write the tensors, mode 0600: what a model made of a text says what it read. Raises
     DiskError."""
-    data = safetensors.torch.save(dict(tensors), {"sha256": checksum(tensors)})
-    files.write_bytes(path, data, files.PRIVATE)
+    files.write_bytes(path, sealed(tensors), files.PRIVATE)
+
+
+def sealed(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """The bytes of such a file."""
+    return safetensors.torch.save(dict(tensors), {"sha256": checksum(tensors)})
 
 
 def is_whole(path: Path) -> bool:
