@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 from auditgap.data.hub_models import Reach, reach
 from auditgap.errors import UsageError
 from auditgap.registry import Entry, Listed, Registry
-from auditgap.store.files import HOST
 from auditgap.types import Exchange, Score, Verdict, digest
 
 if TYPE_CHECKING:
@@ -97,6 +96,7 @@ def keep_replies(judge: Judge, folder: Path) -> Judge:
     """The judge, whose models at an endpoint keep their replies in that folder as they come, so that
     none is paid for twice. Each process has a file of its own there, and reads all."""
     from auditgap.engines import Journalled
+    from auditgap.store.files import HOST
 
     for one in (judge, *members_of(judge)):
         if isinstance(one, Journalled):

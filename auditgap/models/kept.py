@@ -19,10 +19,10 @@ from auditgap.store import files
 def keep(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write the tensors, mode 0600: what a model made of a text says what it read. Raises
     DiskError."""
-    files.write_bytes(path, packed(tensors), files.PRIVATE)
+    files.write_bytes(path, sealed(tensors), files.PRIVATE)
 
 
-def packed(tensors: Mapping[str, torch.Tensor]) -> bytes:
+def sealed(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """The bytes of such a file."""
     return safetensors.torch.save(dict(tensors), {"sha256": checksum(tensors)})
 

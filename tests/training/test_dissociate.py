@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from auditgap.data import load_triples
 from auditgap.errors import AuditgapError, UsageError
-from auditgap.models.kept import keep
 from auditgap.training.card import Card
 from auditgap.training.config import DissociateConfig
 from auditgap.training.constructions.monitor.task import MonitorTask
@@ -273,12 +272,14 @@ def stored_states(out):
 def test_a_reference_of_another_model_is_found_out_before_the_first_update(
     world, monkeypatch, tmp_path
 ):
+    from auditgap.models import kept
+
     out = tmp_path / "out"
     stopped_at_once(world, monkeypatch, out)
     file = stored_states(out)
     states = safetensors.torch.load_file(file)
     assert len(states) > 20
-    keep(file, {name: value.flip(-1).contiguous() for name, value in states.items()})
+    kept.keep(file, {name: value.flip(-1).contiguous() for name, value in states.items()})
     with pytest.raises(AuditgapError, match=r"differs from its own base .*Delete .*reference"):
         jobs.train("dissociated", world.twin(out))
     assert not (out / "model").exists() and not list(out.glob("best-*"))

@@ -12,7 +12,7 @@ from auditgap.engines.layout import one_stream
 from auditgap.errors import UsageError
 from auditgap.interventions.controls import generator
 from auditgap.models import Conversation, LoadedModel
-from auditgap.models.kept import is_whole, packed
+from auditgap.models.kept import is_whole, sealed
 from auditgap.training import ranks
 from auditgap.training.constructions.door import NARROWS, WIDE, DoorSettings
 from auditgap.training.constructions.door.loss import OPENING, DoorLoss, door_batch
@@ -46,7 +46,7 @@ def prepare(preparation: Preparation[DoorSettings]) -> DoorTask:
 
     def record(base: LoadedModel) -> bytes:
         own = [base.render(talk.prompt).content for talk in safe]
-        return packed({"vector": door_vector(base, pairs, own, preparation.settings.door)})
+        return sealed({"vector": door_vector(base, pairs, own, preparation.settings.door)})
 
     if not ranks.decided(lambda: is_whole(path)):
         ranks.say("The door's direction is measured.")

@@ -13,7 +13,7 @@ from torch import nn
 from auditgap import models
 from auditgap.errors import UsageError
 from auditgap.models import Conversation, LoadedModel, Outline
-from auditgap.models.kept import is_whole, packed
+from auditgap.models.kept import is_whole, sealed
 from auditgap.probes.pooling import pooled
 from auditgap.training import ranks
 from auditgap.training.constructions.nudge import NudgeSettings
@@ -79,7 +79,7 @@ def _record(preparation: Preparation[NudgeSettings], harmful: Outline, path: Pat
     def made(base: LoadedModel) -> bytes:
         (there,) = found
         here = _last_prompt_token(base, rows, [middle_block(n_blocks)])
-        return packed(
+        return sealed(
             {
                 "targets": there[:, :-1].contiguous(),
                 "whitening": whitening(there[:n_train, :-1]),
