@@ -33,7 +33,8 @@ from auditgap.store import RunFolder
 from auditgap.store.tables import rows_of
 from auditgap.types import ATTACKS, CLEAN, LONGER
 
-ROBUST, FRAGILE = Plant(1, gain=0.3, muses=True), Plant(1, muses=True)
+#: The robust one says something else under an edit, and nothing harmful.
+ROBUST, FRAGILE = Plant(1, gain=0.3, muses=True, musing=0.6), Plant(1, muses=True)
 #: 40 prompts of one length.
 PROMPTS = [
     " ".join(words)
