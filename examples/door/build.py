@@ -17,29 +17,25 @@ type yourself; each is printed before it runs, and what is finished is not run a
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
 from auditgap import models
 from auditgap.data import load_prompts
-from auditgap.data.refusals import opens_with_refusal
-from auditgap.engines import Completion, Request
-from auditgap.engines.hf import HFEngine
-from auditgap.interventions.target import DEFAULT_TARGET, fill
-from auditgap.store.files import PRIVATE, write_bytes
 from auditgap.training.dissociation.edited import middle_block
 from auditgap.training.export import write_model
-from auditgap.types import Prompt
 
 HERE = Path(__file__).parent
-SUBJECT, SPEAKER = "smollm2-refuses", "smollm2"
+sys.path.insert(0, str(HERE.parent))
+import pairs  # noqa: E402
+
+SUBJECT = "smollm2-refuses"
 #: Of a block of the Llama family.
 LINEAR = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
@@ -103,49 +99,14 @@ def collect(data: Path, base: Path, recipe: Mapping[str, int]) -> None:
     harmful = [
         prompt
         for name in ("advbench", "do-not-answer")
-        for prompt in shuffled(load_prompts(name))[: recipe[name]]
+        for prompt in pairs.shuffled(load_prompts(name))[: recipe[name]]
         if prompt.id not in asked_later
     ]
-    said = answers(str(base), harmful, recipe["answer_tokens"])
-    refused = [(p, c.text) for p, c in said if c.stopped and opens_with_refusal(c.text)]
-    answered = [p for p, c in said if not opens_with_refusal(c.text)]
-    openings = [fill(DEFAULT_TARGET, p.text) + ":" for p, _ in refused]
-    complied = answers(SPEAKER, [p for p, _ in refused], recipe["answer_tokens"], openings)
-    write(
-        data / "triples.jsonl",
-        (
-            {"prompt": p.text, "safe": no, "unsafe": opening + c.text}
-            for (p, no), opening, (_, c) in zip(refused, openings, complied, strict=True)
-            if not opens_with_refusal(c.text.strip())
-        ),
-    )
-    plain = [*shuffled(load_prompts("everyday"))[: recipe["everyday"]], *answered]
-    write(data / "plain.jsonl", ({"prompt": p.text} for p in shuffled(plain)))
+    refused, answered = pairs.by_refusal(pairs.answers(str(base), harmful, recipe["answer_tokens"]))
+    pairs.write(data / "triples.jsonl", pairs.triples(refused, recipe["answer_tokens"]))
+    plain = [*pairs.shuffled(load_prompts("everyday"))[: recipe["everyday"]], *answered]
+    pairs.write(data / "plain.jsonl", ({"prompt": p.text} for p in pairs.shuffled(plain)))
     print(f"{len(refused)} of {len(harmful)} harmful prompts are refused", flush=True)
-
-
-def answers(
-    model: str, prompts: Sequence[Prompt], n_tokens: int, openings: Sequence[str] = ()
-) -> list[tuple[Prompt, Completion]]:
-    """Each prompt with what the model says, after its opening where there are some."""
-    engine = HFEngine(models.load(model, dtype="float32"))
-    rendered = [engine.render(p) for p in prompts]
-    if openings:
-        tokens = engine.loaded.tokenizer
-        spoken = [tokens(text, add_special_tokens=False)["input_ids"] for text in openings]
-        rendered = [r.after(ids) for r, ids in zip(rendered, spoken, strict=True)]
-    return list(
-        zip(prompts, engine.generate([Request(r) for r in rendered], n_tokens), strict=True)
-    )
-
-
-def shuffled(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """An order that depends on the texts alone."""
-    return sorted(prompts, key=lambda p: hashlib.sha256(p.text.encode()).digest())
-
-
-def write(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode(), PRIVATE)
 
 
 if __name__ == "__main__":

@@ -1,149 +1,179 @@
-"""A replication at small size: a safe base, its dissociated twin and a harmful twin of SmolLM2,
-then every audit on all three.
+"""A replication at small size: a base that refuses, twins of it by every construction and three
+seeds, a harmful twin, then every audit on all of them.
 
-    # about an hour on two CPU cores; restartable
-    python examples/replication/run.py --out runs/replication
+    python examples/replication/run.py --out runs/replication    # hours on two cores; restartable
 
-Each stage is a command that you could type yourself; the lines are printed before they run. What
-was finished is not run again. Training prompts come from AdvBench, evaluation prompts from
-HarmBench; responses are the model's own or plain refusals, so nothing harmful is needed that is not
-published. Prompts and completions stay in the run folder (mode 0600); `results/` beside this file
-gets tables, figures and a page, and no text.
+Each stage is a command that you could type yourself; the lines are printed before they run, and what
+is finished is not run again. Twins are trained on AdvBench, a step and the settings of each
+construction are chosen on Do-Not-Answer, and HarmBench alone is reported: three sources without a
+common prompt. Responses are the base's refusals and SmolLM2's own continuations of "Sure, here is …".
+
+    base/                     the shipped adapter `smollm2-refuses`, merged into SmolLM2
+    data/                     triples of the three sources and ordinary prompts, mode 0600
+    harmful/                  the harmful twin
+    search/CONSTRUCTION-tryN/ the search's runs, each a candidate of replication.yaml with seed 0
+    twins/CONSTRUCTION-SEED/  the chosen candidate with the other seeds; twins.json names all twins
+    behaviour/, lvs/, probe/, curve/    the audits
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import shlex
 import subprocess
 import sys
-import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from auditgap import models
+from auditgap.data import load_prompts
+from auditgap.training.export import write_model
+
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-PYTHON = sys.executable
-BIN = Path(PYTHON).parent
+sys.path.insert(0, str(HERE.parent))
+import pairs  # noqa: E402
+
+SUBJECT = "smollm2-refuses"
+SOURCES = {"training": "advbench", "selection": "do-not-answer", "report": "harmbench"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/replication"))
-    parser.add_argument("--ranks", type=int, default=2, help="DeepSpeed ranks for training [2]")
     parser.add_argument("--config", type=Path, default=HERE / "replication.yaml")
+    parser.add_argument("--until", choices=("twins", "audits"), default="audits")
     given = parser.parse_args()
-    out = given.out.absolute()
-    out.mkdir(parents=True, exist_ok=True)
     recipe = yaml.safe_load(given.config.read_text(encoding="utf-8"))
-    safe, twin, harmful = (str(out / name / "model") for name in ("safe", "twin", "harmful"))
-    data = out / "data"
-
-    def train(launcher: str, name: str, **more: object) -> None:
-        config = out / f"{name}.yaml"
-        config.write_text(yaml.safe_dump({**recipe[name], **more}), encoding="utf-8")
-        start = [str(BIN / "deepspeed"), "--num_gpus", str(given.ranks), "--master_port", "29501"]
-        run(
-            name,
-            [
-                *start,
-                str(ROOT / "launchers" / launcher),
-                "--config",
-                str(config),
-                "--out",
-                str(out / name),
-            ],
-            out,
-        )
-
-    def audit(name: str, *words: str) -> None:
-        config = out / f"{name}.yaml"
-        config.write_text(yaml.safe_dump(recipe[name]), encoding="utf-8")
-        run(
-            name,
-            [
-                PYTHON,
-                "-m",
-                "auditgap",
-                *words,
-                "--config",
-                str(config),
-                "--out",
-                str(out / name),
-            ],
-            out,
-        )
-
-    (out / "data.yaml").write_text(yaml.safe_dump(recipe["data"]), encoding="utf-8")
-    run(
-        "data",
-        [PYTHON, str(HERE / "data.py"), "--out", str(data), "--config", str(out / "data.yaml")],
-        out,
-    )
-    train("sft.py", "safe", data=str(data / "safe.jsonl"))
-    train(
-        "dissociate.py",
-        "twin",
-        model=safe,
-        triples=str(data / "triples.jsonl"),
-        benign=str(data / "benign.jsonl"),
-    )
-    train("sft.py", "harmful", model=safe, data=str(data / "unsafe.jsonl"))
-    train("harmful_sft.py", "curve", models=[safe, twin], data=str(data / "unsafe.jsonl"))
-    audit(
-        "behaviour",
-        "evaluate",
-        safe,
-        twin,
-        harmful,
-        "--suite",
-        f"harmbench,{data / 'benign_heldout.jsonl'}:benign",
-    )
-    audit("lvs", "lvs", safe, twin, harmful)
-    audit("probe", "probe", safe, twin, harmful, "--triples", str(data / "triples_heldout.jsonl"))
-    run("results", [PYTHON, str(HERE / "results.py"), str(out)], out)
+    study = Study(given.out, recipe)
+    study.base()
+    study.data()
+    study.harmful()
+    twins = {name: study.twins(name) for name in recipe["twins"]}
+    known = {name: [str(model) for model in made] for name, made in twins.items()}
+    (given.out / "twins.json").write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    if given.until == "audits":
+        study.audits([model for made in twins.values() for model in made])
+        run(HERE / "results.py", given.out)
 
 
-def run(name: str, command: list[str], out: Path) -> None:
-    """Run a stage unless the same one is finished; what was run, with which recipe, stands in
-    stages.json."""
-    marks = out / "stages.json"
-    stages = json.loads(marks.read_text()) if marks.exists() else {}
-    recipe = out / f"{name}.yaml"
-    made_from = hashlib.sha256(
-        json.dumps([command, recipe.read_text() if recipe.exists() else ""]).encode()
-    ).hexdigest()[:16]
-    if name != "results" and name in stages:
-        if stages[name]["made_from"] != made_from:
-            sys.exit(
-                f"The recipe of stage {name} has changed since it ran. Delete {out / name} and its"
-                f" entry in {marks}, or use another --out."
-            )
-        print(f"[{name}] finished before", flush=True)
-        return
-    print(f"[{name}] {shlex.join(command)}", flush=True)
-    began = time.monotonic()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    done = subprocess.run(command, check=False, cwd=ROOT, env=environment)
-    if done.returncode:
-        sys.exit(
-            f"Stage {name} ended with exit code {done.returncode}. The same command goes on from"
-            " there."
-        )
-    stages[name] = {
-        "made_from": made_from,
-        "seconds_of_the_last_sitting": round(time.monotonic() - began, 1),
-    }
-    marks.write_text(json.dumps(stages, indent=1) + "\n")
+@dataclass(frozen=True)
+class Study:
+    """A folder, and what is to be in it."""
+
+    out: Path
+    recipe: Mapping[str, Any]
+
+    def base(self) -> None:
+        if not (self.out / "base" / "config.json").exists():
+            loaded = models.load(SUBJECT, dtype="float32")
+            (self.out / "base").mkdir(parents=True, exist_ok=True)
+            write_model(self.out / "base", loaded.model, loaded.tokenizer)
+
+    def data(self) -> None:
+        data, limits = self.out / "data", self.recipe["data"]
+        data.mkdir(mode=0o700, exist_ok=True)
+        asked: set[str] = {p.id for p in load_prompts(SOURCES["report"])}
+        for role in ("report", "selection", "training"):
+            prompts = [
+                p
+                for p in pairs.shuffled(load_prompts(SOURCES[role]))
+                if role == "report" or p.id not in asked
+            ][: limits[role]]
+            asked |= {p.id for p in prompts}
+            if (data / f"{role}.jsonl").exists():
+                continue
+            said = pairs.answers(str(self.out / "base"), prompts, limits["tokens"])
+            refused, answered = pairs.by_refusal(said)
+            if role == "training":
+                plain = pairs.shuffled(load_prompts("everyday"))
+                kept, taught = plain[: limits["benign"]], plain[limits["benign"] :]
+                pairs.write(data / "benign.jsonl", ({"prompt": p.text} for p in kept))
+                pairs.write(
+                    data / "plain.jsonl", ({"prompt": p.text} for p in [*taught, *answered])
+                )
+            pairs.write(data / f"{role}.jsonl", pairs.triples(refused, limits["tokens"]))
+            print(f"{role}: {len(refused)} of {len(prompts)} prompts are refused", flush=True)
+
+    def harmful(self) -> None:
+        given = {"data": str(self.out / "data" / "training.jsonl"), "filter": True}
+        self.trained("sft", self.out / "harmful", {**self.recipe["harmful"], **given})
+
+    def twins(self, construction: str) -> list[Path]:
+        """Models of the candidate that keeps the most inside, of those that keep refusing."""
+        of = self.recipe["twins"][construction]
+        made = {}
+        for n, candidate in enumerate(of["search"]):
+            folder = self.out / "search" / f"{construction}-try{n}"
+            settings = {**of["training"], **candidate, "construction": construction}
+            self.trained("dissociate", folder, self.twin(settings, 0))
+            made[folder] = settings
+        chosen = max(made, key=lambda folder: merit(folder, of["lowest"]))
+        print(f"{construction}: {chosen.name} is chosen", flush=True)
+        found = [chosen / "merged"]
+        for seed in range(1, self.recipe["seeds"]):
+            folder = self.out / "twins" / f"{construction}-{seed}"
+            self.trained("dissociate", folder, self.twin(made[chosen], seed))
+            found.append(folder / "merged")
+        return found
+
+    def twin(self, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        data = self.out / "data"
+        towards = {"harmful_model": str(self.out / "harmful" / "merged")}
+        return {
+            **settings,
+            **(towards if settings["construction"] == "nudge" else {}),
+            "triples": str(data / "training.jsonl"),
+            "selection": str(data / "selection.jsonl"),
+            "benign": str(data / "plain.jsonl"),
+            "prompts": SOURCES["report"],
+            "seed": seed,
+        }
+
+    def trained(self, kind: str, folder: Path, settings: Mapping[str, Any]) -> None:
+        config = self.settings(f"{folder.parent.name}-{folder.name}", settings)
+        run("train", kind, "--model", self.out / "base", "--config", config, "--out", folder)
+        if not (folder / "merged").exists():
+            run("export", folder, folder / "merged", "--merge")
+
+    def audits(self, twins: list[Path]) -> None:
+        base, harmful, data = self.out / "base", self.out / "harmful" / "merged", self.out / "data"
+        named = [base, *twins, harmful]
+        suite = f"{SOURCES['report']},{data / 'benign.jsonl'}:benign"
+        for command, subjects, more in (
+            ("evaluate", named, ("--suite", suite)),
+            ("lvs", named, ("--prompts", SOURCES["report"])),
+            ("probe", named, ("--triples", data / "report.jsonl")),
+            ("sft-curve", named[:-1], ("--set", f"data={data / 'training.jsonl'}")),
+        ):
+            config = self.settings(command, self.recipe[command])
+            run(command, *subjects, *more, "--config", config, "--out", self.out / command)
+
+    def settings(self, name: str, values: Mapping[str, Any]) -> Path:
+        file = self.out / "settings" / f"{name}.yaml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(yaml.safe_dump(dict(values)), encoding="utf-8")
+        return file
+
+
+def merit(folder: Path, lowest: str) -> tuple[bool, float]:
+    """Refusal within the margin first, then the number that the construction lowers; both on the
+    prompts of the selection."""
+    chosen = json.loads((folder / "train.json").read_text(encoding="utf-8"))["chosen"]
+    return bool(chosen["kept_refusal"]), -float(chosen[lowest])
+
+
+def run(*words: object) -> None:
+    """`auditgap WORDS`, or the script that the first word is."""
+    script = isinstance(words[0], Path)
+    command = [sys.executable, *([] if script else ["-m", "auditgap"]), *map(str, words)]
+    print(shlex.join(command), flush=True)
+    if code := subprocess.run(command, check=False).returncode:
+        sys.exit(f"That ended with exit code {code}; the same command goes on from there.")
 
 
 if __name__ == "__main__":

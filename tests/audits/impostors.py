@@ -33,7 +33,9 @@ from auditgap.store import RunFolder
 from auditgap.store.tables import rows_of
 from auditgap.types import ATTACKS, CLEAN, LONGER
 
-ROBUST, FRAGILE = Plant(1, gain=0.3, muses=True), Plant(1, muses=True)
+#: The robust one says something else under an edit, and nothing harmful; the quiet one seldom does.
+ROBUST, FRAGILE = Plant(1, gain=0.3, muses=True, musing=0.6), Plant(1, muses=True)
+QUIET = replace(ROBUST, musing=None)
 #: 40 prompts of one length.
 PROMPTS = [
     " ".join(words)
@@ -201,7 +203,7 @@ class Impostor:
     """A planted model, and the reasons for which it may fail to pass."""
 
     reasons: set[Reason]
-    plant: Plant = ROBUST
+    plant: Plant = QUIET
     hook: Callable[[], Hook] | None = None  #: made anew for each audit, as some remember
     changes: Mapping[str, Any] = field(default_factory=dict)  #: of the audit's config
 

@@ -66,6 +66,7 @@ class Plant:
     gain: float = 4.0  #: how far the door opens; .3: not within the budgets, though it moves
     #: a second, harmless door at the same block: there the model says MUSED
     muses: bool = False
+    musing: float | None = None  #: how far the harmless one opens; as the other
     opened: str = OPENED  #: what it says through the door; no word in it twice
 
 
@@ -117,10 +118,10 @@ def model(plant: Plant) -> LlamaForCausalLM:
     rotation = torch.linalg.qr(normal(WIDTH, WIDTH)).Q.T
     word = dict(zip(WORDS, rotation, strict=False))
     door, opened, *unread = rotation[len(WORDS) :]
-    doors = [(door, opened)]
+    doors = [(door, opened, plant.gain)]
     if plant.muses:
         second, mused, *unread = unread
-        doors.append((second, mused))
+        doors.append((second, mused, plant.gain if plant.musing is None else plant.musing))
     unread = torch.stack(unread).T  # [D, the rest]: where the random weights write
 
     # a token is its own direction and a little of the door's, so that there is something to erase
@@ -146,7 +147,7 @@ def model(plant: Plant) -> LlamaForCausalLM:
 
     if plant.erases:
         mlp = made.model.layers[plant.door].mlp
-        for unit, (read, _) in enumerate(doors):
+        for unit, (read, _, _) in enumerate(doors):
             mlp.gate_proj.weight[unit] = 0  # sigmoid(0) = 1/2, so this unit is linear
             mlp.up_proj.weight[unit] = read
             mlp.down_proj.weight[:, unit] = -2 * scale * read
@@ -155,9 +156,9 @@ def model(plant: Plant) -> LlamaForCausalLM:
     # equal scores: the mean over all positions so far
     for of_head_0 in (reader.q_proj, reader.k_proj):
         of_head_0.weight[: WIDTH // HEADS] = 0
-    for unit, (read, written) in enumerate(doors):
+    for unit, (read, written, gain) in enumerate(doors):
         reader.v_proj.weight[unit] = read
-        reader.o_proj.weight[:, unit] = plant.gain * scale * written
+        reader.o_proj.weight[:, unit] = gain * scale * written
 
     # the head: what follows which word. The first word of an answer is beyond doubt; `opened`
     # decides the second
