@@ -110,6 +110,15 @@ def ended(act: Callable[[], None]) -> int:
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise
+        if not alone and ranks.has_lost_one(error):
+            print(
+                f"Rank {ranks.rank()} of {ranks.world()}: another rank ended, so this one cannot go"
+                " on. What that one said stands above, if it could say anything; the same command"
+                " goes on from the last checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
         print(f"Rank {ranks.rank()} of {ranks.world()} failed:", file=sys.stderr)
         traceback.print_exc()
         sys.stderr.flush()

@@ -52,9 +52,9 @@ def together(model: Any) -> Iterator[None]:
     """While open, every rank runs the causal LM `model`, or its decoder, as often as it likes, by
     whole forwards; on the way out it waits for the others.
 
-    All ranks open it at once; where the weights are whole it does nothing. Memory that runs out
-    on one rank ends the job (`fitting.OutOfMemory`): it could not part its batch in the middle of a
-    forward. Raises AuditgapError for a forward that was cut off, which the others cannot know of.
+    All ranks open it at once; where the weights are whole it does nothing. Raises AuditgapError
+    where memory runs out on this rank, which could not part its batch in the middle of a forward,
+    and for a forward that was cut off, which the others cannot know of.
     """
     if not is_divided(model):
         yield
@@ -93,9 +93,14 @@ def together(model: Any) -> Iterator[None]:
                 handle.remove()
         if inside:
             raise AuditgapError(_CUT_OFF)
-    except AuditgapError:
+    except AuditgapError as error:
         if not inside:  # between forwards: the others can be told
             _keep_company(model, decoder)
+        if isinstance(error, fitting.OutOfMemory):
+            raise AuditgapError(
+                "A rank ran out of memory where the model runs beside the training step. Start more"
+                " ranks, or set max_tokens lower."
+            ) from None
         raise
     _keep_company(model, decoder)
 

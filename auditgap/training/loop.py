@@ -12,6 +12,7 @@ unbroken one would have made.
 from __future__ import annotations
 
 import math
+import re
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -267,17 +268,34 @@ def _save(
     folder = ranks.decided(lambda: checkpoints.begin(root, step))
     engine.save(folder)
 
-    def finish() -> None:
+    def write_companion() -> None:
         data = safetensors.torch.save(
             {name: value.detach().cpu().contiguous() for name, value in task.state().items()}
         )
         files.write_bytes(folder / _COMPANION, data)
+
+    ranks.only_main(write_companion)
+    hashed = ranks.gathered(ranks.agree(lambda: manifest.hash_files(folder, _written(folder))))
+
+    def finish() -> None:
         facts = {"stage": engine.stage, "config": digest(config.model_dump(mode="json"))}
-        manifest.seal(folder, step=step, world=ranks.world(), facts=facts)
+        every = {name: fact for mine in hashed for name, fact in mine.items()}
+        manifest.seal(folder, step=step, world=ranks.world(), facts=facts, files=every)
         checkpoints.point(root, step)
         checkpoints.rotate(root, keep=options.keep)
 
     ranks.only_main(finish)
+
+
+def _written(folder: Path) -> list[Path]:
+    """The files of a checkpoint that this rank wrote, by DeepSpeed's names for them: its part of the
+    model and of the optimizer; rank 0 whatever has no number."""
+
+    def writer(path: Path) -> int:
+        number = re.search(r"pp_rank_(\d+)_", path.name)
+        return int(number[1]) if number else 0
+
+    return sorted(p for p in folder.rglob("*") if p.is_file() and writer(p) == ranks.rank())
 
 
 def _resume(engine: DeepSpeedEngine, task: TrainingTask, root: Path, config: TrainConfig) -> int:

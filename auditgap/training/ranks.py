@@ -32,7 +32,7 @@ _T = TypeVar("_T")
 _PATIENCE = timedelta(hours=12)
 _patient: Any = None
 #: What gloo says when another rank is not there any more; NCCL has exceptions of its own.
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+_LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 def rank() -> int:

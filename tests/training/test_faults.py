@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -19,6 +20,8 @@ import safetensors.torch
 
 from auditgap.errors import Interrupted, UsageError
 from auditgap.training import checkpoints
+
+pytestmark = pytest.mark.minutes
 
 ZERO3 = {"deepspeed": str(jobs.ROOT / "ds_configs" / "zero3.json")}
 
@@ -152,6 +155,44 @@ def test_a_killed_dissociation_goes_on_with_its_monitor_and_its_optimizer(world,
     )
     assert ours["chosen"] == theirs["chosen"]
     assert ours["evaluations"] == theirs["evaluations"]
+
+
+def begun(folder, n, job):
+    """Wait until a run has logged n steps."""
+    patience = time.monotonic() + 300
+    while time.monotonic() < patience and job.process.poll() is None:
+        if (folder / "log.jsonl").exists() and len(jobs.log(folder)) >= n:
+            return
+        time.sleep(0.05)
+    raise AssertionError(job.end(1).tail)
+
+
+def test_a_rank_killed_from_outside_ends_the_job_in_a_sentence_and_the_job_goes_on(world):
+    """At ZeRO-3, where no rank has the whole model."""
+    recipe = {**ZERO3, "steps": 40, "save_every": 4, "eval_every": 20}
+    cut = {"kind": "dissociated", "values": world.twin("outside", **recipe)}
+    job = jobs.start_script("torchrun", 2, [cut], world.folder / "job-f")
+    begun(world.folder / "outside", 6, job)
+    (one,) = [p for p in job.processes() if p.environ().get("RANK") == "1"]
+    one.kill()
+    killed = time.time()
+    done = job.end(60)
+    assert done.rc not in (0, -1), done.tail
+    assert done.ended - killed < 30 and not done.left
+    assert "Rank 0 of 2: another rank ended" in done.err, done.err
+    assert "failed:" not in done.err.split("another rank ended")[0], done.err
+    left = jobs.log(world.folder / "outside")
+    assert 6 <= len(left) < 40
+
+    whole = {"kind": "dissociated", "values": world.twin("inside", **recipe)}
+    again = jobs.script("torchrun", 2, [cut, whole], world.folder / "job-g")
+    assert again.rc == 0, again.tail
+    said = re.search(r"Resumed at step (\d+) ", again.err)
+    assert said and 4 <= int(said[1]) <= len(left) and int(said[1]) % 4 == 0
+    for name in ("loss", "kl", "monitor", "gradient_norm"):
+        ours, theirs = (jobs.curve(world.folder / n, name) for n in ("outside", "inside"))
+        assert ours == theirs, name
+    assert apart(world.folder / "outside", world.folder / "inside") == 0
 
 
 # ------------------------------------------------------------------ one rank's trouble, all ranks'

@@ -12,7 +12,7 @@ import safetensors.torch
 import tiny
 
 from auditgap.errors import Interrupted
-from auditgap.training import checkpoints, sft
+from auditgap.training import checkpoints, loop, sft
 from auditgap.training.config import SFTConfig
 from auditgap.training.launch import ended, read
 from auditgap.training.loop import NonFinite
@@ -183,3 +183,16 @@ def test_what_is_no_number_stops_with_step_rows_and_checkpoint(
     assert ended(lambda: jobs.train("sft", recipe)) == 3
     again = capsys.readouterr().err
     assert "Resumed at step 2" in again and found[0] in again
+
+
+def test_each_rank_seals_what_it_wrote_and_nothing_is_left_out(tmp_path, monkeypatch):
+    theirs = "zero_pp_rank_1_mp_rank_00_model_states.pt"
+    mine = ["companion.safetensors", "mp_rank_00_model_states.pt"]
+    mine += [f"{word}zero_pp_rank_0_mp_rank_00_optim_states.pt" for word in ("", "bf16_")]
+    for name in (theirs, *mine):
+        (tmp_path / name).write_bytes(b"x")
+    found = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        found.append([path.name for path in loop._written(tmp_path)])
+    assert found == [sorted(mine), [theirs]]

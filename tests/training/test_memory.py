@@ -229,26 +229,28 @@ LLAMA_70B = {
     "mlp_width": 28_672,
     "n_trainable": 100_000_000,
     "lora": True,
+    "stage": 3,
+    "world": 8,
 }
 
 
 def test_answers_and_speech_are_divided_as_the_step_is():
-    need = estimate(**LLAMA_70B, stage=3, world=8)
+    need = estimate(**LLAMA_70B)
     assert set(need.beside) == {"answers", "speaking"}
     assert max(need.beside.values()) < need.total == need.worst < 80 * GIB
     check(need, 80 * GIB)
-    twice = estimate(**LLAMA_70B, stage=3, world=16)
+    twice = estimate(**{**LLAMA_70B, "world": 16})
     assert twice.beside["answers"] < 0.7 * need.beside["answers"]
-    whole = estimate(**LLAMA_70B, stage=2, world=8)  # below, every device has all weights
+    whole = estimate(**{**LLAMA_70B, "stage": 2})  # below, every device has all weights
     assert whole.beside["answers"] > 2 * 70.5e9
     with pytest.raises(UsageError, match=r"zero3\.json"):
         check(whole, 80 * GIB)
-    trained_alone = estimate(**LLAMA_70B, stage=3, world=8, footprint=sft.FOOTPRINT)
+    trained_alone = estimate(**LLAMA_70B, footprint=sft.FOOTPRINT)
     assert not trained_alone.beside and trained_alone.worst == trained_alone.total
 
 
 def test_a_step_that_fits_where_the_answers_do_not_is_refused():
-    need = estimate(**LLAMA_70B, stage=3, world=8)
+    need = estimate(**LLAMA_70B)
     with pytest.raises(UsageError, match=r"step would fit, but the model's own answers"):
         check(replace(need, beside={"answers": 90 * GIB}), 80 * GIB)
 

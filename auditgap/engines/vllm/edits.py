@@ -108,7 +108,7 @@ def pack(rows: torch.Tensor | Coded) -> tuple[list[int], bytes]:
 def unpack(shape: Sequence[int], payload: bytes) -> Coded:
     """What `pack` was given, bit for bit. Raises AuditgapError when the bytes are not as many as the
     shape says, or name values that are not there."""
-    n, width, values = (*shape, 0) if len(shape) == 2 else (*shape, 0, 0)[:3]
+    n, width, values = [*shape, 0, 0, 0][:3]
     size = n * width * (1 if values else 4) + 4 * n * values
     if len(shape) not in (2, 3) or min(shape) < 1 or len(payload) != size:
         raise AuditgapError(

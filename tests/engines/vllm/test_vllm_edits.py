@@ -685,7 +685,7 @@ def test_an_edit_travels_as_bytes_bit_for_bit():
     assert json.loads(json.dumps(shape)) == [5, 3]
     assert torch.equal(unpack(shape, payload).rows(), delta)
     assert torch.equal(unpack(*pack(delta.bfloat16())).rows(), delta.bfloat16().float())
-    for bad in ([5, 4], [15], [3, 5, 1], [-5, -3], [0, 3]):
+    for bad in ([5, 4], [15], [], [3, 5, 1], [5, 3, 0, 1], [-5, -3], [0, 3]):
         with pytest.raises(AuditgapError, match=r"An edit is \[n, D\] in fp32"):
             unpack(bad, payload)
 
