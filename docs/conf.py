@@ -32,10 +32,19 @@ copybutton_prompt_text = "$ "
 
 def setup(app) -> None:
     def plain(_app, _what, name, _object, _options, lines) -> None:
-        # |h| is a norm in our docstrings, a substitution to docutils; FILE:KIND and id@revision links
-        lines[:] = [re.sub(r"[|@]|(?<=[A-Z]):(?=[A-Z])", r"\\\g<0>", line) for line in lines]
-        if name.startswith("auditgap.api."):  # a verb's settings, one a line
-            lines[:] = [re.sub(r"^    (\w+): ", r"- ``\1``: ", line) for line in lines]
+        # |h| is a norm in our docstrings, a substitution to docutils; FILE:KIND and id@revision
+        # links; an indented block is code
+        made, in_code = [], False
+        for line in lines:
+            if name.startswith("auditgap.api."):  # a verb's settings, one a line
+                line = re.sub(r"^    (\w+): ", r"- ``\1``: ", line)
+            is_code = line.startswith("    ")
+            if is_code and not in_code:
+                made += ["::", ""]
+            in_code = is_code or (in_code and not line)
+            escaped = re.sub(r"[|@]|(?<=[A-Z]):(?=[A-Z])", r"\\\g<0>", line)
+            made.append(line if is_code else escaped)
+        lines[:] = made
 
     def in_full(group) -> None:
         # a list of commands would cut their descriptions short

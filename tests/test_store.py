@@ -495,6 +495,11 @@ def test_folders_that_are_not_ours_are_left_alone(tmp_path):
     with pytest.raises(UsageError, match="no run folder"):
         RunFolder.load(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(UsageError, match="nothing is there, or not yet"):
+        RunFolder.load(tmp_path / "later")
+    open_folder(tmp_path / "run")
+    with pytest.raises(UsageError, match=f"Give one of them: {tmp_path / 'run'}"):
+        RunFolder.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from auditgap.store.cells import CellFiles
 from auditgap.store.files import Damaged
 from auditgap.store.lock import hold
 from auditgap.store.reader import RunReader
-from auditgap.store.remote import Place, mirror_of
+from auditgap.store.remote import Place, mirror_of, within
 from auditgap.store.session import (
     OLDEST,
     SCHEMA,
@@ -112,7 +112,7 @@ class RunFolder(RunReader):
         if folder.mirror is not None:
             folder.mirror.pull_file("run.json")
         if not (folder.path / "run.json").is_file():
-            raise UsageError(f"{path} is no run folder ({_instead(folder.path)}.")
+            raise UsageError(f"{path} is no run folder ({_instead(folder.path, path)}.")
         folder.run = read_run(folder.path / "run.json", folder.place)
         return folder
 
@@ -303,11 +303,11 @@ def _one_line(cause: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in line)[:300]
 
 
-def _instead(folder: Path) -> str:
+def _instead(folder: Path, typed: Place) -> str:
     """Why a folder is no run's, and what to give in its place."""
     if not folder.exists():
         return "nothing is there, or not yet). Give the folder that an audit wrote"
-    runs = sorted(str(run.parent) for run in folder.glob("*/run.json"))
+    runs = sorted(str(within(typed, run.parent.name)) for run in folder.glob("*/run.json"))
     if runs:
         return f"it has no run.json), but holds some. Give one of them: {', '.join(runs[:5])}"
     return "it has no run.json). Give the folder that an audit wrote"

@@ -43,8 +43,8 @@ def test_a_judge_that_is_a_model_is_counted_and_one_that_is_none_is_not():
 def test_the_sentence_says_what_is_at_least_in_it():
     said = computing(Time(6.2, 170.0, 20.0).document())
     assert said == (
-        "Up to about 3 min 16 s on one worker like this machine, at least 6 s to start and 20 s to"
-        " judge of it"
+        "Up to about 3 min 16 s on one worker like this machine, of which at least 6 s to start"
+        " and 20 s to judge"
     )
     assert (
         computing(Time(5.0, 0.1).document())
