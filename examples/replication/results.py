@@ -151,7 +151,9 @@ def refusal(answers: Answers, construction: str, rows: pd.DataFrame, twins: list
     ):
         part = rows[rows["split"] == split].assign(refused=lambda t: t["refused"].astype(float))
         found, n = against_base(part, "refused", twins)
-        answers.add(construction, question, "refusal rate, twin − base", found, n, equivalent(found))
+        answers.add(
+            construction, question, "refusal rate, twin − base", found, n, equivalent(found)
+        )
 
 
 def probe(answers: Answers, construction: str, table: pd.DataFrame, twins: list[str]) -> None:
