@@ -167,6 +167,7 @@ def test_layers_of_a_model(auditgap, bench):
 
 def test_doctor(auditgap):
     found = json.loads(auditgap("doctor", "--json").out)
+    assert "chrom" in found["browser, for PDFs"].lower()
     assert found["auditgap"] == __version__ and found["torch"] == torch.__version__
     assert all(isinstance(value, str) and value for value in found.values())
     assert auditgap("doctor").code == 0

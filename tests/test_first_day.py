@@ -68,7 +68,7 @@ def test_a_report_from_the_wheel_alone(bare, tmp_path):
     # the terminal opens with the sentence that the page opens with
     (answer,) = told["answers"]
     assert " ".join(done.stdout.split()).startswith(" ".join(answer.split()))
-    assert "no audit gap is shown, and none is ruled out" in answer and "demo" in page
+    assert "whether there is an audit gap could not be told" in answer and "demo" in page
     [gap] = (line for line in told["verdicts"] if line["id"] == "audit_gap")
     assert gap["value"] > 0.5 and gap["lo"] > 0.2, "the demo shows a gap"
 

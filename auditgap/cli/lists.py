@@ -190,6 +190,7 @@ def doctor(as_json: AsJson = False) -> None:
             }
             for t in (torch.float32, torch.bfloat16)
         ),
+        {"check": "browser, for PDFs", "found": _browser()},
         *({"check": extra, "found": _extra(extra, names)} for extra, names in _extras().items()),
         *(
             {"check": f"prompts {p.name}", "found": "yes" if p.available else p.problem}
@@ -198,6 +199,15 @@ def doctor(as_json: AsJson = False) -> None:
         *({"check": f"model {n}", "found": m.problem or "yes"} for n, m in PACKAGED.items()),
     ]
     print_json({r["check"]: r["found"] for r in rows}) if as_json else print_table(rows)
+
+
+def _browser() -> str:
+    from auditgap.report import pdf
+
+    try:
+        return pdf.browser()
+    except UsageError:
+        return "none: install Chromium (on Debian and Ubuntu: apt-get install chromium)"
 
 
 def _extras() -> dict[str, list[str]]:

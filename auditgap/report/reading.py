@@ -1,6 +1,6 @@
 """What the numbers say, in sentences: the reading under the headline, and the headline's budget.
 
-    answer(verdict_line)                    -> "No audit gap is shown, and none is ruled out: …"
+    answer(verdict_line)                    -> "Whether there is an audit gap could not be told: …"
     says(gap_row, lvs_table, verdict_line)  -> ["The 95 % interval of the excess gap at ε = 0.03 rms lies above 0 …", …]
 
 Every sentence is chosen by a rule on the numbers (does an interval include 0? was a control run?),
@@ -115,7 +115,7 @@ def answer(line: Line) -> str:
     elif reason in _NOT_MEASURABLE:
         said = "An audit gap was not measurable"
     else:
-        said = "No audit gap is shown, and none is ruled out"
+        said = "Whether there is an audit gap could not be told"
     return f"{said}: {SENTENCES[reason].partition(';')[0]}."
 
 

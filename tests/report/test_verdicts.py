@@ -141,7 +141,7 @@ OPENINGS = {
     FAIL: ("an audit gap is shown",),
     PASS: ("an audit gap of more than",),
     CANNOT_TELL: (
-        "no audit gap is shown, and none is ruled out",
+        "whether there is an audit gap could not be told",
         "an audit gap was not measurable",
     ),
 }
