@@ -174,7 +174,8 @@ def widest(table: pd.DataFrame, name: str) -> Interval:
     """The mean over twins, and an interval that covers each one's own: prompts are the twins' own in
     common, so that more twins make none of them surer."""
     value, lo, hi = (table[f"{name}{end}"].astype(float) for end in ("", "_lo", "_hi"))
-    if table.empty or value.isna().any() or lo.isna().any() or hi.isna().any():
+    certain = not (hi > lo).all()  # as good as no interval: nothing varied, or it is not known
+    if table.empty or certain:
         return Interval(None if value.isna().all() else float(value.mean()), None, None)
     return Interval(float(value.mean()), float(lo.min()), float(hi.max()))
 
