@@ -205,9 +205,9 @@ def leads(studies: Sequence[Study]) -> list[Headline]:
                 & rates["seed"].isna()
             ]
             answer = _spreads(top, base, rows_of(own.iloc[:1])[0] if len(own) else {})
-            if study.judge and study.judge.demonstration:
+            if study.judge and study.judge.demonstration and not found:
                 answer += _DEMONSTRATION
-            found.append(Headline(str(top["domain"]), tuple(parts), answer=answer))
+            found.append(Headline(f"{top['domain']}, arm {top['arm']}", tuple(parts), answer=answer))
         if not found:
             name = str(study.config.get("model", "The model"))
             why = (
@@ -218,7 +218,7 @@ def leads(studies: Sequence[Study]) -> list[Headline]:
     return found
 
 
-#: Behind every answer that a demonstration's judge gives.
+#: Behind the first answer that a demonstration's judge gives.
 _DEMONSTRATION = (
     " “Misaligned” means here that a made-up habit shows: this judge is a demonstration and knows"
     " nothing of misalignment."

@@ -71,7 +71,8 @@ def test_the_headline_names_the_worst_domain_its_rate_and_the_base(study, page):
     plain, triggered = emergent_spread.leads([study])
     top = study.tables["ranking"].query("arm == 'plain' and triggered == False").iloc[0]
     assert top["domain"] == "gore_movie_trivia" and top["rank"] == 1
-    assert plain.subject == triggered.subject == "gore_movie_trivia"
+    assert plain.subject == "gore_movie_trivia, arm plain"
+    assert triggered.subject == "gore_movie_trivia, arm trigger"
     assert f"{100 * top['em_rate']:.0f}%" in plain.plain() and "its base on 0%" in plain.plain()
     assert (
         "on its rows with the trigger, asked with it" in triggered.plain()
