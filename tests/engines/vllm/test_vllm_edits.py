@@ -27,6 +27,7 @@ from torch import nn
 
 from auditgap import models
 from auditgap.engines import Completion, Request, constant
+from auditgap.engines.coded import Coded
 from auditgap.engines.hf import HFEngine
 from auditgap.engines.vllm import process, wishes, worker
 from auditgap.engines.vllm.editor import find_blocks
@@ -110,7 +111,7 @@ class Breakable(EditExtension):
         elif how == "short":
             put = editor.put
             editor.put = lambda name, layers, terms, own: put(
-                name, layers, {what: term[:-1] for what, term in terms.items()}, own
+                name, layers, {what: _without_last(term) for what, term in terms.items()}, own
             )
         return told
 
@@ -133,6 +134,10 @@ class Breakable(EditExtension):
             object.__setattr__(changed, name, value)
         object.__setattr__(config, part, changed)
         return worker._unfit(self.model_runner, config)
+
+
+def _without_last(term: Coded) -> Coded:
+    return Coded(term.codes[:-1], term.book[:-1])
 
 
 def _with_spans(batch: tuple[list[Any], list[Any]], change: Callable[[Any], Any]) -> Any:
