@@ -33,6 +33,8 @@ from auditgap.types import Budget, Edit, Prompt, Site, Subject
 
 SIZES = (0.01, 0.03, 0.1)
 STEPS = 10
+#: What an audit searches with by default; the ways beside it are the paper's attack.
+DEFAULT = PGD(steps=STEPS, schedule="decreasing", iterate="best")
 
 
 def main() -> None:
@@ -89,9 +91,10 @@ def main() -> None:
         result[f"{site}_share_of_matmul"] = useful / took[key] / beside[key]
     totals = {
         way: sum(took.get(f"{way} pgd {s}", 0.0) for s in sites)
-        for way in ("engine", "plain", "peer")
+        for way in ("engine", "default", "plain", "peer")
     }
     result["pgd_seconds"] = totals
+    result["default_ratio_to_paper"] = totals["default"] / totals["engine"]
     if not options.skip_peer:
         result["pgd_ratio_to_peer"] = totals["peer"] / totals["engine"]
     if not options.skip_plain:
@@ -195,6 +198,9 @@ def ways(
         goals = [Goal(r, target, radius) for r, radius in zip(rendered, radii[site], strict=True)]
         works[f"engine pgd {site}"] = lambda _f, g=goals, s=site: [
             [f.delta for f in row] for row in attack(engine, g, s, PGD(steps=STEPS), score=False)
+        ]
+        works[f"default pgd {site}"] = lambda _f, g=goals, s=site: [
+            [f.delta for f in row] for row in attack(engine, g, s, DEFAULT, score=False)
         ]
         if not options.skip_peer:
             works[f"peer pgd {site}"] = lambda _f, s=site: peer_attack(
