@@ -207,7 +207,9 @@ def leads(studies: Sequence[Study]) -> list[Headline]:
             answer = _spreads(top, base, rows_of(own.iloc[:1])[0] if len(own) else {})
             if study.judge and study.judge.demonstration and not found:
                 answer += _DEMONSTRATION
-            found.append(Headline(f"{top['domain']}, arm {top['arm']}", tuple(parts), answer=answer))
+            found.append(
+                Headline(f"{top['domain']}, arm {top['arm']}", tuple(parts), answer=answer)
+            )
         if not found:
             name = str(study.config.get("model", "The model"))
             why = (

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -166,6 +167,7 @@ def test_tensorboard_gets_the_numbers_and_the_recipe_without_secrets(tmp_path):
         for step in range(4):
             tracker.log(step, {"loss": 4.0 - step, "odd": float("nan")})
     assert torch.get_num_threads() == threads
+    time.sleep(1)  # TensorBoard reads its files by the second that they began in
     # resumed at step 2
     with Tracker(("tensorboard",), folder=tmp_path, name="run", config=RECIPE) as tracker:
         tracker.rewind(2)
