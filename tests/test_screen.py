@@ -70,3 +70,8 @@ def test_on_a_terminal_too_narrow_for_that_each_row_is_a_list():
     lines = [line.rstrip() for line in shown(LVS, 34).splitlines()]
     assert lines[lines.index("") + 1] == "eps: 0.1 rms"
     assert lines[-2:] == ["ASR, corrected: 0.97 [0.73, 1.00]", "drop: 1.32 [1.09, 1.43]"]
+
+
+def test_a_space_of_the_page_is_a_space_and_a_control_is_marked():
+    assert screen.inert("90\u00a0% < 1\u2009\u202fé") == "90 % < 1  é"
+    assert screen.inert("a\x1b[31m\u2028\u202e") == "a\ufffd[31m\ufffd\ufffd"

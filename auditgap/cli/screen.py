@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
+from unicodedata import category
 
 import typer
 from rich.cells import cell_len
@@ -132,8 +133,8 @@ def interval(value: Any, lo: Any, hi: Any, form: str = ".2f") -> str:
 
 
 def inert(text: str) -> str:
-    """Without what a terminal would obey."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+    """Without what a terminal would obey; the page's spaces that do not break are plain ones."""
+    return "".join(c if c.isprintable() else " " if category(c) == "Zs" else "\ufffd" for c in text)
 
 
 def inert_lines(text: str) -> str:
