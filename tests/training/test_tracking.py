@@ -196,6 +196,12 @@ print(json.dumps([row["loss"] for row in SQLiteStorage.get_logs("auditgap", "twi
 """
 
 
+def run(code, env, *args):
+    """A process of its own: trackers set up whole processes."""
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+
+
 def test_trackio_gets_them_on_this_machine(tmp_path):
     pytest.importorskip("trackio")
     env = {
@@ -204,18 +210,10 @@ def test_trackio_gets_them_on_this_machine(tmp_path):
         "HF_HOME": str(tmp_path / "hf"),
         "HF_HUB_OFFLINE": "1",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", TRACKIO, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=env,
-    )
+    done = run(TRACKIO, env, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "failed" not in done.stderr
-    seen = subprocess.run(
-        [sys.executable, "-c", READ_TRACKIO], capture_output=True, text=True, timeout=240, env=env
-    )
+    seen = run(READ_TRACKIO, env)
     assert json.loads(seen.stdout.splitlines()[-1]) == [3.0, 2.0, 1.0], seen.stderr[-2000:]
     assert b"hf_secret" not in b"".join(
         p.read_bytes() for p in (tmp_path / "trackio").rglob("*") if p.is_file()
@@ -238,13 +236,7 @@ def test_wandb_gets_them_offline_and_nothing_that_the_terminal_shows(tmp_path):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     env = {**kept, "HOME": str(tmp_path / "home")}
 
-    done = subprocess.run(
-        [sys.executable, "-c", WANDB, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=env,
-    )
+    done = run(WANDB, env, tmp_path)
     assert done.returncode == 0 and "failed" not in done.stderr, done.stderr[-2000:]
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     # in its protocol a key is followed by its value as JSON: each step's, and the last one's again

@@ -365,15 +365,21 @@ def test_sentences_for_what_cannot_be_judged(endpoint, place):
     assert "is damaged" in cause and "Run the command that wrote it again" in cause
 
 
-def test_batches_rate_the_answers_of_all_models_at_once_and_a_kill_pays_for_none_twice(
-    base, tmp_path, monkeypatch
-):
+@pytest.fixture
+def study(base, tmp_path, monkeypatch):
+    """A study whose models have spoken, and a batch endpoint's patience that is short."""
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     quick = Patience(tries=2, deadline=5.0, polls=(0.01, 0.02))
     monkeypatch.setattr("auditgap.engines.openai.Patience", lambda: quick)
     studies.built(tmp_path / "em", base)
-    study = studies.worn(tmp_path / "em")
-    generate.STAGE.run_in(study.store.path, EmergentOptions(device="cpu"))
+    made = studies.worn(tmp_path / "em")
+    generate.STAGE.run_in(made.store.path, EmergentOptions(device="cpu"))
+    return made
+
+
+def test_batches_rate_the_answers_of_all_models_at_once_and_a_kill_pays_for_none_twice(
+    study,
+):
     with batch_server.running() as server:
         server.says, server.ends = "85", "expired"  # nothing is missing, and yet it is not whole
         options = EmergentOptions(
@@ -403,14 +409,8 @@ def test_batches_rate_the_answers_of_all_models_at_once_and_a_kill_pays_for_none
 
 
 def test_what_a_batch_has_is_not_paid_for_again_where_the_rest_is_asked_one_by_one(
-    base, tmp_path, monkeypatch
+    study,
 ):
-    monkeypatch.setenv("OPENAI_API_KEY", "k")
-    quick = Patience(tries=2, deadline=5.0, polls=(0.01, 0.02))
-    monkeypatch.setattr("auditgap.engines.openai.Patience", lambda: quick)
-    studies.built(tmp_path / "em", base)
-    study = studies.worn(tmp_path / "em")
-    generate.STAGE.run_in(study.store.path, EmergentOptions(device="cpu"))
     with batch_server.running() as server:
         server.says, server.ends, server.dies = "85", "expired", ["/batches"]
         alone = EmergentOptions(
