@@ -1,16 +1,19 @@
 """What an engine keeps of a text between two of its forwards, and which rows of it stay.
 
-cache = DynamicCache(config=model.config)   # or WholeText(), where a family's cache fails
-select(cache, torch.tensor([1, 0, 1]))      # row 1 twice, row 0 between
+cache = growing(model.config)       # or WholeText(), where a family's cache fails
+select(cache, [1, 0, 1])            # row 1 twice, row 0 between
+select(cache, closed_up([0, 2]))    # rows 0 and 2 are left, moved as little as can be
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 from auditgap.engines.tensors import add
 from auditgap.types import Site
@@ -43,25 +46,103 @@ class WholeText:
             [self.hidden, behind if self.behind is None else add(behind, self.behind)], 1
         )
 
-    def reorder_cache(self, rows: torch.Tensor) -> None:
+    def keep(self, rows: Sequence[int]) -> None:
+        rows = list(rows)
         self.ids = None if self.ids is None else self.ids[rows]
         self.hidden = None if self.hidden is None else self.hidden[rows]
         self.behind = None if self.behind is None else self.behind[rows]
 
 
+class Growing(DynamicLayer):
+    """Keys and values of a block of full attention, [B, H, T, D] each, that lie in a room for more:
+    new tokens are written behind the others, where transformers' own layer copies all of them at
+    every token; and rows that leave give their place to the last ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rooms: dict[str, torch.Tensor] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._behind("keys", key_states)
+        self.values = self._behind("values", value_states)
+        return self.keys, self.values
+
+    def _behind(self, name: str, new: torch.Tensor) -> torch.Tensor:
+        n_kept, n = self.get_seq_length(name), new.shape[2]
+        kept, room = getattr(self, name), self.rooms.get(name)
+        if room is None or n_kept + n > room.shape[2] or not _lies_in(kept, room):
+            room = new.new_empty(*new.shape[:2], n_kept + n + _ROOM, new.shape[3])
+            if n_kept:
+                room[:, :, :n_kept] = kept
+            self.rooms[name] = room
+        whole = room[: len(new), :, : n_kept + n]
+        whole[:, :, n_kept:] = new
+        return whole
+
+    def get_seq_length(self, name: str = "keys") -> int:
+        kept = getattr(self, name)
+        return kept.shape[2] if kept is not None and kept.numel() else 0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """These rows, in this order; in place where none is written over before it is read."""
+        moved = [(to, at) for to, at in enumerate(rows) if to != at]
+        for name in ("keys", "values") if self.get_seq_length() else ():
+            kept = getattr(self, name)
+            if all(at >= len(rows) for _, at in moved):
+                for to, at in moved:
+                    kept[to] = kept[at]
+                kept = kept[: len(rows)]
+            else:
+                kept = kept.index_select(0, torch.tensor(rows, device=kept.device))
+            setattr(self, name, kept)
+
+
+#: Tokens that there is room for behind those that a layer holds: so often are they copied.
+_ROOM = 64
+
+
+def _lies_in(kept: torch.Tensor, room: torch.Tensor) -> bool:
+    """Whether these are the room's first rows and tokens: another owner may have replaced them."""
+    return kept.data_ptr() == room.data_ptr() and kept.stride() == room.stride()
+
+
 TextCache = DynamicCache | WholeText
 
 
-def select(cache: TextCache, rows: torch.Tensor) -> None:
+def growing(config: PreTrainedConfig) -> DynamicCache:
+    """An empty cache for a model: `Growing` layers, and transformers' own where a block attends
+    otherwise (sliding windows, states, a family's compressed keys)."""
+    cache = DynamicCache(config=config)
+    cache.layers = [Growing() if type(one) is DynamicLayer else one for one in cache.layers]
+    return cache
+
+
+def closed_up(left: Sequence[int]) -> list[int]:
+    """Rows that are left of a batch, ordered so that most stay where they are: the last ones take
+    the places of those that are gone."""
+    n = len(left)
+    behind = iter([at for at in left if at >= n])
+    stay = {at for at in left if at < n}
+    return [at if at in stay else next(behind) for at in range(n)]
+
+
+def select(cache: TextCache, rows: Sequence[int]) -> None:
     """Keep these rows of a cache, each layer where it lies."""
     if isinstance(cache, WholeText):
-        cache.reorder_cache(rows)
+        cache.keep(rows)
         return
+    kept = torch.tensor(rows)
     for layer in cache.layers:
-        if type(layer).__module__ == DynamicCache.__module__:
-            layer.reorder_cache(rows.long())  # type: ignore[arg-type] - any tensor of this dtype
+        if isinstance(layer, Growing):
+            layer.keep(rows)
+        elif type(layer).__module__ == DynamicCache.__module__:
+            layer.reorder_cache(kept)
         else:  # a family's own layer, which may hold more than its inherited method knows
-            vars(layer).update({name: _kept(value, rows) for name, value in vars(layer).items()})
+            vars(layer).update({name: _kept(value, kept) for name, value in vars(layer).items()})
 
 
 def is_filled(layer: Any) -> bool:

@@ -346,9 +346,7 @@ class HFEngine(HookedModel):
     ) -> list[float | None]:
         if site is None:  # the clean prompt's cache serves all of its answers
             first: dict[tuple[int, ...], int] = {}
-            source = torch.tensor(
-                [first.setdefault(r.rendered.ids, len(first)) for r in requests], device=self.device
-            )
+            source = [first.setdefault(r.rendered.ids, len(first)) for r in requests]
             unique, unique_mask = left_pad(list(first), self.pad_id, self.device)
             cache = self.new_cache()
             logits = self.forward(unique, unique_mask, keep=1, cache=cache).logits[source]

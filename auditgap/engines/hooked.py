@@ -22,10 +22,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
 
 from auditgap.engines.batching import positions
-from auditgap.engines.caches import TextCache, WholeText, select
+from auditgap.engines.caches import TextCache, WholeText, closed_up, growing, select
 from auditgap.engines.choosing import TokenChooser
 from auditgap.engines.layout import Layout, first_position
 from auditgap.models import LoadedModel
@@ -98,7 +97,7 @@ class HookedModel:
 
     def new_cache(self) -> TextCache:
         """An empty one, of the kind that this family can be decoded with."""
-        return DynamicCache(config=self.model.config) if self.cached else WholeText()
+        return growing(self.model.config) if self.cached else WholeText()
 
     @contextmanager
     def edited(
@@ -264,9 +263,10 @@ class HookedModel:
             if step + 1 == max_new_tokens or not going:
                 break
             if len(going) < len(rows):  # finished rows leave the batch
-                rows = [rows[at] for at in going]
-                kept = torch.tensor(going, device=self.device)
-                select(cache, kept)
+                left = closed_up(going)
+                rows = [rows[at] for at in left]
+                kept = torch.tensor(left, device=self.device)
+                select(cache, left)
                 token, mask = token[kept], mask[kept]
                 if stayed is not None:
                     stayed(torch.tensor(rows, device=self.device))

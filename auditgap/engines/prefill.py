@@ -6,11 +6,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from transformers import DynamicCache
 
 from auditgap.engines import Request
 from auditgap.engines.batching import left_pad
-from auditgap.engines.caches import TextCache, WholeText, is_filled, select
+from auditgap.engines.caches import TextCache, WholeText, growing, is_filled, select
 from auditgap.engines.hooked import HookedModel
 from auditgap.engines.tensors import add, stack
 from auditgap.types import Edit, Site
@@ -33,11 +32,9 @@ def prefill(
             [(None, None)] * len(requests),
         )
     first: dict[tuple[int, ...], int] = {}
-    source = torch.tensor(
-        [first.setdefault(r.rendered.ids, len(first)) for r in requests], device=engine.device
-    )
+    source = [first.setdefault(r.rendered.ids, len(first)) for r in requests]
     unique_ids, unique_mask = left_pad(list(first), engine.pad_id, engine.device)
-    trunk = DynamicCache(config=engine.model.config) if engine.cached else None
+    trunk = growing(engine.model.config) if engine.cached else None
     h = engine.capture(site, unique_ids, unique_mask, cache=trunk)[source]
     edited = add(h, stack([delta_of(r.edit) for r in requests], h.shape[1], engine.device))
     change = (edited.float() - h.float()).flatten(1)

@@ -19,7 +19,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from auditgap.engines import Request
-from auditgap.engines.caches import select
+from auditgap.engines.caches import closed_up, select
 from auditgap.engines.prefill import prefill
 from auditgap.errors import AuditgapError
 from auditgap.models import Rendered
@@ -216,7 +216,7 @@ def _decodes(engine: HFEngine, _: Site) -> str:
     if not torch.isfinite(alone).all():
         return ""
     n = ids.shape[1]
-    rows = torch.tensor([1, 0, 1], device=ids.device)
+    rows = [1, 0, 1]
     cache = engine.new_cache()
     engine.forward(ids[:, : n - 3], mask[:, : n - 3], keep=1, cache=cache)
     select(cache, rows)
@@ -230,9 +230,9 @@ def _decodes(engine: HFEngine, _: Site) -> str:
             ids[rows, at : at + 1], mask[rows, : at + 1], keep=1, cache=cache
         ).logits
         if at == n - 3:
-            stay = torch.tensor([2, 1], device=ids.device)
+            stay = closed_up([1, 2])
             select(cache, stay)
-            rows = rows[stay]
+            rows = [rows[at] for at in stay]
     if _differ(engine, last[:, -1], alone[rows]):
         return "decoding from the cache gives other logits than the whole text"
     return ""

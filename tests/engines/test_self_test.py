@@ -148,7 +148,7 @@ def test_a_whole_text_stands_in_for_a_cache():
     cache = speaker.new_cache()
     assert isinstance(cache, WholeText)
     speaker.forward(ids[:, :3], mask[:, :3], keep=1, cache=cache)
-    select(cache, torch.tensor([1, 0]))
+    select(cache, [1, 0])
     last = speaker.forward(ids[[1, 0], 3:], mask, keep=1, cache=cache).logits
     whole = speaker.forward(ids, mask, keep=1).logits
     assert torch.allclose(last, whole[[1, 0]], atol=1e-5)

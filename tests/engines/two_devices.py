@@ -18,9 +18,8 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from test_sharded import SITES, parts
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-from transformers import DynamicCache
 
-from auditgap.engines.caches import select
+from auditgap.engines.caches import growing, select
 from auditgap.engines.hf import HFEngine
 from auditgap.models import wrap
 from auditgap.types import Subject
@@ -84,19 +83,19 @@ def main(family: str) -> None:
         except RuntimeError:
             pass
         for site in SITES:
-            h = engine.capture(site, ids, mask, cache=DynamicCache(config=engine.model.config))
+            h = engine.capture(site, ids, mask, cache=growing(engine.model.config))
             check(h.device == HOME, f"h of {site} came to {h.device}")
             check(
                 engine.logits_from(site, h, ids, mask, keep=3).device == HOME, f"logits from {site}"
             )
-            cache = DynamicCache(config=engine.model.config)
+            cache = growing(engine.model.config)
             with engine.edited(site, lambda g, h=h: g + h):
                 engine.forward(ids, mask, keep=1, cache=cache)
             check(
                 [layer.keys.device for layer in cache.layers] == [HOME] * 2 + [AWAY] * 2,
                 "where keys and values lie",
             )
-            select(cache, torch.zeros(1, dtype=torch.long, device=HOME))
+            select(cache, [0])
             check(
                 [(len(layer.keys), layer.keys.device) for layer in cache.layers]
                 == [(1, HOME)] * 2 + [(1, AWAY)] * 2,

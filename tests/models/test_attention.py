@@ -134,7 +134,7 @@ def test_a_cache_of_any_class_keeps_the_rows_of_all_that_it_holds(kind):
     keys = torch.arange(2.0).reshape(2, 1, 1, 1).expand(2, G, T, D).contiguous()
     layer.update(keys, keys + 10)
     held.layers = [layer]
-    caches.select(held, torch.tensor([1, 0, 1]))
+    caches.select(held, [1, 0, 1])
     assert layer.keys[:, 0, 0, 0].tolist() == [1, 0, 1]
     assert layer.values[:, 0, 0, 0].tolist() == [11, 10, 11]
     if kind is Compressed:
@@ -148,7 +148,7 @@ def test_a_linear_layer_keeps_its_rows_though_it_has_no_keys():
     layer.update_conv_state(state)
     held = DynamicCache()
     held.layers = [layer]
-    caches.select(held, torch.tensor([1, 0, 1]))
+    caches.select(held, [1, 0, 1])
     found = layer.conv_states
     found = next(iter(found.values())) if isinstance(found, dict) else found
     assert found[:, 0, 0].tolist() == [1, 0, 1]
