@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import fields, make_dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from auditgap.audits.latent.audit import LATENT
 from auditgap.audits.latent.part import DISTANCE
 from auditgap.report import correction, left_out, tables
-from auditgap.report.gather import joined, tables_of
+from auditgap.report.gather import joined, of_each_subject, tables_of
 from auditgap.rows import DistanceRow, Row
 from auditgap.store import RunFolder
 from auditgap.store.tables import seal
@@ -71,12 +72,20 @@ def row(cell: Cell, prompt: str, draw: int, rng: np.random.Generator, older: boo
     return of(**({f.name: None for f in fields(of)} | known))
 
 
-def write(path: Path, names: list[str], seed: int, *, older: bool, shown: dict[str, str]) -> None:
+def write(
+    path: Path,
+    names: list[str],
+    seed: int,
+    *,
+    older: bool = False,
+    shown: dict[str, str] | None = None,
+    prompts: int = 5,
+) -> None:
     """A run of these subjects: a clean cell, attacks and their controls, a longer search,
     distances."""
     rng = np.random.default_rng(seed)
     config = {"audit": "latent", "seed": seed}
-    store = RunFolder.open(path, config=config, info={"names": shown})
+    store = RunFolder.open(path, config=config, info={"names": shown or {}})
     with store.lock():
         for name in names:
             subject = Subject(name, name.encode("utf-8", "surrogatepass").hex().ljust(24, "0"))
@@ -90,7 +99,8 @@ def write(path: Path, names: list[str], seed: int, *, older: bool, shown: dict[s
             for cell in cells:
                 draws = 2 if cell.attack == "random_matched" else 1
                 old = older and name == names[0]
-                rows = [row(cell, f"p{p}", d, rng, old) for p in range(5) for d in range(draws)]
+                asked = [(f"p{p}", d) for p in range(prompts) for d in range(draws)]
+                rows = [row(cell, *one, rng, old) for one in asked]
                 store.write(cell, rows, seconds=1.0, info={"longer": {}})
             if rng.random() < 0.7:
                 where = (Site(3), Budget(0.1, "rms"))
@@ -163,3 +173,23 @@ def test_tables_are_those_of_one_frame(tmp_path_factory, first, second, older, s
     alone = tables_of(folders[:1], [*ATTACKS, CLEAN], {"lvs": tables.lvs_table})["lvs"]
     plain = tables.lvs_table(folders[0].rows([*ATTACKS, CLEAN]))
     assert seal(alone) == seal(plain) == seal(LATENT.tables(folders[0])["lvs"])
+
+
+def test_memory_is_that_of_one_subject(tmp_path):
+    """Four subjects' rows take no more than one's; in one frame they would."""
+    peaks: dict[tuple[str, int], int] = {}
+    for n in (1, 4):
+        write(tmp_path / str(n), ["a", "b", "c", "d"][:n], n, prompts=60)
+        folders = [RunFolder.load(tmp_path / str(n))]
+        ways = {
+            "by subject": lambda f=folders: of_each_subject(f, EDITS, len),
+            "at once": lambda f=folders: len(f[0].rows(EDITS)),
+        }
+        for way, read in ways.items():
+            read()  # what is loaded once does not count
+            tracemalloc.start()
+            read()
+            peaks[way, n] = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+    grown = {way: peaks[way, 4] / peaks[way, 1] for way in ("by subject", "at once")}
+    assert grown["by subject"] < 1.5 < 2.5 < grown["at once"], peaks
