@@ -102,9 +102,10 @@ class Result:
     def gaps(self) -> pd.DataFrame:
         """The audit gap of each subject and budget, of a run of `lvs`. Raises UsageError for one of
         something else."""
-        from auditgap.report import tables
+        from auditgap.report import gather, tables
 
-        return tables.audit_gaps(self._latent([*ATTACKS, LONGER, CLEAN]))
+        make = {"gaps": tables.audit_gaps}
+        return gather.tables_of([self._latent()], [*ATTACKS, LONGER, CLEAN], make)["gaps"]
 
     @property
     def distances(self) -> pd.DataFrame:
@@ -112,7 +113,7 @@ class Result:
         `lvs(distance=True)`; empty where it was not searched for. Raises as `gaps`."""
         from auditgap.report import tables
 
-        rows = self._latent(["distance"])
+        rows = self._latent().rows(["distance"])
         return tables.distance_table(rows) if "distance" in rows else pd.DataFrame()
 
     @property
@@ -139,19 +140,19 @@ class Result:
         for another measure, and as `gaps`."""
         from auditgap.report.drawing import Profile
 
-        self._latent([])
+        self._latent()
         if (name := f"{measure}_by_depth") not in (figures := self.figures):
             raise UsageError(f"A profile is of lvs or asr; {measure!r} came.")
         return Profile(figures[name].figure)
 
-    def _latent(self, attacks: list[str]) -> pd.DataFrame:
+    def _latent(self) -> RunFolder:
         store = self.store
         if (name := store.run["config"].get("audit")) != "latent":
             raise UsageError(
                 f"{self.path} is the folder of {name or 'a training run'}; only a run of `lvs` or"
                 " `distance` has gaps and distances."
             )
-        return store.rows(attacks)
+        return store
 
     def _repr_html_(self) -> str:
         """The main table, or the names of all, under the folder's name: what a notebook shows."""

@@ -5,7 +5,8 @@ figures.
     python benchmarks/report_tables.py --cells 960 --prompts 24
 
 A cell is a site, a budget and an attack; its rows are made up, half of them with a drop. Prints one
-line of JSON, medians of `--times` runs: wall and CPU time of `tables` (from the folder to the
+line of JSON: resident MB before and at most while the tables are made, in a process of its own
+(`--subjects` shares the cells out: memory is that of one subject), and medians of `--times` runs: wall and CPU time of `tables` (from the folder to the
 report's data) and of `page` (sections, figures, HTML and the files beside it), in milliseconds a
 cell.
 """
@@ -14,16 +15,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from grid_scaling import no_fsync
+from grid_scaling import memory, no_fsync
 
 from auditgap.audits import pages
 from auditgap.rows import Row
@@ -36,9 +39,18 @@ SIZES = (0.01, 0.03, 0.1)
 _T = TypeVar("_T")
 
 
-def groups(n_cells: int) -> list[Group]:
+def subjects(n_cells: int, n_subjects: int) -> list[Group]:
+    """So many cells, shared out over so many subjects."""
+    return [
+        group
+        for i in range(n_subjects)
+        for group in groups(-(-n_cells // n_subjects), Subject(f"toy{i}", f"{i:024x}"))
+    ]
+
+
+def groups(n_cells: int, subject: Subject) -> list[Group]:
     """Cells of one subject: every attack at every size, site by site; and the clean one."""
-    subject, made = Subject("toy", "f" * 24), []
+    made = []
     per_site = len(ATTACKS) * len(SIZES)
     for i in range(-(-n_cells // per_site)):
         cells = [
@@ -46,7 +58,7 @@ def groups(n_cells: int) -> list[Group]:
             for size in SIZES
             for attack in ATTACKS
         ]
-        made.append(Group(f"toy · {i}", tuple(cells)))
+        made.append(Group(f"{subject.name} · {i}", tuple(cells)))
     return [Group("clean", (Cell(subject, None, None, CLEAN, "51", {}),)), *made]
 
 
@@ -88,7 +100,7 @@ def rows(cell: Cell, n: int, rng: np.random.Generator) -> list[Row]:
     return made
 
 
-def filled(folder: Path, n_cells: int, n_prompts: int) -> RunFolder:
+def filled(folder: Path, n_cells: int, n_prompts: int, n_subjects: int) -> RunFolder:
     """A finished run of so many cells."""
     no_fsync()
     store, rng = (
@@ -96,12 +108,20 @@ def filled(folder: Path, n_cells: int, n_prompts: int) -> RunFolder:
         np.random.default_rng(0),
     )
     with store.lock():
-        for group in groups(n_cells):
-            store.plan(group.cells)
+        made = subjects(n_cells, n_subjects)
+        store.plan(cell for group in made for cell in group.cells)
+        for group in made:
             for cell in group.cells:
                 store.write(cell, rows(cell, n_prompts, rng), seconds=1.0)
             store.settle(cell.key for cell in group.cells)
     return store
+
+
+def peak(path: Path) -> tuple[float, float]:
+    """Resident MB before the report's data is read from the folder, and at most while it is."""
+    before = memory()[0]
+    pages.from_store([RunFolder.load(path)])
+    return before, memory()[1]
 
 
 def timed(work: Callable[[], _T]) -> tuple[_T, float, float]:
@@ -117,12 +137,16 @@ def main() -> None:
     )
     parser.add_argument("--cells", type=int, default=960)
     parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--subjects", type=int, default=1, help="who share the cells")
     parser.add_argument("--times", type=int, default=3)
     args = parser.parse_args()
     seconds: dict[str, list[float]] = {}
     n = 0
     with tempfile.TemporaryDirectory(prefix="report-tables-") as folder:
-        path = filled(Path(folder) / "run", args.cells, args.prompts).path
+        path = filled(Path(folder) / "run", args.cells, args.prompts, args.subjects).path
+        # in a process of its own: this one has written the cells
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            before, most = pool.submit(peak, path).result()
         for _ in range(args.times):
             report, *tables = timed(lambda: pages.from_store([RunFolder.load(path)]))
             _, *page = timed(lambda report=report: pages.write_report(report, path))
@@ -130,8 +154,10 @@ def main() -> None:
             for name, (wall, cpu) in (("tables", tables), ("page", page)):
                 seconds.setdefault(f"{name}_ms_a_cell", []).append(wall)
                 seconds.setdefault(f"{name}_cpu_ms_a_cell", []).append(cpu)
-    found = {name: round(1e3 * statistics.median(some) / n, 2) for name, some in seconds.items()}
-    print(json.dumps({"cells": n, "prompts": args.prompts, **found}))
+    found: dict[str, float] = {"mb_before": round(before), "mb_most": round(most)}
+    found |= {name: round(1e3 * statistics.median(some) / n, 2) for name, some in seconds.items()}
+    told = {"cells": n, "subjects": args.subjects, "prompts": args.prompts}
+    print(json.dumps({**told, **found}))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -34,12 +34,15 @@ from auditgap.report.left_out import Counted
 from auditgap.report.left_out import table as left_out_table
 from auditgap.report.setup import find
 from auditgap.report.text import is_null, short_names, shorten
-from auditgap.rows import TABLE_COLUMNS
+from auditgap.rows import TABLE_COLUMNS, Row
 from auditgap.store import RunFolder
-from auditgap.store.tables import rows_of
+from auditgap.store.tables import rows_of, schema_of, to_frame
 
 #: A page with more raw exchanges than this is no page; all of them are in the run folder.
 MOST_EXCHANGES = 400
+
+Make = Callable[[pd.DataFrame], pd.DataFrame]  #: from rows to one table
+_T = TypeVar("_T")
 
 
 def _empty(columns: Sequence[str]) -> pd.DataFrame:
@@ -204,6 +207,45 @@ def joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Rows below each other; empty frames have no say in the columns where others have rows."""
     filled = [frame for frame in frames if len(frame)] or list(frames[:1])
     return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
+
+
+def of_each_subject(
+    folders: Sequence[RunFolder], attacks: Sequence[str], work: Callable[[pd.DataFrame], _T]
+) -> dict[str, _T]:
+    """`work` of each subject's rows of these attacks, those of all folders below each other, by
+    name in the order of first appearance. One subject's rows are in memory at a time, so `work`
+    keeps none of them: a run's tables take as much memory as its largest subject, whatever the
+    number of its cells."""
+    there = [(folder, folder.subjects(attacks)) for folder in folders]
+
+    def rows(name: str) -> pd.DataFrame:
+        return joined([f.rows(attacks, keys=keys[name]) for f, keys in there if name in keys])
+
+    return {name: work(rows(name)) for name in dict.fromkeys(n for _, keys in there for n in keys)}
+
+
+def tables_of(
+    folders: Sequence[RunFolder], attacks: Sequence[str], make: Mapping[str, Make]
+) -> dict[str, pd.DataFrame]:
+    """What `make` makes of the rows of these attacks, one subject after another."""
+    return stacked(
+        of_each_subject(folders, attacks, lambda r: {name: one(r) for name, one in make.items()}),
+        make,
+    )
+
+
+def stacked(
+    found: Mapping[str, Mapping[str, pd.DataFrame]], make: Mapping[str, Make]
+) -> dict[str, pd.DataFrame]:
+    """The subjects' tables, which `make` made, below each other in the order of the subjects'
+    names; empty ones where there is no subject."""
+    none = to_frame(schema_of(Row).empty_table())
+
+    def below(name: str) -> pd.DataFrame:
+        filled = [made[name] for _, made in sorted(found.items()) if len(made[name])]
+        return pd.concat(filled, ignore_index=True) if filled else make[name](none)
+
+    return {name: below(name) for name in make}
 
 
 def _merged(mappings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

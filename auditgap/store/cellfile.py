@@ -86,9 +86,13 @@ class CellFile:
         """Its checksum, or how that begins."""
         return self.about.texts_sha256
 
-    def rows(self, keys: Collection[str] | None = None) -> pa.Table:
-        """The rows of these cells (None: of all), with the column `cell_key` at the end."""
-        return only(tables.from_bytes(self.data), self.name, keys)
+    def rows(
+        self, keys: Collection[str] | None = None, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """The rows of these cells (None: of all), with the column `cell_key` at the end. `columns`:
+        those of these names that there are, and no other is decoded."""
+        wanted = None if columns is None else [*columns, KEY]
+        return only(tables.from_bytes(self.data, wanted), self.name, keys)
 
     def attack(self, key: str) -> str:
         """What a cell is of: the `attack` of its description."""

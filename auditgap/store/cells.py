@@ -151,8 +151,8 @@ class CellFiles:
         `keys` is None), several read at a time. A damaged file is noted and passed over."""
         self.refresh()
         wanted: dict[str, list[str]] = {}
-        for key, entry in self.entries().items():
-            if entry.status == status and (keys is None or key in keys):
+        for key in sorted(self._entries if keys is None else keys):
+            if (entry := self.entry(key)) is not None and entry.status == status:
                 wanted.setdefault(entry.file, []).append(key)
         moved: list[str] = []
 

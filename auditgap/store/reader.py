@@ -103,9 +103,16 @@ class RunReader(Outputs):
             other.cell_rows(key)
         )
 
-    def rows(self, attacks: Collection[str] | None = None, *, typed: bool = False) -> pd.DataFrame:
-        """All finished cells' rows (of these attacks), sorted by subject, layer, unit, eps, attack,
-        draw, prompt.
+    def rows(
+        self,
+        attacks: Collection[str] | None = None,
+        *,
+        keys: Collection[str] | None = None,
+        typed: bool = False,
+    ) -> pd.DataFrame:
+        """All finished cells' rows (of these attacks, of these cells), sorted by subject, layer,
+        unit, eps, attack, draw, prompt. They are held together: `subjects` says how to read them in
+        parts.
 
         What is null in the store is null here (NaN in numbers, None in texts and booleans), never
         0. Integer columns that may be null are float64, so that dtypes do not depend on which cells
@@ -117,9 +124,28 @@ class RunReader(Outputs):
             wanted = [key for key in keys if attacks is None or file.attack(key) in attacks]
             return [(wanted, file.rows(wanted))] if wanted else []
 
-        found = frames.below_each_other(chain.from_iterable(self._cells.each(read, "done")))
+        found = frames.below_each_other(chain.from_iterable(self._cells.each(read, "done", keys)))
         if not typed and self.run.get("info", {}).get("names") and "subject" in found:
             found["subject"] = found["subject"].map(self.shown)
+        return found
+
+    def subjects(self, attacks: Collection[str] | None = None) -> dict[str, list[str]]:
+        """The finished cells (of these attacks) that each subject has rows in, by the name that it
+        is shown by, in the order of `rows`: what to ask `rows` for, one subject after another, so
+        that no more than one subject's rows are in memory."""
+
+        def read(file: CellFile, keys: list[str]) -> list[tuple[str, str]]:
+            wanted = [key for key in keys if attacks is None or file.attack(key) in attacks]
+            if not wanted:
+                return []
+            table = tables.to_frame(file.rows(wanted, ["subject"]))
+            if "subject" not in table:
+                return []
+            return list(table.drop_duplicates().itertuples(index=False, name=None))
+
+        found: dict[str, list[str]] = {}
+        for subject, key in sorted(chain.from_iterable(self._cells.each(read, "done"))):
+            found.setdefault(self.shown(subject), []).append(key)
         return found
 
     def record(self, key: str) -> Document:

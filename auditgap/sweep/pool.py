@@ -11,6 +11,7 @@ store: a group goes there, a `Result` comes back.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -246,7 +247,7 @@ class ActorPool:
             raise UsageError(
                 f"Each worker asks for {wants:g} {name}(s) and the largest node of the Ray cluster"
                 f" has {there:g}. Lower --{name.lower()}s-per-worker, or join a larger cluster with"
-                " --address."
+                f" --address.{_over_nodes(wants, there) if name == 'GPU' else ''}"
             )
 
     def _room(self, gpus: float) -> bool:
@@ -262,6 +263,17 @@ class ActorPool:
             return True
         self._no_room.add(gpus)
         return False
+
+
+def _over_nodes(wants: float, there: float) -> str:
+    """What is to be said where several nodes together might have what one has not."""
+    if wants <= 1 or there < 1:
+        return ""
+    return (
+        " A worker's GPUs are those of one node, so a model lies over at most"
+        f" {math.floor(there)} of them here: --shard layers:{math.floor(there)}, or"
+        f" --tensor-parallel-size {math.floor(there)} in vLLM."
+    )
 
 
 def store_full(error: Exception) -> str:

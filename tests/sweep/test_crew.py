@@ -75,6 +75,12 @@ def test_room_is_counted_node_by_node(nodes, workers, fits):
     assert pool._fits(nodes, workers) is fits
 
 
+def test_a_model_larger_than_any_node_is_told_how_many_gpus_it_may_have():
+    assert "--shard layers:2," in pool._over_nodes(4.0, 2.0)
+    assert pool._over_nodes(1.0, 0.0) == pool._over_nodes(0.5, 0.0) == pool._over_nodes(4.0, 0.0)
+    assert pool._over_nodes(4.0, 0.0) == "", "where there is none, fewer are no help"
+
+
 @pytest.fixture
 def nodes(monkeypatch):
     """A real cluster: a head with no CPU to give, and nodes that tests add and remove."""

@@ -162,28 +162,28 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
         return LATENT
 
     def tables(self, store: RunFolder) -> dict[str, pd.DataFrame]:
-        from auditgap.report import correction, tables
+        from auditgap.report import correction, gather, tables
 
-        rows = store.rows([*ATTACKS, CLEAN])
         correct = correction.of_runs([store])["harmful"]
-        return {"lvs": tables.lvs_table(rows, correction=correct)}
+        make = {"lvs": partial(tables.lvs_table, correction=correct)}
+        return gather.tables_of([store], [*ATTACKS, CLEAN], make)
 
     def numbers(self, store: RunFolder) -> dict[str, float]:
         """LVS, ASR and flip rate of each site, attack and budget; the audit gap of each budget."""
-        from auditgap.report import tables
+        from auditgap.report import gather, tables
         from auditgap.report.text import short_names
         from auditgap.store.tables import rows_of
 
-        rows = store.rows([*ATTACKS, LONGER, CLEAN])
-        if not len(rows):
-            return {}
-        shown = {subject: str(store.shown(subject)) for subject in rows["subject"].unique()}
+        attacks = [*ATTACKS, LONGER, CLEAN]
+        make = {"lvs": tables.lvs_table, "gaps": tables.audit_gaps}
+        made = gather.tables_of([store], attacks, make)
+        shown = {subject: str(store.shown(subject)) for subject in store.subjects(attacks)}
         called = short_names(shown.values())
         found: dict[str, float] = {}
-        for row in rows_of(tables.lvs_table(rows)):
+        for row in rows_of(made["lvs"]):
             where = (called[shown[row["subject"]]], row["site"], row["attack"], _size(row))
             found |= {"/".join((name, *where)): row[key] for name, key in _TRACKED.items()}
-        for row in rows_of(tables.audit_gaps(rows)):
+        for row in rows_of(made["gaps"]):
             where = (called[shown[row["subject"]]], _size(row))
             found |= {"/".join((name, *where)): row[name] for name in ("gap", "excess")}
         return found

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
+
+import pandas as pd
 
 from auditgap.audits.report_part import ReportPart
 from auditgap.engines import UNFINISHED
 from auditgap.report import latent, left_out, power, strength, tables
 from auditgap.report.correction import Correction
 from auditgap.report.figures import budget_label
-from auditgap.report.gather import PartData, ReportData, joined, names_in
+from auditgap.report.gather import Make, PartData, ReportData, of_each_subject, stacked
 from auditgap.report.latent_verdicts import CRITERIA
 from auditgap.report.latent_ways import model_lines, models_in
 from auditgap.report.section import Section
@@ -24,6 +27,10 @@ from auditgap.types import ATTACKS, CLEAN, LONGER
 
 #: The attack name of cells that hold minimum distances.
 DISTANCE = "distance"
+_DISTANCES: Mapping[str, Make] = {
+    "distance": tables.distance_table,
+    "curves": tables.distance_curves,
+}
 #: Sites' flags that limit what a page says, in reading order.
 _LIMITING = (
     "not_above_matched",
@@ -46,27 +53,32 @@ class LatentPart(ReportPart):
     def gather(
         self, folders: Sequence[RunFolder], corrections: Mapping[str, Correction]
     ) -> PartData:
-        rows = joined([folder.rows([*ATTACKS, LONGER, CLEAN]) for folder in folders])
-        distances = joined([folder.rows([DISTANCE]) for folder in folders])
         counts = corrections["harmful"].counts
-        gaps = tables.audit_gaps(rows, gold=None if counts is None else GoldCounts(*counts))
-        values = {
-            "gaps": gaps,
-            "lvs": tables.lvs_table(rows, correction=corrections["harmful"]),
-            "strength": strength.strength_table(folders),
-            "behaviour": tables.behaviour_table(rows),
+        make: Mapping[str, Make] = {
+            "gaps": partial(
+                tables.audit_gaps, gold=None if counts is None else GoldCounts(*counts)
+            ),
+            "lvs": partial(tables.lvs_table, correction=corrections["harmful"]),
+            "behaviour": tables.behaviour_table,
         }
-        # without distance cells the store answers with an empty table of Rows
-        if "distance" in distances.columns:
-            values["distance"] = tables.distance_table(distances)
-            values["curves"] = tables.distance_curves(distances)
+        left: list[left_out.Counted] = []
+
+        def made(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+            left.extend(left_out.of_edits(rows))
+            return {name: one(rows) for name, one in make.items()}
+
+        found = of_each_subject(folders, [*ATTACKS, LONGER, CLEAN], made)
+        distances = of_each_subject(
+            folders, [DISTANCE], lambda rows: {name: one(rows) for name, one in _DISTANCES.items()}
+        )
+        values = stacked(found, make) | (stacked(distances, _DISTANCES) if distances else {})
         return PartData(
             title=self.title,
-            is_there=bool(len(rows) or len(distances)),
-            values=values,
-            subjects=names_in(rows),
-            left_out=[*left_out.of_edits(rows)],
-            power=power.of_excess(gaps, _draws(folders)),
+            is_there=bool(found or distances),
+            values={**values, "strength": strength.strength_table(folders)},
+            subjects=list(found),
+            left_out=left,
+            power=power.of_excess(values["gaps"], _draws(folders)),
         )
 
     def sections(self, report: ReportData) -> list[Section]:
