@@ -28,26 +28,31 @@ from pydantic.fields import FieldInfo
 
 from auditgap.audits import AUDITS, Audit, run
 from auditgap.audits.latent.audit import DISTANCE, DISTANCE_TITLE
+from auditgap.audits.settings import CompareSettings, JudgeEvalSettings
 from auditgap.audits.whole_config import WholeSettings
-from auditgap.config import Frozen, flag_of
+from auditgap.config import Frozen, build, flag_of
 from auditgap.errors import PartlyFailed, UsageError
 from auditgap.store import RunFolder
 from auditgap.store.tables import unseal
 from auditgap.types import ATTACKS, CLEAN, LONGER, Document
 
 if TYPE_CHECKING:
+    from auditgap.judges.card import JudgeCard
     from auditgap.report.drawing import Drawing, Profile
     from auditgap.sweep import Progress
 
 __all__ = [
     "VERBS",
     "AuditResult",
+    "CompareResult",
     "Result",
     "audit",
+    "compare",
     "distance",
     "em",
     "evaluate",
     "intervene",
+    "judge_eval",
     "load",
     "lvs",
     "probe",
@@ -226,6 +231,22 @@ class AuditResult:
         return {store.path.name: load(store.path) for store in whole.stores(self.path)}
 
 
+@dataclass(frozen=True, eq=False)
+class CompareResult:
+    """Models side by side, as `auditgap compare` writes them."""
+
+    report: Path  #: the HTML page; its tables lie beside it
+    table: (
+        pd.DataFrame
+    )  #: a row a model, measure, site and budget, beside the base; nothing rounded
+    says: Sequence[str]  #: the differences in sentences
+
+    def _repr_html_(self) -> str:
+        """The sentences under the page's name: what a notebook shows."""
+        lines = "".join(f"<li>{html.escape(line)}</li>" for line in self.says)
+        return f"<p><code>{html.escape(str(self.report))}</code></p><ul>{lines}</ul>"
+
+
 def _fields(*kinds: type[Frozen]) -> dict[str, FieldInfo]:
     return {key: field for kind in kinds for key, field in kind.model_fields.items()}
 
@@ -235,9 +256,16 @@ def _several(field: FieldInfo) -> bool:
 
 
 def _described(
-    call: Callable[..., Any], name: str, title: str, kinds: Sequence[type[Frozen]], returns: type
+    call: Callable[..., Any],
+    name: str,
+    title: str,
+    kinds: Sequence[type[Frozen]],
+    returns: Any,
+    *,
+    follows: bool = True,
 ) -> None:
-    """Gives a function the signature and the docstring that its configs' fields make."""
+    """Gives a function the signature and the docstring that its configs' fields make; one that
+    `follows` its cells takes a `progress`."""
     fields = _fields(*kinds)
     flags = {key: flag for key, field in fields.items() if (flag := flag_of(field))}
     arguments = [key for key, flag in flags.items() if flag.positional]
@@ -254,20 +282,20 @@ def _described(
             parameters.append(
                 kind(key, kind.KEYWORD_ONLY, default=default, annotation=field.annotation)
             )
-    parameters.append(
-        kind(
-            "progress", kind.KEYWORD_ONLY, default=None, annotation="Callable[[], Progress] | None"
-        )
-    )
+    if follows:
+        shown = "Callable[[], Progress] | None"
+        parameters.append(kind("progress", kind.KEYWORD_ONLY, default=None, annotation=shown))
     call.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
     call.__name__ = call.__qualname__ = name
     settings = "\n".join(
         f"    {key}: {flag.help}{f' [{flag.default}]' if flag.default else ''}"
         for key, flag in flags.items()
     )
+    typed = "judge eval" if name == "judge_eval" else name.replace("_", "-")
+    failed = "; failed cells are in `failed`" if follows else ""
     call.__doc__ = (
-        f"{title}\n\nAs `auditgap {name.replace('_', '-')}`. Raises UsageError, Refused,"
-        f" Interrupted; failed cells are in `failed`.\n\n{settings}\n"
+        f"{title}\n\nAs `auditgap {typed}`. Raises UsageError, Refused,"
+        f" Interrupted{failed}.\n\n{settings}\n"
     )
 
 
@@ -358,6 +386,43 @@ _described(
     'The whole audit of one model. A part\'s own settings are a mapping: `lvs={"steps": 20}`.',
     (WholeSettings,),
     AuditResult,
+)
+
+
+def compare(*folders: str, out: str | Path | None = None, **settings: Any) -> CompareResult:
+    from auditgap.audits import comparing
+    from auditgap.report.compare_tables import says
+
+    asked = _settings(folders, (CompareSettings,), {"out": out, **settings})
+    given = {key: value for key, value in asked.items() if value is not None}
+    done = comparing.run(*build(given, CompareSettings))
+    return CompareResult(done.page, done.found.table, tuple(says(done.found)))
+
+
+_described(
+    compare,
+    "compare",
+    "Models side by side, from the run folders of their audits.",
+    (CompareSettings,),
+    CompareResult,
+    follows=False,
+)
+
+
+def judge_eval(judge: str, *, out: str | Path | None = None, **settings: Any) -> JudgeCard:
+    from auditgap.audits import judge_eval as evaluation
+
+    asked = _settings((judge,), (JudgeEvalSettings,), {"out": out, **settings})
+    return evaluation.run(evaluation.read(None, asked))
+
+
+_described(
+    judge_eval,
+    "judge_eval",
+    "How far a judge can be trusted, against people's labels: its card.",
+    (JudgeEvalSettings,),
+    "JudgeCard",
+    follows=False,
 )
 
 
