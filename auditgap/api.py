@@ -17,24 +17,23 @@ PartlyFailed (some cells failed; the rest is stored).
 from __future__ import annotations
 
 import html
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, get_origin
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
-from pydantic.fields import FieldInfo
 
 from auditgap.audits import AUDITS, Audit, run
 from auditgap.audits.latent.audit import DISTANCE, DISTANCE_TITLE
 from auditgap.audits.settings import CompareSettings, JudgeEvalSettings
 from auditgap.audits.whole_config import WholeSettings
-from auditgap.config import Frozen, build, flag_of
+from auditgap.config import build
 from auditgap.errors import PartlyFailed, UsageError
+from auditgap.signatures import described, settings_of
 from auditgap.store import RunFolder
 from auditgap.store.tables import unseal
-from auditgap.types import ATTACKS, CLEAN, LONGER, Document
+from auditgap.types import ATTACKS, CLEAN, LONGER
 
 if TYPE_CHECKING:
     from auditgap.judges.card import JudgeCard
@@ -247,76 +246,6 @@ class CompareResult:
         return f"<p><code>{html.escape(str(self.report))}</code></p><ul>{lines}</ul>"
 
 
-def _fields(*kinds: type[Frozen]) -> dict[str, FieldInfo]:
-    return {key: field for kind in kinds for key, field in kind.model_fields.items()}
-
-
-def _several(field: FieldInfo) -> bool:
-    return get_origin(field.annotation) is tuple
-
-
-def _described(
-    call: Callable[..., Any],
-    name: str,
-    title: str,
-    kinds: Sequence[type[Frozen]],
-    returns: Any,
-    *,
-    follows: bool = True,
-) -> None:
-    """Gives a function the signature and the docstring that its configs' fields make; one that
-    `follows` its cells takes a `progress`."""
-    fields = _fields(*kinds)
-    flags = {key: flag for key, field in fields.items() if (flag := flag_of(field))}
-    arguments = [key for key, flag in flags.items() if flag.positional]
-    kind = inspect.Parameter
-    parameters = [
-        kind(key, kind.VAR_POSITIONAL, annotation=str)
-        if _several(fields[key])
-        else kind(key, kind.POSITIONAL_OR_KEYWORD, annotation=fields[key].annotation)
-        for key in arguments
-    ]
-    for key, field in fields.items():
-        if key not in arguments:
-            default = kind.empty if field.is_required() else field.get_default()
-            parameters.append(
-                kind(key, kind.KEYWORD_ONLY, default=default, annotation=field.annotation)
-            )
-    if follows:
-        shown = "Callable[[], Progress] | None"
-        parameters.append(kind("progress", kind.KEYWORD_ONLY, default=None, annotation=shown))
-    call.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
-    call.__name__ = call.__qualname__ = name
-    settings = "\n".join(
-        f"    {key}: {flag.help}{f' [{flag.default}]' if flag.default else ''}"
-        for key, flag in flags.items()
-    )
-    typed = "judge eval" if name == "judge_eval" else name.replace("_", "-")
-    failed = "; failed cells are in `failed`" if follows else ""
-    call.__doc__ = (
-        f"{title}\n\nAs `auditgap {typed}`. Raises UsageError, Refused,"
-        f" Interrupted{failed}.\n\n{settings}\n"
-    )
-
-
-def _settings(
-    named: Sequence[str], kinds: Sequence[type[Frozen]], settings: Mapping[str, Any]
-) -> Document:
-    """The settings with the positional arguments under their fields' names. Raises TypeError for
-    one too many."""
-    given = {k: _text(v) if k == "out" else v for k, v in settings.items()}
-    rest = list(named)
-    for key, field in _fields(*kinds).items():
-        if (flag := flag_of(field)) and flag.positional and rest:
-            if key in given:
-                raise TypeError(f"{key} came twice: as an argument and by name.")
-            given[key] = tuple(rest) if _several(field) else rest[0]
-            rest = [] if _several(field) else rest[1:]
-    if rest:
-        raise TypeError(f"{len(rest)} positional arguments too many: {', '.join(map(str, rest))}.")
-    return given
-
-
 class Verb(Protocol):
     """An audit as a function: what a type checker knows of it; `inspect.signature` has all its
     settings."""
@@ -340,12 +269,12 @@ def _verb(of: Audit, name: str, title: str, **fixed: Any) -> Verb:
         progress: Callable[[], Progress] | None = None,
         **settings: Any,
     ) -> Result:
-        asked = _settings(named, kinds, {"out": out, **settings})
+        asked = settings_of(named, kinds, {"out": out, **settings})
         config, options = of.read(None, {**asked, **fixed})
         store, outcome = run(of, config, options, progress=progress)
         return Result(store.path, outcome.failed)
 
-    _described(call, name, title, kinds, Result)
+    described(call, name, title, kinds, Result)
     return call
 
 
@@ -375,12 +304,12 @@ def audit(
     from auditgap.audits import whole
 
     named = () if model is None else (model,)
-    asked = _settings(named, (WholeSettings,), {"base": base, "out": out, **settings})
+    asked = settings_of(named, (WholeSettings,), {"base": base, "out": out, **settings})
     done = whole.run(*whole.read_config(None, asked), progress=progress)
     return AuditResult(done.out, done.failed, done.overall)
 
 
-_described(
+described(
     audit,
     "audit",
     'The whole audit of one model. A part\'s own settings are a mapping: `lvs={"steps": 20}`.',
@@ -393,13 +322,13 @@ def compare(*folders: str, out: str | Path | None = None, **settings: Any) -> Co
     from auditgap.audits import comparing
     from auditgap.report.compare_tables import says
 
-    asked = _settings(folders, (CompareSettings,), {"out": out, **settings})
+    asked = settings_of(folders, (CompareSettings,), {"out": out, **settings})
     given = {key: value for key, value in asked.items() if value is not None}
     done = comparing.run(*build(given, CompareSettings))
     return CompareResult(done.page, done.found.table, tuple(says(done.found)))
 
 
-_described(
+described(
     compare,
     "compare",
     "Models side by side, from the run folders of their audits.",
@@ -412,11 +341,11 @@ _described(
 def judge_eval(judge: str, *, out: str | Path | None = None, **settings: Any) -> JudgeCard:
     from auditgap.audits import judge_eval as evaluation
 
-    asked = _settings((judge,), (JudgeEvalSettings,), {"out": out, **settings})
+    asked = settings_of((judge,), (JudgeEvalSettings,), {"out": out, **settings})
     return evaluation.run(evaluation.read(None, asked))
 
 
-_described(
+described(
     judge_eval,
     "judge_eval",
     "How far a judge can be trusted, against people's labels: its card.",
@@ -432,7 +361,3 @@ def load(path: str | Path) -> Result:
     return Result(
         store.path, {key: str(record.get("cause", "")) for key, record in store.failures().items()}
     )
-
-
-def _text(path: str | Path | None) -> str | None:
-    return None if path is None else str(path)
