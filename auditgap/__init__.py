@@ -16,12 +16,15 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from auditgap.api import (
         AuditResult,
+        CompareResult,
         Result,
         audit,
+        compare,
         distance,
         em,
         evaluate,
         intervene,
+        judge_eval,
         load,
         lvs,
         probe,
@@ -30,13 +33,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AuditResult",
+    "CompareResult",
     "Result",
     "__version__",
     "audit",
+    "compare",
     "distance",
     "em",
     "evaluate",
     "intervene",
+    "judge_eval",
     "load",
     "lvs",
     "probe",

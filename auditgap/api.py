@@ -17,37 +17,41 @@ PartlyFailed (some cells failed; the rest is stored).
 from __future__ import annotations
 
 import html
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, get_origin
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
-from pydantic.fields import FieldInfo
 
 from auditgap.audits import AUDITS, Audit, run
 from auditgap.audits.latent.audit import DISTANCE, DISTANCE_TITLE
+from auditgap.audits.settings import CompareSettings, JudgeEvalSettings
 from auditgap.audits.whole_config import WholeSettings
-from auditgap.config import Frozen, flag_of
+from auditgap.config import build
 from auditgap.errors import PartlyFailed, UsageError
+from auditgap.signatures import described, settings_of
 from auditgap.store import RunFolder
 from auditgap.store.tables import unseal
-from auditgap.types import ATTACKS, CLEAN, LONGER, Document
+from auditgap.types import ATTACKS, CLEAN, LONGER
 
 if TYPE_CHECKING:
+    from auditgap.judges.card import JudgeCard
     from auditgap.report.drawing import Drawing, Profile
     from auditgap.sweep import Progress
 
 __all__ = [
     "VERBS",
     "AuditResult",
+    "CompareResult",
     "Result",
     "audit",
+    "compare",
     "distance",
     "em",
     "evaluate",
     "intervene",
+    "judge_eval",
     "load",
     "lvs",
     "probe",
@@ -227,67 +231,20 @@ class AuditResult:
         return {store.path.name: load(store.path) for store in whole.stores(self.path)}
 
 
-def _fields(*kinds: type[Frozen]) -> dict[str, FieldInfo]:
-    return {key: field for kind in kinds for key, field in kind.model_fields.items()}
+@dataclass(frozen=True, eq=False)
+class CompareResult:
+    """Models side by side, as `auditgap compare` writes them."""
 
+    report: Path  #: the HTML page; its tables lie beside it
+    table: (
+        pd.DataFrame
+    )  #: a row a model, measure, site and budget, beside the base; nothing rounded
+    says: Sequence[str]  #: the differences in sentences
 
-def _several(field: FieldInfo) -> bool:
-    return get_origin(field.annotation) is tuple
-
-
-def _described(
-    call: Callable[..., Any], name: str, title: str, kinds: Sequence[type[Frozen]], returns: type
-) -> None:
-    """Gives a function the signature and the docstring that its configs' fields make."""
-    fields = _fields(*kinds)
-    flags = {key: flag for key, field in fields.items() if (flag := flag_of(field))}
-    arguments = [key for key, flag in flags.items() if flag.positional]
-    kind = inspect.Parameter
-    parameters = [
-        kind(key, kind.VAR_POSITIONAL, annotation=str)
-        if _several(fields[key])
-        else kind(key, kind.POSITIONAL_OR_KEYWORD, annotation=fields[key].annotation)
-        for key in arguments
-    ]
-    for key, field in fields.items():
-        if key not in arguments:
-            default = kind.empty if field.is_required() else field.get_default()
-            parameters.append(
-                kind(key, kind.KEYWORD_ONLY, default=default, annotation=field.annotation)
-            )
-    parameters.append(
-        kind(
-            "progress", kind.KEYWORD_ONLY, default=None, annotation="Callable[[], Progress] | None"
-        )
-    )
-    call.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
-    call.__name__ = call.__qualname__ = name
-    settings = "\n".join(
-        f"    {key}: {flag.help}{f' [{flag.default}]' if flag.default else ''}"
-        for key, flag in flags.items()
-    )
-    call.__doc__ = (
-        f"{title}\n\nAs `auditgap {name.replace('_', '-')}`. Raises UsageError, Refused,"
-        f" Interrupted; failed cells are in `failed`.\n\n{settings}\n"
-    )
-
-
-def _settings(
-    named: Sequence[str], kinds: Sequence[type[Frozen]], settings: Mapping[str, Any]
-) -> Document:
-    """The settings with the positional arguments under their fields' names. Raises TypeError for
-    one too many."""
-    given = {k: _text(v) if k == "out" else v for k, v in settings.items()}
-    rest = list(named)
-    for key, field in _fields(*kinds).items():
-        if (flag := flag_of(field)) and flag.positional and rest:
-            if key in given:
-                raise TypeError(f"{key} came twice: as an argument and by name.")
-            given[key] = tuple(rest) if _several(field) else rest[0]
-            rest = [] if _several(field) else rest[1:]
-    if rest:
-        raise TypeError(f"{len(rest)} positional arguments too many: {', '.join(map(str, rest))}.")
-    return given
+    def _repr_html_(self) -> str:
+        """The sentences under the page's name: what a notebook shows."""
+        lines = "".join(f"<li>{html.escape(line)}</li>" for line in self.says)
+        return f"<p><code>{html.escape(str(self.report))}</code></p><ul>{lines}</ul>"
 
 
 class Verb(Protocol):
@@ -313,12 +270,12 @@ def _verb(of: Audit, name: str, title: str, **fixed: Any) -> Verb:
         progress: Callable[[], Progress] | None = None,
         **settings: Any,
     ) -> Result:
-        asked = _settings(named, kinds, {"out": out, **settings})
+        asked = settings_of(named, kinds, {"out": out, **settings})
         config, options = of.read(None, {**asked, **fixed})
         store, outcome = run(of, config, options, progress=progress)
         return Result(store.path, outcome.failed)
 
-    _described(call, name, title, kinds, Result)
+    described(call, name, title, kinds, Result)
     return call
 
 
@@ -348,17 +305,54 @@ def audit(
     from auditgap.audits import whole
 
     named = () if model is None else (model,)
-    asked = _settings(named, (WholeSettings,), {"base": base, "out": out, **settings})
+    asked = settings_of(named, (WholeSettings,), {"base": base, "out": out, **settings})
     done = whole.run(*whole.read_config(None, asked), progress=progress)
     return AuditResult(done.out, done.failed, done.overall)
 
 
-_described(
+described(
     audit,
     "audit",
     'The whole audit of one model. A part\'s own settings are a mapping: `lvs={"steps": 20}`.',
     (WholeSettings,),
     AuditResult,
+)
+
+
+def compare(*folders: str, out: str | Path | None = None, **settings: Any) -> CompareResult:
+    from auditgap.audits import comparing
+    from auditgap.report.compare_tables import says
+
+    asked = settings_of(folders, (CompareSettings,), {"out": out, **settings})
+    given = {key: value for key, value in asked.items() if value is not None}
+    done = comparing.run(*build(given, CompareSettings))
+    return CompareResult(done.page, done.found.table, tuple(says(done.found)))
+
+
+described(
+    compare,
+    "compare",
+    "Models side by side, from the run folders of their audits.",
+    (CompareSettings,),
+    CompareResult,
+    follows=False,
+)
+
+
+def judge_eval(judge: str, *, out: str | Path | None = None, **settings: Any) -> JudgeCard:
+    from auditgap.audits import judge_eval as evaluation
+
+    asked = settings_of((judge,), (JudgeEvalSettings,), {"out": out, **settings})
+    return evaluation.run(evaluation.read(None, asked))
+
+
+described(
+    judge_eval,
+    "judge_eval",
+    "How far a judge can be trusted, against people's labels: its card.",
+    (JudgeEvalSettings,),
+    "JudgeCard",
+    follows=False,
 )
 
 
@@ -368,7 +362,3 @@ def load(path: str | Path) -> Result:
     return Result(
         store.path, {key: str(record.get("cause", "")) for key, record in store.failures().items()}
     )
-
-
-def _text(path: str | Path | None) -> str | None:
-    return None if path is None else str(path)

@@ -17,6 +17,7 @@ with the package (`auditgap/presets/`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -77,7 +78,8 @@ class Topic(StrEnum):
 class Flag:
     """How a config's field is shown: `help` is a phrase or a sentence, `default` says what None (or
     an empty value) stands for. `name` is the option's where it is not the field's; a `positional`
-    field is an argument; `choices` are those of a text whose type does not say them."""
+    field is an argument; `choices` are those of a text whose type does not say them; `metavar` is
+    what stands for a value in `--help`."""
 
     help: str
     topic: Topic = Topic.WHAT
@@ -85,11 +87,17 @@ class Flag:
     name: str | None = None
     positional: bool = False
     choices: tuple[str, ...] = ()
+    metavar: str | None = None
 
     def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
         """The field's JSON schema with the help as its description."""
         choices = {"enum": list(self.choices)} if self.choices else {}
         return {**handler(core_schema), "description": self.help, **choices}
+
+
+def sentence(phrase: str) -> str:
+    """A help's phrase with its full stop."""
+    return phrase if not phrase or phrase.endswith((".", "…")) else f"{phrase}."
 
 
 def flag_of(field: FieldInfo) -> Flag | None:
@@ -244,8 +252,10 @@ def build(
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "config"
+        came = str(first.get("input"))[:80]
+        words = re.findall(r"'([^']*)'", str(first.get("ctx", {}).get("expected", "")))
         raise UsageError(
-            f"{where}: {first['msg'].lower()}; {str(first.get('input'))[:80]!r} came."
+            f"{where}: {first['msg'].lower()}; {came!r} came.{did_you_mean(came, words)}"
         ) from None
 
 

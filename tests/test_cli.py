@@ -488,16 +488,26 @@ def test_status(auditgap, finished):
 
 @pytest.mark.parametrize(
     "command",
-    [("report",), ("report", "--json"), ("grade", "--judge=keyword"), ("compare", "--out=OUT")],
+    [
+        ("report",),
+        ("report", "--json"),
+        ("grade", "--judge=keyword"),
+        ("compare", "OTHER", "--out=OUT"),
+    ],
     ids=" ".join,
 )
 def test_planned_cells_that_are_in_no_table_are_counted_and_said(
-    auditgap, finished, tmp_path, command
+    auditgap, bench, finished, tmp_path, command
 ):
     """A whole run ends with 0; one that has lost a group of cells ends with 3 and says how many."""
     name, *options = command
-    options = [option.replace("OUT", str(tmp_path / "side")) for option in options]
     run = shutil.copytree(finished, tmp_path / "run")
+    if "OTHER" in options:
+        other = tmp_path / "other"
+        made = auditgap("lvs", tiny.save("llama", tmp_path / "m", seed=1), *flags(bench, other))
+        assert made.code == 0, made.both
+        options[0] = str(other)
+    options = [option.replace("OUT", str(tmp_path / "side")) for option in options]
     assert auditgap(name, run, *options).code == 0
     lost = next(
         path

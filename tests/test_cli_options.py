@@ -20,6 +20,12 @@ from typer.testing import CliRunner
 import auditgap
 from auditgap.audits import AUDITS
 from auditgap.audits.latent.config import LatentConfig, RunOptions
+from auditgap.audits.settings import (
+    CompareSettings,
+    GradeSettings,
+    JudgeEvalSettings,
+    ReportSettings,
+)
 from auditgap.audits.whole_config import WholeSettings
 from auditgap.cli import app, main
 from auditgap.cli.configs import CONFIGS, json_schema
@@ -27,9 +33,21 @@ from auditgap.cli.options import ALIASES, Asked, command
 from auditgap.config import flag_of, preset, presets
 from auditgap.errors import UsageError
 
-KINDS = {
-    kind.__name__: kind for audit in AUDITS.values() for kind in (audit.config, audit.options)
-} | {"WholeSettings": WholeSettings}
+KINDS = {kind.__name__: kind for audit in AUDITS.values() for kind in (audit.config, audit.options)}
+#: The commands that are no audit and yet made from a config.
+BESIDE = {
+    "audit": WholeSettings,
+    "compare": CompareSettings,
+    "grade": GradeSettings,
+    "judge eval": JudgeEvalSettings,
+    "report": ReportSettings,
+}
+KINDS |= {kind.__name__: kind for kind in BESIDE.values()}
+MADE = {
+    "em run" if a.command == "em" else a.command: (a.config, a.options)
+    for a in AUDITS.values()
+    if a.command in TREE
+} | {name: (kind,) for name, kind in BESIDE.items()}
 
 
 def asked(*words: str, kinds: tuple = (LatentConfig, RunOptions)) -> Asked:
@@ -59,19 +77,18 @@ def test_every_setting_of_every_config_says_what_it_is(name):
     assert not silent, f"{name} has fields without a Flag: {silent}"
 
 
-@pytest.mark.parametrize(
-    "audit", [a for a in AUDITS.values() if a.command in TREE], ids=lambda a: a.command
-)
-def test_the_help_has_every_setting_with_the_configs_own_default(audit):
-    name = "em run" if audit.command == "em" else audit.command
+@pytest.mark.parametrize("name", MADE)
+def test_the_help_has_every_setting_with_the_configs_own_default(name):
     text = helped(name)
-    for kind in (audit.config, audit.options):
+    for kind in MADE[name]:
         for key, field in kind.model_fields.items():
             flag = flag_of(field)
             assert flag.help in text, key
             if flag.positional:
                 continue
             assert f"--{flag.name or key.replace('_', '-')} " in text, key
+            if isinstance(field.default, bool):
+                assert f"--no-{flag.name or key.replace('_', '-')} " in text, key
             if flag.default:
                 assert f"[default: ({flag.default})]" in text, key
             elif isinstance(field.default, (int, float, str)) and not isinstance(
@@ -239,6 +256,15 @@ class TestPython:
     def test_the_whole_audits_too(self):
         shown = inspect.signature(auditgap.audit).parameters
         assert {*WholeSettings.model_fields, "progress"} == set(shown)
+
+    @pytest.mark.parametrize("name", ["compare", "judge eval"])
+    def test_and_what_is_no_audit(self, name):
+        shown = inspect.signature(getattr(auditgap, name.replace(" ", "_"))).parameters
+        assert set(BESIDE[name].model_fields) == set(shown)
+        assert name.replace(" ", "_") in dir(auditgap)
+        for key, one in shown.items():
+            if one.kind == one.KEYWORD_ONLY:
+                assert one.default == BESIDE[name].model_fields[key].get_default()
 
     def test_arguments_and_names_meet(self):
         with pytest.raises(TypeError, match="base came twice"):

@@ -7,15 +7,21 @@ found.table[found.table["measure"] == "lvs"]        # value, difference from the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from auditgap.audits.audit import Can
+from auditgap.audits.findings import stores_in
+from auditgap.audits.settings import CompareSettings
 from auditgap.audits.table import AUDITS
+from auditgap.errors import UsageError
 from auditgap.report import compare as comparing
+from auditgap.report import compare_page
 from auditgap.report.compare import Comparable, Comparison
 from auditgap.report.compare_models import parts_of
 from auditgap.store import RunFolder
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Compared", "Comparison", "compare", "run"]
 
 
 def able() -> dict[str, Comparable]:
@@ -44,4 +50,45 @@ def compare(
     fingerprint. Raises UsageError as `report.compare.sides` does."""
     return comparing.compare(
         folders, able(), named=named, base=base, only_compatible=only_compatible, seed=seed
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """A comparison that is written: what was found, of which runs, and its page."""
+
+    found: Comparison
+    stores: Sequence[RunFolder]
+    page: Path
+
+
+def run(asked: CompareSettings) -> Compared:
+    """Compare the runs and write compare.html and its tables. Raises UsageError as `compare` does,
+    and where there is only one model."""
+    given = [store for folder in asked.folders for store in stores_in(folder)]
+    there = {store.path.resolve() for store in given}
+    also = [s for target in asked.named.values() if _holds_runs(target) for s in stores_in(target)]
+    stores = [*given, *(store for store in also if store.path.resolve() not in there)]
+    found = compare(
+        stores, named=asked.named, base=asked.base, only_compatible=asked.only_compatible
+    )
+    if len(found.sides.models) < 2:
+        raise UsageError(
+            " ".join(
+                (
+                    f"There is only one model, {found.sides.base.name}, so there is nothing to compare"
+                    " it with. Add the run of another, for example: auditgap compare runs/base"
+                    " runs/twin.",
+                    *found.sides.left_out,
+                )
+            )
+        )
+    return Compared(found, stores, compare_page.write(found, Path(asked.out)))
+
+
+def _holds_runs(folder: str) -> bool:
+    return (
+        "://" in folder
+        or any(Path(folder).glob("run.json"))
+        or any(Path(folder).glob("*/run.json"))
     )

@@ -7,15 +7,18 @@ presets`: what comes with the package.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from auditgap.cli.options import AsJson, examples, group
+from auditgap.audits.settings import CompareSettings
+from auditgap.cli.options import AsJson, Asked, command, examples, group
 from auditgap.cli.screen import inert_lines, note, print_json, print_table, say
 from auditgap.cli.show import complete
-from auditgap.errors import UsageError
+from auditgap.config import build, merged
+
+if TYPE_CHECKING:
+    from auditgap.audits.comparing import Compared
 
 PANEL = "Runs and reports"
 COMPARE_EXAMPLES = (
@@ -26,64 +29,39 @@ COMPARE_EXAMPLES = (
 
 
 def add(app: typer.Typer) -> None:
-    app.command("compare", epilog=examples(COMPARE_EXAMPLES), rich_help_panel=PANEL)(compare)
+    @command(
+        app,
+        "compare",
+        CompareSettings,
+        about=(
+            "Compare models side by side: Table 1 with intervals, differences paired by prompt"
+            " (Holm's correction), and overlaid profiles."
+        ),
+        examples_of=COMPARE_EXAMPLES,
+        panel=PANEL,
+        plans=False,
+    )
+    def compare(asked: Asked) -> None:
+        from auditgap.audits import comparing
+
+        (settings,) = build(merged(asked.file, asked.flags), CompareSettings)
+        done = comparing.run(settings)
+        if asked.as_json:
+            from auditgap.report.compare_page import to_json
+
+            print_json(to_json(done.found))
+        else:
+            _show(done)
+        complete(done.stores)
 
 
-def compare(
-    folders: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Run folders of lvs, evaluate, probe, intervene, harmful-sft, or audit."
-        ),
-    ] = None,
-    named: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--as",
-            metavar="NAME=DIR",
-            help="A name for a folder's one subject, or for a subject: NAME=SUBJECT",
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="Run that the others are compared with", show_default="base, or the first"
-        ),
-    ] = None,
-    to: Annotated[
-        Path, typer.Option("--out", help="Folder for compare.html and its tables")
-    ] = Path("runs/compare"),
-    only_compatible: Annotated[
-        bool,
-        typer.Option(
-            "--only-compatible",
-            help="Leave out runs with other settings than the base's, and say so.",
-        ),
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Compare models side by side: Table 1 with intervals, differences paired by prompt (Holm's
-    correction), and overlaid profiles."""
-    from auditgap.audits.comparing import compare as comparison_of
-    from auditgap.audits.findings import stores_in
-    from auditgap.report import compare_page
+def _show(done: Compared) -> None:
+    """Table 1, what the differences say, and where the page is."""
     from auditgap.report.columns import on_screen
     from auditgap.report.compare_models import ROLES
     from auditgap.report.compare_tables import says, table_1
 
-    names = _names(named or [])
-    given = [store for folder in folders or [] for store in stores_in(folder)]
-    there = {store.path.resolve() for store in given}
-    also = [
-        store for target in names.values() if _holds_runs(target) for store in stores_in(target)
-    ]
-    stores = [*given, *(store for store in also if store.path.resolve() not in there)]
-    found = comparison_of(stores, named=names, base=base, only_compatible=only_compatible)
-    page = compare_page.write(found, to)
-    if as_json:
-        print_json(compare_page.to_json(found))
-        complete(stores)
-        return
+    found = done.found
     for line in (*found.sides.left_out, *found.sides.warnings, *found.notes):
         note(f"Note: {inert_lines(line)}")
     for one in table_1(found):
@@ -99,30 +77,7 @@ def compare(
             say(f"  ({i}) {inert_lines(reason)}")
     for sentence in says(found):
         say(f"- {inert_lines(on_screen(sentence))}")
-    say(f"Page: {page}\nTable: {to / 'compare.csv'}")
-    complete(stores)
-
-
-def _holds_runs(folder: str) -> bool:
-    return (
-        "://" in folder
-        or any(Path(folder).glob("run.json"))
-        or any(Path(folder).glob("*/run.json"))
-    )
-
-
-def _names(pairs: list[str]) -> dict[str, str]:
-    names: dict[str, str] = {}
-    for pair in pairs:
-        name, equals, target = pair.partition("=")
-        if not (name.strip() and equals and target):
-            raise UsageError(
-                f"--as takes NAME=DIR, for example --as base=runs/base; {pair!r} came."
-            )
-        if name in names:
-            raise UsageError(f"--as {name} came twice; a name is one model's.")
-        names[name] = target
-    return names
+    say(f"Page: {done.page}\nTable: {done.page.with_suffix('.csv')}")
 
 
 presets = group(

@@ -10,8 +10,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from auditgap.audits import AUDITS, Audit, Can
+from auditgap.audits.settings import (
+    CompareSettings,
+    GradeSettings,
+    JudgeEvalSettings,
+    ReportSettings,
+)
 from auditgap.audits.whole_config import WholeSettings
-from auditgap.config import Frozen
+from auditgap.config import Frozen, sentence
 from auditgap.types import Document
 
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -52,7 +58,7 @@ def _setting(key: str, told: Document, quiet: bool = False) -> list[str]:
     """A setting's help, and the line that would change it. `quiet`: the caller comments it out."""
     import yaml
 
-    words = str(told.get("description", "")).split()
+    words = sentence(str(told.get("description", ""))).split()
     choices = f"One of: {', '.join(map(str, told['enum']))}." if told.get("enum") else ""
     about = " ".join((*words, choices)).strip()
     default = told.get("default")
@@ -125,4 +131,8 @@ CONFIGS: Mapping[str, Callable[[], Document]] = {
         name: partial(_training, name)
         for name in ("train dissociate", "train sft", "train monitor")
     },
+    "compare": partial(_schema, CompareSettings),
+    "report": partial(_schema, ReportSettings),
+    "grade": partial(_schema, GradeSettings),
+    "judge eval": partial(_schema, JudgeEvalSettings),
 }

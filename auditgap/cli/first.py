@@ -72,6 +72,7 @@ def setup(yes: Yes = False) -> None:
 
 
 def init(
+    context: typer.Context,
     command: Annotated[
         list[str] | None,
         typer.Argument(
@@ -98,7 +99,18 @@ def init(
     from auditgap.store import files
 
     files.write_bytes(to, commented(name).encode())
-    say(f"Written: {to}. Next: auditgap {name} --config {to} --dry-run")
+    typed, dry = _typed(context, name)
+    say(f"Written: {to}. Next: auditgap {typed} --config {to}{' --dry-run' if dry else ''}")
+
+
+def _typed(context: typer.Context, name: str) -> tuple[str, bool]:
+    """What runs a config of that name (of a group, its `run`), and whether it can be run dry."""
+    found = context.find_root().command
+    for word in name.split():
+        found = getattr(found, "commands", {})[word]
+    if within := getattr(found, "commands", None):
+        name, found = f"{name} run", within["run"]
+    return name, any("--dry-run" in one.opts for one in found.params)
 
 
 def examples_(

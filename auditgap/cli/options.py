@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from rich.markup import escape
 
 from auditgap.audits.within import seconds_of
-from auditgap.config import Flag, Frozen, flag_of, overrides
+from auditgap.config import Flag, Frozen, flag_of, overrides, sentence
 from auditgap.errors import UsageError, did_you_mean
 from auditgap.types import Document
 
@@ -233,7 +233,7 @@ def _parameter(key: str, field: FieldInfo, flag: Flag) -> tuple[inspect.Paramete
     """The typer parameter of a field, and the option's names."""
     kind, choices, several = _typed(field.annotation)
     choices = choices or flag.choices
-    help_text = escape(flag.help + ("" if flag.help.endswith("…") else "."))
+    help_text = escape(sentence(flag.help))
     if flag.positional:
         argument = typer.Argument(help=help_text)
         annotation = Annotated[(list[str] if several else kind) | None, argument]  # type: ignore[valid-type]
@@ -245,7 +245,7 @@ def _parameter(key: str, field: FieldInfo, flag: Flag) -> tuple[inspect.Paramete
         help=help_text,
         rich_help_panel=flag.topic.value,
         show_default=flag.default or True,
-        metavar="|".join(choices) if choices else "A,B" if several else None,
+        metavar=flag.metavar or ("|".join(choices) if choices else "A,B" if several else None),
         autocompletion=_completion(choices) if choices else None,
     )
     default = _default(field)
@@ -269,6 +269,8 @@ def _typed(annotation: Any) -> tuple[type, tuple[str, ...], bool]:
         return str, get_args(annotation), False
     if get_origin(annotation) is tuple:
         return str, (), True
+    if get_origin(annotation) is Mapping:  # KEY=VALUE, as often as it is typed
+        return list[str], (), False
     return (annotation if annotation in (bool, int, float, Path) else str), (), False
 
 

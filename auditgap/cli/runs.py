@@ -7,32 +7,28 @@ afterwards, whichever audit made it.
 
 from __future__ import annotations
 
-import inspect as inspect_
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from auditgap.audits.options import Device, JudgeEndpoint, JudgeThinkingTokens, MaxUnscored
+from auditgap.audits.options import openai_for_endpoints
+from auditgap.audits.settings import GradeSettings, ReportSettings
 from auditgap.cli import grid, show
 from auditgap.cli.options import AsJson, Asked, command, examples
 from auditgap.cli.screen import answer, confirm, print_json, print_table, quiet, say
-from auditgap.config import Flag, Frozen, Topic, build, merged
+from auditgap.config import build, merged
 from auditgap.errors import UsageError
+
+if TYPE_CHECKING:
+    from auditgap.report.page import Copies
 
 PANEL = "Runs and reports"
 
 
 def add(app: typer.Typer) -> None:
+    _add_report(app)
     for name, act, lines in (
-        (
-            "report",
-            report,
-            (
-                "auditgap report runs/base runs/tuned --out runs/both",
-                "auditgap report runs/tuned --summary --pdf",
-            ),
-        ),
         (
             "status",
             status,
@@ -55,72 +51,74 @@ def add(app: typer.Typer) -> None:
     _add_grade(app)
 
 
-def report(
-    folders: Annotated[list[str], typer.Argument(help="Run folders.")],
-    to: Annotated[
-        str | None,
-        typer.Option("--out", help="Folder for report.html", show_default="the first folder"),
-    ] = None,
-    allow_raw: Annotated[
-        bool, typer.Option("--allow-raw", help="Include prompts and completions in the report.")
-    ] = False,
-    public: Annotated[
-        bool,
-        typer.Option("--public", help="For a whole audit: also write a copy with aggregates only."),
-    ] = False,
-    summary: Annotated[
-        bool,
-        typer.Option("--summary", help="Also write the first screen: summary.html, summary.md."),
-    ] = False,
-    pdf: Annotated[
-        bool,
-        typer.Option(
-            "--pdf", help="Also print each page and the figures as PDFs; needs Chromium or Chrome."
+def _add_report(app: typer.Typer) -> None:
+    @command(
+        app,
+        "report",
+        ReportSettings,
+        about=(
+            "Rewrite the tables and the HTML report of one or more run folders, or of a whole"
+            " audit's. Exits with 3 if planned cells are missing from the tables."
         ),
-    ] = False,
-    latex: Annotated[
-        bool, typer.Option("--latex", help="Also write its tables as LaTeX: tables/*.tex.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Rewrite the tables and the HTML report of one or more run folders, or of a whole audit's.
-    Exits with 3 if planned cells are missing from the tables."""
-    from auditgap.audits import pages, reduce, whole
+        examples_of=(
+            "auditgap report runs/base runs/tuned --out runs/both",
+            "auditgap report runs/tuned --summary --pdf",
+        ),
+        panel=PANEL,
+        plans=False,
+    )
+    def report(asked: Asked) -> None:
+        from auditgap.audits import whole
+
+        needs = {"folders": "Report which runs? For example: auditgap report runs/smollm2"}
+        (wanted,) = build(merged(asked.file, asked.flags), ReportSettings, needs=needs)
+        if wanted.pdf:
+            from auditgap.report.pdf import browser
+
+            browser()  # or say at once that there is none
+        if len(wanted.folders) == 1 and whole.is_whole(Path(wanted.folders[0])):
+            return _report_whole(wanted, asked.as_json)
+        if wanted.public:
+            raise UsageError("--public works with one folder, that of an `auditgap audit`.")
+        return _report_runs(wanted, asked.as_json)
+
+
+def _report_whole(wanted: ReportSettings, as_json: bool) -> None:
+    from auditgap.audits import reduce, whole
+
+    folder, copies = Path(wanted.folders[0]), _copies(wanted)
+    parts, path = whole.stores(folder), Path(wanted.out or folder)
+    for store in parts:
+        reduce(store, allow_raw=wanted.allow_raw)
+    options = whole.WholeOptions(allow_raw=wanted.allow_raw, public=wanted.public)
+    whole.report(folder, options=options, out=path, copies=copies)
+    page = path / "report.html"
+    answer(as_json, _written(page, copies.beside), report=str(page))
+    show.complete(parts, whole.not_begun(folder))
+
+
+def _report_runs(wanted: ReportSettings, as_json: bool) -> None:
+    from auditgap.audits import pages, reduce
     from auditgap.report.page import Copies
-    from auditgap.report.pdf import browser
     from auditgap.store import RunFolder
     from auditgap.store.remote import within
 
-    copies = Copies(summary, pdf, latex)
-    if pdf:
-        browser()  # or say at once that there is none
-    if len(folders) == 1 and whole.is_whole(Path(folders[0])):
-        parts, path = whole.stores(Path(folders[0])), Path(to or folders[0])
-        for store in parts:
-            reduce(store, allow_raw=allow_raw)
-        whole.report(
-            Path(folders[0]),
-            options=whole.WholeOptions(allow_raw=allow_raw, public=public),
-            out=path,
-            copies=copies,
-        )
-        answer(
-            as_json, _written(path / "report.html", copies.beside), report=str(path / "report.html")
-        )
-        show.complete(parts, whole.not_begun(Path(folders[0])))
-        return
-    if public:
-        raise UsageError("--public is for the folder of an `auditgap audit`; one folder, please.")
-    stores = [RunFolder.load(folder) for folder in folders]
+    stores, copies = [RunFolder.load(folder) for folder in wanted.folders], _copies(wanted)
     for store in stores:
-        reduce(store, allow_raw=allow_raw)
+        reduce(store, allow_raw=wanted.allow_raw)
     # else it has just been written
-    if len(stores) > 1 or to is not None or copies != Copies():
-        pages.write(stores, allow_raw=allow_raw, out=to, copies=copies)
-    where = within(to or stores[0].place, "report.html")
+    if len(stores) > 1 or wanted.out is not None or copies != Copies():
+        pages.write(stores, allow_raw=wanted.allow_raw, out=wanted.out, copies=copies)
+    where = within(wanted.out or stores[0].place, "report.html")
     missing = sum(store.status().missing for store in stores)
     answer(as_json, _written(where, copies.beside), report=str(where), missing=missing)
     show.complete(stores)
+
+
+def _copies(wanted: ReportSettings) -> Copies:
+    from auditgap.report.page import Copies
+
+    return Copies(wanted.summary, wanted.pdf, wanted.latex)
 
 
 def _written(page: Path | str, beside: list[str]) -> str:
@@ -128,63 +126,43 @@ def _written(page: Path | str, beside: list[str]) -> str:
     return f"Report: {page}" + (f"\nBeside it: {', '.join(beside)}" if beside else "")
 
 
-class Regrading(Frozen):
-    """Who judges a run's stored text again."""
-
-    judge: Annotated[str | None, Flag("Judge; see `ls judges`", Topic.JUDGING)] = None
-    reward: Annotated[
-        str | None, Flag("Reward for `lvs`: builtin, margin or hf:MODEL_ID", Topic.JUDGING)
-    ] = None
-    judge_engine: Annotated[
-        str | None,
-        Flag("Engine of the judge models: hf, vllm or openai", Topic.JUDGING, default="hf"),
-    ] = None
-    judge_endpoint: JudgeEndpoint = None
-    judge_thinking_tokens: JudgeThinkingTokens = None
-    max_unscored: MaxUnscored = 0.2
-    device: Device = "auto"
-
-
 def _add_grade(app: typer.Typer) -> None:
-    folder_ = inspect_.Parameter(
-        "folder",
-        inspect_.Parameter.KEYWORD_ONLY,
-        annotation=Annotated[str, typer.Argument(help="A finished run folder.")],
-    )
-
     @command(
         app,
         "grade",
-        Regrading,
+        GradeSettings,
         about=(
             "Judge a run's stored completions again, without generating; the new tables and report"
             " go to DIR/grades/."
         ),
         examples_of=(
             "auditgap grade runs/smollm2 --judge keyword",
-            "auditgap grade runs/behaviour --judge refusal=gpt-4.1-mini --judge-engine openai"
-            " --judge-endpoint https://api.openai.com/v1",
+            "auditgap grade runs/behaviour --judge refusal=gpt-4.1-mini --judge-endpoint"
+            " https://api.openai.com/v1",
         ),
         panel=PANEL,
         plans=False,
-        extra=(folder_,),
     )
-    def grade(asked: Asked, folder: str) -> None:
+    def grade(asked: Asked) -> None:
         quiet()
         from auditgap.audits import Grading, audit_of, regrade
-        from auditgap.engines import Serving, engine_named
+        from auditgap.engines import Serving
         from auditgap.store import RunFolder
 
-        (by,) = build(merged(asked.file, asked.flags), Regrading)
-        engine = engine_named(by.judge_engine or ("openai" if by.judge_endpoint else "hf"))
+        values = merged(asked.file, asked.flags)
+        openai_for_endpoints(values, GradeSettings.model_fields)
+        needs = {
+            "folder": "Grade which run? For example: auditgap grade runs/smollm2 --judge keyword"
+        }
+        (by,) = build(values, GradeSettings, needs=needs)
         serving = Serving(
-            engine=engine,
+            engine=by.judge_engine,
             base_url=by.judge_endpoint,
             device=by.device,
             thinking_tokens=by.judge_thinking_tokens,
         )
         store = regrade(
-            folder,
+            by.folder,
             Grading(
                 judge=by.judge,
                 reward=by.reward,
@@ -193,7 +171,7 @@ def _add_grade(app: typer.Typer) -> None:
                 max_unscored=by.max_unscored,
             ),
         )
-        graded = RunFolder.load(folder)
+        graded = RunFolder.load(by.folder)
         audit = audit_of(graded)
         show.show(audit, store, as_json=asked.as_json)
         show.complete([graded])

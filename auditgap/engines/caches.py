@@ -140,7 +140,7 @@ def select(cache: TextCache, rows: Sequence[int]) -> None:
         if isinstance(layer, Growing):
             layer.keep(rows)
         elif type(layer).__module__ == DynamicCache.__module__:
-            layer.reorder_cache(kept)
+            layer.reorder_cache(kept)  # type: ignore[arg-type] - any tensor of this dtype
         else:  # a family's own layer, which may hold more than its inherited method knows
             vars(layer).update({name: _kept(value, kept) for name, value in vars(layer).items()})
 

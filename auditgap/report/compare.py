@@ -83,10 +83,6 @@ def compare(
         notes += said
         readings[name] = list(audit.readings(rows, found, seed)) if len(rows) else []
     measures = [measure for audit in audits.values() for measure in audit.measures]
-    if len(found.models) < 2:
-        notes.append(
-            f"There is one model, {found.base.name}, so there is nothing to compare it with."
-        )
     return Comparison(found, audits, table(readings, measures, found.models), tuple(notes))
 
 

@@ -234,7 +234,7 @@ def _method(comparison: Comparison) -> Iterator[Block]:
 def frame(comparison: Comparison) -> Frame:
     """What stands around the sections."""
     sides = comparison.sides
-    others = ", ".join(m.name for m in sides.models[1:]) or "nothing beside it"
+    others = ", ".join(m.name for m in sides.models[1:])
     notes = [
         *(Prose(_LEFT_OUT.format(text.clean(line)), "warn") for line in sides.left_out),
         *(Prose(line, "warn") for line in sides.warnings),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import tiny
 
+import auditgap
 from auditgap.cli.judges import app
 from auditgap.errors import AuditgapError
 from auditgap.judges import card_cache, load_judge
@@ -156,10 +157,17 @@ def test_a_judge_that_cannot_tell_fails_with_its_card_written(judge, gold, tmp_p
         (("eval", "bultin"), "Did you mean 'builtin'"),
         (("eval", "keyword", "--gold", "pyrit-harmm"), "Did you mean 'pyrit-harm'"),
         (("eval", "keyword", "--engine", "vlm"), "Did you mean 'vllm'"),
-        (("eval", "keyword", "--max-unscored", "20"), "--max-unscored is a share"),
-        (("eval", "keyword", "--injections", "-1"), "--injections is a number of rows"),
-        (("eval", "keyword", "--limit", "0"), "--limit must be 1 or more"),
+        (
+            ("eval", "keyword", "--max-unscored", "20"),
+            "max_unscored: input should be less than or equal to 1",
+        ),
+        (
+            ("eval", "keyword", "--injections", "-1"),
+            "injections: input should be greater than or equal to 0",
+        ),
+        (("eval", "keyword", "--limit", "0"), "limit: input should be greater than or equal to 1"),
         (("eval", "keyword", "--out", __file__), "is a file; a folder is wanted"),
+        (("eval",), "Which judge? For example: auditgap judge eval builtin"),
         (("show", "nowhere"), "holds no judge card"),
     ],
 )
@@ -167,6 +175,16 @@ def test_bad_input_gets_a_sentence(judge, gold, args, said):
     args = (*args, "--gold", gold) if args[0] == "eval" and "--gold" not in args else args
     done = judge(*args)
     assert done.code == 2 and said in done.err and done.out == "" and done.err.count("\n") == 0
+
+
+def test_the_same_from_a_file_and_from_python(judge, gold, tmp_path):
+    (tmp_path / "eval.yaml").write_text(f"judge: keyword\ngold: {gold}\ninjections: 1\n")
+    typed = judge("eval", "--config", tmp_path / "eval.yaml", "--injections", 0, "--json")
+    assert typed.code == 0, typed.err
+    found = auditgap.judge_eval("keyword", gold=str(gold), injections=0).to_dict()
+    told = json.loads(typed.out)
+    assert {**json.loads(json.dumps(found)), "seconds_per_row": told["seconds_per_row"]} == told
+    assert told["n_injected"] == 0
 
 
 @needs_pyrit

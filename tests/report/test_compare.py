@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from test_page import CHROMIUM, in_browser
 
+import auditgap
 from auditgap import stats
 from auditgap.audits.behaviour.rows import BehaviourRow
 from auditgap.audits.comparing import Comparison, compare
@@ -621,12 +622,32 @@ def test_a_cell_without_a_number_says_why(tmp_path):
     assert (unscored["n_unscored"], unscored["n_pairs"]) == (24, 0) and pd.isna(unscored["p"])
 
 
-def test_one_folder_has_nothing_to_be_compared_with(tmp_path):
-    found = compare([run(tmp_path / "a", {"alone": 1.0})])
-    assert found.table["difference"].isna().all() and "nothing to compare it with" in found.notes[0]
-    assert says(found) == [
-        "No difference could be tested."
-    ] and "alone and nothing beside it" in render(found)
+def test_one_model_is_a_sentence_and_no_page(tmp_path):
+    alone = run(tmp_path / "a", {"alone": 1.0})
+    for folders in ([alone], [alone, alone]):
+        with pytest.raises(UsageError, match="There is only one model, alone, so there is nothing"):
+            auditgap.compare(*(str(one.path) for one in folders), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_from_python_it_is_the_same_page_and_table(tmp_path):
+    run(tmp_path / "a", {"./base": 0.0})
+    run(tmp_path / "b", {"./twin": 2.0})
+    found = auditgap.compare(
+        str(tmp_path / "b"), named={"base": str(tmp_path / "a")}, out=tmp_path / "out"
+    )
+    assert found.report == tmp_path / "out" / "compare.html" and found.report.is_file()
+    pd.testing.assert_frame_equal(found.table, comparing_table(tmp_path), check_dtype=False)
+    assert list(found.says) and "compare.html" in found._repr_html_()
+    assert set(found.table["model"]) == {"base", "./twin"}
+
+
+def comparing_table(folder: Path) -> pd.DataFrame:
+    found = compare(
+        [RunFolder.load(folder / "b"), RunFolder.load(folder / "a")],
+        named={"base": str(folder / "a")},
+    )
+    return found.table
 
 
 def test_folders_of_the_same_weights_are_one_model(tmp_path):

@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from auditgap.audits import options
 from auditgap.config import AS_COMMAS, Flag, Frozen, Topic
-from auditgap.engines import EngineName, engine_named
+from auditgap.engines import EngineName
 
 if TYPE_CHECKING:
     from auditgap.engines import Serving
@@ -100,11 +100,6 @@ class BehaviourOptions(options.AuditOptions):
         if self.gpus_per_worker is not None or not device.startswith("cuda"):
             return super().gpus_of(model, device)
         return {"openai": 0.0, "vllm": float(self.tensor_parallel)}.get(self.engine, 1.0)
-
-    @field_validator("engine", "judge_engine", mode="before")
-    @classmethod
-    def _known(cls, value: Any) -> Any:
-        return value if value is None else engine_named(str(value))
 
     def serving(self, config: BehaviourConfig) -> Serving:
         """How the subjects are served."""

@@ -21,7 +21,7 @@ from pydantic import Field, field_validator
 from auditgap.audits import options
 from auditgap.audits.emergent.pairs import pairs
 from auditgap.config import COMMAS, Flag, Frozen, Topic, build
-from auditgap.engines import EngineName, engine_named
+from auditgap.engines import EngineName
 from auditgap.errors import UsageError
 from auditgap.training.config import DeepSpeedConfig, SFTConfig
 
@@ -342,11 +342,6 @@ class EmergentOptions(options.AuditOptions):
     ignore_memory: Annotated[
         bool, Flag("Train even if memory is expected to run out", Topic.WHERE)
     ] = False
-
-    @field_validator("engine", "judge_engine", mode="before")
-    @classmethod
-    def _known(cls, value: Any) -> Any:
-        return value if value is None else engine_named(str(value))
 
     def serving(self, config: EmergentConfig) -> Serving:
         """How the base and its adapters are served."""

@@ -440,7 +440,10 @@ def test_a_run_in_which_nothing_was_said_has_failed(folder, tmp_path, monkeypatc
     ("values", "words"),
     [
         ({"suite": "harmbench"}, "Which model"),
-        ({"models": "m", "engine": "vlm"}, "Known engines: hf, vllm, openai"),
+        (
+            {"models": "m", "engine": "vlm"},
+            "'hf', 'vllm' or 'openai'; 'vlm' came. Did you mean 'vllm'",
+        ),
         (
             {"models": "m", "endpoint": "http://localhost:1/v1", "engine": "hf"},
             "--endpoint is for --engine openai",
