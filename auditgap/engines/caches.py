@@ -60,7 +60,8 @@ class Growing(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rooms: dict[str, torch.Tensor] = {}
+        #: by name the room, and the part of it that is `keys` or `values` unless those were replaced
+        self.rooms: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
@@ -73,14 +74,15 @@ class Growing(DynamicLayer):
 
     def _behind(self, name: str, new: torch.Tensor) -> torch.Tensor:
         n_kept, n = self.get_seq_length(name), new.shape[2]
-        kept, room = getattr(self, name), self.rooms.get(name)
-        if room is None or n_kept + n > room.shape[2] or not _lies_in(kept, room):
+        kept = getattr(self, name)
+        room, part = self.rooms.get(name, (None, None))
+        if room is None or part is not kept or n_kept + n > room.shape[2]:
             room = new.new_empty(*new.shape[:2], n_kept + n + _ROOM, new.shape[3])
             if n_kept:
                 room[:, :, :n_kept] = kept
-            self.rooms[name] = room
         whole = room[: len(new), :, : n_kept + n]
         whole[:, :, n_kept:] = new
+        self.rooms[name] = room, whole
         return whole
 
     def get_seq_length(self, name: str = "keys") -> int:
@@ -95,7 +97,10 @@ class Growing(DynamicLayer):
             if all(at >= len(rows) for _, at in moved):
                 for to, at in moved:
                     kept[to] = kept[at]
-                kept = kept[: len(rows)]
+                room, part = self.rooms.get(name, (kept, None))
+                in_place, kept = part is kept, kept[: len(rows)]
+                if in_place:
+                    self.rooms[name] = room, kept
             else:
                 kept = kept.index_select(0, torch.tensor(rows, device=kept.device))
             setattr(self, name, kept)
@@ -103,11 +108,6 @@ class Growing(DynamicLayer):
 
 #: Tokens that there is room for behind those that a layer holds: so often are they copied.
 _ROOM = 64
-
-
-def _lies_in(kept: torch.Tensor, room: torch.Tensor) -> bool:
-    """Whether these are the room's first rows and tokens: another owner may have replaced them."""
-    return kept.data_ptr() == room.data_ptr() and kept.stride() == room.stride()
 
 
 TextCache = DynamicCache | WholeText

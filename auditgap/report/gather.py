@@ -242,8 +242,11 @@ def stacked(
     none = to_frame(schema_of(Row).empty_table())
 
     def below(name: str) -> pd.DataFrame:
-        filled = [made[name] for _, made in sorted(found.items()) if len(made[name])]
-        return pd.concat(filled, ignore_index=True) if filled else make[name](none)
+        tables = [made[name] for _, made in sorted(found.items())]
+        filled = [table for table in tables if len(table)]
+        if not filled:  # an empty one knows its columns too
+            return tables[0] if tables else make[name](none)
+        return pd.concat(filled, ignore_index=True)
 
     return {name: below(name) for name in make}
 

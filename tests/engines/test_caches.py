@@ -80,7 +80,7 @@ def test_a_token_is_written_behind_the_others_and_rows_leave_in_place() -> None:
         layer.update(*torch.randn(2, 3, H, 1, D))
     assert layer.keys.data_ptr() == at
     layer.update(*torch.randn(2, 3, H, 1, D))
-    assert layer.keys.data_ptr() != at and len(layer.rooms["keys"]) == 3  # what left is let go
+    assert layer.keys.data_ptr() != at and len(layer.rooms["keys"][0]) == 3  # what left is let go
 
 
 def test_keys_that_another_owner_put_in_its_place_are_not_written_over() -> None:
