@@ -30,7 +30,7 @@ from auditgap.audits.settings import CompareSettings, JudgeEvalSettings
 from auditgap.audits.whole_config import WholeSettings
 from auditgap.config import build
 from auditgap.errors import PartlyFailed, UsageError
-from auditgap.signatures import described, settings_of
+from auditgap.signatures import called, described, settings_of
 from auditgap.store import RunFolder
 from auditgap.store.tables import unseal
 from auditgap.types import ATTACKS, CLEAN, LONGER
@@ -260,7 +260,7 @@ class Verb(Protocol):
     ) -> Result: ...
 
 
-def _verb(of: Audit, name: str, title: str, **fixed: Any) -> Verb:
+def _verb(of: Audit, command: str, title: str, **fixed: Any) -> Verb:
     """The function that runs an audit, with `fixed` settings that it does not take."""
     kinds = (of.config, of.options)
 
@@ -275,15 +275,13 @@ def _verb(of: Audit, name: str, title: str, **fixed: Any) -> Verb:
         store, outcome = run(of, config, options, progress=progress)
         return Result(store.path, outcome.failed)
 
-    described(call, name, title, kinds, Result)
+    described(call, command, title, kinds, Result)
     return call
 
 
 #: What runs each audit, by the name that it has here.
 VERBS: Mapping[str, Verb] = {
-    name: _verb(of, name, of.title)
-    for of in AUDITS.values()
-    for name in [of.command.replace("-", "_")]
+    called(of.command): _verb(of, of.command, of.title) for of in AUDITS.values()
 }
 lvs = VERBS["lvs"]
 evaluate = VERBS["evaluate"]
@@ -348,7 +346,7 @@ def judge_eval(judge: str, *, out: str | Path | None = None, **settings: Any) ->
 
 described(
     judge_eval,
-    "judge_eval",
+    "judge eval",
     "How far a judge can be trusted, against people's labels: its card.",
     (JudgeEvalSettings,),
     "JudgeCard",

@@ -26,17 +26,22 @@ def _several(field: FieldInfo) -> bool:
     return get_origin(field.annotation) is tuple
 
 
+def called(command: str) -> str:
+    """A command's name in Python."""
+    return command.replace("-", "_").replace(" ", "_")
+
+
 def described(
     call: Callable[..., Any],
-    name: str,
+    command: str,
     title: str,
     kinds: Sequence[type[Frozen]],
     returns: Any,
     *,
     follows: bool = True,
 ) -> None:
-    """Gives a function the signature and the docstring that its configs' fields make; one that
-    `follows` its cells takes a `progress`."""
+    """Gives the function of a command the name that it has in Python, and the signature and the
+    docstring that its configs' fields make; one that `follows` its cells takes a `progress`."""
     fields = _fields(*kinds)
     flags = {key: flag for key, field in fields.items() if (flag := flag_of(field))}
     arguments = [key for key, flag in flags.items() if flag.positional]
@@ -57,15 +62,14 @@ def described(
         shown = "Callable[[], Progress] | None"
         parameters.append(kind("progress", kind.KEYWORD_ONLY, default=None, annotation=shown))
     call.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
-    call.__name__ = call.__qualname__ = name
+    call.__name__ = call.__qualname__ = called(command)
     settings = "\n".join(
         f"    {key}: {flag.help}{f' [{flag.default}]' if flag.default else ''}"
         for key, flag in flags.items()
     )
-    typed = "judge eval" if name == "judge_eval" else name.replace("_", "-")
     failed = "; failed cells are in `failed`" if follows else ""
     call.__doc__ = (
-        f"{title}\n\nAs `auditgap {typed}`. Raises UsageError, Refused,"
+        f"{title}\n\nAs `auditgap {command}`. Raises UsageError, Refused,"
         f" Interrupted{failed}.\n\n{settings}\n"
     )
 

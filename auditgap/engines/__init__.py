@@ -307,13 +307,6 @@ ENGINES: Registry[Entry] = Registry(
 )
 
 
-def engine_named(name: str) -> EngineName:
-    """The name, if there is such an engine. Raises UsageError."""
-    if name not in ENGINES:
-        raise ENGINES.unknown(name)
-    return name  # type: ignore[return-value]
-
-
 def adapter_path(adapter: str | Path) -> Path:
     """A PEFT adapter's folder that is safe to hand to an engine. Raises UsageError or Refused."""
     from auditgap import models

@@ -68,15 +68,14 @@ class Growing(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._behind("keys", key_states)
-        self.values = self._behind("values", value_states)
+        n_kept = self.get_seq_length()
+        self.keys = self._behind("keys", n_kept, key_states)
+        self.values = self._behind("values", n_kept, value_states)
         return self.keys, self.values
 
-    def _behind(self, name: str, new: torch.Tensor) -> torch.Tensor:
-        n_kept, n = self.get_seq_length(name), new.shape[2]
-        kept = getattr(self, name)
-        room, part = self.rooms.get(name, (None, None))
-        if room is None or part is not kept or n_kept + n > room.shape[2]:
+    def _behind(self, name: str, n_kept: int, new: torch.Tensor) -> torch.Tensor:
+        kept, room, n = getattr(self, name), self._room(name), new.shape[2]
+        if room is None or n_kept + n > room.shape[2]:
             room = new.new_empty(*new.shape[:2], n_kept + n + _ROOM, new.shape[3])
             if n_kept:
                 room[:, :, :n_kept] = kept
@@ -85,22 +84,22 @@ class Growing(DynamicLayer):
         self.rooms[name] = room, whole
         return whole
 
-    def get_seq_length(self, name: str = "keys") -> int:
-        kept = getattr(self, name)
-        return kept.shape[2] if kept is not None and kept.numel() else 0
+    def _room(self, name: str) -> torch.Tensor | None:
+        """What these keys or values lie in; None where another owner has put others in their place."""
+        room, part = self.rooms.get(name, (None, None))
+        return room if part is getattr(self, name) else None
 
     def keep(self, rows: Sequence[int]) -> None:
         """These rows, in this order; in place where none is written over before it is read."""
         moved = [(to, at) for to, at in enumerate(rows) if to != at]
+        in_order = all(at >= len(rows) for _, at in moved)
         for name in ("keys", "values") if self.get_seq_length() else ():
-            kept = getattr(self, name)
-            if all(at >= len(rows) for _, at in moved):
+            kept, room = getattr(self, name), self._room(name)
+            if room is not None and in_order:
                 for to, at in moved:
                     kept[to] = kept[at]
-                room, part = self.rooms.get(name, (kept, None))
-                in_place, kept = part is kept, kept[: len(rows)]
-                if in_place:
-                    self.rooms[name] = room, kept
+                kept = kept[: len(rows)]
+                self.rooms[name] = room, kept
             else:
                 kept = kept.index_select(0, torch.tensor(rows, device=kept.device))
             setattr(self, name, kept)

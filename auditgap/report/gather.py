@@ -228,10 +228,12 @@ def tables_of(
     folders: Sequence[RunFolder], attacks: Sequence[str], make: Mapping[str, Make]
 ) -> dict[str, pd.DataFrame]:
     """What `make` makes of the rows of these attacks, one subject after another."""
-    return stacked(
-        of_each_subject(folders, attacks, lambda r: {name: one(r) for name, one in make.items()}),
-        make,
-    )
+    return stacked(of_each_subject(folders, attacks, all_of(make)), make)
+
+
+def all_of(make: Mapping[str, Make]) -> Callable[[pd.DataFrame], dict[str, pd.DataFrame]]:
+    """What makes every one of these tables of the same rows."""
+    return lambda rows: {name: one(rows) for name, one in make.items()}
 
 
 def stacked(
@@ -239,16 +241,10 @@ def stacked(
 ) -> dict[str, pd.DataFrame]:
     """The subjects' tables, which `make` made, below each other in the order of the subjects'
     names; empty ones where there is no subject."""
-    none = to_frame(schema_of(Row).empty_table())
-
-    def below(name: str) -> pd.DataFrame:
-        tables = [made[name] for _, made in sorted(found.items())]
-        filled = [table for table in tables if len(table)]
-        if not filled:  # an empty one knows its columns too
-            return tables[0] if tables else make[name](none)
-        return pd.concat(filled, ignore_index=True)
-
-    return {name: below(name) for name in make}
+    if not found:
+        return all_of(make)(to_frame(schema_of(Row).empty_table()))
+    ordered = [made for _, made in sorted(found.items())]
+    return {name: joined([made[name] for made in ordered]) for name in make}
 
 
 def _merged(mappings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -93,7 +93,9 @@ def test_keys_that_another_owner_put_in_its_place_are_not_written_over() -> None
     layer.keys = foreign
     kept = foreign.clone()
     assert torch.equal(layer.update(*torch.zeros(2, 2, H, 1, D))[0][:, :, :2], kept)
-    assert torch.equal(foreign, kept)
+    layer.keys = foreign
+    layer.keep(closed_up([1]))
+    assert torch.equal(layer.keys, kept[[1]]) and torch.equal(foreign, kept)
     layer.reset()
     assert layer.update(*torch.ones(2, 4, H, 1, D))[0].shape == (4, H, 1, D)
 

@@ -174,10 +174,10 @@ class Latent(Audit[LatentConfig, RunOptions, "LatentPlan"]):
         from auditgap.report.text import short_names
         from auditgap.store.tables import rows_of
 
-        attacks = [*ATTACKS, LONGER, CLEAN]
         make = {"lvs": tables.lvs_table, "gaps": tables.audit_gaps}
-        made = gather.tables_of([store], attacks, make)
-        shown = {subject: str(store.shown(subject)) for subject in store.subjects(attacks)}
+        by_subject = gather.of_each_subject([store], [*ATTACKS, LONGER, CLEAN], gather.all_of(make))
+        made = gather.stacked(by_subject, make)
+        shown = {subject: str(store.shown(subject)) for subject in by_subject}
         called = short_names(shown.values())
         found: dict[str, float] = {}
         for row in rows_of(made["lvs"]):

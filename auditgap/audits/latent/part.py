@@ -13,7 +13,7 @@ from auditgap.engines import UNFINISHED
 from auditgap.report import latent, left_out, power, strength, tables
 from auditgap.report.correction import Correction
 from auditgap.report.figures import budget_label
-from auditgap.report.gather import Make, PartData, ReportData, of_each_subject, stacked
+from auditgap.report.gather import Make, PartData, ReportData, all_of, of_each_subject, stacked
 from auditgap.report.latent_verdicts import CRITERIA
 from auditgap.report.latent_ways import model_lines, models_in
 from auditgap.report.section import Section
@@ -65,12 +65,10 @@ class LatentPart(ReportPart):
 
         def made(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
             left.extend(left_out.of_edits(rows))
-            return {name: one(rows) for name, one in make.items()}
+            return all_of(make)(rows)
 
         found = of_each_subject(folders, [*ATTACKS, LONGER, CLEAN], made)
-        distances = of_each_subject(
-            folders, [DISTANCE], lambda rows: {name: one(rows) for name, one in _DISTANCES.items()}
-        )
+        distances = of_each_subject(folders, [DISTANCE], all_of(_DISTANCES))
         values = stacked(found, make) | (stacked(distances, _DISTANCES) if distances else {})
         return PartData(
             title=self.title,
